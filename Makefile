@@ -1,0 +1,54 @@
+# make align   align the embedded tiny model to a reward and look at it (no GPU, a few minutes)
+# make test    run every test
+# make lab     open the notebooks in JupyterLab
+# make zoo     train the tiny models again (about three hours on two cores)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NAME ?= tiny-$(shell date +%Y%m%d-%H%M%S)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: align test lab zoo lint clean
+
+align: $(VENV)/installed
+	$(BIN)/vader-nb align --name $(NAME)
+
+test: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks
+
+lab: $(VENV)/installed-lab
+	$(BIN)/jupyter lab notebooks
+
+zoo: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m vader_nb.zoo.train_vae
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m vader_nb.zoo.train_generator
+	$(BIN)/python -m vader_nb.zoo.train_clip
+	$(BIN)/python -m vader_nb.zoo.train_videomae
+	$(BIN)/python -m vader_nb.zoo.cards
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -q -e .
+	touch $@
+
+$(VENV)/installed-lab: $(VENV)/installed
+	$(BIN)/pip install -q -e '.[notebook]'
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install -q -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

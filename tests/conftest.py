@@ -1,0 +1,78 @@
+"""Shared models: a micro ModelScope directory of random weights, written in the real layout."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+
+
+@pytest.fixture(scope="session")
+def micro_directory(tmp_path_factory):
+    """A `TextToVideoSDPipeline` directory of 0.1 M random weights, saved by the libraries themselves."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+    from diffusers.pipelines.deprecated.text_to_video_synthesis import TextToVideoSDPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from vader_nb.zoo import tokenizer
+
+    torch.manual_seed(0)
+    words = tokenizer.build()
+    unet = UNet3DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=2,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            eos_token_id=words.eos_token_id,
+        )
+    )
+    # Random temporal layers start at zero, and a test of a layer that does nothing tests nothing.
+    for parameter in unet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+    )
+    folder = tmp_path_factory.mktemp("micro")
+    TextToVideoSDPipeline(vae, text_encoder, words, unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def micro(micro_directory):
+    """The micro model in float64."""
+    from vader_nb import load
+
+    model = load(micro_directory, dtype=torch.float64)
+    model.defaults |= {"num_inference_steps": 5, "num_frames": 3, "height": 16, "width": 16, "guidance_scale": 3.0}
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    from vader_nb import load
+
+    return load("tiny")

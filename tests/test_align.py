@@ -1,0 +1,269 @@
+"""The loop: resume is bit-equal, stops keep what there is, bad input is refused before the work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vader_nb import lora
+from vader_nb.align import align
+from vader_nb.gradient import DRTune, Frames, Last, Sampling
+from vader_nb.rewards import brightness, reward
+
+PROMPTS = ["a red star", "a blue circle", "a green square growing"]
+FAST = {"batch_size": 2, "rank": 2, "progress": False, "checkpoint_every": 2, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def fresh(micro_directory):
+    """A new micro model each call: one for each run."""
+    from vader_nb import load
+
+    def make():
+        model = load(micro_directory, dtype=torch.float32)
+        model.defaults |= {"num_inference_steps": 4, "num_frames": 3, "height": 16, "width": 16, "guidance_scale": 3.0}
+        return model
+
+    return make
+
+
+def test_the_reward_rises_and_the_folder_tells_the_story(fresh, tmp_path):
+    seen = []
+    run = align(fresh(), brightness(), PROMPTS, steps=12, output_dir=tmp_path / "run", callback=seen.append, **FAST)
+    assert sum(run.rewards[-3:]) > sum(run.rewards[:3])
+    assert seen == run.metrics == [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert json.loads((run.folder / "config.json").read_text())["reward"] == "brightness"
+    _, metadata = lora.read(run.folder)
+    assert (metadata["steps"], metadata["reward"]) == ("12", "brightness")
+    assert not list(run.folder.rglob("*.part"))
+    assert not run.stopped
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2, "strategy": DRTune(2), "frames": Frames("random", 2)}]
+)
+def test_resume_is_bit_equal_to_an_uninterrupted_run(fresh, tmp_path, options):
+    options = FAST | options
+    whole = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "whole", **options)
+    align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "parts", **options)
+    torch.manual_seed(99)  # whatever happened in between
+    again = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "parts", resume=True, **options)
+    assert again.metrics == whole.metrics
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    for a, b in zip(whole.adapter.parameters(), again.adapter.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_resume_also_restores_the_global_generators(fresh, tmp_path):
+    """A reward that draws from torch's own generator."""
+
+    def noisy(frames, prompts):
+        return (frames * torch.rand(frames.shape[-1])).mean(dim=(1, 2, 3, 4))
+
+    torch.manual_seed(1)
+    whole = align(fresh(), noisy, PROMPTS, steps=4, output_dir=tmp_path / "whole", **FAST)
+    torch.manual_seed(1)
+    align(fresh(), noisy, PROMPTS, steps=2, output_dir=tmp_path / "parts", **FAST)
+    torch.manual_seed(99)
+    again = align(fresh(), noisy, PROMPTS, steps=4, output_dir=tmp_path / "parts", resume=True, **FAST)
+    assert again.metrics == whole.metrics
+
+
+def test_a_stop_keeps_the_last_whole_step_and_can_go_on(fresh, tmp_path):
+    whole = align(fresh(), brightness(), PROMPTS, steps=5, output_dir=tmp_path / "whole", **FAST)
+
+    def press(row):
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    run = align(fresh(), brightness(), PROMPTS, steps=5, output_dir=tmp_path / "run", callback=press, **FAST)
+    assert run.stopped
+    assert [row["step"] for row in run.metrics] == [1, 2, 3]
+    assert lora.read(run.folder)[1]["steps"] == "3"
+    again = align(fresh(), brightness(), PROMPTS, steps=5, output_dir=tmp_path / "run", resume=True, **FAST)
+    assert again.metrics == whole.metrics
+
+
+def test_killed_at_any_moment_the_newest_checkpoint_loads(fresh, tmp_path):
+    """SIGKILL from outside, in the middle of a later step."""
+    run = align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "run", **FAST)
+    (run.folder / "checkpoints" / "step-000006.part").mkdir()  # what a kill in `save` leaves
+    with (run.folder / "metrics.jsonl").open("a") as file:  # and one after a record, before its checkpoint
+        file.write(json.dumps({"step": 5, "reward": 0.0}) + "\n")
+    again = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "run", resume=True, **FAST)
+    assert [row["step"] for row in again.metrics] == [1, 2, 3, 4, 5, 6]
+    assert again.metrics[:4] == run.metrics
+
+
+def test_non_finite_steps_are_skipped_and_said(fresh, tmp_path):
+    calls = []
+
+    def moody(frames, prompts):
+        calls.append(1)
+        value = frames.mean(dim=(1, 2, 3, 4))
+        return value * float("nan") if len(calls) == 2 else value
+
+    run = align(fresh(), moody, PROMPTS, steps=4, output_dir=tmp_path / "run", **FAST)
+    assert ["skipped" in row for row in run.metrics] == [False, True, False, False]
+    assert all(p.isfinite().all() for p in run.adapter.parameters())
+
+
+def test_three_non_finite_steps_in_a_row_end_the_run_and_keep_it(fresh, tmp_path):
+    calls = []
+
+    def broken(frames, prompts):
+        calls.append(1)
+        value = frames.mean(dim=(1, 2, 3, 4))
+        return value if len(calls) <= 2 else value * float("inf")
+
+    with pytest.raises(RuntimeError, match="3 steps in a row were not finite"):
+        align(fresh(), broken, PROMPTS, steps=9, output_dir=tmp_path / "run", **FAST)
+    state, metadata = lora.read(tmp_path / "run")
+    assert all(value.isfinite().all() for value in state.values())
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_gradient_of_zero_is_an_error_at_once(fresh, tmp_path):
+    with pytest.raises(ValueError, match="zero: nothing to learn"):
+        align(fresh(), lambda f, p: f.sum(dim=(1, 2, 3, 4)) * 0, PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": Last(5)}, "K=5 must lie in 1..4"),
+        ({"frames": Frames("random", 0)}, "cannot choose 0"),
+        ({"frames": Frames("list", indices=(7,))}, "out of range"),
+        ({"sampling": Sampling(num_inference_steps=0)}, "num_inference_steps"),
+        ({"sampling": Sampling(height=13)}, "height=13 must be a positive multiple"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_met(fresh, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        align(fresh(), brightness(), PROMPTS, output_dir=tmp_path / "run", **(FAST | {"steps": 2} | options))
+
+
+def test_two_runs_of_one_name(fresh, tmp_path):
+    run = align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
+    kept = (run.folder / "adapter.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds another run"):
+        align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
+    assert (run.folder / "adapter.safetensors").read_bytes() == kept
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "other", resume=True, **FAST)
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(fresh, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write to"):
+        align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "file" / "run", **FAST)
+    usage = type("Usage", (), {"free": 1_000_000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="only 1 MB free"):
+        align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
+
+
+def test_a_disk_that_fills_up_costs_no_finished_checkpoint(fresh, tmp_path, monkeypatch):
+    from vader_nb import align as _  # noqa: F401
+
+    save, calls = torch.save, []
+
+    def full(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "run", **FAST)
+    monkeypatch.undo()
+    again = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "run", resume=True, **FAST)
+    assert [row["step"] for row in again.metrics] == [1, 2, 3, 4, 5, 6]
+
+
+def test_bf16_trains(fresh, tmp_path):
+    run = align(fresh(), brightness(), PROMPTS, steps=3, output_dir=tmp_path / "run", mixed_precision="bf16", **FAST)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.adapter.parameters())
+
+
+WORKER = """
+import sys, torch
+torch.set_num_threads(1)
+from vader_nb import load
+from vader_nb.align import align
+from vader_nb.rewards import brightness
+model = load(sys.argv[1], dtype=torch.float64)
+model.defaults |= {"num_inference_steps": 3, "num_frames": 2, "height": 16, "width": 16, "guidance_scale": 2.0}
+run = align(model, brightness(), ["a red star", "a blue circle"], steps=2, batch_size=int(sys.argv[3]), rank=2,
+            output_dir=sys.argv[2], progress=False)
+import os
+torch.save([p.detach() for p in run.adapter.parameters()], sys.argv[2] + f"-rank{os.environ.get('RANK', 0)}.pt")
+"""
+
+
+def test_two_processes_train_what_one_trains_with_twice_the_batch(micro_directory, tmp_path):
+    """The peers' silent bug: each rank trains an adapter of its own. Here both hold the same, and the right one."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+    def launch(processes, batch, name):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"] if processes > 1 else []
+        command = command if processes > 1 else [sys.executable]
+        subprocess.run(
+            [*command, str(script), str(micro_directory), str(tmp_path / name), str(batch)],
+            check=True,
+            env=environment,
+            timeout=300,
+        )
+
+    launch(1, 4, "one")
+    launch(2, 2, "two")
+    one, first, second = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one-rank0", "two-rank0", "two-rank1")
+    )
+    for a, b, c in zip(one, first, second):
+        assert torch.equal(b, c)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_ctrl_c_in_a_shell(micro_directory, tmp_path):
+    """A real SIGINT to a real process: exit code 0, the last whole step kept."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        WORKER.replace("steps=2", "steps=100000, callback=lambda row: print(row['step'], flush=True)").replace(
+            "import os\n", "assert run.stopped\nimport os\n"
+        )
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(micro_directory), str(tmp_path / "run"), "1"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if int(line) >= 3:
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert int(lora.read(tmp_path / "run")[1]["steps"]) >= 3
+
+
+def test_reward_that_looks_at_prompts_gets_the_right_ones(fresh, tmp_path):
+    seen = set()
+
+    def spy(frames, prompts):
+        seen.update(prompts)
+        assert len(prompts) == len(frames)
+        return frames.mean(dim=(1, 2, 3, 4))
+
+    align(fresh(), reward(spy, per_frame=True), PROMPTS, steps=6, output_dir=tmp_path / "run", **FAST)
+    assert seen == set(PROMPTS)

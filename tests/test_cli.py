@@ -1,0 +1,163 @@
+"""The shell commands as a user types them: in processes of their own, exit codes and messages included."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+FEW = ["--num-inference-steps", "2", "--eval-prompts", "2", "--eval-training-prompts", "1", "--seeds-per-prompt", "2"]
+
+
+def run(*arguments, cwd, **environment):
+    command = [sys.executable, "-m", "vader_nb", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+
+
+def test_importing_is_instant_and_loads_no_torch():
+    code = (
+        "import sys, time; began = time.perf_counter(); import vader_nb; took = time.perf_counter() - began;"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; print(took)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.3
+
+
+def test_every_public_name_is_there_in_any_order():
+    """`align` and `evaluate` are a module and a function of one name: the function wins."""
+    code = """
+import vader_nb, types
+from vader_nb.align import prepare_folder
+import vader_nb.evaluate
+for name in vader_nb.__all__:
+    assert getattr(vader_nb, name) is not None
+for name in ("align", "evaluate", "check", "load", "sample"):
+    assert callable(getattr(vader_nb, name)) and not isinstance(getattr(vader_nb, name), types.ModuleType), name
+import vader_nb.rewards.check, vader_nb.rewards.action
+assert callable(vader_nb.rewards.check) and callable(vader_nb.rewards.action)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_align_evaluate_and_sample(tmp_path):
+    done = run("align", "--steps", 2, "--batch-size", 2, "--name", "first", *FEW, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "first"
+    assert "report.html" in done.stdout
+    rows = json.loads((folder / "evaluation.json").read_text())
+    assert {row["group"] for row in rows} == {"training", "held-out"}
+    assert {"hps", "aesthetic", "motion", "diversity", "oracle: colour and shape"} <= {row["metric"] for row in rows}
+    assert all(row["low"] <= row["difference"] <= row["high"] for row in rows)
+    for clip in ("group-0.gif", "group-0.mp4", "group-1.gif", "group-1.mp4"):
+        assert (folder / "clips" / clip).stat().st_size > 1000
+    report = (folder / "report.html").read_text()
+    assert (
+        "<svg" in report and "data:image/gif;base64" in report and '"learning_rate"' in report and '"torch"' in report
+    )
+    assert not re.search(r'(?:src|href)=["\']?(?!data:|#)', report)  # it needs no other file
+
+    done = run("align", "--steps", 2, "--name", "first", *FEW, cwd=tmp_path)
+    assert done.returncode == 2 and "holds another run" in done.stderr
+    done = run(
+        "align", "--steps", 3, "--batch-size", 2, "--name", "first", "--resume", "--no-evaluation", *FEW, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+
+    done = run("evaluate", "runs/first", *FEW, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "evaluation" / "report.html").is_file()
+
+    done = run(
+        "sample",
+        "a red star <b>",
+        "../x",
+        "--adapter",
+        "runs/first",
+        "--scale",
+        1.5,
+        "--num-inference-steps",
+        1,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "runs" / "samples").iterdir()) == ["seed-0.gif", "seed-1.gif"]
+
+
+def test_prompt_files_as_editors_write_them(tmp_path):
+    from vader_nb import prompts
+
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red star\r\n\r\n   \r\na blue circle <i>\r\n".encode())
+    assert prompts.get(path) == ["a red star", "a blue circle <i>"]
+    assert prompts.get(["x"]) == ["x"]
+    assert len(prompts.get("tiny")) == 668
+    assert not set(prompts.get("tiny")) & set(prompts.get("tiny_held_out"))
+
+
+def test_a_report_escapes_what_users_wrote(tmp_path):
+    import torch
+
+    from vader_nb.evaluate import Evaluation, Row
+    from vader_nb.video import Gallery, Video
+
+    evil = "<script>alert(1)</script>"
+    clip = torch.rand(1, 2, 3, 8, 8)
+    evaluation = Evaluation([Row(evil, evil, 0, 1, 1, 0.5, 1.5, 3)], {evil: ([evil], clip, clip)}, 8)
+    for page in (
+        evaluation.report(tmp_path / "r.html").read_text(),
+        Gallery({evil: [Video(clip[0], 8, evil)]}).to_html(),
+        Video(clip[0], 8, evil)._repr_html_(),
+    ):
+        assert evil not in page
+        assert "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "missing.txt"], "no prompt file at missing.txt"),
+        (["--prompts", "empty.txt"], "holds no prompt"),
+        (["--prompts", "binary.txt"], "not UTF-8"),
+        (["--strategy", "lst"], "unknown strategy 'lst'"),
+        (["--K", "99"], "K=99 must lie in 1..10"),
+        (["--frames", "random:0"], "cannot choose 0"),
+        (["--frames", "0,99"], "index 99 is out of range"),
+        (["--frames", "some"], "cannot read frames"),
+        (["--frames", ","], "nothing to score"),
+        (["--reward", "hsp"], "known rewards"),
+        (["--model", "modelscope"], "ali-vilab/text-to-video-ms-1.7b"),
+        (["--name", "../escape"], "one folder's name"),
+        (["--output-dir", "empty.txt"], "cannot write to"),
+        (["--steps", "0"], "steps must be at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line_and_a_failure(tmp_path, arguments, message):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00bad")
+    done = run("align", "--name", "x", "--steps", 1, *arguments, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("adapter.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["absent", "pickle", "truncated"])
+def test_bad_adapter_files(tmp_path, kind):
+    path = tmp_path / "adapter.safetensors"
+    if kind != "absent":
+        path.write_bytes(b"\x80\x04K\x01." if kind == "pickle" else b"\x10\x00")
+    done = run("evaluate", path, *FEW, cwd=tmp_path)
+    assert done.returncode == 2
+    assert {"absent": "no adapter file", "pickle": "is a pickle", "truncated": "not a complete safetensors"}[
+        kind
+    ] in done.stderr
+
+
+def test_check_in_a_shell(tmp_path):
+    done = run("check", "--reward", "colourfulness", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "fit for training" in done.stdout

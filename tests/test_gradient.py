@@ -1,0 +1,446 @@
+"""The staged gradient equals plain autograd, for every strategy, scheduler, frame choice and setting."""
+
+import copy
+
+import diffusers
+import pytest
+import torch
+
+from vader_nb import lora
+from vader_nb.gradient import (
+    DRaFTLV,
+    DRTune,
+    Frames,
+    Last,
+    NonFinite,
+    Random,
+    ReFL,
+    Sampling,
+    Step,
+    initial_noise,
+    reward_gradient,
+    roll_out,
+    sample,
+    score,
+)
+from vader_nb.rewards import as_reward, reward
+
+PROMPTS, SEEDS = ["a red star", "a blue circle growing"], [3, 8]
+SCHEDULERS = {
+    "ddim": (diffusers.DDIMScheduler, 0.0),
+    "ddim eta": (diffusers.DDIMScheduler, 1.0),
+    "dpm++": (diffusers.DPMSolverMultistepScheduler, 0.0),
+    "euler": (diffusers.EulerDiscreteScheduler, 0.0),
+    "unipc": (diffusers.UniPCMultistepScheduler, 0.0),
+}
+STRATEGIES = [
+    Last(1),
+    Last(3),
+    Last(5),
+    Random(),
+    Step(1),
+    Step(3),
+    ReFL(0.6),
+    DRTune(2),
+    DRTune(2, stop=2),
+    DRaFTLV(2),
+]
+
+
+def frame_wise(frames, prompts):
+    """Nonlinear, so that a wrong mean over frames shows."""
+    return (frames.square() * torch.linspace(0.5, 1.5, frames.shape[-1], dtype=frames.dtype)).mean(dim=(1, 2, 3, 4))
+
+
+def clip_wise(frames, prompts):
+    return -frames.diff(dim=1).square().sum(dim=(1, 2, 3, 4)) / 100 + frames.mean(dim=(1, 2, 3, 4)) ** 3
+
+
+REWARDS = {"frames": reward(frame_wise, per_frame=True), "clip": reward(clip_wise)}
+
+
+def adapted(model, seed=1):
+    """An adapter that acts: with B = 0 a wrong path through A would not show."""
+    adapter = lora.add(model, rank=2, seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return adapter
+
+
+def plain_autograd(model, adapter, reward, sampling, strategy, frames):
+    """The same estimators written out with autograd alone: every step in one graph, nothing staged.
+
+    Follows the papers' definitions, not the package's plan: each branch detaches what its paper detaches."""
+    sampling = sampling.filled(model)
+    generator = torch.Generator().manual_seed(0)
+    plan = strategy.plan(sampling.num_inference_steps, generator)  # only to draw the same random numbers
+    chosen = frames.choose(sampling.num_frames, generator)
+    conditioning = model.encode(PROMPTS)
+    latents, generators = initial_noise(model, SEEDS, sampling)
+    scheduler = model.new_scheduler(sampling.num_inference_steps)
+    T = len(scheduler.timesteps)
+
+    def denoise(x, t):
+        return model.predict(x, t, conditioning, sampling.guidance_scale, sampling.unconditional_gradient)
+
+    for i, t in enumerate(scheduler.timesteps):
+        n = T - i  # counted from the end
+        if isinstance(strategy, (Last, Random)):
+            first = strategy.K if isinstance(strategy, Last) else max(plan.active)
+            with torch.set_grad_enabled(n <= first):
+                output = denoise(scheduler.scale_model_input(latents, t), t)
+        elif isinstance(strategy, Step):
+            scaled = scheduler.scale_model_input(latents, t)
+            if n > strategy.i:
+                with torch.no_grad():
+                    output = denoise(scaled, t)
+            elif n == strategy.i:
+                output = denoise(scaled, t)
+            else:  # the path through the later steps stays, their own parameters' part does not
+                weights = adapter.parameters()
+                for p in weights:
+                    p.requires_grad_(False)
+                output = denoise(scaled, t)
+                for p in weights:
+                    p.requires_grad_(True)
+        elif isinstance(strategy, (ReFL, DRTune)):
+            # sg(x) into the network; only the chosen steps' outputs keep their graph
+            with torch.set_grad_enabled(n in plan.active):
+                output = denoise(scheduler.scale_model_input(latents, t).detach(), t)
+            if n == plan.stop + 1 and plan.stop:
+                latents = model.predict_x0(scheduler, output, t, latents)
+                break
+        else:
+            with torch.no_grad():
+                output = denoise(scheduler.scale_model_input(latents, t), t)
+        latents = model.step(scheduler, output, t, latents, eta=sampling.eta, generators=generators)
+
+    finals = [latents]
+    if isinstance(strategy, DRaFTLV):
+        finals, clean = [], latents.detach()
+        for _ in range(strategy.n):
+            fresh, t = model.new_scheduler(sampling.num_inference_steps), scheduler.timesteps[-1]
+            noised = model.add_noise(fresh, clean, t, generators)
+            output = denoise(fresh.scale_model_input(noised, t), t)
+            finals.append(model.step(fresh, output, t, noised, eta=sampling.eta, generators=generators))
+    value = torch.stack([as_reward(reward)(model.decode(final, chosen), PROMPTS) for final in finals]).mean(0)
+    (-value.mean()).backward()
+    return value.detach(), taken(adapter)
+
+
+def taken(adapter):
+    gradient = torch.cat(
+        [
+            p.grad.flatten() if p.grad is not None else torch.zeros(p.numel(), dtype=p.dtype)
+            for p in adapter.parameters()
+        ]
+    )
+    for p in adapter.parameters():
+        p.grad = None
+    return gradient
+
+
+def staged(model, adapter, reward, sampling, strategy, frames, **options):
+    generator = torch.Generator().manual_seed(0)
+    result = reward_gradient(
+        model,
+        adapter,
+        reward,
+        PROMPTS,
+        seeds=SEEDS,
+        strategy=strategy,
+        frames=frames,
+        sampling=sampling,
+        generator=generator,
+        **options,
+    )
+    return result.rewards, taken(adapter)
+
+
+def assert_equal(one, other):
+    (rewards, gradient), (expected_rewards, expected) = one, other
+    assert expected.norm() > 1e-9
+    assert (gradient - expected).norm() <= 1e-9 * expected.norm()
+    torch.testing.assert_close(rewards, expected_rewards, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_every_strategy_and_scheduler_equals_plain_autograd(micro, kind, strategy):
+    cls, eta = SCHEDULERS[kind]
+    micro.scheduler = cls.from_config(micro.scheduler.config)
+    adapter, sampling = adapted(micro), Sampling(eta=eta)
+    for name in REWARDS:
+        setup = micro, adapter, REWARDS[name], sampling, strategy, Frames("all")
+        assert_equal(staged(*setup), plain_autograd(*setup))
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        Frames("random", 1),
+        Frames("random", 2),
+        Frames("ends"),
+        Frames("nth", 2),
+        Frames("all"),
+        Frames("list", indices=(0, -1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_frame_choice_equals_plain_autograd(micro, name, frames):
+    setup = micro, adapted(micro), REWARDS[name], Sampling(), Last(2), frames
+    assert_equal(staged(*setup), plain_autograd(*setup))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fuse": False},
+        {"checkpoint_blocks": False},
+        {"fuse": False, "checkpoint_blocks": False},
+        {"offload": True},
+        {"chunk": 2},
+        {"chunk": 3, "offload": True, "checkpoint_blocks": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("strategy", [Last(2), Step(2)], ids=str)
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_setting_gives_the_same_gradient(micro, name, strategy, options):
+    setup = micro, adapted(micro), REWARDS[name], Sampling(), strategy, Frames("all")
+    assert_equal(staged(*setup, **options), plain_autograd(*setup))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(guidance_scale=1.0),
+        Sampling(guidance_scale=4.0),
+        Sampling(guidance_scale=4.0, unconditional_gradient=False),
+    ],
+    ids=["off", "both branches", "unconditional without"],
+)
+def test_guidance_in_training(micro, sampling):
+    setup = micro, adapted(micro), REWARDS["frames"], sampling, Last(2), Frames("all")
+    assert_equal(staged(*setup), plain_autograd(*setup))
+
+
+def test_guidance_without_the_unconditional_gradient_is_another_gradient(micro):
+    adapter = adapted(micro)
+    both, one = (
+        staged(micro, adapter, REWARDS["frames"], Sampling(unconditional_gradient=flag), Last(1), Frames("all"))[1]
+        for flag in (True, False)
+    )
+    assert (both - one).norm() > 1e-3 * both.norm()
+
+
+def test_a_mixed_sum_of_rewards(micro):
+    mixed = REWARDS["frames"] + 0.5 * REWARDS["clip"] + REWARDS["frames"].towards(0.3)
+    setup = micro, adapted(micro), mixed, Sampling(), Last(1), Frames("all")
+    assert_equal(staged(*setup), plain_autograd(*setup))
+    assert not mixed.per_frame
+
+
+def test_full_backpropagation_matches_finite_differences(micro):
+    """No autograd in the reference at all: the reward's slope along the gradient, by moving the adapter."""
+    adapter, sampling = adapted(micro), Sampling()
+    _, gradient = staged(micro, adapter, REWARDS["clip"], sampling, Last(5), Frames("all"))
+    direction = (gradient / gradient.norm()).split([p.numel() for p in adapter.parameters()])
+
+    def value(size):
+        with torch.no_grad():
+            for p, d in zip(adapter.parameters(), direction):
+                p.add_(size * d.view_as(p))
+            result = REWARDS["clip"](
+                sample(micro, PROMPTS, seeds=SEEDS, sampling=sampling, adapter=adapter), PROMPTS
+            ).mean()
+            for p, d in zip(adapter.parameters(), direction):
+                p.sub_(size * d.view_as(p))
+        return result
+
+    slope = (value(-1e-4) - value(1e-4)) / 2e-4  # of minus the reward
+    assert slope.item() == pytest.approx(gradient.norm().item(), rel=1e-4)
+
+
+def test_last_of_all_steps_is_step_plus_the_rest(micro):
+    """The exact gradient is the sum over steps of each step's own part."""
+    adapter = adapted(micro)
+    setup = micro, adapter, REWARDS["frames"], Sampling()
+    whole = staged(*setup, Last(5), Frames("all"))[1]
+    parts = sum(staged(*setup, Step(i), Frames("all"))[1] for i in range(1, 6))
+    assert (whole - parts).norm() <= 1e-9 * whole.norm()
+
+
+def test_linear_toy_has_the_closed_form():
+    """F(x) = θ·x, x' = x + F(x), r = x0: DRaFT-K keeps K of the T equal terms of dr/dθ = T (1+θ)^(T-1)."""
+    theta, x0, T = torch.tensor(0.2, dtype=torch.float64, requires_grad=True), 1.5, 4
+    for K in range(1, T + 1):
+        x = torch.tensor(x0, dtype=torch.float64)
+        for n in range(T, 0, -1):
+            with torch.set_grad_enabled(n <= K):
+                x = x + theta * x
+        (gradient,) = torch.autograd.grad(x, theta)
+        assert gradient.item() == pytest.approx(K * x0 * (1 + 0.2) ** (T - 1))
+
+
+# ------------------------------------------------------------------------------- what is promised besides
+
+
+def test_base_weights_are_untouched_and_ask_for_nothing(micro):
+    before = {n: p.detach().clone() for n, p in micro.denoiser.named_parameters()}
+    flags = {n: p.requires_grad for n, p in micro.denoiser.named_parameters()}
+    assert not any(flags.values())
+    adapter = adapted(micro)
+    staged(micro, adapter, REWARDS["frames"], Sampling(), Last(2), Frames("all"))
+    own = dict(micro.denoiser.named_parameters())
+    for name, value in before.items():
+        found = own.get(name)
+        if found is None:  # peft moves an adapted layer's weight one level down
+            parent, _, leaf = name.rpartition(".")
+            found = own[f"{parent}.base_layer.{leaf}"]
+        assert torch.equal(found, value), name
+        assert not found.requires_grad, name
+
+
+def test_no_graph_before_the_cut(micro):
+    """Count the denoiser calls that run with gradients enabled: only the window's, once each."""
+    adapter, calls = adapted(micro), []
+    predict = micro.predict
+    micro.predict = lambda *a, **k: (calls.append(torch.is_grad_enabled()), predict(*a, **k))[1]
+    staged(micro, adapter, REWARDS["frames"], Sampling(), Last(2), Frames("all"))
+    assert calls.count(True) == 2
+    assert calls.count(False) == 5
+
+
+def test_replayed_latents_are_the_rolled_out_ones(micro):
+    """Bit for bit, noise included: what was scored is what is differentiated."""
+    from vader_nb.gradient import Plan, replay
+
+    micro.scheduler = diffusers.DDIMScheduler.from_config(micro.scheduler.config)
+    adapter, sampling = adapted(micro), Sampling(eta=1.0).filled(micro)
+    latents, generators = initial_noise(micro, SEEDS, sampling)
+    conditioning = micro.encode(PROMPTS)
+    rollout = roll_out(micro, conditioning, latents, sampling, generators=generators, adapter=adapter, window=3)
+    again = replay(
+        micro, conditioning, rollout, Plan(frozenset([1, 2, 3])), sampling, lambda active: torch.enable_grad()
+    )
+    assert torch.equal(again, rollout.latents)
+    # and recomputing the calls gives the noted outputs
+    scheduler, x = copy.deepcopy(rollout.scheduler), rollout.start
+    with torch.no_grad():
+        output = micro.predict(
+            scheduler.scale_model_input(x, rollout.timesteps[0]), rollout.timesteps[0], conditioning, 3.0
+        )
+    assert torch.equal(output, rollout.outputs[0])
+
+
+def test_a_clip_depends_on_its_seed_and_not_on_its_batch(micro):
+    together = sample(micro, PROMPTS, seeds=SEEDS, sampling=Sampling(eta=0.5))
+    alone = sample(micro, PROMPTS[1], seeds=SEEDS[1], sampling=Sampling(eta=0.5))
+    torch.testing.assert_close(together[1:], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["frames", "clip"])
+def test_memory_of_scoring_does_not_grow_with_frames(tiny, kind):
+    """Bytes that autograd saves at any one time, decoding and scoring 1 or 8 frames."""
+    latents = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def peak(frames):
+        held, most = {}, [0]
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            token = _Held(storage.data_ptr(), held)
+            entry = held.setdefault(storage.data_ptr(), [storage.nbytes(), 0])
+            entry[1] += 1
+            most[0] = max(most[0], sum(size for size, _ in held.values()))
+            token.tensor = tensor
+            return token
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda token: token.tensor):
+            score(tiny, latents, REWARDS[kind] if kind == "frames" else as_reward(bright), PROMPTS[:1], frames)
+        return most[0]
+
+    assert peak(list(range(8))) <= 1.15 * peak([3])
+
+
+def bright(frames, prompts):
+    return frames.mean(dim=(1, 2, 3, 4))
+
+
+class _Held:
+    """Counts a saved storage out when autograd lets go of it."""
+
+    def __init__(self, pointer, held):
+        self.pointer, self.held = pointer, held
+
+    def __del__(self):
+        entry = self.held[self.pointer]
+        entry[1] -= 1
+        if not entry[1]:
+            del self.held[self.pointer]
+
+
+# --------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "strategy", [Last(6), Last(0), Step(6), Random(9), DRTune(6), DRTune(1, stop=5), ReFL(0), DRaFTLV(0)], ids=str
+)
+def test_windows_that_do_not_fit_are_refused_before_any_work(micro, strategy):
+    micro.predict = None  # any work would fail otherwise
+    adapter = adapted(micro)
+    with pytest.raises(ValueError, match=r"must lie|>= 1"):
+        staged(micro, adapter, REWARDS["frames"], Sampling(), strategy, Frames("all"))
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (Frames("random", 0), "cannot choose 0"),
+        (Frames("random", 4), "cannot choose 4"),
+        (Frames("list", indices=()), "nothing to score"),
+        (Frames("list", indices=(3,)), "index 3 is out of range"),
+        (Frames("list", indices=(-4,)), "index -4 is out of range"),
+        (Frames("nth", 0), "n >= 1"),
+        (Frames("some"), "unknown frame choice"),
+    ],
+    ids=str,
+)
+def test_frames_that_do_not_exist_are_refused(micro, frames, message):
+    adapter = adapted(micro)
+    with pytest.raises(ValueError, match=message):
+        staged(micro, adapter, REWARDS["frames"], Sampling(), Last(1), frames)
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda frames, prompts: frames.mean(), ValueError, "one score a clip"),
+        (lambda frames, prompts: frames.mean(dim=(2, 3, 4)), ValueError, "one score a clip"),
+        (lambda frames, prompts: 1.0, ValueError, "one score a clip"),
+        (lambda frames, prompts: frames.detach().mean(dim=(1, 2, 3, 4)), ValueError, "no gradient"),
+        (lambda frames, prompts: frames.mean(dim=(1, 2, 3, 4)) * float("nan"), NonFinite, "not finite"),
+    ],
+    ids=["scalar", "a score a frame", "a number", "detached", "nan"],
+)
+def test_bad_rewards_are_named(micro, function, error, message):
+    adapter = adapted(micro)
+    with pytest.raises(error, match=message):
+        staged(micro, adapter, function, Sampling(), Last(1), Frames("all"))
+
+
+def test_the_strategies_draw_what_their_papers_say():
+    generator = torch.Generator().manual_seed(0)
+    windows = [max(Random().plan(10, generator).active) for _ in range(500)]
+    assert set(windows) == set(range(1, 11))
+    for _ in range(200):
+        plan = DRTune(3).plan(10, generator)
+        steps = sorted(plan.active)
+        assert len(steps) == 3
+        assert steps[1] - steps[0] == steps[2] - steps[1] == 3
+        assert 1 <= steps[0] <= steps[-1] <= 10  # VideoX-Fun's open interval loses the last one
+        assert max(ReFL().plan(40, generator).active) <= 10

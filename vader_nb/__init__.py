@@ -1,0 +1,37 @@
+"""vader_nb: align video diffusion models to differentiable rewards (VADER, arXiv 2407.08737).
+
+    import vader_nb
+    model = vader_nb.load("tiny")
+    run = vader_nb.align(model, vader_nb.rewards.hps(), vader_nb.prompts.get("tiny"))
+
+Names are imported on first use: `import vader_nb` itself loads nothing heavy.
+"""
+
+from ._face import install
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "lora",
+    "DRTune": "gradient",
+    "DRaFTLV": "gradient",
+    "Frames": "gradient",
+    "Gallery": "video",
+    "Last": "gradient",
+    "Random": "gradient",
+    "ReFL": "gradient",
+    "Sampling": "gradient",
+    "Step": "gradient",
+    "Video": "video",
+    "align": "align",
+    "check": "rewards",
+    "evaluate": "evaluate",
+    "load": "models",
+    "reward": "rewards",
+    "reward_gradient": "gradient",
+    "sample": "gradient",
+}
+_MODULES = ("gradient", "lora", "models", "prompts", "rewards", "video", "zoo")
+__all__ = ["__version__", *_HOMES, *_MODULES]
+
+install(__name__, _HOMES, _MODULES)

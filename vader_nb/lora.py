@@ -1,0 +1,237 @@
+"""Adapters: low-rank additions to the denoiser's linear layers, through peft (LoRA, arXiv 2106.09685).
+
+`UNet3DConditionModel` has none of diffusers' adapter methods (`add_adapter`, `load_lora_adapter`), so the
+layers are injected with peft directly, and the files are written here in diffusers' own key layout:
+`unet.<layer>.lora_A.weight` (rank, in) and `unet.<layer>.lora_B.weight` (out, rank), as safetensors.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .models import VideoModel
+
+NAME = "default"  # peft's name for the only adapter of a denoiser
+
+
+class Adapter:
+    """The adapter of a model's denoiser. Made by `add` or `load`; a model carries at most one.
+
+    Attributes: `rank`, `alpha` (the low-rank product is multiplied by alpha / rank), `targets`, and
+    `scale`, which multiplies it once more (0: the base model, 1: as trained, up to about 1.5).
+    """
+
+    def __init__(self, model: VideoModel, rank: int, alpha: float, targets: tuple[str, ...]):
+        self.model, self.rank, self.alpha, self.targets = model, rank, alpha, targets
+        self.layers = {n: m for n, m in model.denoiser.named_modules() if isinstance(m, LoraLayer)}
+        self._scale = 1.0
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained tensors, in float32 whatever the base's dtype, in a fixed order."""
+        return [matrix.weight for layer in self.layers.values() for matrix in _matrices(layer)]
+
+    @property
+    def scale(self) -> float:
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        if not 0 <= value <= 10:
+            raise ValueError(f"an adapter's scale must lie in 0 (off) to 10 (1: as trained), got {value}")
+        self._scale = float(value)
+        for layer in self.layers.values():
+            layer.scaling[NAME] = self.alpha / self.rank * self._scale
+
+    @contextlib.contextmanager
+    def fused(self) -> Iterator[None]:
+        """Inside, the base weights hold the sum and the adapter costs nothing; for use without a graph.
+
+        Afterwards the base weights are the very tensors they were: the sum is a new tensor put in their
+        place, never added to them and subtracted again, which would leave rounding behind.
+        """
+        kept = []
+        try:
+            with torch.no_grad():
+                for layer in self.layers.values():
+                    weight = layer.get_base_layer().weight
+                    kept.append((layer, weight, weight.data))
+                    weight.data = weight.data + layer.get_delta_weight(NAME).to(weight.dtype)
+                    layer._disable_adapters = True
+            yield
+        finally:
+            for layer, weight, data in kept:
+                weight.data, layer._disable_adapters = data, False
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is the base model."""
+        for layer in self.layers.values():
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer._disable_adapters = False
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, the adapter acts as always but its tensors get no gradient."""
+        matrices = [matrix for layer in self.layers.values() for matrix in _matrices(layer)]
+        weights = [matrix._parameters.pop("weight") for matrix in matrices]
+        for matrix, weight in zip(matrices, weights):
+            matrix.weight = weight.detach()
+        try:
+            yield
+        finally:
+            for matrix, weight in zip(matrices, weights):
+                del matrix.weight
+                matrix._parameters["weight"] = weight
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors under diffusers' names."""
+        prefix = self.model.prefix
+        return {
+            f"{prefix}.{name}.lora_{half}.weight": matrix.weight.detach()
+            for name, layer in self.layers.items()
+            for half, matrix in zip("AB", _matrices(layer))
+        }
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], source: str = "the file") -> None:
+        """Copy the tensors in; every name and shape must be the adapter's own."""
+        own = self.state_dict()
+        missing, foreign = own.keys() - state.keys(), state.keys() - own.keys()
+        if missing or foreign:
+            example = sorted(missing or foreign)[0]
+            raise ValueError(
+                f"{source} does not fit {self.model.name!r}: {len(missing)} of its {len(own)} tensors are missing and "
+                f"{len(foreign)} are unknown, such as {example!r}. It was made for another model or other layers"
+            )
+        for name, value in state.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"{source}: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+        with torch.no_grad():
+            for name, value in state.items():
+                own[name].copy_(value)
+
+    def save(self, path: str | Path, **metadata) -> Path:
+        """Write a safetensors file with metadata: base model, rank, alpha, targets, and what is given
+        here (reward, steps, …). Written beside and renamed, so that no half file is ever left."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        described = {"base_model": self.model.name, "rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        text = {
+            key: value if isinstance(value, str) else json.dumps(value) for key, value in (described | metadata).items()
+        }
+        unfinished = path.with_name(path.name + ".part")
+        save_file({name: value.contiguous().cpu() for name, value in self.state_dict().items()}, unfinished, text)
+        unfinished.replace(path)
+        return path
+
+    def remove(self) -> None:
+        """Take the adapter's layers out; the denoiser is then the base model's again."""
+        for name, layer in self.layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.denoiser.get_submodule(parent), child, layer.get_base_layer())
+        self.layers = {}
+
+
+def _matrices(layer: LoraLayer) -> tuple[nn.Module, nn.Module]:
+    return layer.lora_A[NAME], layer.lora_B[NAME]
+
+
+def add(
+    model: VideoModel,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> Adapter:
+    """Give the model's denoiser a fresh adapter, which changes nothing yet: B starts at zero.
+
+    alpha: default the rank, so that the product is not scaled. targets: name endings of the layers,
+    default the model's attention projections.
+    Raises ValueError if no layer matches, or if there is an adapter already.
+    """
+    targets = tuple(targets or model.targets)
+    if rank < 1:
+        raise ValueError(f"an adapter's rank must be at least 1, got {rank}")
+    if any(isinstance(module, LoraLayer) for module in model.denoiser.modules()):
+        raise ValueError(f"{model.name!r} carries an adapter already: adapter.remove() first, or load a second model")
+    names = [name for name, _ in model.denoiser.named_modules()]
+    if not any(name == target or name.endswith("." + target) for name in names for target in targets):
+        linear = sorted({n.split(".")[-1] for n, m in model.denoiser.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(
+            f"no layer of {model.name!r} is named {' or '.join(targets)}; linear layers end in {', '.join(linear)}"
+        )
+    alpha = rank if alpha is None else alpha
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), model.denoiser)
+    adapter = Adapter(model, rank, alpha, targets)
+    for layer in adapter.layers.values():
+        for matrix in _matrices(layer):
+            matrix.to(model.device, torch.promote_types(model.dtype, torch.float32))
+    model.denoiser.eval()
+    return adapter
+
+
+def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of an adapter file.
+
+    Raises FileNotFoundError, or ValueError for a pickle (which could run code), a damaged file, or one
+    without LoRA tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "adapter.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+        raise ValueError(
+            f"{path} is a pickle, which can run any code when it is opened; convert it to safetensors first"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); copy it again") from error
+    if not any(".lora_A." in name for name in state):
+        raise ValueError(f"{path} holds no LoRA tensors (names like 'unet.….lora_A.weight')")
+    return state, metadata
+
+
+def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
+    """Add the adapter of a file to the model: ours, or any in diffusers' key layout (alpha is then
+    taken as the rank, diffusers' own rule where a file does not tell)."""
+    state, metadata = read(path)
+    rank = next(value.shape[0] for name, value in state.items() if ".lora_A." in name)
+    alpha = float(metadata.get("alpha", rank))
+    layers = [name.removeprefix(f"{model.prefix}.").rsplit(".lora_A.", 1)[0] for name in state if ".lora_A." in name]
+    known = dict(model.denoiser.named_modules())
+    strangers = [layer for layer in layers if layer not in known]
+    if strangers:
+        raise ValueError(
+            f"{path} does not fit {model.name!r}: it has no layer {strangers[0]!r}. The file "
+            f"says it was made for {metadata.get('base_model', 'an unnamed model')!r}"
+        )
+    adapter = add(model, rank, alpha, tuple(layers))
+    try:
+        adapter.load_state_dict(state, str(path))
+    except ValueError:
+        adapter.remove()
+        raise
+    if "targets" in metadata:
+        adapter.targets = tuple(json.loads(metadata["targets"]))
+    adapter.scale = scale
+    return adapter

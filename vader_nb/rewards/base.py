@@ -1,0 +1,140 @@
+"""Rewards: callables (frames, prompts) -> (B,), higher is better, differentiable in the frames.
+
+Frames are (B, F, 3, H, W) in [0, 1]. Rewards add, scale and aim:
+
+    hps() + 0.1 * aesthetic()          a weighted sum
+    aesthetic().towards(10)            minus the distance to 10, frame by frame
+    reward(lambda frames, prompts: frames.mean(dim=(1, 2, 3, 4)), name="brightness")
+"""
+
+from collections.abc import Callable
+
+import torch
+
+
+class Reward:
+    """A score of each clip.
+
+    A subclass or `reward(...)` gives `scores(frames, prompts)`: (B, F) for a reward that looks at frames one
+    by one (`per_frame`, decoding can then stream), or (B, 1) for one on the whole clip. The reward is the
+    mean over dim 1. `range` and `unit` describe it for plots.
+    """
+
+    name: str = "reward"
+    per_frame: bool = True
+    range: tuple[float, float] = (-float("inf"), float("inf"))
+    unit: str = ""
+
+    def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __call__(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return self.scores(frames, prompts).mean(dim=1)
+
+    def parts(self) -> list["Reward"]:
+        """The rewards this one is made of, for reporting each by itself."""
+        return [self]
+
+    def to(self, *args, **kwargs) -> "Reward":
+        """Move the networks inside, if any, to a device or dtype."""
+        return self
+
+    def towards(self, target: float) -> "Reward":
+        """Minus the distance to the target: the pull stops, and turns, once the target is reached."""
+        return Mapped(f"({self.name} towards {target:g})", lambda scores: -(scores - target).abs(), self)
+
+    def __add__(self, other: "Reward | Callable") -> "Reward":
+        return Sum(self, as_reward(other))
+
+    def __mul__(self, weight: float) -> "Reward":
+        low, high = sorted(weight * bound if weight else 0.0 for bound in self.range)
+        return Mapped(f"{weight:g} × {self.name}", lambda scores: weight * scores, self, (low, high))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Reward":
+        return self * -1.0
+
+    def __sub__(self, other: "Reward | Callable") -> "Reward":
+        return self + -as_reward(other)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Mapped(Reward):
+    """A function of another reward's scores, score by score."""
+
+    def __init__(self, name: str, function: Callable, inner: Reward, range=Reward.range):
+        self.name, self.function, self.inner, self.range = name, function, inner, range
+        self.per_frame = inner.per_frame
+
+    def scores(self, frames, prompts):
+        return self.function(self.inner.scores(frames, prompts))
+
+    def parts(self):
+        return self.inner.parts()
+
+    def to(self, *args, **kwargs):
+        self.inner.to(*args, **kwargs)
+        return self
+
+
+class Sum(Reward):
+    """The sum of two rewards; a frame-wise one is spread over a clip-wise one by broadcasting."""
+
+    def __init__(self, left: Reward, right: Reward):
+        self.left, self.right = left, right
+        self.name = f"{left.name} + {right.name}"
+        self.per_frame = left.per_frame and right.per_frame
+        self.range = (left.range[0] + right.range[0], left.range[1] + right.range[1])
+
+    def scores(self, frames, prompts):
+        return self.left.scores(frames, prompts) + self.right.scores(frames, prompts)
+
+    def parts(self):
+        return self.left.parts() + self.right.parts()
+
+    def to(self, *args, **kwargs):
+        self.left.to(*args, **kwargs), self.right.to(*args, **kwargs)
+        return self
+
+
+class Function(Reward):
+    """A plain function (frames, prompts) -> (B,), taken to look at the whole clip unless told otherwise."""
+
+    def __init__(self, function: Callable, name: str | None = None, per_frame: bool = False):
+        self.function, self.name = function, name or getattr(function, "__name__", "function")
+        self.per_frame = per_frame
+
+    def scores(self, frames, prompts):
+        if not self.per_frame:
+            return as_column(self.function(frames, prompts))
+        columns = [as_column(self.function(frames[:, i : i + 1], prompts)) for i in range(frames.shape[1])]
+        return torch.cat(columns, dim=1)
+
+    def __call__(self, frames, prompts):
+        if self.per_frame:
+            return super().__call__(frames, prompts)
+        return self.function(frames, prompts)  # of whatever shape: the caller checks it and names the reward
+
+
+def as_column(value: torch.Tensor) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor) or value.ndim != 1:
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"a reward function must return one score a clip, shape (B,); it returned {got}")
+    return value.unsqueeze(1)
+
+
+def reward(function: Callable, name: str | None = None, per_frame: bool = False) -> Reward:
+    """Make a reward of a function (frames, prompts) -> (B,). per_frame: it scores frames one by one, so
+    that decoding may stream; without it the function is given the whole clip."""
+    return Function(function, name, per_frame)
+
+
+def as_reward(value: Reward | Callable) -> Reward:
+    if isinstance(value, Reward):
+        return value
+    if callable(value):
+        return Function(value)
+    raise TypeError(f"a reward is a Reward or a function (frames, prompts) -> (B,), not {type(value).__name__}")

@@ -1,0 +1,110 @@
+"""The loop that every training script of the zoo shares: resumable, reproducible, one or more processes.
+
+All randomness of step n comes from a generator seeded with (seed, n), so a resumed run draws what an
+uninterrupted one would have drawn, and P processes (`torchrun --nproc-per-node P -m …`) together see
+exactly the batch that one process sees: each takes its share of it.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are (torchrun sets the environment)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share(batch: torch.Tensor | list) -> torch.Tensor | list:
+    """The part of a global batch that this process computes."""
+    rank, world = rank_and_world()
+    return batch[rank::world]
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """A crash leaves either the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    loss: Callable[[torch.Generator], torch.Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
+    average: float = 0.0,
+    folder: Path = Path("runs/zoo"),
+    save_every: int = 100,
+    on_save: Callable[[int], None] | None = None,
+) -> None:
+    """Train every parameter of `model` that asks for a gradient; end with the averaged weights in it.
+
+    loss(generator) -> scalar of this process's share of one batch. AdamW (0.9, 0.99), gradient norm
+    clipped at 1, learning rate warmed up over 50 steps and then falling linearly to zero; `average`
+    is the decay of the exponential moving average of the weights (0: none). The state is kept in
+    `folder/name.pt`; calling again goes on from there. on_save(step) runs with the averaged weights.
+    """
+    rank, world = rank_and_world()
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    path = folder / f"{name}.pt"
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    mean = [p.detach().clone() for p in weights]
+    start = 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        for p, m, value, averaged in zip(weights, mean, state["weights"], state["mean"]):
+            p.data.copy_(value)
+            m.copy_(averaged)
+
+    def swap():
+        for p, m in zip(weights, mean):
+            kept = p.data.clone()
+            p.data.copy_(m)
+            m.copy_(kept)
+
+    began, recent = time.time(), []
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / 50) * (1 - step / steps)
+        value = loss(torch.Generator().manual_seed(seed * 1_000_003 + step))
+        optimizer.zero_grad()
+        value.backward()
+        if world > 1:  # one all-reduce of one flat tensor: thousands of small ones would cost more
+            flat = torch.cat([p.grad.flatten() for p in weights])
+            dist.all_reduce(flat)
+            for p, part in zip(weights, flat.split([p.numel() for p in weights])):
+                p.grad.copy_(part.view_as(p) / world)
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        # Early on an average over everything would be an average with the random start.
+        decay = min(average, (step + 1) / (step + 10))
+        torch._foreach_lerp_(mean, [p.detach() for p in weights], 1 - decay)
+        recent.append(value.item())
+        done = step + 1
+        if rank == 0 and done % 20 == 0:
+            seconds = (time.time() - began) / (done - start)
+            print(f"{name} {done}/{steps} loss {sum(recent) / len(recent):.4f} {seconds:.2f} s/step", flush=True)
+            recent = []
+        if done % save_every == 0 or done == steps:
+            if rank == 0:
+                state = {"step": done, "optimizer": optimizer.state_dict()}
+                state |= {"weights": [p.detach() for p in weights], "mean": mean}
+                save_atomically(state, path)
+            if on_save is not None:
+                swap()
+                on_save(done)
+                swap()
+    swap()
