@@ -1,6 +1,7 @@
 # make align   align the embedded tiny model to a reward and look at it (no GPU, a few minutes)
 # make test    run every test
 # make lab     open the notebooks in JupyterLab
+# make notebooks  run the notebooks and store what they show
 # make zoo     train the tiny models again (about three hours on two cores)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 NAME ?= tiny-$(shell date +%Y%m%d-%H%M%S)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: align test lab zoo lint clean
+.PHONY: align test lab notebooks zoo lint clean
 
 align: $(VENV)/installed
 	$(BIN)/vader-nb align --name $(NAME)
@@ -22,6 +23,9 @@ test: $(VENV)/installed-test
 
 lab: $(VENV)/installed-lab
 	$(BIN)/jupyter lab notebooks
+
+notebooks: $(VENV)/installed-test
+	$(BIN)/python notebooks/build.py
 
 zoo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m vader_nb.zoo.train_vae

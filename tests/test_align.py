@@ -159,6 +159,13 @@ def test_two_runs_of_one_name(fresh, tmp_path):
         align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "other", resume=True, **FAST)
 
 
+def test_resuming_with_other_settings_is_refused(fresh, tmp_path):
+    align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
+    options = FAST | {"learning_rate": 0.5, "steps": 4, "resume": True, "output_dir": tmp_path / "run"}
+    with pytest.raises(ValueError, match="learning_rate was 0.01, now 0.5"):
+        align(fresh(), brightness(), PROMPTS, **options)
+
+
 def test_a_place_that_cannot_be_written_is_found_before_the_work(fresh, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write to"):

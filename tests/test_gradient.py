@@ -384,6 +384,29 @@ class _Held:
             del self.held[self.pointer]
 
 
+@pytest.mark.parametrize("strategy", [Last(1), Last(2)], ids=str)
+def test_half_precision_carries_gradients_that_are_too_small_for_it(micro_directory, strategy):
+    """A reward of a size whose pixel gradients underflow float16: the direction must survive."""
+    from vader_nb import load
+
+    faint, found = 1e-4 * REWARDS["frames"], {}
+    adapter_values = [0.1 * p.float() for p in adapted(load(micro_directory, dtype=torch.float64)).parameters()]
+    for dtype in (torch.float16, torch.float64):
+        model = load(micro_directory, dtype=dtype)
+        model.defaults |= {"num_inference_steps": 4, "num_frames": 2, "height": 32, "width": 32, "guidance_scale": 2.0}
+        # Noise drawn in half precision is other noise: both start from the same.
+        noise = torch.randn(2, 4, 2, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        model.initial_latents = lambda *_, noise=noise.to(dtype): noise
+        adapter = adapted(model)
+        with torch.no_grad():
+            for p, value in zip(adapter.parameters(), adapter_values):
+                p.copy_(value)
+        found[dtype] = staged(model, adapter, faint, Sampling(), strategy, Frames("all"))[1].double()
+    half, exact = found.values()
+    assert half @ exact > 0.99 * half.norm() * exact.norm()
+    assert half.norm() == pytest.approx(exact.norm().item(), rel=0.05)
+
+
 # --------------------------------------------------------------------------------------- what is refused
 
 

@@ -10,6 +10,7 @@ made lies in its folder, readable at any moment: `config.json`, `metrics.jsonl`,
 
 import contextlib
 import json
+import math
 import random
 import shutil
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 
 from . import lora
@@ -28,6 +30,7 @@ from .models import VideoModel
 from .rewards import Reward, as_reward
 
 GIVE_UP = 3  # non-finite steps in a row
+GIVE_UP_SCALED = 20  # with fp16, whose loss scale comes down by such steps
 
 
 @dataclass
@@ -101,16 +104,26 @@ def align(
     # Draw once for nothing: a window or frames that do not fit are an error now.
     strategy.plan(sampling.num_inference_steps, torch.Generator().manual_seed(seed))
     frames.choose(sampling.num_frames, torch.Generator().manual_seed(seed))
+    AcceleratorState._reset_state()  # a notebook's next run may want another precision
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=model.device.type == "cpu")
     config = {
         "model": model.name,
         "reward": reward.name,
         "prompts": len(prompts),
-        **{name: value for name, value in locals().items() if isinstance(value, (int, float)) and name != "value"},
-        "mixed_precision": mixed_precision,
-        "strategy": f"{type(strategy).__name__}({', '.join(f'{k}={v}' for k, v in asdict(strategy).items())})",
+        "steps": steps,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "num_processes": accelerator.num_processes,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "rank": rank,
+        "alpha": rank if alpha is None else alpha,
+        "strategy": repr(strategy),
         "frames": asdict(frames),
         "sampling": asdict(sampling),
+        "mixed_precision": mixed_precision,
+        "seed": seed,
     }
     prepare_folder(folder, resume, config, accelerator)
 
@@ -148,13 +161,16 @@ def align(
         norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm))
         if norm == 0 and step == 0:
             raise ValueError(f"the gradient of {reward.name!r} that reaches the adapter is zero: nothing to learn from")
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):
+            if accelerator.scaler is not None:
+                optimizer.step()  # skips, and lowers the loss scale
             raise NonFinite(f"gradient norm {norm}")
         with uninterrupted():
             optimizer.step()
             mean = accelerator.reduce(torch.cat(rewards).mean(), "mean").item()
             return {"step": step + 1, "reward": mean, "grad_norm": norm, "frames": result.frames}
 
+    limit = GIVE_UP if accelerator.scaler is None else GIVE_UP_SCALED
     stopped = False
     bar = tqdm(
         total=steps,
@@ -180,8 +196,8 @@ def align(
                 if accelerator.is_main_process:
                     with (folder / "metrics.jsonl").open("a") as file:
                         file.write(json.dumps(row) + "\n")
-                if state.non_finite >= GIVE_UP:
-                    raise RuntimeError(f"{GIVE_UP} steps in a row were not finite; the last one: {row['skipped']}")
+                if state.non_finite >= limit:
+                    raise RuntimeError(f"{limit} steps in a row were not finite; the last one: {row['skipped']}")
                 if state.step % checkpoint_every == 0:
                     save(folder, state, adapter, optimizer, accelerator, reward)
                 bar.update()
@@ -219,6 +235,12 @@ def prepare_folder(folder: Path, resume: bool, config: dict, accelerator: Accele
         raise FileNotFoundError(f"cannot resume: {folder} holds no checkpoint")
     if not resume and (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds another run; choose another name, or resume it")
+    if resume:
+        before, now = json.loads((folder / "config.json").read_text()), json.loads(json.dumps(config))
+        changed = [name for name in now if name != "steps" and before.get(name) != now[name]]
+        if changed:
+            was = ", ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in changed)
+            raise ValueError(f"cannot resume {folder} with other settings: {was}")
     if not accelerator.is_main_process:
         return
     try:
@@ -231,8 +253,7 @@ def prepare_folder(folder: Path, resume: bool, config: dict, accelerator: Accele
     free = shutil.disk_usage(folder).free
     if free < 50e6:
         raise OSError(f"only {free / 1e6:.0f} MB free where {folder} lies; a run needs at least 50 MB")
-    if not resume:
-        write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def write(path: Path, text: str) -> None:

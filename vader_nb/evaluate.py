@@ -150,6 +150,8 @@ def evaluate(
     parts = {part.name: part for reward in listed for part in [reward, *reward.parts()]}
     if seeds_per_prompt < 1:
         raise ValueError(f"seeds_per_prompt must be at least 1, got {seeds_per_prompt}")
+    for part in parts.values():
+        part.to(model.device)
     rows, kept = [], {}
     total = 2 * sum(len(group) for group in prompts.values()) * seeds_per_prompt
     with tqdm(total=total, desc="evaluate", unit="clip", disable=not progress) as bar:

@@ -230,11 +230,8 @@ def roll_out(
         for i, t in enumerate(timesteps[:end]):
             if i == cut:
                 before_window.close()  # the window runs as it will be replayed, to the last bit
-                rollout.start, rollout.scheduler, rollout.generators = (
-                    latents,
-                    copy.deepcopy(scheduler),
-                    clone(generators),
-                )
+                rollout.start = latents
+                rollout.scheduler, rollout.generators = copy.deepcopy(scheduler), clone(generators)
             output = model.predict(scheduler.scale_model_input(latents, t), t, conditioning, sampling.guidance_scale)
             if i >= cut:
                 rollout.outputs.append(output)
@@ -254,7 +251,9 @@ def initial_noise(
     """Starting latents, and the generators that go on to draw the sampler's noise: one a clip, on the CPU,
     so that a clip depends on its seed alone and not on its batch or device."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return model.initial_latents(sampling.num_frames, sampling.height, sampling.width, generators), generators
+    noise = model.initial_latents(sampling.num_frames, sampling.height, sampling.width, generators)
+    # A sigma schedule starts at the scale of its first step, which depends on how many there are.
+    return noise * model.new_scheduler(sampling.num_inference_steps).init_noise_sigma, generators
 
 
 @torch.no_grad()
@@ -283,6 +282,9 @@ def sample(
 
 # ------------------------------------------------------------------------ stage 2: the reward's gradient
 
+# A reward's gradient on one pixel of many is below what float16 can hold; it is scaled on its way down.
+HALF_SCALE = 2.0**12
+
 
 def score(
     model: VideoModel, latents: torch.Tensor, reward: Reward, prompts: list[str], frames: list[int], chunk: int = 1
@@ -293,24 +295,25 @@ def score(
     frames, decoded without a graph, and its gradient is then streamed back through the decoder.
     """
     leaf = latents.detach().requires_grad_()
+    scale = HALF_SCALE if latents.dtype == torch.float16 else 1.0
     chunks = [frames[i : i + chunk] for i in range(0, len(frames), chunk)]
     rewards = torch.zeros(len(latents), device=latents.device)
     with torch.enable_grad():
         if reward.per_frame:
             for part in chunks:
                 share = checked(reward, model.decode(leaf, part), prompts) * (len(part) / len(frames))
-                share.sum().backward()
+                (share.sum() * scale).backward()
                 rewards = rewards + share.detach()
         else:
             with torch.no_grad():
                 clip = torch.cat([model.decode(latents, part) for part in chunks], dim=1)
             clip.requires_grad_()
             value = checked(reward, clip, prompts)
-            value.sum().backward()
+            (value.sum() * scale).backward()
             rewards = value.detach()
             for part, gradient in zip(chunks, clip.grad.split(chunk, dim=1)):
                 model.decode(leaf, part).backward(gradient)
-    return rewards, leaf.grad
+    return rewards, leaf.grad.to(torch.promote_types(leaf.dtype, torch.float32)) / scale
 
 
 def checked(reward: Reward, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -479,9 +482,29 @@ def reward_gradient(
         if not (value.isfinite().all() and gradient.isfinite().all()):
             raise NonFinite(f"reward {reward.name!r} or its gradient is not finite: rewards {value.tolist()}")
         final = replay(model, conditioning, noised, plan, sampling, context)
-        backward((final * gradient).sum() * (-weight / (len(prompts) * max(1, plan.renoise))))
+        with unscaled(adapter, gradient) as direction:
+            backward((final * direction).sum() * (-weight / (len(prompts) * max(1, plan.renoise))))
         rewards.append(value)
     return Result(torch.stack(rewards).mean(0), rollout.latents, chosen, plan)
+
+
+@contextlib.contextmanager
+def unscaled(adapter: Adapter, gradient: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The gradient as the denoiser's precision can carry it: for float16 scaled to about 1, and what reaches
+    the adapter inside scaled back; for other precisions as it is."""
+    if adapter.model.dtype != torch.float16 or not gradient.any():
+        yield gradient
+        return
+    scale = 2.0 ** -math.floor(math.log2(gradient.abs().max().item()))
+    before = [p.grad for p in adapter.parameters()]
+    for p in adapter.parameters():
+        p.grad = None
+    yield gradient * scale
+    for p, grad in zip(adapter.parameters(), before):
+        if p.grad is not None:
+            p.grad = p.grad / scale if grad is None else grad + p.grad / scale
+        else:
+            p.grad = grad
 
 
 def renoised(model, rollout, plan, sampling, conditioning, generators) -> Iterator[Rollout]:
@@ -504,8 +527,3 @@ def renoised(model, rollout, plan, sampling, conditioning, generators) -> Iterat
 
 class NonFinite(ValueError):
     """A reward or a gradient is NaN or infinite; training skips the step."""
-
-
-def parameter_norm(adapter: Adapter) -> float:
-    """Norm of the adapter's gradient, as it is clipped."""
-    return math.sqrt(sum(float(p.grad.square().sum()) for p in adapter.parameters() if p.grad is not None))

@@ -37,7 +37,7 @@ class VideoModel(ABC):
 
     @abstractmethod
     def initial_latents(self, num_frames: int, height: int, width: int, generators: list) -> torch.Tensor:
-        """Noise (B, C, F, H, W), one clip a generator, at the scheduler's starting scale."""
+        """Noise of unit variance (B, C, F, H, W), one clip a generator; sizes in pixels."""
 
     @abstractmethod
     def predict(self, latents, t, conditioning, guidance_scale, unconditional_gradient=True) -> torch.Tensor:

@@ -72,8 +72,7 @@ class ModelScope(VideoModel):
             raise ValueError(f"num_frames={num_frames} must be at least 1")
         channels = self.denoiser.config.in_channels
         shape = (len(generators), channels, num_frames, height // self.scale, width // self.scale)
-        noise = randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
-        return noise * self.scheduler.init_noise_sigma
+        return randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
 
     def predict(self, latents, t, conditioning, guidance_scale, unconditional_gradient=True) -> torch.Tensor:
         if guidance_scale == 1:

@@ -22,7 +22,7 @@ from .tokenizer import build as build_tokenizer
 from .tokenizer import save as save_tokenizer
 from .training import rank_and_world, save_atomically, share, train
 
-STEPS, BATCH, CLIPS, SEED = 2600, 16, 5000, 2
+STEPS, BATCH, CLIPS, SEED = 2400, 12, 4000, 2
 EMPTY = 0.1  # share of captions left out, so that classifier-free guidance has an unconditional half
 FOLDER = WEIGHTS / "tiny"
 

@@ -1,0 +1,63 @@
+"""Clips show themselves and survive being written."""
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from vader_nb import Video
+from vader_nb.video import grid
+
+
+@pytest.fixture
+def clip():
+    return Video(torch.rand(5, 3, 16, 24, generator=torch.Generator().manual_seed(0)), fps=8, caption="noise")
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_pictures_keep_frames_rate_and_size(clip, suffix, tmp_path):
+    picture = Image.open(io.BytesIO(clip.save(tmp_path / f"clip{suffix}", width=50).read_bytes()))
+    assert picture.n_frames == 5
+    assert picture.size == (48, 32)  # enlarged by a whole factor, unblurred
+    picture.seek(1)
+    assert picture.info["duration"] in (120, 125)
+    if suffix == ".webp":  # lossless
+        picture.seek(0)
+        expected = Image.fromarray((clip.frames[0] * 255).round().byte().permute(1, 2, 0).numpy())
+        assert list(picture.convert("RGB").resize((24, 16), Image.NEAREST).getdata()) == list(expected.getdata())
+
+
+def test_mp4_can_be_read_back(clip, tmp_path):
+    import imageio_ffmpeg
+    import mediapy
+
+    path = clip.save(tmp_path / "clip.mp4", width=96)
+    mediapy.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
+    again = mediapy.read_video(path)
+    assert again.shape == (5, 64, 96, 3)
+    small = torch.from_numpy(again[:, 2::4, 2::4].copy()).permute(0, 3, 1, 2) / 255
+    assert (small - clip.frames).abs().mean() < 0.15  # noise is the codec's worst case
+
+
+def test_it_shows_itself_with_a_text_alternative(clip):
+    shown = clip._repr_html_()
+    assert 'alt="noise"' in shown
+    assert "data:image/gif;base64," in shown
+
+
+def test_what_is_not_a_video_is_refused(clip, tmp_path):
+    with pytest.raises(ValueError, match=r"\(2, 8, 8\)"):
+        Video(torch.zeros(2, 8, 8))
+    with pytest.raises(ValueError, match="must end in .gif"):
+        clip.save(tmp_path / "clip.avi")
+
+
+def test_grid_lays_clips_out_row_by_row():
+    clips = torch.stack([torch.full((2, 3, 4, 4), value) for value in (0.1, 0.2, 0.3)])
+    sheet = grid(clips, columns=2, gap=1)
+    assert sheet.shape == (2, 3, 9, 9)
+    assert sheet[0, 0, 0, 0].item() == pytest.approx(0.1)
+    assert sheet[0, 0, 0, 5].item() == pytest.approx(0.2)
+    assert sheet[0, 0, 5, 0].item() == pytest.approx(0.3)
+    assert sheet[0, 0, 5, 5].item() == 1.0  # nothing there
