@@ -127,9 +127,31 @@ def test_three_non_finite_steps_in_a_row_end_the_run_and_keep_it(fresh, tmp_path
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
 
 
-def test_a_gradient_of_zero_is_an_error_at_once(fresh, tmp_path):
+def test_a_gradient_of_zero_is_an_error_at_once_and_leaves_nothing_behind(fresh, tmp_path):
+    model = fresh()
     with pytest.raises(ValueError, match="zero: nothing to learn"):
-        align(fresh(), lambda f, p: f.sum(dim=(1, 2, 3, 4)) * 0, PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
+        align(model, lambda f, p: f.sum(dim=(1, 2, 3, 4)) * 0, PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
+    # the same model and name serve the next try
+    assert align(model, brightness(), PROMPTS, steps=1, output_dir=tmp_path / "run", **FAST).rewards
+
+
+def test_a_stop_in_the_middle_of_an_optimizer_step_is_a_stop_after_it(fresh, tmp_path, monkeypatch):
+    whole = align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "whole", **FAST)
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    run = align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "run", **FAST)
+    assert run.stopped
+    assert len(run.metrics) == 3
+    again = align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "run", resume=True, **FAST)
+    assert again.metrics == whole.metrics
+    assert all(torch.equal(a, b) for a, b in zip(whole.adapter.parameters(), again.adapter.parameters()))
 
 
 @pytest.mark.parametrize(

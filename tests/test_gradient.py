@@ -23,7 +23,7 @@ from vader_nb.gradient import (
     sample,
     score,
 )
-from vader_nb.rewards import as_reward, reward
+from vader_nb.rewards import as_reward, hps, reward
 
 PROMPTS, SEEDS = ["a red star", "a blue circle growing"], [3, 8]
 SCHEDULERS = {
@@ -361,7 +361,7 @@ def test_memory_of_scoring_does_not_grow_with_frames(tiny, kind):
             return token
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda token: token.tensor):
-            score(tiny, latents, REWARDS[kind] if kind == "frames" else as_reward(bright), PROMPTS[:1], frames)
+            score(tiny, latents, hps() if kind == "frames" else as_reward(bright), PROMPTS[:1], frames)
         return most[0]
 
     assert peak(list(range(8))) <= 1.15 * peak([3])

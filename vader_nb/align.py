@@ -130,7 +130,11 @@ def align(
     adapter = lora.add(model, rank, alpha, seed=seed)
     parameters = adapter.parameters()
     optimizer = accelerator.prepare(torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay))
-    state = restore(folder, adapter, optimizer, accelerator) if resume else State()
+    try:
+        state = restore(folder, adapter, optimizer, accelerator) if resume else State()
+    except BaseException:
+        adapter.remove()
+        raise
     reward.to(model.device)
     settings = {
         "strategy": strategy,
@@ -143,8 +147,8 @@ def align(
         "backward": accelerator.backward,
     }
 
-    def one_step(step: int) -> dict:
-        """Gradients of all micro-batches, clipped, into one optimizer step."""
+    def gradient_of(step: int) -> dict:
+        """Gradients of all micro-batches, averaged and clipped, and what there is to record about them."""
         # One generator for what all processes share (steps, frames) and for the batch that they divide.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rewards = []
@@ -162,59 +166,63 @@ def align(
         if norm == 0 and step == 0:
             raise ValueError(f"the gradient of {reward.name!r} that reaches the adapter is zero: nothing to learn from")
         if not math.isfinite(norm):
-            if accelerator.scaler is not None:
-                optimizer.step()  # skips, and lowers the loss scale
             raise NonFinite(f"gradient norm {norm}")
-        with uninterrupted():
-            optimizer.step()
-            mean = accelerator.reduce(torch.cat(rewards).mean(), "mean").item()
-            return {"step": step + 1, "reward": mean, "grad_norm": norm, "frames": result.frames}
+        mean = accelerator.reduce(torch.cat(rewards).mean(), "mean").item()
+        return {"step": step + 1, "reward": mean, "grad_norm": norm, "frames": result.frames}
+
+    def record(row: dict) -> None:
+        state.step += 1
+        state.metrics.append(row)
+        if accelerator.is_main_process:
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if state.non_finite >= limit:
+            raise RuntimeError(f"{limit} steps in a row were not finite; the last one: {row['skipped']}")
+        if state.step % checkpoint_every == 0:
+            save(folder, state, adapter, optimizer, accelerator, reward)
+        bar.update()
 
     limit = GIVE_UP if accelerator.scaler is None else GIVE_UP_SCALED
-    stopped = False
-    bar = tqdm(
-        total=steps,
-        initial=state.step,
-        desc="align",
-        unit="step",
-        disable=not progress or not accelerator.is_main_process,
-    )
+    stopped, hidden = False, not progress or not accelerator.is_main_process
+    bar = tqdm(total=steps, initial=state.step, desc="align", unit="step", disable=hidden)
     try:
         while state.step < steps:
             try:
-                row = one_step(state.step)
+                row = gradient_of(state.step)
                 state.non_finite = 0
                 bar.set_postfix(reward=f"{row['reward']:.4f}", grad=f"{row['grad_norm']:.2e}")
             except NonFinite as error:
                 state.non_finite += 1
                 row = {"step": state.step + 1, "skipped": str(error)}
                 bar.write(f"step {state.step + 1} skipped: {error}")
-            optimizer.zero_grad()
-            with uninterrupted():
-                state.step += 1
-                state.metrics.append(row)
-                if accelerator.is_main_process:
-                    with (folder / "metrics.jsonl").open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                if state.non_finite >= limit:
-                    raise RuntimeError(f"{limit} steps in a row were not finite; the last one: {row['skipped']}")
-                if state.step % checkpoint_every == 0:
-                    save(folder, state, adapter, optimizer, accelerator, reward)
-                bar.update()
+            with uninterrupted():  # a step is taken and recorded, or neither
+                if "reward" in row or accelerator.scaler is not None:
+                    optimizer.step()  # a loss scaler skips it by itself, and lowers its scale
+                optimizer.zero_grad()
+                record(row)
             if callback is not None:
                 callback(row)
     except KeyboardInterrupt:
         stopped = True
         optimizer.zero_grad()
         bar.write(f"stopped after step {state.step}; kept in {folder}")
+    except BaseException:
+        finish(folder, state, adapter, optimizer, accelerator, reward)
+        adapter.remove()  # nobody would be left to do it
+        raise
     finally:
         bar.close()
-        if state.step:
-            with uninterrupted():
-                save(folder, state, adapter, optimizer, accelerator, reward)
-                if accelerator.is_main_process:
-                    adapter.save(folder / "adapter.safetensors", **described(reward, state))
+    finish(folder, state, adapter, optimizer, accelerator, reward)
     return Run(adapter, state.metrics, folder, stopped)
+
+
+def finish(folder, state, adapter, optimizer, accelerator, reward) -> None:
+    """Keep what there is: a last checkpoint and the adapter by itself."""
+    if state.step:
+        with uninterrupted():
+            save(folder, state, adapter, optimizer, accelerator, reward)
+            if accelerator.is_main_process:
+                adapter.save(folder / "adapter.safetensors", **described(reward, state))
 
 
 def average_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
@@ -233,7 +241,7 @@ def prepare_folder(folder: Path, resume: bool, config: dict, accelerator: Accele
     """Make the run's folder, or say now why it cannot be used."""
     if resume and not list(folder.glob("checkpoints/step-*")):
         raise FileNotFoundError(f"cannot resume: {folder} holds no checkpoint")
-    if not resume and (folder / "config.json").exists():
+    if not resume and (folder / "metrics.jsonl").exists():
         raise FileExistsError(f"{folder} holds another run; choose another name, or resume it")
     if resume:
         before, now = json.loads((folder / "config.json").read_text()), json.loads(json.dumps(config))

@@ -235,7 +235,7 @@ def render(evaluation: Evaluation, run: Run | None) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["<tr><th>prompts<th>metric<th>base<th>adapter<th>difference<th>95 % interval<th>prompts"]
+    lines = ["<tr><th>group<th>metric<th>base<th>adapter<th>difference<th>95 % interval<th>prompts"]
     for row in rows:
         mark = "" if not row.clear else " class=up" if row.difference > 0 else " class=down"
         lines.append(

@@ -42,7 +42,7 @@ class Video:
             sheet = Image.new("RGB", (images[0].width, images[0].height * len(images)))
             for i, image in enumerate(images):
                 sheet.paste(image, (0, i * image.height))
-            palette = sheet.quantize(128, method=Image.Quantize.MEDIANCUT)
+            palette = sheet.quantize(255, method=Image.Quantize.MEDIANCUT, kmeans=2)
             images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
         options = {"save_all": True, "append_images": images[1:], "duration": round(1000 / self.fps), "loop": 0}
         images[0].save(buffer, suffix[1:].upper(), **options, **({"lossless": True} if suffix == ".webp" else {}))

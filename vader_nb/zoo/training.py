@@ -58,7 +58,7 @@ def train(
         dist.init_process_group("gloo")
     path = folder / f"{name}.pt"
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     mean = [p.detach().clone() for p in weights]
     start = 0
     if path.exists():

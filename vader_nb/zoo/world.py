@@ -135,8 +135,8 @@ def _paths(specs: list[Spec], generator: torch.Generator) -> dict[str, torch.Ten
     def where(motion):
         return torch.tensor([[spec.motion == motion] for spec in specs], dtype=torch.float32)
 
-    x, y = SIZE / 2 + jitter(2), SIZE / 2 + jitter(2)
-    size = 20 + jitter(1.5)  # square root of the area, in pixels
+    x, y = SIZE / 2 + jitter(1), SIZE / 2 + jitter(1)
+    size = 20 + jitter(1)  # square root of the area, in pixels
     angle = jitter(5)
     x = x + TRAVEL * (time - 0.5) * (where("moving right") - where("moving left"))
     y = y + TRAVEL * (time - 0.5) * (where("moving down") - where("moving up"))
