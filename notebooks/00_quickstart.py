@@ -68,8 +68,8 @@ before = vader_nb.sample(model, ask, seeds=SEED)
 Gallery({"before": [Video(clip, 8, text) for clip, text in zip(before, ask)]})
 
 # %% [markdown]
-# Look closely. Some clips show what their caption says. Others have the wrong shape, or a shape that is half one
-# thing and half another. That is what we are going to mend.
+# Look closely. The colour and the ground follow the caption. The shape often does not: it is half one thing and
+# half another. Can a reward mend that?
 #
 # ## 2 · A reward
 #
@@ -185,9 +185,11 @@ for name in base:
     print(f"{name:<18}{base[name]:5.0%} → {aligned[name]:5.0%}")
 
 # %% [markdown]
-# Colour and shape improve: they are in the frame, and the caption names them. Motion cannot be learnt from one
-# frame; what matters is that it does not get lost. `vader_nb.evaluate` does this comparison with intervals, and
-# `vader-nb align` in a shell writes it into a report.
+# Hold this against the reward, which rose. Where an oracle did not rise with it, the adapter has found something
+# that the network likes and the caption did not mean, or has only begun to change the picture: a score is not the
+# thing that it stands for. And motion cannot be learnt from a reward that sees one frame at all; what matters is
+# that it does not get lost. Sixteen clips are few, too: `vader_nb.evaluate` makes the comparison with 95 %
+# intervals, and `vader-nb align` in a shell writes it into a report.
 #
 # ## 5 · How strong should the adapter act?
 #

@@ -1,6 +1,7 @@
 """The tiny world, its oracles, and the quality of the shipped models that needs no long sampling."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -134,17 +135,15 @@ def test_the_classifier_names_the_motion():
 
 
 def test_the_generator_does_what_its_card_says(tiny):
-    """On 24 held-out captions, with room for the draw; the card states 200."""
+    """On 24 of the card's 200 captions; the margin is two standard errors of so few."""
     from vader_nb.gradient import sample
 
-    specs = world.split()[1][:24]
-    captions = [spec.caption for spec in specs]
+    card = (WEIGHTS / "tiny" / "README.md").read_text()
+    captions = [spec.caption for spec in world.split()[1][:24]]
     frames = torch.cat([sample(tiny, captions[i : i + 8], seeds=i) for i in range(0, 24, 8)])
-    grades = {name: value.mean().item() for name, value in oracles.grade(frames, captions).items()}
-    assert grades["colour"] >= 0.65
-    assert grades["shape"] >= 0.55
-    assert grades["motion"] >= 0.55
-    assert grades["ground"] >= 0.8
+    for name, value in oracles.grade(frames, captions).items():
+        stated = float(re.search(rf"\| {name}, oracle \| ([\d.]+) \|", card).group(1))
+        assert value.mean() >= stated - 2 * (0.25 / 24) ** 0.5, name
 
 
 def test_the_last_step_matters(tiny):

@@ -11,7 +11,7 @@ from ..rewards.clip import preprocess
 from . import WEIGHTS, world
 from .training import rank_and_world, share, train
 
-STEPS, BATCH, CLIPS, SEED = 700, 32, 3000, 3
+STEPS, BATCH, CLIPS, SEED = 1600, 32, 3000, 3
 
 
 def build() -> VideoMAEForVideoClassification:
@@ -52,7 +52,9 @@ def main() -> None:
         chosen = share(torch.randint(len(clips), (BATCH,), generator=generator))
         noise = torch.randn(len(chosen), *clips.shape[1:], generator=generator)
         amount = 0.08 * torch.rand(len(chosen), 1, 1, 1, 1, generator=generator)
-        return F.cross_entropy(logits(classifier, clips[chosen] / 255 + amount * noise), motions[chosen])
+        shift = torch.randint(-4, 5, (2,), generator=generator).tolist()  # where it happens is not what happens
+        moved = clips[chosen].roll(shift, dims=(-2, -1)) / 255 + amount * noise
+        return F.cross_entropy(logits(classifier, moved), motions[chosen])
 
     def on_save(step):
         if rank_and_world()[0] == 0:
