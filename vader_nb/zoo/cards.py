@@ -1,8 +1,9 @@
-"""Measure the shipped models and write their cards. `python -m vader_nb.zoo.cards`
+"""Measure the shipped models and write their cards. `python -m vader_nb.zoo.cards [name …]`
 
 Every figure of a card is printed by this script; none is typed in.
 """
 
+import sys
 import time
 
 import open_clip
@@ -59,7 +60,7 @@ def generator_quality(model, batch: int = 20) -> dict[str, float]:
     return quality | {"gain of the last step": gain, "seconds for 4 clips (2 CPU cores)": time.time() - began}
 
 
-def main() -> None:
+def tiny() -> None:
     model = load("tiny")
     reconstructed = train_vae.report(model.vae)
     quality = {f"{name}, reconstructed by the autoencoder": value for name, value in reconstructed.items()}
@@ -82,6 +83,8 @@ def main() -> None:
         ),
     )
 
+
+def tiny_clip() -> None:
     clip = open_clip.create_model(f"local-dir:{WEIGHTS / 'tiny-clip'}").eval()
     picked = train_clip.right_of_16(clip, tokenizer.build())
     held_out = world.render(world.split()[1], torch.Generator().manual_seed(5))
@@ -102,6 +105,8 @@ def main() -> None:
         ),
     )
 
+
+def tiny_videomae() -> None:
     right = train_videomae.accuracy(rewards.action().classifier)
     write(
         "tiny-videomae",
@@ -121,5 +126,8 @@ def write(name: str, text: str) -> None:
     print(text)
 
 
+CARDS = {"tiny": tiny, "tiny-clip": tiny_clip, "tiny-videomae": tiny_videomae}
+
 if __name__ == "__main__":
-    main()
+    for wanted in sys.argv[1:] or CARDS:
+        CARDS[wanted]()
