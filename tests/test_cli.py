@@ -53,10 +53,10 @@ def test_align_evaluate_and_sample(tmp_path):
     for clip in ("group-0.gif", "group-0.mp4", "group-1.gif", "group-1.mp4"):
         assert (folder / "clips" / clip).stat().st_size > 1000
     report = (folder / "report.html").read_text()
-    assert (
-        "<svg" in report and "data:image/gif;base64" in report and '"learning_rate"' in report and '"torch"' in report
-    )
-    assert not re.search(r'(?:src|href)=["\']?(?!data:|#)', report)  # it needs no other file
+    for part in ("<svg", "data:image/gif;base64", "learning_rate", "transformers"):
+        assert part in report
+    links = re.findall(r'(?:src|href)="([^"]*)"', report)
+    assert links and all(link.startswith(("data:", "#")) for link in links)  # it needs no other file
 
     done = run("align", "--steps", 2, "--name", "first", *FEW, cwd=tmp_path)
     assert done.returncode == 2 and "holds another run" in done.stderr
