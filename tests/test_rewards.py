@@ -74,11 +74,16 @@ def test_a_stack_of_linear_layers_in_laions_layout_is_one_affine_map(frames):
     torch.testing.assert_close(score(frames, PROMPTS), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_aesthetic_follows_what_it_states(frames):
-    """Saturated beats pale, contrast beats camouflage."""
-    score = rewards.aesthetic()
-    grey = frames.mean(dim=2, keepdim=True).expand_as(frames)
-    assert (score(frames, PROMPTS) > score(0.3 * frames + 0.7 * grey, PROMPTS)).all()
+def test_aesthetic_follows_what_it_states():
+    """On frames of held-out captions, as they are and paler, fainter, off centre: a linear probe follows the
+    stated criterion closely, not perfectly."""
+    from vader_nb.zoo.train_clip import beauty, vary
+
+    generator = torch.Generator().manual_seed(6)
+    plain = world.render(world.split()[1][:120], generator)[:, 3]
+    shown = torch.cat([plain, vary(plain, generator)])
+    rated = rewards.aesthetic()(shown.unsqueeze(1), [""] * len(shown))
+    assert torch.corrcoef(torch.stack([rated, beauty(shown)]))[0, 1] > 0.7
 
 
 def test_action_is_transformers_own_log_softmax(frames):

@@ -93,12 +93,24 @@ def beauty(frames: torch.Tensor) -> torch.Tensor:
     return 1 + 9 * score
 
 
+def vary(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Frames paler, fainter and off centre, so that the rating is fitted on all that it speaks of; the world
+    itself knows seven colours and hardly leaves the middle."""
+    grey, ground = frames.mean(dim=1, keepdim=True), frames[:, :, :1, :1]
+    pale, faint = torch.rand(2, len(frames), 1, 1, 1, generator=generator)
+    frames = ground + (frames + 0.8 * pale * (grey - frames) - ground) * (1 - 0.6 * faint)
+    shifts = torch.randint(-14, 15, (len(frames), 2), generator=generator).tolist()
+    return torch.stack([frame.roll(shift, dims=(1, 2)) for frame, shift in zip(frames, shifts)])
+
+
 def fit_head(clip: open_clip.CLIP, frames: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
     """Ridge regression of `beauty` on normalised image embeddings, as one linear layer, and its
     correlation with the truth on frames it has not seen."""
     with torch.no_grad():
         features = clip.encode_image(normalise(frames), normalize=True).double()
     target = beauty(frames).double()
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(SEED))
+    features, target = features[order], target[order]
     train_x, test_x = features[::2], features[1::2]
     design = torch.cat([train_x, torch.ones(len(train_x), 1, dtype=torch.float64)], dim=1)
     penalty = 1e-3 * torch.eye(design.shape[1], dtype=torch.float64)
@@ -144,7 +156,8 @@ def main() -> None:
 
     train("clip", clip, loss, steps=STEPS, learning_rate=1e-3, seed=SEED, average=0.99, on_save=on_save)
     if rank_and_world()[0] == 0:
-        head, correlation = fit_head(clip.eval(), clips[::2].flatten(0, 1))
+        shown = clips[~through_vae, ::2].flatten(0, 1)
+        head, correlation = fit_head(clip.eval(), torch.cat([shown, vary(shown, generator)]))
         print({"aesthetic head correlation": correlation})
         folder = WEIGHTS / "tiny-clip"
         save_tokenizer(folder)

@@ -8,7 +8,6 @@ since its temporal convolutions hold a dropout of 0.1.
 """
 
 import json
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from . import WEIGHTS, world
 from .tokenizer import CONTEXT_LENGTH
 from .tokenizer import build as build_tokenizer
 from .tokenizer import save as save_tokenizer
-from .training import rank_and_world, save_atomically, share, train
+from .training import rank_and_world, save_atomically, save_half, share, train
 
 STEPS, BATCH, CLIPS, SEED = 1900, 12, 3000, 2
 TEXT_STEPS = 150
@@ -145,8 +144,8 @@ def main() -> None:
 
 def save(unet, text_encoder, scheduler) -> None:
     """Write the parts of the pipeline directory, fp16, without changing the models in memory."""
-    deepcopy(unet).half().save_pretrained(FOLDER / "unet")
-    deepcopy(text_encoder).half().save_pretrained(FOLDER / "text_encoder")
+    save_half(unet, FOLDER / "unet")
+    save_half(text_encoder, FOLDER / "text_encoder")
     save_tokenizer(FOLDER / "tokenizer")
     scheduler.save_pretrained(FOLDER / "scheduler")
     index = {

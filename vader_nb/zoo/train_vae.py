@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from . import WEIGHTS, oracles, world
-from .training import rank_and_world, share, train
+from .training import rank_and_world, save_half, share, train
 
 STEPS, FRAMES, SEED = 2600, 24, 0
 LATENT_NOISE = 0.05  # what the decoder must shrug off, since a sampled latent is never exact
@@ -77,7 +77,7 @@ def main() -> None:
         with torch.no_grad():  # unit variance is what the noise schedule of the generator expects
             spread = vae.encode(frames[::10] / 127.5 - 1).latent_dist.mean.std().item()
         vae.register_to_config(scaling_factor=round(1 / spread, 4))
-        vae.half().save_pretrained(WEIGHTS / "tiny" / "vae")
+        save_half(vae, WEIGHTS / "tiny" / "vae")
 
 
 if __name__ == "__main__":

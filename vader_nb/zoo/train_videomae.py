@@ -1,7 +1,5 @@
 """Train the tiny VideoMAE that names the motion of a clip. `python -m vader_nb.zoo.train_videomae`"""
 
-from copy import deepcopy
-
 import torch
 import torch.nn.functional as F
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
@@ -9,7 +7,7 @@ from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 from ..rewards.action import MEAN, STD
 from ..rewards.clip import preprocess
 from . import WEIGHTS, world
-from .training import rank_and_world, share, train
+from .training import rank_and_world, save_half, share, train
 
 STEPS, BATCH, CLIPS, SEED = 1600, 32, 3000, 3
 
@@ -62,7 +60,7 @@ def main() -> None:
 
     train("videomae", classifier, loss, steps=STEPS, learning_rate=1e-3, seed=SEED, average=0.99, on_save=on_save)
     if rank_and_world()[0] == 0:
-        deepcopy(classifier).half().save_pretrained(WEIGHTS / "tiny-videomae")
+        save_half(classifier, WEIGHTS / "tiny-videomae")
 
 
 @torch.no_grad()

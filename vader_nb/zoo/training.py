@@ -8,6 +8,7 @@ exactly the batch that one process sees: each takes its share of it.
 import os
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -31,6 +32,14 @@ def save_atomically(state: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
+
+
+def save_half(model: nn.Module, folder: Path) -> None:
+    """Write a diffusers or transformers model in half precision, without changing it in memory. Its
+    configuration asks for float32, since transformers would otherwise compute as it stores."""
+    deepcopy(model).half().save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def train(
