@@ -1,5 +1,6 @@
 """The notebook pairs: in sync, executed, light, and shown by any viewer. (nbval runs them: `make test`.)"""
 
+import tempfile
 from pathlib import Path
 
 import jupytext
@@ -36,7 +37,8 @@ def test_it_is_light_and_renders_everywhere(pair):
     assert "widgets" not in notebook.metadata
     nbformat.validate(notebook)
     stored = path.with_suffix(".ipynb").read_text()
-    assert "/work/" not in stored and "/tmp/" not in stored and "/home/" not in stored
+    for path in (PAIRS[0].parent.parent, tempfile.gettempdir(), Path.home()):  # of the machine that built it
+        assert f"{path}/" not in stored
 
 
 def test_cells_are_short_and_pictures_have_alternatives(pair):
