@@ -2,7 +2,7 @@
 # make test    run every test
 # make lab     open the notebooks in JupyterLab
 # make notebooks  run the notebooks and store what they show
-# make zoo     train the tiny models again (about three hours on two cores)
+# make zoo     train the tiny models again (hours on two cores)
 
 PYTHON ?= python3
 VENV := .venv

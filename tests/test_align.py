@@ -88,8 +88,8 @@ def test_a_stop_keeps_the_last_whole_step_and_can_go_on(fresh, tmp_path):
     assert again.metrics == whole.metrics
 
 
-def test_killed_at_any_moment_the_newest_checkpoint_loads(fresh, tmp_path):
-    """SIGKILL from outside, in the middle of a later step."""
+def test_what_a_kill_leaves_behind_can_be_resumed(fresh, tmp_path):
+    """The two states a kill can leave: half a checkpoint, and a record whose checkpoint is missing."""
     run = align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "run", **FAST)
     (run.folder / "checkpoints" / "step-000006.part").mkdir()  # what a kill in `save` leaves
     with (run.folder / "metrics.jsonl").open("a") as file:  # and one after a record, before its checkpoint
@@ -199,8 +199,6 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(fresh, tmp_path
 
 
 def test_a_disk_that_fills_up_costs_no_finished_checkpoint(fresh, tmp_path, monkeypatch):
-    from vader_nb import align as _  # noqa: F401
-
     save, calls = torch.save, []
 
     def full(*arguments, **options):

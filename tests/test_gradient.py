@@ -274,18 +274,6 @@ def test_last_of_all_steps_is_step_plus_the_rest(micro):
     assert (whole - parts).norm() <= 1e-9 * whole.norm()
 
 
-def test_linear_toy_has_the_closed_form():
-    """F(x) = θ·x, x' = x + F(x), r = x0: DRaFT-K keeps K of the T equal terms of dr/dθ = T (1+θ)^(T-1)."""
-    theta, x0, T = torch.tensor(0.2, dtype=torch.float64, requires_grad=True), 1.5, 4
-    for K in range(1, T + 1):
-        x = torch.tensor(x0, dtype=torch.float64)
-        for n in range(T, 0, -1):
-            with torch.set_grad_enabled(n <= K):
-                x = x + theta * x
-        (gradient,) = torch.autograd.grad(x, theta)
-        assert gradient.item() == pytest.approx(K * x0 * (1 + 0.2) ** (T - 1))
-
-
 # ------------------------------------------------------------------------------- what is promised besides
 
 
