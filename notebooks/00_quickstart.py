@@ -107,7 +107,9 @@ alt = "Three frames above, and below each the strength of the reward's gradient:
 display(figure, metadata={"image/png": {"alt": alt}})
 
 # %% [markdown]
-# **(b).** The reward cares about the object and its outline: that is where colour and shape are decided.
+# **(b)**, roughly. The strongest squares lie on the object, where colour and shape are decided. Squares, because
+# this network looks at patches of 8 × 8 pixels; and some lie beside the object: a learned reward has opinions
+# about the ground, too.
 #
 # Before a long run, ask whether a reward can be trained on at all. `check` finds the usual mistakes (a conversion
 # to `uint8`, a detour through PIL, a clamp) in a second.
@@ -185,7 +187,7 @@ for name in base:
     print(f"{name:<18}{base[name]:5.0%} → {aligned[name]:5.0%}")
 
 # %% [markdown]
-# Hold this against the reward, which rose. Where an oracle did not rise with it, the adapter has found something
+# Hold this against the reward of the batches. Where a reward rises and no oracle with it, the adapter found something
 # that the network likes and the caption did not mean, or has only begun to change the picture: a score is not the
 # thing that it stands for. And motion cannot be learnt from a reward that sees one frame at all; what matters is
 # that it does not get lost. Sixteen clips are few, too: `vader_nb.evaluate` makes the comparison with 95 %
