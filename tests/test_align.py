@@ -89,11 +89,11 @@ def test_a_stop_keeps_the_last_whole_step_and_can_go_on(fresh, tmp_path):
 
 
 def test_what_a_kill_leaves_behind_can_be_resumed(fresh, tmp_path):
-    """The two states a kill can leave: half a checkpoint, and a record whose checkpoint is missing."""
+    """What a kill can leave: half a checkpoint, a record whose checkpoint is missing, half a record."""
     run = align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "run", **FAST)
     (run.folder / "checkpoints" / "step-000006.part").mkdir()  # what a kill in `save` leaves
     with (run.folder / "metrics.jsonl").open("a") as file:  # and one after a record, before its checkpoint
-        file.write(json.dumps({"step": 5, "reward": 0.0}) + "\n")
+        file.write(json.dumps({"step": 5, "reward": 0.0}) + "\n" + '{"step": 6, "rew')  # the last line torn
     again = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "run", resume=True, **FAST)
     assert [row["step"] for row in again.metrics] == [1, 2, 3, 4, 5, 6]
     assert again.metrics[:4] == run.metrics
@@ -282,6 +282,31 @@ def test_ctrl_c_in_a_shell(micro_directory, tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert int(lora.read(tmp_path / "run")[1]["steps"]) >= 3
+
+
+def test_a_killed_process_goes_on_as_if_nothing_had_been(micro_directory, tmp_path):
+    """A real SIGKILL to a real process in the middle of its work, then resume: the same as one run without it."""
+    script = tmp_path / "worker.py"
+    options = "steps=100000, checkpoint_every=2, callback=lambda row: print(row['step'], flush=True)"
+    script.write_text(WORKER.replace("steps=2", options))
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(micro_directory), str(tmp_path / "killed"), "1"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if int(line) >= 3:
+            break
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    done = len(list((tmp_path / "killed" / "checkpoints").glob("step-??????"))) * 2
+    for name, resume in (("killed", ", resume=True"), ("whole", "")):
+        script.write_text(WORKER.replace("steps=2", f"steps={done + 3}, checkpoint_every=2{resume}"))
+        command = [sys.executable, str(script), str(micro_directory), str(tmp_path / name), "1"]
+        subprocess.run(command, check=True, timeout=120)
+    killed, whole = (torch.load(tmp_path / f"{name}-rank0.pt", weights_only=True) for name in ("killed", "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(killed, whole, strict=True))
 
 
 def test_reward_that_looks_at_prompts_gets_the_right_ones(fresh, tmp_path):

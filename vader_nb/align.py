@@ -308,7 +308,8 @@ def restore(folder: Path, adapter, optimizer, accelerator) -> State:
     random.setstate((version, tuple(numbers), gauss))
     if "scaler" in contents and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(contents["scaler"])
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have torn the last one
     rows = [row for row in rows if row["step"] <= contents["step"]]
     write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return State(contents["step"], rows, contents["non_finite"])

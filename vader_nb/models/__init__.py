@@ -30,7 +30,7 @@ CHECKPOINTS = {
         "11 MB, embedded",
         "Apache-2.0",
         "DDIMScheduler",
-        {"num_inference_steps": 10, "guidance_scale": 3.0, "num_frames": 8, "fps": 8},
+        {"num_inference_steps": 10, "guidance_scale": 2.0, "num_frames": 8, "fps": 8},
     ),
     # DPM++ in 25 steps at guidance 9 is VADER's setting for ModelScope.
     "modelscope": Checkpoint(

@@ -136,7 +136,7 @@ def main() -> None:
             latents += 0.15 * torch.randn(latents.shape, generator=generator)
             clips[i] = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
-    def loss(generator):
+    def loss(generator, step):
         # Every process needs the whole batch as negatives, so each trains on it whole with its own frames.
         chosen = torch.randint(len(clips), (BATCH,), generator=generator)
         frame = torch.randint(world.NUM_FRAMES, (BATCH,), generator=generator)

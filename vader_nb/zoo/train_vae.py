@@ -63,7 +63,7 @@ def main() -> None:
     clips, _ = world.sample(1500, torch.Generator().manual_seed(SEED), world.split()[0])
     frames = (clips.flatten(0, 1) * 255).to(torch.uint8)
 
-    def loss(generator):
+    def loss(generator, step):
         chosen = share(torch.randint(len(frames), (FRAMES,), generator=generator))
         noise = share(torch.randn(FRAMES, 4, 8, 8, generator=generator))
         return reconstruction_loss(vae, frames[chosen] / 255, noise)

@@ -46,7 +46,7 @@ def main() -> None:
     clips = (clips * 255).to(torch.uint8)
     motions = torch.tensor([world.MOTIONS.index(spec.motion) for spec in specs])
 
-    def loss(generator):
+    def loss(generator, step):
         chosen = share(torch.randint(len(clips), (BATCH,), generator=generator))
         noise = torch.randn(len(chosen), *clips.shape[1:], generator=generator)
         amount = 0.08 * torch.rand(len(chosen), 1, 1, 1, 1, generator=generator)

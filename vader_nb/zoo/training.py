@@ -45,9 +45,10 @@ def save_half(model: nn.Module, folder: Path) -> None:
 def train(
     name: str,
     model: nn.Module,
-    loss: Callable[[torch.Generator], torch.Tensor],
+    loss: Callable[[torch.Generator, int], torch.Tensor],
     *,
     steps: int,
+    schedule: int | None = None,
     learning_rate: float,
     seed: int = 0,
     average: float = 0.0,
@@ -57,10 +58,11 @@ def train(
 ) -> None:
     """Train every parameter of `model` that asks for a gradient; end with the averaged weights in it.
 
-    loss(generator) -> scalar of this process's share of one batch. AdamW (0.9, 0.99), gradient norm
-    clipped at 1, learning rate warmed up over 50 steps and then falling linearly to zero; `average`
-    is the decay of the exponential moving average of the weights (0: none). The state is kept in
-    `folder/name.pt`; calling again goes on from there. on_save(step) runs with the averaged weights.
+    loss(generator, step) -> scalar of this process's share of one batch. AdamW (0.9, 0.99), gradient norm
+    clipped at 1, learning rate warmed up over 50 steps and then falling linearly to zero at step `schedule`
+    (default: the last one; more means to stop early). `average` is the decay of the exponential moving
+    average of the weights (0: none). The state is kept in `folder/name.pt`; calling again goes on from
+    there. on_save(step) runs with the averaged weights.
     """
     rank, world = rank_and_world()
     if world > 1 and not dist.is_initialized():
@@ -87,8 +89,8 @@ def train(
     began, recent = time.time(), []
     for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 50) * (1 - step / steps)
-        value = loss(torch.Generator().manual_seed(seed * 1_000_003 + step))
+            group["lr"] = learning_rate * min(1, (step + 1) / 50) * (1 - step / (schedule or steps))
+        value = loss(torch.Generator().manual_seed(seed * 1_000_003 + step), step)
         optimizer.zero_grad()
         value.backward()
         if world > 1:  # one all-reduce of one flat tensor: thousands of small ones would cost more
