@@ -10,29 +10,37 @@
 #     name: python3
 # ---
 
-# %% [markdown]
-# # Teach a video model with the gradient of a reward
+# %% [markdown] tags=["head"]
+# # 0 · Teach a video model with the gradient of a reward
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/00_quickstart.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/00_quickstart.ipynb)
+#
+# | needs | two CPU cores | peak memory | GPU |
+# |---|---|---|---|
+# | no GPU, no download, no account | 1.5 minutes | 1.4 GB | not measured |
+
+# %% [markdown]
 # A text-to-video model draws what is *likely*. We would rather have what we *like*: the colour and the shape
 # that we asked for. If "what we like" can be computed from pixels by something differentiable, then there is a
 # direct way: follow its gradient back, through the frames, through the decoder, through the last denoising
 # step, into a few weights of the model. This is **VADER**
 # ([Prabhudesai et al., 2024](https://arxiv.org/abs/2407.08737)), and you will have run all of it in ten minutes.
 #
-# | needs | time on a laptop CPU | memory |
-# |---|---|---|
-# | no GPU, no download, no account | about 2 minutes | under 2 GB |
+# **You will be able to**
 #
-# **You will** sample clips from a text-to-video model · measure how good they are · see what a reward's gradient
-# looks like · align the model with it · judge honestly whether it got better.
+# - *sample* clips from a text-to-video model, and *measure* how good they are;
+# - *show* what the gradient of a reward looks like;
+# - *align* the model with it;
+# - *judge* honestly whether it got better.
 
-# %%
+# %% tags=["setup"]
 import sys
 from importlib.util import find_spec
 
 if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Run this notebook from a checkout of the repository: Colab already has torch.
-    # %pip install -q --no-deps -e ..
+    # Only what Colab lacks: never torch or numpy, which it has.
+    # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q peft open_clip_torch mediapy
     pass
 
@@ -48,7 +56,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import vader_nb
-from vader_nb import Frames, Gallery, Last, Video, prompts, rewards
+from vader_nb import Frames, Gallery, Last, Video, course, prompts, rewards
 
 torch.manual_seed(SEED)
 print("vader_nb", vader_nb.__version__, "· torch", torch.__version__)
@@ -63,13 +71,15 @@ print("vader_nb", vader_nb.__version__, "· torch", torch.__version__)
 # %%
 model = vader_nb.load(MODEL)
 
-ask = prompts.get("tiny_held_out")[:6]  # no model here has seen these captions
+held_out = prompts.get("tiny_held_out")  # no model here has seen these captions
+ask = [held_out[i] for i in (18, 25, 68, 93, 22, 17)]
 before = vader_nb.sample(model, ask, seeds=SEED)
 Gallery({"before": [Video(clip, 8, text) for clip, text in zip(before, ask)]})
 
 # %% [markdown]
-# Look closely. The colour and the ground follow the caption. The shape often does not: it is half one thing and
-# half another. Can a reward mend that?
+# Look closely. Shapes, motions and grounds follow the caption. Colours often do not: they are mixed up, or change from
+# frame to frame. (These six are picked: over all captions, about one clip in six has a wrong colour.) Can a reward mend
+# that?
 #
 # ## 2 · A reward
 #
@@ -91,6 +101,9 @@ for text, score in zip(ask, reward(before, ask)):
 # > **(b)** on the object, mostly at its edges · **(c)** on the ground. Decide before you run the next cell.
 
 # %%
+guess = None  # "a", "b" or "c"
+
+# %%
 frames = before[:3].clone().requires_grad_()
 reward(frames, ask[:3]).sum().backward()
 strength = frames.grad[:, 4].abs().sum(dim=1)  # (3 clips, H, W), at frame 4
@@ -102,14 +115,14 @@ for i, (top, bottom) in enumerate(axes.T):
     top.set_title(" ".join(ask[i].split()[1:3]), fontsize=10)
 for axis in axes.flat:
     axis.axis("off")
-plt.close(figure)
-alt = "Three frames above, and below each the strength of the reward's gradient: bright on and around the object."
-display(figure, metadata={"image/png": {"alt": alt}})
+course.show(
+    figure, "Three frames, and below each the strength of the reward's gradient: bright on and around the object."
+)
+course.predict(guess, "b", "roughly. The strongest squares lie on the object, where colour and shape are decided.")
 
 # %% [markdown]
-# **(b)**, roughly. The strongest squares lie on the object, where colour and shape are decided. Squares, because
-# this network looks at patches of 8 × 8 pixels; and some lie beside the object: a learned reward has opinions
-# about the ground, too.
+# Squares, because this network looks at patches of 8 × 8 pixels; and some lie beside the object: a learned reward has
+# opinions about the ground, too.
 #
 # Before a long run, ask whether a reward can be trained on at all. `check` finds the usual mistakes (a conversion
 # to `uint8`, a detour through PIL, a clamp) in a second.
@@ -132,6 +145,7 @@ run = vader_nb.align(
     reward,
     prompts.get("tiny"),  # training captions: none of those above
     steps=STEPS,
+    learning_rate=2e-3,
     strategy=Last(1),
     frames=Frames("random", 1),
     seed=SEED,
@@ -144,8 +158,7 @@ figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(curve, alpha=0.4)
 axis.plot(range(4, len(curve)), curve.unfold(0, 5, 1).mean(1), linewidth=2)
 axis.set(xlabel="step", ylabel="reward of the batch")
-plt.close(figure)
-display(figure, metadata={"image/png": {"alt": "The reward of each training batch, noisy, rising over the steps."}})
+course.show(figure, "The reward of each training batch, jumping up and down from step to step, and its running mean.")
 
 # %% [markdown]
 # The curve is noisy, since every step sees other prompts. The honest comparison uses the *same* prompts and the
@@ -154,12 +167,8 @@ display(figure, metadata={"image/png": {"alt": "The reward of each training batc
 # %%
 after = vader_nb.sample(model, ask, seeds=SEED, adapter=run.adapter)
 
-Gallery(
-    {
-        "before": [Video(clip, 8, text) for clip, text in zip(before, ask)],
-        "after": [Video(clip, 8) for clip in after],
-    }
-)
+rows = {"before": before, "after": after}
+Gallery({name: [Video(clip, 8, text) for clip, text in zip(clips, ask)] for name, clips in rows.items()})
 
 # %% [markdown]
 # ## 4 · Better, or only higher-scored?
@@ -167,12 +176,16 @@ Gallery(
 # A reward that rises proves little: the model may have learnt to please the network. In this world we can know,
 # because *oracles* — plain code, no network — read colour, shape, motion and ground off a clip.
 #
-# > **Predict.** Which of the four will improve? Which can *not*, given that the reward sees a single frame?
+# > **Predict.** Which of the four will improve most? **(a)** colour · **(b)** shape · **(c)** motion, which a reward on
+# > single frames cannot even see
+
+# %%
+guess = None  # "a", "b" or "c"
 
 # %%
 from vader_nb.zoo import oracles
 
-many = prompts.get("tiny_held_out")[6:22]
+many = held_out[6:22]
 
 
 def grades(scale):
@@ -185,13 +198,14 @@ def grades(scale):
 base, aligned = grades(0.0), grades(1.0)
 for name in base:
     print(f"{name:<18}{base[name]:5.0%} → {aligned[name]:5.0%}")
+course.predict(guess, "a", "colour is what the base model gets wrong, and one frame is enough to see it.")
 
 # %% [markdown]
-# Hold this against the reward of the batches. Where a reward rises and no oracle with it, the adapter found something
-# that the network likes and the caption did not mean, or has only begun to change the picture: a score is not the
-# thing that it stands for. And motion cannot be learnt from a reward that sees one frame at all; what matters is
-# that it does not get lost. Sixteen clips are few, too: `vader_nb.evaluate` makes the comparison with 95 %
-# intervals, and `vader-nb align` in a shell writes it into a report.
+# So the reward did not only rise: the clips got *better*, in the judgement of something that was never trained on. That
+# need not be so. Where a reward rises and no oracle with it, the adapter has found something that the network likes and
+# the caption did not mean. And motion cannot be learnt from a reward that sees one frame at all; what matters is that it
+# does not get lost. Sixteen clips are few, too: `vader_nb.evaluate` makes the comparison with 95 % intervals, and
+# `vader-nb align` in a shell writes it into a report.
 #
 # ## 5 · How strong should the adapter act?
 #
@@ -208,7 +222,7 @@ run.adapter.scale = 1.0
 Gallery(rows, width=96)
 
 # %% [markdown]
-# ## 6 · What you have seen
+# ## Recap
 #
 # | symbol | in the code | shape |
 # |---|---|---|
@@ -220,26 +234,28 @@ Gallery(rows, width=96)
 #
 # The whole method is one file, and short enough to read: `vader_nb/gradient.py`.
 #
-# ## 7 · Your turn
+# ## Exercises
 #
-# Write a reward of your own: any differentiable function of frames. Fill in the one below so that it prefers clips
+# **1.** Write a reward of your own: any differentiable function of frames. Fill in the one below so that it prefers clips
 # whose pictures are **blue**, then run the check.
 
-# %%
 
-
+# %% tags=["exercise"]
 def blueness(frames, prompts):
     """(B, F, 3, H, W) in [0, 1] -> (B,): how much more blue than red there is."""
     return frames.mean(dim=(1, 2, 3, 4))  # replace this line
 
 
-report = vader_nb.check(blueness)
-blue, red = torch.zeros(2, 1, 8, 3, 64, 64)
-blue[:, :, 2], red[:, :, 0] = 1.0, 1.0
-if blueness(blue, [""]) > blueness(red, [""]):
-    print("Blue wins.", report, sep="\n")
-else:
-    print("Not yet: an all-blue clip must score higher than an all-red one. Channels are R, G, B = 0, 1, 2.")
+# %% tags=["check"]
+def check(blueness):
+    blue, red = torch.zeros(2, 1, 8, 3, 64, 64)
+    blue[:, :, 2], red[:, :, 0] = 1.0, 1.0
+    difference = blueness(blue, [""]) - blueness(red, [""])
+    assert difference > 0, "an all-blue clip must score higher than an all-red one. Channels are R, G, B = 0, 1, 2"
+    assert vader_nb.check(blueness).passed, f"it is not fit to train on:\n{vader_nb.check(blueness)}"
+
+
+course.attempt(check, blueness)
 
 # %% [markdown]
 # <details><summary>A solution</summary>
@@ -251,3 +267,55 @@ else:
 #
 # Align with it and watch what happens to the prompts that ask for red: you have just met **reward hacking**.
 # </details>
+#
+# **2.** One random frame is VADER's choice. Choose the first, the middle and the last frame instead (`help(Frames)`).
+
+# %% tags=["exercise"]
+mine = Frames("random", 1)  # change this line
+
+
+# %% tags=["check"]
+def check(frames):
+    chosen = frames.choose(8, torch.Generator().manual_seed(0))
+    assert len(chosen) == 3, f"three frames of a clip, not {len(chosen)}: {chosen}"
+    assert chosen == [0, 4, 7], f"of eight frames these shall be 0, 4 and 7, not {chosen}"
+
+
+course.attempt(check, mine)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# mine = Frames("ends")
+# ```
+#
+# `Frames("list", indices=(0, 4, 7))` says the same for a clip of eight frames.
+# </details>
+#
+# **3.** Compose: a reward that likes what `hps` likes, but takes off half a point for each unit of `brightness`.
+
+# %% tags=["exercise"]
+dim = rewards.hps()  # change this line
+
+
+# %% tags=["check"]
+def check(dim):
+    difference = dim(before, ask) - rewards.hps()(before, ask)
+    assert difference.abs().max() > 0, "brightness does not matter to it yet"
+    assert difference.max() < 0, "a bright clip must *lose* points: mind the sign"
+    assert torch.allclose(difference, -0.5 * rewards.brightness()(before, ask), atol=1e-5), "half a point, please"
+
+
+course.attempt(check, dim)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# dim = rewards.hps() - 0.5 * rewards.brightness()
+# ```
+# </details>
+
+# %% [markdown] tags=["next"]
+# **Next:** [01 · What is inside a text-to-video model](01_video_diffusion.ipynb) takes the model apart.

@@ -1,11 +1,17 @@
 """Execute the notebooks and store them light: `python notebooks/build.py [NN_name …]` (or `make notebooks`).
 
 Each `NN_name.py` is run from top to bottom in a fresh kernel and written as `NN_name.ipynb` beside it, with its
-pictures and texts, without widget state (which GitHub and Colab stumble over), progress bars and timings.
+pictures and texts, without widget state (which GitHub and Colab stumble over), progress bars and timings. The run
+is measured, and the head cell (badges, cost) is written anew in both files.
+
+`solved` makes of a notebook the copy in which every exercise is answered by its folded solution.
 """
 
+import hashlib
+import re
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import jupytext
@@ -14,37 +20,107 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kilobytes on Linux
+SOLUTION = re.compile(r"<summary>A solution</summary>\s*```python\n(.*?)\n```", re.DOTALL)
 
 
-def clean(output: dict) -> bool:
-    """Whether an output is worth storing: not a progress bar, not a library's remark on stderr."""
-    return not (output.get("name") == "stderr" or WIDGET in output.get("data", {}))
+def tagged(cell: dict, tag: str) -> bool:
+    return tag in cell.metadata.get("tags", [])
 
 
-def build(source: Path) -> None:
-    notebook = jupytext.read(source)
-    began = time.time()
+def digest(notebook: dict) -> str:
+    """A fingerprint of the code: outputs stored under another one are stale."""
+    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def repository() -> str:
+    """owner/name, from the one place that names it: [project.urls] in pyproject.toml."""
+    return re.search(r'^Repository = "https://github.com/([^"]+)"', (HERE.parent / "pyproject.toml").read_text(), re.M)[
+        1
+    ]
+
+
+def badges(stem: str) -> str:
+    colab = f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{stem}.ipynb"
+    binder = f"https://mybinder.org/v2/gh/{repository()}/main?labpath=notebooks/{stem}.ipynb"
+    return (
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})\n"
+        f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder})"
+    )
+
+
+def head(title: str, stem: str, seconds: float, megabytes: float) -> str:
+    """The first cell: title, badges, and what the notebook costs, as measured by this run."""
+    return (
+        f"{title}\n\n{badges(stem)}\n\n"
+        "| needs | two CPU cores | peak memory | GPU |\n|---|---|---|---|\n"
+        f"| no GPU, no download, no account | {seconds / 60:.1f} minutes | {megabytes / 1000:.1f} GB | not measured |"
+    )
+
+
+def solved(notebook: dict) -> dict:
+    """The same notebook with each exercise cell replaced by the solution that follows it."""
+    notebook = deepcopy(notebook)
+    for place, cell in enumerate(notebook.cells):
+        if tagged(cell, "exercise"):
+            following = (SOLUTION.search(c.source) for c in notebook.cells[place:] if c.cell_type == "markdown")
+            cell.source = next(match for match in following if match).group(1)
+    return notebook
+
+
+def run(notebook: dict, timeout: int = 600) -> tuple[float, float]:
+    """Execute in place; returns seconds, and the kernel's peak memory in megabytes."""
     client = NotebookClient(
         notebook,
-        timeout=600,
+        timeout=timeout,
         kernel_name="python3",
         resources={"metadata": {"path": HERE}},
         record_timing=False,
         store_widget_state=False,
     )
-    client.execute()
+    probe = nbformat.v4.new_code_cell(PEAK)
+    began = time.time()
+    with client.setup_kernel():
+        for place, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, place)
+        seconds = time.time() - began
+        notebook.cells.append(probe)
+        client.execute_cell(probe, len(notebook.cells) - 1)
+        notebook.cells.pop()
+    return seconds, float(probe.outputs[0].text) / 1000
+
+
+def worth_storing(output: dict) -> bool:
+    """Not a progress bar, not a library's remark on stderr."""
+    return not (output.get("name") == "stderr" or WIDGET in output.get("data", {}))
+
+
+def build(source: Path) -> None:
+    notebook = jupytext.read(source)
+    seconds, megabytes = run(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if clean(output)]
+            cell.outputs = [output for output in cell.outputs if worth_storing(output)]
             cell.metadata.pop("execution", None)
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata["vader_nb"] = {"code": digest(notebook)}
     # Cell ids from the position: random ones would change every line of every build.
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:03d}"
+
+    first = notebook.cells[0]
+    old = first.source
+    first.source = head(old.splitlines()[0], source.stem, seconds, megabytes)
+    commented = ["\n".join(f"# {line}".rstrip() for line in text.splitlines()) for text in (old, first.source)]
+    source.write_text(source.read_text().replace(*commented, 1))
     target = source.with_suffix(".ipynb")
     nbformat.write(notebook, target)
-    print(f"{target.name}: {time.time() - began:.0f} s, {target.stat().st_size / 1e6:.2f} MB")
+    print(
+        f"{target.name}: {seconds:.0f} s, {megabytes:.0f} MB, stored in {target.stat().st_size / 1e6:.2f} MB",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

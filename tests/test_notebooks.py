@@ -1,13 +1,36 @@
-"""The notebook pairs: in sync, executed, light, and shown by any viewer. (nbval runs them: `make test`.)"""
+"""The notebook pairs: in sync, freshly executed, light, and built alike. (nbval runs them: `make test`.)"""
 
+import re
+import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import parse_qs, urlparse
 
 import jupytext
 import nbformat
 import pytest
 
-PAIRS = sorted((Path(__file__).parent.parent / "notebooks").glob("[0-9][0-9]_*.py"))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "notebooks"))
+import build  # noqa: E402
+
+PAIRS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def prose(notebook):
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def printed(cell):
+    return "".join(output.get("text", "") for output in cell.outputs if output.get("name") == "stdout")
+
+
+def tagged(notebook, tag):
+    return [cell for cell in notebook.cells if build.tagged(cell, tag)]
 
 
 def test_there_are_notebooks():
@@ -26,9 +49,13 @@ def test_the_two_files_say_the_same(pair):
 
 def test_it_is_executed_in_order_without_errors(pair):
     _, _, notebook = pair
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not [o for cell in cells for o in cell.outputs if o.output_type == "error"]
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    assert not [o for cell in code(notebook) for o in cell.outputs if o.output_type == "error"]
+
+
+def test_its_outputs_are_those_of_its_code(pair):
+    _, source, notebook = pair
+    assert notebook.metadata["vader_nb"]["code"] == build.digest(source), "changed since it was run: make notebooks"
 
 
 def test_it_is_light_and_renders_everywhere(pair):
@@ -37,26 +64,75 @@ def test_it_is_light_and_renders_everywhere(pair):
     assert "widgets" not in notebook.metadata
     nbformat.validate(notebook)
     stored = path.with_suffix(".ipynb").read_text()
-    for path in (PAIRS[0].parent.parent, tempfile.gettempdir(), Path.home()):  # of the machine that built it
-        assert f"{path}/" not in stored
+    for place in (ROOT, tempfile.gettempdir(), Path.home()):  # of the machine that built it
+        assert f"{place}/" not in stored
 
 
 def test_cells_are_short_and_pictures_have_alternatives(pair):
     _, _, notebook = pair
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    lengths = sorted(len([line for line in cell.source.splitlines() if line.strip()]) for cell in cells)
+    lengths = sorted(len([line for line in cell.source.splitlines() if line.strip()]) for cell in code(notebook))
     assert lengths[len(lengths) // 2] <= 8
     assert lengths[-1] <= 25
-    for cell in cells:
+    for cell in code(notebook):
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 assert output.metadata["image/png"]["alt"]
-            assert "<img" not in output.get("data", {}).get("text/html", "") or "alt=" in output.data["text/html"]
+            for image in re.findall(r"<img[^>]*>", "".join(output.get("data", {}).get("text/html", ""))):
+                assert re.search(r'alt="[^"]', image), image[-80:]
 
 
-def test_it_has_parameters_predictions_and_an_exercise(pair):
+def test_its_skeleton_is_that_of_the_series(pair):
+    path, source, notebook = pair
+    first = notebook.cells[0]
+    assert build.tagged(first, "head")
+    assert re.fullmatch(r"# \d+ · .+", first.source.splitlines()[0])
+    assert re.search(r"\| [\d.]+ minutes \| [\d.]+ GB \| not measured \|", first.source), "no cost box: make notebooks"
+    assert 3 <= len(re.findall(r"^- \*", prose(notebook), re.MULTILINE)) <= 5, "you will be able to …: 3 to 5 verbs"
+    (setup,), (parameters,) = tagged(notebook, "setup"), tagged(notebook, "parameters")
+    assert setup.source == tagged(jupytext.read(PAIRS[0]), "setup")[0].source
+    assert parameters.source.startswith('MODEL = "tiny"')
+    for title in ("## Recap", "Exercises", "**Next:**"):
+        assert title in prose(notebook), title
+    pictured = [place for place, cell in enumerate(code(notebook)) if any("data" in o for o in cell.outputs)]
+    assert pictured[0] <= 3, "the first picture stands within the first cells"
+
+
+def test_badges_and_links_lead_somewhere(pair):
+    path, _, notebook = pair
+    for target in re.findall(r"\]\(([^)]+)\)", prose(notebook)):
+        url = urlparse(target)
+        if url.netloc == "colab.research.google.com" and "/blob/" in url.path:
+            assert (ROOT / url.path.split("/blob/main/")[1]).name == path.with_suffix(".ipynb").name
+            assert f"/github/{build.repository()}/" in url.path
+        elif url.netloc == "mybinder.org" and url.query:
+            assert (ROOT / parse_qs(url.query)["labpath"][0]) == path.with_suffix(".ipynb")
+        elif not url.scheme:
+            assert (path.parent / url.path).is_file(), target
+
+
+def test_it_asks_before_it_shows(pair):
     _, _, notebook = pair
-    assert [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
-    assert text.count("**Predict.**") >= 2
-    assert "A solution" in text
+    asked = prose(notebook).count("**Predict.**")
+    assert asked >= 2
+    # Each question has its cell for an answer, and a comparison that comes after it.
+    sources = [cell.source for cell in code(notebook)]
+    guesses = [i for i, text in enumerate(sources) if text.startswith("guess = None")]
+    answers = [i for i, text in enumerate(sources) if "course.predict(guess" in text]
+    assert len(guesses) == len(answers) == asked
+    assert all(guess < answer for guess, answer in zip(guesses, answers))
+
+
+def test_every_exercise_is_open_and_its_check_says_what_is_missing(pair):
+    _, _, notebook = pair
+    stubs, checks = tagged(notebook, "exercise"), tagged(notebook, "check")
+    assert len(stubs) == len(checks) >= 3
+    for check in checks:
+        assert printed(check).startswith("Not yet: "), check.source
+        assert "your code raised" not in printed(check), printed(check)
+
+
+def test_every_exercise_is_solved_by_its_solution(pair):
+    _, source, _ = pair
+    notebook = build.solved(source)
+    build.run(notebook)
+    assert [printed(check) for check in tagged(notebook, "check")] == ["Right.\n"] * len(tagged(notebook, "exercise"))

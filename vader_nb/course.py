@@ -19,7 +19,7 @@ def predict(guess: str | None, right: str, because: str) -> None:
     print(f"{verdict}({right}): {because}")
 
 
-def attempt(check: Callable[..., None], *answers) -> bool:
+def attempt(check: Callable[..., None], *answers) -> None:
     """Run an exercise's check on the answers; print `Right.`, or `Not yet:` and what is wrong with them.
 
     The check asserts, with messages that name what is wrong without naming the solution. Anything that the
@@ -33,5 +33,3 @@ def attempt(check: Callable[..., None], *answers) -> bool:
         print(f"Not yet: your code raised {type(error).__name__}: {error}")
     else:
         print("Right.")
-        return True
-    return False

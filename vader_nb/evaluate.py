@@ -105,9 +105,9 @@ def interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, float]:
 
 
 def thumbnails(frames: torch.Tensor) -> torch.Tensor:
-    """Features (B, D) of clips: 8x8 thumbnails of all frames. A space without weights for any model; pass
-    a network's features for one that sees meaning."""
-    return torch.nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1), 8).reshape(len(frames), -1)
+    """Features (B, D) of clips: 8x8 thumbnails of all frames, in levels of 0 to 255. A space without weights for
+    any model; pass a network's features for one that sees meaning."""
+    return 255 * torch.nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1), 8).reshape(len(frames), -1)
 
 
 def motion(frames: torch.Tensor) -> torch.Tensor:

@@ -65,10 +65,10 @@ class Video:
             path.write_bytes(self.encoded(path.suffix, width))
         return path
 
-    def to_html(self, width: int = 192) -> str:
-        """An <img> with the clip inside and its caption as alternative text; works without any codec."""
+    def to_html(self, width: int = 192, alt: str = "") -> str:
+        """An <img> with the clip inside; works without any codec. alt: its alternative text, if it has no caption."""
         data = base64.b64encode(self.encoded(".gif")).decode()
-        text = html.escape(self.caption, quote=True)
+        text = html.escape(self.caption or alt, quote=True)
         return (
             f'<img src="data:image/gif;base64,{data}" alt="{text}" title="{text}" width="{width}" '
             f'style="image-rendering:pixelated;border-radius:6px">'
@@ -85,19 +85,22 @@ class Gallery:
         self.rows, self.width = rows, width
 
     def to_html(self) -> str:
-        def cell(video):
+        top = next(iter(self.rows.values()), [])
+
+        def cell(label, place, video):
+            # Under a captioned row, rows without captions show the same prompts: told, but not written again.
+            alt = f"{label}: {top[place].caption}" if place < len(top) and top[place].caption else label
             caption = f"<div style='font-size:11px;line-height:1.3;max-width:{self.width}px'>{html.escape(video.caption)}</div>"
-            return (
-                f"<td style='padding:4px;vertical-align:top;text-align:left'>{video.to_html(self.width)}{caption}</td>"
-            )
+            return f"<td style='padding:4px;vertical-align:top;text-align:left'>{video.to_html(self.width, alt)}{caption}</td>"
 
         lines = [
             f"<tr><th scope='row' style='text-align:left;padding:4px 12px 4px 0'>{html.escape(label)}</th>"
-            + "".join(map(cell, videos))
+            + "".join(cell(label, place, video) for place, video in enumerate(videos))
             + "</tr>"
             for label, videos in self.rows.items()
         ]
-        return "<table style='border-collapse:collapse'>" + "".join(lines) + "</table>"
+        table = "<table style='border-collapse:collapse'>" + "".join(lines) + "</table>"
+        return f"<div style='overflow-x:auto'>{table}</div>"
 
     _repr_html_ = to_html
 
