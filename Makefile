@@ -2,6 +2,7 @@
 # make test    run every test
 # make lab     open the notebooks in JupyterLab
 # make notebooks  run the notebooks and store what they show
+# make html    render the notebooks into runs/html, to read in a browser
 # make zoo     train the tiny models again (hours on two cores)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 NAME ?= tiny-$(shell date +%Y%m%d-%H%M%S)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: align test lab notebooks zoo lint clean
+.PHONY: align test lab notebooks html zoo lint clean
 
 align: $(VENV)/installed
 	$(BIN)/vader-nb align --name $(NAME)
@@ -26,6 +27,10 @@ lab: $(VENV)/installed-lab
 
 notebooks: $(VENV)/installed-test
 	$(BIN)/python notebooks/build.py
+
+html: $(VENV)/installed-test
+	$(BIN)/jupyter nbconvert --to html --output-dir runs/html notebooks/*.ipynb
+	$(BIN)/python notebooks/build.py --contents runs/html
 
 zoo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m vader_nb.zoo.train_vae

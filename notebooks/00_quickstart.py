@@ -19,6 +19,8 @@
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
 # | no GPU, no download, no account | 1.5 minutes | 1.4 GB | not measured |
+#
+# *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
 # A text-to-video model draws what is *likely*. We would rather have what we *like*: the colour and the shape

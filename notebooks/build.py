@@ -8,6 +8,7 @@ is measured, and the head cell (badges, cost) is written anew in both files.
 """
 
 import hashlib
+import html
 import re
 import sys
 import time
@@ -55,7 +56,8 @@ def head(title: str, stem: str, seconds: float, megabytes: float) -> str:
     return (
         f"{title}\n\n{badges(stem)}\n\n"
         "| needs | two CPU cores | peak memory | GPU |\n|---|---|---|---|\n"
-        f"| no GPU, no download, no account | {seconds / 60:.1f} minutes | {megabytes / 1000:.1f} GB | not measured |"
+        f"| no GPU, no download, no account | {seconds / 60:.1f} minutes | {megabytes / 1000:.1f} GB | not measured |\n\n"
+        "*Words and symbols: [notation and glossary](notation.md).*"
     )
 
 
@@ -123,8 +125,28 @@ def build(source: Path) -> None:
     )
 
 
+def contents(folder: Path) -> None:
+    """The start page of the rendered series, and links between its pages instead of notebooks."""
+    rows = []
+    for page in sorted(folder.glob("[0-9][0-9]_*.html")):
+        text = re.sub(r'(href="[0-9]{2}_\w+)\.ipynb"', r'\1.html"', page.read_text())
+        page.write_text(text)
+        title = jupytext.read(HERE / f"{page.stem}.py").cells[0].source.splitlines()[0].lstrip("# ")
+        rows.append(f'<li><a href="{page.name}">{html.escape(title)}</a></li>')
+    style = "body{font:18px/1.6 system-ui,sans-serif;max-width:40em;margin:3em auto;padding:0 1em}li{list-style:none}"
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    (folder / "index.html").write_text(
+        f"{head}<title>vader_nb</title><style>{style}</style><h1>vader_nb</h1><p>Align video diffusion models to "
+        f"differentiable rewards.</p><ul>{''.join(rows)}</ul></html>\n"
+    )
+    print(f"look at: {folder / 'index.html'}")
+
+
 if __name__ == "__main__":
     wanted = sys.argv[1:]
+    if wanted[:1] == ["--contents"]:
+        contents(Path(wanted[1]))
+        sys.exit()
     for path in sorted(HERE.glob("[0-9][0-9]_*.py")):
         if not wanted or path.stem in wanted:
             build(path)

@@ -38,7 +38,7 @@ def test_plain_diffusers_loads_and_samples_the_tiny_model(tiny):
     prompt = "a green star growing on a black background"
     settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "num_frames": 8}
     theirs = pipeline(prompt, generator=torch.Generator().manual_seed(1), output_type="pt", **settings).frames
-    ours = sample(tiny, prompt, seeds=1, sampling=Sampling(num_inference_steps=3))
+    ours = sample(tiny, prompt, seeds=1, sampling=Sampling(num_inference_steps=3, guidance_scale=3.0))
     torch.testing.assert_close(ours, theirs.to(ours), rtol=1e-3, atol=1e-3)
 
 

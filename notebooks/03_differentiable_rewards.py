@@ -1,0 +1,466 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] tags=["head"]
+# # 3 · Rewards that have a gradient
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/03_differentiable_rewards.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/03_differentiable_rewards.ipynb)
+#
+# | needs | two CPU cores | peak memory | GPU |
+# |---|---|---|---|
+# | no GPU, no download, no account | 0.3 minutes | 1.0 GB | not measured |
+#
+# *Words and symbols: [notation and glossary](notation.md).*
+
+# %% [markdown]
+# A reward is a function: frames and prompts in, one number for each clip out, higher is better. Nothing more. What makes
+# it useful to us is that it is *differentiable*: it does not only say how good the clip is, it says for each pixel how to
+# make the clip better. In this notebook you build three such rewards from their parts, look at their gradients as
+# pictures, break them in the ways in which everybody breaks them once, and climb one of them until it fools itself.
+#
+# **You will be able to**
+#
+# - *build* an aesthetic, an HPS-style and an action reward from networks that others have trained;
+# - *see* a reward's gradient as a picture, and read it;
+# - *find* out why a reward does not train, with `vader_nb.check`;
+# - *recognise* an adversarial image;
+# - *compose* rewards, and *measure* whether they pull in different directions.
+
+# %% tags=["setup"]
+import sys
+from importlib.util import find_spec
+
+if "google.colab" in sys.modules and not find_spec("vader_nb"):
+    # Only what Colab lacks: never torch or numpy, which it has.
+    # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
+    # %pip install -q peft open_clip_torch mediapy
+    pass
+
+# %% tags=["parameters"]
+MODEL = "tiny"  # @param ["tiny", "modelscope"]
+SEED = 0  # @param {type:"integer"}
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+
+import vader_nb
+from vader_nb import Gallery, Video, course, rewards
+
+model = vader_nb.load(MODEL)
+prompts = [
+    "a red star growing on a black background",
+    "a green square moving up on a white background",
+    "a purple circle bouncing on a sand background",
+]
+frames = vader_nb.sample(model, prompts, seeds=SEED)
+Gallery({"to be judged": [Video(clip, 8, text) for clip, text in zip(frames, prompts)]}, width=144)
+
+# %% [markdown]
+# ## Two networks that look at pictures and sentences
+#
+# CLIP is a pair of networks: one turns a picture into a vector, the other turns a sentence into a vector, and they were
+# trained so that a picture and *its* sentence point in the same direction. `CLIP` here is open_clip's, in miniature. All
+# it wants is pictures of its own size, normalised the way it was trained.
+
+# %%
+from vader_nb.rewards.clip import CLIP, TINY
+
+clip = CLIP(TINY)
+image = clip.image(frames[:, 4:5])  # one frame of each clip -> unit vectors
+sentence = clip.text(prompts)
+print("pictures", tuple(image.shape), " sentences", tuple(sentence.shape))
+
+# %%
+figure, axis = plt.subplots(figsize=(4.4, 3.2), layout="constrained")
+table = axis.imshow((image @ sentence.T).detach(), cmap="viridis", vmin=0, vmax=1)
+names = [" ".join(prompt.split()[1:3]) for prompt in prompts]
+axis.set_xticks(range(3), names, fontsize=8)
+axis.set_yticks(range(3), names, fontsize=8)
+axis.set(xlabel="sentence", ylabel="picture")
+figure.colorbar(table, label="cosine")
+course.show(figure, "A table of cosines between three frames and three sentences: the diagonal is the brightest.")
+
+# %% [markdown]
+# The diagonal wins: each frame lies nearest to its own sentence. That *is* a reward already.
+#
+# ## Reward 1: does the frame fit its prompt? (HPS)
+#
+# The *human preference score* ([Wu et al. 2023](https://arxiv.org/abs/2306.09341)) is this cosine, with a CLIP that was
+# trained further on what people chose. One line:
+
+
+# %%
+def hps(frames, prompts):
+    image = clip.image(frames).unflatten(0, frames.shape[:2])  # (B, F, D)
+    return (image * clip.text(prompts).unsqueeze(1)).sum(-1).mean(1)
+
+
+print("ours:    ", hps(frames, prompts).tolist())
+print("package: ", rewards.hps()(frames, prompts).tolist())
+
+# %% [markdown]
+# ## Reward 2: is it beautiful? (aesthetic)
+#
+# Put one linear layer on the picture's vector and train it on ratings from 1 to 10: that is the LAION aesthetic predictor.
+# In our tiny world beauty is something that you can see: a saturated object that stands out from its ground, in the middle.
+
+# %%
+from safetensors.torch import load_file
+
+head = load_file(TINY / "aesthetic_head.safetensors")
+weight, bias = head["layers.0.weight"].float(), head["layers.0.bias"].float()
+
+
+def aesthetic(frames, prompts):
+    rating = clip.image(frames) @ weight.T + bias  # (B*F, 1)
+    return rating.view(frames.shape[:2]).mean(1)
+
+
+for text, rating in zip(prompts, aesthetic(frames, prompts)):
+    print(f"{rating:.2f}  {text}")
+
+# %% [markdown]
+# ## Reward 3: does it *move* as it should? (action)
+#
+# The first two look at single frames; a frozen clip would please them as well. A video classifier looks at the whole clip.
+# VideoMAE names the motion; the reward is the log-probability of the motion that the prompt asks for.
+
+# %%
+action = rewards.action()
+print("knows:", ", ".join(action.labels))
+for text, value in zip(prompts, action(frames, prompts)):
+    print(f"p = {value.exp():.3f}  {text}")
+
+# %% [markdown]
+# > **Predict.** We freeze the clips: the fourth frame, eight times. What happens to the scores?
+# > **(a)** `hps` and `action` both fall · **(b)** `hps` stays about the same, `action` falls · **(c)** both stay
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+frozen = frames[:, 3:4].expand_as(frames)
+names = ["hps, moving", "hps, frozen", "p(motion), moving", "p(motion), frozen"]
+values = [hps(frames, prompts), hps(frozen, prompts), action(frames, prompts).exp(), action(frozen, prompts).exp()]
+
+figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
+axis.barh(names, [value.mean().item() for value in values], color=["C0", "C0", "C1", "C1"])
+axis.invert_yaxis()
+axis.set_xlabel("mean of three clips")
+course.show(
+    figure, "Four bars: hps is the same for moving and frozen clips, the probability of the motion falls when frozen."
+)
+course.predict(guess, "b", "single frames cannot tell whether anything moves; the classifier can.")
+
+# %% [markdown]
+# ## What a gradient looks like
+#
+# The derivative with respect to each pixel, as a picture: bright is where a small change would change the reward most.
+
+
+# %%
+def pixel_gradient(reward, frames):
+    leaf = frames.clone().requires_grad_()
+    reward(leaf, prompts).sum().backward()
+    return leaf.grad.abs().sum(dim=2)  # (B, F, H, W)
+
+
+strength = {"hps": pixel_gradient(hps, frames)[0], "action": pixel_gradient(action, frames)[0]}
+
+# %%
+figure, axes = plt.subplots(3, 8, figsize=(10, 3.8), layout="constrained")
+for f in range(8):
+    axes[0, f].imshow(frames[0, f].permute(1, 2, 0))
+    for row, (name, map) in enumerate(strength.items(), 1):
+        axes[row, f].imshow(map[f], cmap="magma", vmax=map.max())
+        axes[row, 0].set_title(name, fontsize=9, loc="left")
+for axis in axes.flat:
+    axis.axis("off")
+course.show(
+    figure,
+    "Eight frames, and under each the strength of two rewards' gradients: bright squares on and around the shape.",
+)
+
+# %% [markdown]
+# Squares again: both networks cut a picture into patches. Both look at the shape; `hps` hardly cares about the empty ground,
+# and `action` weighs some frames much more than others.
+#
+# ## Three ways to break it
+#
+# Here are three rewards that compute *the right number* and cannot be trained on. Everybody writes each of them once.
+
+
+# %%
+def rounded(frames, prompts):
+    """Pictures have 256 levels, have they not?"""
+    return hps((frames * 255).byte().float() / 255, prompts)
+
+
+def through_pil(frames, prompts):
+    """The library's own preprocessing takes PIL images."""
+    from torchvision.transforms.functional import to_pil_image, to_tensor
+
+    copies = torch.stack([to_tensor(to_pil_image(frame)) for frame in frames.flatten(0, 1)])
+    return hps(copies.view_as(frames), prompts)
+
+
+def clamped(frames, prompts):
+    """Just to be safe."""
+    return ((frames - 0.5) * 500).clamp(-0.5, 0.5).mean(dim=(1, 2, 3, 4))
+
+
+# %% [markdown]
+# > **Predict.** Two of the three have no gradient at all. Which is the third, and what is wrong with it?
+# > **(a)** `rounded`: its gradient is wrong · **(b)** `through_pil`: it is slow · **(c)** `clamped`: most pixels get none
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+for broken in (rounded, through_pil, clamped):
+    print(vader_nb.check(broken), end="\n\n")
+course.predict(
+    guess, "c", "a clamp is flat outside its bounds: pixels that lie there feel nothing, and stay as they are."
+)
+
+# %% [markdown]
+# And this is how it looks when everything is fine:
+
+# %%
+vader_nb.check(rewards.hps())
+
+# %% [markdown]
+# ## Climb it
+#
+# Forget the video model for a moment. Take a *picture*, and walk uphill on the reward, pixel by pixel, as if the picture
+# were the weights. The prompt says "red star"; we start from flat grey.
+
+
+# %%
+def ascend(reward, start, prompt, steps=150, rate=0.03):
+    """Gradient ascent on pixels (1, F, 3, H, W); returns the end and the rewards on the way."""
+    pixels = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([pixels], lr=rate)
+    curve = []
+    for _ in range(steps):
+        value = reward(pixels.clamp(0, 1), [prompt])
+        optimizer.zero_grad()
+        (-value.sum()).backward()
+        optimizer.step()
+        with torch.no_grad():
+            pixels.clamp_(0.001, 0.999)  # inside, where the clamp above has a gradient
+        curve.append(value.item())
+    return pixels.detach(), curve
+
+
+grey = torch.full((1, 1, 3, 64, 64), 0.5)
+dreamt, curve = ascend(hps, grey, prompts[0])
+
+# %% [markdown]
+# > **Predict.** The real clip above has a certain `hps`. The dreamt picture will reach
+# > **(a)** less, it is no real picture · **(b)** about the same, and look like a red star · **(c)** more, and look like nothing
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+real = hps(frames[:1, 4:5], prompts[:1]).item()
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.9), layout="constrained")
+left.imshow(frames[0, 4].permute(1, 2, 0))
+left.set_title(f"sampled: hps {real:.2f}", fontsize=9)
+middle.imshow(dreamt[0, 0].permute(1, 2, 0))
+middle.set_title(f"dreamt: hps {curve[-1]:.2f}", fontsize=9)
+right.plot(curve)
+right.axhline(real, color="gray", linestyle="--")
+right.set(xlabel="step", ylabel="hps")
+left.axis("off")
+middle.axis("off")
+course.show(
+    figure,
+    "A sampled red star, a coloured mess that scores higher, and the curve of its reward, rising past the star's.",
+)
+course.predict(
+    guess,
+    "c" if curve[-1] > real else "a",
+    "a network's opinion is only worth something near the pictures that it was trained on.",
+)
+
+# %% [markdown]
+# You have met an *adversarial image*. The reward did not lie: it never promised anything about pictures like this one.
+# That is why we do not optimise pixels. We optimise a few weights of a *video model*, which can only make videos, and so
+# stays near the pictures on which the reward's word is worth something. Near, not on: train too long, and the model finds
+# the way out, too. That is called *reward hacking*.
+#
+# ## Rewards add up, and may quarrel
+#
+# Rewards have an algebra: they add, they scale, they aim at a target.
+
+# %%
+both = rewards.hps() + 0.02 * rewards.aesthetic()
+calm = rewards.aesthetic().towards(7.0)
+print(both, "·", both(frames, prompts).tolist())
+print(calm, "·", calm(frames, prompts).tolist())
+
+# %% [markdown]
+# If two rewards pull a pixel in opposite directions, their sum goes nowhere. The cosine between their gradients tells:
+# +1 they agree, 0 they do not care about each other, −1 they fight.
+
+
+# %%
+def direction(reward):
+    leaf = frames.clone().requires_grad_()
+    reward(leaf, prompts).sum().backward()
+    return leaf.grad.flatten() / leaf.grad.norm()
+
+
+candidates = {
+    "hps": rewards.hps(),
+    "aesthetic": rewards.aesthetic(),
+    "action": rewards.action(),
+    "colourful": rewards.colourfulness(),
+    "compress": rewards.compressibility(),
+    "detail": rewards.incompressibility(),
+}
+directions = torch.stack([direction(reward) for reward in candidates.values()])
+
+# %%
+figure, axis = plt.subplots(figsize=(5.4, 4), layout="constrained")
+table = axis.imshow(directions @ directions.T, cmap="RdBu", vmin=-1, vmax=1)
+axis.set_xticks(range(6), candidates, rotation=30, ha="right", fontsize=8)
+axis.set_yticks(range(6), candidates, fontsize=8)
+for i, row in enumerate(directions @ directions.T):
+    for j, value in enumerate(row):
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7)
+figure.colorbar(table, label="cosine of the gradients")
+course.show(
+    figure, "Cosines between the gradients of six rewards: mostly near 0; compress and detail are exactly opposite."
+)
+
+# %% [markdown]
+# Most pairs are near zero, for a reason that has nothing to do with taste: in some hundred thousand dimensions two directions are almost
+# always perpendicular. `compress` and `detail` are opposites by construction, which is how you know that the table works.
+#
+# ## Recap
+#
+# | symbol | name in the code | shape |
+# |---|---|---|
+# | $R(x, c)$ | `reward(frames, prompts)` | (B,) |
+# | per-frame scores | `reward.scores(frames, prompts)` | (B, F), or (B, 1) for a whole clip |
+# | $\partial R/\partial x$ | `frames.grad` | (B, F, 3, H, W) |
+# | $R_1 + w R_2$ | `r1 + w * r2` | (B,) |
+# | $-\lvert R - r^*\rvert$ | `r.towards(target)` | (B,) |
+#
+# ## Exercises
+#
+# **1.** A reward for clips that get *brighter* over time: mean brightness of the last frame minus that of the first.
+
+
+# %% tags=["exercise"]
+def sunrise(frames, prompts):
+    """(B, F, 3, H, W) -> (B,)"""
+    return frames.mean()  # replace this line
+
+
+# %% tags=["check"]
+def check(sunrise):
+    ramp = torch.linspace(0.1, 0.9, 8)[None, :, None, None, None].expand(2, 8, 3, 8, 8).clone()
+    ramp[1] = ramp[1].flip(0)  # clip 0 gets brighter, clip 1 darker
+    value = sunrise(ramp, ["", ""])
+    assert value.shape == (2,), f"one number a clip, shape (2,), not {tuple(value.shape)}"
+    assert value[0] > 0 > value[1], "a clip that gets brighter must score above 0, one that gets darker below"
+    assert vader_nb.check(sunrise).passed, f"it is not fit to train on:\n{vader_nb.check(sunrise)}"
+
+
+course.attempt(check, sunrise)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def sunrise(frames, prompts):
+#     brightness = frames.mean(dim=(2, 3, 4))  # (B, F)
+#     return brightness[:, -1] - brightness[:, 0]
+# ```
+# </details>
+#
+# **2.** This reward wants *few bright pixels*, and counts them. Counting has no gradient. Make it differentiable: replace
+# the step by something smooth (`torch.sigmoid` is steep where you multiply its input by a large number).
+
+
+# %% tags=["exercise"]
+def few_bright_pixels(frames, prompts):
+    bright = (frames.mean(dim=2) > 0.5).float()  # replace this line
+    return -bright.mean(dim=(1, 2, 3))
+
+
+# %% tags=["check"]
+def check(few_bright_pixels):
+    dark, light = torch.full((1, 2, 3, 16, 16), 0.1), torch.full((1, 2, 3, 16, 16), 0.9)
+    low, high = few_bright_pixels(light, [""]).item(), few_bright_pixels(dark, [""]).item()
+    assert high - low > 0.8, f"all dark should score near 0 and all bright near -1; you give {high:.2f} and {low:.2f}"
+    report = vader_nb.check(few_bright_pixels)
+    assert report.passed, f"it is not fit to train on:\n{report}"
+
+
+course.attempt(check, few_bright_pixels)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def few_bright_pixels(frames, prompts):
+#     bright = torch.sigmoid(10 * (frames.mean(dim=2) - 0.5))
+#     return -bright.mean(dim=(1, 2, 3))
+# ```
+# </details>
+#
+# **3.** Measure conflict yourself: the cosine between two rewards' pixel gradients.
+
+
+# %% tags=["exercise"]
+def conflict(first, second, frames, prompts):
+    """A number from -1 (they fight) to 1 (they agree)."""
+    return 0.0  # replace this line
+
+
+# %% tags=["check"]
+def check(conflict):
+    bright = rewards.brightness()
+    same, opposite = conflict(bright, bright, frames, prompts), conflict(bright, -bright, frames, prompts)
+    assert abs(float(same) - 1) < 1e-3, f"a reward agrees with itself: expected 1, got {float(same):.3f}"
+    assert abs(float(opposite) + 1) < 1e-3, f"a reward and its negative fight: expected -1, got {float(opposite):.3f}"
+    scaled = conflict(bright, 5 * rewards.colourfulness(), frames, prompts)
+    plain = conflict(bright, rewards.colourfulness(), frames, prompts)
+    assert abs(float(scaled) - float(plain)) < 1e-3, "a weight must not change it: compare directions, not lengths"
+
+
+course.attempt(check, conflict)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def conflict(first, second, frames, prompts):
+#     grads = []
+#     for reward in (first, second):
+#         leaf = frames.clone().requires_grad_()
+#         reward(leaf, prompts).sum().backward()
+#         grads.append(leaf.grad.flatten())
+#     return torch.cosine_similarity(*grads, dim=0)
+# ```
+# </details>
+
+# %% [markdown] tags=["next"]
+# **Next:** [04 · Reward gradients](04_reward_gradients.ipynb): bring the two halves together. From the reward's gradient on
+# pixels to a gradient on weights, without running out of memory.

@@ -1,0 +1,439 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] tags=["head"]
+# # 4 · Reward gradients: VADER on one page
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/04_reward_gradients.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/04_reward_gradients.ipynb)
+#
+# | needs | two CPU cores | peak memory | GPU |
+# |---|---|---|---|
+# | no GPU, no download, no account | 2.2 minutes | 1.7 GB | not measured |
+#
+# *Words and symbols: [notation and glossary](notation.md).*
+
+# %% [markdown]
+# You have both ends. From notebook 2: a sampler is a program with a gradient, which costs memory for each step. From
+# notebook 3: a reward that points uphill in pixels. Now we join them. The chain is
+#
+# $$\text{adapter} \to \text{last } K \text{ steps} \to \text{latents} \to \text{decoder} \to \text{frames} \to \text{reward}$$
+#
+# and this notebook is about walking it backwards, exactly, with little memory, and about the many shortcuts that people
+# have found, measured side by side against the true gradient.
+#
+# **You will be able to**
+#
+# - *explain* the staged gradient: roll out, score, replay; and *verify* that it equals plain autograd;
+# - *choose* which steps learn and which frames are scored, with the literature's names;
+# - *compare* estimators: direction, length, noise, time;
+# - *find* where the memory goes, and what stops it from growing.
+
+# %% tags=["setup"]
+import sys
+from importlib.util import find_spec
+
+if "google.colab" in sys.modules and not find_spec("vader_nb"):
+    # Only what Colab lacks: never torch or numpy, which it has.
+    # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
+    # %pip install -q peft open_clip_torch mediapy
+    pass
+
+# %% tags=["parameters"]
+MODEL = "tiny"  # @param ["tiny"]
+SEED = 0  # @param {type:"integer"}
+
+# %%
+import inspect
+import time
+
+import matplotlib.pyplot as plt
+import torch
+
+import vader_nb
+from vader_nb import Frames, Gallery, Last, Sampling, Video, course, gradient, lora, rewards
+
+model = vader_nb.load(MODEL, dtype=torch.float64)  # double precision: "equal" shall mean equal
+prompts = ["a yellow triangle moving right on a gray background"]
+clips = vader_nb.sample(model, prompts, seeds=SEED)
+Gallery({"before": [Video(clip, 8, text) for clip, text in zip(clips, prompts)]}, width=144)
+
+# %% [markdown]
+# ## The plain way
+#
+# Autograd can do it all in one go. The sampler from notebook 1, the last step with a graph, decode, reward, backward. What
+# learns is an *adapter*, a small addition to the weights (notebook 5 takes it apart; here it is just "the parameters").
+
+# %%
+adapter = lora.add(model, rank=4, seed=SEED)
+for p in adapter.parameters():  # a fresh adapter does nothing; give it something to do
+    p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype) * 0.05
+
+reward = rewards.hps()
+reward.to(torch.float64)
+settings = Sampling().filled(model)
+noise, _ = gradient.initial_noise(model, [SEED], settings)
+
+
+# %%
+def plain(frames=range(8), K=1):
+    """-mean(reward), with one graph through the last K steps, the decoder and the reward."""
+    scheduler, x, text = model.new_scheduler(10), noise, model.encode(prompts)
+    for i, t in enumerate(scheduler.timesteps):
+        with torch.set_grad_enabled(i >= 10 - K):
+            x = model.step(scheduler, model.predict(x, t, text, settings.guidance_scale), t, x)
+    return -reward(model.decode(x, list(frames)), prompts).mean()
+
+
+def gradient_of(run):
+    """The adapter's gradient after run(), as one vector."""
+    for p in adapter.parameters():
+        p.grad = None
+    run()
+    return torch.cat([p.grad.flatten() for p in adapter.parameters()])
+
+
+by_autograd = gradient_of(lambda: plain().backward())
+print(f"{by_autograd.numel():,} numbers, length {by_autograd.norm():.4f}")
+
+# %% [markdown]
+# It works, and it is wasteful: at the moment when the reward goes backwards, the activations of *everything* are in memory
+# together: the denoiser's, the decoder's for all eight frames, the reward's for all eight frames.
+#
+# ## The same, in three stages
+#
+# Nothing forces us to keep it all at once. The chain has two thin places: the latents, and the frames. Cut there.
+#
+# **Stage 1, roll out.** All steps without any graph. Note the latents at the cut.
+#
+# **Stage 2, score.** Decode *one frame*, score it, go backwards to the latents, forget. Next frame. Their gradients add up.
+#
+# **Stage 3, replay.** The last K steps again, now with a graph, and one backward pass that starts from the latents' gradient.
+#
+# Here is stage 2 as the package has it:
+
+# %%
+print(inspect.getsource(gradient.score))
+
+# %% [markdown]
+# Two branches: a reward on single frames streams all the way. A reward on the whole clip (the action reward) needs all
+# frames at once, but its *decoder* does not: the clip is decoded without a graph, and the frames' gradient is then sent
+# back through the decoder chunk by chunk.
+#
+# > **Predict.** Staged and plain gradient of the same thing, in double precision. The largest difference, relative to the
+# > length of the gradient, will be around **(a)** 1 % · **(b)** one in a million · **(c)** rounding, 1e-12 or less
+
+# %%
+guess = None  # "a", "b" or "c"
+
+
+# %%
+def staged(strategy=Last(1), frames=Frames("all"), reward=reward, **more):
+    return gradient_of(
+        lambda: vader_nb.reward_gradient(
+            model, adapter, reward, prompts, seeds=[SEED], strategy=strategy, frames=frames, **more
+        )
+    )
+
+
+gap = (staged() - by_autograd).abs().max() / by_autograd.norm()
+print(f"relative difference {gap:.1e}")
+course.predict(guess, "c", "the stages are algebra, not an approximation: the chain rule, evaluated in another order.")
+
+# %% [markdown]
+# ## Where the memory goes
+#
+# Count what autograd keeps, for a growing number of scored frames: once in the plain way, once staged. (Each stage frees
+# its own before the next begins, so what counts is the largest moment.)
+
+
+# %%
+class Peak:
+    """The most bytes that autograd keeps at any moment, inside `with`."""
+
+    def __enter__(self):
+        self.now = self.most = 0
+        hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
+        self.hooks = hooks.__enter__() or hooks
+        return self
+
+    def pack(self, tensor):
+        return Held(tensor, self)
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
+class Held:
+    """One kept tensor: counted when it is kept, discounted when it is let go."""
+
+    def __init__(self, tensor, peak):
+        self.tensor, self.peak, self.size = tensor, peak, tensor.numel() * tensor.element_size()
+        peak.now += self.size
+        peak.most = max(peak.most, peak.now)
+
+    def __del__(self):
+        self.peak.now -= self.size
+
+
+# %%
+def megabytes(run):
+    with Peak() as peak:
+        run()
+    return peak.most / 1e6
+
+
+counts = (1, 2, 4, 8)
+plainly = [megabytes(lambda n=n: gradient_of(lambda: plain(range(n)).backward())) for n in counts]
+in_stages = [megabytes(lambda n=n: staged(frames=Frames("list", indices=tuple(range(n))))) for n in counts]
+
+# %%
+figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
+axis.plot(counts, plainly, marker="o", label="plain autograd")
+axis.plot(counts, in_stages, marker="o", label="staged")
+axis.set(xlabel="frames that are scored", ylabel="MB kept at most", ylim=(0, None))
+axis.legend(frameon=False)
+course.show(
+    figure, "Plain autograd's memory grows with the number of scored frames; the staged gradient's stays level."
+)
+
+# %% [markdown]
+# Level. VADER's paper scores *one random frame* of a clip because more did not fit; here all frames cost no more memory
+# than one (though they cost time).
+#
+# And over $K$? The replay computes each step again only when the backward pass arrives there, so at any moment the
+# activations of a single call are alive:
+
+# %%
+Ks = (1, 2, 4)
+plainly = [megabytes(lambda K=K: gradient_of(lambda: plain([4], K).backward())) for K in Ks]
+in_stages = [megabytes(lambda K=K: staged(Last(K), Frames("list", indices=(4,)))) for K in Ks]
+
+figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
+axis.plot(Ks, plainly, marker="o", label="plain autograd")
+axis.plot(Ks, in_stages, marker="o", label="staged")
+axis.set(xlabel="K, steps that learn", ylabel="MB kept at most", ylim=(0, None))
+axis.legend(frameon=False)
+course.show(
+    figure, "Plain autograd's memory grows in a straight line with K; the staged gradient's stays nearly level."
+)
+
+# %% [markdown]
+# The price is time: each of the $K$ calls is computed twice.
+#
+# ## The estimator lab
+#
+# Which steps should learn? Every paper has its answer, and each answer is one small object here:
+#
+# | object | paper | idea |
+# |---|---|---|
+# | `Last(K)` | DRaFT-K; VADER with K = 1 | the last K steps |
+# | `Random()` | AlignProp | the last K, K drawn anew each time |
+# | `Step(i)` | | one step, the gradient travels there through all later ones |
+# | `DRaFTLV(n)` | DRaFT-LV | the last step, n fresh noisings, averaged |
+# | `ReFL()` | ImageReward | stop at a late step, score its *predicted* clean video |
+# | `DRTune(K)` | DRTune | K steps all over the chain, skipping the network in between |
+#
+# All of them stand in for the exact gradient, `Last(10)`. How well? We measure the cosine to it (does it point
+# the same way?), the length, and the noise (how much do draws of the same estimator differ?).
+
+# %%
+from vader_nb import DRaFTLV, DRTune, Random, ReFL
+
+exact = staged(Last(10))
+lab = {
+    "Last(1)": Last(1),
+    "Last(2)": Last(2),
+    "Last(5)": Last(5),
+    "Random()": Random(),
+    "DRaFTLV(2)": DRaFTLV(2),
+    "ReFL()": ReFL(),
+    "DRTune(1)": DRTune(1),
+    "DRTune(5)": DRTune(5),
+}
+
+# %% [markdown]
+# > **Predict.** Which one, for two draws each, points most nearly where the exact gradient points?
+# > **(a)** `Last(1)` · **(b)** `Last(5)` · **(c)** `DRTune(5)`
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+rows = {}
+for name, strategy in lab.items():
+    began = time.perf_counter()
+    draws = [staged(strategy, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    seconds = (time.perf_counter() - began) / 2
+    cosine = torch.stack([torch.cosine_similarity(draw, exact, dim=0) for draw in draws]).mean()
+    noise_share = (draws[0] - draws[1]).norm() / (2**0.5 * draws[0].norm().clamp(min=1e-12))
+    rows[name] = (cosine.item(), (draws[0].norm() / exact.norm()).item(), noise_share.item(), seconds)
+
+# %%
+figure, axes = plt.subplots(1, 4, figsize=(11, 3), layout="constrained", sharey=True)
+titles = ("cosine to the exact gradient", "length / exact", "noise between draws", "seconds")
+for axis, title, values in zip(axes, titles, zip(*rows.values())):
+    axis.barh(list(rows), values)
+    axis.set_title(title, fontsize=9)
+axes[0].invert_yaxis()
+course.show(
+    figure, "Four bar charts over eight estimators: cosine to the exact gradient, relative length, noise and seconds."
+)
+candidates = {"a": "Last(1)", "b": "Last(5)", "c": "DRTune(5)"}
+best = max(candidates, key=lambda letter: rows[candidates[letter]][0])
+course.predict(
+    guess, best, f"{candidates[best]}: cosine {rows[candidates[best]][0]:.2f}. Length and noise are another matter."
+)
+
+# %% [markdown]
+# Do not crown a winner from one picture. A cosine of 0.3 for a tenth of the time may be the better bargain: an optimiser
+# takes many steps, and what counts is how much better the model is after a *minute*. VADER's authors found K = 1 better
+# than K = 10 for the same time; on other models, whose last step hardly moves (notebook 2), the bargain is another.
+# This is one clip, one reward, one untrained adapter. With your own reward, measure again.
+#
+# ## Which frames?
+#
+# The same question for frames. A reward on one random frame is an *unbiased* guess of the mean over all of them.
+
+# %%
+everything = staged(frames=Frames("all"))
+singles = torch.stack([staged(frames=Frames("list", indices=(f,))) for f in range(8)])
+print("mean of the eight single-frame gradients equals the all-frame one:", torch.allclose(singles.mean(0), everything))
+
+# %%
+cosines = [torch.cosine_similarity(singles[:k].mean(0), everything, dim=0).item() for k in range(1, 9)]
+figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
+axis.plot(range(1, 9), cosines, marker="o")
+axis.set(xlabel="frames that are scored", ylabel="cosine to all frames", ylim=(0, 1.05))
+course.show(figure, "The cosine to the all-frame gradient rises towards 1 as more frames are scored, fast at first.")
+
+# %% [markdown]
+# Neighbouring frames say nearly the same, so a few of them say nearly all. This is why VADER gets away with one.
+#
+# ## Recap
+#
+# | symbol | name in the code | shape |
+# |---|---|---|
+# | $\partial R/\partial x_0$ | `gradient.score(...)[1]` | as the latents |
+# | $K$ | `Last(K)` | |
+# | estimator | `Last`, `Random`, `Step`, `DRaFTLV`, `ReFL`, `DRTune` | |
+# | scored frames | `Frames("random", 1)`, `"ends"`, `"nth"`, `"all"`, `"list"` | indices |
+# | $\nabla_\theta$ | `.grad` of `adapter.parameters()` | |
+#
+# ## Exercises
+#
+# **1.** Stage 2 in miniature. `decode` turns one latent into one frame, `judge` scores a frame. Return the gradient of the
+# *mean* score with respect to all latents, with at most one frame's graph alive at a time.
+
+
+# %% tags=["exercise"]
+def streamed(latents, decode, judge):
+    """latents (F, N) -> gradient (F, N) of the mean over frames of judge(decode(latent))."""
+    return torch.zeros_like(latents)  # replace this line
+
+
+# %% tags=["check"]
+def check(streamed):
+    alive = [0]
+
+    def decode(z):
+        alive[0] += 1
+        assert z.ndim == 1, "decode takes one latent of shape (N,) at a time"
+        return z.sin() * 2
+
+    latents = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    leaf = latents.clone().requires_grad_()
+    right = torch.autograd.grad((leaf.sin() * 2).square().sum(1).mean(), leaf)[0]
+    answer = streamed(latents, decode, lambda frame: frame.square().sum())
+    assert alive[0] == 5, f"each of the 5 latents must be decoded once; decode was called {alive[0]} times"
+    assert answer.shape == latents.shape, f"expected {tuple(latents.shape)}, got {tuple(answer.shape)}"
+    ratio = (answer / right).mean().item()
+    assert torch.allclose(answer, right, atol=1e-5), f"wrong by a factor of {ratio:.2f}: is it the sum, or the mean?"
+
+
+course.attempt(check, streamed)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def streamed(latents, decode, judge):
+#     leaf = latents.clone().requires_grad_()
+#     for z in leaf:
+#         (judge(decode(z)) / len(leaf)).backward()
+#     return leaf.grad
+# ```
+# </details>
+#
+# **2.** Strategies are objects that draw a *plan*. Let `EveryOther` make steps 1, 3, 5, … learn (counted from the end).
+
+
+# %% tags=["exercise"]
+class EveryOther:
+    def plan(self, steps, generator):
+        return gradient.Plan(active=frozenset())  # replace this line
+
+
+# %% tags=["check"]
+def check(strategy):
+    active = strategy().plan(10, torch.Generator()).active
+    assert 1 in active, "step 1, the last one, must be among the active steps"
+    assert 2 not in active, "step 2 must not learn"
+    assert active == frozenset({1, 3, 5, 7, 9}), f"of ten steps, got {sorted(active)}"
+    assert strategy().plan(3, torch.Generator()).active == {1, 3}, "it must fit any number of steps"
+    staged(strategy(), Frames("list", indices=(4,)))
+
+
+course.attempt(check, EveryOther)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# class EveryOther:
+#     def plan(self, steps, generator):
+#         return gradient.Plan(active=frozenset(range(1, steps + 1, 2)))
+# ```
+# </details>
+#
+# **3.** An estimator that is short is not wrong: AdamW rescales it. One that points *downhill* is. Write a function that
+# says whether a gradient estimate points uphill on the true objective. (All gradients here are of −reward.)
+
+
+# %% tags=["exercise"]
+def points_uphill(estimate, exact):
+    """True if a small step against `estimate` improves the reward."""
+    return True  # replace this line
+
+
+# %% tags=["check"]
+def check(points_uphill):
+    exact = torch.tensor([1.0, -2.0, 0.5])
+    assert points_uphill(0.001 * exact, exact), "the length must not matter"
+    assert not points_uphill(-exact, exact), "the opposite direction does not improve anything"
+    assert not points_uphill(torch.tensor([-3.0, -1.0, 0.0]), exact), "look at the angle, not at single numbers"
+    assert points_uphill(torch.tensor([0.0, -1.0, -1.0]), exact), "an angle below 90 degrees is enough"
+
+
+course.attempt(check, points_uphill)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def points_uphill(estimate, exact):
+#     return bool(estimate @ exact > 0)
+# ```
+# </details>
+
+# %% [markdown] tags=["next"]
+# **Next:** [05 · LoRA](05_lora.ipynb): which weights should the gradient change? Fewer than you think.

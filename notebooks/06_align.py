@@ -1,0 +1,367 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] tags=["head"]
+# # 6 · Align: the whole of VADER in one loop
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/06_align.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/06_align.ipynb)
+#
+# | needs | two CPU cores | peak memory | GPU |
+# |---|---|---|---|
+# | no GPU, no download, no account | 2.2 minutes | 1.4 GB | not measured |
+#
+# *Words and symbols: [notation and glossary](notation.md).*
+
+# %% [markdown]
+# Everything is on the table: a video model whose loop you wrote (1), a gradient through its last step (2), a reward to climb
+# (3), a way to walk the chain backwards in little memory (4), and a few weights to change (5). What is left is a loop of a
+# dozen lines. You write it, watch it learn, then hand it to `vader_nb.align`, which adds what a long run needs; and at the
+# end you judge the result the way a sceptic would.
+#
+# **You will be able to**
+#
+# - *write* VADER's training loop;
+# - *read* its curves, and tell noise from learning;
+# - *compare* before and after honestly: same seeds, unseen prompts, an interval, an independent judge;
+# - *stop* a run, go on from where it was, and *choose* settings for a larger model.
+
+# %% tags=["setup"]
+import sys
+from importlib.util import find_spec
+
+if "google.colab" in sys.modules and not find_spec("vader_nb"):
+    # Only what Colab lacks: never torch or numpy, which it has.
+    # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
+    # %pip install -q peft open_clip_torch mediapy
+    pass
+
+# %% tags=["parameters"]
+MODEL = "tiny"  # @param ["tiny", "modelscope"]
+STEPS = 20  # @param {type:"integer"}
+SEED = 0  # @param {type:"integer"}
+
+# %%
+import tempfile
+
+import matplotlib.pyplot as plt
+import torch
+
+import vader_nb
+from vader_nb import Frames, Gallery, Last, Video, course, lora, prompts, rewards
+
+model = vader_nb.load(MODEL)
+reward = rewards.hps() + 0.02 * rewards.aesthetic()
+training, held_out = prompts.get("tiny"), prompts.get("tiny_held_out")
+
+ask = [held_out[i] for i in (18, 25, 68, 93, 22, 17)]  # on which the base model errs
+before = vader_nb.sample(model, ask, seeds=SEED)
+Gallery({"before": [Video(clip, 8, text) for clip, text in zip(before, ask)]}, width=112)
+
+# %% [markdown]
+# ## The loop
+#
+# Draw prompts and seeds; ask for the gradient; clip it; take an optimizer step. That is VADER. `reward_gradient` adds the
+# gradient of *minus* the mean reward to the adapter, since optimizers walk downhill.
+
+# %%
+adapter = lora.add(model, rank=8, seed=SEED)
+optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, weight_decay=0)
+generator = torch.Generator().manual_seed(SEED)
+curve = []
+
+for _ in range(8):
+    chosen = torch.randint(len(training), (4,), generator=generator).tolist()
+    result = vader_nb.reward_gradient(
+        model, adapter, reward, [training[i] for i in chosen],
+        seeds=torch.randint(2**31, (4,), generator=generator).tolist(),
+        strategy=Last(1), frames=Frames("random", 1), generator=generator,
+    )  # fmt: skip
+    torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    curve.append(result.rewards.mean().item())
+
+print([round(value, 3) for value in curve])
+
+# %% [markdown]
+# Eight numbers that jump up and down. Is it learning?
+#
+# > **Predict.** Each step sees other prompts, and some prompts are easier than others. How far do the rewards of single
+# > clips differ, compared with what eight steps may have changed? **(a)** much less · **(b)** about as much · **(c)** much more
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+texts = training[:96:6]
+probe = {}
+for label, scale in (("base", 0.0), ("after 8 steps", 1.0)):
+    adapter.scale = scale
+    clips = vader_nb.sample(model, texts, seeds=500, adapter=adapter)
+    probe[label] = reward(clips, texts)
+adapter.remove()
+
+figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
+axis.hist([values.numpy() for values in probe.values()], bins=12, label=list(probe))
+axis.set(xlabel="reward of single clips", ylabel="clips")
+axis.legend(frameon=False)
+course.show(
+    figure,
+    "Histograms of the rewards of sixteen clips, base and after eight steps: wide, and nearly on top of each other.",
+)
+spread, change = probe["base"].std().item(), (probe["after 8 steps"] - probe["base"]).mean().item()
+course.predict(
+    guess, "c" if spread > 3 * abs(change) else "b", f"spread over prompts {spread:.3f}, mean change {change:+.3f}."
+)
+
+# %% [markdown]
+# This is why a training curve of a reward model looks like noise. The remedy is not to squint but to compare *pairs*: the
+# same prompt, the same seed, with and without the adapter. Then what is hard about the prompt drops out.
+#
+# ## `align`
+#
+# The same loop, grown up: gradient accumulation, mixed precision, several processes, metrics, checkpoints that a crash
+# cannot tear, and a resume that is equal to never having stopped, to the last bit.
+
+# %%
+folder = tempfile.mkdtemp()
+run = vader_nb.align(
+    model, reward, training, steps=STEPS, learning_rate=2e-3, seed=SEED, output_dir=f"{folder}/run", checkpoint_every=8
+)
+
+# %%
+figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4), sharex=True, layout="constrained")
+smooth = torch.tensor(run.rewards).unfold(0, 6, 1).mean(1)
+top.plot(run.rewards, alpha=0.4)
+top.plot(range(5, len(run.rewards)), smooth, linewidth=2)
+top.set_ylabel("reward")
+bottom.plot([row["grad_norm"] for row in run.metrics])
+bottom.set(xlabel="step", ylabel="gradient norm")
+course.show(figure, "Two curves over the steps: the batch reward with its running mean, and the norm of the gradient.")
+
+# %% [markdown]
+# Everything that a run makes lies in its folder, readable while it runs:
+
+# %%
+from pathlib import Path
+
+for path in sorted(Path(run.folder).rglob("*")):
+    if path.is_file():
+        print(f"{path.stat().st_size / 1e3:8.0f} kB  {path.relative_to(run.folder)}")
+
+# %% [markdown]
+# ## Before and after
+
+# %%
+after = vader_nb.sample(model, ask, seeds=SEED, adapter=run.adapter)
+rows = {
+    "before": [Video(clip, 8, text) for clip, text in zip(before, ask)],
+    "after": [Video(clip, 8) for clip in after],
+}
+Gallery(rows, width=112)
+
+# %% [markdown]
+# Pretty, and it proves nothing: six clips, picked by somebody who wants to convince you. So measure, on prompts that
+# training has never seen, two seeds each, every difference with its 95 % interval. The *oracles* are plain code that reads
+# colour, shape, motion and ground off the pixels; no gradient has ever pleased them.
+#
+# > **Predict.** Something gets *less*, and our reward cannot notice it. What? **(a)** shapes are drawn worse ·
+# > **(b)** things move less · **(c)** grounds take the wrong colour
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+evaluation = vader_nb.evaluate(model, run.adapter, reward, {"held-out": held_out[::16][:12]}, progress=False)
+evaluation
+
+# %%
+shown = [row for row in evaluation.rows if row.metric.startswith(("hps", "oracle"))]
+figure, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
+for place, row in enumerate(shown):
+    axis.errorbar(
+        row.difference, place, xerr=[[row.difference - row.low], [row.high - row.difference]], fmt="o", color="C0"
+    )
+axis.axvline(0, color="gray", linewidth=0.7)
+axis.set_yticks(range(len(shown)), [row.metric for row in shown], fontsize=8)
+axis.invert_yaxis()
+axis.set_xlabel("after − before, with 95 % interval")
+course.show(figure, "For each metric the mean difference after minus before and its interval, against a line at zero.")
+moved = evaluation.row("held-out", "motion")
+course.predict(
+    guess, "b", f"mean change from frame to frame {moved.base:.3f} → {moved.adapter:.3f}; one frame cannot show it."
+)
+
+# %% [markdown]
+# An interval that contains zero means: *with this many clips we cannot tell.* Not: there is no effect. Twelve prompts are
+# few; `vader-nb align` in a shell uses more, and writes the same table into `report.html`.
+#
+# ## Stop, and go on
+#
+# Colab disconnects; you press the stop button; the power fails. Nothing is lost but the steps since the last checkpoint. We
+# prove it: train 4 steps at once, and 2 + 2 steps with an interruption, and compare every weight.
+
+# %%
+run.adapter.remove()
+options = {"seed": 1, "progress": False, "checkpoint_every": 2, "batch_size": 2}
+
+whole = vader_nb.align(model, reward, training, steps=4, output_dir=f"{folder}/whole", **options)
+uninterrupted = [p.detach().clone() for p in whole.adapter.parameters()]
+whole.adapter.remove()
+
+vader_nb.align(model, reward, training, steps=2, output_dir=f"{folder}/halves", **options).adapter.remove()
+halves = vader_nb.align(model, reward, training, steps=4, output_dir=f"{folder}/halves", resume=True, **options)
+print("bit-equal:", all(torch.equal(a, b) for a, b in zip(uninterrupted, halves.adapter.parameters())))
+
+# %% [markdown]
+# ## ModelScope
+#
+# The same call, with `MODEL = "modelscope"` in the parameters cell and a GPU. What changes are numbers. VADER's own, from
+# its code and paper:
+#
+# | | VADER on ModelScope | here, `tiny` |
+# |---|---|---|
+# | sampler, steps, guidance | DPM++, 25, 9 | DDIM, 10, 2 |
+# | frames × size | 16 × 384² | 8 × 64² |
+# | adapter | rank 16 | rank 8 |
+# | learning rate, optimizer | 2e-4, AdamW | 1e-3, AdamW |
+# | clipping | 1.0 | 1.0 |
+# | clips an optimizer step | 1 × 16 accumulated, on each GPU | 4 |
+# | precision | fp16 autocast, adapter in fp32 | fp32 |
+# | reward sees | 1 random frame | 1 random frame |
+# | hardware that its authors name | over 14 GB on one GPU; 4 × A100-40 | any CPU |
+#
+# And what to turn on a given card, from what each choice costs (reasoned, *not measured* here):
+#
+# | card | precision | helps |
+# |---|---|---|
+# | T4, 16 GB, no bf16 | `mixed_precision="fp16"` | 256 × 256 pixels, `batch_size=1`, `Sampling(unconditional_gradient=False)` |
+# | L4, 24 GB | `"bf16"` | as VADER, `batch_size=1` |
+# | A100, 40 or 80 GB | `"bf16"` | as VADER, `batch_size` 2 to 4 |
+#
+# Block checkpointing is on by default on a GPU. `offload=True` moves what is kept for the backward pass to CPU memory: a
+# last resort, and Colab's 12 GB of it do not go far.
+#
+# ## Recap
+#
+# | symbol | name in the code | shape |
+# |---|---|---|
+# | $\theta$ | `run.adapter.parameters()` | rank × in, out × rank |
+# | $\nabla_\theta \bar R$ | `vader_nb.reward_gradient(...)` | into `.grad` |
+# | batch reward | `run.rewards` | one number a step |
+# | after − before | `evaluation.row(group, metric).difference` | with `.low`, `.high` |
+#
+# ## Exercises
+#
+# **1.** A paired comparison. Given the rewards of the same prompts and seeds before and after, return the mean difference
+# and its standard error.
+
+
+# %% tags=["exercise"]
+def paired(before, after):
+    """(N,), (N,) -> mean of the difference, standard error of that mean."""
+    return after.mean() - before.mean(), before.std()  # replace this line
+
+
+# %% tags=["check"]
+def check(paired):
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.randn(50, generator=generator) * 10  # some prompts are much harder than others
+    gain = 0.5 + 0.1 * torch.randn(50, generator=generator)
+    mean, error = (float(value) for value in paired(hard, hard + gain))
+    assert abs(mean - gain.mean().item()) < 1e-4, f"the mean difference is {gain.mean():.3f}, you give {mean:.3f}"
+    assert error < 1, f"{error:.2f} is far too wide: what makes a prompt hard cancels within a pair"
+    assert abs(error - gain.std().item() / 50**0.5) < 2e-3, "nearly: the error of a *mean* shrinks with the root of N"
+
+
+course.attempt(check, paired)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def paired(before, after):
+#     difference = after - before
+#     return difference.mean(), difference.std() / len(difference) ** 0.5
+# ```
+# </details>
+#
+# **2.** Is it hacking? Given two rows of an evaluation, the trained reward and an independent judge, give the verdict
+# `"better"` (both clearly up), `"hacked"` (reward clearly up, judge clearly down) or `"unclear"`. A row has `.low`, `.high`.
+
+
+# %% tags=["exercise"]
+def verdict(reward, judge):
+    return "better"  # replace this line
+
+
+# %% tags=["check"]
+def check(verdict):
+    from types import SimpleNamespace as Row
+
+    up, down, open_ = Row(low=0.1, high=0.2), Row(low=-0.2, high=-0.1), Row(low=-0.1, high=0.1)
+    assert verdict(up, up) == "better", "both clearly above zero is what we hope for"
+    assert verdict(up, down) == "hacked", "a reward that rises while the judge falls has been hacked"
+    assert verdict(up, open_) == "unclear", "an interval around zero is no evidence either way"
+    assert verdict(open_, up) == "unclear", "without a clear rise of the reward there is nothing to explain"
+
+
+course.attempt(check, verdict)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def verdict(reward, judge):
+#     if reward.low > 0 and judge.low > 0:
+#         return "better"
+#     if reward.low > 0 and judge.high < 0:
+#         return "hacked"
+#     return "unclear"
+# ```
+# </details>
+#
+# **3.** VADER accumulates: gradients of several small batches add up before one optimizer step. Write the factor by which
+# each batch's loss must be weighted so that the result equals one large batch, and the number of clips in a step.
+
+
+# %% tags=["exercise"]
+def accumulated(batch_size, accumulation_steps, processes):
+    """-> (weight of each micro-batch's mean loss, clips in one optimizer step). Processes are averaged."""
+    return 1.0, batch_size  # replace this line
+
+
+# %% tags=["check"]
+def check(accumulated):
+    weight, clips = accumulated(1, 16, 4)
+    assert clips == 64, f"VADER's 4 GPUs with 16 accumulated clips each make 64 in a step, not {clips}"
+    assert abs(weight - 1 / 16) < 1e-9, (
+        f"sixteen means add up to sixteen times the mean, so weigh each by less than {weight}"
+    )
+    assert accumulated(4, 1, 1) == (1.0, 4), "without accumulation nothing changes"
+
+
+course.attempt(check, accumulated)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def accumulated(batch_size, accumulation_steps, processes):
+#     return 1 / accumulation_steps, batch_size * accumulation_steps * processes
+# ```
+# </details>
+
+# %% [markdown] tags=["next"]
+# **Next:** your own reward, your own prompts. You have seen every part. (Chapters on many GPUs, on reward hacking and on a
+# playground with sliders are to come.)
