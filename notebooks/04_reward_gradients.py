@@ -295,8 +295,9 @@ course.predict(
 )
 
 # %% [markdown]
-# Do not crown a winner from one picture. A cosine of 0.3 for a tenth of the time may be the better bargain: an optimiser
-# takes many steps, and what counts is how much better the model is after a *minute*. VADER's authors found K = 1 better
+# Do not crown a winner from one picture. `Last(1)` points nearly where the exact gradient points, for half the time of
+# `Last(5)`: an optimiser takes many steps, and what counts is how much better the model is after a *minute*. (`DRaFTLV`
+# shows no noise because its fresh noise comes from the clip's own seed.) VADER's authors found K = 1 better
 # than K = 10 for the same time; on other models, whose last step hardly moves (notebook 2), the bargain is another.
 # This is one clip, one reward, one untrained adapter. With your own reward, measure again.
 #

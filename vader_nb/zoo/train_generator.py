@@ -70,8 +70,8 @@ def teach_words(text_encoder: CLIPTextModel, tokenizer) -> float:
     """Give the text encoder what the big models' encoders bring along: states in which meanings are far apart.
 
     It learns (40 s) to write the caption's four attributes, one dimension for each word, into every token from
-    the caption's end on. From a random encoder, whose captions all look alike, the UNet learns colours and
-    grounds but for thousands of steps neither shape nor motion. Returns the mean squared error that is left.
+    the caption's end on. From a random encoder, whose captions all look alike, the UNet had learnt colours
+    and grounds after 1,900 steps, but neither shape nor motion. Returns the mean squared error that is left.
     """
     specs = world.split()[0]
     tokens = tokenizer([*(spec.caption for spec in specs), ""], padding="max_length", return_tensors="pt").input_ids
