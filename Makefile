@@ -23,7 +23,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks
 
 lab: $(VENV)/installed-lab
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)  # in a container one is often root
 
 notebooks: $(VENV)/installed-test
 	$(BIN)/python notebooks/build.py
