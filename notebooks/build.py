@@ -18,6 +18,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from nbconvert import HTMLExporter
 
 HERE = Path(__file__).parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -129,7 +130,7 @@ def contents(folder: Path) -> None:
     """The start page of the rendered series, and links between its pages instead of notebooks."""
     rows = []
     for page in sorted(folder.glob("[0-9][0-9]_*.html")):
-        text = re.sub(r'(href="[0-9]{2}_\w+)\.ipynb"', r'\1.html"', page.read_text())
+        text = re.sub(r'(href="(?:[0-9]{2}_\w+|notation))\.(?:ipynb|md)"', r'\1.html"', page.read_text())
         page.write_text(text)
         title = jupytext.read(HERE / f"{page.stem}.py").cells[0].source.splitlines()[0].lstrip("# ")
         rows.append(f'<li><a href="{page.name}">{html.escape(title)}</a></li>')
@@ -139,6 +140,8 @@ def contents(folder: Path) -> None:
         f"{head}<title>vader_nb</title><style>{style}</style><h1>vader_nb</h1><p>Align video diffusion models to "
         f"differentiable rewards.</p><ul>{''.join(rows)}</ul></html>\n"
     )
+    notation = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell((HERE / "notation.md").read_text())])
+    (folder / "notation.html").write_text(HTMLExporter().from_notebook_node(notation)[0])
     print(f"look at: {folder / 'index.html'}")
 
 
