@@ -242,7 +242,7 @@ course.show(figure, "Reward over eight steps for four places of the adapter; the
 # ## Turn it up and down
 #
 # An adapter has a volume knob: `scale` multiplies its product. 0 is the base model, 1 is what was trained. Let us train one
-# that is easy to see, with brightness as the reward.
+# briefly, with brightness as the reward, and compare the rows.
 
 # %%
 run = vader_nb.align(

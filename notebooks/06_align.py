@@ -234,7 +234,7 @@ print("bit-equal:", all(torch.equal(a, b) for a, b in zip(uninterrupted, halves.
 # | sampler, steps, guidance | DPM++, 25, 9 | DDIM, 10, 2 |
 # | frames × size | 16 × 384² | 8 × 64² |
 # | adapter | rank 16 | rank 8 |
-# | learning rate, optimizer | 2e-4, AdamW | 1e-3, AdamW |
+# | learning rate, optimizer | 2e-4, AdamW | 1e-3 (2e-3 above), AdamW |
 # | clipping | 1.0 | 1.0 |
 # | clips an optimizer step | 1 × 16 accumulated, on each GPU | 4 |
 # | precision | fp16 autocast, adapter in fp32 | fp32 |

@@ -38,9 +38,8 @@ def digest(notebook: dict) -> str:
 
 def repository() -> str:
     """owner/name, from the one place that names it: [project.urls] in pyproject.toml."""
-    return re.search(r'^Repository = "https://github.com/([^"]+)"', (HERE.parent / "pyproject.toml").read_text(), re.M)[
-        1
-    ]
+    project = (HERE.parent / "pyproject.toml").read_text()
+    return re.search(r'^Repository = "https://github.com/([^"]+)"', project, re.MULTILINE).group(1)
 
 
 def badges(stem: str) -> str:
@@ -72,11 +71,11 @@ def solved(notebook: dict) -> dict:
     return notebook
 
 
-def run(notebook: dict, timeout: int = 600) -> tuple[float, float]:
+def run(notebook: dict) -> tuple[float, float]:
     """Execute in place; returns seconds, and the kernel's peak memory in megabytes."""
     client = NotebookClient(
         notebook,
-        timeout=timeout,
+        timeout=600,
         kernel_name="python3",
         resources={"metadata": {"path": HERE}},
         record_timing=False,
