@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
-# | no GPU, no download, no account | 0.3 minutes | 0.9 GB | not measured |
+# | no GPU, no download, no account | 0.2 minutes | 0.9 GB | not measured |
 #
 # *Words and symbols: [notation and glossary](notation.md).*
 
@@ -36,7 +36,7 @@
 # - *name* every tensor between a prompt and a video, with its shape;
 # - *show* which part of the model mixes pixels and which part mixes frames;
 # - *write* the sampling loop with classifier-free guidance yourself;
-# - *tell* at which step of it the picture is decided.
+# - *tell* at which call of the denoiser the picture is decided.
 
 # %% tags=["setup"]
 import sys
@@ -45,7 +45,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # Only what Colab lacks: never torch or numpy, which it has.
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
-    # %pip install -q peft open_clip_torch mediapy
+    # %pip install -q open_clip_torch mediapy
     pass
 
 # %% tags=["parameters"]
@@ -72,8 +72,8 @@ Gallery({"the whole model": [Video(clip[0], model.defaults["fps"], PROMPT)]}, wi
 # A network cannot read. The tokenizer looks each word up in a list and hands over its number. Sentences are filled up
 # to one length, so that many of them fit in one tensor.
 
-# %%
-tokens = model.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
+# %% tags=["nbval-check-output"]
+tokens = model.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids.to(model.device)
 print(tuple(tokens.shape))
 print([model.tokenizer.decode(token) for token in tokens[0]])
 
@@ -86,7 +86,7 @@ print([model.tokenizer.decode(token) for token in tokens[0]])
 # A small transformer turns each token into a vector. Each vector may look at the tokens *before* it, never at later
 # ones. So the last vectors know the whole sentence.
 
-# %%
+# %% tags=["nbval-check-output"]
 states = model.text_encoder(tokens).last_hidden_state.detach()
 print("text:", tuple(states.shape), "= (prompts, tokens, width)")
 
@@ -101,8 +101,8 @@ captions = [
     "a red circle growing on a black background",
     "a red square growing on a black background",
 ]
-ids = model.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-last = model.text_encoder(ids).last_hidden_state[:, -1].detach()
+ids = model.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(model.device)
+last = model.text_encoder(ids).last_hidden_state[:, -1].detach().float().cpu()
 unit = last / last.norm(dim=1, keepdim=True)
 
 figure, axis = plt.subplots(figsize=(4.2, 3.4), layout="constrained")
@@ -122,7 +122,7 @@ course.show(figure, "A 4 by 4 table of cosines: captions that differ in one word
 # The denoiser does not work on pixels. An *autoencoder*, trained beforehand, squeezes every 8 × 8 pixels of a frame
 # into one cell of four numbers. For our eight frames of 64 × 64 that is
 
-# %%
+# %% tags=["nbval-check-output"]
 latents, _ = vader_nb.gradient.initial_noise(model, [SEED], vader_nb.Sampling().filled(model))
 print("frames: ", tuple(clip.shape), "=", clip.numel(), "numbers  (batch, frames, colours, height, width)")
 print("latents:", tuple(latents.shape), " =", latents.numel(), "numbers   (batch, channels, frames, height, width)")
@@ -139,18 +139,21 @@ with torch.no_grad():
     back = model.vae.decode(squeezed).sample / 2 + 0.5
 
 figure, axes = plt.subplots(1, 6, figsize=(10, 2), layout="constrained")
-axes[0].imshow(clip[0, 0].permute(1, 2, 0))
-axes[1].imshow(back[0].clamp(0, 1).permute(1, 2, 0))
+axes[0].imshow(course.picture(clip[0, 0]))
+axes[1].imshow(course.picture(back[0]))
 for channel in range(4):
-    axes[2 + channel].imshow(squeezed[0, channel], cmap="gray")
+    axes[2 + channel].imshow(squeezed[0, channel].float().cpu(), cmap="gray")
 for axis, title in zip(axes, ["frame 0", "there and back", *(f"channel {c}" for c in range(4))]):
     axis.set_title(title, fontsize=9)
     axis.axis("off")
-course.show(figure, "A frame, its reconstruction, which looks the same, and its four latent channels of 8 by 8 cells.")
+course.show(
+    figure,
+    "A frame, its reconstruction, same in outline, a little off in colour, and four latent channels of 8 by 8 cells.",
+)
 
 # %% [markdown]
-# Forty-eight times fewer numbers, and the eye sees no difference. The decoder knows nothing of time: it decodes each frame by
-# itself. Keep this in mind, it will save us a lot of memory later: **to see one frame you need to decode one frame.**
+# Forty-eight times fewer numbers. The outline comes through; the colours come back a little off, which a large
+# autoencoder does better. And the decoder knows nothing of time: it decodes each frame by itself. Keep this in mind, it will save us a lot of memory later: **to see one frame you need to decode one frame.**
 #
 # ## The denoiser: a U-Net in space and time
 #
@@ -209,7 +212,7 @@ changed[:, :, 4] += torch.randn(changed[:, :, 4].shape, generator=torch.Generato
 def difference():
     """How much each frame of the output changes, (F,)."""
     one, two = (model.denoiser(x, 500, text.prompt).sample for x in (latents, changed))
-    return (one - two).abs().mean(dim=(0, 1, 3, 4))
+    return (one - two).abs().mean(dim=(0, 1, 3, 4)).float()
 
 
 with temporal_layers_off(model):
@@ -218,8 +221,8 @@ on = difference()
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
-axis.bar(torch.arange(len(on)) - 0.2, off, 0.4, label="temporal layers off")
-axis.bar(torch.arange(len(on)) + 0.2, on, 0.4, label="on")
+axis.bar(torch.arange(len(on)) - 0.2, off.cpu(), 0.4, label="temporal layers off")
+axis.bar(torch.arange(len(on)) + 0.2, on.cpu(), 0.4, label="on")
 axis.set(xlabel="frame of the output", ylabel="mean change")
 axis.legend(frameon=False)
 course.show(
@@ -241,20 +244,22 @@ figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(alpha.sqrt(), label=r"$\sqrt{\bar\alpha_t}$, share of the video")
 axis.plot((1 - alpha).sqrt(), label=r"$\sqrt{1-\bar\alpha_t}$, share of noise")
 for t in scheduler.timesteps:
-    axis.axvline(int(t), color="gray", linewidth=0.5)
-axis.set(xlabel="timestep t")
-axis.legend(frameon=False)
+    axis.axvline(int(t), color="lightgray", linewidth=0.7, zorder=0)
+axis.set(xlabel="timestep t", ylabel="share")
+axis.legend(framealpha=1, loc="center right")
 course.show(figure, "Two curves over the timestep: the video's share falls from 1 to 0, the noise's rises from 0 to 1.")
 
 # %% [markdown]
-# The grey lines are our ten steps, walked from right to left: from pure noise to the video.
+# The grey lines are our ten calls of the denoiser, walked from right to left: from pure noise to the video.
 #
 # ## Guidance: listen to the text, then exaggerate
 #
-# The denoiser is called twice at each step: once with your prompt, once with the *empty* prompt. The difference between
+# The denoiser is asked twice at each timestep: once with your prompt, once with the *empty* prompt. The difference between
 # the answers is what the prompt asks for, and we go further in that direction than the model would by itself:
 #
 # $$\hat v = v_\text{empty} + w\,(v_\text{prompt} - v_\text{empty})$$
+#
+# ($v$ is what this denoiser predicts, a mixture of noise and video that gives either when $x_t$ is known.)
 #
 # $w$ is `guidance_scale`; at 1 only the prompt's answer is left. This is *classifier-free guidance*.
 
@@ -293,10 +298,10 @@ print("largest difference to the package's own video:", f"{(mine - clip).abs().m
 #
 # ## Watch it decide
 #
-# At each step the denoiser's answer contains a *guess* of the clean video. We kept the guesses; decode them.
+# Each answer of the denoiser contains a *guess* of the clean video. We kept the ten guesses; decode them.
 #
-# > **Predict.** At which of the ten steps does the guess first show the right colours, and when the final shape?
-# > **(a)** both at the last steps · **(b)** colours and ground first, the outline later · **(c)** outline first, colours later
+# > **Predict.** After which of the ten calls does the guess show the final outline, and after which the final colours?
+# > **(a)** both at the last calls · **(b)** colours first, the outline later · **(c)** outline first, colours later
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -306,28 +311,32 @@ with torch.no_grad():
     seen = torch.cat([model.decode(x0, [0, 4, 7]) for x0 in guesses])  # (steps, 3 frames, 3, H, W)
 
 figure, axes = plt.subplots(3, len(seen), figsize=(11, 3.5), layout="constrained")
-for step, frames in enumerate(seen):
-    axes[0, step].set_title(f"step {step + 1}", fontsize=9)
+for call, frames in enumerate(seen):
+    axes[0, call].set_title(f"call {call + 1}", fontsize=9)
     for row, frame in enumerate(frames):
-        axes[row, step].imshow(frame.permute(1, 2, 0))
-        axes[row, step].axis("off")
+        axes[row, call].imshow(course.picture(frame))
+        axes[row, call].axis("off")
 course.show(
-    figure, "Three frames of the predicted clean video after each of ten steps: blurred first, sharp at the end."
+    figure, "Three frames of the predicted video after each of ten calls: the outline stands at once, colours shift on."
 )
 
 # %%
 whole = torch.stack(guesses).flatten(1)
-left = (whole - whole[-1]).norm(dim=1) / whole[-1].norm()
+left = ((whole - whole[-1]).norm(dim=1) / whole[-1].norm()).cpu()
 
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(range(1, len(left) + 1), left, marker="o")
-axis.set(xlabel="step", ylabel="distance to the final guess", ylim=(0, None))
-course.show(figure, "The distance of each step's guess to the final one falls steeply at first and flattens out.")
-course.predict(guess, "b", "ground and colour stand almost at once; what is left for later steps is the outline.")
+axis.set(xlabel="call", ylabel="distance to the last guess", ylim=(0, None))
+course.show(figure, "The distance of each call's guess to the last one falls evenly, from about a half to nothing.")
+course.predict(
+    guess, "c", "this small model knows where the star is from pure noise on, and settles its colours call by call."
+)
 
 # %% [markdown]
-# The first step moves the picture most, the last ones polish. When, in the next notebooks, we send a gradient through
-# *the last step only*, we will ask: how can polishing teach a model to draw something else?
+# Noise to outline in one call; the other nine polish, and colour is what they polish here. When, in the next notebooks,
+# we send a gradient through *the last call only*, we will ask: how can polishing teach a model to draw something else?
+#
+# (From the next notebook on we number the steps of a sampler from its *end*, as the formulas do: step 1 is the last call.)
 #
 # ## Recap
 #

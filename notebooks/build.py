@@ -71,13 +71,13 @@ def solved(notebook: dict) -> dict:
     return notebook
 
 
-def run(notebook: dict) -> tuple[float, float]:
-    """Execute in place; returns seconds, and the kernel's peak memory in megabytes."""
+def run(notebook: dict, kernel_name: str = "python3", folder: Path = HERE) -> tuple[float, float]:
+    """Execute in place, in a folder; returns seconds, and the kernel's peak memory in megabytes."""
     client = NotebookClient(
         notebook,
         timeout=600,
-        kernel_name="python3",
-        resources={"metadata": {"path": HERE}},
+        kernel_name=kernel_name,
+        resources={"metadata": {"path": folder}},
         record_timing=False,
         store_widget_state=False,
     )
@@ -125,22 +125,66 @@ def build(source: Path) -> None:
     )
 
 
+STYLE = """<style>
+/* On narrow screens code and tables scroll inside their own boxes, and nothing is cut off. */
+.jp-InputArea-editor, .jp-RenderedHTMLCommon > table { overflow-x: auto }
+.jp-RenderedHTMLCommon > table { display: block; max-width: 100% }
+.jp-OutputArea-output pre { white-space: pre; overflow-x: auto }
+details { margin-bottom: 1.5em }
+nav { font: 16px/1.6 system-ui, sans-serif; padding: .6em 1em; display: flex; gap: 1.5em; flex-wrap: wrap }
+</style>"""
+
+
+def introduction(notebook: dict) -> tuple[str, str]:
+    """Title, and the first sentence of the text, of a notebook."""
+    title, text = (notebook.cells[place].source for place in (0, 1))
+    return title.splitlines()[0].lstrip("# "), re.sub(r"[*`_]", "", re.split(r"(?<=[.?:])\s", text, maxsplit=1)[0])
+
+
+def links(place: int, pages: list[str]) -> str:
+    """The bar on top of a page: where it stands in the series."""
+    around = {"←": place - 1, "→": place + 1}
+    ends = {arrow: pages[i] for arrow, i in around.items() if place >= 0 and 0 <= i < len(pages)}
+    named = {"Contents": "index", "Notation": "notation"} | {
+        f"{arrow} {stem[:2]}": stem for arrow, stem in ends.items()
+    }
+    return "<nav>" + "".join(f'<a href="{stem}.html">{text}</a>' for text, stem in named.items()) + "</nav>"
+
+
+def finish(page: Path, bar: str, alternatives: list[str]) -> None:
+    """Bar, style and the figures' alternative texts (which the exporter does not take over) into a rendered page."""
+    text = re.sub(r'(href="(?:[0-9]{2}_\w+|notation))\.(?:ipynb|md)"', r'\1.html"', page.read_text())
+    for alternative in alternatives:
+        told = html.escape(alternative, quote=True)
+        text = text.replace('alt="No description has been provided for this image"', f'alt="{told}"', 1)
+    text = text.replace("</head>", f"{STYLE}</head>", 1)
+    page.write_text(re.sub(r"(<body[^>]*>)", lambda body: body.group(1) + bar, text, count=1))
+
+
+def figures(notebook: dict) -> list[str]:
+    """The alternative texts of a notebook's figures, in order."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [output.metadata["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})]
+
+
 def contents(folder: Path) -> None:
-    """The start page of the rendered series, and links between its pages instead of notebooks."""
-    rows = []
-    for page in sorted(folder.glob("[0-9][0-9]_*.html")):
-        text = re.sub(r'(href="(?:[0-9]{2}_\w+|notation))\.(?:ipynb|md)"', r'\1.html"', page.read_text())
-        page.write_text(text)
-        title = jupytext.read(HERE / f"{page.stem}.py").cells[0].source.splitlines()[0].lstrip("# ")
-        rows.append(f'<li><a href="{page.name}">{html.escape(title)}</a></li>')
-    style = "body{font:18px/1.6 system-ui,sans-serif;max-width:40em;margin:3em auto;padding:0 1em}li{list-style:none}"
+    """The start page of the rendered series, links between its pages, and what a narrow screen needs."""
+    rows, pages = [], sorted(page.stem for page in folder.glob("[0-9][0-9]_*.html"))
+    for place, stem in enumerate(pages):
+        notebook = nbformat.read(HERE / f"{stem}.ipynb", as_version=4)
+        finish(folder / f"{stem}.html", links(place, pages), figures(notebook))
+        title, sentence = (html.escape(text) for text in introduction(notebook))
+        rows.append(f'<li><a href="{stem}.html">{title}</a><br>{sentence}</li>')
+    style = "body{font:18px/1.6 system-ui,sans-serif;max-width:40em;margin:3em auto;padding:0 1em}li{list-style:none;margin:1em 0}ul{padding:0}"
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     (folder / "index.html").write_text(
         f"{head}<title>vader_nb</title><style>{style}</style><h1>vader_nb</h1><p>Align video diffusion models to "
-        f"differentiable rewards.</p><ul>{''.join(rows)}</ul></html>\n"
+        f"differentiable rewards, one notebook after the other.</p><ul>{''.join(rows)}</ul>"
+        f'<p><a href="notation.html">Notation and glossary</a></p></html>\n'
     )
     notation = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell((HERE / "notation.md").read_text())])
     (folder / "notation.html").write_text(HTMLExporter().from_notebook_node(notation)[0])
+    finish(folder / "notation.html", links(-1, pages), [])
     print(f"look at: {folder / 'index.html'}")
 
 

@@ -1,6 +1,7 @@
 """The notebook pairs: in sync, freshly executed, light, and built alike. (nbval runs them: `make test`.)"""
 
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -9,6 +10,8 @@ from urllib.parse import parse_qs, urlparse
 import jupytext
 import nbformat
 import pytest
+
+from tests import colab as colab_like
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -86,7 +89,10 @@ def test_its_skeleton_is_that_of_the_series(pair):
     first = notebook.cells[0]
     assert build.tagged(first, "head")
     assert re.fullmatch(r"# \d+ · .+", first.source.splitlines()[0])
-    assert re.search(r"\| [\d.]+ minutes \| [\d.]+ GB \| not measured \|", first.source), "no cost box: make notebooks"
+    cost = re.search(r"\| ([\d.]+) minutes \| ([\d.]+) GB \| not measured \|", first.source)
+    assert cost, "no cost box: make notebooks"
+    assert float(cost[1]) <= 3
+    assert float(cost[2]) <= 2, "Binder gives 2 GB"
     assert 3 <= len(re.findall(r"^- \*", prose(notebook), re.MULTILINE)) <= 5, "you will be able to …: 3 to 5 verbs"
     (setup,), (parameters,) = tagged(notebook, "setup"), tagged(notebook, "parameters")
     assert setup.source == tagged(jupytext.read(PAIRS[0]), "setup")[0].source
@@ -131,8 +137,73 @@ def test_every_exercise_is_open_and_its_check_says_what_is_missing(pair):
         assert "your code raised" not in printed(check), printed(check)
 
 
-def test_every_exercise_is_solved_by_its_solution(pair):
+# ------------------------------------------------------------------- the solved copies, where Colab would run them
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory):
+    """The Python of an environment like Colab's; its kernel is named "colab" for as long as the tests run."""
+    folder = tmp_path_factory.mktemp("colab")
+    python = colab_like.make(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder / "share" / "jupyter"))
+        yield python
+
+
+def test_the_environment_is_like_colabs(colab, tmp_path):
+    probe = (
+        "import sys; assert 'google.colab' in sys.modules; import IPython, ipykernel, ipywidgets, vader_nb; "
+        "print(IPython.__version__, ipykernel.__version__, ipywidgets.__version__, vader_nb.__file__)"
+    )
+    versions = subprocess.run([colab, "-c", probe], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert versions.startswith("7.34.0 6.17.1 7.7.1 ")
+    assert str(ROOT) not in versions.split()[-1]
+
+
+def test_colab_lacks_no_more_than_the_setup_cell_installs():
+    """Colab's packages (with torch and torchvision, which it has) and the setup cell's are all that we depend on."""
+    project = (ROOT / "pyproject.toml").read_text()
+    wanted = re.findall(r'"([\w-]+)', project.split("dependencies = [")[1].split("]")[0])
+    there = re.findall(r"^([\w-]+)==", (ROOT / "tests" / "colab.txt").read_text(), re.MULTILINE)
+    setup = tagged(jupytext.read(PAIRS[0]), "setup")[0].source
+    installed = re.search(r"%pip install -q ((?:\w+ ?)+)$", setup, re.MULTILINE)[1].split()
+    assert set(wanted) - set(there) - {"torch", "torchvision"} == set(installed)
+
+
+def test_every_exercise_is_solved_by_its_solution(pair, colab, tmp_path):
+    """From the wheel, in an empty folder, with Colab's versions."""
     _, source, _ = pair
     notebook = build.solved(source)
-    build.run(notebook)
+    build.run(notebook, kernel_name="colab", folder=tmp_path)
     assert [printed(check) for check in tagged(notebook, "check")] == ["Right.\n"] * len(tagged(notebook, "exercise"))
+
+
+# --------------------------------------------------------------------------------------- other environments
+
+
+def test_conda_and_binder_install_what_pyproject_says():
+    import yaml
+
+    project = (ROOT / "pyproject.toml").read_text()
+    lists = [yaml.safe_load((ROOT / path).read_text()) for path in ("environment.yml", "binder/environment.yml")]
+    for listed in lists:
+        plain = [entry for entry in listed["dependencies"] if isinstance(entry, str)]
+        # conda brings Python and what is no Python package; the rest comes from pyproject, by pip.
+        assert {entry.split("=")[0] for entry in plain} <= {"python", "pip", "ffmpeg", "pytorch-cpu", "torchvision"}
+        (python,) = [entry.split("=")[1] for entry in plain if entry.startswith("python=")]
+        lowest = re.search(r'requires-python = ">=([\d.]+)"', project)[1]
+        assert tuple(map(int, python.split("."))) >= tuple(map(int, lowest.split(".")))
+    assert lists[0]["dependencies"][-1] == {"pip": ["-e .[notebook]"]}
+    post_build = (ROOT / "binder" / "postBuild").read_text().splitlines()
+    assert "set -e" in post_build
+    assert any("'.[notebook]'" in line for line in post_build)
+    (executed,) = [line.split()[-1] for line in post_build if line.startswith("jupyter execute")]
+    assert (ROOT / executed).is_file()
+
+
+def test_some_texts_are_compared_by_nbval():
+    """Not only run: cells whose text is the same everywhere are tagged, and were executed (or nbval compares nothing)."""
+    notebooks = [nbformat.read(path.with_suffix(".ipynb"), as_version=4) for path in PAIRS]
+    compared = [cell for notebook in notebooks for cell in tagged(notebook, "nbval-check-output")]
+    assert len(compared) >= 3
+    assert all(cell.execution_count and printed(cell) for cell in compared)

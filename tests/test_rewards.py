@@ -10,10 +10,9 @@ from transformers import VideoMAEForVideoClassification
 
 from vader_nb import rewards
 from vader_nb.rewards import check, parse, reward
-from vader_nb.rewards.action import MEAN, STD
 from vader_nb.rewards.action import TINY as TINY_VIDEOMAE
 from vader_nb.rewards.clip import TINY as TINY_CLIP
-from vader_nb.rewards.clip import preprocess
+from vader_nb.rewards.networks import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from vader_nb.zoo import world
 
 SPECS = [
@@ -37,11 +36,11 @@ def test_hps_is_open_clips_cosine(frames):
         images = model.encode_image((frames.flatten(0, 1) - mean[:, None, None]) / std[:, None, None], normalize=True)
         texts = model.encode_text(tokenizer(PROMPTS), normalize=True)
     expected = (images.unflatten(0, (3, 8)) * texts[:, None]).sum(-1).mean(1)
-    torch.testing.assert_close(rewards.hps()(frames, PROMPTS), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rewards.hps("tiny")(frames, PROMPTS), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_hps_judges_each_clip_by_its_own_prompt(frames):
-    hps = rewards.hps()
+    hps = rewards.hps("tiny")
     right, wrong = hps(frames, PROMPTS), hps(frames, PROMPTS[1:] + PROMPTS[:1])
     assert (right > wrong + 0.05).all()
 
@@ -49,28 +48,28 @@ def test_hps_judges_each_clip_by_its_own_prompt(frames):
 def test_aesthetic_is_the_linear_head_on_the_unit_embedding(frames):
     from safetensors.torch import load_file
 
-    score = rewards.aesthetic()
+    score = rewards.aesthetic("tiny")
     head = {name: value.float() for name, value in load_file(TINY_CLIP / "aesthetic_head.safetensors").items()}
     expected = score.clip.image(frames) @ head["layers.0.weight"][0] + head["layers.0.bias"]
-    torch.testing.assert_close(score(frames, PROMPTS), expected.view(3, 8).mean(1))
+    torch.testing.assert_close(score(frames, PROMPTS), expected.mean(1))
     assert ((expected > 0) & (expected < 11)).all()
 
 
 def test_a_stack_of_linear_layers_in_laions_layout_is_one_affine_map(frames):
-    from vader_nb.rewards.clip import CLIP, Aesthetic
+    from vader_nb.rewards.clip import Rated, open_clip_directory
 
     generator = torch.Generator().manual_seed(0)
     sizes, head = (64, 32, 16, 1), {}
     for number, (inside, outside) in zip((0, 2, 4), zip(sizes, sizes[1:])):  # gaps in the numbers, as in LAION's file
         head[f"layers.{number}.weight"] = torch.randn(outside, inside, generator=generator) / inside**0.5
         head[f"layers.{number}.bias"] = torch.randn(outside, generator=generator)
-    score = Aesthetic(CLIP(TINY_CLIP), head)
+    score = Rated(open_clip_directory(TINY_CLIP, torch.float32), head, "aesthetic", (1.0, 10.0))
     weight = head["layers.4.weight"] @ head["layers.2.weight"] @ head["layers.0.weight"]
     bias = (
         head["layers.4.weight"] @ (head["layers.2.weight"] @ head["layers.0.bias"] + head["layers.2.bias"])
         + head["layers.4.bias"]
     )
-    expected = (score.clip.image(frames) @ weight.T + bias).view(3, 8).mean(1)
+    expected = (score.clip.image(frames) @ weight.T + bias).squeeze(-1).mean(1)
     torch.testing.assert_close(score(frames, PROMPTS), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -82,28 +81,28 @@ def test_aesthetic_follows_what_it_states():
     generator = torch.Generator().manual_seed(6)
     plain = world.render(world.split()[1][:120], generator)[:, 3]
     shown = torch.cat([plain, vary(plain, generator)])
-    rated = rewards.aesthetic()(shown.unsqueeze(1), [""] * len(shown))
+    rated = rewards.aesthetic("tiny")(shown.unsqueeze(1), [""] * len(shown))
     assert torch.corrcoef(torch.stack([rated, beauty(shown)]))[0, 1] > 0.7
 
 
 def test_action_is_transformers_own_log_softmax(frames):
     model = VideoMAEForVideoClassification.from_pretrained(TINY_VIDEOMAE, dtype=torch.float32).eval()
-    pixels = preprocess(frames.flatten(0, 1), 64, MEAN, STD).unflatten(0, (3, 8))
+    pixels = preprocess(frames.flatten(0, 1), 64, IMAGENET_MEAN, IMAGENET_STD).unflatten(0, (3, 8))
     with torch.no_grad():
         logits = model(pixels).logits
     wanted = [model.config.label2id[spec.motion] for spec in SPECS]
     expected = logits.log_softmax(-1)[torch.arange(3), wanted]
-    torch.testing.assert_close(rewards.action()(frames, PROMPTS), expected)
+    torch.testing.assert_close(rewards.action("tiny")(frames, PROMPTS), expected)
 
 
 def test_action_labels(frames):
-    action = rewards.action()
+    action = rewards.action("tiny")
     assert action.index("a red star Moving  Left on a white background") == world.MOTIONS.index("moving left")
     with pytest.raises(ValueError, match="the nearest are .*bouncing"):
         action.index("a cat bounces")
     with pytest.raises(ValueError, match="no action"):
-        rewards.action(label="skiing")
-    fixed = rewards.action(label="growing")(frames, PROMPTS)
+        rewards.action("tiny", label="skiing")
+    fixed = rewards.action("tiny", label="growing")(frames, PROMPTS)
     assert fixed.argmax() == 1
     with pytest.raises(ValueError, match="at least 2 frames"):
         action(frames[:, :1], PROMPTS)
@@ -113,7 +112,7 @@ def test_action_labels(frames):
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (320, 512)])
 def test_networks_take_any_size_and_pass_gradients(frames, name, size):
     sized = torch.nn.functional.interpolate(frames[:1].flatten(0, 1), size).unflatten(0, (1, 8)).requires_grad_()
-    value = getattr(rewards, name)()(sized, PROMPTS[:1])
+    value = getattr(rewards, name)("tiny")(sized, PROMPTS[:1])
     value.sum().backward()
     assert value.shape == (1,)
     assert sized.grad.isfinite().all()
@@ -219,7 +218,7 @@ def test_any_function_is_a_reward(frames):
 
 
 def test_expressions():
-    parsed = parse("hps + 0.1 * aesthetic().towards(9) - brightness")
+    parsed = parse("hps + 0.1 * aesthetic().towards(9) - brightness", tiny=True)
     assert [part.name for part in parsed.parts()] == ["hps", "aesthetic", "brightness"]
     assert parse("compressibility(quality=50)").table[0, 0] == 16
     for bad in ("__import__('os').system('true')", "hps.clip", "nonsense", "hps +", "3", "(lambda: 1)()", "hps ** 2"):
@@ -234,7 +233,7 @@ def test_expressions():
     "name", ["hps", "aesthetic", "action", "brightness", "colourfulness", "compressibility", "motion_smoothness"]
 )
 def test_our_own_rewards_are_fit(name):
-    report = check(getattr(rewards, name)())
+    report = check(parse(name, tiny=True))
     assert report.passed, report
 
 

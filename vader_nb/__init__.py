@@ -2,7 +2,7 @@
 
     import vader_nb
     model = vader_nb.load("tiny")
-    run = vader_nb.align(model, vader_nb.rewards.hps(), vader_nb.prompts.get("tiny"))
+    run = vader_nb.align(model, vader_nb.rewards.hps("tiny"), vader_nb.prompts.get("tiny"))
 
 Names are imported on first use: `import vader_nb` itself loads nothing heavy.
 """

@@ -4,6 +4,7 @@ vader-nb align --reward "hps + 0.02 * aesthetic" --prompts tiny --held-out tiny_
 vader-nb evaluate runs/NAME
 vader-nb sample "a red star spinning on a white background" --adapter runs/NAME
 vader-nb check --reward colourfulness
+vader-nb rewards
 """
 
 import argparse
@@ -83,7 +84,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--format", default="gif", choices=["gif", "mp4", "webp"])
 
     sub = command("check", run_check, "Is a reward fit for training?")
-    sub.add_argument("--reward", required=True)
+    sub.add_argument("--reward", required=True, help="an expression; the embedded ones are hps('tiny') and so on")
+
+    command("rewards", run_rewards, "All rewards: what they see, cost, and when they fail.")
     return top
 
 
@@ -127,7 +130,7 @@ def run_align(arguments):
     strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames)
     prompts = prompt_sets.get(arguments.prompts)
     groups = {} if arguments.no_evaluation else groups_of(arguments, prompts)
-    reward = parse(arguments.reward)
+    reward = parse(arguments.reward, tiny=arguments.model == "tiny")
     name = arguments.name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"a run's name is one folder's name, not {name!r}; the place is --output-dir")
@@ -160,7 +163,7 @@ def run_evaluate(arguments):
     from .models import load
     from .rewards import parse
 
-    reward = parse(arguments.reward)
+    reward = parse(arguments.reward, tiny=arguments.model == "tiny")
     groups = groups_of(arguments, prompt_sets.get(arguments.prompts))
     path = Path(arguments.adapter)
     lora.read(path)  # a wrong file is an error before a model is loaded
@@ -206,15 +209,12 @@ def motion_features():
     import torch
 
     from .rewards import action
-    from .rewards.action import MEAN, STD
-    from .rewards.clip import preprocess
 
-    classifier = action().classifier
+    reward = action("tiny")
 
     @torch.no_grad()
     def features(frames):
-        pixels = preprocess(frames.flatten(0, 1), classifier.config.image_size, MEAN, STD)
-        return classifier.videomae(pixels.unflatten(0, frames.shape[:2])).last_hidden_state.mean(1)
+        return reward.classifier.videomae(reward.pixels(frames)).last_hidden_state.mean(1)
 
     return features
 
@@ -242,6 +242,12 @@ def run_check(arguments):
     print(report)
     if not report.passed:
         sys.exit(1)
+
+
+def run_rewards(arguments):
+    from .rewards import table
+
+    print(table())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,11 @@ def show(figure, alt: str) -> None:
     display(figure, metadata={"image/png": {"alt": alt}})
 
 
+def picture(frame):
+    """A frame (3, H, W) in [0, 1], of any device and precision, as matplotlib wants it: (H, W, 3), on the CPU."""
+    return frame.detach().float().cpu().clamp(0, 1).permute(1, 2, 0)
+
+
 def predict(guess: str | None, right: str, because: str) -> None:
     """Compare a guess (a letter, or None for no answer yet) with what came out, and say why."""
     verdict = "" if guess is None else "Yes. " if guess.strip(" ()").lower() == right else f"Not {guess}. "

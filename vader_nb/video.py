@@ -71,7 +71,7 @@ class Video:
         text = html.escape(self.caption or alt, quote=True)
         return (
             f'<img src="data:image/gif;base64,{data}" alt="{text}" title="{text}" width="{width}" '
-            f'style="image-rendering:pixelated;border-radius:6px">'
+            f'style="image-rendering:pixelated;border-radius:6px;width:100%;max-width:{width}px">'
         )
 
     def _repr_html_(self) -> str:
@@ -79,28 +79,41 @@ class Video:
 
 
 class Gallery:
-    """Clips in rows, each row with a label; shows itself in a notebook."""
+    """Clips in rows, each row with a label; shows itself in a notebook. Clips that stand under each other are one
+    picture, so that they play in step and can be compared; the first row's captions head the columns."""
 
     def __init__(self, rows: dict[str, list[Video]], width: int = 128):
+        lengths = {label: len(videos) for label, videos in rows.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"a gallery's rows must hold equally many clips, at least one row; got {lengths}")
         self.rows, self.width = rows, width
 
+    def column(self, videos: tuple[Video, ...]) -> Video:
+        """The clips of one column, under each other, told apart by their rows' labels."""
+        first = videos[0]
+        shapes = {tuple(video.frames.shape) for video in videos}
+        if len(shapes) > 1:
+            raise ValueError(f"clips under each other must have one shape (F, 3, H, W), got {sorted(shapes)}")
+        labels = ", below it ".join(self.rows)
+        text = f"{labels}: {first.caption}" if first.caption else labels
+        return Video(grid(torch.stack([video.frames for video in videos]), columns=1), first.fps, text)
+
     def to_html(self) -> str:
-        top = next(iter(self.rows.values()), [])
-
-        def cell(label, place, video):
-            # Under a captioned row, rows without captions show the same prompts: told, but not written again.
-            alt = f"{label}: {top[place].caption}" if place < len(top) and top[place].caption else label
-            caption = f"<div style='font-size:11px;line-height:1.3;max-width:{self.width}px'>{html.escape(video.caption)}</div>"
-            return f"<td style='padding:4px;vertical-align:top;text-align:left'>{video.to_html(self.width, alt)}{caption}</td>"
-
-        lines = [
-            f"<tr><th scope='row' style='text-align:left;padding:4px 12px 4px 0'>{html.escape(label)}</th>"
-            + "".join(cell(label, place, video) for place, video in enumerate(videos))
-            + "</tr>"
-            for label, videos in self.rows.items()
-        ]
-        table = "<table style='border-collapse:collapse'>" + "".join(lines) + "</table>"
-        return f"<div style='overflow-x:auto'>{table}</div>"
+        columns = [self.column(videos) for videos in zip(*self.rows.values())]
+        captions = [video.caption for video in next(iter(self.rows.values()))]
+        heads = "".join(
+            f"<td style='padding:2px 4px;vertical-align:bottom;text-align:left;font-size:11px;line-height:1.3;"
+            f"max-width:{self.width}px'>{html.escape(caption)}</td>"
+            for caption in captions
+        )
+        labels = "".join(f"<div style='padding-right:8px'>{html.escape(label)}</div>" for label in self.rows)
+        pictures = "".join(f"<td style='padding:4px'>{video.to_html(self.width)}</td>" for video in columns)
+        # The labels share the pictures' height evenly, whatever width the page leaves for them.
+        return (
+            f"<table style='border-collapse:collapse'><tr><td></td>{heads}</tr><tr>"
+            f"<th scope='row' style='height:1px;padding:0;text-align:left'><div style='display:flex;height:100%;"
+            f"flex-direction:column;justify-content:space-around'>{labels}</div></th>{pictures}</tr></table>"
+        )
 
     _repr_html_ = to_html
 

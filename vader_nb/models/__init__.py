@@ -1,11 +1,11 @@
 """Video models: `load("tiny")`, `load("modelscope")`, `load("zeroscope")`, or a directory of the same layout."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from ..hub import reachable
 from .base import Conditioning, VideoModel
 
 __all__ = ["CHECKPOINTS", "Checkpoint", "Conditioning", "VideoModel", "load"]
@@ -108,19 +108,3 @@ def load(
             f"  without either:  vader_nb.load('tiny'), embedded in this package"
         ) from error
     return model.to(device)
-
-
-def reachable(timeout: float = 2.0) -> bool:
-    """Whether the model hub answers: asked once and briefly, since the hub's client retries for minutes."""
-    import socket
-    from urllib.parse import urlparse
-
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return False
-    address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname, port), timeout=timeout).close()
-    except OSError:
-        return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
-    return True

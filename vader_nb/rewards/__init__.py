@@ -3,31 +3,47 @@
 import sys
 
 from .._face import install
-from .base import Reward, as_reward, reward
+from .base import Reward, as_reward, conflict, reward, statistics
 
-_HOMES = {
+_REWARDS = {
     "action": "action",
     "aesthetic": "clip",
+    "aesthetic_hps": "clip",
     "brightness": "pixels",
-    "check": "check",
+    "clip_score": "clip",
     "colourfulness": "pixels",
     "compressibility": "pixels",
+    "compression": "clip",
+    "flow_smoothness": "flow",
     "hps": "clip",
+    "image_reward": "image_reward",
     "incompressibility": "pixels",
     "motion_smoothness": "pixels",
+    "object_presence": "detection",
+    "object_removal": "detection",
+    "pickscore": "clip",
+    "rainy": "clip",
+    "snowy": "clip",
+    "temporal_consistency": "vjepa",
+    "text_video": "text_video",
 }
-NAMES = sorted(set(_HOMES) - {"check"})
-__all__ = ["NAMES", "Reward", "as_reward", "parse", "reward", *sorted(_HOMES)]
+_HOMES = _REWARDS | {"check": "check", "table": "gallery"}
+NAMES = sorted(_REWARDS)
+EMBEDDED = ("action", "aesthetic", "aesthetic_hps", "hps")  # those of which the package holds a tiny one
+__all__ = ["EMBEDDED", "NAMES", "Reward", "as_reward", "conflict", "parse", "reward", "statistics", *sorted(_HOMES)]
 
 
 install(__name__, _HOMES)
 
+METHODS = ("towards", "capped", "normalised")  # of a reward, in an expression
 
-def parse(expression: str) -> Reward:
+
+def parse(expression: str, tiny: bool = False) -> Reward:
     """The reward of an expression such as `hps + 0.1 * aesthetic` or `aesthetic().towards(9)`.
 
-    Only names of `NAMES`, numbers, strings, + - *, calls and `.towards(…)` are understood; nothing else in the
-    text can run. Raises ValueError that points at what was not understood.
+    Only names of `NAMES`, numbers, strings, + - *, calls and the methods of `METHODS` are understood; nothing else in
+    the text can run. tiny: a name without arguments means the embedded reward, where there is one. Raises ValueError
+    that points at what was not understood.
     """
     import ast
     import operator
@@ -35,16 +51,21 @@ def parse(expression: str) -> Reward:
     here = sys.modules[__name__]
     operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
+    def load(name, *args, **options):
+        if tiny and name in EMBEDDED and not args:
+            options = {"checkpoint": "tiny"} | options
+        return getattr(here, name)(*args, **options)
+
     def build(node):
         match node:
             case ast.Constant(value=int() | float() | str()):
                 return node.value
-            case ast.Name() if node.id in NAMES:
-                return getattr(here, node.id)()
+            case ast.Name(id=name) if name in NAMES:
+                return load(name)
             case ast.Call(func=ast.Name(id=name)) if name in NAMES:
-                return getattr(here, name)(*map(build, node.args), **{k.arg: build(k.value) for k in node.keywords})
-            case ast.Call(func=ast.Attribute(value=inner, attr="towards"), args=[target]):
-                return build(inner).towards(build(target))
+                return load(name, *map(build, node.args), **{k.arg: build(k.value) for k in node.keywords})
+            case ast.Call(func=ast.Attribute(value=inner, attr=method)) if method in METHODS:
+                return getattr(build(inner), method)(*map(build, node.args))
             case ast.BinOp() if type(node.op) in operators:
                 return operators[type(node.op)](build(node.left), build(node.right))
             case ast.UnaryOp(op=ast.USub()):
@@ -54,9 +75,13 @@ def parse(expression: str) -> Reward:
         )
 
     try:
-        result = build(ast.parse(expression.strip(), mode="eval").body)
+        tree = ast.parse(expression.strip(), mode="eval").body
     except SyntaxError as error:
         raise ValueError(f"cannot read the reward {expression!r}: {error.msg}") from error
+    for node in ast.walk(tree):  # before anything is downloaded
+        if isinstance(node, ast.Name) and node.id not in NAMES:
+            raise ValueError(f"unknown reward {node.id!r} in {expression!r}; known rewards: {', '.join(NAMES)}")
+    result = build(tree)
     if not isinstance(result, Reward):
         raise ValueError(f"{expression!r} is a number, not a reward; known rewards: {', '.join(NAMES)}")
     return result

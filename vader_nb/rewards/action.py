@@ -1,62 +1,108 @@
 """VADER's action reward: a VideoMAE classifier (arXiv 2203.12602) recognises what the prompt asks for."""
 
+import contextlib
+import re
 from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 from transformers import VideoMAEForVideoClassification
+from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
+from .. import hub
 from .base import Reward
-from .clip import preprocess
+from .gallery import SOURCES
+from .networks import IMAGENET_MEAN, IMAGENET_STD, Network, preprocess, wide
 
 TINY = Path(__file__).parent.parent / "zoo" / "weights" / "tiny-videomae"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which the checkpoints are trained with
 
 
-class Action(Reward):
+class Action(Network):
     """Log-probability of the class that the prompt names, from the whole clip; exp of it is VADER's
     reported reward. Through log-softmax, which cannot overflow in half precision."""
 
     name, range, unit, per_frame = "action", (-float("inf"), 0.0), "log-probability", False
 
     def __init__(self, classifier: VideoMAEForVideoClassification, label: str | None = None):
-        self.classifier = classifier.eval().requires_grad_(False)
-        self.labels = {name.lower(): i for name, i in classifier.config.label2id.items()}
+        super().__init__([classifier], classifier.videomae.encoder.layer)
+        self.classifier = classifier
+        self.labels = {plain(name): i for name, i in classifier.config.label2id.items()}
+        self.typical = (-torch.tensor(len(self.labels)).log().item(), 0.0)  # from a blind guess to certainty
         self.label = label
         if label is not None:
             self.index(label)  # an unknown label is an error now, not after the first roll-out
 
     def index(self, prompt: str) -> int:
-        """The class a prompt names: the label itself, else the longest label inside the prompt."""
-        text = " ".join(prompt.lower().split())
-        inside = [label for label in self.labels if label in text]
+        """The class a prompt names: the label itself, else the longest label inside the prompt, else the longest
+        label all of whose words stand in the prompt in this order ("playing guitar": a cat is playing the guitar)."""
+        text = plain(prompt)
+        if text in self.labels:
+            return self.labels[text]
+        inside = [label for label in self.labels if f" {label} " in f" {text} "]
+        inside = inside or [label for label in self.labels if in_order(label.split(), text.split())]
         if not inside:
             near = get_close_matches(text, self.labels, n=3, cutoff=0) or list(self.labels)[:3]
-            raise ValueError(f"no action of the classifier occurs in {prompt!r}; the nearest are {', '.join(near)}")
+            raise ValueError(
+                f"no action of the classifier occurs in {prompt!r}; the nearest are {', '.join(near)}. "
+                f"For one action whatever the prompt, say action(label=…)"
+            )
         return self.labels[max(inside, key=len)]
 
     def scores(self, frames, prompts):
+        wanted = torch.tensor([self.index(self.label or prompt) for prompt in prompts], device=frames.device)
+        pixels = self.pixels(frames)
+        with position_table(self.classifier, pixels.shape[1]):
+            log_probability = wide(self.classifier(pixels).logits).log_softmax(dim=-1)
+        return log_probability.gather(1, wanted[:, None])
+
+    def pixels(self, frames: torch.Tensor) -> torch.Tensor:
+        """The classifier's input: a whole number of tubelets, a frame of the end repeated if need be."""
         config = self.classifier.config
         if frames.shape[1] < 2:
             raise ValueError(f"the action reward needs at least 2 frames, got {frames.shape[1]}; score all frames")
-        wanted = torch.tensor([self.index(self.label or prompt) for prompt in prompts], device=frames.device)
-        # The classifier takes a fixed number of frames: pick that many, evenly spread, repeating if need be.
-        place = torch.linspace(0, frames.shape[1] - 1, config.num_frames).round().long()
-        dtype = self.classifier.dtype
-        pixels = preprocess(frames[:, place].flatten(0, 1), config.image_size, MEAN, STD).to(dtype)
-        logits = self.classifier(pixels.unflatten(0, (len(frames), config.num_frames))).logits
-        log_probability = logits.to(torch.promote_types(dtype, torch.float32)).log_softmax(dim=-1)
-        return log_probability.gather(1, wanted[:, None])
-
-    def to(self, *args, **kwargs):
-        self.classifier.to(*args, **kwargs)
-        return self
+        missing = -frames.shape[1] % config.tubelet_size
+        frames = torch.cat([frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
+        pixels = preprocess(frames.flatten(0, 1), config.image_size, IMAGENET_MEAN, IMAGENET_STD)
+        return pixels.unflatten(0, frames.shape[:2]).to(self.dtype)
 
 
-def action(checkpoint: str | Path = "tiny", label: str | None = None) -> Reward:
-    """Recognition of the action in the prompt, or always of `label`. checkpoint: "tiny" (the eight motions
-    of the tiny world), or a `VideoMAEForVideoClassification` directory."""
-    folder = TINY if checkpoint == "tiny" else Path(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a VideoMAE directory: it has no config.json")
-    return Action(VideoMAEForVideoClassification.from_pretrained(folder, dtype=torch.float32), label)
+def plain(text: str) -> str:
+    """Lower case words with one space between them, without punctuation."""
+    return " ".join(re.findall(r"[\w'-]+", text.lower()))
+
+
+def in_order(words: list[str], text: list[str]) -> bool:
+    rest = iter(text)
+    return all(word in rest for word in words)
+
+
+@contextlib.contextmanager
+def position_table(classifier: VideoMAEForVideoClassification, num_frames: int):
+    """The classifier, for a while, with positions for another number of frames than its configuration's.
+
+    VideoMAE's positions are sines of a token's place, not weights: the table is the one that
+    `from_pretrained(num_frames=…)`, VADER's way, would build."""
+    config, embeddings = classifier.config, classifier.videomae.embeddings
+    places = (config.image_size // config.patch_size) ** 2 * (num_frames // config.tubelet_size)
+    before = embeddings.position_embeddings
+    if places != before.shape[1]:
+        embeddings.position_embeddings = get_sinusoid_encoding_table(places, config.hidden_size)
+    try:
+        yield
+    finally:
+        embeddings.position_embeddings = before
+
+
+def action(
+    checkpoint: str | Path = "published", label: str | None = None, *, dtype: torch.dtype = torch.float32
+) -> Reward:
+    """Recognition of the action in the prompt, or always of `label`: log-probability, 0 is certainty.
+
+    checkpoint: "published" (Kinetics-400's 400 actions; MCG-NJU/videomae-base-finetuned-kinetics, non-commercial),
+    "tiny" (the eight motions of the tiny world), or a local `VideoMAEForVideoClassification` directory. Any number of
+    frames from 2; an odd one is made even by repeating the last. Frames are squashed to a square, as in VADER.
+    """
+    local = {"published": None, "tiny": TINY}.get(str(checkpoint), checkpoint)
+    otherwise = "vader_nb.rewards.action('/path/to/the/directory')"
+    source = SOURCES["videomae-base-kinetics"]
+    return Action(hub.network(VideoMAEForVideoClassification, source, local, otherwise=otherwise, dtype=dtype), label)

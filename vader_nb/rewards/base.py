@@ -23,12 +23,14 @@ class Reward:
     name: str = "reward"
     per_frame: bool = True
     range: tuple[float, float] = (-float("inf"), float("inf"))
+    typical: tuple[float, float] | None = None  # scores of usual pictures or clips, where known
     unit: str = ""
 
     def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         raise NotImplementedError
 
     def __call__(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        inspect(frames, prompts)
         return self.scores(frames, prompts).mean(dim=1)
 
     def parts(self) -> list["Reward"]:
@@ -42,6 +44,19 @@ class Reward:
     def towards(self, target: float) -> "Reward":
         """Minus the distance to the target: the pull stops, and turns, once the target is reached."""
         return Mapped(f"({self.name} towards {target:g})", lambda scores: -(scores - target).abs(), self)
+
+    def capped(self, limit: float) -> "Reward":
+        """No more than `limit`: what is good enough pulls no further. ReFL's relu(2 - r) is this one's loss, at 2."""
+        name = f"({self.name} capped at {limit:g})"
+        return Mapped(name, lambda scores: scores.clamp(max=limit), self, (self.range[0], min(self.range[1], limit)))
+
+    def normalised(self, mean: float, std: float) -> "Reward":
+        """In standard deviations from the mean, so that rewards of different units can be weighed against each other.
+        `statistics` measures mean and std on clips of the base model."""
+        if not std > 0:
+            raise ValueError(f"the standard deviation must be positive, got {std}; were the clips all alike?")
+        bounds = tuple((bound - mean) / std for bound in self.range)
+        return Mapped(f"normalised {self.name}", lambda scores: (scores - mean) / std, self, bounds, "std")
 
     def __add__(self, other: "Reward | Callable") -> "Reward":
         return Sum(self, as_reward(other))
@@ -65,8 +80,8 @@ class Reward:
 class Mapped(Reward):
     """A function of another reward's scores, score by score."""
 
-    def __init__(self, name: str, function: Callable, inner: Reward, range=Reward.range):
-        self.name, self.function, self.inner, self.range = name, function, inner, range
+    def __init__(self, name: str, function: Callable, inner: Reward, range=Reward.range, unit=""):
+        self.name, self.function, self.inner, self.range, self.unit = name, function, inner, range, unit
         self.per_frame = inner.per_frame
 
     def scores(self, frames, prompts):
@@ -116,7 +131,23 @@ class Function(Reward):
     def __call__(self, frames, prompts):
         if self.per_frame:
             return super().__call__(frames, prompts)
+        inspect(frames, prompts)
         return self.function(frames, prompts)  # of whatever shape: the caller checks it and names the reward
+
+
+def inspect(frames: torch.Tensor, prompts: list[str]) -> None:
+    """Raise ValueError for what no reward can judge, naming what it was given."""
+    if not isinstance(frames, torch.Tensor) or frames.ndim != 5 or frames.shape[2] != 3:
+        got = tuple(frames.shape) if isinstance(frames, torch.Tensor) else type(frames).__name__
+        raise ValueError(f"frames must be a tensor (B, F, 3, H, W), got {got}")
+    if not frames.is_floating_point():
+        raise ValueError(f"frames must be floats in [0, 1], got {frames.dtype}; write frames.float() / 255")
+    if not len(prompts) or len(prompts) != len(frames) or isinstance(prompts, str):
+        got = f"the string {prompts!r}" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+        raise ValueError(f"{len(frames)} clips need a list of as many prompts, got {got}")
+    low, high = (bound.item() for bound in frames.detach().aminmax())
+    if low < -0.01 or high > 1.01:  # a rounding error may stick out, another convention may not
+        raise ValueError(f"frames must lie in [0, 1], got {low:.3g} to {high:.3g}; from [-1, 1] write frames / 2 + 0.5")
 
 
 def as_column(value: torch.Tensor) -> torch.Tensor:
@@ -138,3 +169,23 @@ def as_reward(value: Reward | Callable) -> Reward:
     if callable(value):
         return Function(value)
     raise TypeError(f"a reward is a Reward or a function (frames, prompts) -> (B,), not {type(value).__name__}")
+
+
+@torch.no_grad()
+def statistics(reward: Reward | Callable, frames: torch.Tensor, prompts: list[str]) -> tuple[float, float]:
+    """Mean and standard deviation of a reward over clips (B >= 2), for `reward.normalised(mean, std)`."""
+    scores = as_reward(reward)(frames, prompts)
+    if len(scores) < 2:
+        raise ValueError("the spread of a reward needs at least 2 clips, got 1")
+    return scores.mean().item(), scores.std().item()
+
+
+def conflict(first: Reward | Callable, second: Reward | Callable, frames: torch.Tensor, prompts: list[str]):
+    """The cosine between two rewards' gradients on the pixels of each clip, (B,): 1 they agree, 0 they do not care
+    about each other, -1 what one gains the other loses. frames (B, F, 3, H, W)."""
+    directions = []
+    for reward in (first, second):
+        leaf = frames.detach().clone().requires_grad_()
+        as_reward(reward)(leaf, prompts).sum().backward()
+        directions.append(leaf.grad.flatten(1))
+    return torch.cosine_similarity(*directions, dim=1)

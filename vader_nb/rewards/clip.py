@@ -1,73 +1,138 @@
-"""CLIP-style image rewards through open_clip: HPS (arXiv 2306.09341) and the LAION aesthetic predictor."""
+"""Rewards on CLIP: HPS, PickScore and CLIP score compare a frame with its prompt; heads rate the frame alone."""
 
 import contextlib
 import json
+import logging
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
+from .. import hub
 from .base import Reward
+from .gallery import CARDS, SOURCES
+from .networks import CLIP_MEAN, CLIP_STD, Network, by_groups, preprocess, remembered, wide
 
 TINY = Path(__file__).parent.parent / "zoo" / "weights" / "tiny-clip"
 
 
-def preprocess(frames: torch.Tensor, size: int, mean: tuple, std: tuple) -> torch.Tensor:
-    """Frames (N, 3, H, W) in [0, 1] to a network's input (N, 3, size, size), differentiable everywhere.
-    The picture is squashed to a square, as VADER does, by antialiased bilinear interpolation."""
-    if frames.shape[-2:] != (size, size):
-        frames = F.interpolate(frames, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    return (frames - frames.new_tensor(mean)[:, None, None]) / frames.new_tensor(std)[:, None, None]
+class CLIP(Network):
+    """Two frozen towers, one for pictures and one for sentences, whose unit vectors can be compared.
 
+    encode_image (N, 3, size, size) -> (N, D), encode_text (list of B strings) -> (B, D), or None.
+    resize: how a picture becomes a square, see `preprocess`; what is not squashed is resized bicubically, as the
+    towers' authors do.
+    """
 
-class CLIP:
-    """An open_clip model of a local directory (`open_clip_config.json`, weights, tokenizer), frozen."""
-
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        if not (folder / "open_clip_config.json").is_file():
-            raise FileNotFoundError(f"{folder} is not an open_clip directory: it has no open_clip_config.json")
-        with _quiet():
-            self.model = open_clip.create_model(f"local-dir:{folder}", device="cpu").float()
-            self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        self.model.eval().requires_grad_(False)
-        preprocessing = json.loads((folder / "open_clip_config.json").read_text()).get("preprocess_cfg", {})
-        self.mean = tuple(preprocessing.get("mean", open_clip.OPENAI_DATASET_MEAN))
-        self.std = tuple(preprocessing.get("std", open_clip.OPENAI_DATASET_STD))
-        size = self.model.visual.image_size
-        self.size = size if isinstance(size, int) else size[0]
+    def __init__(
+        self,
+        network: nn.Module,
+        encode_image: Callable,
+        encode_text: Callable | None,
+        size: int,
+        blocks=(),
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        resize: str = "squash",
+    ):
+        super().__init__([network], blocks)
+        self.network, self.encode_image, self.encode_text = network, encode_image, encode_text
+        interpolation = "bilinear" if resize == "squash" else "bicubic"
+        self.look = {"size": size, "mean": mean, "std": std, "resize": resize, "interpolation": interpolation}
+        preprocess(torch.zeros(1, 3, 8, 8), **self.look)  # an unknown resize is an error now
         self.texts: dict[str, torch.Tensor] = {}
 
     def image(self, frames: torch.Tensor) -> torch.Tensor:
-        """Unit vectors (B*F, D) of frames (B, F, 3, H, W), in the frames' precision or float32."""
-        weight = self.model.logit_scale
-        pixels = preprocess(frames.flatten(0, 1), self.size, self.mean, self.std).to(weight.dtype)
-        features = self.model.encode_image(pixels)
-        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+        """Unit vectors (B, F, D) of frames (B, F, 3, H, W), in float32 at least."""
+
+        def unit(pictures):
+            pixels = preprocess(pictures, **self.look).to(self.dtype)
+            return F.normalize(wide(self.encode_image(pixels)), dim=-1)
+
+        return by_groups(unit, frames, self.frames_at_once)
 
     def text(self, prompts: list[str]) -> torch.Tensor:
-        """Unit vectors (B, D) of prompts, computed once each."""
-        weight = self.model.logit_scale
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.texts]
-        if new:
-            with torch.no_grad():
-                features = self.model.encode_text(self.tokenizer(new).to(weight.device))
-            self.texts |= zip(new, F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1))
-        return torch.stack([self.texts[prompt] for prompt in prompts])
+        """Unit vectors (B, D) of prompts, each computed once."""
+        return remembered(self.texts, prompts, lambda new: F.normalize(wide(self.encode_text(new)), dim=-1))
 
-    def to(self, *args, **kwargs) -> None:
-        self.model.to(*args, **kwargs)
+    def cosine(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """(B, F): each frame with its own clip's prompt."""
+        return (self.image(frames) * self.text(prompts).unsqueeze(1)).sum(-1)
+
+    def temperature(self) -> torch.Tensor:
+        return wide(self.network.logit_scale).exp()
+
+    def to(self, *args, **kwargs):
         self.texts.clear()
+        return super().to(*args, **kwargs)
+
+
+def open_clip_towers(model: nn.Module, tokenizer: Callable, **look) -> CLIP:
+    """Of an open_clip model."""
+    size = model.visual.image_size
+    return CLIP(
+        model,
+        model.encode_image,
+        lambda prompts: model.encode_text(tokenizer(prompts).to(model.logit_scale.device)),
+        size if isinstance(size, int) else size[0],
+        [*model.visual.transformer.resblocks],
+        **look,
+    )
+
+
+def open_clip_directory(folder: str | Path, dtype: torch.dtype, **look) -> CLIP:
+    """Of a local directory in open_clip's layout (`open_clip_config.json`, weights, tokenizer)."""
+    folder = Path(folder)
+    if not (folder / "open_clip_config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not an open_clip directory: it has no open_clip_config.json")
+    statistics = json.loads((folder / "open_clip_config.json").read_text()).get("preprocess_cfg", {})
+    look |= {key: tuple(statistics[key]) for key in ("mean", "std") if key in statistics}
+    with quiet():
+        model = open_clip.create_model(f"local-dir:{folder}", device="cpu").to(dtype)
+        return open_clip_towers(model, open_clip.get_tokenizer(f"local-dir:{folder}"), **look)
+
+
+OTHERWISE = "checkpoint='/path/to/the/CLIP/directory'"
+
+
+def transformers_towers(checkpoint: str, local: str | Path | None, dtype: torch.dtype, **look) -> CLIP:
+    """Of a `CLIPModel` and its tokenizer: the published one of that name in `SOURCES`, or a local directory."""
+    source = SOURCES[checkpoint]
+    model = hub.network(CLIPModel, source, local, otherwise=OTHERWISE, dtype=dtype)
+    tokenizer = hub.pretrained(AutoTokenizer.from_pretrained, source, local, otherwise=OTHERWISE)
+    length = model.config.text_config.max_position_embeddings
+
+    # The parts by hand: what get_image_features returns differs between transformers 4 and 5.
+    def encode_image(pixels):
+        return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+
+    def encode_text(prompts):
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return model.text_projection(model.text_model(**tokens.to(model.device)).pooler_output)
+
+    size, blocks = model.config.vision_config.image_size, [*model.vision_model.encoder.layers]
+    return CLIP(model, encode_image, encode_text, size, blocks, **look)
+
+
+def picture_tower(checkpoint: str, local: str | Path | None, dtype: torch.dtype, **look) -> CLIP:
+    """The picture half of a `CLIPModel` only, for heads that read no prompt."""
+    model = hub.network(CLIPVisionModelWithProjection, SOURCES[checkpoint], local, otherwise=OTHERWISE, dtype=dtype)
+
+    def encode_image(pixels):
+        return model(pixel_values=pixels).image_embeds
+
+    blocks = [*model.vision_model.encoder.layers]
+    return CLIP(model, encode_image, None, model.config.image_size, blocks, **look)
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """open_clip announces through the root logger that a directory has no preset of its own."""
-    import logging
-
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -76,60 +141,224 @@ def _quiet():
         logging.disable(before)
 
 
-class HPS(Reward):
-    """Human preference score: the cosine between a frame and its prompt, not multiplied by CLIP's
-    temperature, as VADER and HPSv2 report it."""
+# ------------------------------------------------------------------------------- a frame and its prompt
 
-    name, range, unit = "hps", (-1.0, 1.0), "cosine"
 
-    def __init__(self, clip: CLIP):
-        self.clip = clip
+class Comparison(Reward):
+    """The cosine between a frame and its prompt, or, `tempered`, that times exp(CLIP's logit scale)."""
+
+    def __init__(self, clip: CLIP, name: str, tempered: bool = False):
+        self.clip, self.name, self.tempered = clip, name, tempered
+        self.typical = CARDS[name].typical
+        high = clip.temperature().item() if tempered else 1.0
+        self.range, self.unit = (-high, high), "logit" if tempered else "cosine"
 
     def scores(self, frames, prompts):
-        image = self.clip.image(frames).unflatten(0, frames.shape[:2])  # (B, F, D)
-        return (image * self.clip.text(prompts).unsqueeze(1)).sum(-1)
+        cosine = self.clip.cosine(frames, prompts)
+        return cosine * self.clip.temperature() if self.tempered else cosine
 
     def to(self, *args, **kwargs):
         self.clip.to(*args, **kwargs)
         return self
 
 
-class Aesthetic(Reward):
-    """A rating of each frame, 1 to 10, read off the unit image embedding by a stack of linear layers in the
-    LAION predictor's key layout (`layers.N.weight`, `layers.N.bias`; it has no activations between them)."""
+def hps(
+    checkpoint: str | Path = "published",
+    *,
+    resize: str = "squash",
+    verify: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Reward:
+    """Human preference score of (frame, prompt) (arXiv 2306.09341): the cosine, not times CLIP's temperature, as
+    HPSv2 and VADER report it; 0.2 to 0.35 is usual. Scores compare only for one prompt and one version.
 
-    name, range, unit = "aesthetic", (1.0, 10.0), "rating"
+    checkpoint: "v2.1" (which "published" means) or "v2.0", through open_clip's ViT-H-14 and the authors' files; the path
+    of such a file; "tiny", the embedded one; or an open_clip directory. resize: "squash" gives VADER's numbers and every pixel a
+    gradient, "pad" gives the benchmark's. verify: a file must have the SHA-256 of a known version.
+    """
+    look = {"resize": resize}
+    if checkpoint == "tiny" or Path(checkpoint).is_dir():
+        clip = open_clip_directory(TINY if checkpoint == "tiny" else checkpoint, dtype, **look)
+    else:
+        with torch.device("meta"):
+            empty = open_clip.create_model("ViT-H-14", pretrained=None, device="meta")
+        path = hps_file(checkpoint, verify)
+        model = filled(empty, hub.state_dict(path), path).to(dtype)
+        clip = open_clip_towers(model, open_clip.get_tokenizer("ViT-H-14"), **look)
+    return Comparison(clip, "hps")
 
-    def __init__(self, clip: CLIP, head: dict[str, torch.Tensor]):
-        self.clip = clip
+
+def hps_file(checkpoint: str | Path, verify: bool) -> Path:
+    versions = {name.removeprefix("hps-"): source for name, source in SOURCES.items() if name.startswith("hps-")}
+    versions["published"] = versions["v2.1"]
+    otherwise = f"vader_nb.rewards.hps('/path/to/{SOURCES['hps-v2.1'].filename}')"
+    if str(checkpoint) in versions:
+        return hub.single_file(versions[str(checkpoint)], otherwise=otherwise)
+    if not Path(checkpoint).is_file():
+        raise ValueError(
+            f"unknown HPS checkpoint {str(checkpoint)!r}: choose one of {', '.join(versions)}, tiny, or give the path "
+            f"of a file or an open_clip directory"
+        )
+    if verify and hub.sha256(checkpoint) not in {source.sha256 for source in versions.values()}:
+        raise ValueError(
+            f"{checkpoint} has the SHA-256 of no published HPS file ({', '.join(versions)}); if it is your own, say "
+            f"verify=False"
+        )
+    return Path(checkpoint)
+
+
+def filled(empty: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> nn.Module:
+    """A model that was made on the meta device (no memory, no random numbers), with these weights."""
+    try:
+        empty.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold an open_clip ViT-H-14: {str(error)[:300]}") from error
+    # The one tensor that no file holds: a word sees those before it.
+    causal = torch.full((empty.context_length, empty.context_length), -torch.inf).triu(1)
+    empty.register_buffer("attn_mask", causal, persistent=False)
+    return empty
+
+
+def pickscore(checkpoint: str | Path = "v1", *, resize: str = "squash", dtype: torch.dtype = torch.float32) -> Reward:
+    """PickScore of (frame, prompt) (arXiv 2305.01569): exp(logit scale) times the cosine, 18 to 24 is usual.
+
+    checkpoint: "v1" (yuvalkirstain/PickScore_v1), or a local `CLIPModel` directory with its tokenizer.
+    resize: "squash" as VADER, "crop" as the authors.
+    """
+    local = None if checkpoint == "v1" else checkpoint
+    clip = transformers_towers("pickscore-v1", local, dtype, resize=resize)
+    return Comparison(clip, "pickscore", tempered=True)
+
+
+def clip_score(
+    checkpoint: str | Path = "clip-vit-base-patch32", *, resize: str = "crop", dtype: torch.dtype = torch.float32
+) -> Reward:
+    """The cosine between frame and prompt in OpenAI's CLIP (arXiv 2103.00020).
+
+    checkpoint: "clip-vit-base-patch32", "clip-vit-large-patch14", or a local `CLIPModel` directory."""
+    known = str(checkpoint) in SOURCES
+    source = str(checkpoint) if known else "clip-vit-base-patch32"
+    clip = transformers_towers(source, None if known else checkpoint, dtype, resize=resize)
+    return Comparison(clip, "clip_score")
+
+
+# --------------------------------------------------------------------------------- a frame by itself
+
+
+class Rated(Reward):
+    """What a small head reads off a frame's unit vector. Its layers come from a file with the keys
+    `layers.N.weight` and `layers.N.bias`, in the order of N; `between` and `after` are its activations."""
+
+    def __init__(
+        self,
+        clip: CLIP,
+        head: dict[str, torch.Tensor],
+        name: str,
+        range: tuple[float, float],
+        *,
+        unit: str = "",
+        between: Callable | None = None,
+        after: Callable | None = None,
+    ):
+        self.clip, self.name, self.range, self.unit = clip, name, range, unit
+        self.typical = CARDS[name].typical
+        self.between, self.after = between, after
         numbers = sorted({int(key.split(".")[1]) for key in head})
-        layers = [nn.Linear(*reversed(head[f"layers.{n}.weight"].shape)) for n in numbers]
-        for layer, n in zip(layers, numbers):
-            layer.load_state_dict({"weight": head[f"layers.{n}.weight"], "bias": head[f"layers.{n}.bias"]})
-        self.head = nn.Sequential(*layers).requires_grad_(False)
+        self.layers = [(head[f"layers.{n}.weight"].float(), head[f"layers.{n}.bias"].float()) for n in numbers]
 
     def scores(self, frames, prompts):
-        features = self.clip.image(frames).to(self.head[0].weight.dtype)
-        return self.head(features).squeeze(-1).unflatten(0, frames.shape[:2])
+        value = self.clip.image(frames)
+        for number, (weight, bias) in enumerate(self.layers):
+            if number and self.between:
+                value = self.between(value)
+            value = F.linear(value, weight.to(value), bias.to(value))
+        value = value.squeeze(-1)
+        return self.after(value) if self.after else value
 
     def to(self, *args, **kwargs):
         self.clip.to(*args, **kwargs)
-        self.head.to(*args, **kwargs)
         return self
 
 
-def hps(checkpoint: str | Path = "tiny") -> Reward:
-    """HPS-style preference for (frame, prompt). checkpoint: "tiny", or an open_clip directory."""
-    return HPS(CLIP(TINY if checkpoint == "tiny" else checkpoint))
+def head_layers(path: str | Path, sizes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The tensors of a head whose layers have these sizes. Raises ValueError for a file of another layout."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file: a head with layers {' -> '.join(map(str, sizes))} is wanted")
+    head = hub.state_dict(path)
+    shapes = [tuple(value.shape) for key, value in head.items() if key.endswith("weight")]
+    wanted = [(outside, inside) for inside, outside in pairwise(sizes)]
+    if shapes != wanted or not all(key.startswith("layers.") for key in head):
+        raise ValueError(
+            f"{path} is not this head: its weights are {shapes}, wanted are {wanted} under layers.N.weight"
+        )
+    return head
 
 
-def aesthetic(checkpoint: str | Path = "tiny") -> Reward:
-    """Aesthetic rating of frames, prompts ignored. checkpoint: "tiny", or an open_clip directory that
-    holds an `aesthetic_head.safetensors`.
+# Layer sizes of the published heads, all on CLIP ViT-L/14's 768 numbers (models in LAION's, RewardMultiverse's files).
+LAION_SIZES, COMPRESSION_SIZES = (768, 1024, 128, 64, 16, 1), (768, 512, 128, 32, 1)
 
-    The tiny one rates what can be seen: 40 % saturation of the object, 40 % contrast against its ground,
-    20 % centring (`vader_nb.zoo.train_clip.beauty`)."""
+
+def large(checkpoint: str | Path, dtype: torch.dtype, resize: str) -> CLIP:
+    local = None if checkpoint == "published" else checkpoint
+    return picture_tower("clip-vit-large-patch14", local, dtype, resize=resize)
+
+
+def aesthetic(
+    checkpoint: str | Path = "published",
+    head: str | Path | None = None,
+    *,
+    resize: str = "squash",
+    dtype: torch.dtype = torch.float32,
+) -> Reward:
+    """The LAION aesthetic predictor v2 (sac+logos+ava1): a rating of each frame, 1 to 10, usually 4 to 7; prompts are
+    ignored.
+
+    checkpoint: "published" (openai/clip-vit-large-patch14), a local copy of that directory, or "tiny", the embedded one,
+    which rates what can be seen: 40 % saturation of the object, 40 % contrast against its ground, 20 % centring
+    (`vader_nb.zoo.train_clip.beauty`); or an open_clip directory that holds an `aesthetic_head.safetensors`.
+    head: a local copy of sac+logos+ava1-l14-linearMSE.pth. resize: "squash" as VADER, "crop" as the authors.
+    """
     folder = TINY if checkpoint == "tiny" else Path(checkpoint)
-    if not (folder / "aesthetic_head.safetensors").is_file():
-        raise FileNotFoundError(f"{folder} holds no aesthetic_head.safetensors")
-    return Aesthetic(CLIP(folder), load_file(folder / "aesthetic_head.safetensors"))
+    if (folder / "aesthetic_head.safetensors").is_file():
+        clip = open_clip_directory(folder, dtype, resize=resize)
+        layers = hub.state_dict(folder / "aesthetic_head.safetensors")
+    else:
+        clip = large(checkpoint, dtype, resize)
+        otherwise = "vader_nb.rewards.aesthetic(head='/path/to/sac+logos+ava1-l14-linearMSE.pth')"
+        layers = head_layers(head or hub.single_file(SOURCES["laion-v2"], otherwise=otherwise), LAION_SIZES)
+    return Rated(clip, layers, "aesthetic", (1.0, 10.0), unit="rating")
+
+
+def aesthetic_hps(
+    checkpoint: str | Path = "published", *, resize: str = "squash", dtype: torch.dtype = torch.float32
+) -> Reward:
+    """VADER's mix, as it trains on it: minus (0.15 |aesthetic - 10| + |1 - hps|) / 2. (The figure that VADER logs is
+    (aesthetic + 15 hps) / 2, other weights than its loss has; `parts()` gives both terms.)
+
+    checkpoint: "published" (HPS v2.1) or "tiny"."""
+    beauty = aesthetic(checkpoint, resize=resize, dtype=dtype).towards(10)
+    return 0.075 * beauty + 0.5 * hps(checkpoint, resize=resize, dtype=dtype).towards(1)
+
+
+def compression(
+    head: str | Path, checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32
+) -> Reward:
+    """VADER's compression reward: minus the size in kB that a head predicts for a frame saved as JPEG at quality 95.
+
+    head: compression_reward.pt, your own copy: the file has no licence that would let us ship it. (VADER's own class
+    does not fit this file; the layers 768, 512, 128, 32, 1 with ReLU do.) `compressibility` needs no weights."""
+    layers = head_layers(head, COMPRESSION_SIZES)
+    clip = large(checkpoint, dtype, "squash")
+    return -Rated(clip, layers, "compression", (0.0, float("inf")), unit="kB", between=F.relu)
+
+
+def rainy(head: str | Path, checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32) -> Reward:
+    """How much it rains in each frame, 0 to 1. head: rainy_reward.pt of VADER, your own copy (it has no licence)."""
+    layers = head_layers(head, LAION_SIZES)
+    return Rated(large(checkpoint, dtype, "squash"), layers, "rainy", (0.0, 1.0), after=torch.sigmoid)
+
+
+def snowy(head: str | Path, checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32) -> Reward:
+    """How much it snows in each frame, 0 to 1. head: snowy_reward.pt of VADER, your own copy (it has no licence)."""
+    layers = head_layers(head, LAION_SIZES)
+    return Rated(large(checkpoint, dtype, "squash"), layers, "snowy", (0.0, 1.0), after=torch.sigmoid)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .base import Reward
+from .gallery import CARDS
 
 # JPEG's luminance quantisation at quality 50 (ITU-T T.81, table K.1).
 LUMINANCE = torch.tensor(
@@ -26,7 +27,7 @@ LUMINANCE = torch.tensor(
 class Brightness(Reward):
     """Mean of all channels of each frame, in [0, 1]."""
 
-    name, range = "brightness", (0.0, 1.0)
+    name, typical, range = "brightness", CARDS["brightness"].typical, (0.0, 1.0)
 
     def scores(self, frames, prompts):
         return frames.mean(dim=(2, 3, 4))
@@ -36,7 +37,7 @@ class Colourfulness(Reward):
     """Hasler and Süsstrunk's metric (2003) of each frame, for channels in [0, 1]: about 0 for grey
     pictures, 0.2 for colourful ones (theirs is 255 times that)."""
 
-    name, range = "colourfulness", (0.0, 1.5)
+    name, typical, range = "colourfulness", CARDS["colourfulness"].typical, (0.0, 1.5)
 
     def scores(self, frames, prompts):
         red, green, blue = frames.unbind(dim=2)
@@ -56,6 +57,7 @@ class Compressibility(Reward):
     """
 
     name, range, unit = "compressibility", (-24.0, 0.0), "bits/pixel"
+    typical = CARDS["compressibility"].typical
 
     def __init__(self, quality: int = 75):
         if not 1 <= quality <= 100:
@@ -82,6 +84,7 @@ class MotionSmoothness(Reward):
     |f[t+1] - f[t]| falls short of `floor`: without the floor, a frozen clip would be perfect."""
 
     name, range, per_frame = "motion smoothness", (-4.0, 0.0), False
+    typical = CARDS["motion_smoothness"].typical
 
     def __init__(self, floor: float = 0.01):
         self.floor = floor

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
-from ..rewards.action import MEAN, STD
-from ..rewards.clip import preprocess
+from ..rewards.networks import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from . import WEIGHTS, world
 from .training import rank_and_world, save_half, share, train
 
@@ -36,7 +35,7 @@ def build() -> VideoMAEForVideoClassification:
 
 
 def logits(classifier: VideoMAEForVideoClassification, clips: torch.Tensor) -> torch.Tensor:
-    pixels = preprocess(clips.flatten(0, 1), world.SIZE, MEAN, STD).unflatten(0, clips.shape[:2])
+    pixels = preprocess(clips.flatten(0, 1), world.SIZE, IMAGENET_MEAN, IMAGENET_STD).unflatten(0, clips.shape[:2])
     return classifier(pixels).logits
 
 

@@ -1,0 +1,119 @@
+"""Smoothness of motion, measured by optical flow: torchvision's RAFT (arXiv 2003.12039)."""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.models.optical_flow import RAFT, raft_small
+
+from .. import hub
+from .base import Reward
+from .gallery import SOURCES
+from .networks import Network, wide
+
+PUBLISHED = "raft-small"
+SMALLEST, MULTIPLE = 128, 8  # of the sides that RAFT takes
+UPDATES = 12  # of the flow, as torchvision's default
+
+
+class FlowSmoothness(Network):
+    """Minus the mean change of the optical flow from one pair of frames to the next, and minus what the mean flow falls
+    short of `floor`: without the floor, a frozen clip would be perfect.
+
+    Flows are vectors in fractions of the picture's diagonal a frame, so that neither the size of the frames nor their
+    resizing changes the score; both means are of their lengths, and compare flows at the same place of the picture
+    (not along the path of what moves there, so that an object's edge counts as change).
+    """
+
+    name, range, unit, per_frame = "flow smoothness", (-float("inf"), 0.0), "diagonals/frame", False
+    frames_at_once = 1  # pairs: what RAFT compares is the square of a picture's area
+
+    def __init__(self, raft: RAFT, floor: float = 0.0):
+        super().__init__([raft])
+        self.raft, self.floor = raft, floor
+
+    def flow(self, frames: torch.Tensor) -> torch.Tensor:
+        """The flow from each frame to the next, in diagonals of the picture: frames (B, F, 3, H, W) to
+        (B, F - 1, 2, h, w), across and down, of the size at which RAFT saw them."""
+        height, width = frames.shape[-2:]
+        grown = max(1.0, SMALLEST / min(height, width))
+        size = [max(SMALLEST, MULTIPLE * round(side * grown / MULTIPLE)) for side in (height, width)]
+        unit = frames.new_tensor([width / size[1], height / size[0]], dtype=self.dtype) / math.hypot(height, width)
+
+        def between(pairs):
+            pictures = wide(pairs.unflatten(1, (2, 3)).flatten(0, 1))
+            if size != [height, width]:
+                pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True, align_corners=False)
+            first, second = (pictures * 2 - 1).to(self.dtype).unflatten(0, (-1, 2)).unbind(1)
+            return estimate(self.raft, first, second) * unit[:, None, None]
+
+        return self.picture_scores(between, torch.cat([frames[:, :-1], frames[:, 1:]], dim=2))
+
+    def scores(self, frames, prompts):
+        if frames.shape[1] < 3:
+            raise ValueError(f"flow smoothness needs at least 3 frames, got {frames.shape[1]}; score more frames")
+        flow = self.flow(frames)
+        change = flow.diff(dim=1).norm(dim=2).mean(dim=(1, 2, 3))
+        missing = (self.floor - flow.norm(dim=2).mean(dim=(1, 2, 3))).relu()
+        return -(change + missing).unsqueeze(1)
+
+    def to(self, *args, **kwargs):
+        # Where a pixel goes is looked up to a fraction of it, which half precision cannot count: float32 at least.
+        # (And these are 1 M parameters.)
+        wanted = torch.empty(0, dtype=self.dtype).to(*args, **kwargs)
+        return super().to(wanted.device, torch.promote_types(wanted.dtype, torch.float32))
+
+
+def estimate(raft: RAFT, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The flow (N, 2, h, w) in pixels from pictures to pictures (N, 3, h, w) in [-1, 1]: the last of RAFT's estimates.
+
+    As torchvision's forward, but for one thing: there each update starts from a flow that is cut off the graph, which
+    steadies RAFT's training, and leaves of the gradient only the last update's share. Here the gradient is whole.
+    """
+    one, two = raft.feature_encoder(torch.cat([first, second])).chunk(2)
+    raft.corr_block.build_pyramid(one, two)
+    width = raft.update_block.hidden_state_size
+    state, context = raft.context_encoder(first).tensor_split([width], dim=1)
+    state, context = state.tanh(), context.relu()
+    down, across = (torch.arange(side, device=one.device, dtype=one.dtype) for side in one.shape[-2:])
+    start = torch.stack(torch.meshgrid(across, down, indexing="xy")).expand(len(one), -1, -1, -1)
+    flow = torch.zeros_like(start)
+    for _ in range(UPDATES):
+        state, step = raft.update_block(state, context, raft.corr_block.index_pyramid(start + flow), flow)
+        flow = flow + step
+    raft.corr_block.corr_pyramid = []  # else the last pair's comparisons, and their graph, would stay in memory
+    scale = first.shape[-1] // one.shape[-1]
+    return scale * F.interpolate(flow, scale_factor=scale, mode="bilinear", align_corners=True)
+
+
+def flow_smoothness(
+    checkpoint: str | Path = PUBLISHED, *, floor: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Reward:
+    """Smooth motion of the whole clip, as RAFT (arXiv 2003.12039) sees it: 0 for motion that does not change from frame
+    to frame, less the more it does. Prompts are ignored.
+
+    frames (B, F, 3, H, W), F at least 3 (ValueError otherwise); sides that RAFT cannot take are resized to the nearest
+    multiples of 8, at least 128. floor: the least mean flow, in diagonals of the picture a frame, that is not
+    penalised: above 0, standing still no longer wins. checkpoint: "raft-small" (torchvision's
+    raft_small_C_T_V2-01064c6d.pth, 1 M parameters, BSD-3-Clause), or a local file of such weights. The network runs
+    in float32 even when `dtype`, or a later `.to`, asks for less.
+
+    Raises FileNotFoundError where the weights cannot be had, ValueError for a file with others, or a negative floor.
+    """
+    if not floor >= 0:
+        raise ValueError(f"the floor under the mean flow must be 0 or more, got {floor}")
+    local = None if checkpoint == PUBLISHED else Path(checkpoint)
+    if local and not local.exists():
+        raise FileNotFoundError(
+            f"no checkpoint {str(checkpoint)!r}: give {PUBLISHED!r} or a file of raft_small's weights"
+        )
+    otherwise = f"vader_nb.rewards.flow_smoothness('/path/to/{SOURCES[PUBLISHED].filename}')"
+    path = hub.single_file(SOURCES[PUBLISHED], local, otherwise=otherwise, verify=local is None)
+    with torch.device("meta"):  # no memory, no random numbers
+        raft = raft_small(weights=None)
+    try:
+        raft.load_state_dict(hub.state_dict(path), assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold raft_small's weights: {str(error)[:300]}") from error
+    return FlowSmoothness(raft, floor).to(dtype)
