@@ -33,16 +33,22 @@ def frames():
 
 # --------------------------------------------------------------------------------- the preprocessor
 
-SIZES = [(224, 224), (320, 512), (64, 64), (100, 60), (56, 91)]  # the last with an odd margin
+SIZES = [(224, 224), (320, 512), (64, 64), (100, 60)]
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_crop_is_what_transformers_and_open_clip_do(size):
+@pytest.mark.parametrize("size", [*SIZES, (56, 91)], ids=str)  # the last with an odd margin
+def test_crop_is_what_transformers_does(size):
     pictures = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     ours = preprocess(pictures, 56, CLIP_MEAN, CLIP_STD, resize="crop", interpolation="bicubic")
     processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_rescale=False)
     theirs = processor(list(pictures), return_tensors="pt").pixel_values
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_crop_is_what_open_clip_does(size):
+    pictures = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    ours = preprocess(pictures, 56, CLIP_MEAN, CLIP_STD, resize="crop", interpolation="bicubic")
     transform = open_clip.image_transform(56, is_train=False, resize_mode="shortest", interpolation="bicubic")
     theirs = torch.stack([on_tensors(transform)(picture) for picture in pictures])
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

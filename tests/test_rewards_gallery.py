@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
-from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+from transformers import (
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+)
 
 from tests.test_rewards_clip import CONFIGS, write_clip
 from vader_nb import hub, rewards

@@ -180,9 +180,9 @@ def hps(
     if checkpoint == "tiny" or Path(checkpoint).is_dir():
         clip = open_clip_directory(TINY if checkpoint == "tiny" else checkpoint, dtype, **look)
     else:
-        with torch.device("meta"):
-            empty = open_clip.create_model("ViT-H-14", pretrained=None, device="meta")
         path = hps_file(checkpoint, verify)
+        with quiet():
+            empty = open_clip.create_model("ViT-H-14", pretrained=None, device="meta")
         model = filled(empty, hub.state_dict(path), path).to(dtype)
         clip = open_clip_towers(model, open_clip.get_tokenizer("ViT-H-14"), **look)
     return Comparison(clip, "hps")

@@ -46,7 +46,8 @@ def preprocess(
     if target != (height, width):
         frames = F.interpolate(frames, size=target, mode=interpolation, antialias=antialias, align_corners=False)
     if resize == "crop":
-        top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)  # half to even, as torchvision
+        # An odd margin as transformers cuts it; torchvision rounds, and may be a pixel further.
+        top, left = (target[0] - size) // 2, (target[1] - size) // 2
         frames = frames[..., top : top + size, left : left + size]
     if resize == "pad":
         down, right = size - target[0], size - target[1]
