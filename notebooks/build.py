@@ -136,9 +136,10 @@ nav { font: 16px/1.6 system-ui, sans-serif; padding: .6em 1em; display: flex; ga
 
 
 def introduction(notebook: dict) -> tuple[str, str]:
-    """Title, and the first sentence of the text, of a notebook."""
+    """Title of a notebook, and what its reader will be able to do."""
     title, text = (notebook.cells[place].source for place in (0, 1))
-    return title.splitlines()[0].lstrip("# "), re.sub(r"[*`_]", "", re.split(r"(?<=[.?:])\s", text, maxsplit=1)[0])
+    goals = "; ".join(re.findall(r"^- (.+?)[;.]?(?=\n- |\n*\Z)", text, re.MULTILINE | re.DOTALL))
+    return title.splitlines()[0].lstrip("# "), " ".join(re.sub(r"[*`]", "", goals).split())
 
 
 def links(place: int, pages: list[str]) -> str:
@@ -173,8 +174,8 @@ def contents(folder: Path) -> None:
     for place, stem in enumerate(pages):
         notebook = nbformat.read(HERE / f"{stem}.ipynb", as_version=4)
         finish(folder / f"{stem}.html", links(place, pages), figures(notebook))
-        title, sentence = (html.escape(text) for text in introduction(notebook))
-        rows.append(f'<li><a href="{stem}.html">{title}</a><br>{sentence}</li>')
+        title, goals = (html.escape(text) for text in introduction(notebook))
+        rows.append(f'<li><a href="{stem}.html">{title}</a><br>{goals}</li>')
     style = "body{font:18px/1.6 system-ui,sans-serif;max-width:40em;margin:3em auto;padding:0 1em}li{list-style:none;margin:1em 0}ul{padding:0}"
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     (folder / "index.html").write_text(

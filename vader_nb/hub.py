@@ -73,17 +73,29 @@ def pretrained(load: Callable, source: Source, local: str | Path | None = None, 
         raise missing(source, otherwise) from error
 
 
-def network(kind: type, source: Source, local: str | Path | None = None, *, otherwise: str, dtype: torch.dtype):
+def network(
+    kind: type,
+    source: Source,
+    local: str | Path | None = None,
+    *,
+    otherwise: str,
+    dtype: torch.dtype,
+    zero: str = "",
+    **options,
+):
     """A transformers model of class `kind`, by `pretrained`. Raises ValueError for weights that lack some of the
-    model's tensors, which transformers would leave random."""
+    model's tensors, which transformers would leave random; but those whose names end in `zero` may be left at zero."""
     model, report = pretrained(
-        kind.from_pretrained, source, local, otherwise=otherwise, dtype=dtype, output_loading_info=True
+        kind.from_pretrained, source, local, otherwise=otherwise, dtype=dtype, output_loading_info=True, **options
     )
-    if report["missing_keys"]:
-        lacking = ", ".join(sorted(report["missing_keys"])[:3])
+    missing_keys = [key for key in sorted(report["missing_keys"]) if not (zero and key.endswith(zero))]
+    if missing_keys:
+        lacking = ", ".join(missing_keys[:3])
         raise ValueError(
-            f"{local or source} does not fit {kind.__name__}: it lacks {len(report['missing_keys'])} tensors ({lacking}, …)"
+            f"{local or source} does not fit {kind.__name__}: it lacks {len(missing_keys)} tensors ({lacking}, …)"
         )
+    for key in report["missing_keys"]:
+        torch.nn.init.zeros_(model.get_parameter(key))
     return model
 
 

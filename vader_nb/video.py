@@ -103,7 +103,7 @@ class Gallery:
         captions = [video.caption for video in next(iter(self.rows.values()))]
         heads = "".join(
             f"<td style='padding:2px 4px;vertical-align:bottom;text-align:left;font-size:11px;line-height:1.3;"
-            f"max-width:{self.width}px'>{html.escape(caption)}</td>"
+            f"overflow-wrap:anywhere;max-width:{self.width}px'>{html.escape(caption)}</td>"
             for caption in captions
         )
         labels = "".join(f"<div style='padding-right:8px'>{html.escape(label)}</div>" for label in self.rows)

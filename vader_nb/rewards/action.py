@@ -14,6 +14,12 @@ from .base import Reward
 from .gallery import SOURCES
 from .networks import IMAGENET_MEAN, IMAGENET_STD, Network, preprocess, wide
 
+# In the published files queries and values have a bias under their own names, and keys have none. transformers 5.15,
+# for one, looks for query.bias, key.bias and value.bias, and would go on with random ones.
+PUBLISHED_KEYS = {
+    r"attention\.q_bias$": "attention.query.bias",
+    r"attention\.v_bias$": "attention.value.bias",
+}
 TINY = Path(__file__).parent.parent / "zoo" / "weights" / "tiny-videomae"
 
 
@@ -104,5 +110,13 @@ def action(
     """
     local = {"published": None, "tiny": TINY}.get(str(checkpoint), checkpoint)
     otherwise = "vader_nb.rewards.action('/path/to/the/directory')"
-    source = SOURCES["videomae-base-kinetics"]
-    return Action(hub.network(VideoMAEForVideoClassification, source, local, otherwise=otherwise, dtype=dtype), label)
+    classifier = hub.network(
+        VideoMAEForVideoClassification,
+        SOURCES["videomae-base-kinetics"],
+        local,
+        otherwise=otherwise,
+        dtype=dtype,
+        zero="attention.key.bias",
+        key_mapping=PUBLISHED_KEYS,
+    )
+    return Action(classifier, label)

@@ -1,0 +1,86 @@
+"""What published rewards need in float16: `python -m tests.benchmarks.reward_memory`.
+
+The full-size network of each is built from its published configuration as fake tensors (shapes without numbers: no
+download, no memory), and scores one clip of 16 frames of 256 x 256 pixels, forwards and backwards, as the package
+does it. Counted are the weights, and the most that lives beside them at one moment (`vader_nb.memory.Peak`), against
+the same without checkpointing and chunks.
+"""
+
+import json
+from pathlib import Path
+
+import open_clip
+import torch
+import transformers as hf
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vader_nb.memory import Peak
+from vader_nb.rewards import action, clip, text_video, vjepa
+
+FRAMES = (1, 16, 3, 256, 256)
+PROMPT = "playing guitar"
+
+
+def hps():
+    config = json.loads((Path(open_clip.__file__).parent / "model_configs" / "ViT-H-14.json").read_text())
+    towers = clip.open_clip_towers(open_clip.CLIP(**config), open_clip.get_tokenizer("ViT-H-14"))
+    return clip.Comparison(towers, "hps"), towers
+
+
+def aesthetic():
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    model = hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**large, patch_size=14, projection_dim=768))
+    blocks = [*model.vision_model.encoder.layers]
+    towers = clip.CLIP(model, lambda pixels: model(pixel_values=pixels).image_embeds, None, 224, blocks)
+    head = {"layers.0.weight": torch.zeros(1, 768), "layers.0.bias": torch.zeros(1)}  # five layers in one
+    return clip.Rated(towers, head, "aesthetic", (1.0, 10.0)), towers
+
+
+def kinetics():
+    labels = {i: f"action {i}" for i in range(400)} | {0: PROMPT}
+    names = {name: i for i, name in labels.items()}
+    config = hf.VideoMAEConfig(id2label=labels, label2id=names, use_mean_pooling=True)
+    reward = action.Action(hf.VideoMAEForVideoClassification(config))
+    return reward, reward
+
+
+def temporal_consistency():
+    reward = vjepa.TemporalConsistency(hf.VJEPA2Model(hf.VJEPA2Config()))
+    return reward, reward
+
+
+def x_clip():
+    reward = text_video.TextVideo(hf.XCLIPModel(hf.XCLIPConfig()), None)
+    reward.read = lambda prompts: torch.zeros(len(prompts), 512)
+    return reward, reward
+
+
+BUILD = {"hps": hps, "aesthetic": aesthetic, "action": kinetics, "temporal_consistency": temporal_consistency, "text_video": x_clip}  # fmt: skip
+
+
+def measure(name: str, plain: bool = False) -> tuple[float, float]:
+    """Gigabytes of the weights, and beside them."""
+    if plain:
+        for module in (clip, action, text_video, vjepa):
+            module.Network.frames_at_once = 1000
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        reward, network = BUILD[name]()
+        reward.to(torch.float16)
+        if plain:
+            for part in network.networks:
+                for module in part.modules():
+                    module.__dict__.pop("forward", None)  # the checkpointed one hides the class's own
+        frames = torch.empty(FRAMES, dtype=torch.float16).fill_(0.5).requires_grad_()
+        weights = sum(p.nbytes for part in network.networks for p in part.parameters())
+        reward.scores(frames.detach(), [PROMPT])
+        with Peak() as peak:
+            reward.scores(frames, [PROMPT]).sum().backward()
+    return weights / 1e9, peak.bytes / 1e9
+
+
+if __name__ == "__main__":
+    print(f"{'reward':<22}{'weights':>9}{'beside':>9}{'plain':>9}   GB, float16, 16 frames of 256 x 256")
+    for name in BUILD:
+        weights, beside = measure(name)
+        print(f"{name:<22}{weights:9.2f}{beside:9.2f}", end="", flush=True)
+        print(f"{measure(name, plain=True)[1]:9.2f}", flush=True)
