@@ -15,7 +15,9 @@ import transformers as hf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vader_nb.memory import Peak
-from vader_nb.rewards import action, clip, text_video, vjepa
+from vader_nb.rewards import clip
+from vader_nb.rewards.action import Action
+from vader_nb.rewards.text_video import TextVideo
 
 FRAMES = (1, 16, 3, 256, 256)
 PROMPT = "playing guitar"
@@ -40,33 +42,27 @@ def kinetics():
     labels = {i: f"action {i}" for i in range(400)} | {0: PROMPT}
     names = {name: i for i, name in labels.items()}
     config = hf.VideoMAEConfig(id2label=labels, label2id=names, use_mean_pooling=True)
-    reward = action.Action(hf.VideoMAEForVideoClassification(config))
-    return reward, reward
-
-
-def temporal_consistency():
-    reward = vjepa.TemporalConsistency(hf.VJEPA2Model(hf.VJEPA2Config()))
+    reward = Action(hf.VideoMAEForVideoClassification(config))
     return reward, reward
 
 
 def x_clip():
-    reward = text_video.TextVideo(hf.XCLIPModel(hf.XCLIPConfig()), None)
-    reward.read = lambda prompts: torch.zeros(len(prompts), 512)
+    reward = TextVideo(hf.XCLIPModel(hf.XCLIPConfig()), None)
+    reward.read = lambda prompts: torch.zeros(len(prompts), 512, dtype=torch.float16)
     return reward, reward
 
 
-BUILD = {"hps": hps, "aesthetic": aesthetic, "action": kinetics, "temporal_consistency": temporal_consistency, "text_video": x_clip}  # fmt: skip
+BUILD = {"hps": hps, "aesthetic": aesthetic, "action": kinetics, "text_video": x_clip}  # fmt: skip
 
 
 def measure(name: str, plain: bool = False) -> tuple[float, float]:
     """Gigabytes of the weights, and beside them."""
-    if plain:
-        for module in (clip, action, text_video, vjepa):
-            module.Network.frames_at_once = 1000
     with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_default_dtype(torch.float16)  # fake weights cannot be converted
         reward, network = BUILD[name]()
-        reward.to(torch.float16)
+        torch.set_default_dtype(torch.float32)
         if plain:
+            network.frames_at_once = FRAMES[1]
             for part in network.networks:
                 for module in part.modules():
                     module.__dict__.pop("forward", None)  # the checkpointed one hides the class's own

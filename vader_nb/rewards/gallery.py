@@ -54,7 +54,9 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Card:
-    """One line of the gallery. parameters: in millions; typical: scores of usual pictures or clips."""
+    """One line of the gallery. parameters: in millions; typical: scores of usual pictures or clips; beside: GB that
+    live beside the weights while one clip of 16 frames of 256 x 256 is scored, forwards and backwards, in float16
+    (measured by tests/benchmarks/reward_memory.py)."""
 
     name: str
     sees: str
@@ -63,6 +65,7 @@ class Card:
     parameters: float
     typical: tuple[float, float] | None
     fails: str
+    beside: float | None = None
 
 
 EVERY_FRAME, FRAME_AND_PROMPT, CLIP, CLIP_AND_PROMPT = "frames", "frames, prompt", "the clip", "the clip, prompt"
@@ -71,15 +74,15 @@ CLIP_L = "CLIP ViT-L/14"
 CARDS = {
     card.name: card
     for card in (
-    Card("aesthetic", EVERY_FRAME, f"{CLIP_L} + linear head", ("clip-vit-large-patch14", "laion-v2"), 304.9, (4.0, 7.0), "prompts are ignored; rewards glossy, centred, simple pictures"),
-    Card("hps", FRAME_AND_PROMPT, "open_clip ViT-H/14", ("hps-v2.1",), 986.1, (0.2, 0.35), "long runs turn glossy and over-bright; scores compare within one prompt only"),
+    Card("aesthetic", EVERY_FRAME, f"{CLIP_L} + linear head", ("clip-vit-large-patch14", "laion-v2"), 304.9, (4.0, 7.0), "prompts are ignored; rewards glossy, centred, simple pictures", 0.11),
+    Card("hps", FRAME_AND_PROMPT, "open_clip ViT-H/14", ("hps-v2.1",), 986.1, (0.2, 0.35), "long runs turn glossy and over-bright; scores compare within one prompt only", 0.14),
     Card("aesthetic_hps", FRAME_AND_PROMPT, "both of the above", ("clip-vit-large-patch14", "laion-v2", "hps-v2.1"), 1291.0, None, "as its two parts"),
     Card("pickscore", FRAME_AND_PROMPT, "CLIP ViT-H/14", ("pickscore-v1",), 986.1, (18.0, 24.0), "drifts to fine texture and detail"),
     Card("clip_score", FRAME_AND_PROMPT, "CLIP ViT-B/32", ("clip-vit-base-patch32",), 151.3, (0.15, 0.35), "easy to fool; counts and relations hardly matter to it"),
     Card("image_reward", FRAME_AND_PROMPT, "BLIP ViT-L/16", ("image-reward", "bert-vocabulary"), 445.3, (-2.0, 2.0), "no upper end: cap it (ReFL: at 2), or pictures break; 35 tokens, the central square"),
-    Card("action", CLIP_AND_PROMPT, "VideoMAE base", ("videomae-base-kinetics",), 86.5, (-6.0, 0.0), "knows 400 actions; people only"),
+    Card("action", CLIP_AND_PROMPT, "VideoMAE base", ("videomae-base-kinetics",), 86.5, (-6.0, 0.0), "knows 400 actions; people only", 0.08),
     Card("temporal_consistency", CLIP, "V-JEPA 2 ViT-L", ("vjepa2-vitl",), 326.0, None, "a frozen or plain clip is easy to predict; sees the central square"),
-    Card("text_video", CLIP_AND_PROMPT, "X-CLIP base/32", ("xclip-base-patch32",), 196.6, None, "trained on actions: looks matter little; 8 frames, their central square"),
+    Card("text_video", CLIP_AND_PROMPT, "X-CLIP base/32", ("xclip-base-patch32",), 196.6, None, "trained on actions: looks matter little; 8 frames, their central square", 0.03),
     Card("flow_smoothness", CLIP, "RAFT small", ("raft-small",), 0.99, None, "without a floor a frozen clip is perfect; cuts and moving edges count as jerks"),
     Card("object_removal", EVERY_FRAME, "YOLOS tiny", ("yolos-tiny",), 6.5, None, "80 COCO classes; removes what the detector recognises, not the thing"),
     Card("object_presence", EVERY_FRAME, "YOLOS tiny", ("yolos-tiny",), 6.5, None, "as object_removal, the other way round"),
@@ -94,7 +97,7 @@ CARDS = {
     )
 }  # fmt: skip
 
-HEADINGS = ("reward", "sees", "backbone", "download", "licence", "fp16 weights", "typical", "fails")
+HEADINGS = ("reward", "sees", "backbone", "download", "licence", "fp16 memory", "typical", "fails")
 
 
 def row(card: Card) -> tuple[str, ...]:
@@ -109,10 +112,16 @@ def row(card: Card) -> tuple[str, ...]:
         card.backbone,
         ", ".join(f"{place(source)}, {source.size}" for source in sources) or "none",
         ", ".join(licences) or "ours",
-        f"{card.parameters * 2 / 1e3:.2f} GB" if card.parameters else "none",
+        memory(card),
         typical,
         card.fails,
     )
+
+
+def memory(card: Card) -> str:
+    if not card.parameters:
+        return "none"
+    return f"{card.parameters * 2 / 1e3:.2f} GB + {card.beside or 'not measured'}"
 
 
 def place(source: Source) -> str:
@@ -121,7 +130,7 @@ def place(source: Source) -> str:
 
 class table:
     """All rewards, one a line: what each sees, its backbone, its download and licence, the memory of its weights in
-    fp16, usual scores, and when it fails. Prints as text, as a table in a notebook, `.markdown()` for a README."""
+    fp16 plus what one clip adds, usual scores, and when it fails. Prints as text, as a table in a notebook, `.markdown()` for a README."""
 
     def __init__(self):
         self.rows = [row(card) for card in CARDS.values()]
