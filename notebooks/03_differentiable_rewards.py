@@ -376,8 +376,8 @@ course.show(
 # ## The ones that others have trained
 #
 # What you built from embedded networks exists at full size. The same functions load it: `rewards.hps()` is HPS v2.1,
-# `rewards.aesthetic()` the LAION predictor, `rewards.action()` knows 400 actions. They want a download, and two of the
-# licences forbid commercial use. This is the whole gallery, with what each costs and when it fails:
+# `rewards.aesthetic()` the LAION predictor, `rewards.action()` knows 400 actions. They want a download, and some
+# licences have conditions (VideoMAE's forbids commercial use). This is the whole gallery, with what each costs and when it fails:
 
 # %%
 rewards.table()
