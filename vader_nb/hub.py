@@ -10,6 +10,8 @@ from urllib.parse import urlparse
 
 import torch
 
+EMBEDDED = "\n  without either:  vader_nb.rewards.{}('tiny'), embedded in this package"
+
 
 @dataclass(frozen=True)
 class Source:

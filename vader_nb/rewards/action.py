@@ -109,7 +109,7 @@ def action(
     frames from 2; an odd one is made even by repeating the last. Frames are squashed to a square, as in VADER.
     """
     local = {"published": None, "tiny": TINY}.get(str(checkpoint), checkpoint)
-    otherwise = "vader_nb.rewards.action('/path/to/the/directory')"
+    otherwise = "vader_nb.rewards.action('/path/to/the/directory')" + hub.EMBEDDED.format("action")
     classifier = hub.network(
         VideoMAEForVideoClassification,
         SOURCES["videomae-base-kinetics"],

@@ -191,7 +191,7 @@ def hps(
 def hps_file(checkpoint: str | Path, verify: bool) -> Path:
     versions = {name.removeprefix("hps-"): source for name, source in SOURCES.items() if name.startswith("hps-")}
     versions["published"] = versions["v2.1"]
-    otherwise = f"vader_nb.rewards.hps('/path/to/{SOURCES['hps-v2.1'].filename}')"
+    otherwise = f"vader_nb.rewards.hps('/path/to/{SOURCES['hps-v2.1'].filename}')" + hub.EMBEDDED.format("hps")
     if str(checkpoint) in versions:
         return hub.single_file(versions[str(checkpoint)], otherwise=otherwise)
     if not Path(checkpoint).is_file():
@@ -323,9 +323,12 @@ def aesthetic(
         clip = open_clip_directory(folder, dtype, resize=resize)
         layers = hub.state_dict(folder / "aesthetic_head.safetensors")
     else:
-        clip = large(checkpoint, dtype, resize)
-        otherwise = "vader_nb.rewards.aesthetic(head='/path/to/sac+logos+ava1-l14-linearMSE.pth')"
+        otherwise = (
+            "vader_nb.rewards.aesthetic(head='/path/to/sac+logos+ava1-l14-linearMSE.pth')"
+            + hub.EMBEDDED.format("aesthetic")
+        )
         layers = head_layers(head or hub.single_file(SOURCES["laion-v2"], otherwise=otherwise), LAION_SIZES)
+        clip = large(checkpoint, dtype, resize)
     return Rated(clip, layers, "aesthetic", (1.0, 10.0), unit="rating")
 
 
