@@ -491,7 +491,7 @@ course.attempt(check, conflict)
 #     for reward in (first, second):
 #         leaf = frames.clone().requires_grad_()
 #         reward(leaf, prompts).sum().backward()
-#         grads.append(leaf.grad.flatten())
+#         grads.append(leaf.grad.flatten().double())  # a sum over very many pixels
 #     return torch.cosine_similarity(*grads, dim=0)
 # ```
 # </details>

@@ -112,7 +112,8 @@ def test_gradients_are_finite_differences(folder, clips):
 def test_bfloat16_is_within_two_percent(folder, action, clips):
     half = rewards.action(folder, dtype=torch.bfloat16)(clips, PROMPTS)
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half, action(clips, PROMPTS), rtol=0.02, atol=0.02)
+    exact = action(clips, PROMPTS)
+    assert (half - exact).abs().max() <= 0.02 * exact.abs().max()
 
 
 def test_climbing_on_the_pixels_raises_it_within_20_steps(action, clips):

@@ -323,5 +323,5 @@ def test_missing_files_and_a_wrong_vocabulary(folder, tmp_path):
 
 
 def test_offline_says_how_to_get_the_weights():
-    with pytest.raises(FileNotFoundError, match=r"huggingface-cli download THUDM/ImageReward ImageReward\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"hf download THUDM/ImageReward ImageReward\.pt"):
         rewards.image_reward()

@@ -176,7 +176,7 @@ def test_yolos_p_is_what_its_own_post_processing_scores(yolos, frames):
         labels, scores = (torch.stack([picture[key] for picture in best]) for key in ("labels", "scores"))
         for target, index in {"person": 1, "book": 2, "Cat": 3, " Traffic light. ": 4}.items():
             reward = rewards.object_presence(target, yolos)
-            ours = reward.detector.log_odds(detection.preprocess(frames.flatten(0, 1), 64)).sigmoid()
+            ours = reward.detector.log_odds(detection.scaled(frames.flatten(0, 1), 64)).sigmoid()
             torch.testing.assert_close(ours, p[..., index], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(ours[labels == index], scores[labels == index], rtol=1e-5, atol=1e-6)
             expected = smooth_maximum(p[..., index]).view(3, 2)
@@ -197,7 +197,7 @@ def test_grounding_dino_p_is_what_its_own_post_processing_scores(dino, frames):
         p = torch.stack([picture["scores"] for picture in best])
         assert p.shape == (6, 20)
         reward = rewards.object_presence("Book", dino)
-        ours = reward.detector.log_odds(detection.preprocess(frames.flatten(0, 1), 1)).sigmoid()
+        ours = reward.detector.log_odds(detection.scaled(frames.flatten(0, 1), 1)).sigmoid()
         torch.testing.assert_close(ours, p, rtol=1e-5, atol=1e-6)
         expected = smooth_maximum(p).view(3, 2)
         torch.testing.assert_close(reward.scores(frames, [""] * 3), expected, rtol=1e-5, atol=1e-6)
@@ -216,11 +216,11 @@ def test_all_words_of_a_phrase_count(dino, frames):
 
 def test_sizes():
     for size, step, width in [((320, 512), 16, 816), ((320, 512), 1, 819), ((512, 512), 16, 512), ((90, 1), 16, 16)]:
-        assert detection.preprocess(torch.rand(1, 3, *size), step).shape == (1, 3, 512, width)
+        assert detection.scaled(torch.rand(1, 3, *size), step).shape == (1, 3, 512, width)
     picture = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (picture - mean[:, None, None]) / std[:, None, None]
-    torch.testing.assert_close(detection.preprocess(picture, 16), expected)
+    torch.testing.assert_close(detection.scaled(picture, 16), expected)
 
 
 @torch.no_grad()
@@ -400,7 +400,5 @@ def test_unknown_names(yolos, dino, tmp_path):
 def test_offline_says_how_to_get_the_weights(detector):
     with pytest.raises(FileNotFoundError) as caught:
         rewards.object_removal("book", detector)
-    assert f"huggingface-cli download {'hustvl' if 'yolos' in detector else 'IDEA-Research'}/{detector}" in str(
-        caught.value
-    )
+    assert f"hf download {'hustvl' if 'yolos' in detector else 'IDEA-Research'}/{detector}" in str(caught.value)
     assert f"object_removal('book', detector='/path/to/{detector}')" in str(caught.value)

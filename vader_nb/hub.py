@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ def offline() -> bool:
 
 
 def reachable(timeout: float = 2.0) -> bool:
-    """Whether the model hub answers: asked once and briefly, since the hub's client retries for minutes."""
+    """Whether the model hub answers: asked briefly, since the hub's client retries for minutes."""
     if offline():
         return False
     address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
@@ -46,16 +47,28 @@ def reachable(timeout: float = 2.0) -> bool:
     return True
 
 
-def missing(source: Source, otherwise: str) -> FileNotFoundError:
+def local(checkpoint: str | Path, *names: str) -> Path | None:
+    """None for a published checkpoint ("published", or one of `names`), else the path that it is. Raises ValueError
+    for what is neither."""
+    if checkpoint in ("published", *names):
+        return None
+    if not Path(checkpoint).exists():
+        known = ", ".join(["published", *names])
+        raise ValueError(f"unknown checkpoint {str(checkpoint)!r}: choose one of {known}, or give the path of a copy")
+    return Path(checkpoint)
+
+
+def missing(source: Source, otherwise: str, cause: Exception | str = "HF_HUB_OFFLINE is set") -> FileNotFoundError:
     """The one error for weights that are neither here nor within reach. otherwise: how to give a local copy."""
     if source.repo.startswith("https://"):
         fetch = f"fetch {source.repo}"
     else:
-        fetch = f"huggingface-cli download {source.repo} {source.filename}".rstrip()
+        fetch = f"hf download {source.repo} {source.filename}".rstrip()
     return FileNotFoundError(
-        f"the weights are not on this machine and the hub cannot be reached: {source}.\n"
+        f"the weights are not on this machine and cannot be fetched: {source}.\n"
         f"  with a network:  {fetch}\n"
-        f"  with a copy:     {otherwise}"
+        f"  with a copy:     {otherwise}\n"
+        f"  what happened:   {str(cause).splitlines()[0]}"
     )
 
 
@@ -72,7 +85,7 @@ def pretrained(load: Callable, source: Source, local: str | Path | None = None, 
     try:
         return load(source.repo, revision=source.revision, local_files_only=not reachable(), **options)
     except OSError as error:
-        raise missing(source, otherwise) from error
+        raise missing(source, otherwise, error) from error
 
 
 def network(
@@ -119,7 +132,7 @@ def single_file(source: Source, local: str | Path | None = None, *, otherwise: s
             try:
                 torch.hub.download_url_to_file(source.repo, str(path), source.sha256 or None, progress=True)
             except OSError as error:
-                raise missing(source, otherwise) from error
+                raise missing(source, otherwise, error) from error
     else:
         from huggingface_hub import hf_hub_download
 
@@ -127,8 +140,8 @@ def single_file(source: Source, local: str | Path | None = None, *, otherwise: s
             cached = {"revision": source.revision, "local_files_only": not reachable()}
             path = Path(hf_hub_download(source.repo, source.filename, **cached))
         except OSError as error:
-            raise missing(source, otherwise) from error
-    if verify and not (found := sha256(path)).startswith(source.sha256):
+            raise missing(source, otherwise, error) from error
+    if verify and source.sha256 and not (found := sha256(path)).startswith(source.sha256):
         raise ValueError(f"{path} is not {source}: its SHA-256 is {found}, not {source.sha256}")
     return path
 
@@ -142,10 +155,17 @@ def sha256(path: str | Path) -> str:
 
 
 def state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or torch file, on the CPU, without running any code that it holds."""
+    """The tensors of a .safetensors or torch file, on the CPU, without running any code that it holds. Raises
+    ValueError for a file that is damaged, of another kind, or holds more than tensors."""
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return content.get("state_dict", content)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a file of weights alone: {str(error).splitlines()[0][:200]}") from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{path} does not hold tensors by name")
+    return content

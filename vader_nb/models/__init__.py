@@ -103,7 +103,7 @@ def load(
         raise FileNotFoundError(
             f"the weights of {name!r} are not on this machine and the hub cannot be reached: "
             f"{checkpoint.source} ({checkpoint.size}, {checkpoint.licence}).\n"
-            f"  with a network:  huggingface-cli download {checkpoint.source}\n"
+            f"  with a network:  hf download {checkpoint.source}\n"
             f"  with a copy:     vader_nb.load('/path/to/the/pipeline/directory')\n"
             f"  without either:  vader_nb.load('tiny'), embedded in this package"
         ) from error

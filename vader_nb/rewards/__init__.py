@@ -46,6 +46,7 @@ def parse(expression: str, tiny: bool = False) -> Reward:
     that points at what was not understood.
     """
     import ast
+    import functools
     import operator
 
     here = sys.modules[__name__]
@@ -56,16 +57,23 @@ def parse(expression: str, tiny: bool = False) -> Reward:
             options = {"checkpoint": "tiny"} | options
         return getattr(here, name)(*args, **options)
 
+    def call(function, node):
+        args = [build(value) for value in getattr(node, "args", [])]
+        try:
+            return function(*args, **{k.arg: build(k.value) for k in getattr(node, "keywords", [])})
+        except TypeError as error:  # an argument that lacks, or that it does not take
+            raise ValueError(f"in {ast.unparse(node)!r} of the reward {expression!r}: {error}") from error
+
     def build(node):
         match node:
             case ast.Constant(value=int() | float() | str()):
                 return node.value
             case ast.Name(id=name) if name in NAMES:
-                return load(name)
+                return call(functools.partial(load, name), node)
             case ast.Call(func=ast.Name(id=name)) if name in NAMES:
-                return load(name, *map(build, node.args), **{k.arg: build(k.value) for k in node.keywords})
+                return call(functools.partial(load, name), node)
             case ast.Call(func=ast.Attribute(value=inner, attr=method)) if method in METHODS:
-                return getattr(build(inner), method)(*map(build, node.args))
+                return call(getattr(build(inner), method), node)
             case ast.BinOp() if type(node.op) in operators:
                 return operators[type(node.op)](build(node.left), build(node.right))
             case ast.UnaryOp(op=ast.USub()):

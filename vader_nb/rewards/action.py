@@ -10,9 +10,9 @@ from transformers import VideoMAEForVideoClassification
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
 from .. import hub
-from .base import Reward
+from .base import Reward, wide
 from .gallery import SOURCES
-from .networks import IMAGENET_MEAN, IMAGENET_STD, Network, preprocess, wide
+from .networks import IMAGENET_MEAN, IMAGENET_STD, Network, preprocess
 
 # In the published files queries and values have a bias under their own names, and keys have none. transformers 5.15,
 # for one, looks for query.bias, key.bias and value.bias, and would go on with random ones.
@@ -108,7 +108,7 @@ def action(
     "tiny" (the eight motions of the tiny world), or a local `VideoMAEForVideoClassification` directory. Any number of
     frames from 2; an odd one is made even by repeating the last. Frames are squashed to a square, as in VADER.
     """
-    local = {"published": None, "tiny": TINY}.get(str(checkpoint), checkpoint)
+    local = TINY if checkpoint == "tiny" else hub.local(checkpoint, "tiny")
     otherwise = "vader_nb.rewards.action('/path/to/the/directory')" + hub.EMBEDDED.format("action")
     classifier = hub.network(
         VideoMAEForVideoClassification,

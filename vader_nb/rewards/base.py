@@ -30,8 +30,7 @@ class Reward:
         raise NotImplementedError
 
     def __call__(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        inspect(frames, prompts)
-        return self.scores(frames, prompts).mean(dim=1)
+        return self.scores(inspect(frames, prompts), prompts).mean(dim=1)
 
     def parts(self) -> list["Reward"]:
         """The rewards this one is made of, for reporting each by itself."""
@@ -39,6 +38,10 @@ class Reward:
 
     def to(self, *args, **kwargs) -> "Reward":
         """Move the networks inside, if any, to a device or dtype."""
+        return self
+
+    def named(self, name: str) -> "Reward":
+        self.name = name
         return self
 
     def towards(self, target: float) -> "Reward":
@@ -56,14 +59,17 @@ class Reward:
         if not std > 0:
             raise ValueError(f"the standard deviation must be positive, got {std}; were the clips all alike?")
         bounds = tuple((bound - mean) / std for bound in self.range)
-        return Mapped(f"normalised {self.name}", lambda scores: (scores - mean) / std, self, bounds, "std")
+        name = f"normalised {self.name}"
+        return Mapped(name, lambda scores: (scores - mean) / std, self, bounds, "std", (-2.0, 2.0))
 
     def __add__(self, other: "Reward | Callable") -> "Reward":
         return Sum(self, as_reward(other))
 
     def __mul__(self, weight: float) -> "Reward":
         low, high = sorted(weight * bound if weight else 0.0 for bound in self.range)
-        return Mapped(f"{weight:g} × {self.name}", lambda scores: weight * scores, self, (low, high))
+        typical = self.typical and tuple(sorted(weight * bound for bound in self.typical))
+        name = f"{weight:g} × {self.name}"
+        return Mapped(name, lambda scores: weight * scores, self, (low, high), self.unit, typical)
 
     __rmul__ = __mul__
 
@@ -80,8 +86,9 @@ class Reward:
 class Mapped(Reward):
     """A function of another reward's scores, score by score."""
 
-    def __init__(self, name: str, function: Callable, inner: Reward, range=Reward.range, unit=""):
-        self.name, self.function, self.inner, self.range, self.unit = name, function, inner, range, unit
+    def __init__(self, name: str, function: Callable, inner: Reward, range=Reward.range, unit="", typical=None):
+        self.name, self.function, self.inner = name, function, inner
+        self.range, self.unit, self.typical = range, unit, typical
         self.per_frame = inner.per_frame
 
     def scores(self, frames, prompts):
@@ -131,12 +138,18 @@ class Function(Reward):
     def __call__(self, frames, prompts):
         if self.per_frame:
             return super().__call__(frames, prompts)
-        inspect(frames, prompts)
-        return self.function(frames, prompts)  # of whatever shape: the caller checks it and names the reward
+        return self.function(
+            inspect(frames, prompts), prompts
+        )  # of whatever shape: the caller checks it and names the reward
 
 
-def inspect(frames: torch.Tensor, prompts: list[str]) -> None:
-    """Raise ValueError for what no reward can judge, naming what it was given."""
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """At least float32: where half precision would overflow, or round away what matters."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def inspect(frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """The frames in float32 at least. Raises ValueError for what no reward can judge, naming what it was given."""
     if not isinstance(frames, torch.Tensor) or frames.ndim != 5 or frames.shape[2] != 3:
         got = tuple(frames.shape) if isinstance(frames, torch.Tensor) else type(frames).__name__
         raise ValueError(f"frames must be a tensor (B, F, 3, H, W), got {got}")
@@ -146,8 +159,9 @@ def inspect(frames: torch.Tensor, prompts: list[str]) -> None:
         got = f"the string {prompts!r}" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise ValueError(f"{len(frames)} clips need a list of as many prompts, got {got}")
     low, high = (bound.item() for bound in frames.detach().aminmax())
-    if low < -0.01 or high > 1.01:  # a rounding error may stick out, another convention may not
+    if not (low >= -0.01 and high <= 1.01):  # a rounding error may stick out; another convention, or NaN, may not
         raise ValueError(f"frames must lie in [0, 1], got {low:.3g} to {high:.3g}; from [-1, 1] write frames / 2 + 0.5")
+    return wide(frames)
 
 
 def as_column(value: torch.Tensor) -> torch.Tensor:
@@ -184,8 +198,11 @@ def conflict(first: Reward | Callable, second: Reward | Callable, frames: torch.
     """The cosine between two rewards' gradients on the pixels of each clip, (B,): 1 they agree, 0 they do not care
     about each other, -1 what one gains the other loses. frames (B, F, 3, H, W)."""
     directions = []
-    for reward in (first, second):
-        leaf = frames.detach().clone().requires_grad_()
-        as_reward(reward)(leaf, prompts).sum().backward()
-        directions.append(leaf.grad.flatten(1))
-    return torch.cosine_similarity(*directions, dim=1)
+    for reward in map(as_reward, (first, second)):
+        leaf = wide(frames.detach()).clone().requires_grad_()
+        score = reward(leaf, prompts).sum()
+        if not score.requires_grad:
+            raise ValueError(f"reward {reward.name!r} has no gradient; vader_nb.check(reward) shows why")
+        (gradient,) = torch.autograd.grad(score, leaf)
+        directions.append(gradient.flatten(1).double())  # sums over all pixels of a clip
+    return torch.cosine_similarity(*directions, dim=1).to(leaf.dtype)

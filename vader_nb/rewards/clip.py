@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
 from .. import hub
-from .base import Reward
+from .base import Reward, wide
 from .gallery import CARDS, SOURCES
-from .networks import CLIP_MEAN, CLIP_STD, Network, by_groups, preprocess, remembered, wide
+from .networks import CLIP_MEAN, CLIP_STD, Network, by_groups, preprocess, remembered
 
 TINY = Path(__file__).parent.parent / "zoo" / "weights" / "tiny-clip"
 
@@ -45,6 +45,8 @@ class CLIP(Network):
         interpolation = "bilinear" if resize == "squash" else "bicubic"
         self.look = {"size": size, "mean": mean, "std": std, "resize": resize, "interpolation": interpolation}
         preprocess(torch.zeros(1, 3, 8, 8), **self.look)  # an unknown resize is an error now
+        # exp() would turn the rounding of half precision into a per cent of every score.
+        self.logit_scale = wide(network.logit_scale.detach().clone()) if encode_text else None
         self.texts: dict[str, torch.Tensor] = {}
 
     def image(self, frames: torch.Tensor) -> torch.Tensor:
@@ -65,7 +67,7 @@ class CLIP(Network):
         return (self.image(frames) * self.text(prompts).unsqueeze(1)).sum(-1)
 
     def temperature(self) -> torch.Tensor:
-        return wide(self.network.logit_scale).exp()
+        return self.logit_scale.exp()
 
     def to(self, *args, **kwargs):
         self.texts.clear()
@@ -103,7 +105,7 @@ OTHERWISE = "checkpoint='/path/to/the/CLIP/directory'"
 def transformers_towers(checkpoint: str, local: str | Path | None, dtype: torch.dtype, **look) -> CLIP:
     """Of a `CLIPModel` and its tokenizer: the published one of that name in `SOURCES`, or a local directory."""
     source = SOURCES[checkpoint]
-    model = hub.network(CLIPModel, source, local, otherwise=OTHERWISE, dtype=dtype)
+    model = hub.network(CLIPModel, source, local, otherwise=OTHERWISE, dtype=torch.float32)
     tokenizer = hub.pretrained(AutoTokenizer.from_pretrained, source, local, otherwise=OTHERWISE)
     length = model.config.text_config.max_position_embeddings
 
@@ -116,7 +118,7 @@ def transformers_towers(checkpoint: str, local: str | Path | None, dtype: torch.
         return model.text_projection(model.text_model(**tokens.to(model.device)).pooler_output)
 
     size, blocks = model.config.vision_config.image_size, [*model.vision_model.encoder.layers]
-    return CLIP(model, encode_image, encode_text, size, blocks, **look)
+    return CLIP(model, encode_image, encode_text, size, blocks, **look).to(dtype)
 
 
 def picture_tower(checkpoint: str, local: str | Path | None, dtype: torch.dtype, **look) -> CLIP:
@@ -155,7 +157,7 @@ class Comparison(Reward):
 
     def scores(self, frames, prompts):
         cosine = self.clip.cosine(frames, prompts)
-        return cosine * self.clip.temperature() if self.tempered else cosine
+        return cosine * self.clip.temperature().to(cosine) if self.tempered else cosine
 
     def to(self, *args, **kwargs):
         self.clip.to(*args, **kwargs)
@@ -165,6 +167,7 @@ class Comparison(Reward):
 def hps(
     checkpoint: str | Path = "published",
     *,
+    version: str | None = None,
     resize: str = "squash",
     verify: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -174,13 +177,14 @@ def hps(
 
     checkpoint: "v2.1" (which "published" means) or "v2.0", through open_clip's ViT-H-14 and the authors' files; the path
     of such a file; "tiny", the embedded one; or an open_clip directory. resize: "squash" gives VADER's numbers and every pixel a
-    gradient, "pad" gives the benchmark's. verify: a file must have the SHA-256 of a known version.
+    gradient, "pad" gives the benchmark's. verify: a file must have the SHA-256 of a known version; version: of this one
+    (files have been shared under the other's name).
     """
     look = {"resize": resize}
     if checkpoint == "tiny" or Path(checkpoint).is_dir():
         clip = open_clip_directory(TINY if checkpoint == "tiny" else checkpoint, dtype, **look)
     else:
-        path = hps_file(checkpoint, verify)
+        path = hps_file(checkpoint, version, verify)
         with quiet():
             empty = open_clip.create_model("ViT-H-14", pretrained=None, device="meta")
         model = filled(empty, hub.state_dict(path), path).to(dtype)
@@ -188,7 +192,7 @@ def hps(
     return Comparison(clip, "hps")
 
 
-def hps_file(checkpoint: str | Path, verify: bool) -> Path:
+def hps_file(checkpoint: str | Path, version: str | None, verify: bool) -> Path:
     versions = {name.removeprefix("hps-"): source for name, source in SOURCES.items() if name.startswith("hps-")}
     versions["published"] = versions["v2.1"]
     otherwise = f"vader_nb.rewards.hps('/path/to/{SOURCES['hps-v2.1'].filename}')" + hub.EMBEDDED.format("hps")
@@ -199,11 +203,15 @@ def hps_file(checkpoint: str | Path, verify: bool) -> Path:
             f"unknown HPS checkpoint {str(checkpoint)!r}: choose one of {', '.join(versions)}, tiny, or give the path "
             f"of a file or an open_clip directory"
         )
-    if verify and hub.sha256(checkpoint) not in {source.sha256 for source in versions.values()}:
-        raise ValueError(
-            f"{checkpoint} has the SHA-256 of no published HPS file ({', '.join(versions)}); if it is your own, say "
-            f"verify=False"
-        )
+    if verify:
+        known = {source.sha256: name for name, source in versions.items() if name != "published"}
+        found = known.get(hub.sha256(checkpoint))
+        if found is None:
+            raise ValueError(
+                f"{checkpoint} has the SHA-256 of no published HPS file; if it is your own, say verify=False"
+            )
+        if version not in (None, found):
+            raise ValueError(f"{checkpoint} is HPS {found}, not {version}")
     return Path(checkpoint)
 
 
@@ -219,26 +227,27 @@ def filled(empty: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> nn
     return empty
 
 
-def pickscore(checkpoint: str | Path = "v1", *, resize: str = "squash", dtype: torch.dtype = torch.float32) -> Reward:
+def pickscore(
+    checkpoint: str | Path = "published", *, resize: str = "squash", dtype: torch.dtype = torch.float32
+) -> Reward:
     """PickScore of (frame, prompt) (arXiv 2305.01569): exp(logit scale) times the cosine, 18 to 24 is usual.
 
-    checkpoint: "v1" (yuvalkirstain/PickScore_v1), or a local `CLIPModel` directory with its tokenizer.
+    checkpoint: "published" (yuvalkirstain/PickScore_v1), or a local `CLIPModel` directory with its tokenizer.
     resize: "squash" as VADER, "crop" as the authors.
     """
-    local = None if checkpoint == "v1" else checkpoint
-    clip = transformers_towers("pickscore-v1", local, dtype, resize=resize)
+    clip = transformers_towers("pickscore-v1", hub.local(checkpoint), dtype, resize=resize)
     return Comparison(clip, "pickscore", tempered=True)
 
 
 def clip_score(
-    checkpoint: str | Path = "clip-vit-base-patch32", *, resize: str = "crop", dtype: torch.dtype = torch.float32
+    checkpoint: str | Path = "published", *, resize: str = "crop", dtype: torch.dtype = torch.float32
 ) -> Reward:
     """The cosine between frame and prompt in OpenAI's CLIP (arXiv 2103.00020).
 
-    checkpoint: "clip-vit-base-patch32", "clip-vit-large-patch14", or a local `CLIPModel` directory."""
-    known = str(checkpoint) in SOURCES
-    source = str(checkpoint) if known else "clip-vit-base-patch32"
-    clip = transformers_towers(source, None if known else checkpoint, dtype, resize=resize)
+    checkpoint: "published" and "clip-vit-base-patch32" mean the same, "clip-vit-large-patch14", or a local `CLIPModel` directory."""
+    names = ("clip-vit-base-patch32", "clip-vit-large-patch14")
+    source = str(checkpoint) if checkpoint in names else names[0]
+    clip = transformers_towers(source, hub.local(checkpoint, *names), dtype, resize=resize)
     return Comparison(clip, "clip_score")
 
 
@@ -261,7 +270,7 @@ class Rated(Reward):
         after: Callable | None = None,
     ):
         self.clip, self.name, self.range, self.unit = clip, name, range, unit
-        self.typical = CARDS[name].typical
+        self.typical = CARDS[name].typical if name in CARDS else None
         self.between, self.after = between, after
         numbers = sorted({int(key.split(".")[1]) for key in head})
         self.layers = [(head[f"layers.{n}.weight"].float(), head[f"layers.{n}.bias"].float()) for n in numbers]
@@ -299,8 +308,7 @@ LAION_SIZES, COMPRESSION_SIZES = (768, 1024, 128, 64, 16, 1), (768, 512, 128, 32
 
 
 def large(checkpoint: str | Path, dtype: torch.dtype, resize: str) -> CLIP:
-    local = None if checkpoint == "published" else checkpoint
-    return picture_tower("clip-vit-large-patch14", local, dtype, resize=resize)
+    return picture_tower("clip-vit-large-patch14", hub.local(checkpoint), dtype, resize=resize)
 
 
 def aesthetic(
@@ -338,7 +346,8 @@ def aesthetic_hps(
     """VADER's mix, as it trains on it: minus (0.15 |aesthetic - 10| + |1 - hps|) / 2. (The figure that VADER logs is
     (aesthetic + 15 hps) / 2, other weights than its loss has; `parts()` gives both terms.)
 
-    checkpoint: "published" (HPS v2.1) or "tiny"."""
+    checkpoint: "published" (HPS v2.1) or "tiny"; of files of your own, write the sum yourself:
+    0.075 * aesthetic(...).towards(10) + 0.5 * hps(...).towards(1)."""
     beauty = aesthetic(checkpoint, resize=resize, dtype=dtype).towards(10)
     return 0.075 * beauty + 0.5 * hps(checkpoint, resize=resize, dtype=dtype).towards(1)
 
@@ -352,7 +361,8 @@ def compression(
     does not fit this file; the layers 768, 512, 128, 32, 1 with ReLU do.) `compressibility` needs no weights."""
     layers = head_layers(head, COMPRESSION_SIZES)
     clip = large(checkpoint, dtype, "squash")
-    return -Rated(clip, layers, "compression", (0.0, float("inf")), unit="kB", between=F.relu)
+    size = Rated(clip, layers, "JPEG size", (0.0, float("inf")), unit="kB", between=F.relu)
+    return (-size).named("compression")
 
 
 def rainy(head: str | Path, checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32) -> Reward:

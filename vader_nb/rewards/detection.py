@@ -10,16 +10,16 @@ from transformers import AutoTokenizer, GroundingDinoForObjectDetection, YolosFo
 from transformers.models.swin.modeling_swin import SwinLayer
 
 from .. import hub
-from .base import Reward
+from .base import Reward, wide
 from .gallery import SOURCES
-from .networks import IMAGENET_MEAN, IMAGENET_STD, Network, wide
+from .networks import IMAGENET_MEAN, IMAGENET_STD, Network
 
 DETECTORS = ("yolos-tiny", "yolos-base", "grounding-dino-tiny", "grounding-dino-base")
 HEIGHT = 512
 SHARPNESS = 4.0  # of the smooth maximum over the queries
 
 
-def preprocess(frames: torch.Tensor, step: int) -> torch.Tensor:
+def scaled(frames: torch.Tensor, step: int) -> torch.Tensor:
     """Frames (N, 3, H, W) in [0, 1] to (N, 3, 512, W'): the width in proportion, to the nearest multiple of `step`.
     Bilinear and antialiased, which VADER's own resize is not; ImageNet's statistics."""
     height, width = frames.shape[-2:]
@@ -114,7 +114,7 @@ class ObjectRemoval(Network):
 
     def judge(self, pictures: torch.Tensor) -> torch.Tensor:
         """(N,) of pictures (N, 3, H, W)."""
-        log_odds = self.detector.log_odds(preprocess(pictures, self.detector.step).to(self.dtype))
+        log_odds = self.detector.log_odds(scaled(pictures, self.detector.step).to(self.dtype))
         return (self.sign * pooled(log_odds)).sigmoid()
 
 

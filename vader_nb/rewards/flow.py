@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torchvision.models.optical_flow import RAFT, raft_small
 
 from .. import hub
-from .base import Reward
+from .base import Reward, wide
 from .gallery import SOURCES
-from .networks import Network, wide
+from .networks import Network
 
 PUBLISHED = "raft-small"
 SMALLEST, MULTIPLE = 128, 8  # of the sides that RAFT takes
@@ -88,14 +88,14 @@ def estimate(raft: RAFT, first: torch.Tensor, second: torch.Tensor) -> torch.Ten
 
 
 def flow_smoothness(
-    checkpoint: str | Path = PUBLISHED, *, floor: float = 0.0, dtype: torch.dtype = torch.float32
+    checkpoint: str | Path = "published", *, floor: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> Reward:
     """Smooth motion of the whole clip, as RAFT (arXiv 2003.12039) sees it: 0 for motion that does not change from frame
     to frame, less the more it does. Prompts are ignored.
 
     frames (B, F, 3, H, W), F at least 3 (ValueError otherwise); sides that RAFT cannot take are resized to the nearest
     multiples of 8, at least 128. floor: the least mean flow, in diagonals of the picture a frame, that is not
-    penalised: above 0, standing still no longer wins. checkpoint: "raft-small" (torchvision's
+    penalised: above 0, standing still no longer wins. checkpoint: "published" (torchvision's
     raft_small_C_T_V2-01064c6d.pth, 1 M parameters, BSD-3-Clause), or a local file of such weights. The network runs
     in float32 even when `dtype`, or a later `.to`, asks for less.
 
@@ -103,7 +103,7 @@ def flow_smoothness(
     """
     if not floor >= 0:
         raise ValueError(f"the floor under the mean flow must be 0 or more, got {floor}")
-    local = None if checkpoint == PUBLISHED else Path(checkpoint)
+    local = None if checkpoint in ("published", PUBLISHED) else Path(checkpoint)
     if local and not local.exists():
         raise FileNotFoundError(
             f"no checkpoint {str(checkpoint)!r}: give {PUBLISHED!r} or a file of raft_small's weights"

@@ -105,6 +105,8 @@ def row(card: Card) -> tuple[str, ...]:
     licences = dict.fromkeys(
         source.licence + (" (not for commercial use)" if "-NC" in source.licence else "") for source in sources
     )
+    if "your file" in card.backbone:
+        licences["none stated for the head"] = None
     typical = f"{card.typical[0]:g} to {card.typical[1]:g}" if card.typical else "-"
     return (
         card.name,

@@ -1,7 +1,6 @@
 """ImageReward (arXiv 2304.05977): how a person would rate a picture for a prompt, by a BLIP that reads both."""
 
 import re
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,9 +10,9 @@ from transformers import BertTokenizer
 from transformers.models.blip import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from .. import hub
-from .base import Reward
+from .base import Reward, wide
 from .gallery import SOURCES
-from .networks import CLIP_MEAN, CLIP_STD, Network, preprocess, wide
+from .networks import CLIP_MEAN, CLIP_STD, Network, preprocess
 
 FILE, VOCABULARY = SOURCES["image-reward"].filename, "vocab.txt"
 ADDED_TOKENS = ("[DEC]", "[ENC]")  # BLIP's, after BERT's 30,522; the first token of a prompt stays BERT's [CLS]
@@ -54,15 +53,13 @@ class ImageReward(Network):
         words = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
         ).to(frames.device)
-        clips = zip(frames, words["input_ids"], words["attention_mask"])
-        return torch.cat([self.picture_scores(partial(self.rate, ids, mask), clip[None]) for clip, ids, mask in clips])
+        return self.picture_scores(self.rate, frames, words["input_ids"], words["attention_mask"])
 
-    def rate(self, ids: torch.Tensor, mask: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-        """(N,) of pictures (N, 3, H, W) for one prompt: its tokens and attention mask, (35,)."""
+    def rate(self, pictures: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(N,) of pictures (N, 3, H, W) and their prompts' tokens and attention masks, (N, 35)."""
         size = self.vision.config.image_size
         pixels = preprocess(pictures, size, CLIP_MEAN, CLIP_STD, resize="crop", interpolation="bicubic")
         patches = self.vision(pixels.to(self.dtype)).last_hidden_state
-        ids, mask = ids.expand(len(pictures), -1), mask.expand(len(pictures), -1)
         states = self.text(ids, mask, encoder_hidden_states=patches).last_hidden_state  # (N, 35, D)
         raw = F.linear(wide(states[:, 0]), wide(self.head.weight), wide(self.head.bias))
         return (raw[:, 0] - SCORE_MEAN) / SCORE_STD
@@ -139,17 +136,17 @@ def affine(layers: dict[str, torch.Tensor]) -> nn.Linear:
     return head
 
 
-def image_reward(checkpoint: str | Path = "image-reward", *, dtype: torch.dtype = torch.float32) -> Reward:
+def image_reward(checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32) -> Reward:
     """Human preference for (frame, prompt) as ImageReward learned it from 137,000 comparisons (Xu et al., arXiv
     2304.05977): frames (B, F, 3, H, W) in [0, 1] to (B,), unbounded, for most pictures between -2 and 2.
 
     A frame is scaled to a shorter side of 224 (bicubic) and cropped to its centre; a prompt is cut after 35 tokens.
-    checkpoint: "image-reward", or a directory that holds the published `ImageReward.pt` and the `vocab.txt` of
+    checkpoint: "published", or a directory that holds the published `ImageReward.pt` and the `vocab.txt` of
     bert-base-uncased.
 
     Raises FileNotFoundError where a file cannot be had, ValueError for a file of another layout.
     """
-    folder = None if str(checkpoint) == "image-reward" else Path(checkpoint)
+    folder = None if str(checkpoint) in ("published", "image-reward") else Path(checkpoint)
     if folder and not folder.is_dir():
         raise FileNotFoundError(f"{checkpoint} is neither 'image-reward' nor a directory with {FILE} and {VOCABULARY}")
     otherwise = f"vader_nb.rewards.image_reward('/path/to/a/directory/with/{FILE}/and/{VOCABULARY}')"

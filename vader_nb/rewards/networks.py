@@ -67,11 +67,6 @@ def remembered(known: dict[str, torch.Tensor], prompts: list[str], compute: Call
     return torch.stack([known[prompt] for prompt in prompts])
 
 
-def wide(values: torch.Tensor) -> torch.Tensor:
-    """At least float32: where a half precision network's output is normalised, multiplied or exponentiated."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     """Keep only the input of each block for the backward pass, and compute the rest again there. (The libraries' own
     switches work in training mode alone; rewards stay in eval mode.)"""
@@ -88,13 +83,16 @@ def _checkpointed(function: Callable) -> Callable:
     return run
 
 
-def by_groups(function: Callable, frames: torch.Tensor, at_once: int) -> torch.Tensor:
-    """function((N, 3, H, W)) -> (N, …) on all pictures of frames (B, F, 3, H, W), `at_once` at a time; returns
-    (B, F, …). The graph of each group is forgotten, and made again in the backward pass."""
-    groups = frames.flatten(0, 1).split(at_once)
+def by_groups(function: Callable, frames: torch.Tensor, at_once: int, *along: torch.Tensor) -> torch.Tensor:
+    """function((N, 3, H, W), …) -> (N, …) on all pictures of frames (B, F, 3, H, W), `at_once` at a time; returns
+    (B, F, …). `along`: tensors (B, …) that belong to the clips and go with their pictures. The graph of each group is
+    forgotten, and made again in the backward pass."""
+    count = frames.shape[1]
+    pictures = [frames.flatten(0, 1), *(tensor.repeat_interleave(count, dim=0) for tensor in along)]
+    groups = list(zip(*(tensor.split(at_once) for tensor in pictures)))
     if len(groups) > 1:
         function = _checkpointed(function)
-    return torch.cat([function(group) for group in groups]).unflatten(0, frames.shape[:2])
+    return torch.cat([function(*group) for group in groups]).unflatten(0, frames.shape[:2])
 
 
 class Network(Reward):
@@ -114,8 +112,8 @@ class Network(Reward):
     def dtype(self) -> torch.dtype:
         return next(self.networks[0].parameters()).dtype
 
-    def picture_scores(self, function: Callable, frames: torch.Tensor) -> torch.Tensor:
-        return by_groups(function, frames, self.frames_at_once)
+    def picture_scores(self, function: Callable, frames: torch.Tensor, *along: torch.Tensor) -> torch.Tensor:
+        return by_groups(function, frames, self.frames_at_once, *along)
 
     def to(self, *args, **kwargs):
         for network in self.networks:

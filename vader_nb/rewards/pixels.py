@@ -115,7 +115,7 @@ def compressibility(quality: int = 75) -> Reward:
 
 def incompressibility(quality: int = 75) -> Reward:
     """The opposite of `compressibility`: rewards detail."""
-    return -Compressibility(quality)
+    return (-Compressibility(quality)).named("incompressibility")
 
 
 def motion_smoothness(floor: float = 0.01) -> Reward:

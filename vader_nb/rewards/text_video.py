@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, XCLIPModel
 
 from .. import hub
-from .base import Reward
+from .base import Reward, wide
 from .gallery import SOURCES
-from .networks import IMAGENET_MEAN, IMAGENET_STD, Network, preprocess, remembered, wide
+from .networks import IMAGENET_MEAN, IMAGENET_STD, Network, preprocess, remembered
 
 PUBLISHED = "xclip-base-patch32"
 
@@ -68,12 +68,12 @@ class TextVideo(Network):
         return super().to(*args, **kwargs)
 
 
-def text_video(checkpoint: str | Path = PUBLISHED, *, dtype: torch.dtype = torch.float32) -> Reward:
+def text_video(checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32) -> Reward:
     """How well a clip fits its prompt, -1 to 1, in X-CLIP (arXiv 2208.02816): motion counts, not just single frames.
 
     frames (B, F, 3, H, W) of any size and number; the central square of 8 of them, evenly spread, is seen (and gets a
     gradient).
-    checkpoint: "xclip-base-patch32" (microsoft/xclip-base-patch32, 197 M parameters, MIT), or a local `XCLIPModel`
+    checkpoint: "published" (microsoft/xclip-base-patch32, 197 M parameters, MIT), or a local `XCLIPModel`
     directory with its tokenizer, of whatever size and number of frames its config says.
 
     VADER's site shows ViCLIP here, whose published files need remote code and whose licence is disputed; X-CLIP loads
@@ -82,7 +82,7 @@ def text_video(checkpoint: str | Path = PUBLISHED, *, dtype: torch.dtype = torch
 
     Raises FileNotFoundError where the weights cannot be had, ValueError for a directory that lacks some of them.
     """
-    local = None if checkpoint == PUBLISHED else Path(checkpoint)
+    local = None if checkpoint in ("published", PUBLISHED) else Path(checkpoint)
     if local and not local.exists():
         raise FileNotFoundError(f"no checkpoint {str(checkpoint)!r}: give {PUBLISHED!r} or an XCLIPModel directory")
     otherwise = "vader_nb.rewards.text_video(checkpoint='/path/to/the/XCLIPModel/directory')"

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from transformers import VJEPA2Model
 
 from .. import hub
-from .base import Reward
+from .base import Reward, wide
 from .gallery import SOURCES
-from .networks import IMAGENET_MEAN, IMAGENET_STD, Network, preprocess, wide
+from .networks import IMAGENET_MEAN, IMAGENET_STD, Network, preprocess
 
 PUBLISHED = "vjepa2-vitl"
 # V-JEPA's two families of masks (its configs/pretrain/vitl16.yaml, the same in V-JEPA 2): so many blocks of such a
@@ -120,13 +120,13 @@ class TemporalConsistency(Network):
 
 
 def temporal_consistency(
-    checkpoint: str | Path = PUBLISHED, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    checkpoint: str | Path = "published", *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Reward:
     """How well V-JEPA 2 (arXiv 2506.09985) foresees hidden parts of a clip from the rest of it: minus its own training
     loss, as VADER's paper rewards image-to-video models (arXiv 2407.08737). Prompts are ignored.
 
     frames (B, F, 3, H, W) of any size, of which the central square is seen; F even (ValueError otherwise, with the
-    way out), 2 or more; trained on 16 and 64 frames at 4 a second. checkpoint: "vjepa2-vitl"
+    way out), 2 or more; trained on 16 and 64 frames at 4 a second. checkpoint: "published"
     (facebook/vjepa2-vitl-fpc64-256, 326 M parameters), or a local `VJEPA2Model` directory. seed: of the masks, which
     are drawn once: all clips are judged by the same, so that scores can be compared.
 
@@ -138,7 +138,7 @@ def temporal_consistency(
 
     Raises FileNotFoundError where the weights cannot be had, ValueError for a directory that lacks some of them.
     """
-    local = None if checkpoint == PUBLISHED else Path(checkpoint)
+    local = None if checkpoint in ("published", PUBLISHED) else Path(checkpoint)
     if local and not local.exists():
         raise FileNotFoundError(f"no checkpoint {str(checkpoint)!r}: give {PUBLISHED!r} or a VJEPA2Model directory")
     otherwise = "vader_nb.rewards.temporal_consistency(checkpoint='/path/to/the/VJEPA2Model/directory')"
