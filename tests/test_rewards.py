@@ -56,7 +56,8 @@ def test_aesthetic_is_the_linear_head_on_the_unit_embedding(frames):
 
 
 def test_a_stack_of_linear_layers_in_laions_layout_is_one_affine_map(frames):
-    from vader_nb.rewards.clip import Rated, open_clip_directory
+    from vader_nb.rewards.clip import open_clip_directory
+    from vader_nb.rewards.heads import Rated
 
     generator = torch.Generator().manual_seed(0)
     sizes, head = (64, 32, 16, 1), {}

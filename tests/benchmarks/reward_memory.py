@@ -15,7 +15,7 @@ import transformers as hf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vader_nb.memory import Peak
-from vader_nb.rewards import clip
+from vader_nb.rewards import clip, heads
 from vader_nb.rewards.action import Action
 from vader_nb.rewards.text_video import TextVideo
 
@@ -35,7 +35,7 @@ def aesthetic():
     blocks = [*model.vision_model.encoder.layers]
     towers = clip.CLIP(model, lambda pixels: model(pixel_values=pixels).image_embeds, None, 224, blocks)
     head = {"layers.0.weight": torch.zeros(1, 768), "layers.0.bias": torch.zeros(1)}  # five layers in one
-    return clip.Rated(towers, head, "aesthetic", (1.0, 10.0)), towers
+    return heads.Rated(towers, head, "aesthetic", (1.0, 10.0)), towers
 
 
 def kinetics():

@@ -7,13 +7,13 @@ from .base import Reward, as_reward, conflict, reward, statistics
 
 _REWARDS = {
     "action": "action",
-    "aesthetic": "clip",
-    "aesthetic_hps": "clip",
+    "aesthetic": "heads",
+    "aesthetic_hps": "heads",
     "brightness": "pixels",
     "clip_score": "clip",
     "colourfulness": "pixels",
     "compressibility": "pixels",
-    "compression": "clip",
+    "compression": "heads",
     "flow_smoothness": "flow",
     "hps": "clip",
     "image_reward": "image_reward",
@@ -22,8 +22,8 @@ _REWARDS = {
     "object_presence": "detection",
     "object_removal": "detection",
     "pickscore": "clip",
-    "rainy": "clip",
-    "snowy": "clip",
+    "rainy": "heads",
+    "snowy": "heads",
     "temporal_consistency": "vjepa",
     "text_video": "text_video",
 }

@@ -67,7 +67,7 @@ class Reward:
 
     def __mul__(self, weight: float) -> "Reward":
         low, high = sorted(weight * bound if weight else 0.0 for bound in self.range)
-        typical = self.typical and tuple(sorted(weight * bound for bound in self.typical))
+        typical = self.typical and tuple(sorted(weight * bound + 0.0 for bound in self.typical))  # no minus zero
         name = f"{weight:g} × {self.name}"
         return Mapped(name, lambda scores: weight * scores, self, (low, high), self.unit, typical)
 

@@ -95,14 +95,11 @@ def by_groups(function: Callable, frames: torch.Tensor, at_once: int, *along: to
     return torch.cat([function(*group) for group in groups]).unflatten(0, frames.shape[:2])
 
 
-class Network(Reward):
-    """A reward that looks through frozen networks.
+class Frozen:
+    """Networks in eval mode, without gradients of their own; `blocks`, the repeated layers inside, are checkpointed.
+    Weights may be float32, float16, bfloat16 (or float64, for tests): `.to(dtype)`."""
 
-    `networks` are put in eval mode, without gradients of their own; `blocks`, the repeated layers inside, are
-    checkpointed. Weights may be float32, float16, bfloat16 (or float64, for tests): `.to(dtype)`.
-    """
-
-    frames_at_once = 4  # pictures of a per-frame reward that are in memory with their graph at a time
+    frames_at_once = 4  # pictures that are in memory with their graph at a time
 
     def __init__(self, networks: list[nn.Module], blocks: Iterable[nn.Module] = ()):
         self.networks = [network.eval().requires_grad_(False) for network in networks]
@@ -119,3 +116,7 @@ class Network(Reward):
         for network in self.networks:
             network.to(*args, **kwargs)
         return self
+
+
+class Network(Frozen, Reward):
+    """A reward that looks through frozen networks of its own."""
