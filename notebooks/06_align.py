@@ -133,6 +133,7 @@ course.predict(
 #
 # The same loop, grown up: gradient accumulation, mixed precision, several processes, metrics, checkpoints that a crash
 # cannot tear, and a resume that is equal to never having stopped, to the last bit.
+# (These are the settings and the seed of the quickstart, so it is that very run. Now you know every line of it.)
 
 # %%
 folder = tempfile.mkdtemp()

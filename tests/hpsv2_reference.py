@@ -1,8 +1,10 @@
 """Run by test_rewards_clip.py in an environment of its own: the score of HPSv2's own package, on its own code.
 
     python hpsv2_reference.py CONFIG_DIR CHECKPOINT PICTURES.pt PROMPT…
+    python hpsv2_reference.py
 
 CONFIG_DIR holds a small ViT-H-14.json, so that the comparison takes seconds. Prints one score a picture and prompt.
+Without arguments: the names and shapes of the tensors of its full-size model, which is what its files hold.
 """
 
 import json
@@ -17,6 +19,13 @@ sys.modules |= {"clint": types.ModuleType("clint"), "clint.textui": types.Simple
 from hpsv2.src.open_clip import add_model_config, create_model_and_transforms, get_tokenizer  # noqa: E402
 from torchvision.transforms import Compose, ToTensor  # noqa: E402
 
+if len(sys.argv) == 1:
+    from hpsv2.src.open_clip import CLIP, get_model_config
+
+    with torch.device("meta"):
+        state = CLIP(**get_model_config("ViT-H-14")).state_dict()
+    print(json.dumps({name: list(value.shape) for name, value in state.items()}))
+    sys.exit()
 configs, checkpoint, pictures, *prompts = sys.argv[1:]
 add_model_config(configs)
 model, _, transform = create_model_and_transforms(

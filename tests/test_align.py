@@ -270,6 +270,9 @@ def test_ctrl_c_in_a_shell(micro_directory, tmp_path):
             "import os\n", "assert run.stopped\nimport os\n"
         )
     )
+    # A background job of a shell script is born deaf to SIGINT, and so would its children be.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script.write_text(heard + script.read_text())
     process = subprocess.Popen(
         [sys.executable, str(script), str(micro_directory), str(tmp_path / "run"), "1"],
         stdout=subprocess.PIPE,

@@ -117,35 +117,44 @@ def test_hps_is_open_clips_own(hps_file, small_hps, frames):
     torch.testing.assert_close(small_hps(frames, PROMPTS), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_padded_hps_is_the_score_of_hpsv2s_own_package(hps_file, frames, tmp_path):
-    """The package, without its dependencies (it pins an old pytest) and with the vocabulary that it lacks."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "hpsv2==1.2.0"]
+@pytest.fixture(scope="module")
+def hpsv2(tmp_path_factory):
+    """Runs hpsv2_reference.py on HPSv2's own package, which is installed without its dependencies (it pins an old
+    pytest) and with the vocabulary that it lacks; returns what it prints."""
+    folder = tmp_path_factory.mktemp("hpsv2")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "hpsv2==1.2.0"]
     subprocess.run(command, check=True)
     vocabulary = "bpe_simple_vocab_16e6.txt.gz"
-    theirs = tmp_path / "hpsv2" / "src" / "open_clip" / vocabulary
+    theirs = folder / "hpsv2" / "src" / "open_clip" / vocabulary
     theirs.write_bytes((Path(open_clip.__file__).parent / vocabulary).read_bytes())
+    environment = {"PYTHONPATH": str(folder), "HPS_ROOT": str(folder), "OMP_NUM_THREADS": "1", "PATH": ""}
+
+    def run(*arguments):
+        script = Path(__file__).parent / "hpsv2_reference.py"
+        done = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+def test_padded_hps_is_the_score_of_hpsv2s_own_package(hps_file, hpsv2, frames, tmp_path):
     torch.save(frames[:, 0].clone(), tmp_path / "pictures.pt")
-    script = Path(__file__).parent / "hpsv2_reference.py"
-    result = subprocess.run(
-        [sys.executable, script, hps_file.parent / "configs", hps_file, tmp_path / "pictures.pt", *PROMPTS],
-        env={"PYTHONPATH": str(tmp_path), "HPS_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    theirs = hpsv2(hps_file.parent / "configs", hps_file, tmp_path / "pictures.pt", *PROMPTS)
     ours = rewards.hps(hps_file, verify=False, resize="pad")(frames[:, :1], PROMPTS)
-    torch.testing.assert_close(ours, torch.tensor(json.loads(result.stdout)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, torch.tensor(theirs), rtol=1e-5, atol=1e-5)
 
 
-def test_the_published_files_have_the_tensors_of_open_clips_vit_h():
-    """HPSv2's file: 686 tensors (facts of the published file); our loader takes a state of that layout strictly."""
+def test_the_published_files_fit_key_for_key_and_shape_for_shape(hpsv2):
+    """At full size: what HPSv2's own model holds, and its files (686 tensors), loads strictly into ours."""
     config = json.loads((Path(open_clip.__file__).parent / "model_configs" / "ViT-H-14.json").read_text())
     with torch.device("meta"):
-        model = open_clip.CLIP(**config)
-        state = {key: torch.empty_like(value, dtype=torch.float16) for key, value in model.state_dict().items()}
-        assert len(state) == 686
-        assert sum(value.numel() for value in state.values()) == 986_109_441
-        towers.filled(model, state, Path("HPS_v2.1_compressed.pt"))
+        state = {name: torch.empty(shape, dtype=torch.float16) for name, shape in hpsv2().items()}
+        ours = open_clip.CLIP(**config)
+    assert len(state) == 686
+    assert sum(value.numel() for value in state.values()) == 986_109_441
+    towers.filled(ours, state, Path("HPS_v2.1_compressed.pt"))
+    assert ours.visual.proj.dtype == torch.float16
 
 
 def test_a_file_of_another_version_or_layout_is_refused(hps_file, tmp_path):

@@ -1,6 +1,6 @@
 """The training loop: reward gradients into an adapter, on accelerate.
 
-    run = align(load("tiny"), hps() + 0.02 * aesthetic(), prompts, steps=40)
+    run = align(load("tiny"), hps("tiny") + 0.02 * aesthetic("tiny"), prompts, steps=40)
 
 One step of a run: draw prompts, seeds, steps and frames from a generator seeded with (seed, step), so that a
 resumed run draws what an uninterrupted one would; add up reward gradients; clip; AdamW. Everything a run has

@@ -68,7 +68,7 @@ def missing(source: Source, otherwise: str, cause: Exception | str = "HF_HUB_OFF
         f"the weights are not on this machine and cannot be fetched: {source}.\n"
         f"  with a network:  {fetch}\n"
         f"  with a copy:     {otherwise}\n"
-        f"  what happened:   {str(cause).splitlines()[0]}"
+        f"  what happened:   {' '.join(str(cause).split())[:200] or type(cause).__name__}"
     )
 
 

@@ -7,6 +7,7 @@ the same without checkpointing and chunks.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import open_clip
@@ -15,8 +16,9 @@ import transformers as hf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vader_nb.memory import Peak
-from vader_nb.rewards import clip, heads
+from vader_nb.rewards import clip, detection, heads
 from vader_nb.rewards.action import Action
+from vader_nb.rewards.base import wide
 from vader_nb.rewards.text_video import TextVideo
 
 FRAMES = (1, 16, 3, 256, 256)
@@ -29,12 +31,17 @@ def hps():
     return clip.Comparison(towers, "hps"), towers
 
 
-def aesthetic():
-    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    model = hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**large, patch_size=14, projection_dim=768))
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+HUGE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+
+
+def picture_tower(**config):
+    """Of transformers' CLIP, under a head of one layer (the published ones are equal to one). Prompts' vectors are kept,
+    so that their tower adds nothing to a clip."""
+    model = hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**config))
     blocks = [*model.vision_model.encoder.layers]
     towers = clip.CLIP(model, lambda pixels: model(pixel_values=pixels).image_embeds, None, 224, blocks)
-    head = {"layers.0.weight": torch.zeros(1, 768), "layers.0.bias": torch.zeros(1)}  # five layers in one
+    head = {"layers.0.weight": torch.zeros(1, model.config.projection_dim), "layers.0.bias": torch.zeros(1)}
     return heads.Rated(towers, head, "aesthetic", (1.0, 10.0)), towers
 
 
@@ -52,7 +59,28 @@ def x_clip():
     return reward, reward
 
 
-BUILD = {"hps": hps, "aesthetic": aesthetic, "action": kinetics, "text_video": x_clip}  # fmt: skip
+def yolos():
+    shape = {
+        "hidden_size": 192,
+        "num_attention_heads": 3,
+        "intermediate_size": 768,
+        "use_mid_position_embeddings": False,
+    }
+    names = {i: f"thing {i}" for i in range(90)} | {90: "book"}
+    config = hf.YolosConfig(image_size=[800, 1333], id2label=names, label2id={v: k for k, v in names.items()}, **shape)
+    reward = detection.ObjectRemoval(detection.Yolos(hf.YolosForObjectDetection(config), "book"))
+    return reward, reward
+
+
+BUILD = {
+    "aesthetic": lambda: picture_tower(**LARGE, patch_size=14, projection_dim=768),
+    "hps": hps,
+    "pickscore": lambda: picture_tower(**HUGE, patch_size=14, projection_dim=1024),
+    "clip_score": lambda: picture_tower(),
+    "action": kinetics,
+    "text_video": x_clip,
+    "object_removal": yolos,
+}
 
 
 def measure(name: str, plain: bool = False) -> tuple[float, float]:
@@ -68,15 +96,15 @@ def measure(name: str, plain: bool = False) -> tuple[float, float]:
                     module.__dict__.pop("forward", None)  # the checkpointed one hides the class's own
         frames = torch.empty(FRAMES, dtype=torch.float16).fill_(0.5).requires_grad_()
         weights = sum(p.nbytes for part in network.networks for p in part.parameters())
-        reward.scores(frames.detach(), [PROMPT])
+        reward.scores(wide(frames.detach()), [PROMPT])
         with Peak() as peak:
-            reward.scores(frames, [PROMPT]).sum().backward()
+            reward.scores(wide(frames), [PROMPT]).sum().backward()
     return weights / 1e9, peak.bytes / 1e9
 
 
 if __name__ == "__main__":
     print(f"{'reward':<22}{'weights':>9}{'beside':>9}{'plain':>9}   GB, float16, 16 frames of 256 x 256")
-    for name in BUILD:
+    for name in sys.argv[1:] or BUILD:
         weights, beside = measure(name)
         print(f"{name:<22}{weights:9.2f}{beside:9.2f}", end="", flush=True)
         print(f"{measure(name, plain=True)[1]:9.2f}", flush=True)

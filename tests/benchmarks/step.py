@@ -29,7 +29,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=7)
     options = arguments.parse_args()
 
-    model, reward = load("tiny"), rewards.hps()
+    model, reward = load("tiny"), rewards.hps("tiny")
     sampling = Sampling().filled(model)
     batch = prompts.get("tiny")[: options.batch_size]
     conditioning = model.encode(batch)

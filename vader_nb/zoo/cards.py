@@ -90,7 +90,7 @@ def tiny_clip() -> None:
     clip = open_clip.create_model(f"local-dir:{WEIGHTS / 'tiny-clip'}").eval()
     picked = train_clip.right_of_16(clip, tokenizer.build())
     held_out = world.render(world.split()[1], torch.Generator().manual_seed(5))
-    rated = rewards.aesthetic().scores(held_out, [""] * len(held_out)).flatten()
+    rated = rewards.aesthetic("tiny").scores(held_out, [""] * len(held_out)).flatten()
     agreement = torch.corrcoef(torch.stack([rated, train_clip.beauty(held_out.flatten(0, 1))]))[0, 1].item()
     write(
         "tiny-clip",
@@ -109,7 +109,7 @@ def tiny_clip() -> None:
 
 
 def tiny_videomae() -> None:
-    right = train_videomae.accuracy(rewards.action().classifier)
+    right = train_videomae.accuracy(rewards.action("tiny").classifier)
     write(
         "tiny-videomae",
         card(
