@@ -86,7 +86,7 @@ class LoRA(nn.Module):
         return self.base(x) + self.scaling * (x @ self.A.T @ self.B.T)
 
 
-# %%
+# %% tags=["nbval-check-output"]
 torch.manual_seed(SEED)
 layer = nn.Linear(64, 64)
 adapted = LoRA(layer)
@@ -200,7 +200,7 @@ places = {
     "feed-forward": ("net.0.proj", "net.2"),
 }
 
-# %% tags=["nbval-check-output"]
+# %%
 counts = {}
 for place, targets in places.items():
     trial = lora.add(model, rank=4, targets=targets)
