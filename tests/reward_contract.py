@@ -26,5 +26,5 @@ def assert_slopes(reward, clip, prompt, step=1e-5, rtol=1e-5, atol=1e-9):
     moved = moved.view(20, *clip.shape)
     with torch.no_grad():
         slopes = (reward(clip + moved, [prompt] * 20) - reward(clip - moved, [prompt] * 20)) / (2 * step)
-    assert (slopes != 0).sum() >= 5  # a reward that crops does not see the margins
+    assert slopes.abs().min() > 0
     torch.testing.assert_close(leaf.grad.flatten()[places], slopes, rtol=rtol, atol=atol)

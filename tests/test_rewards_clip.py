@@ -324,7 +324,8 @@ NAMES = ["hps", "pickscore", "clip_score", "aesthetic", "compression", "rainy"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_finite_differences(build, name, frames):
-    assert_slopes(build(name).to(torch.float64), frames[0].double() * 0.9 + 0.05, PROMPTS[0])
+    square = frames[0, ..., :20].double() * 0.9 + 0.05  # some crop, and a margin has no slope
+    assert_slopes(build(name).to(torch.float64), square, PROMPTS[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
