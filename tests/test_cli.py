@@ -29,7 +29,7 @@ def test_every_public_name_is_there_in_any_order():
     """`align` and `evaluate` are a module and a function of one name: the function wins."""
     code = """
 import vader_nb, types
-from vader_nb.align import prepare_folder
+from vader_nb.align import best_step
 import vader_nb.evaluate
 for name in vader_nb.__all__:
     assert getattr(vader_nb, name) is not None

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .align import Run, write
+from .align import Run
+from .checkpoints import write
 from .gradient import Sampling, sample
 from .lora import Adapter
 from .models import VideoModel

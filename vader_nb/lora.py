@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 from .models import VideoModel
@@ -131,7 +131,8 @@ class Adapter:
             key: value if isinstance(value, str) else json.dumps(value) for key, value in (described | metadata).items()
         }
         unfinished = path.with_name(path.name + ".part")
-        save_file({name: value.contiguous().cpu() for name, value in self.state_dict().items()}, unfinished, text)
+        tensors = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
+        unfinished.write_bytes(in_order(serialize(tensors, text)))
         unfinished.replace(path)
         return path
 
@@ -141,6 +142,15 @@ class Adapter:
             parent, _, child = name.rpartition(".")
             setattr(self.model.denoiser.get_submodule(parent), child, layer.get_base_layer())
         self.layers = {}
+
+
+def in_order(data: bytes) -> bytes:
+    """A safetensors file with its header sorted: the library writes metadata in an order that changes from process to
+    process, and equal adapters shall be equal files."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def _matrices(layer: LoraLayer) -> tuple[nn.Module, nn.Module]:
