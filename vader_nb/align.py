@@ -150,12 +150,16 @@ def align(
         return start and (*checkpoints.read(start), checkpoints.metrics_until(folder, int(start.name[5:])))
 
     found = parallel.from_main(open_folder, accelerator)
+    engine, cut_up = parallel.engine(accelerator), parallel.sharded(accelerator)
+    if cut_up:
+        parallel.shard(model, accelerator)
     adapter = lora.add(model, rank, alpha, seed=seed)
     try:
         parameters = adapter.parameters()
         optimizer = adamw(parameters, learning_rate, weight_decay, use_8bit_adam)
         schedule = scheduler(lr_scheduler, optimizer, lr_warmup_steps, steps)
-        optimizer = accelerator.prepare(optimizer)
+        if not engine:
+            optimizer = accelerator.prepare(optimizer)
         state = restore(found, adapter, optimizer, schedule, accelerator) if found else State()
     except BaseException:
         adapter.remove()
@@ -172,7 +176,7 @@ def align(
         "offload": offload,
         "checkpoint_blocks": model.device.type == "cuda" if checkpoint_blocks is None else checkpoint_blocks,
         "weight": 1 / gradient_accumulation_steps,
-        "backward": accelerator.backward,
+        "backward": torch.Tensor.backward if engine else accelerator.backward,
     }
 
     def micro_batches(step: int):
@@ -184,7 +188,9 @@ def align(
         chosen = torch.randint(len(prompts), (number * batch_size,), generator=generators[0]).split(batch_size)
         seeds = torch.randint(2**31, (number * batch_size,), generator=generators[0]).split(batch_size)
         for i in range(accelerator.process_index, number, accelerator.num_processes):
-            yield [prompts[j] for j in chosen[i].tolist()], seeds[i].tolist(), generators[i]
+            # Processes that share the weights must call the denoiser equally often, and so draw the same steps.
+            own = generators[i - accelerator.process_index if cut_up else i]
+            yield [prompts[j] for j in chosen[i].tolist()], seeds[i].tolist(), own
 
     def gradient_of(step: int) -> dict:
         """Gradients of all micro-batches, averaged and clipped, and what there is to record about them."""
@@ -206,7 +212,8 @@ def align(
         if met.non_finite:
             optimizer.zero_grad()  # half of the micro-batches is no gradient
             raise NonFinite(trouble or "the numbers of another process were not finite")
-        norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm))
+        clip = torch.nn.utils.clip_grad_norm_ if engine else accelerator.clip_grad_norm_
+        norm = float(clip(parameters, max_grad_norm))
         if norm == 0 and step == 0:
             raise ValueError(f"the gradient of {reward.name!r} that reaches the adapter is zero: nothing to learn from")
         if not math.isfinite(norm):

@@ -1,93 +1,23 @@
 """`vader-nb …` and `python -m vader_nb …`: the package's functions in a shell.
 
-vader-nb align --reward "hps + 0.02 * aesthetic" --prompts tiny --held-out tiny_held_out
+vader-nb align reward="hps + 0.02 * aesthetic" prompts=tiny held_out=tiny_held_out
+accelerate launch --num_processes 4 -m vader_nb align config=modelscope prompt_fn=hps_custom reward_fn=aesthetic
 vader-nb evaluate runs/NAME
-vader-nb sample "a red star spinning on a white background" --adapter runs/NAME
-vader-nb check --reward colourfulness
+vader-nb sample "a red star spinning on a white background" adapter=runs/NAME
+vader-nb memory model=modelscope reward=hps gpu=T4
+vader-nb check colourfulness
 vader-nb rewards
+vader-nb translate-config config.yaml
 """
 
-import argparse
 import os
 import sys
 import time
 from pathlib import Path
 
+from . import config
+
 EPILOG = "Errors that you can mend are one line and exit code 2; anything else is a bug, with its traceback."
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser("vader-nb", description="Align video diffusion models to rewards.", epilog=EPILOG)
-    commands = top.add_subparsers(dest="command", required=True)
-
-    def command(name, function, text):
-        sub = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        sub.set_defaults(function=function)
-        sub.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-        return sub
-
-    def sampling(sub):
-        sub.add_argument("--model", default="tiny", help="tiny, modelscope, zeroscope, or a pipeline directory")
-        sub.add_argument("--num-inference-steps", type=int, help="denoising steps; default: the model's")
-        sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance; default: the model's")
-        sub.add_argument("--num-frames", type=int, help="default: the model's")
-        sub.add_argument("--height", type=int, help="pixels; default: the model's")
-        sub.add_argument("--width", type=int, help="pixels; default: the model's")
-
-    def comparison(sub):
-        sub.add_argument("--held-out", default="tiny_held_out", help="prompts to evaluate on: a set or a file")
-        sub.add_argument("--eval-prompts", type=int, default=32, help="how many of the held-out prompts")
-        sub.add_argument("--eval-training-prompts", type=int, default=8, help="how many of the training prompts")
-        sub.add_argument("--seeds-per-prompt", type=int, default=2)
-
-    sub = command("align", run_align, "Train an adapter with reward gradients, evaluate it, write a report.")
-    sampling(sub)
-    sub.add_argument("--reward", default="hps + 0.02 * aesthetic", help="an expression of rewards")
-    sub.add_argument("--prompts", default="tiny", help="training prompts: a named set, or a file with one a line")
-    sub.add_argument("--steps", type=int, default=40, help="optimizer steps")
-    sub.add_argument("--batch-size", type=int, default=4, help="clips a step")
-    sub.add_argument("--gradient-accumulation-steps", type=int, default=1)
-    sub.add_argument("--learning-rate", type=float, default=1e-3)
-    sub.add_argument("--rank", type=int, default=8)
-    sub.add_argument("--strategy", default="last", help="last, random, step, draft_lv, refl, drtune")
-    sub.add_argument(
-        "--K", type=int, default=1, help="steps that learn (last, drtune), the step (step), noisings (draft_lv)"
-    )
-    sub.add_argument("--frames", default="random:1", help="random:K, ends, nth:N, all, or indices like 0,4,7")
-    sub.add_argument("--mixed-precision", default="no", choices=["no", "fp16", "bf16"])
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--checkpoint-every", type=int, default=20)
-    sub.add_argument("--name", help="the run's name; default: the model's and the time")
-    sub.add_argument("--output-dir", default="runs", help="where runs are kept")
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the named run")
-    sub.add_argument("--no-evaluation", action="store_true", help="train only")
-    comparison(sub)
-
-    sub = command("evaluate", run_evaluate, "Compare base and adapter; write a report.")
-    sampling(sub)
-    sub.add_argument("adapter", help="an adapter file, or a run's folder")
-    sub.add_argument("--reward", default="hps + 0.02 * aesthetic")
-    sub.add_argument("--prompts", default="tiny")
-    sub.add_argument("--scale", type=float, default=1.0, help="of the adapter, 0 to 1.5")
-    sub.add_argument("--output-dir", help="default: `evaluation` beside the adapter")
-    comparison(sub)
-
-    sub = command("sample", run_sample, "Make clips of prompts.")
-    sampling(sub)
-    sub.add_argument("prompts", nargs="+")
-    sub.add_argument("--adapter", help="an adapter file, or a run's folder")
-    sub.add_argument("--scale", type=float, default=1.0, help="of the adapter, 0 to 1.5")
-    sub.add_argument("--seed", type=int, default=0, help="of the first clip; the next have the next")
-    sub.add_argument("--output-dir", default="runs/samples")
-    sub.add_argument("--format", default="gif", choices=["gif", "mp4", "webp"])
-
-    sub = command("check", run_check, "Is a reward fit for training?")
-    sub.add_argument("--reward", required=True, help="an expression; the embedded ones are hps('tiny') and so on")
-
-    command("rewards", run_rewards, "All rewards: what they see, cost, and when they fail.")
-    return top
 
 
 def sampling_of(arguments):
@@ -97,12 +27,14 @@ def sampling_of(arguments):
     return Sampling(**{name: getattr(arguments, name) for name in names})
 
 
-def strategy_of(name: str, K: int):
+def strategy_of(name: str, K: int | None):
     from .gradient import STRATEGIES
 
     if name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
-    return STRATEGIES[name](K) if name in ("last", "step", "draft_lv", "drtune") else STRATEGIES[name]()
+    if name == "step" and K is None:
+        raise ValueError("strategy=step needs K, the step that learns, counted from the end: K=1 is the last")
+    return STRATEGIES[name]() if K is None or name == "refl" else STRATEGIES[name](K)
 
 
 def frames_of(text: str):
@@ -120,25 +52,53 @@ def frames_of(text: str):
         ) from None
 
 
+def prompts_of(arguments):
+    from . import prompts
+
+    files = {name: getattr(arguments, name) for name in ("nouns_file", "activities_file")}
+    files = {name: path for name, path in files.items() if path}
+    if files and arguments.prompts != "nouns_activities":
+        raise ValueError(f"{' and '.join(files)} go with prompts=nouns_activities, not with {arguments.prompts!r}")
+    return prompts.nouns_activities(**files) if files else prompts.get(arguments.prompts)
+
+
+def alone() -> bool:
+    """This process is the first, which speaks and writes for all. Also gives each process its own GPU."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+
+def resume_of(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 def run_align(arguments):
-    from . import prompts as prompt_sets
     from .align import align
     from .models import load
     from .rewards import parse
 
+    first, tiny = alone(), arguments.model == "tiny"
     # Everything that can be wrong with the words is found before anything is loaded.
     strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames)
-    prompts = prompt_sets.get(arguments.prompts)
-    groups = {} if arguments.no_evaluation else groups_of(arguments, prompts)
-    reward = parse(arguments.reward, tiny=arguments.model == "tiny")
+    prompts = prompts_of(arguments)
+    groups = groups_of(arguments, prompts) if arguments.evaluation or arguments.validation_steps else {}
+    reward = parse(arguments.reward, tiny)
+    judge = parse(arguments.held_out_reward, tiny) if arguments.held_out_reward else None
     name = arguments.name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if name != Path(name).name or name in ("", ".", ".."):
-        raise ValueError(f"a run's name is one folder's name, not {name!r}; the place is --output-dir")
+        raise ValueError(f"a run's name is one folder's name, not {name!r}; the place is output_dir")
     model = load(arguments.model)
     began = time.time()
     options = (
-        "steps batch_size gradient_accumulation_steps learning_rate rank mixed_precision seed checkpoint_every resume"
+        "steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps weight_decay "
+        "max_grad_norm use_8bit_adam rank alpha chunk mixed_precision seed checkpoint_every checkpoints_total_limit "
+        "log_with"
     )
+    options = {option: getattr(arguments, option) for option in options.split()}
+    if arguments.validation_steps:
+        options |= validation(arguments, model, judge or reward, groups)
     run = align(
         model,
         reward,
@@ -147,76 +107,90 @@ def run_align(arguments):
         frames=frames,
         sampling=sampling_of(arguments),
         output_dir=Path(arguments.output_dir) / name,
-        **{option: getattr(arguments, option) for option in options.split()},
+        resume=resume_of(arguments.resume),
+        **options,
     )
-    print(f"trained {len(run.metrics)} steps in {time.time() - began:.0f} s: {run.folder / 'adapter.safetensors'}")
+    if first:
+        print(f"trained {len(run.metrics)} steps in {time.time() - began:.0f} s: {run.folder / 'adapter.safetensors'}")
+    if first and run.best:
+        print(f"best by the validation: {run.best}")
+    if not (run.folder / "adapter.safetensors").exists() and first:
+        raise OSError(f"the adapter could not be written to {run.folder}: see the warning above")
     if run.stopped:
-        print(f"stopped; go on with: vader-nb align --resume --name {name} …")
+        if first:
+            print(f"stopped; go on with: vader-nb align resume=true name={name} …")
         return
-    if groups:
-        compare(model, run.adapter, reward, groups, arguments, run.folder, run)
+    if arguments.evaluation and groups:
+        compare(model, run.adapter, [reward, *([judge] if judge else [])], groups, arguments, run.folder, run)
+
+
+def validation(arguments, model, reward, groups) -> dict:
+    from .evaluate import Validation
+
+    texts = groups.get("held-out") or next(iter(groups.values()))
+    sampling, batch_size = sampling_of(arguments), arguments.eval_batch_size
+    check = Validation(model, reward, texts, sampling=sampling, batch_size=batch_size)
+    return {"validate": check, "validation_steps": arguments.validation_steps}
 
 
 def run_evaluate(arguments):
     from . import lora
-    from . import prompts as prompt_sets
     from .models import load
     from .rewards import parse
 
-    reward = parse(arguments.reward, tiny=arguments.model == "tiny")
-    groups = groups_of(arguments, prompt_sets.get(arguments.prompts))
-    path = Path(arguments.adapter)
-    lora.read(path)  # a wrong file is an error before a model is loaded
+    alone()
+    tiny = arguments.model == "tiny"
+    rewards = [parse(text, tiny) for text in (arguments.reward, arguments.held_out_reward) if text]
+    groups = groups_of(arguments, prompts_of(arguments))
+    path = Path(arguments.adapter) if arguments.adapter else None
+    if path:
+        lora.read(path)  # a wrong file is an error before a model is loaded
     model = load(arguments.model)
-    adapter = lora.load(model, path, arguments.scale)
-    folder = Path(arguments.output_dir or (path if path.is_dir() else path.parent) / "evaluation")
+    adapter = lora.load(model, path, arguments.scale) if path else None
+    beside = path if path is None or path.is_dir() else path.parent
+    folder = Path(arguments.output_dir or (beside / "evaluation" if beside else "runs/evaluation"))
     folder.mkdir(parents=True, exist_ok=True)
-    compare(model, adapter, reward, groups, arguments, folder)
+    compare(model, adapter, rewards, groups, arguments, folder)
 
 
-def groups_of(arguments, prompts: list[str]) -> dict[str, list[str]]:
+def groups_of(arguments, prompts) -> dict[str, list[str]]:
     """Evenly spread picks of the training and the held-out prompts."""
     from . import prompts as prompt_sets
 
     def spread(texts, count):
-        return texts[:: max(1, len(texts) // count)][:count] if count > 0 else []
+        count = min(count, len(texts))
+        return [texts[i * len(texts) // count] for i in range(count)]
 
+    if getattr(arguments, "clips", None):
+        texts = spread(prompts, arguments.clips)
+        arguments.seeds_per_prompt = -(-arguments.clips // len(texts))
+        return {"prompts": texts}
     groups = {"training": spread(prompts, arguments.eval_training_prompts)}
-    groups["held-out"] = spread(prompt_sets.get(arguments.held_out), arguments.eval_prompts)
+    if arguments.held_out or arguments.prompts == "tiny":
+        groups["held-out"] = spread(prompt_sets.get(arguments.held_out or "tiny_held_out"), arguments.eval_prompts)
     return {name: texts for name, texts in groups.items() if texts}
 
 
-def compare(model, adapter, reward, groups, arguments, folder: Path, run=None):
-    from .evaluate import evaluate
+def compare(model, adapter, rewards, groups, arguments, folder: Path, run=None):
+    """rewards: what was trained on, and after it what was not, if anything."""
+    from .evaluate import evaluate, videomae_features
 
     evaluation = evaluate(
         model,
         adapter,
-        reward,
+        rewards[0],
         groups,
+        held_out=rewards[1:],
         seeds_per_prompt=arguments.seeds_per_prompt,
+        batch_size=arguments.eval_batch_size,
         sampling=sampling_of(arguments),
-        **({"features": motion_features()} if model.name == "tiny" else {}),
+        **({"features": videomae_features("tiny")} if model.name == "tiny" else {}),
     )
-    evaluation.save(folder)
-    evaluation.report(folder / "report.html", run)
-    print(evaluation)
-    print(f"look at: {folder / 'report.html'}")
-
-
-def motion_features():
-    """The space in which the tiny world's diversity is measured: VideoMAE's, as on VADER's page."""
-    import torch
-
-    from .rewards import action
-
-    reward = action("tiny")
-
-    @torch.no_grad()
-    def features(frames):
-        return reward.classifier.videomae(reward.pixels(frames)).last_hidden_state.mean(1)
-
-    return features
+    if alone():
+        evaluation.save(folder)
+        evaluation.report(folder / "report.html", run)
+        print(evaluation)
+        print(f"look at: {folder / 'report.html'}")
 
 
 def run_sample(arguments):
@@ -238,6 +212,8 @@ def run_sample(arguments):
 def run_check(arguments):
     from .rewards import check, parse
 
+    if not arguments.reward:
+        raise ValueError("which reward? vader-nb check colourfulness")
     report = check(parse(arguments.reward))
     print(report)
     if not report.passed:
@@ -250,18 +226,84 @@ def run_rewards(arguments):
     print(table())
 
 
+def run_memory(arguments):
+    from .memory import memory
+
+    names = "model reward batch_size num_inference_steps num_frames height width guidance_scale rank gpu"
+    options = {name: getattr(arguments, name) for name in names.split()}
+    options = {name: value for name, value in options.items() if value is not None}
+    strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames)
+    print(memory(**options, strategy=strategy, frames=frames))
+
+
+def run_translate(arguments):
+    from .checkpoints import write
+    from .translate import as_yaml
+
+    text, notes = as_yaml(arguments.file, arguments.source)
+    if arguments.output:
+        write(Path(arguments.output), text)
+    else:
+        print(text, end="")
+    for note in notes:
+        print(f"# {note}", file=sys.stderr)
+
+
+def run_engine(arguments):
+    folder = Path(__file__).parent / "engines"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if arguments.name not in known:
+        raise ValueError(f"no configuration of accelerate named {arguments.name!r}; choose one of {', '.join(known)}")
+    print(folder / f"{arguments.name}.yaml")
+
+
+COMMANDS = {
+    "align": (run_align, config.Align),
+    "evaluate": (run_evaluate, config.Evaluate),
+    "sample": (run_sample, config.Sample),
+    "memory": (run_memory, config.Memory),
+    "check": (run_check, config.Check),
+    "rewards": (run_rewards, config.Nothing),
+    "engine": (run_engine, config.Engine),
+    "translate-config": (run_translate, config.TranslateConfig),
+}
+
+
+def usage() -> str:
+    lines = ["vader-nb: align video diffusion models to rewards", ""]
+    lines += [f"  vader-nb {name:<18}{kind.__doc__}" for name, (_, kind) in COMMANDS.items()]
+    return "\n".join([*lines, "", "vader-nb COMMAND --help lists the keys of a command.", EPILOG])
+
+
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name not in COMMANDS:
+        print(f"vader-nb: unknown command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    function, kind = COMMANDS[name]
+    if {"-h", "--help"} & set(words):
+        print(config.usage(name, kind))
+        return
     # Nothing is fetched in the background, and progress bars of loading would bury ours.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import torch
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     try:
-        arguments.function(arguments)
+        arguments = config.read(kind, words[1:])
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        function(arguments)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("VADER_NB_DEBUG"):
             raise
         print(f"vader-nb: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

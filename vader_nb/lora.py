@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .models import VideoModel
 
@@ -55,13 +56,16 @@ class Adapter:
         """Inside, the base weights hold the sum and the adapter costs nothing; for use without a graph.
 
         Afterwards the base weights are the very tensors they were: the sum is a new tensor put in their
-        place, never added to them and subtracted again, which would leave rounding behind.
+        place, never added to them and subtracted again, which would leave rounding behind. Where an engine
+        (FSDP, ZeRO-3) has cut them up over processes there is nothing to add to, and the adapter acts unfused.
         """
         kept = []
         try:
             with torch.no_grad():
                 for layer in self.layers.values():
                     weight = layer.get_base_layer().weight
+                    if isinstance(weight, DTensor) or not weight.numel():
+                        continue
                     kept.append((layer, weight, weight.data))
                     weight.data = weight.data + layer.get_delta_weight(NAME).to(weight.dtype)
                     layer._disable_adapters = True

@@ -19,6 +19,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
+from .models import VideoModel
+
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # accelerate's name -> what to install
 
 
@@ -32,9 +34,18 @@ def accelerator_for(device: torch.device, mixed_precision: str, log_with: str | 
 
         if log_with not in [str(name) for name in get_available_trackers()]:
             raise ValueError(f"log_with={log_with} needs a package: pip install {TRACKERS[log_with]}")
+    engine = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP"))
     accelerator = Accelerator(
-        mixed_precision=mixed_precision, cpu=device.type == "cpu", log_with=log_with, project_dir=str(folder)
+        mixed_precision=mixed_precision,
+        cpu=device.type == "cpu" and not engine,
+        log_with=log_with,
+        project_dir=str(folder),
     )
+    if accelerator.device.type == device.type == "cuda" and accelerator.device != device:
+        raise ValueError(
+            f"the model lies on {device}, but this process's GPU is {accelerator.device}: in several processes, leave "
+            f"load(device=…) out, or give it that one"
+        )
     lonely = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
     if lonely and accelerator.num_processes == 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         warnings.warn(
@@ -161,9 +172,35 @@ def uninterrupted() -> Iterator[None]:
         signal.raise_signal(number)
 
 
-def sharded(accelerator: Accelerator) -> bool:
-    """The frozen model is cut up over processes, so that no process holds whole weights to fuse an adapter into."""
+def engine(accelerator: Accelerator) -> bool:
+    """The processes were started by an engine (FSDP, DeepSpeed), which would have the loop's backward pass and optimizer
+    for itself. It gets the frozen model at most; the adapter, whole in every process, stays with the loop."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def sharded(accelerator: Accelerator) -> bool:
+    """The engine cuts the frozen model up over processes: FSDP, or DeepSpeed ZeRO-3."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def shard(model: VideoModel, accelerator: Accelerator) -> None:
+    """Let the engine cut up the frozen denoiser, before it gets an adapter. The adapter, which comes later, is whole in
+    every process, and trains as without an engine; the engine gathers the weights around it, block by block."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # it wants to know; unused
+        accelerator.prepare(model.denoiser)
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError("fsdp_version must be 2: version 1 flattens an adapter and frozen weights into one tensor")
+        policy = {"offload_policy": plugin.cpu_offload} if plugin.cpu_offload else {}
+        for block in model.blocks():
+            fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, **policy)
+        fully_shard(model.denoiser, **policy)
 
 
 def launch(function: Callable, *args, num_processes: int = 2) -> None:
