@@ -64,9 +64,11 @@ class Row:
 
     @property
     def decimals(self) -> int:
-        """Digits after the point that show the interval's two leading ones; 3 to 6."""
-        sizes = [abs(value) for value in (self.low, self.high, self.difference) if value]
-        return min(6, max(3, 1 - math.floor(math.log10(max(sizes))))) if sizes else 3
+        """Digits after the point that show two leading ones of the interval, and that a clear one excludes zero; 3 to 6."""
+        bounds = sorted(abs(value) for value in (self.low, self.high) if value)
+        needed = [1 - math.floor(math.log10(bounds[-1]))] if bounds else []
+        needed += [-math.floor(math.log10(bounds[0]))] if self.clear else []
+        return min(6, max([3, *needed]))
 
     def texts(self) -> list[str]:
         """base, adapter, difference, interval and win rate as they stand in tables."""

@@ -37,6 +37,8 @@ td:first-child { min-width: 7.5rem } tr.group td { background: var(--soft); font
 .badge { font-size: .7rem; border: 1px solid var(--line); border-radius: 1em; padding: 0 .5em; white-space: nowrap }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 1rem }
 pre { background: var(--soft); padding: 1rem; overflow-x: auto; font-size: .8rem } svg { width: 100%; height: auto }
+.chart { max-width: 640px }
+@media (max-width: 600px) { table { font-size: .8rem } th, td { padding: .25rem .35rem } td:first-child { min-width: 5rem } }
 """
 
 
@@ -48,19 +50,21 @@ def render(evaluation: Evaluation, run: Run | None = None, choice=None) -> str:
     if run is not None:
         body.append(f"<p>Run <b>{escape(run.folder.name)}</b>, {len(run.metrics)} steps.</p>")
     body.append(in_short(evaluation))
-    for group, (prompts, *clips) in reversed(evaluation.clips.items()):
+    order = [*reversed(evaluation.clips)]  # the held-out prompts, which count, come last in a call and first here
+    for group in order:
+        prompts, *clips = evaluation.clips[group]
         body.append(
-            f"<h2>{escape(group)} prompts</h2><p class=note>{' | '.join(map(escape, names))}: same prompt, same"
+            f"<h2>{escape(group)} prompts</h2><p class=note>Side by side: the same prompt and the same seed.</p>"
         )
-        body.append(f" seed.</p><div class=clips style='--width:{max(160, 130 * len(names))}px'>")
+        body.append(f"<div class=clips style='--width:{max(160, 130 * len(names))}px'>")
         body += [figure(prompt, side, names, evaluation.fps) for prompt, *side in list(zip(prompts, *clips))[:SHOWN]]
         body.append("</div>")
-    body.append("<h2>Numbers</h2>" + table(evaluation.rows))
+    body.append("<h2>Numbers</h2>" + table(sorted(evaluation.rows, key=lambda row: order.index(row.group))))
     if run is not None and len(run.rewards) > 1:
         body.append("<h2>Training</h2>" + curves(run.metrics))
     if choice is not None:
-        body.append(f"<h2>Which checkpoint?</h2><p>{escape(choice.verdict)}</p><div class=curves>{svg(choice.plot())}")
-        body.append("</div>")
+        said = escape(choice.verdict[:1].upper() + choice.verdict[1:])
+        body.append(f"<h2>Which checkpoint?</h2><p>{said}.</p><div class=chart>{svg(choice.plot())}</div>")
     if run is not None and (run.folder / "config.json").exists():
         body.append(f"<h2>Configuration</h2><pre>{escape((run.folder / 'config.json').read_text())}</pre>")
     body.append(f"<h2>Versions</h2><pre>{escape(json.dumps(versions(), indent=2))}</pre>")
@@ -88,7 +92,7 @@ def in_short(evaluation: Evaluation) -> str:
 
 def figure(prompt: str, clips: Sequence[torch.Tensor], names: list[str], fps: int) -> str:
     """The clips of one prompt side by side, as one picture: so they play in step."""
-    video = Video(grid(torch.stack(clips), len(clips), gap=2), fps, f"{', '.join(names)}: {prompt}")
+    video = Video(grid(torch.stack(clips), len(clips), gap=3, background=0.25), fps, f"{', '.join(names)}: {prompt}")
     who = "".join(f"<span>{html.escape(name)}</span>" for name in names)
     picture = video.to_html(width=256 * len(clips))
     return f"<figure><div class=who>{who}</div>{picture}<figcaption>{html.escape(prompt)}</figcaption></figure>"
