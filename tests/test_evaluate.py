@@ -1,10 +1,18 @@
 """The comparison is paired, its intervals are honest, and it grades what can be graded."""
 
+import json
+import os
+import subprocess
+import sys
+from statistics import NormalDist
+
 import pytest
 import torch
 
-from vader_nb import lora, rewards
-from vader_nb.evaluate import evaluate, interval, motion, thumbnails
+from vader_nb import Sampling, lora, prompts, rewards, sample
+from vader_nb.align import Run
+from vader_nb.best import best_checkpoint, choose
+from vader_nb.evaluate import BASE, compared, evaluate, interval, motion, thumbnails, videomae_features, widened
 
 from .test_gradient import adapted
 
@@ -17,11 +25,12 @@ def test_an_adapter_that_does_nothing_makes_no_difference(micro):
     assert {row.metric for row in evaluation.rows} == {"brightness", "motion", "diversity"}
     assert all(row.difference == row.low == row.high == 0 and not row.clear for row in evaluation.rows)
     assert evaluation.row("held-out", "motion").prompts == 3
+    assert all(row.win_rate == 0.5 for row in evaluation.rows)  # ties
+    with pytest.raises(KeyError, match="'training', 'brightness'"):
+        evaluation.row("training", "hps")
 
 
 def test_base_and_adapter_are_what_sampling_gives(micro):
-    from vader_nb import sample
-
     adapter = adapted(micro)
     evaluation = evaluate(
         micro, adapter, rewards.brightness(), {"all": GROUPS["training"]}, seeds_per_prompt=1, seed=7, progress=False
@@ -39,8 +48,6 @@ def test_base_and_adapter_are_what_sampling_gives(micro):
 
 
 def test_oracles_join_in_for_captions_of_the_world(tiny):
-    from vader_nb import Sampling
-
     adapter = lora.add(tiny, rank=1)
     try:
         captions = ["a red star moving left on a white background", "a blue circle growing on a black background"]
@@ -54,18 +61,141 @@ def test_oracles_join_in_for_captions_of_the_world(tiny):
         )
     finally:
         adapter.remove()
-    assert {"oracle: colour", "oracle: shape", "oracle: motion", "oracle: ground"} <= {
-        r.metric for r in evaluation.rows
-    }
+    judged = {r.metric for r in evaluation.rows if r.held_out}
+    assert {"oracle: colour", "oracle: shape", "oracle: motion", "oracle: ground"} <= judged
+    assert not {"brightness", "motion", "diversity"} & judged
+
+
+# ------------------------------------------------------------------------------------------- several adapters
+
+
+@pytest.fixture
+def weaker(micro, tmp_path):
+    """The path of an adapter at half strength, and the strong one on the model."""
+    strong = adapted(micro)
+    with torch.no_grad():
+        for a, b in zip(strong.parameters()[::2], strong.parameters()[1::2]):
+            a.mul_(0.5), b.mul_(0.5)
+    path = strong.save(tmp_path / "weak" / "adapter.safetensors")
+    with torch.no_grad():
+        for p in strong.parameters():
+            p.mul_(2)
+    return path.parent, strong
+
+
+def test_several_adapters_are_each_what_it_is_alone(micro, weaker, tmp_path):
+    folder, strong = weaker
+    before = {name: value.clone() for name, value in micro.denoiser.state_dict().items()}
+    options = {"progress": False, "batch_size": 2}
+    both = evaluate(micro, {"weak": folder, "strong": strong}, rewards.brightness(), GROUPS, **options)
+    assert {row.name for row in both.rows} == {"weak", "strong"}
+    for name, entry in {"weak": folder / "adapter.safetensors", "strong": strong}.items():
+        alone = evaluate(micro, {name: entry}, rewards.brightness(), GROUPS, **options)
+        assert alone.rows == [row for row in both.rows if row.name == name]
+    weak, strongest = (both.row("training", "brightness", name) for name in ("weak", "strong"))
+    assert weak.base == strongest.base and weak.adapter != strongest.adapter
+    nothing = evaluate(micro, None, rewards.brightness(), GROUPS, **options)
+    assert nothing.row("training", "brightness").base == weak.base  # the adapter on the model has no part in it
+    assert nothing.row("training", "brightness").difference is None and "brightness" in str(nothing)
+
+    after = micro.denoiser.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    strong.remove()  # it was back on the model, the same object as ever
+    assert not any("lora" in name for name in micro.denoiser.state_dict())
+
+    prompts, *clips = both.clips["held-out"]
+    assert len(prompts) == 6 and len(clips) == 3 and list(both.gallery("held-out").rows) == [BASE, "weak", "strong"]
+    both.save(tmp_path)
+    assert {"weak", "strong"} == {row["name"] for row in json.loads((tmp_path / "evaluation.json").read_text())}
+    assert len(list((tmp_path / "clips").iterdir())) == 4
+    nothing.save(tmp_path / "base")
+    for evaluation in (both, nothing):
+        evaluation.report(tmp_path / "report.html")
+        assert "brightness" in str(evaluation)
+
+
+def test_wrong_adapters_are_found_before_the_work(micro, weaker, tmp_path):
+    folder, strong = weaker
+
+    def never(frames, prompts):
+        raise AssertionError("sampled before all adapters were looked at")
+
+    def refused(adapter, error, match, **options):
+        with pytest.raises(error, match=match):
+            evaluate(micro, adapter, never, {"all": ["a red star"]}, progress=False, **options)
+
+    refused({"there": folder, "missing": tmp_path / "none"}, FileNotFoundError, "no adapter file")
+    refused({"base": folder}, ValueError, "without one")
+    refused(folder, ValueError, "batch_size must be at least 1", batch_size=0)
+    refused(folder, ValueError, "cannot be held out", held_out=[never])
+    with pytest.raises(ValueError, match="'empty' has no prompts"):
+        evaluate(micro, folder, never, {"empty": []}, progress=False)
+    strong.remove()
+    refused(strong, ValueError, "give its file")
+
+
+def test_held_out_rewards_are_marked(micro, weaker, tmp_path):
+    evaluation = evaluate(
+        micro, weaker[0], 2.0 * rewards.brightness(), GROUPS, held_out=[rewards.colourfulness()], progress=False
+    )
+    assert {row.metric for row in evaluation.rows if row.held_out} == {"colourfulness"}
+    assert "colourfulness †" in str(evaluation) and "† not trained on" in str(evaluation)
+    page = evaluation.report(tmp_path / "report.html").read_text()
+    assert page.count("not trained on</span>") == 2  # once a group
+
+
+def test_a_report_escapes_names_too(micro, weaker, tmp_path):
+    evil = "<script>alert(1)</script>"
+    judge = rewards.reward(lambda frames, prompts: frames.mean(dim=(1, 2, 3, 4)), evil)
+    evaluation = evaluate(micro, {evil: weaker[0], "&": weaker[1]}, judge, {evil: [evil, "a red star"]}, progress=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(evil)
+    row = {"step": 1, "reward": 0.1, "grad_norm": 1.0}
+    choice = choose({0: None, 20: tmp_path}, torch.zeros(2, 3, dtype=torch.float64), {}, evil)
+    choice.verdict += evil
+    page = evaluation.report(tmp_path / "r.html", Run(weaker[1], [row, row], tmp_path / "run"), choice).read_text()
+    assert evil not in page and page.count("&lt;script&gt;") > 5
+    assert page.count("<svg") == 3
+
+
+# ------------------------------------------------------------------------------------------- statistics
+
+
+def test_win_rate_and_interval_of_a_known_case():
+    base = torch.zeros(2, 8)
+    after = torch.tensor([[1.0, 1, 1, 1, 1, 1, 1, -1], [1, 1, 1, 1, 0, 0, 0, -1]])
+    row = compared("all", "score", base, after, "adapter", False)
+    assert row.win_rate == (11 + 3 / 2) / 16
+    means = torch.tensor([1, 1, 1, 1, 0.5, 0.5, 0.5, -1])  # over the seeds of a prompt
+    assert row.difference == pytest.approx(means.mean().item())
+    assert (row.low, row.high) == interval(means)
+    # A mean of 8 draws of this spread: the percentiles of a normal approximation are near enough.
+    reach = widened(NormalDist().inv_cdf(0.975), 8) * means.std(correction=0).item() / 8**0.5
+    assert row.low == pytest.approx(row.difference - reach, abs=0.2)
+    assert row.high == pytest.approx(row.difference + reach, abs=0.2)
+
+
+def test_a_few_prompts_make_nothing_clear():
+    base = torch.zeros(1, 5)
+    assert not compared("all", "score", base, base + 1, "adapter", False).clear
+    base = torch.zeros(1, 6)
+    assert compared("all", "score", base, base + 1, "adapter", False).clear
+
+
+def test_students_quantiles():
+    z = NormalDist().inv_cdf(0.975)
+    for count, quantile in ((7, 2.447), (11, 2.228), (31, 2.042)):
+        assert widened(z, count) / (count / (count - 1)) ** 0.5 == pytest.approx(quantile, abs=0.02)
 
 
 def test_the_interval_covers_as_often_as_it_says():
     generator = torch.Generator().manual_seed(0)
-    covered = 0
-    for _ in range(200):
-        low, high = interval(0.3 + torch.randn(40, generator=generator))
-        covered += low <= 0.3 <= high
-    assert 0.90 <= covered / 200 <= 0.99
+    for count in (8, 40):
+        covered = 0
+        for _ in range(200):
+            low, high = interval(0.3 + torch.randn(count, generator=generator))
+            covered += low <= 0.3 <= high
+        assert 0.91 <= covered / 200 <= 0.99
 
 
 def test_motion_and_features():
@@ -74,3 +204,150 @@ def test_motion_and_features():
     assert motion(still).item() == 0
     assert motion(moving).item() == pytest.approx(0.1, abs=1e-6)
     assert thumbnails(still).shape == (1, 4 * 3 * 8 * 8)
+
+
+def test_videomae_features_tell_clips_apart_and_take_any_number_of_frames():
+    features = videomae_features("tiny")
+    clips = torch.rand(2, 16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    whole, odd = features(clips), features(clips[:, :5])
+    assert whole.shape == odd.shape and whole.shape[0] == 2 and whole.isfinite().all()
+    assert not torch.allclose(whole[0], whole[1])
+
+
+# ------------------------------------------------------------------------------------------- checkpoints
+
+STEPS = {0: None, 20: "a", 40: "b", 60: "c", 80: "d"}
+RISING = {step: step / 100 + (step % 3) / 500 for step in range(1, 81)}
+FLAT = {step: 0.5 + (step % 3) / 500 for step in range(1, 81)}
+
+
+def judged(*means, prompts=16, noise=0.1):
+    """Held-out scores (checkpoints, prompts) with these means: prompts differ more than checkpoints do."""
+    generator = torch.Generator().manual_seed(1)
+    easy = torch.randn(1, prompts, generator=generator, dtype=torch.float64)
+    own = noise * torch.randn(len(means), prompts, generator=generator, dtype=torch.float64)
+    return torch.tensor(means, dtype=torch.float64)[:, None] + easy + own - own.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("means", "trained", "best", "verdict"),
+    [
+        ([0, 1, 2, 1.5, 1], RISING, 40, "the reward still rises, the held-out one fell since step 40"),
+        ([0, 1, 2, 1.5, 1], FLAT, 40, "the reward stays about where it was, the held-out one fell since step 40"),
+        (
+            [0, 1, 2, 1.5, 1],
+            {s: -r for s, r in RISING.items()},
+            40,
+            "the reward falls too, the held-out one fell since",
+        ),
+        ([0, 1, 2, 1.5, 1], {}, 40, "whatever the reward did, the held-out one fell since step 40"),
+        ([0, 1, 2, 3, 4], RISING, 80, "the held-out reward is highest at the last checkpoint, step 80"),
+        ([0, 1, 2.01, 2, 2], RISING, 40, "no clear difference between step 40, where"),
+        ([0, 0, 0.01, 0, 0], RISING, 40, "step 40 is not clearly better than the base model"),
+        ([3, 0, 2, 1.5, 1], RISING, 40, "fell since step 40; even there it is below the base model's"),
+    ],
+)
+def test_the_verdict_says_what_the_intervals_bear(means, trained, best, verdict):
+    choice = choose(STEPS, judged(*means), trained, "pick")
+    assert (choice.step, choice.path) == (best, STEPS[best])
+    assert verdict in choice.verdict
+    assert [point.step for point in choice.points] == list(STEPS)
+    assert choice.best.difference == choice.best.low == choice.best.high == 0
+    assert choice.points[0].reward is None and (choice.points[1].reward is None) == (not trained)
+    assert "pick" in str(choice) and len(choice.plot().axes) == 2
+    few = choose(STEPS, judged(*means, prompts=5), trained, "pick")
+    assert "5 prompts are too few" in few.verdict
+
+
+def test_nothing_fell_where_nothing_happened():
+    """The luckiest of nine equal checkpoints is not "clearly better" than the last more often than it may be."""
+    generator = torch.Generator().manual_seed(0)
+    false = 0
+    for _ in range(100):
+        means = torch.randn(9, 12, generator=generator, dtype=torch.float64)
+        false += "fell" in choose({20 * i: None for i in range(9)}, means, {}, "pick").verdict
+    assert false <= 5
+
+
+def test_the_best_checkpoint_of_a_run(micro, weaker, tmp_path):
+    """Real adapters of a real model; the held-out reward is what one of them does most of."""
+    folder, strong = weaker
+    groups = {"all": [f"a {colour} {shape}" for colour in ("red", "blue") for shape in ("star", "circle", "square")]}
+    options = {"seeds_per_prompt": 1, "progress": False}
+    up = evaluate(micro, strong, rewards.brightness(), groups, **options).row("all", "brightness").difference > 0
+    held_out = rewards.brightness() * (1.0 if up else -1.0)
+    run = tmp_path / "run"
+    for step, scale in ((20, 0.5), (40, 1.0), (60, 0.25)):
+        strong.scale = 1.0
+        with torch.no_grad():
+            for b in strong.parameters()[1::2]:
+                b.mul_(scale)
+        strong.save(run / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors")
+        with torch.no_grad():
+            for b in strong.parameters()[1::2]:
+                b.div_(scale)
+    (run / "checkpoints" / "step-000080.part").mkdir()
+    rows = [{"step": step, "reward": RISING[step], "grad_norm": 1.0} for step in range(1, 61)]
+    rows[10] = {"step": 11, "skipped": "not finite"}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 61, "rew')
+
+    choice = best_checkpoint(run, micro, held_out, groups["all"], **options)
+    assert [point.step for point in choice.points] == [0, 20, 40, 60]
+    direct = {"s": run / "checkpoints" / "step-000040"}
+    row = evaluate(micro, direct, held_out, groups, **options).row("all", held_out.name)
+    assert choice.points[2].held_out == pytest.approx(row.adapter, abs=1e-9)
+    assert choice.points[0].held_out == pytest.approx(row.base, abs=1e-9)
+    assert choice.best.held_out == max(point.held_out for point in choice.points[1:])
+    assert choice.points[1].reward == pytest.approx(sum(RISING[s] for s in range(1, 21) if s != 11) / 19)
+    assert (choice.path / "adapter.safetensors").is_file()
+    assert strong.layers and any("lora" in name for name in micro.denoiser.state_dict())
+    with pytest.raises(FileNotFoundError, match="is this a run's folder"):
+        best_checkpoint(tmp_path, micro, held_out, groups["all"])
+
+
+# ------------------------------------------------------------------------------------------- processes and size
+
+WORKER = """
+import json, os, sys, torch
+torch.set_num_threads(1)
+from dataclasses import asdict
+from vader_nb import evaluate, load, rewards
+model = load(sys.argv[1], dtype=torch.float32)
+model.defaults |= {"num_inference_steps": 3, "num_frames": 2, "height": 16, "width": 16, "guidance_scale": 2.0}
+groups = {"training": ["a red star"] * 7, "held-out": ["a blue circle", "a green square growing"]}
+result = evaluate(model, {"a": sys.argv[2]}, rewards.brightness(), groups, batch_size=3, keep=5, progress=False)
+out = sys.argv[3] + f"-rank{os.environ.get('RANK', 0)}"
+json.dump([asdict(row) for row in result.rows], open(out + ".json", "w"))
+torch.save([clip for _, *clips in result.clips.values() for clip in clips], out + ".pt")
+"""
+
+
+def test_two_processes_find_what_one_does(micro_directory, weaker, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    for name, launcher in (("one", []), ("two", [*torchrun, "--rdzv-endpoint=localhost:0"])):
+        command = [sys.executable, *launcher, str(tmp_path / "worker.py"), str(micro_directory), str(weaker[0])]
+        subprocess.run([*command, str(tmp_path / name)], check=True, env=environment, timeout=300)
+    one, *both = (tmp_path / f"{name}.json" for name in ("one-rank0", "two-rank0", "two-rank1"))
+    assert one.read_text() == both[0].read_text() == both[1].read_text()
+    clips = [torch.load(path.with_suffix(".pt"), weights_only=True) for path in (one, *both)]
+    assert [len(clip) for clip in clips[0]] == [5, 5, 4, 4]
+    for parts in zip(*clips):
+        assert torch.equal(parts[0], parts[1]) and torch.equal(parts[0], parts[2])
+
+
+def test_many_clips_are_not_kept(micro, monkeypatch):
+    """Only `keep` of them, whatever their number; prompts come from a lazy sequence."""
+    alive = []
+
+    def spy(frames, prompts):
+        alive.append(len(frames))
+        return frames.mean(dim=(1, 2, 3, 4))
+
+    texts = prompts.nouns_activities()[:40]
+    options = {"sampling": Sampling(num_inference_steps=1), "seeds_per_prompt": 1, "keep": 3, "progress": False}
+    evaluation = evaluate(micro, None, spy, {"all": texts}, **options)
+    assert sum(alive) == 40 and evaluation.row("all", "spy").prompts == 40
+    assert [len(clips) for clips in evaluation.clips["all"]] == [3, 3]
+    assert evaluation.clips["all"][1].untyped_storage().nbytes() == evaluation.clips["all"][1].nbytes

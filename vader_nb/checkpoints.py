@@ -11,6 +11,7 @@ trained lives in memory still, and the next checkpoint may find room.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -59,7 +60,7 @@ CLIPS = ("num_processes", "batch_size", "gradient_accumulation_steps")
 
 def compare(folder: Path, config: dict) -> None:
     """Refuse to go on with settings under which it would be another run."""
-    before, now = json.loads((folder / "config.json").read_text()), json.loads(json.dumps(config))
+    before, now = json.loads((folder / "config.json").read_text(encoding="utf-8")), json.loads(json.dumps(config))
     free = FREE if "constant" in now["lr_scheduler"] else FREE - {"steps"}  # other schedules stretch over all steps
     changed = [name for name in now if name not in free and before.get(name) != now[name]]
     if changed:
@@ -92,7 +93,7 @@ def prepare(folder: Path, config: dict) -> None:
     free = shutil.disk_usage(folder).free
     if free < ROOM:
         raise OSError(f"only {free / 1e6:.0f} MB free where {folder} lies; a run needs at least {ROOM / 1e6:.0f} MB")
-    write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     for leftover in (folder / "checkpoints").glob("step-*.part"):  # of a kill in the middle of a checkpoint
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -201,7 +202,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         ) from error
 
 
-def metrics_until(folder: Path, step: int) -> list[dict]:
+def metrics_until(folder: Path, step: float = math.inf) -> list[dict]:
     """The rows of metrics.jsonl up to a step; a kill may have torn the last line."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []

@@ -125,7 +125,7 @@ def run_align(arguments):
 
 
 def validation(arguments, model, reward, groups) -> dict:
-    from .evaluate import Validation
+    from .best import Validation
 
     texts = groups.get("held-out") or next(iter(groups.values()))
     sampling, batch_size = sampling_of(arguments), arguments.eval_batch_size

@@ -10,7 +10,7 @@ A key that nobody knows is an error that names the nearest one.
 import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 FOLDER = Path(__file__).parent / "configs"  # settings of published runs: config=modelscope
 
@@ -22,30 +22,28 @@ def option(default: Any, text: str = "", positional: bool = False):
 
 @dataclass
 class Common:
-    config: Optional[str] = option(None, "a YAML file of these keys, or the name of a shipped one: modelscope")
-    threads: Optional[int] = option(None, "CPU threads; default: torch's choice")
+    config: str | None = option(None, "a YAML file of these keys, or the name of a shipped one: modelscope")
+    threads: int | None = option(None, "CPU threads; default: torch's choice")
 
 
 @dataclass
 class Sampled(Common):
     model: str = option("tiny", "tiny, modelscope, zeroscope, or a pipeline directory")
-    num_inference_steps: Optional[int] = option(None, "denoising steps; default: the model's")
-    guidance_scale: Optional[float] = option(None, "classifier-free guidance; default: the model's")
-    num_frames: Optional[int] = option(None, "default: the model's")
-    height: Optional[int] = option(None, "pixels; default: the model's")
-    width: Optional[int] = option(None, "pixels; default: the model's")
+    num_inference_steps: int | None = option(None, "denoising steps; default: the model's")
+    guidance_scale: float | None = option(None, "classifier-free guidance; default: the model's")
+    num_frames: int | None = option(None, "default: the model's")
+    height: int | None = option(None, "pixels; default: the model's")
+    width: int | None = option(None, "pixels; default: the model's")
 
 
 @dataclass
 class Judged(Sampled):
     reward: str = option("hps + 0.02 * aesthetic", "an expression of rewards; see: vader-nb rewards")
     prompts: str = option("tiny", "training prompts: a named set, or a file with one a line")
-    nouns_file: Optional[str] = option(None, "with prompts=nouns_activities: your own nouns")
-    activities_file: Optional[str] = option(None, "with prompts=nouns_activities: your own activities")
-    held_out: Optional[str] = option(
-        None, "prompts that training does not see: a set or a file; default: tiny_held_out"
-    )
-    held_out_reward: Optional[str] = option(None, "a reward that training does not see, to judge by")
+    nouns_file: str | None = option(None, "with prompts=nouns_activities: your own nouns")
+    activities_file: str | None = option(None, "with prompts=nouns_activities: your own activities")
+    held_out: str | None = option(None, "prompts that training does not see: a set or a file; default: tiny_held_out")
+    held_out_reward: str | None = option(None, "a reward that training does not see, to judge by")
     eval_prompts: int = option(32, "how many of the held-out prompts are evaluated")
     eval_training_prompts: int = option(8, "how many of the training prompts are evaluated")
     seeds_per_prompt: int = 2
@@ -66,22 +64,20 @@ class Align(Judged):
     max_grad_norm: float = 1.0
     use_8bit_adam: bool = option(False, "with the package bitsandbytes")
     rank: int = option(8, "of the adapter")
-    alpha: Optional[float] = option(None, "of the adapter; default: its rank")
+    alpha: float | None = option(None, "of the adapter; default: its rank")
     strategy: str = option("last", "last, random, step, draft_lv, refl, drtune")
-    K: Optional[int] = option(None, "steps that learn (last, random, drtune), the step (step), noisings (draft_lv)")
+    K: int | None = option(None, "steps that learn (last, random, drtune), the step (step), noisings (draft_lv)")
     frames: str = option("random:1", "that are scored: random:K, ends, nth:N, all, or indices like 0,4,7")
     chunk: int = option(1, "frames decoded at once")
     mixed_precision: str = option("no", "no, fp16, bf16")
     seed: int = 0
-    name: Optional[str] = option(None, "the run's name; default: the model's and the time")
+    name: str | None = option(None, "the run's name; default: the model's and the time")
     output_dir: str = option("runs", "where runs are kept")
     checkpoint_every: int = 20
-    checkpoints_total_limit: Optional[int] = option(None, "keep so many of the newest, and the best; default: all")
-    validation_steps: Optional[int] = option(
-        None, "measure held-out prompts every so many steps; needed for a best one"
-    )
+    checkpoints_total_limit: int | None = option(None, "keep so many of the newest, and the best; default: all")
+    validation_steps: int | None = option(None, "measure held-out prompts every so many steps; needed for a best one")
     resume: str = option("false", "true: the newest checkpoint of the named run; latest: or a new run; or a checkpoint")
-    log_with: Optional[str] = option(None, "tensorboard or wandb, beside metrics.jsonl")
+    log_with: str | None = option(None, "tensorboard or wandb, beside metrics.jsonl")
     evaluation: bool = option(True, "compare base and adapter at the end")
 
 
@@ -89,10 +85,10 @@ class Align(Judged):
 class Evaluate(Judged):
     """Compare base and adapter; write a report."""
 
-    adapter: Optional[str] = option(None, "an adapter file, or a run's folder; without one, the base alone", True)
+    adapter: str | None = option(None, "an adapter file, or a run's folder; without one, the base alone", True)
     scale: float = option(1.0, "of the adapter, 0 to 1.5")
-    clips: Optional[int] = option(None, "so many of the training prompts' clips, in place of the three numbers above")
-    output_dir: Optional[str] = option(None, "default: `evaluation` beside the adapter")
+    clips: int | None = option(None, "so many of the training prompts' clips, in place of the three numbers above")
+    output_dir: str | None = option(None, "default: `evaluation` beside the adapter")
 
 
 @dataclass
@@ -100,7 +96,7 @@ class Sample(Sampled):
     """Make clips of prompts."""
 
     prompts: list[str] = option([], "one clip each", True)
-    adapter: Optional[str] = option(None, "an adapter file, or a run's folder")
+    adapter: str | None = option(None, "an adapter file, or a run's folder")
     scale: float = option(1.0, "of the adapter, 0 to 1.5")
     seed: int = option(0, "of the first clip; the next have the next")
     output_dir: str = "runs/samples"
@@ -123,9 +119,9 @@ class Memory(Sampled):
     batch_size: int = 1
     rank: int = 8
     strategy: str = option("last", "last, random, step, draft_lv, refl, drtune")
-    K: Optional[int] = None
+    K: int | None = None
     frames: str = "random:1"
-    gpu: Optional[str] = option(None, "T4, L4, A100-40, A100-80; default: all of them")
+    gpu: str | None = option(None, "T4, L4, A100-40, A100-80; default: all of them")
 
 
 @dataclass
@@ -133,8 +129,8 @@ class TranslateConfig(Common):
     """Another tool's configuration in our words, with what differs."""
 
     file: str = option("", "its YAML file, or the shell script that starts it", True)
-    source: Optional[str] = option(None, "vader, videox_fun or trl; default: guessed from its names")
-    output: Optional[str] = option(None, "the YAML file to write; default: printed")
+    source: str | None = option(None, "vader, videox_fun or trl; default: guessed from its names")
+    output: str | None = option(None, "the YAML file to write; default: printed")
 
 
 @dataclass

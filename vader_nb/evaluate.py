@@ -1,21 +1,25 @@
-"""Base against adapter: the same prompts and seeds, every reward, oracles where they apply, and a report.
+"""Base against adapters: the same prompts and seeds, every reward, oracles where they apply, and a report.
 
-evaluation = evaluate(model, run.adapter, reward, {"training": seen, "held-out": unseen})
+evaluation = evaluate(model, run.adapter, reward, {"training": seen, "held-out": unseen}, held_out=[pick()])
 evaluation.report(run.folder / "report.html", run)
+
+evaluate(model, {"K = 1": "runs/k1", "K = 5": "runs/k5"}, reward, {"held-out": unseen})     several side by side
 """
 
-import html
-import io
+import contextlib
 import json
-import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
+from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 
+from . import lora
 from .align import Run
 from .checkpoints import write
 from .gradient import Sampling, sample
@@ -25,90 +29,176 @@ from .rewards import Reward, as_reward
 from .video import Gallery, Video, grid
 
 RESAMPLES = 2000
+BASE = "base"
+# Fewer paired differences than this can all have one sign by chance more often than once in twenty (2 ** -4).
+FEWEST = 6
+
+Scores = dict[str, torch.Tensor]  # metric -> (seeds, prompts); diversity, one value a prompt, (1, prompts)
+
+
+# ------------------------------------------------------------------------------------------- the result
 
 
 @dataclass
 class Row:
-    """One metric on one group of prompts: means of base and adapter over prompts, and the mean paired
-    difference with its 95 % bootstrap interval [low, high] over prompts."""
+    """One metric of one adapter on one group of prompts: means of base and adapter over prompts, the mean paired
+    difference with its 95 % bootstrap interval [low, high] over prompts, and the win rate: the share of paired
+    clips (for diversity: prompts) on which the adapter is higher, ties half. held_out: nobody trained on the metric.
+    Where only the base was evaluated there is no adapter's name and everything but `base` and `prompts` is None."""
 
     group: str
     metric: str
     base: float
-    adapter: float
-    difference: float
-    low: float
-    high: float
+    adapter: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
     prompts: int
+    name: str | None = "adapter"
+    win_rate: float | None = None
+    held_out: bool = False
 
     @property
     def clear(self) -> bool:
-        """The interval excludes zero."""
-        return self.low > 0 or self.high < 0
+        """The interval excludes zero, and there are enough prompts for one to mean it."""
+        return self.name is not None and self.prompts >= FEWEST and (self.low > 0 or self.high < 0)
+
+    @property
+    def decimals(self) -> int:
+        """Digits after the point that show two leading ones of the interval, and that a clear one excludes zero; 3 to 6."""
+        bounds = sorted(abs(value) for value in (self.low, self.high) if value)
+        needed = [1 - math.floor(math.log10(bounds[-1]))] if bounds else []
+        needed += [-math.floor(math.log10(bounds[0]))] if self.clear else []
+        return min(6, max([3, *needed]))
+
+    def texts(self) -> list[str]:
+        """base, adapter, difference, interval and win rate as they stand in tables."""
+        base = f"{self.base:.{self.decimals}f}"
+        if self.name is None:
+            return [base, "", "", "", ""]
+        difference, low, high = (f"{v:+.{self.decimals}f}" for v in (self.difference, self.low, self.high))
+        wins = "" if self.win_rate is None else f"{self.win_rate:.0%}"
+        return [base, f"{self.adapter:.{self.decimals}f}", difference, f"{low} to {high}", wins]
 
 
 @dataclass
 class Evaluation:
-    """Rows of the comparison, and the first clips of each group: group -> (prompts, base, adapter), the
-    clips as (N, F, 3, H, W)."""
+    """Rows of the comparison; the first clips of each group: group -> (prompts, base, one for each adapter), the clips
+    as (N, F, 3, H, W); the adapters' names; and every clip's scores: group -> base or adapter's name -> `Scores`."""
 
     rows: list[Row]
-    clips: dict[str, tuple[list[str], torch.Tensor, torch.Tensor]]
+    clips: dict[str, tuple]
     fps: int
+    adapters: Sequence[str] = ("adapter",)
+    scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
 
-    def row(self, group: str, metric: str) -> Row:
-        return next(row for row in self.rows if (row.group, row.metric) == (group, metric))
+    def row(self, group: str, metric: str, name: str | None = None) -> Row:
+        """The row of a metric, of the first adapter unless named."""
+        for row in self.rows:
+            if (row.group, row.metric) == (group, metric) and name in (None, row.name):
+                return row
+        raise KeyError(f"no row {group!r}, {metric!r}{f', {name!r}' if name else ''}; there are {self._keys()}")
+
+    def _keys(self) -> str:
+        return "; ".join(sorted({f"{row.group!r}, {row.metric!r}" for row in self.rows}))
 
     def __str__(self) -> str:
-        width = max(len(row.metric) for row in self.rows)
-        lines = [f"{'':{width + 10}}{'base':>9}{'adapter':>9}  difference [95 % interval]"]
+        several = len(self.adapters) > 1
+        lines = [["", "", *(["adapter"] if several else []), "base", "mean" if several else "adapter"]]
+        lines[0] += ["difference", "95 % interval", "wins", ""]
         for row in self.rows:
-            lines.append(
-                f"{row.group:<10}{row.metric:<{width}}{row.base:9.3f}{row.adapter:9.3f}  {row.difference:+.3f} "
-                f"[{row.low:+.3f}, {row.high:+.3f}]{' *' if row.clear else ''}"
-            )
-        return "\n".join([*lines, "* the interval excludes zero"])
+            metric = row.metric + (" †" if row.held_out else "")
+            name = [row.name or ""] if several else []
+            lines.append([row.group, metric, *name, *row.texts(), "*" if row.clear else ""])
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        left = 3 if several else 2
+        table = [
+            "  ".join(f"{cell:<{w}}" if i < left else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
+            for line in lines
+        ]
+        notes = [f"* the interval excludes zero, on at least {FEWEST} prompts"]
+        notes += ["† not trained on"] if any(row.held_out for row in self.rows) else []
+        return "\n".join([line.rstrip() for line in table] + notes)
 
     __repr__ = __str__
 
     def gallery(self, group: str, count: int = 6) -> Gallery:
-        """Base over adapter, same prompts and seeds."""
-        prompts, base, adapter = self.clips[group]
-        before = [Video(clip, self.fps, prompt) for prompt, clip in zip(prompts, base[:count])]
-        after = [Video(clip, self.fps, prompt) for prompt, clip in zip(prompts, adapter[:count])]
-        return Gallery({"base": before, "adapter": after})
+        """Base over adapters, same prompts and seeds."""
+        prompts, *clips = self.clips[group]
+        return Gallery(
+            {
+                who: [Video(clip, self.fps, prompt) for prompt, clip in zip(prompts, row[:count])]
+                for who, row in zip([BASE, *self.adapters], clips)
+            }
+        )
 
     def save(self, folder: str | Path) -> None:
-        """`evaluation.json`, and in `clips/` a before-and-after gif and mp4 of each group."""
+        """`evaluation.json`, and in `clips/` a gif and an mp4 of each group: base above, each adapter below it."""
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         write(folder / "evaluation.json", json.dumps([asdict(row) for row in self.rows], indent=2) + "\n")
-        for number, (_, base, adapter) in enumerate(self.clips.values()):
+        for number, (_, *clips) in enumerate(self.clips.values()):
+            rows = torch.cat([row[:8] for row in clips])
             for suffix in (".gif", ".mp4"):  # named by number: a prompt never becomes a file name
-                pairs = torch.cat([base[:8], adapter[:8]])
-                Video(grid(pairs, len(base[:8])), self.fps).save(
+                Video(grid(rows, len(clips[0][:8])), self.fps).save(
                     folder / "clips" / f"group-{number}{suffix}", width=1024
                 )
 
-    def report(self, path: str | Path, run: Run | None = None) -> Path:
-        """Write one HTML file that needs no other: clips, curves, table, configuration, versions."""
+    def report(self, path: str | Path, run: Run | None = None, choice=None) -> Path:
+        """Write one HTML file that needs no other: clips, curves, table, configuration, versions. run: that of the
+        first adapter; choice: what `best.best_checkpoint` found."""
+        from .report import render
+
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, render(self, run))
+        write(path, render(self, run, choice))
         return path
 
 
+# ------------------------------------------------------------------------------------------- the metrics
+
+
 def interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of (N,) paired differences."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(differences), (RESAMPLES, len(differences)), generator=generator)
-    low, high = differences.double()[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    """95 % bootstrap interval of the mean of (N,) paired differences: percentiles of resampled means, taken further
+    out for small N (Hesterberg 2015)."""
+    count, normal = len(differences), NormalDist()
+    tail = normal.cdf(-widened(normal.inv_cdf(0.975), count))
+    draws = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
+    means = differences.double()[draws].mean(1)
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
+
+
+def widened(z: float, count: int) -> float:
+    """How many standard errors of a bootstrap over `count` draws are as rarely left as z of a normal variable: the
+    bootstrap lacks the N / (N - 1) of a sample's variance, and the heavy tails of Student's t."""
+    freedom = max(1, count - 1)
+    # Student's quantile as a series in 1 / degrees of freedom (Abramowitz & Stegun 26.7.5)
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return t * math.sqrt(count / freedom)
 
 
 def thumbnails(frames: torch.Tensor) -> torch.Tensor:
     """Features (B, D) of clips: 8x8 thumbnails of all frames, in levels of 0 to 255. A space without weights for
-    any model; pass a network's features for one that sees meaning."""
+    any model; `videomae_features` are those of a network, which sees meaning."""
     return 255 * torch.nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1), 8).reshape(len(frames), -1)
+
+
+def videomae_features(checkpoint: str | Path = "tiny") -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from clips to VideoMAE's features (B, D), their mean over tokens: the space in which VADER's page
+    measures diversity. checkpoint: as of `rewards.action`: "tiny", "published", or a directory."""
+    from .rewards.action import action, position_table
+
+    reward = action(checkpoint)
+
+    @torch.no_grad()
+    def features(frames):
+        reward.to(frames.device)
+        pixels = reward.pixels(frames)
+        with position_table(reward.classifier, pixels.shape[1]):
+            return reward.classifier.videomae(pixels).last_hidden_state.mean(1)
+
+    return features
 
 
 def motion(frames: torch.Tensor) -> torch.Tensor:
@@ -127,12 +217,16 @@ def measure(frames: torch.Tensor, prompts: list[str], rewards: list[Reward]) -> 
     return result | {"motion": motion(frames).float().cpu()}
 
 
+# ------------------------------------------------------------------------------------------- the comparison
+
+
 def evaluate(
     model: VideoModel,
-    adapter: Adapter,
+    adapter: Adapter | str | Path | dict[str, Adapter | str | Path] | None,
     rewards: Reward | Callable | list[Reward | Callable],
-    prompts: dict[str, list[str]],
+    prompts: dict[str, Sequence[str]],
     *,
+    held_out: Sequence[Reward | Callable] = (),
     seeds_per_prompt: int = 2,
     batch_size: int = 8,
     sampling: Sampling | None = None,
@@ -141,137 +235,188 @@ def evaluate(
     keep: int = 16,
     progress: bool = True,
 ) -> Evaluation:
-    """Compare base and adapter on groups of prompts at the same seeds.
+    """Compare base and adapters on groups of prompts at the same seeds.
 
-    A sum of rewards is reported as a whole and part by part. Diversity is the variance over the seeds of a
-    prompt in the space of `features` (frames (B, F, 3, H, W) -> (B, D)); it needs two seeds a prompt.
-    keep: clips of each group that stay for pictures. Seeds start at `seed`, far from a training run's.
+    adapter: the one on the model; or a file, a run's folder or a checkpoint's; or several of these by name; or None,
+    for the base alone. Files are loaded one after another, and the base is sampled once. Afterwards the model
+    carries what it carried before.
+    rewards: what was trained on; a sum is reported as a whole and part by part. held_out: rewards that were not
+    trained on, which is why they are the ones to believe; they are marked, as the oracles are.
+    Diversity is the variance over the seeds of a prompt in the space of `features` (frames (B, F, 3, H, W) ->
+    (B, D)); it needs two seeds a prompt. keep: clips of each group that stay for pictures. Seeds start at `seed`,
+    far from a training run's. Under `accelerate launch` the processes share the batches, and all return the same.
+
+    Raises before the work starts: ValueError for an adapter that does not fit or is not on the model, FileNotFoundError
+    for a missing one, ValueError for a group without prompts or a held-out reward that was trained on.
     """
-    listed = [as_reward(r) for r in (rewards if isinstance(rewards, list) else [rewards])]
-    parts = {part.name: part for reward in listed for part in [reward, *reward.parts()]}
-    if seeds_per_prompt < 1:
-        raise ValueError(f"seeds_per_prompt must be at least 1, got {seeds_per_prompt}")
-    for part in parts.values():
-        part.to(model.device)
-    rows, kept = [], {}
-    total = 2 * sum(len(group) for group in prompts.values()) * seeds_per_prompt
-    with tqdm(total=total, desc="evaluate", unit="clip", disable=not progress) as bar:
-        for group, texts in prompts.items():
-            # Seed by seed over all prompts, so that the clips that are kept show many prompts.
-            jobs = [(text, seed + s * len(texts) + i) for s in range(seeds_per_prompt) for i, text in enumerate(texts)]
-            table, shown = {}, {}
-            for who in ("base", "adapter"):
-                metrics, vectors, clips = [], [], []
-                for start in range(0, len(jobs), batch_size):
-                    batch = jobs[start : start + batch_size]
-                    names, seeds = [text for text, _ in batch], [s for _, s in batch]
-                    if who == "base":
-                        with adapter.disabled():
-                            frames = sample(model, names, seeds=seeds, sampling=sampling)
-                    else:
-                        frames = sample(model, names, seeds=seeds, sampling=sampling, adapter=adapter)
-                    metrics.append(measure(frames, names, list(parts.values())))
-                    vectors.append(features(frames).float().cpu())
-                    clips += list(frames.cpu()) if len(clips) < keep else []
-                    bar.update(len(batch))
-                # (seeds, prompts) -> a mean a prompt: prompts are the independent draws, seeds are not
-                columns = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
-                table[who] = {k: v.view(seeds_per_prompt, -1).mean(0) for k, v in columns.items()}
-                if seeds_per_prompt > 1:
-                    table[who]["diversity"] = torch.cat(vectors).view(seeds_per_prompt, len(texts), -1).var(0).mean(1)
-                shown[who] = torch.stack(clips[:keep])
-            kept[group] = ([text for text, _ in jobs[:keep]], shown["base"], shown["adapter"])
-            for name, before in table["base"].items():
-                after = table["adapter"][name]
-                difference = after - before
-                low, high = interval(difference)
-                means = before.mean().item(), after.mean().item(), difference.mean().item()
-                rows.append(Row(group, name, *means, low, high, len(texts)))
-    return Evaluation(rows, kept, model.defaults["fps"])
+    contestants = named(adapter)
+    trained, judges = panel(rewards, held_out)
+    for name, value in {"seeds_per_prompt": seeds_per_prompt, "batch_size": batch_size, "keep": keep}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for group, texts in prompts.items():
+        if not len(texts):
+            raise ValueError(f"group {group!r} has no prompts")
+    for entry in contestants.values():
+        check_fit(model, entry)
+    for judge in judges:
+        judge.to(model.device)
+
+    bench = Bench(model, judges, features, sampling, seeds_per_prompt, batch_size, seed, keep)
+    scores = {group: {} for group in prompts}
+    clips = {group: [bench.texts(texts)] for group, texts in prompts.items()}
+    total = (1 + len(contestants)) * sum(map(len, prompts.values())) * seeds_per_prompt
+    with tqdm(total=total, desc="evaluate", unit="clip", disable=not progress or bench.rank > 0) as bar:
+        for name, entry in ({BASE: None} | contestants).items():
+            with carrying(model, entry) as worn:
+                for group, texts in prompts.items():
+                    scores[group][name], shown = bench.run(worn, texts, bar)
+                    clips[group].append(shown)
+    rows = [
+        compared(group, metric, whose[BASE][metric], whose.get(name, {}).get(metric), name, metric not in trained)
+        for group, whose in scores.items()
+        for metric in whose[BASE]
+        for name in contestants or [None]
+    ]
+    return Evaluation(
+        rows, {g: tuple(parts) for g, parts in clips.items()}, model.defaults["fps"], [*contestants], scores
+    )
 
 
-# ------------------------------------------------------------------------------------------- the report
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --good: #4ac26b; --bad: #ff7b72 } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 1.2rem }
-figure { margin: 0 } figcaption { font-size: .85rem; overflow-wrap: anywhere; max-height: 4.5em; overflow: hidden }
-.pair { display: flex; gap: 4px } .pair div { flex: 1; font-size: .75rem } .pair img { width: 100% }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } th, td { padding: .25rem .8rem; text-align: right }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left } tr { border-bottom: 1px solid var(--line) }
-.up { color: var(--good) } .down { color: var(--bad) } .scroll { overflow-x: auto }
-pre { background: #8881; padding: 1rem; overflow-x: auto; font-size: .8rem } svg { max-width: 100%; height: auto }
-"""
+def named(adapter) -> dict[str, Adapter | str | Path]:
+    """The contestants by name; one without a name is called "adapter"."""
+    if adapter is None:
+        return {}
+    contestants = adapter if isinstance(adapter, dict) else {"adapter": adapter}
+    if BASE in contestants:
+        raise ValueError(f"no adapter can be named {BASE!r}: that is the model without one")
+    return dict(contestants)
 
 
-def render(evaluation: Evaluation, run: Run | None) -> str:
-    """The report as HTML; every text that a user wrote is escaped."""
-    escape = html.escape
-    body = ["<h1>Base against adapter</h1>"]
-    if run is not None:
-        body.append(
-            f"<p>Run <b>{escape(run.folder.name)}</b>, {len(run.metrics)} steps. Left before, right after, same seed.</p>"
-        )
-    for group, (prompts, base, adapter) in reversed(evaluation.clips.items()):
-        body.append(f"<h2>{escape(group)} prompts</h2><div class=clips>")
-        for prompt, before, after in list(zip(prompts, base, adapter))[:12]:
-            left = Video(before, evaluation.fps, f"before: {prompt}").to_html()
-            right = Video(after, evaluation.fps, f"after: {prompt}").to_html()
-            body.append(
-                f"<figure><div class=pair><div>{left}<br>before</div><div>{right}<br>after</div></div>"
-                f"<figcaption>{escape(prompt)}</figcaption></figure>"
-            )
-        body.append("</div>")
-    body.append("<h2>Numbers</h2>" + table(evaluation.rows))
-    if run is not None and len(run.rewards) > 1:
-        body.append("<h2>Training</h2>" + curves(run.metrics))
-    if run is not None and (run.folder / "config.json").exists():
-        body.append(f"<h2>Configuration</h2><pre>{escape((run.folder / 'config.json').read_text())}</pre>")
-    body.append(f"<h2>Versions</h2><pre>{escape(json.dumps(versions(), indent=2))}</pre>")
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>vader_nb report</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+def panel(rewards, held_out) -> tuple[set[str], list[Reward]]:
+    """The names of the metrics that are no judge of the training (rewards trained on, and the plain descriptions of
+    a clip), and all rewards to measure, each with its parts."""
+    seen = [as_reward(r) for r in (rewards if isinstance(rewards, (list, tuple)) else [rewards])]
+    seen = {part.name: part for reward in seen for part in [reward, *reward.parts()]}
+    fresh = {reward.name: reward for reward in map(as_reward, held_out)}
+    both = seen.keys() & fresh.keys()
+    if both:
+        raise ValueError(f"{', '.join(sorted(both))}: trained on, so it cannot be held out; name it in one place")
+    return {*seen, "motion", "diversity"}, [*seen.values(), *fresh.values()]
 
 
-def table(rows: list[Row]) -> str:
-    lines = ["<tr><th>group<th>metric<th>base<th>adapter<th>difference<th>95 % interval<th>prompts"]
-    for row in rows:
-        mark = "" if not row.clear else " class=up" if row.difference > 0 else " class=down"
-        lines.append(
-            f"<tr><td>{html.escape(row.group)}<td>{html.escape(row.metric)}<td>{row.base:.3f}<td>{row.adapter:.3f}"
-            f"<td{mark}>{row.difference:+.3f}<td{mark}>{row.low:+.3f} to {row.high:+.3f}<td>{row.prompts}"
-        )
-    note = "<p>Coloured: the interval excludes zero. Paired bootstrap over prompts.</p>"
-    return f"<div class=scroll><table>{''.join(lines)}</table></div>{note}"
+def check_fit(model: VideoModel, entry: Adapter | str | Path) -> None:
+    """Raise now what would otherwise be raised after the base has been sampled."""
+    if not isinstance(entry, Adapter):
+        with bare(model):
+            lora.load(model, entry).remove()
+    elif entry.model is not model or not entry.layers:
+        raise ValueError(f"the adapter is not on this {model.name!r} (any more); give its file instead")
 
 
-def curves(metrics: list[dict]):
-    """Reward and gradient norm over steps, as inline SVG."""
-    from matplotlib.figure import Figure
+@contextlib.contextmanager
+def bare(model: VideoModel) -> Iterator[None]:
+    """Inside, the denoiser is without adapter, free for another one; afterwards the same layers are back."""
+    layers = {name: layer for name, layer in model.denoiser.named_modules() if isinstance(layer, LoraLayer)}
 
-    done = [row for row in metrics if "reward" in row]
-    steps, figure = [row["step"] for row in done], Figure(figsize=(10, 3), layout="constrained")
-    for axis, (key, title) in zip(
-        figure.subplots(1, 2), {"reward": "reward of the batch", "grad_norm": "gradient norm"}.items()
-    ):
-        values = torch.tensor([row[key] for row in done])
-        axis.plot(steps, values, alpha=0.35, color="#3572b0")
-        window = min(8, len(values))
-        smooth = values.unfold(0, window, 1).mean(1)
-        axis.plot(steps[window - 1 :], smooth, color="#3572b0", linewidth=2)
-        axis.set(title=title, xlabel="step")
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    def put(modules):
+        for name, module in modules.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.denoiser.get_submodule(parent), child, module)
+
+    attributes = vars(model.denoiser)
+    config = attributes.pop("peft_config", None)  # peft's own note of an adapter; it would warn of a second one
+    put({name: layer.get_base_layer() for name, layer in layers.items()})
+    try:
+        yield
+    finally:
+        put(layers)
+        attributes.pop("peft_config", None)
+        attributes |= {} if config is None else {"peft_config": config}
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("vader-nb", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch"):
+@contextlib.contextmanager
+def carrying(model: VideoModel, entry: Adapter | str | Path | None) -> Iterator[Adapter | None]:
+    """The model with that adapter: the one it has, one from a file for a while, or none."""
+    if isinstance(entry, Adapter):
+        yield entry
+        return
+    with bare(model):
+        adapter = None if entry is None else lora.load(model, entry)
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            yield adapter
+        finally:
+            if adapter is not None:
+                adapter.remove()
+
+
+@dataclass
+class Bench:
+    """What is the same for everyone who is measured."""
+
+    model: VideoModel
+    judges: list[Reward]
+    features: Callable[[torch.Tensor], torch.Tensor]
+    sampling: Sampling | None
+    seeds_per_prompt: int
+    batch_size: int
+    seed: int
+    keep: int
+
+    def __post_init__(self):
+        self.rank, self.world = 0, 1
+        # Asked of the environment first: accelerate's state, once made, decides the device of a later training.
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import PartialState
+
+            state = PartialState(cpu=self.model.device.type == "cpu")
+            self.rank, self.world = state.process_index, state.num_processes
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of the clips that stay."""
+        return [prompts[i % len(prompts)] for i in range(min(self.keep, len(prompts) * self.seeds_per_prompt))]
+
+    def run(self, adapter: Adapter | None, prompts: Sequence[str], bar) -> tuple[Scores, torch.Tensor]:
+        """Scores of all clips of a group, and the first `keep` clips (N, F, 3, H, W)."""
+        # Seed by seed over all prompts, so that the clips that are kept show many prompts.
+        clips = range(len(prompts) * self.seeds_per_prompt)
+        batches = [clips[start : start + self.batch_size] for start in clips[:: self.batch_size]]
+        mine = []
+        # Whole batches are shared out: of another size, one may round differently.
+        for number in range(self.rank, len(batches), self.world):
+            batch = batches[number]
+            names = [prompts[i % len(prompts)] for i in batch]
+            seeds = [self.seed + i for i in batch]
+            frames = sample(self.model, names, seeds=seeds, sampling=self.sampling, adapter=adapter)
+            metrics = measure(frames, names, self.judges)
+            if self.seeds_per_prompt > 1:
+                metrics["diversity"] = self.features(frames).float().cpu()
+            mine.append((number, metrics, frames[: max(0, self.keep - batch.start)].cpu()))
+            bar.update(min(len(batch) * self.world, bar.total - bar.n))
+        done = sorted(self.gathered(mine), key=lambda part: part[0])
+        everywhere = [
+            name for name in done[0][1] if all(name in metrics for _, metrics, _ in done)
+        ]  # oracles may not be
+        columns = {name: torch.cat([metrics[name] for _, metrics, _ in done]) for name in everywhere}
+        columns = {name: column.unflatten(0, (self.seeds_per_prompt, -1)) for name, column in columns.items()}
+        if self.seeds_per_prompt > 1:
+            columns["diversity"] = columns["diversity"].var(0).mean(1, keepdim=True).T
+        return columns, torch.cat([frames for _, _, frames in done])
+
+    def gathered(self, parts: list) -> list:
+        if self.world == 1:
+            return parts
+        from accelerate.utils import gather_object
+
+        return gather_object(parts)
+
+
+def compared(group: str, metric: str, base: torch.Tensor, after: torch.Tensor | None, name, held_out: bool) -> Row:
+    """The row of one metric; base and after (seeds, prompts). Prompts are the independent draws, seeds are not."""
+    before = base.mean(0).double()
+    if after is None:
+        return Row(group, metric, before.mean().item(), *[None] * 4, len(before), None, None, held_out)
+    difference = after.mean(0).double() - before
+    wins = (after > base).double() + 0.5 * (after == base)
+    means = before.mean().item(), (before + difference).mean().item(), difference.mean().item()
+    return Row(group, metric, *means, *interval(difference), len(before), name, wins.mean().item(), held_out)

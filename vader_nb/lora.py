@@ -146,6 +146,8 @@ class Adapter:
             parent, _, child = name.rpartition(".")
             setattr(self.model.denoiser.get_submodule(parent), child, layer.get_base_layer())
         self.layers = {}
+        if hasattr(self.model.denoiser, "peft_config"):  # or peft would warn of several adapters when the next comes
+            del self.model.denoiser.peft_config
 
 
 def in_order(data: bytes) -> bytes:
