@@ -22,6 +22,7 @@ from .models import VideoModel
 from .rewards import Reward, as_reward
 
 GIVE_UP = 3  # non-finite steps in a row
+PROMPTS_CHECKED = 1000  # whether the reward can judge them, before the work starts
 GIVE_UP_SCALED = 20  # with fp16, whose loss scale comes down by such steps
 
 
@@ -109,6 +110,7 @@ def align(
     reward, folder, sampling = as_reward(reward), Path(output_dir), (sampling or Sampling()).filled(model)
     if not any(prompt.strip() for prompt in prompts):
         raise ValueError("no prompts to train on")
+    reward.check_prompts(prompts[:PROMPTS_CHECKED])
     counts = {"steps": steps, "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps}
     counts |= {"checkpoint_every": checkpoint_every, "validation_steps": validation_steps}
     for name, value in (counts | {"checkpoints_total_limit": checkpoints_total_limit or 1}).items():

@@ -62,6 +62,24 @@ def prompts_of(arguments):
     return prompts.nouns_activities(**files) if files else prompts.get(arguments.prompts)
 
 
+def within_its_world(arguments, reward, prompts):
+    """The embedded model knows a few hundred words. Other prompts make it draw something, which is enough to try a
+    command; but a reward that cannot judge them at all gets the captions of its own world instead."""
+    from . import prompts as sets
+
+    if arguments.prompts not in sets.SETS or arguments.prompts in ("tiny", "tiny_held_out"):
+        return prompts
+    try:
+        reward.check_prompts(prompts[:1000])
+        note = f"the embedded model does not know the words of {arguments.prompts}: its clips will not show them"
+    except ValueError as error:
+        note = f"{error}\nvader-nb: the embedded model and its rewards know one world only; its captions are used: prompts=tiny"
+        prompts = sets.get("tiny")
+    if alone():
+        print(f"vader-nb: {note}", file=sys.stderr)
+    return prompts
+
+
 def alone() -> bool:
     """This process is the first, which speaks and writes for all. Also gives each process its own GPU."""
     import torch
@@ -81,11 +99,16 @@ def run_align(arguments):
 
     first, tiny = alone(), arguments.model == "tiny"
     # Everything that can be wrong with the words is found before anything is loaded.
-    strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames)
+    strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames or "random:1")
     prompts = prompts_of(arguments)
     groups = groups_of(arguments, prompts) if arguments.evaluation or arguments.validation_steps else {}
     reward = parse(arguments.reward, tiny)
     judge = parse(arguments.held_out_reward, tiny) if arguments.held_out_reward else None
+    if arguments.frames is None and not reward.per_frame:
+        frames = frames_of("all")
+    if tiny:
+        prompts = within_its_world(arguments, reward, prompts)
+        groups = groups and groups_of(arguments, prompts)
     name = arguments.name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"a run's name is one folder's name, not {name!r}; the place is output_dir")

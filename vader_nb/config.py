@@ -15,6 +15,9 @@ from typing import Any
 FOLDER = Path(__file__).parent / "configs"  # settings of published runs: config=modelscope
 
 
+FRAMES = "that are scored: random:K, ends, nth:N, all, or 0,4,7; default: random:1, or all for a reward on the clip"
+
+
 def option(default: Any, text: str = "", positional: bool = False):
     told = {"help": text, "positional": positional}
     return field(default_factory=list, metadata=told) if default == [] else field(default=default, metadata=told)
@@ -67,7 +70,7 @@ class Align(Judged):
     alpha: float | None = option(None, "of the adapter; default: its rank")
     strategy: str = option("last", "last, random, step, draft_lv, refl, drtune")
     K: int | None = option(None, "steps that learn (last, random, drtune), the step (step), noisings (draft_lv)")
-    frames: str = option("random:1", "that are scored: random:K, ends, nth:N, all, or indices like 0,4,7")
+    frames: str | None = option(None, FRAMES)
     chunk: int = option(1, "frames decoded at once")
     mixed_precision: str = option("no", "no, fp16, bf16")
     seed: int = 0
@@ -120,7 +123,7 @@ class Memory(Sampled):
     rank: int = 8
     strategy: str = option("last", "last, random, step, draft_lv, refl, drtune")
     K: int | None = None
-    frames: str = "random:1"
+    frames: str | None = option(None, FRAMES)
     gpu: str | None = option(None, "T4, L4, A100-40, A100-80; default: all of them")
 
 

@@ -192,7 +192,6 @@ VADER_REWARDS = {
     "pick_score": "pickscore",
     "rainy": "rainy",
     "snowy": "snowy",
-    "actpred": "action",
 }
 VIDEOX_REWARDS = {"AestheticReward": "aesthetic", "HPSReward": "hps", "PickScoreReward": "pickscore"}
 
@@ -206,6 +205,8 @@ def vader_reward(given: dict) -> tuple[dict, list[str]]:
         return {"reward": f"object_removal({str(given.get('target_object', 'book'))!r})"}, []
     if name in ("compression", "compression_score"):
         return {"reward": f"compression({str(given.get('compression_model_path', 'compression_reward.pt'))!r})"}, []
+    if name == "actpred":  # VADER's runs with decode_frame=alt only
+        return {"reward": "action"} | ({} if "decode_frame" in given else {"frames": "nth:2"}), []
     if name not in VADER_REWARDS:  # an expression of ours
         return {"reward": name}, []
     return {"reward": VADER_REWARDS[name]}, []

@@ -54,6 +54,10 @@ class Action(Network):
             )
         return self.labels[max(inside, key=len)]
 
+    def check_prompts(self, prompts):
+        for prompt in prompts:
+            self.index(self.label or prompt)
+
     def scores(self, frames, prompts):
         wanted = torch.tensor([self.index(self.label or prompt) for prompt in prompts], device=frames.device)
         pixels = self.pixels(frames)

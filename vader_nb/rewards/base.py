@@ -7,7 +7,7 @@ Frames are (B, F, 3, H, W) in [0, 1]. Rewards add, scale and aim:
     reward(lambda frames, prompts: frames.mean(dim=(1, 2, 3, 4)), name="brightness")
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -31,6 +31,9 @@ class Reward:
 
     def __call__(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return self.scores(inspect(frames, prompts), prompts).mean(dim=1)
+
+    def check_prompts(self, prompts: Iterable[str]) -> None:
+        """Raises ValueError for a prompt that this reward could not judge, before a run meets it at step 300."""
 
     def parts(self) -> list["Reward"]:
         """The rewards this one is made of, for reporting each by itself."""
@@ -94,6 +97,9 @@ class Mapped(Reward):
     def scores(self, frames, prompts):
         return self.function(self.inner.scores(frames, prompts))
 
+    def check_prompts(self, prompts):
+        self.inner.check_prompts(prompts)
+
     def parts(self):
         return self.inner.parts()
 
@@ -113,6 +119,9 @@ class Sum(Reward):
 
     def scores(self, frames, prompts):
         return self.left.scores(frames, prompts) + self.right.scores(frames, prompts)
+
+    def check_prompts(self, prompts):
+        self.left.check_prompts(prompts), self.right.check_prompts(prompts)
 
     def parts(self):
         return self.left.parts() + self.right.parts()
