@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-FEW = ["--num-inference-steps", "2", "--eval-prompts", "2", "--eval-training-prompts", "1", "--seeds-per-prompt", "2"]
+FEW = ["num_inference_steps=2", "eval_prompts=2", "eval_training_prompts=1", "seeds_per_prompt=2"]
 
 
 def run(*arguments, cwd, **environment):
@@ -42,7 +42,7 @@ assert callable(vader_nb.rewards.check) and callable(vader_nb.rewards.action)
 
 
 def test_align_evaluate_and_sample(tmp_path):
-    done = run("align", "--steps", 2, "--batch-size", 2, "--name", "first", *FEW, cwd=tmp_path)
+    done = run("align", "steps=2", "batch_size=2", "name=first", *FEW, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "first"
     assert "report.html" in done.stdout
@@ -58,11 +58,10 @@ def test_align_evaluate_and_sample(tmp_path):
     links = re.findall(r'(?:src|href)="([^"]*)"', report)
     assert links and all(link.startswith(("data:", "#")) for link in links)  # it needs no other file
 
-    done = run("align", "--steps", 2, "--name", "first", *FEW, cwd=tmp_path)
+    done = run("align", "steps=2", "name=first", *FEW, cwd=tmp_path)
     assert done.returncode == 2 and "holds another run" in done.stderr
-    done = run(
-        "align", "--steps", 3, "--batch-size", 2, "--name", "first", "--resume", "--no-evaluation", *FEW, cwd=tmp_path
-    )
+    again = ["steps=3", "batch_size=2", "name=first", "resume=latest", "evaluation=false"]
+    done = run("align", *again, *FEW, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -70,18 +69,8 @@ def test_align_evaluate_and_sample(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (folder / "evaluation" / "report.html").is_file()
 
-    done = run(
-        "sample",
-        "a red star <b>",
-        "../x",
-        "--adapter",
-        "runs/first",
-        "--scale",
-        1.5,
-        "--num-inference-steps",
-        1,
-        cwd=tmp_path,
-    )
+    words = ["a red star <b>", "../x", "adapter=runs/first", "scale=1.5", "num_inference_steps=1"]
+    done = run("sample", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "runs" / "samples").iterdir()) == ["seed-0.gif", "seed-1.gif"]
 
@@ -118,28 +107,28 @@ def test_a_report_escapes_what_users_wrote(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompts", "missing.txt"], "no prompt file at missing.txt"),
-        (["--prompts", "empty.txt"], "holds no prompt"),
-        (["--prompts", "binary.txt"], "not UTF-8"),
-        (["--strategy", "lst"], "unknown strategy 'lst'"),
-        (["--K", "99"], "K=99 must lie in 1..10"),
-        (["--frames", "random:0"], "cannot choose 0"),
-        (["--frames", "0,99"], "index 99 is out of range"),
-        (["--frames", "some"], "cannot read frames"),
-        (["--frames", ","], "nothing to score"),
-        (["--reward", "hsp"], "known rewards"),
-        (["--model", "modelscope", "--reward", "brightness"], "ali-vilab/text-to-video-ms-1.7b"),
-        (["--model", "modelscope"], "xswu/HPSv2"),
-        (["--name", "../escape"], "one folder's name"),
-        (["--output-dir", "empty.txt"], "cannot write to"),
-        (["--steps", "0"], "steps must be at least 1"),
+        (["prompts=missing.txt"], "no prompt file at missing.txt"),
+        (["prompts=empty.txt"], "holds no prompt"),
+        (["prompts=binary.txt"], "not UTF-8"),
+        (["strategy=lst"], "unknown strategy 'lst'"),
+        (["K=99"], "K=99 must lie in 1..10"),
+        (["frames=random:0"], "cannot choose 0"),
+        (["frames=0,99"], "index 99 is out of range"),
+        (["frames=some"], "cannot read frames"),
+        (["frames=,"], "nothing to score"),
+        (["reward=hsp"], "known rewards"),
+        (["model=modelscope", "reward=brightness"], "ali-vilab/text-to-video-ms-1.7b"),
+        (["model=modelscope"], "xswu/HPSv2"),
+        (["name=../escape"], "one folder's name"),
+        (["output_dir=empty.txt"], "cannot write to"),
+        (["steps=0"], "steps must be at least 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_one_line_and_a_failure(tmp_path, arguments, message):
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00bad")
-    done = run("align", "--name", "x", "--steps", 1, *arguments, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    done = run("align", "name=x", "--steps", 1, *arguments, cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -158,7 +147,55 @@ def test_bad_adapter_files(tmp_path, kind):
     ] in done.stderr
 
 
+def launch(*arguments, cwd, processes=1):
+    """accelerate's own launcher, as VADER's README uses it."""
+    how = ["--cpu", "--num_processes", "1"]
+    if processes > 1:
+        how = ["--config_file", run("engine", "cpu", cwd=cwd).stdout.strip(), "--num_processes", str(processes)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how, "-m", "vader_nb", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+QUICK = ["steps=1", "batch_size=1", "num_inference_steps=2", "evaluation=false"]
+
+
+@pytest.mark.parametrize("reward", ["aesthetic", "hps", "actpred"])
+def test_vaders_training_commands(tmp_path, reward):
+    words = ["gradient_accumulation_steps=4", "prompt_fn=hps_custom", f"reward_fn={reward}"]
+    done = launch("align", *words, *QUICK, "name=vader", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "runs" / "vader" / "config.json").read_text())
+    assert config["gradient_accumulation_steps"] == 4
+    asked = {"aesthetic": "aesthetic towards 10", "hps": "hps", "actpred": "action"}[reward]
+    assert asked in config["reward"]
+    assert ("the embedded model" in done.stderr) and ("its captions are used" in done.stderr) == (reward == "actpred")
+
+
+def test_two_processes_train_watch_and_evaluate(tmp_path):
+    """What a user with two GPUs types, on the CPU: training with a validation, evaluation, then VADER's evaluation."""
+    words = ["steps=4", "batch_size=1", "validation_steps=2", "checkpoint_every=1", "checkpoints_total_limit=1"]
+    words += ["held_out_reward=aesthetic", "reward=hps", "log_with=tensorboard", "name=two", *FEW]
+    done = launch("align", *words, cwd=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "two"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    scored = {row["step"]: row["validation/aesthetic"] for row in rows if "validation/aesthetic" in row}
+    assert list(scored) == [2, 4]
+    best = max(scored, key=scored.get)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {f"step-{best:06d}", "step-000004"}
+    assert f"step-{best:06d}" in done.stdout and done.stdout.count("trained 4 steps") == 1
+    assert {row["metric"]: row["held_out"] for row in json.loads((folder / "evaluation.json").read_text())}["aesthetic"]
+    assert list(folder.rglob("events.out.tfevents*"))
+    words = ["only_val=True", "num_only_val_itrs=2", "val_batch_size=2", "lora_path=runs/two", "num_inference_steps=2"]
+    done = launch("evaluate", *words, cwd=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    assert {row["prompts"] for row in rows} == {4}
+
+
 def test_check_in_a_shell(tmp_path):
-    done = run("check", "--reward", "colourfulness", cwd=tmp_path)
+    done = run("check", "colourfulness", cwd=tmp_path)
     assert done.returncode == 0
     assert "fit for training" in done.stdout

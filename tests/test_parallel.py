@@ -5,12 +5,13 @@ import signal
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 
 from vader_nb import lora
 from vader_nb.align import align
 from vader_nb.checkpoints import steps_of
-from vader_nb.gradient import Frames, Random, reward_gradient
-from vader_nb.parallel import checksum, launch, meet
+from vader_nb.gradient import Frames, Last, Random, reward_gradient
+from vader_nb.parallel import checksum, launch, meet, shard
 from vader_nb.rewards import brightness, reward
 
 PROMPTS = ["a red star", "a blue circle", "a green square growing"]
@@ -184,6 +185,49 @@ def test_a_run_whose_process_was_killed_goes_on_as_if_nothing_had_been(micro_dir
         train(micro_directory, tmp_path / "run", {"steps": 6, "gradient_accumulation_steps": 2, "resume": True})
     with pytest.raises(ValueError, match=r"a step had 4 clips .*, now 2"):
         train(micro_directory, tmp_path / "run", {"steps": 7, "resume": True})
+
+
+def cut_up(directory, folder):
+    """The gradient with the frozen weights cut up over both processes, as `fsdp` does it, and with whole ones."""
+    from types import SimpleNamespace
+
+    from accelerate import Accelerator
+
+    results = {}
+    for how in ("whole", "cut up"):
+        model = build(directory)
+        accelerator = Accelerator(cpu=True)
+        if how == "cut up":
+            os.environ.update(FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="true")
+            plugin = FullyShardedDataParallelPlugin()
+            held = SimpleNamespace(distributed_type="FSDP", state=SimpleNamespace(fsdp_plugin=plugin))
+            shard(model, held)  # accelerate itself refuses FSDP without a GPU; torch does not
+            results["held"] = sum(p.to_local().numel() for p in model.denoiser.parameters())
+        adapter = lora.add(model, 2)
+        for p in adapter.parameters()[1::2]:
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+        options = {"strategy": Last(2), "frames": Frames("all"), "checkpoint_blocks": True}
+        result = reward_gradient(
+            model,
+            adapter,
+            brightness(),
+            [PROMPTS[accelerator.process_index]],
+            seeds=[accelerator.process_index],
+            **options,
+        )
+        results[how] = {"rewards": result.rewards, "adapter": [p.grad for p in adapter.parameters()]}
+    torch.save(results, f"{folder}-{rank()}.pt")
+
+
+def test_a_denoiser_that_is_cut_up_gives_the_same_gradient(micro_directory, tmp_path):
+    launch(cut_up, micro_directory, tmp_path / "f")
+    total = sum(p.numel() for p in build(micro_directory).denoiser.parameters())
+    held = [left(tmp_path / "f", process)["held"] for process in (0, 1)]
+    assert sum(held) == total and max(held) <= total / 2 + 100
+    for process in (0, 1):
+        got = left(tmp_path / "f", process)
+        assert_same(got["whole"], got["cut up"], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(got["whole"]["rewards"], got["cut up"]["rewards"], rtol=1e-9, atol=0)
 
 
 def counted(directory, folder):

@@ -197,10 +197,9 @@ def shard(model: VideoModel, accelerator: Accelerator) -> None:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError("fsdp_version must be 2: version 1 flattens an adapter and frozen weights into one tensor")
-        policy = {"offload_policy": plugin.cpu_offload} if plugin.cpu_offload else {}
         for block in model.blocks():
-            fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, **policy)
-        fully_shard(model.denoiser, **policy)
+            fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, offload_policy=plugin.cpu_offload)
+        fully_shard(model.denoiser, offload_policy=plugin.cpu_offload)
 
 
 def launch(function: Callable, *args, num_processes: int = 2) -> None:

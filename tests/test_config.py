@@ -1,0 +1,254 @@
+"""Configuration: what wins over what, VADER's names, other tools' files, and mistakes."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from vader_nb import config, translate
+from vader_nb.config import FOLDER, Align, Evaluate, Sample, read
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_defaults_then_file_then_words(tmp_path):
+    (tmp_path / "mine.yaml").write_text("steps: 7\nlearning_rate: 2e-4\nreward: brightness\n")
+    assert (read(Align, []).steps, read(Align, []).learning_rate) == (40, 1e-3)
+    got = read(Align, [f"config={tmp_path}/mine.yaml", "steps=9"])
+    assert (got.steps, got.learning_rate, got.reward, got.rank) == (9, 2e-4, "brightness", 8)
+    assert read(Align, ["steps=9", f"config={tmp_path}/mine.yaml"]).steps == 9  # whatever the order
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["steps=3", "learning_rate=0.5", "evaluation=false", "resume=true"],
+        ["--steps", "3", "--learning-rate", "0.5", "--no-evaluation", "--resume"],
+        ["--steps=3", "--learning_rate=0.5", "--evaluation=False", "--resume=true"],
+    ],
+)
+def test_three_ways_to_write_the_same(words):
+    got = read(Align, words)
+    assert (got.steps, got.learning_rate, got.evaluation, got.resume) == (3, 0.5, False, "true")
+
+
+def test_values_keep_their_shape():
+    got = read(
+        Align, ["reward=hps + 0.02 * aesthetic", "frames=0,4,-1", "name=007", "output_dir=a=b", "prompts=null x"]
+    )
+    assert (got.reward, got.frames, got.output_dir) == ("hps + 0.02 * aesthetic", "0,4,-1", "a=b")
+    assert (got.name, got.prompts) == ("007", "null x")
+    assert read(Sample, ["a red star", "../x", "prompts=a=b", "seed=3"]).prompts == ["a red star", "../x", "a=b"]
+    assert read(Evaluate, ["runs/first", "scale=0.5"]).adapter == "runs/first"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["learnin_rate=3"], "unknown key 'learnin_rate'; did you mean learning_rate?"),
+        (["--stepps", "3"], "did you mean steps?"),
+        (["reward_fm=hps"], "did you mean reward_fn?"),
+        (["steps=many"], "steps: .*'many'"),
+        (["steps=1.5"], "steps: .*1.5"),
+        (["evaluation=maybe"], "evaluation: .*maybe"),
+        (["steps"], "write key=value"),
+        (["--steps"], "--steps needs a value"),
+        (["config=missing.yaml"], "no configuration at missing.yaml; .*modelscope"),
+        (["backprop_mode=some"], "unknown backprop_mode 'some'"),
+    ],
+)
+def test_mistakes(words, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read(Align, words)
+
+
+def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("step: 7\n")
+    with pytest.raises(ValueError, match=r"unknown key 'step' in .*mine.yaml; did you mean steps"):
+        read(Align, [f"config={tmp_path}/mine.yaml"])
+
+
+def test_every_key_is_in_the_help():
+    for name, (_, kind) in __import__("vader_nb.cli").cli.COMMANDS.items():
+        text = config.usage(name, kind)
+        assert all(re.search(rf"^  {f.name}\b", text, re.MULTILINE) for f in fields(kind)), name
+
+
+# ---------------------------------------------------------------------------------- VADER and others
+
+
+def test_vaders_command_as_its_readme_writes_it(capsys):
+    got = read(Align, ["gradient_accumulation_steps=4", "prompt_fn=hps_custom", "reward_fn=aesthetic"])
+    assert got.gradient_accumulation_steps == 4
+    assert (got.prompts, got.reward) == ("hps_custom", "0.1 * aesthetic().towards(10)")
+    assert "VADER's prompt_fn, reward_fn read as: prompts=hps_custom" in capsys.readouterr().err
+    got = read(Evaluate, ["only_val=True", "num_only_val_itrs=1000", "val_batch_size=4", "lora_path=runs/mine"])
+    assert (got.clips, got.eval_batch_size, got.adapter) == (4000, 4, "runs/mine")
+    assert read(Evaluate, ["only_val=True", "lora_path="]).adapter is None
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        ({"reward_fn": "hps", "hps_version": "v2.1"}, {"reward": "hps"}),
+        ({"reward_fn": "hps", "hps_version": "v2.0"}, {"reward": "hps('v2.0')"}),
+        ({"reward_fn": "actpred"}, {"reward": "action", "frames": "nth:2"}),
+        ({"reward_fn": "actpred", "decode_frame": "all"}, {"reward": "action", "frames": "all"}),
+        ({"reward_fn": "objectDetection", "target_object": "cup"}, {"reward": "object_removal('cup')"}),
+        ({"decode_frame": "-1"}, {"frames": "random:1"}),
+        ({"decode_frame": -1}, {"frames": "random:1"}),
+        ({"decode_frame": "fml"}, {"frames": "ends"}),
+        ({"decode_frame": "7"}, {"frames": "7"}),
+        ({"backprop_mode": "rand"}, {"strategy": "random"}),
+        # from the step with index 15 to the end
+        ({"backprop_mode": "specific", "ddim_steps": 25}, {"strategy": "last", "K": 10, "num_inference_steps": 25}),
+        ({"use_wandb": "False", "logger_type": "wandb"}, {"log_with": None}),
+        ({"lr": 2e-4, "lora_rank": 16, "frames": 12}, {"learning_rate": 2e-4, "rank": 16, "num_frames": 12}),
+        ({"pretrained_model_path": "damo-vilab/text-to-video-ms-1.7b"}, {"model": "modelscope"}),
+    ],
+)
+def test_vaders_arguments(given, ours):
+    assert translate.translate("vader", given)[0] == ours
+
+
+def test_every_translated_name_is_one_of_ours():
+    known = {f.name for kind in (Align, Evaluate) for f in fields(kind)} | {translate.REWARD, translate.STEPS}
+    for source, table in translate.NAMES.items():
+        assert {to.ours for to in table.values() if to.ours} <= known, source
+        for name, to in table.items():
+            assert to.ours or to.note, name  # what is left out says why
+        assert all(f"`{name}`" in translate.markdown(source) for name in table)
+
+
+VADER_YAML = """
+pretrained_model_path: "damo-vilab/text-to-video-ms-1.7b"
+gradient_accumulation_steps: 1
+prompt_fn: "nouns_activities"
+prompt_fn_kwargs:
+  nouns_file: animals.txt
+  activities_file: deeds.txt
+decode_frame: -1
+reward_fn: "hps"
+lora_rank: 16
+validation_data:
+  width: 384
+  height: 384
+  num_frames: 16
+  num_inference_steps: 25
+  guidance_scale: 9
+learning_rate: 2e-4
+adam_weight_decay: 0
+train_batch_size: 1
+max_train_steps: 10000
+mixed_precision: "fp16"
+use_text_lora: True
+load_videodataset: False
+"""
+VIDEOX_SH = """
+export MODEL_NAME="models/Wan"
+export STEPS=5
+accelerate launch --mixed_precision="bf16" scripts/wan2.1_fun/train_reward_lora.py \\
+  --pretrained_model_name_or_path=$MODEL_NAME --rank=32 --network_alpha=16 --train_batch_size=1 \\
+  --learning_rate=1e-05 --max_grad_norm=0.3 --train_sample_height=256 --train_sample_width=256 \\
+  --num_inference_steps=30 --reward_fn="HPSReward" --reward_fn_kwargs='{"version": "v2.1"}' \\
+  --backprop_strategy="tail" --backprop_num_steps=$STEPS --backprop --low_vram
+"""
+TRL_YAML = """
+num_epochs: 50
+train_learning_rate: 1e-3
+train_gradient_accumulation_steps: 4
+sample_num_steps: 50
+truncated_backprop_rand: false
+truncated_backprop_timestep: 45
+negative_prompts: ""
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected", "warned"),
+    [
+        ("config.yaml", VADER_YAML, {"model": "modelscope", "prompts": "nouns_activities", "nouns_file": "animals.txt",
+         "reward": "hps", "frames": "random:1", "rank": 16, "height": 384, "num_frames": 16, "num_inference_steps": 25,
+         "guidance_scale": 9.0, "learning_rate": 2e-4, "steps": 10000, "batch_size": 1, "mixed_precision": "fp16"},
+         ["use_text_lora", "load_videodataset=False: unknown", "alpha=8"]),
+        ("train.sh", VIDEOX_SH, {"model": "models/Wan", "rank": 32, "alpha": 16.0, "learning_rate": 1e-5,
+         "max_grad_norm": 0.3, "height": 256, "reward": "hps", "strategy": "last", "K": 5, "mixed_precision": "bf16"},
+         ["Wan and CogVideoX", "low_vram", "backprop: left out"]),
+        ("align.yaml", TRL_YAML, {"steps": 50, "learning_rate": 1e-3, "gradient_accumulation_steps": 4,
+         "num_inference_steps": 50, "strategy": "last", "K": 5}, ["negative_prompts"]),
+    ],
+    ids=["vader", "videox_fun", "trl"],
+)  # fmt: skip
+def test_translate_config(tmp_path, name, text, expected, warned):
+    """As a user: translate a file, look at what is said, and read the result back as a configuration."""
+    (tmp_path / name).write_text(text)
+    command = [sys.executable, "-m", "vader_nb", "translate-config", name, "output=ours.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    for words in warned:
+        assert words in done.stderr
+    got = read(Align, [f"config={tmp_path}/ours.yaml"])
+    assert {key: getattr(got, key) for key in expected} == expected
+
+
+def test_what_cannot_be_translated(tmp_path):
+    (tmp_path / "train.py").write_text("lr = 1\n")
+    (tmp_path / "empty.sh").write_text("echo hello\n")
+    with pytest.raises(ValueError, match="is Python, which is not run here"):
+        translate.as_yaml(tmp_path / "train.py")
+    with pytest.raises(ValueError, match="no arguments found"):
+        translate.as_yaml(tmp_path / "empty.sh")
+    with pytest.raises(FileNotFoundError, match="no file at"):
+        translate.as_yaml(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations(path):
+    from vader_nb import cli, prompts
+
+    got = read(Align, [f"config={path.stem}"])
+    assert len(prompts.get(got.prompts))
+    assert cli.strategy_of(got.strategy, got.K) and cli.frames_of(got.frames)
+
+
+# ---------------------------------------------------------------------------------------- engines
+
+
+@pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp", "zero2", "zero3"])
+def test_engines_are_read_by_accelerate_and_build_their_plugins(name, tmp_path):
+    """accelerate's own launcher reads the file and hands the environment to a script, which builds the plugin of it."""
+    path = subprocess.run(
+        [sys.executable, "-m", "vader_nb", "engine", name], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    code = f"""
+import os
+from accelerate.commands.launch import launch_command_parser, _validate_launch_command
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+arguments = launch_command_parser().parse_args(["--config_file", {path!r}, "script.py"])
+arguments, defaults, _ = _validate_launch_command(arguments)
+if arguments.use_deepspeed:
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    os.environ.update(prepare_deepspeed_cmd_env(arguments)[1])
+    plugin = DeepSpeedPlugin()
+    print("zero", plugin.zero_stage, plugin.deepspeed_config["zero_optimization"]["stage"])
+else:
+    os.environ.update(prepare_multi_gpu_env(arguments))
+    if arguments.use_fsdp:
+        plugin = FullyShardedDataParallelPlugin()
+        print("fsdp", plugin.fsdp_version, plugin.reshard_after_forward, plugin.cpu_offload)
+    else:
+        print("processes", arguments.num_processes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = {
+        "cpu": "processes 2",
+        "ddp": "processes 4",
+        "fsdp": "fsdp 2 True OffloadPolicy",
+        "zero2": "zero 2 2",
+        "zero3": "zero 3 3",
+    }
+    assert expected[name] in done.stdout
