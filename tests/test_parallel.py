@@ -263,6 +263,7 @@ def test_only_the_adapter_crosses_between_processes(micro_directory, tmp_path):
 
 
 def test_a_gpu_that_is_in_use_already_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="restart the kernel"):
         launch(print, "never")

@@ -203,27 +203,35 @@ def shard(model: VideoModel, accelerator: Accelerator) -> None:
 
 
 def launch(function: Callable, *args, num_processes: int = 2) -> None:
-    """Run function(*args) in several processes, from a notebook: one a GPU, or, without a GPU, to see how it works, one
-    a core. Everything heavy (`load`, rewards) belongs inside the function, and results into files: the processes are
-    forked, and what they change in memory is gone with them.
+    """Run function(*args) in several processes, from a notebook: one a GPU, or, with fewer GPUs than processes, on the
+    CPU, to see how it works. Everything heavy (`load`, rewards) belongs inside the function, and results into files: the
+    processes are forked, and what they change in memory is gone with them.
 
-    Raises RuntimeError if CUDA is in use in this process already, which no forked process could then use, or if one of
-    the processes fails.
+    Raises RuntimeError if CUDA is in use in this process already, which no forked process could then use. A process that
+    fails takes the others with it, and its error is raised here.
     """
     from accelerate import debug_launcher, notebook_launcher
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this notebook was one process
+    if torch.cuda.device_count() < num_processes:
+        debug_launcher(_child, (1, function, *args), num_processes=num_processes)
+        return
     if torch.cuda.is_initialized():
         raise RuntimeError(
             "this notebook has used the GPU already, and processes forked from it cannot: restart the kernel and run "
             "this cell before any other that touches the GPU (load the model inside the function)"
         )
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this notebook was one process
-    if torch.cuda.is_available():
-        notebook_launcher(function, args, num_processes=num_processes)
-    else:
-        debug_launcher(_on_one_thread, (function, *args), num_processes=num_processes)
+    notebook_launcher(_child, (None, function, *args), num_processes=num_processes)
 
 
-def _on_one_thread(function: Callable, *args) -> None:
-    torch.set_num_threads(1)  # a fork does not inherit the threads of its parent, and would wait for them
+def _child(threads: int | None, function: Callable, *args) -> None:
+    """What a forked process must know. It does not inherit its parent's threads, and would wait for them; and the bars
+    of a notebook, which are widgets, belong to the parent."""
+    import diffusers
+    import transformers
+
+    if threads:
+        torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     function(*args)
