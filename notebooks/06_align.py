@@ -377,5 +377,5 @@ course.attempt(check, accumulated)
 # </details>
 
 # %% [markdown] tags=["next"]
-# **Next:** your own reward, your own prompts. You have seen every part. (Chapters on many GPUs, on reward hacking and on a
-# playground with sliders are to come.)
+# **Next:** you have seen every part. [Notebook 7](07_many_gpus.ipynb) trains one adapter on many GPUs;
+# [notebook 8](08_evaluate_and_reward_hacking.ipynb) climbs too far on purpose. (A playground with sliders is to come.)

@@ -196,8 +196,7 @@ guess = None  # "a", "b" or "c"
 def distance(name):
     """Between the adapters of the two processes after each step, as a share of how far they have come."""
     first, second = (torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1))
-    came = (first - first[0]).norm(dim=1) + (first[0] - start).norm()
-    return (first - second).norm(dim=1) / came
+    return (first - second).norm(dim=1) / (first - start).norm(dim=1)
 
 
 adapter = lora.add(model, rank=4, seed=SEED)
@@ -268,12 +267,12 @@ crosses = sum(p.nbytes for p in adapter.parameters())
 weights = sum(p.nbytes for p in model.denoiser.parameters())
 adapter.remove()
 sizes = {"tiny: adapter": crosses, "tiny: denoiser": weights}
-sizes |= {"ModelScope: adapter, rank 16": 4 * 6.6e6, "ModelScope: denoiser": 4 * 1411e6}
+sizes |= {"ModelScope: adapter, rank 16": 4 * 6_645_760, "ModelScope: denoiser": 4 * 1_411_233_860}
 
 figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
 bars = axis.barh(list(sizes), [size / 1e6 for size in sizes.values()], color=["#1a7f37", "#8888"] * 2)
 axis.bar_label(bars, [f"{size / 1e6:,.1f} MB" for size in sizes.values()], padding=4)
-axis.set(xscale="log", xlabel="megabytes in float32", xlim=(None, 1e5))
+axis.set(xscale="log", xlabel="megabytes in float32", xlim=(None, 1e6))
 axis.invert_yaxis()
 course.show(figure, "Bars: an adapter is a small share of its denoiser, for the tiny model and for ModelScope.")
 
@@ -332,7 +331,8 @@ print((folder / "error-0").read_text())
 # ## From a shell
 #
 # In earnest there is no notebook: accelerate starts the processes. These are VADER's own commands, with our module in the
-# place of its script; its argument names are understood, and you are told how they were read.
+# place of its script; its argument names are understood, and you are told how they were read
+# ([all of them](arguments.md)).
 #
 # ```bash
 # accelerate launch --num_processes 4 -m vader_nb align config=modelscope \
@@ -373,7 +373,7 @@ print(*(f"{name} = {value}" for name, value in ours.items()), "", *notes, sep="\
 # numbers, which take no memory and no GPU, while every allocation is counted.
 
 # %%
-print("…")
+vader_nb.memory("modelscope", "hps", height=256, width=256, num_frames=16)
 
 # %% [markdown]
 # ## Kill it

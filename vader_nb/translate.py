@@ -367,10 +367,22 @@ def as_yaml(path: str | Path, source: str | None = None) -> tuple[str, list[str]
     )
 
 
-def markdown(source: str) -> str:
-    """A table of all arguments of a tool."""
-    lines = ["| its argument | ours | |", "|---|---|---|"]
-    for name, to in NAMES[source].items():
-        ours = {REWARD: "`reward`", STEPS: "`strategy`, `K`"}.get(to.ours, f"`{to.ours}`" if to.ours else "none")
-        lines.append(f"| `{name}` | {ours} | {to.note} |")
+TITLES = {
+    "vader": "VADER (three scripts: ModelScope, VideoCrafter, Open-Sora)",
+    "videox_fun": "VideoX-Fun, reward LoRA",
+    "trl": "TRL, AlignProp (removed in 0.24)",
+}
+
+
+def markdown() -> str:
+    """notebooks/arguments.md: all arguments of all tools, and what they are called here."""
+    lines = ["# Other tools' arguments, in our words", ""]
+    lines += ["`vader-nb align` and `evaluate` read VADER's names as they are; `vader-nb translate-config FILE` turns a"]
+    lines += ["configuration or launch script of any of these tools into ours and says what differs.", ""]
+    for source, table in NAMES.items():
+        lines += [f"## {TITLES[source]}", "", "| argument | here | |", "|---|---|---|"]
+        for name, to in table.items():
+            ours = {REWARD: "`reward`", STEPS: "`strategy`, `K`"}.get(to.ours, f"`{to.ours}`" if to.ours else "none")
+            lines.append(f"| `{name}` | {ours} | {to.note} |")
+        lines.append("")
     return "\n".join(lines)
