@@ -1,5 +1,7 @@
 """The loop: resume is bit-equal, stops keep what there is, bad input is refused before the work."""
 
+import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,6 +267,161 @@ def test_ctrl_c_in_a_shell(micro_directory, tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert int(lora.read(tmp_path / "run")[1]["steps"]) >= 3
+
+
+def test_latest_serves_the_first_start_and_every_later_one(fresh, tmp_path):
+    options = FAST | {"output_dir": tmp_path / "run", "resume": "latest"}
+    assert len(align(fresh(), brightness(), PROMPTS, steps=3, **options).metrics) == 3
+    again = align(fresh(), brightness(), PROMPTS, steps=5, **options)
+    assert [row["step"] for row in again.metrics] == [1, 2, 3, 4, 5]
+    options["resume"] = tmp_path / "run" / "checkpoints" / "step-000002"
+    older = align(fresh(), brightness(), PROMPTS, steps=5, **options)
+    assert older.metrics == again.metrics
+    options["resume"] = tmp_path / "nowhere"
+    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+        align(fresh(), brightness(), PROMPTS, steps=5, **options)
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(fresh, tmp_path):
+    options = FAST | {"output_dir": tmp_path / "run"}
+    align(fresh(), brightness(), PROMPTS, steps=4, **options)
+    (tmp_path / "run" / "checkpoints" / "step-000004" / "state.pt").write_bytes(b"not what it was")
+    model = fresh()
+    with pytest.raises(ValueError, match="step-000004 is damaged .*resume from an older one"):
+        align(model, brightness(), PROMPTS, steps=5, resume=True, **options)
+    older = tmp_path / "run" / "checkpoints" / "step-000002"
+    assert len(align(model, brightness(), PROMPTS, steps=5, resume=older, **options).metrics) == 5
+
+
+def test_the_newest_checkpoints_are_kept_and_the_best(fresh, tmp_path):
+    """A validation whose score we set, by the step: best at 2."""
+    scores, called = {2: 9.0, 4: 1.0, 6: 2.0}, []
+
+    def validate(adapter):
+        called.append(len(called) + 1)
+        assert adapter.layers
+        return {"judge": scores[2 * len(called)], "another": 0.0}
+
+    options = FAST | {"validate": validate, "validation_steps": 2, "checkpoints_total_limit": 1}
+    run = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "run", **options)
+    assert list(steps_of(run.folder)) == [2, 6]
+    assert run.best == run.folder / "checkpoints" / "step-000002"
+    assert [row.get("validation/judge") for row in run.metrics] == [None, 9.0, None, 1.0, None, 2.0]
+
+
+def test_watching_does_not_change_what_is_trained(fresh, tmp_path):
+    from vader_nb import Validation
+    from vader_nb.rewards import colourfulness
+
+    def noisy(frames, prompts):  # a reward that draws, so that a validation could disturb it
+        return (frames * torch.rand(frames.shape[-1])).mean(dim=(1, 2, 3, 4))
+
+    torch.manual_seed(1)
+    plain = align(fresh(), noisy, PROMPTS, steps=4, output_dir=tmp_path / "plain", **FAST)
+    model = fresh()
+    watch = Validation(model, [colourfulness(), noisy], ["a red square", "a blue star"])
+    torch.manual_seed(1)
+    watched = align(
+        model, noisy, PROMPTS, steps=4, output_dir=tmp_path / "watched", validate=watch, validation_steps=1, **FAST
+    )
+    assert [row["reward"] for row in watched.metrics] == [row["reward"] for row in plain.metrics]
+    assert all("validation/colourfulness" in row for row in watched.metrics)
+    first = watched.metrics[0]["validation/colourfulness"]
+    assert watched.metrics[3]["validation/colourfulness"] != first  # the same clips, another adapter
+
+
+def test_metrics_survive_a_disk_that_is_full_for_a_while(fresh, tmp_path, monkeypatch):
+    opened, calls = Path.open, []
+
+    def full(self, mode="r", *arguments, **options):
+        if self.name == "metrics.jsonl" and mode == "a":
+            calls.append(1)
+            if len(calls) in (1, 2):
+                with opened(self, "a") as file:
+                    file.write('{"step": 2, "rew')  # half a line still fitted
+                raise OSError(28, "No space left on device")
+        return opened(self, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.warns(UserWarning, match="its rows are kept"):
+        run = align(fresh(), brightness(), PROMPTS, steps=5, output_dir=tmp_path / "run", **FAST)
+    assert run.metrics == [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_adapter_that_cannot_be_written_is_on_the_model_still(fresh, tmp_path, monkeypatch):
+    save = lora.Adapter.save
+
+    def full(self, path, **metadata):
+        if path.parent == tmp_path / "run":  # the last file of the run, not a checkpoint's
+            raise OSError(28, "No space left on device")
+        return save(self, path, **metadata)
+
+    monkeypatch.setattr(lora.Adapter, "save", full)
+    with pytest.warns(UserWarning, match="it is on the model still"):
+        run = align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
+    monkeypatch.undo()
+    assert lora.read(run.adapter.save(tmp_path / "elsewhere.safetensors"))[0]
+
+
+def test_learning_rates_follow_the_schedule(fresh, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a, **k: rates.append(self.param_groups[0]["lr"]) or step(self, *a, **k)
+    )
+    options = FAST | {"lr_scheduler": "linear", "lr_warmup_steps": 2, "learning_rate": 0.01}
+    align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "run", **options)
+    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
+    with pytest.raises(ValueError, match="steps was 4, now 6"):  # the schedule would be another one
+        align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "run", resume=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scheduler": "sawtooth"}, "unknown lr_scheduler 'sawtooth'; choose one of .*cosine"),
+        ({"log_with": "notebook"}, "unknown tracker 'notebook'; choose one of tensorboard, wandb"),
+        ({"checkpoints_total_limit": 0}, None),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+    ],
+)
+def test_more_settings_that_cannot_be_met(fresh, tmp_path, options, message):
+    model = fresh()
+    with pytest.raises(ValueError, match=message or "checkpoints_total_limit must be at least 1"):
+        align(model, brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **(FAST | options))
+    assert lora.add(model, 2)  # nothing was left on it
+
+
+def test_packages_that_are_missing_are_named_before_the_work(fresh, tmp_path):
+    missing = {"log_with": "wandb", "use_8bit_adam": "bitsandbytes"}
+    for option, package in missing.items():
+        if importlib.util.find_spec(package) is None:
+            options = FAST | {option: True if option == "use_8bit_adam" else package, "output_dir": tmp_path / package}
+            with pytest.raises(ValueError, match=f"pip install {package}"):
+                align(fresh(), brightness(), PROMPTS, steps=2, **options)
+
+
+def test_a_loss_scale_comes_down_and_training_goes_on(fresh, tmp_path, monkeypatch):
+    """fp16's scaler, on the CPU: gradients that overflow are skipped, the scale falls until they do not."""
+    from vader_nb import parallel
+
+    build = parallel.accelerator_for
+
+    def scaled(*arguments):
+        accelerator = build(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1000)
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # which accelerate has for GPUs only
+        accelerator.autocast = contextlib.nullcontext
+        return accelerator
+
+    monkeypatch.setattr(parallel, "accelerator_for", scaled)
+    options = FAST | {"checkpoint_every": 1, "output_dir": tmp_path / "run"}
+    run = align(fresh(), lambda f, p: 1e6 * f.mean(dim=(1, 2, 3, 4)), PROMPTS, steps=12, **options)
+    skipped = ["skipped" in row for row in run.metrics]
+    assert skipped[0] and not skipped[-1] and sorted(skipped, reverse=True) == skipped
+    state = read(steps_of(run.folder)[12])[1]
+    assert state["scaler"]["scale"] < 2.0**126
+    again = align(fresh(), lambda f, p: 1e6 * f.mean(dim=(1, 2, 3, 4)), PROMPTS, steps=13, resume=True, **options)
+    assert "skipped" not in again.metrics[12]  # it starts with the scale that it had found
 
 
 def one_run(directory, folder, steps):

@@ -113,8 +113,8 @@ def align(
     reward.check_prompts(prompts[:PROMPTS_CHECKED])
     counts = {"steps": steps, "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps}
     counts |= {"checkpoint_every": checkpoint_every, "validation_steps": validation_steps}
-    for name, value in (counts | {"checkpoints_total_limit": checkpoints_total_limit or 1}).items():
-        if value < 1:
+    for name, value in (counts | {"checkpoints_total_limit": checkpoints_total_limit}).items():
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     # Draw once for nothing: a window or frames that do not fit are an error now.
     strategy.plan(sampling.num_inference_steps, torch.Generator().manual_seed(seed))

@@ -13,6 +13,7 @@ trained lives in memory still, and the next checkpoint may find room.
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -196,9 +197,9 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The adapter's tensors and the state of a checkpoint."""
     try:
         return lora.read(path / "adapter.safetensors")[0], torch.load(path / "state.pt", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}); resume from an older one: resume={path.parent}/step-…"
+            f"{path} is damaged ({str(error).splitlines()[0]}); resume from an older one: resume={path.parent}/step-…"
         ) from error
 
 

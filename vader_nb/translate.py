@@ -377,7 +377,9 @@ TITLES = {
 def markdown() -> str:
     """notebooks/arguments.md: all arguments of all tools, and what they are called here."""
     lines = ["# Other tools' arguments, in our words", ""]
-    lines += ["`vader-nb align` and `evaluate` read VADER's names as they are; `vader-nb translate-config FILE` turns a"]
+    lines += [
+        "`vader-nb align` and `evaluate` read VADER's names as they are; `vader-nb translate-config FILE` turns a"
+    ]
     lines += ["configuration or launch script of any of these tools into ours and says what differs.", ""]
     for source, table in NAMES.items():
         lines += [f"## {TITLES[source]}", "", "| argument | here | |", "|---|---|---|"]
