@@ -27,6 +27,7 @@ _HOMES = {
     "check": "rewards",
     "evaluate": "evaluate",
     "load": "models",
+    "memory": "memory",
     "reward": "rewards",
     "reward_gradient": "gradient",
     "sample": "gradient",
