@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .lora import Adapter
 from .models import Conditioning, VideoModel
+from .offload import saved_at
 from .rewards import Reward, as_reward
 
 # --------------------------------------------------------------------------- which steps get a gradient
@@ -359,7 +360,9 @@ class Replayed(torch.autograd.Function):
         return latents.grad, None, None, None, None
 
 
-def denoiser_calls(model: VideoModel, t, conditioning: Conditioning, sampling: Sampling) -> list[tuple[float, Callable]]:
+def denoiser_calls(
+    model: VideoModel, t, conditioning: Conditioning, sampling: Sampling
+) -> list[tuple[float, Callable]]:
     """(weight, function of the latents), whose sum is the denoiser's output with guidance, as far as it learns."""
     scale = sampling.guidance_scale
     if scale == 1 or (sampling.unconditional_gradient and not sampling.sequential_guidance):
@@ -482,7 +485,7 @@ def reward_gradient(
             if checkpoint_blocks:
                 stack.enter_context(checkpointed(model.blocks()))
             if offload:
-                stack.enter_context(torch.autograd.graph.save_on_cpu())
+                stack.enter_context(saved_at(model.home, model.denoiser))
             if not active:
                 stack.enter_context(adapter.frozen())
             yield

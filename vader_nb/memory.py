@@ -125,12 +125,15 @@ class Setting:
     checkpoint_blocks: bool = True
     sequential_guidance: bool = False
     unconditional_gradient: bool = True
+    offload: bool = False
     model_cpu_offload: bool = False
     rank: int = 8
     dtype: torch.dtype = torch.float16
 
     def sampling(self, model: VideoModel) -> Sampling:
-        return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling) if hasattr(self, f.name)}).filled(model)
+        return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling) if hasattr(self, f.name)}).filled(
+            model
+        )
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Decided:
         return self.drawn
 
 
-def step(model: VideoModel, reward: Reward, setting: Setting, meter: "Peak | CudaPeak", home: str = "cpu") -> None:
+def step(model: VideoModel, reward: Reward, setting: Setting, meter: "Peak | CudaPeak") -> None:
     """One training step, and `meter` told of its stages.
 
     Sampling steps before the window are all alike, and one of them is taken: their peaks are the same.
@@ -155,7 +158,7 @@ def step(model: VideoModel, reward: Reward, setting: Setting, meter: "Peak | Cud
     sampling.num_inference_steps = min(sampling.num_inference_steps, max(plan.active) + 1)
     adapter = lora.add(model, setting.rank)
     if setting.model_cpu_offload:
-        model.enable_model_cpu_offload(home)
+        model.enable_model_cpu_offload()
         model.send_home(*reward.networks)
     optimizer = torch.optim.AdamW(adapter.parameters())
     for p in adapter.parameters():
@@ -175,6 +178,7 @@ def step(model: VideoModel, reward: Reward, setting: Setting, meter: "Peak | Cud
         sampling=sampling,
         chunk=setting.chunk,
         checkpoint_blocks=setting.checkpoint_blocks,
+        offload=setting.offload,
         generator=generator,
     )
     meter.enter("optimizer")
@@ -232,7 +236,9 @@ def copyable(scheduler):
 
 
 def copied(value):
-    return [copied(x) for x in value] if isinstance(value, list) else value.clone() if hasattr(value, "clone") else value
+    return (
+        [copied(x) for x in value] if isinstance(value, list) else value.clone() if hasattr(value, "clone") else value
+    )
 
 
 @functools.cache
@@ -242,8 +248,9 @@ def simulate(setting: Setting) -> dict[str, int]:
     with Shapes(allow_non_fake_inputs=True), Peak("cpu") as peak:
         with outline.default_dtype(setting.dtype):
             model = models.outline(setting.model)
+            model.home = torch.device("meta")
             reward = parse(setting.reward, tiny=setting.model == "tiny", outline=True)
-        step(model, reward, setting, peak, home="meta")
+        step(model, reward, setting, peak)
     return {stage: peak.stages[stage] for stage in STAGES}
 
 

@@ -14,13 +14,13 @@ class Turns:
     it. Frozen weights do not change, so they keep a copy at home for good, and leaving costs nothing.
     """
 
-    def __init__(self, device: torch.device | str, home: torch.device | str = "cpu"):
-        self.device, self.home = torch.device(device), torch.device(home)
+    def __init__(self, device: torch.device, home: torch.device):
+        self.device, self.home = device, home
         self.copies = WeakKeyDictionary()  # of a module: where its tensors belong, and the copies at home
         self.present: list[nn.Module] = []
 
     def __call__(self, *modules: nn.Module) -> None:
-        """Modules that are here already bring nobody's departure: guests may stay for a stage."""
+        """Where all of them are here already, nobody has to leave."""
         if all(module in self.present for module in modules):
             return
         for module in self.present:
@@ -48,3 +48,19 @@ def frozen(module: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
 def at(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     moved = tensor.to(device)
     return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+
+
+def saved_at(home: torch.device, network: nn.Module) -> torch.autograd.graph.saved_tensors_hooks:
+    """Inside, what autograd saves for the backward pass waits at home; not the network's own weights, which are saved
+    as well, but are there anyway. (torch's `save_on_cpu` would copy each of them.)"""
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+
+    def pack(tensor):
+        own = tensor.untyped_storage()._cdata in weights
+        return tensor.device, tensor if own else tensor.to(home)
+
+    def unpack(packed):
+        device, tensor = packed
+        return tensor.to(device)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -32,6 +32,7 @@ class VideoModel(ABC):
     defaults: dict
     targets: tuple[str, ...]
     prefix: str  # of the denoiser's keys in a diffusers LoRA file: "unet" or "transformer"
+    home = torch.device("cpu")  # where waits what is not at work, if something is offloaded
     turns: Turns | None = None  # without model offload all networks stay where they are
 
     @abstractmethod
@@ -68,17 +69,17 @@ class VideoModel(ABC):
         nothing = Conditioning(conditioning.empty, conditioning.empty)
         return [(guidance_scale, conditioning), (1 - guidance_scale, nothing)]
 
-    def enable_model_cpu_offload(self, home: torch.device | str = "cpu") -> None:
+    def enable_model_cpu_offload(self) -> None:
         """From now on only the networks of the current stage (text, denoiser, decoder and reward) are on the model's
-        device; the others wait at home. As in diffusers. It costs time: the denoiser comes and goes once a step."""
-        self.turns = Turns(self.device, home)
+        device; the others wait in CPU memory. As in diffusers. It costs time: the denoiser comes twice a step."""
+        self.turns = Turns(self.device, self.home)
         self.send_home(*self.modules())
 
     def send_home(self, *modules: nn.Module) -> None:
         """With model offload: these wait from now on until they are brought, a reward's networks for instance."""
         if self.turns is not None:
             for module in modules:
-                self.turns.place(module, self.turns.home)
+                self.turns.place(module, self.home)
 
     def bring(self, *modules: nn.Module) -> None:
         """With model offload: these have the device to themselves now."""

@@ -143,7 +143,9 @@ class ModelScope(VideoModel):
         if guidance_scale == 1:
             return self.denoiser(latents, t, conditioning.prompt).sample
         if sequential:
-            empty, prompt = (self.denoiser(latents, t, text).sample for text in (conditioning.empty, conditioning.prompt))
+            empty, prompt = (
+                self.denoiser(latents, t, text).sample for text in (conditioning.empty, conditioning.prompt)
+            )
         else:
             text = torch.cat([conditioning.empty, conditioning.prompt])
             empty, prompt = self.denoiser(torch.cat([latents] * 2), t, text).sample.chunk(2)

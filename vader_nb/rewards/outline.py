@@ -16,12 +16,13 @@ import transformers as hf
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torchvision.models.optical_flow import raft_small
 
-from . import action as kinetics
 from . import clip, detection, flow, heads, vjepa
-from . import image_reward as blip
-from . import text_video as x_clip
+from .action import TINY as TINY_ACTION
+from .action import Action
 from .base import Reward
+from .image_reward import ImageReward
 from .pixels import brightness, colourfulness, compressibility, incompressibility, motion_smoothness  # noqa: F401
+from .text_video import TextVideo
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 HUGE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
@@ -118,22 +119,22 @@ def snowy(head, checkpoint="published") -> Reward:
 
 
 def action(checkpoint="published", label=None) -> Reward:
-    folder = kinetics.TINY if checkpoint == "tiny" else checkpoint
+    folder = TINY_ACTION if checkpoint == "tiny" else checkpoint
     names = {f"action {i}": i for i in range(400)}
     published = {"label2id": names, "id2label": {i: name for name, i in names.items()}, "use_mean_pooling": True}
     config = in_directory(folder, hf.VideoMAEConfig, **published)
-    return kinetics.Action(hf.VideoMAEForVideoClassification(config), next(iter(config.label2id)))
+    return Action(hf.VideoMAEForVideoClassification(config), next(iter(config.label2id)))
 
 
 def text_video(checkpoint="published") -> Reward:
-    return x_clip.TextVideo(hf.XCLIPModel(in_directory(checkpoint, hf.XCLIPConfig)), Tokens())
+    return TextVideo(hf.XCLIPModel(in_directory(checkpoint, hf.XCLIPConfig)), Tokens())
 
 
 def image_reward(checkpoint="published") -> Reward:
     vision = hf.BlipVisionConfig(**LARGE, image_size=224, patch_size=16)
     words = {"vocab_size": 30524, "encoder_hidden_size": 1024, "max_position_embeddings": 512, "is_decoder": True}
     text = hf.BlipTextModel(hf.BlipTextConfig(**TEXT, num_hidden_layers=12, **words), False)
-    return blip.ImageReward(hf.BlipVisionModel(vision), text, torch.nn.Linear(768, 1), Tokens())
+    return ImageReward(hf.BlipVisionModel(vision), text, torch.nn.Linear(768, 1), Tokens())
 
 
 def temporal_consistency(checkpoint="published", *, seed=0) -> Reward:
