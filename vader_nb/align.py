@@ -166,7 +166,10 @@ def align(
     except BaseException:
         adapter.remove()
         raise
-    reward.to(model.device)
+    if model.turns is None:
+        reward.to(model.device)
+    else:  # it waits for its turn
+        model.send_home(*reward.networks)
     journal = checkpoints.Journal(folder / "metrics.jsonl", state.metrics)
     if log_with:
         accelerator.init_trackers(folder.name, flat(config), {"wandb": {"dir": str(folder)}})

@@ -23,7 +23,7 @@ EPILOG = "Errors that you can mend are one line and exit code 2; anything else i
 def sampling_of(arguments):
     from .gradient import Sampling
 
-    names = ("num_inference_steps", "guidance_scale", "num_frames", "height", "width")
+    names = ("num_inference_steps", "guidance_scale", "num_frames", "height", "width", "sequential_guidance")
     return Sampling(**{name: getattr(arguments, name) for name in names})
 
 
@@ -113,10 +113,12 @@ def run_align(arguments):
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"a run's name is one folder's name, not {name!r}; the place is output_dir")
     model = load(arguments.model)
+    if arguments.model_cpu_offload:
+        model.enable_model_cpu_offload()
     began = time.time()
     options = (
         "steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps weight_decay "
-        "max_grad_norm use_8bit_adam rank alpha chunk mixed_precision seed checkpoint_every checkpoints_total_limit "
+        "max_grad_norm use_8bit_adam rank alpha chunk offload mixed_precision seed checkpoint_every checkpoints_total_limit "
         "log_with"
     )
     options = {option: getattr(arguments, option) for option in options.split()}
@@ -252,10 +254,10 @@ def run_rewards(arguments):
 def run_memory(arguments):
     from .memory import memory
 
-    names = "model reward batch_size num_inference_steps num_frames height width guidance_scale rank gpu"
+    names = "model reward batch_size num_inference_steps num_frames height width guidance_scale rank gpu offload chunk"
+    names += " checkpoint_blocks sequential_guidance model_cpu_offload measured"
     options = {name: getattr(arguments, name) for name in names.split()}
-    options = {name: value for name, value in options.items() if value is not None}
-    strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames)
+    strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames or "random:1")
     print(memory(**options, strategy=strategy, frames=frames))
 
 

@@ -37,6 +37,9 @@ class Sampled(Common):
     num_frames: int | None = option(None, "default: the model's")
     height: int | None = option(None, "pixels; default: the model's")
     width: int | None = option(None, "pixels; default: the model's")
+    sequential_guidance: bool = option(
+        False, "guidance's two branches one after the other: half the memory, same result"
+    )
 
 
 @dataclass
@@ -72,6 +75,8 @@ class Align(Judged):
     K: int | None = option(None, "steps that learn (last, random, drtune), the step (step), noisings (draft_lv)")
     frames: str | None = option(None, FRAMES)
     chunk: int = option(1, "frames decoded at once")
+    offload: bool = option(False, "what the denoiser keeps for the backward pass waits in CPU memory")
+    model_cpu_offload: bool = option(False, "only the networks of the current stage are on the GPU")
     mixed_precision: str = option("no", "no, fp16, bf16")
     seed: int = 0
     name: str | None = option(None, "the run's name; default: the model's and the time")
@@ -122,9 +127,14 @@ class Memory(Sampled):
     batch_size: int = 1
     rank: int = 8
     strategy: str = option("last", "last, random, step, draft_lv, refl, drtune")
-    K: int | None = None
-    frames: str | None = option(None, FRAMES)
-    gpu: str | None = option(None, "T4, L4, A100-40, A100-80; default: all of them")
+    K: int | None = option(None, "as for align")
+    frames: str | None = option(None, "as for align; default: random:1")
+    chunk: int = option(1, "frames decoded at once")
+    checkpoint_blocks: bool = option(True, "the denoiser's blocks are computed again in the backward pass")
+    offload: bool = option(False, "what the denoiser keeps for the backward pass waits in CPU memory")
+    model_cpu_offload: bool = option(False, "only the networks of the current stage are on the GPU")
+    gpu: str | None = option(None, "T4, L4, A100 40 GB or A100 80 GB; default: all of them")
+    measured: bool = option(False, "on this machine's GPU, with real weights, instead of simulated")
 
 
 @dataclass
