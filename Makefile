@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 NAME ?= tiny-$(shell date +%Y%m%d-%H%M%S)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: align test lab notebooks html zoo lint clean
+.PHONY: align test test-package test-notebooks lab notebooks html zoo lint clean
 
 align: $(VENV)/installed
 	$(BIN)/vader-nb align --name $(NAME)
@@ -19,8 +19,14 @@ align: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-package test-notebooks
+
+# Side by side on two cores, with one thread each: much of both is waiting for imports.
+test-package:
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks
+
+test-notebooks:
+	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks
 
 lab: $(VENV)/installed-lab
 	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)  # in a container one is often root

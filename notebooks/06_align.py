@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
-# | no GPU, no download, no account | 1.9 minutes | 1.4 GB | not measured |
+# | no GPU, no download, no account | 5.1 minutes | 1.4 GB | not measured |
 #
 # *Words and symbols: [notation and glossary](notation.md).*
 
@@ -180,7 +180,8 @@ Gallery(rows, width=112)
 # training has never seen, two seeds each, every difference with its 95 % interval. The *oracles* are plain code that reads
 # colour, shape, motion and ground off the pixels; no gradient has ever pleased them.
 #
-# Two more rows: `motion` is the mean change from one frame to the next (of anything: moving, or flickering), `diversity` how
+# `wins` is the share of pairs (same prompt, same seed) in which the clip after scores higher; † marks what was not trained
+# on. Two more rows: `motion` is the mean change from one frame to the next (of anything: moving, or flickering), `diversity` how
 # much clips of one prompt differ from seed to seed.
 #
 # > **Predict.** Nobody asked for diversity, in either direction. What happens to it?

@@ -1,5 +1,6 @@
 """Video models: `load("tiny")`, `load("modelscope")`, `load("zeroscope")`, or a directory of the same layout."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def load(
     """Load a video model, frozen and in eval mode.
 
     name: a key of `CHECKPOINTS`, or a directory in diffusers' `TextToVideoSDPipeline` layout.
-    device: default CUDA if there is one. dtype: default float16 on CUDA, float32 on the CPU.
+    device: default CUDA if there is one; in one of several processes, the GPU of its own. dtype: default float16 on
+    CUDA, float32 on the CPU.
     hub: passed to `from_pretrained` (revision, cache_dir, token, …).
     Raises ValueError for an unknown name and FileNotFoundError, which names the checkpoint, its size and
     the way out, where the weights are neither here nor within reach.
@@ -71,7 +73,7 @@ def load(
 
     from .modelscope import ModelScope
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     checkpoint = checkpoint_of(name)
     local = Path(checkpoint.source).is_dir()
