@@ -24,6 +24,7 @@ from vader_nb.gradient import (
     score,
 )
 from vader_nb.memory import Peak
+from vader_nb.models import Conditioning
 from vader_nb.rewards import as_reward, hps, reward
 
 PROMPTS, SEEDS = ["a red star", "a blue circle growing"], [3, 8]
@@ -84,7 +85,12 @@ def plain_autograd(model, adapter, reward, sampling, strategy, frames):
     T = len(scheduler.timesteps)
 
     def denoise(x, t):
-        return model.predict(x, t, conditioning, sampling.guidance_scale, sampling.unconditional_gradient)
+        if sampling.unconditional_gradient or sampling.guidance_scale == 1:
+            return model.predict(x, t, conditioning, sampling.guidance_scale)
+        with torch.no_grad():
+            empty = model.predict(x, t, Conditioning(conditioning.empty, conditioning.empty), 1)
+        prompt = model.predict(x, t, conditioning, 1)
+        return empty + sampling.guidance_scale * (prompt - empty)
 
     for i, t in enumerate(scheduler.timesteps):
         n = T - i  # counted from the end

@@ -30,6 +30,7 @@ _HOMES = {
     "evaluate": "evaluate",
     "launch": "parallel",
     "load": "models",
+    "memory": "memory",
     "reward": "rewards",
     "reward_gradient": "gradient",
     "sample": "gradient",

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .lora import Adapter
 from .models import Conditioning, VideoModel
+from .offload import saved_at
 from .rewards import Reward, as_reward
 
 # --------------------------------------------------------------------------- which steps get a gradient
@@ -181,6 +182,7 @@ class Sampling:
     width: int | None = None  # pixels
     eta: float = 0.0  # DDIM's noise: 0 deterministic, 1 DDPM-like
     unconditional_gradient: bool = True  # False: guidance's unconditional branch gets no gradient, half the memory
+    sequential_guidance: bool = False  # guidance's two branches one after the other: the same gradient, half the memory
 
     def filled(self, model: VideoModel) -> "Sampling":
         defaults = {name: value for name, value in model.defaults.items() if getattr(self, name, 0) is None}
@@ -232,7 +234,8 @@ def roll_out(
                 before_window.close()  # the window runs as it will be replayed, to the last bit
                 rollout.start = latents
                 rollout.scheduler, rollout.generators = copy.deepcopy(scheduler), clone(generators)
-            output = model.predict(scheduler.scale_model_input(latents, t), t, conditioning, sampling.guidance_scale)
+            scaled = scheduler.scale_model_input(latents, t)
+            output = model.predict(scaled, t, conditioning, sampling.guidance_scale, sampling.sequential_guidance)
             if i >= cut:
                 rollout.outputs.append(output)
             if i == end - 1 and stop:
@@ -294,6 +297,7 @@ def score(
     A reward on single frames streams decode -> reward -> backward. A reward on the whole clip is given all
     frames, decoded without a graph, and its gradient is then streamed back through the decoder.
     """
+    model.bring(*model.decoders(), *reward.networks)
     leaf = latents.detach().requires_grad_()
     scale = HALF_SCALE if latents.dtype == torch.float16 else 1.0
     chunks = [frames[i : i + chunk] for i in range(0, len(frames), chunk)]
@@ -336,22 +340,35 @@ def checked(reward: Reward, frames: torch.Tensor, prompts: list[str]) -> torch.T
 
 class Replayed(torch.autograd.Function):
     """A denoiser call whose forward pass has been run already: forward hands out the noted output,
-    backward computes the call again with a graph and passes the gradient on through it."""
+    backward computes the call again with a graph and passes the gradient on through it.
+
+    `calls` are (weight, function of the latents): what the output is the sum of. They are gone through one by one."""
 
     @staticmethod
-    def forward(ctx, latents, output, anchor, call, context):
+    def forward(ctx, latents, output, anchor, calls, context):
         # `anchor` asks for a gradient, so that autograd comes by even where the latents do not ask for one.
         ctx.save_for_backward(latents)
-        ctx.call, ctx.context, ctx.wants_latents = call, context, latents.requires_grad
+        ctx.calls, ctx.context, ctx.wants_latents = calls, context, latents.requires_grad
         return output.clone()
 
     @staticmethod
     def backward(ctx, gradient):
         latents = ctx.saved_tensors[0].detach().requires_grad_(ctx.wants_latents)
         with torch.enable_grad(), ctx.context():
-            output = ctx.call(latents)
-            torch.autograd.backward(output, gradient)
+            for weight, call in ctx.calls:
+                torch.autograd.backward(call(latents), gradient * weight)
         return latents.grad, None, None, None, None
+
+
+def denoiser_calls(
+    model: VideoModel, t, conditioning: Conditioning, sampling: Sampling
+) -> list[tuple[float, Callable]]:
+    """(weight, function of the latents), whose sum is the denoiser's output with guidance, as far as it learns."""
+    scale = sampling.guidance_scale
+    if scale == 1 or (sampling.unconditional_gradient and not sampling.sequential_guidance):
+        return [(1.0, lambda x: model.predict(x, t, conditioning, scale))]
+    branches = model.branches(conditioning, scale)[: None if sampling.unconditional_gradient else 1]
+    return [(weight, lambda x, text=text: model.predict(x, t, text, 1)) for weight, text in branches]
 
 
 def replay(
@@ -371,13 +388,10 @@ def replay(
     for i, (t, output) in enumerate(zip(rollout.timesteps, rollout.outputs)):
         active = window - i in plan.active
         scaled = scheduler.scale_model_input(latents, t)
-
-        def call(x, t=t):
-            return model.predict(x, t, conditioning, sampling.guidance_scale, sampling.unconditional_gradient)
-
         if active or (scaled.requires_grad and not plan.linear):
             before = scaled.detach() if plan.linear else scaled
-            output = Replayed.apply(before, output, anchor, call, functools.partial(context, active))
+            calls = denoiser_calls(model, t, conditioning, sampling)
+            output = Replayed.apply(before, output, anchor, calls, functools.partial(context, active))
         if i == len(rollout.timesteps) - 1 and plan.stop:
             return model.predict_x0(scheduler, output, t, latents)
         latents = model.step(scheduler, output, t, latents, eta=sampling.eta, generators=generators)
@@ -471,7 +485,7 @@ def reward_gradient(
             if checkpoint_blocks:
                 stack.enter_context(checkpointed(model.blocks()))
             if offload:
-                stack.enter_context(torch.autograd.graph.save_on_cpu())
+                stack.enter_context(saved_at(model.home, model.denoiser))
             if not active:
                 stack.enter_context(adapter.frozen())
             yield
@@ -519,7 +533,8 @@ def renoised(model, rollout, plan, sampling, conditioning, generators) -> Iterat
         start = model.add_noise(scheduler, rollout.latents, t, generators)
         with torch.no_grad():
             scheduler_now = copy.deepcopy(scheduler)
-            output = model.predict(scheduler.scale_model_input(start, t), t, conditioning, sampling.guidance_scale)
+            scaled = scheduler.scale_model_input(start, t)
+            output = model.predict(scaled, t, conditioning, sampling.guidance_scale, sampling.sequential_guidance)
             state = clone(generators)
             final = model.step(scheduler, output, t, start, eta=sampling.eta, generators=generators)
         yield Rollout(final, [t], [output], start, scheduler_now, state)

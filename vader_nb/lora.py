@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
 from .models import VideoModel
@@ -59,6 +60,7 @@ class Adapter:
         place, never added to them and subtracted again, which would leave rounding behind. Where an engine
         (FSDP, ZeRO-3) has cut them up over processes there is nothing to add to, and the adapter acts unfused.
         """
+        self.model.bring(self.model.denoiser)
         kept = []
         try:
             with torch.no_grad():
@@ -188,13 +190,15 @@ def add(
             f"no layer of {model.name!r} is named {' or '.join(targets)}; linear layers end in {', '.join(linear)}"
         )
     alpha = rank if alpha is None else alpha
-    with torch.random.fork_rng(devices=[]):
+    # peft converts what it makes, which is not to be done to the fake tensors of `vader_nb.memory`.
+    with torch.random.fork_rng(devices=[]), unset_fake_temporarily():
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), model.denoiser)
     adapter = Adapter(model, rank, alpha, targets)
     for layer in adapter.layers.values():
         for matrix in _matrices(layer):
-            matrix.to(model.device, torch.promote_types(model.dtype, torch.float32))
+            dtype = torch.promote_types(model.dtype, torch.float32)
+            matrix.weight = nn.Parameter(matrix.weight.detach().to(model.device, dtype, copy=True))
     model.denoiser.eval()
     return adapter
 

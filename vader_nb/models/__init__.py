@@ -8,7 +8,7 @@ import torch
 from ..hub import reachable
 from .base import Conditioning, VideoModel
 
-__all__ = ["CHECKPOINTS", "Checkpoint", "Conditioning", "VideoModel", "load"]
+__all__ = ["CHECKPOINTS", "Checkpoint", "Conditioning", "VideoModel", "load", "outline"]
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,7 @@ def load(
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    folder = Path(name)
-    if str(name) in CHECKPOINTS:
-        checkpoint = CHECKPOINTS[str(name)]
-    elif (folder / "model_index.json").is_file():
-        checkpoint = Checkpoint(str(folder), "", "", "DDIMScheduler", CHECKPOINTS["modelscope"].defaults)
-    elif folder.is_dir():
-        raise FileNotFoundError(f"{folder} has no model_index.json: not a diffusers pipeline directory")
-    else:
-        known = ", ".join(CHECKPOINTS)
-        raise ValueError(f"unknown model {str(name)!r}: choose one of {known}, or give a pipeline directory")
-
+    checkpoint = checkpoint_of(name)
     local = Path(checkpoint.source).is_dir()
     if not local:
         local_files_only = local_files_only or not reachable()
@@ -108,3 +98,28 @@ def load(
             f"  without either:  vader_nb.load('tiny'), embedded in this package"
         ) from error
     return model.to(device)
+
+
+def outline(name: str | Path = "tiny") -> VideoModel:
+    """The model without its weights, for fake tensors: see `ModelScope.outline`. Needs no download."""
+    import diffusers
+
+    from .modelscope import ModelScope
+
+    checkpoint = checkpoint_of(name)
+    folder, scheduler = Path(checkpoint.source), getattr(diffusers, checkpoint.scheduler)
+    local = folder if folder.is_dir() else None
+    return ModelScope.outline(local, name=str(name), scheduler=scheduler, defaults=checkpoint.defaults)
+
+
+def checkpoint_of(name: str | Path) -> Checkpoint:
+    """Raises ValueError for an unknown name, FileNotFoundError for a directory that is no pipeline's."""
+    folder = Path(name)
+    if str(name) in CHECKPOINTS:
+        return CHECKPOINTS[str(name)]
+    if (folder / "model_index.json").is_file():
+        return Checkpoint(str(folder), "", "", "DDIMScheduler", CHECKPOINTS["modelscope"].defaults)
+    if folder.is_dir():
+        raise FileNotFoundError(f"{folder} has no model_index.json: not a diffusers pipeline directory")
+    known = ", ".join(CHECKPOINTS)
+    raise ValueError(f"unknown model {str(name)!r}: choose one of {known}, or give a pipeline directory")

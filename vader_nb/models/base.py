@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..offload import Turns
+
 
 class Conditioning(NamedTuple):
     """Text embeddings of the prompts and of the empty prompt, each (B, tokens, width)."""
@@ -30,6 +32,16 @@ class VideoModel(ABC):
     defaults: dict
     targets: tuple[str, ...]
     prefix: str  # of the denoiser's keys in a diffusers LoRA file: "unet" or "transformer"
+    home = torch.device("cpu")  # where waits what is not at work, if something is offloaded
+    turns: Turns | None = None  # without model offload all networks stay where they are
+
+    @abstractmethod
+    def modules(self) -> list[nn.Module]:
+        """All networks."""
+
+    @abstractmethod
+    def decoders(self) -> list[nn.Module]:
+        """The networks, or their parts, that `decode` runs."""
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -40,8 +52,9 @@ class VideoModel(ABC):
         """Noise of unit variance (B, C, F, H, W), one clip a generator; sizes in pixels."""
 
     @abstractmethod
-    def predict(self, latents, t, conditioning, guidance_scale, unconditional_gradient=True) -> torch.Tensor:
-        """The denoiser's output for scaled latents at timestep t, after classifier-free guidance."""
+    def predict(self, latents, t, conditioning, guidance_scale, sequential=False) -> torch.Tensor:
+        """The denoiser's output for scaled latents at timestep t, after classifier-free guidance, whose two branches
+        run as one batch, or, sequential, one after the other."""
 
     @abstractmethod
     def decode(self, latents: torch.Tensor, frames: list[int]) -> torch.Tensor:
@@ -51,9 +64,32 @@ class VideoModel(ABC):
     def blocks(self) -> list[nn.Module]:
         """The denoiser's parts that activation checkpointing wraps, one by one."""
 
+    def branches(self, conditioning: Conditioning, guidance_scale: float) -> list[tuple[float, Conditioning]]:
+        """Guidance as a sum: (weight, conditioning) of calls without guidance, the prompt's first."""
+        nothing = Conditioning(conditioning.empty, conditioning.empty)
+        return [(guidance_scale, conditioning), (1 - guidance_scale, nothing)]
+
+    def enable_model_cpu_offload(self) -> None:
+        """From now on only the networks of the current stage (text, denoiser, decoder and reward) are on the model's
+        device; the others wait in CPU memory. As in diffusers. It costs time: the denoiser comes twice a step."""
+        self.turns = Turns(self.device, self.home)
+        self.send_home(*self.modules())
+
+    def send_home(self, *modules: nn.Module) -> None:
+        """With model offload: these wait from now on until they are brought, a reward's networks for instance."""
+        if self.turns is not None:
+            for module in modules:
+                self.turns.place(module, self.home)
+
+    def bring(self, *modules: nn.Module) -> None:
+        """With model offload: these have the device to themselves now."""
+        if self.turns is not None:
+            self.turns(*modules)
+
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        """Where the work is done."""
+        return next(self.denoiser.parameters()).device if self.turns is None else self.turns.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,7 +1,5 @@
 """Rewards. Names are imported on first use, so that one reward's libraries are not another's burden."""
 
-import sys
-
 from .._face import install
 from .base import Reward, as_reward, conflict, reward, statistics
 
@@ -33,29 +31,31 @@ EMBEDDED = ("action", "aesthetic", "aesthetic_hps", "hps")  # those of which the
 __all__ = ["EMBEDDED", "NAMES", "Reward", "as_reward", "conflict", "parse", "reward", "statistics", *sorted(_HOMES)]
 
 
-install(__name__, _HOMES)
+install(__name__, _HOMES, ("outline",))
 
 METHODS = ("towards", "capped", "normalised")  # of a reward, in an expression
 
 
-def parse(expression: str, tiny: bool = False) -> Reward:
+def parse(expression: str, tiny: bool = False, outline: bool = False) -> Reward:
     """The reward of an expression such as `hps + 0.1 * aesthetic` or `aesthetic().towards(9)`.
 
     Only names of `NAMES`, numbers, strings, + - *, calls and the methods of `METHODS` are understood; nothing else in
-    the text can run. tiny: a name without arguments means the embedded reward, where there is one. Raises ValueError
-    that points at what was not understood.
+    the text can run. tiny: a name without arguments means the embedded reward, where there is one. outline: only
+    networks' architectures, for fake tensors (see `rewards.outline`). Raises ValueError that points at what was not
+    understood.
     """
     import ast
     import functools
+    import importlib
     import operator
 
-    here = sys.modules[__name__]
     operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
     def load(name, *args, **options):
         if tiny and name in EMBEDDED and not args:
             options = {"checkpoint": "tiny"} | options
-        return getattr(here, name)(*args, **options)
+        maker = importlib.import_module(f".{'outline' if outline else _REWARDS[name]}", __name__)
+        return getattr(maker, name)(*args, **options)
 
     def call(function, node):
         args = [build(value) for value in getattr(node, "args", [])]

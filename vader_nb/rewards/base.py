@@ -25,6 +25,7 @@ class Reward:
     range: tuple[float, float] = (-float("inf"), float("inf"))
     typical: tuple[float, float] | None = None  # scores of usual pictures or clips, where known
     unit: str = ""
+    networks: list = []  # the modules inside
 
     def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         raise NotImplementedError
@@ -92,7 +93,7 @@ class Mapped(Reward):
     def __init__(self, name: str, function: Callable, inner: Reward, range=Reward.range, unit="", typical=None):
         self.name, self.function, self.inner = name, function, inner
         self.range, self.unit, self.typical = range, unit, typical
-        self.per_frame = inner.per_frame
+        self.per_frame, self.networks = inner.per_frame, inner.networks
 
     def scores(self, frames, prompts):
         return self.function(self.inner.scores(frames, prompts))
@@ -114,7 +115,7 @@ class Sum(Reward):
     def __init__(self, left: Reward, right: Reward):
         self.left, self.right = left, right
         self.name = f"{left.name} + {right.name}"
-        self.per_frame = left.per_frame and right.per_frame
+        self.per_frame, self.networks = left.per_frame and right.per_frame, [*left.networks, *right.networks]
         self.range = (left.range[0] + right.range[0], left.range[1] + right.range[1])
 
     def scores(self, frames, prompts):

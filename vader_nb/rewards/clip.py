@@ -106,6 +106,10 @@ def transformers_towers(checkpoint: str, local: str | Path | None, dtype: torch.
     source = SOURCES[checkpoint]
     model = hub.network(CLIPModel, source, local, otherwise=OTHERWISE, dtype=torch.float32)
     tokenizer = hub.pretrained(AutoTokenizer.from_pretrained, source, local, otherwise=OTHERWISE)
+    return towers_of(model, tokenizer, **look).to(dtype)
+
+
+def towers_of(model: CLIPModel, tokenizer: Callable, **look) -> CLIP:
     length = model.config.text_config.max_position_embeddings
 
     # The parts by hand: what get_image_features returns differs between transformers 4 and 5.
@@ -117,18 +121,20 @@ def transformers_towers(checkpoint: str, local: str | Path | None, dtype: torch.
         return model.text_projection(model.text_model(**tokens.to(model.device)).pooler_output)
 
     size, blocks = model.config.vision_config.image_size, [*model.vision_model.encoder.layers]
-    return CLIP(model, encode_image, encode_text, size, blocks, **look).to(dtype)
+    return CLIP(model, encode_image, encode_text, size, blocks, **look)
 
 
 def picture_tower(checkpoint: str, local: str | Path | None, dtype: torch.dtype, **look) -> CLIP:
     """The picture half of a `CLIPModel` only, for heads that read no prompt."""
     model = hub.network(CLIPVisionModelWithProjection, SOURCES[checkpoint], local, otherwise=OTHERWISE, dtype=dtype)
+    return picture_tower_of(model, **look)
 
+
+def picture_tower_of(model: CLIPVisionModelWithProjection, **look) -> CLIP:
     def encode_image(pixels):
         return model(pixel_values=pixels).image_embeds
 
-    blocks = [*model.vision_model.encoder.layers]
-    return CLIP(model, encode_image, None, model.config.image_size, blocks, **look)
+    return CLIP(model, encode_image, None, model.config.image_size, [*model.vision_model.encoder.layers], **look)
 
 
 @contextlib.contextmanager
@@ -146,7 +152,7 @@ class Comparison(Reward):
     """The cosine between a frame and its prompt, or, `tempered`, that times exp(CLIP's logit scale)."""
 
     def __init__(self, clip: CLIP, name: str, tempered: bool = False):
-        self.clip, self.name, self.tempered = clip, name, tempered
+        self.clip, self.name, self.tempered, self.networks = clip, name, tempered, clip.networks
         self.typical = CARDS[name].typical
         high = clip.temperature().item() if tempered else 1.0
         self.range, self.unit = (-high, high), "logit" if tempered else "cosine"

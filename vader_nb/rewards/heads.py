@@ -28,7 +28,7 @@ class Rated(Reward):
         between: Callable | None = None,
         after: Callable | None = None,
     ):
-        self.clip, self.name, self.range, self.unit = clip, name, range, unit
+        self.clip, self.name, self.range, self.unit, self.networks = clip, name, range, unit, clip.networks
         self.typical = CARDS[name].typical if name in CARDS else None
         self.between, self.after = between, after
         numbers = sorted({int(key.split(".")[1]) for key in head})
