@@ -97,6 +97,10 @@ def run_align(arguments):
     from .models import load
     from .rewards import parse
 
+    if arguments.speed:
+        from . import speed
+
+        speed.read(arguments.speed)  # an unknown switch is an error before anything is loaded
     first, tiny = alone(), arguments.model == "tiny"
     # Everything that can be wrong with the words is found before anything is loaded.
     strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames or "random:1")
@@ -113,6 +117,8 @@ def run_align(arguments):
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"a run's name is one folder's name, not {name!r}; the place is output_dir")
     model = load(arguments.model)
+    if arguments.speed:
+        speed.apply(model, arguments.speed)
     if arguments.model_cpu_offload:
         model.enable_model_cpu_offload()
     began = time.time()

@@ -78,6 +78,9 @@ class Align(Judged):
     offload: bool = option(False, "what the denoiser keeps for the backward pass waits in CPU memory")
     model_cpu_offload: bool = option(False, "only the networks of the current stage are on the GPU")
     mixed_precision: str = option("no", "no, fp16, bf16")
+    speed: str | None = option(
+        None, "switches, such as channels_last,compile; python -m vader_nb.selfcheck measures them"
+    )
     seed: int = 0
     name: str | None = option(None, "the run's name; default: the model's and the time")
     output_dir: str = option("runs", "where runs are kept")
