@@ -172,3 +172,9 @@ def test_prompts_are_kept_within_bounds(tiny, monkeypatch):
     for i in range(10):
         assert len(tiny.encode([f"{i} red stars", "a star"]).prompt) == 2
         assert len(tiny.texts) <= 4
+
+
+def test_a_model_that_offloads_is_moved_before_not_after(micro):
+    micro.enable_model_cpu_offload()
+    with pytest.raises(RuntimeError, match="before that"):
+        micro.to(torch.float32)

@@ -112,7 +112,8 @@ class CudaPeak:
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides how much memory a training step takes. Names and meanings as in `align` and `Sampling`."""
+    """What decides how much memory a training step takes. Names and meanings as in `align` and `Sampling`;
+    model_cpu_offload: after `model.enable_model_cpu_offload()`."""
 
     model: str = "modelscope"
     reward: str = "hps"
