@@ -227,12 +227,36 @@ def test_every_setting_gives_the_same_gradient(micro, name, strategy, options):
         Sampling(guidance_scale=1.0),
         Sampling(guidance_scale=4.0),
         Sampling(guidance_scale=4.0, unconditional_gradient=False),
+        Sampling(guidance_scale=4.0, sequential_guidance=True),
+        Sampling(guidance_scale=4.0, sequential_guidance=True, unconditional_gradient=False),
+        Sampling(guidance_scale=1.0, sequential_guidance=True),
     ],
-    ids=["off", "both branches", "unconditional without"],
+    ids=["off", "both branches", "unconditional without", "sequential", "sequential, without", "sequential, off"],
 )
 def test_guidance_in_training(micro, sampling):
     setup = micro, adapted(micro), REWARDS["frames"], sampling, Last(2), Frames("all")
     assert_equal(staged(*setup), plain_autograd(*setup))
+
+
+@pytest.mark.parametrize("strategy", [Last(1), Step(3), DRaFTLV(2)], ids=str)
+def test_sequential_guidance_gives_the_gradient_of_batched_guidance(micro, strategy):
+    setup, rest = (micro, adapted(micro), REWARDS["frames"]), (strategy, Frames("all"))
+    batched, sequential = (staged(*setup, Sampling(sequential_guidance=flag), *rest)[1] for flag in (False, True))
+    assert (batched - sequential).norm() <= 1e-10 * batched.norm()
+
+
+def test_model_offload_gives_the_same_gradient_and_leaves_the_adapter_its_optimizer(micro):
+    """On a CPU home and accelerator are one place, but the weights come and go as they do elsewhere."""
+    adapter = adapted(micro)
+    ours, weights = adapter.parameters(), {n: p.clone() for n, p in micro.denoiser.named_parameters()}
+    setup = adapter, REWARDS["frames"], Sampling(), Last(2), Frames("all")
+    before = staged(micro, *setup)
+    micro.enable_model_cpu_offload()
+    assert_equal(staged(micro, *setup), before)
+    assert all(now is then for now, then in zip(adapter.parameters(), ours))
+    for name, p in micro.denoiser.named_parameters():
+        torch.testing.assert_close(p, weights[name], rtol=0, atol=0)
+    assert sample(micro, "a red star").isfinite().all()
 
 
 def test_guidance_without_the_unconditional_gradient_is_another_gradient(micro):

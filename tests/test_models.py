@@ -150,3 +150,31 @@ def test_long_and_strange_prompts_are_only_text(tiny):
     prompts = ["x" * 10_000, "<script>alert(1)</script>", "../../etc/passwd", "ein Würfel 🎲", " "]
     clips = sample(tiny, prompts, sampling=Sampling(num_inference_steps=1))
     assert clips.isfinite().all()
+
+
+def test_a_prompt_is_read_once_and_whatever_stands_beside_it(tiny, monkeypatch):
+    tiny.texts.clear()
+    alone = tiny.encode(["a red star"])
+    read, asked = tiny.read, []
+    monkeypatch.setattr(tiny, "read", lambda prompt: asked.append(prompt) or read(prompt))
+    among = tiny.encode(["a blue circle", "a red star", "a blue circle"])
+    assert asked == ["a blue circle"]
+    assert torch.equal(among.prompt[1], alone.prompt[0])
+    assert torch.equal(among.empty[2], alone.empty[0])
+    together = tiny.text_encoder(
+        tiny.tokenizer(["a red star", ""], padding="max_length", return_tensors="pt").input_ids
+    ).last_hidden_state
+    torch.testing.assert_close(together, torch.cat([alone.prompt, alone.empty]), rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_are_kept_within_bounds(tiny, monkeypatch):
+    monkeypatch.setattr("vader_nb.models.modelscope.REMEMBERED", 4)
+    for i in range(10):
+        assert len(tiny.encode([f"{i} red stars", "a star"]).prompt) == 2
+        assert len(tiny.texts) <= 4
+
+
+def test_a_model_that_offloads_is_moved_before_not_after(micro):
+    micro.enable_model_cpu_offload()
+    with pytest.raises(RuntimeError, match="before that"):
+        micro.to(torch.float32)

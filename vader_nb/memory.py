@@ -81,14 +81,17 @@ def tensors(tree) -> list[torch.Tensor]:
 
 class Shapes(FakeTensorMode):
     """Inside, tensors have shapes but no numbers. Who asks one for its number (`.item()`, `if tensor:`) hears yes, 1.0
-    or 0: what training's own questions want to hear, whether all is finite and in which range the frames lie."""
+    or 0: what training's own questions want to hear, whether all is finite and in which range the frames lie. While
+    networks are made, `yes` has to be False: initialisers draw again as long as a number is out of bounds."""
+
+    yes = True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         try:
             return super().__torch_dispatch__(function, types, args, kwargs)
         except DataDependentOutputException:
             dtype = args[0].dtype
-            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
+            return self.yes if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
 
 
 class CudaPeak:
@@ -109,7 +112,8 @@ class CudaPeak:
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides how much memory a training step takes. Names and meanings as in `align` and `Sampling`."""
+    """What decides how much memory a training step takes. Names and meanings as in `align` and `Sampling`;
+    model_cpu_offload: after `model.enable_model_cpu_offload()`."""
 
     model: str = "modelscope"
     reward: str = "hps"
@@ -245,11 +249,13 @@ def copied(value):
 def simulate(setting: Setting) -> dict[str, int]:
     """Bytes by stage. The accelerator's tensors are fake ones on "cpu", what waits elsewhere is on "meta": torch then
     picks fused attention, as CUDA does on every GPU named here, and not the one with all its weights in memory."""
-    with Shapes(allow_non_fake_inputs=True), Peak("cpu") as peak:
+    with Shapes(allow_non_fake_inputs=True) as shapes, Peak("cpu") as peak:
+        shapes.yes = False
         with outline.default_dtype(setting.dtype):
             model = models.outline(setting.model)
             model.home = torch.device("meta")
             reward = parse(setting.reward, tiny=setting.model == "tiny", outline=True)
+        shapes.yes = True
         step(model, reward, setting, peak)
     return {stage: peak.stages[stage] for stage in STAGES}
 

@@ -6,89 +6,37 @@ does it. Counted are the weights, and the most that lives beside them at one mom
 the same without checkpointing and chunks.
 """
 
-import json
 import sys
-from pathlib import Path
 
-import open_clip
 import torch
-import transformers as hf
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vader_nb.memory import Peak
-from vader_nb.rewards import clip, detection, heads
-from vader_nb.rewards.action import Action
+from vader_nb.memory import Peak, Shapes
+from vader_nb.rewards import outline
 from vader_nb.rewards.base import wide
-from vader_nb.rewards.text_video import TextVideo
 
 FRAMES = (1, 16, 3, 256, 256)
-PROMPT = "playing guitar"
-
-
-def hps():
-    config = json.loads((Path(open_clip.__file__).parent / "model_configs" / "ViT-H-14.json").read_text())
-    towers = clip.open_clip_towers(open_clip.CLIP(**config), open_clip.get_tokenizer("ViT-H-14"))
-    return clip.Comparison(towers, "hps"), towers
-
-
-LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-HUGE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-
-
-def picture_tower(**config):
-    """Of transformers' CLIP, under a head of one layer (the published ones are equal to one). Prompts' vectors are kept,
-    so that their tower adds nothing to a clip."""
-    model = hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**config))
-    blocks = [*model.vision_model.encoder.layers]
-    towers = clip.CLIP(model, lambda pixels: model(pixel_values=pixels).image_embeds, None, 224, blocks)
-    head = {"layers.0.weight": torch.zeros(1, model.config.projection_dim), "layers.0.bias": torch.zeros(1)}
-    return heads.Rated(towers, head, "aesthetic", (1.0, 10.0)), towers
-
-
-def kinetics():
-    labels = {i: f"action {i}" for i in range(400)} | {0: PROMPT}
-    names = {name: i for i, name in labels.items()}
-    config = hf.VideoMAEConfig(id2label=labels, label2id=names, use_mean_pooling=True)
-    reward = Action(hf.VideoMAEForVideoClassification(config))
-    return reward, reward
-
-
-def x_clip():
-    reward = TextVideo(hf.XCLIPModel(hf.XCLIPConfig()), None)
-    reward.read = lambda prompts: torch.zeros(len(prompts), 512, dtype=torch.float16)
-    return reward, reward
-
-
-def yolos():
-    shape = {
-        "hidden_size": 192,
-        "num_attention_heads": 3,
-        "intermediate_size": 768,
-        "use_mid_position_embeddings": False,
-    }
-    names = {i: f"thing {i}" for i in range(90)} | {90: "book"}
-    config = hf.YolosConfig(image_size=[800, 1333], id2label=names, label2id={v: k for k, v in names.items()}, **shape)
-    reward = detection.ObjectRemoval(detection.Yolos(hf.YolosForObjectDetection(config), "book"))
-    return reward, reward
-
-
+PROMPT = "a prompt"
 BUILD = {
-    "aesthetic": lambda: picture_tower(**LARGE, patch_size=14, projection_dim=768),
-    "hps": hps,
-    "pickscore": lambda: picture_tower(**HUGE, patch_size=14, projection_dim=1024),
-    "clip_score": lambda: picture_tower(),
-    "action": kinetics,
-    "text_video": x_clip,
-    "object_removal": yolos,
+    "aesthetic": outline.aesthetic,
+    "hps": outline.hps,
+    "pickscore": outline.pickscore,
+    "clip_score": outline.clip_score,
+    "image_reward": outline.image_reward,
+    "action": lambda: outline.action(label="action 0"),
+    "text_video": outline.text_video,
+    "temporal_consistency": outline.temporal_consistency,
+    "object_removal": outline.object_removal,
 }
 
 
 def measure(name: str, plain: bool = False) -> tuple[float, float]:
     """Gigabytes of the weights, and beside them."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        torch.set_default_dtype(torch.float16)  # fake weights cannot be converted
-        reward, network = BUILD[name]()
-        torch.set_default_dtype(torch.float32)
+    with Shapes(allow_non_fake_inputs=True) as shapes:
+        shapes.yes = False
+        with outline.default_dtype(torch.float16):  # fake weights cannot be converted
+            reward = BUILD[name]()
+        shapes.yes = True
+        network = getattr(reward, "clip", reward)
         if plain:
             network.frames_at_once = FRAMES[1]
             for part in network.networks:

@@ -99,6 +99,8 @@ class ModelScope(VideoModel):
         return [self.vae.post_quant_conv, self.vae.decoder]
 
     def to(self, *args, **kwargs) -> "ModelScope":
+        if self.turns is not None:
+            raise RuntimeError(f"{self.name!r} offloads its networks already; move or convert it before that")
         for module in self.modules():
             module.to(*args, **kwargs)
         self.texts.clear()

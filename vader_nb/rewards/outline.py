@@ -123,7 +123,7 @@ def action(checkpoint="published", label=None) -> Reward:
     names = {f"action {i}": i for i in range(400)}
     published = {"label2id": names, "id2label": {i: name for name, i in names.items()}, "use_mean_pooling": True}
     config = in_directory(folder, hf.VideoMAEConfig, **published)
-    return Action(hf.VideoMAEForVideoClassification(config), next(iter(config.label2id)))
+    return Action(hf.VideoMAEForVideoClassification(config), label or next(iter(config.label2id)))
 
 
 def text_video(checkpoint="published") -> Reward:
