@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.test_gradient import PROMPTS, SEEDS, adapted, bright
 from vader_nb import gradient, selfcheck, speed
-from vader_nb.gradient import DRTune, Frames, Last, Sampling, reward_gradient
+from vader_nb.gradient import Frames, Last, Sampling, Step, reward_gradient
 from vader_nb.rewards import reward
 
 # --------------------------------------------------------------------------------------- the switches
@@ -74,21 +74,21 @@ def test_a_switch_changes_no_gradient_and_no_name_and_goes_off_again(micro, eage
 
 
 def test_compiled_blocks_are_run_and_follow_the_adapter(micro, eager):
-    """Fused, frozen and disabled it acts on what was compiled already; and a step has no graph that it had not."""
+    """Fused, frozen and disabled it acts on what was compiled already; and a second step compiles nothing more."""
     from torch._dynamo.utils import counters
 
     adapter = adapted(micro)
-    expected = gradient_of(micro, adapter, DRTune(1))
+    expected = gradient_of(micro, adapter, Step(2))
     with adapter.disabled():
         bare = gradient.sample(micro, PROMPTS)
     with speed.switched(micro, "compile"):
         counters.clear()
-        found = gradient_of(micro, adapter, DRTune(1))
+        found = gradient_of(micro, adapter, Step(2))
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
         with adapter.disabled():
             torch.testing.assert_close(gradient.sample(micro, PROMPTS), bare)
         made = counters["stats"]["unique_graphs"]
-        gradient_of(micro, adapter, DRTune(1))
+        gradient_of(micro, adapter, Step(2))
         assert counters["stats"]["unique_graphs"] == made > 0
         assert not counters["graph_break"]
 

@@ -262,7 +262,7 @@ def switches(options) -> Iterator[Row]:
     is told, so that a machine whose speed drifts does not decide; `none, again` shows how far chance goes."""
     model = load(options.model)
     reward, adapter = parse("hps", tiny=options.model == "tiny").to(model.device), adapted(model)
-    sampling, rounds = (SMALL, 3) if options.quick else (Sampling(), 7)
+    sampling, rounds = (SMALL, 5) if options.quick else (Sampling(), 7)
 
     def timed(name: str) -> tuple[float, torch.Tensor]:
         with speed.switched(model, name):
