@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,6 +205,7 @@ def cut_up(directory, folder):
             plugin = FullyShardedDataParallelPlugin()
             held = SimpleNamespace(distributed_type="FSDP", state=SimpleNamespace(fsdp_plugin=plugin))
             shard(model, held)  # accelerate itself refuses FSDP without a GPU; torch does not
+            results["blocks"] = len(model.blocks())
             results["held"] = sum(p.to_local().numel() for p in model.denoiser.parameters())
         adapter = lora.add(model, 2)
         for p in adapter.parameters()[1::2]:
@@ -223,6 +227,7 @@ def test_a_denoiser_that_is_cut_up_gives_the_same_gradient(micro_directory, tmp_
     launch(cut_up, micro_directory, tmp_path / "f")
     total = sum(p.numel() for p in build(micro_directory).denoiser.parameters())
     held = [left(tmp_path / "f", process)["held"] for process in (0, 1)]
+    assert left(tmp_path / "f")["blocks"] == len(build(micro_directory).blocks())  # they can still be checkpointed
     assert sum(held) == total and max(held) <= total / 2 + 100
     for process in (0, 1):
         got = left(tmp_path / "f", process)
@@ -260,6 +265,20 @@ def test_only_the_adapter_crosses_between_processes(micro_directory, tmp_path):
     for step in left(tmp_path / "c", 0):
         assert [name for name, _ in step].count("all_reduce") == 1
         assert size < sum(count for _, count in step) <= size + 64 < weights / 2
+
+
+def test_processes_may_be_forked_from_one_that_has_used_its_threads(micro_directory, tmp_path):
+    """As in a notebook: a fork that asks for the threads of its parent would wait for ever."""
+    code = (
+        "import torch; torch.set_num_threads(2); torch.nn.LayerNorm(512)(torch.randn(512, 512)).sum();"
+        "from tests.test_parallel import launch, train;"
+        f"launch(train, {str(micro_directory)!r}, {str(tmp_path / 'run')!r}, {{}})"
+    )
+    environment = {name: value for name, value in os.environ.items() if "OMP" not in name}
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=120, env=environment, cwd=Path(__file__).parents[1]
+    )
+    assert_same(left(tmp_path / "run", 0), left(tmp_path / "run", 1))
 
 
 def test_a_gpu_that_is_in_use_already_is_named(monkeypatch):

@@ -35,7 +35,7 @@ _HOMES = {
     "reward_gradient": "gradient",
     "sample": "gradient",
 }
-_MODULES = ("gradient", "lora", "models", "parallel", "prompts", "rewards", "video", "zoo")
+_MODULES = ("gradient", "lora", "models", "parallel", "prompts", "rewards", "speed", "video", "zoo")
 __all__ = ["__version__", *_HOMES, *_MODULES]
 
 install(__name__, _HOMES, _MODULES)

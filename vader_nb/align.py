@@ -166,9 +166,11 @@ def align(
     except BaseException:
         adapter.remove()
         raise
+    half = [model.dtype] if model.dtype in (torch.float16, torch.bfloat16) else []  # what `memory` counts with
     if model.turns is None:
-        reward.to(model.device)
+        reward.to(model.device, *half)
     else:  # it waits for its turn
+        reward.to(*half or [model.home])
         model.send_home(*reward.networks)
     journal = checkpoints.Journal(folder / "metrics.jsonl", state.metrics)
     if log_with:

@@ -232,6 +232,7 @@ def _child(threads: int | None, function: Callable, *args) -> None:
 
     if threads:
         torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # or accelerate would set more again
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     function(*args)

@@ -162,7 +162,8 @@ class ModelScope(VideoModel):
 
     def blocks(self) -> list[nn.Module]:
         wrapped = {"ResnetBlock2D", "TemporalConvLayer", "Transformer2DModel", "TransformerTemporalModel"}
-        return [module for module in self.denoiser.modules() if type(module).__name__ in wrapped]
+        # By the names of all its classes: an engine (FSDP) or a compiler makes a class of its own of a block's.
+        return [m for m in self.denoiser.modules() if wrapped & {kind.__name__ for kind in type(m).__mro__}]
 
 
 class Tokens:
