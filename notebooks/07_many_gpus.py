@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
-# | no GPU, no download, no account | 1.3 minutes | 1.1 GB | not measured |
+# | no GPU, no download, no account | 1.5 minutes | 1.2 GB | not measured |
 #
 # *Words and symbols: [notation and glossary](notation.md).*
 
@@ -46,6 +46,7 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     pass
 
 # %% tags=["parameters"]
+MODEL = "tiny"  # @param ["tiny"]
 STEPS = 6  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
 
@@ -62,7 +63,7 @@ from vader_nb import Frames, Last, Sampling, course, lora, parallel, prompts, re
 folder = Path(tempfile.mkdtemp())
 training = prompts.get("tiny")
 QUICK = Sampling(num_inference_steps=4)
-model = vader_nb.load("tiny", device="cpu")  # the two processes below run on the CPU as well
+model = vader_nb.load(MODEL, device="cpu")  # the two processes below run on the CPU as well
 reward = rewards.hps("tiny")
 
 # %% [markdown]
@@ -159,7 +160,7 @@ def train(place, meet):
     from torch.nn.parallel import DistributedDataParallel
 
     rank = dist.get_rank()
-    mine = vader_nb.load("tiny", device="cpu")
+    mine = vader_nb.load(MODEL, device="cpu")
     adapter = lora.add(mine, rank=4, seed=SEED)  # the same start everywhere
     wrapper = DistributedDataParallel(mine.denoiser)
     mine.denoiser = wrapper.module  # "so that the sampling loop can call it"
@@ -290,7 +291,7 @@ OPTIONS = {"steps": 3, "batch_size": 1, "rank": 4, "seed": SEED, "sampling": QUI
 
 
 def run(place, **more):
-    mine = vader_nb.load("tiny", device="cpu")
+    mine = vader_nb.load(MODEL, device="cpu")
     return vader_nb.align(mine, reward, training, output_dir=place, **(OPTIONS | more))
 
 
@@ -494,6 +495,40 @@ course.attempt(check, my_seeds)
 #     generator = torch.Generator().manual_seed(seed * 1000 + step)
 #     everything = torch.randint(2**31, (clips,), generator=generator)
 #     return everything[rank::processes].tolist()
+# ```
+# </details>
+#
+# **3.** A long run kept the checksums of all processes after every step. Find the first step after which they were not all
+# the same, and who was odd: the ranks that differ from most of the others.
+
+
+# %% tags=["exercise"]
+def first_drift(history):
+    """history: one list a step, a checksum a rank. -> (step, counted from 1, [odd ranks]), or None."""
+    return 0, []  # replace this line
+
+
+# %% tags=["check"]
+def check(first_drift):
+    calm = [[7, 7, 7, 7], [3, 3, 3, 3]]
+    assert first_drift([*calm, [5, 5, 9, 5], [1, 1, 8, 1]]) == (3, [2]), "rank 2 leaves the others after the third step"
+    assert first_drift([[4, 6, 6, 6]]) == (1, [0]), "rank 0 is nothing special: here the other three agree"
+    assert first_drift(calm) is None, "nobody drifted here"
+
+
+course.attempt(check, first_drift)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def first_drift(history):
+#     for step, sums in enumerate(history, start=1):
+#         usual = max(set(sums), key=sums.count)
+#         odd = [rank for rank, value in enumerate(sums) if value != usual]
+#         if odd:
+#             return step, odd
+#     return None
 # ```
 # </details>
 

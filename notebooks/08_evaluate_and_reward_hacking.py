@@ -227,12 +227,12 @@ course.predict(guess, happened, told)
 # %% [markdown]
 # How to read a line of it:
 #
-# - **difference** is *paired*: same prompt, same seed, with and without the adapter. What is hard about a prompt cancels.
-# - **95 % interval**: what the difference might be on other prompts of this kind. With zero inside we cannot tell, which is
+# * **difference** is *paired*: same prompt, same seed, with and without the adapter. What is hard about a prompt cancels.
+# * **95 % interval**: what the difference might be on other prompts of this kind. With zero inside we cannot tell, which is
 #   not the same as *no effect*. A `*` marks those that exclude zero. (In twenty lines, expect one false star.)
-# - **wins**: on how many of the sixteen clips the adapter is higher than the base. It does not care *by how much*, so a few
+# * **wins**: on how many of the sixteen clips the adapter is higher than the base. It does not care *by how much*, so a few
 #   disasters hide in it; the mean does care. Look at both.
-# - **†**: nobody has trained on it. The lines without it, reward and all, are no judges.
+# * **†**: nobody has trained on it. The lines without it, reward and all, are no judges.
 #
 # The same as a picture, as shares of what the base model has:
 
