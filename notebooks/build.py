@@ -154,7 +154,7 @@ def links(place: int, pages: list[str]) -> str:
 
 def finish(page: Path, bar: str, alternatives: list[str]) -> None:
     """Bar, style and the figures' alternative texts (which the exporter does not take over) into a rendered page."""
-    text = re.sub(r'(href="(?:[0-9]{2}_\w+|notation))\.(?:ipynb|md)"', r'\1.html"', page.read_text())
+    text = re.sub(r'(href="(?:[0-9]{2}_\w+|notation|arguments))\.(?:ipynb|md)"', r'\1.html"', page.read_text())
     for alternative in alternatives:
         told = html.escape(alternative, quote=True)
         text = text.replace('alt="No description has been provided for this image"', f'alt="{told}"', 1)
@@ -181,11 +181,12 @@ def contents(folder: Path) -> None:
     (folder / "index.html").write_text(
         f"{head}<title>vader_nb</title><style>{style}</style><h1>vader_nb</h1><p>Align video diffusion models to "
         f"differentiable rewards, one notebook after the other.</p><ul>{''.join(rows)}</ul>"
-        f'<p><a href="notation.html">Notation and glossary</a></p></html>\n'
+        f'<p><a href="notation.html">Notation and glossary</a> · <a href="arguments.html">Arguments of other tools</a></p></html>\n'
     )
-    notation = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell((HERE / "notation.md").read_text())])
-    (folder / "notation.html").write_text(HTMLExporter().from_notebook_node(notation)[0])
-    finish(folder / "notation.html", links(-1, pages), [])
+    for path in HERE.glob("*.md"):
+        page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(path.read_text())])
+        (folder / f"{path.stem}.html").write_text(HTMLExporter().from_notebook_node(page)[0])
+        finish(folder / f"{path.stem}.html", links(-1, pages), [])
     print(f"look at: {folder / 'index.html'}")
 
 
