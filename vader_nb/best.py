@@ -24,7 +24,7 @@ class Validation:
     """Watches a reward that training does not see, while it trains: `align(validate=Validation(model, pick(), texts))`.
 
     Called with the adapter on the model, it returns the mean of each reward over the clips of the prompts, always at the
-    same seeds, for 0.5 to 1 seconds a clip of the embedded model. Several processes share the clips.
+    same seeds. Several processes share the clips.
     """
 
     def __init__(

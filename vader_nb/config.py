@@ -8,7 +8,7 @@ A key that nobody knows is an error that names the nearest one.
 """
 
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +266,6 @@ def usage(name: str, kind: type) -> str:
     shown = [f for f in fields(kind) if f.name not in ("config", "threads")]
     lines = [f"vader-nb {name} key=value …", "", (kind.__doc__ or "").strip(), ""]
     for f in [*shown, *fields(Common)]:
-        default = f.default if not isinstance(f.default_factory, type) or f.default is not None else ""
-        default = "" if default is None or f.default_factory is list else f"={default}"
+        default = "" if f.default in (None, MISSING) else f"={f.default}"
         lines.append(f"  {f.name + default:<34} {f.metadata.get('help', '')}".rstrip())
     return "\n".join(lines)
