@@ -176,3 +176,101 @@ def test_files_that_are_refused(micro, tmp_path, kind):
         lora.load(micro, path)
     assert not any("lora" in n for n, _ in micro.denoiser.named_parameters())  # and the model is as it was
     assert all(torch.equal(before[n], v) for n, v in weights(micro).items())
+
+
+# ------------------------------------------------------------------------- several adapters, and parts of the chain
+
+
+@pytest.fixture
+def two_files(micro, tmp_path):
+    """Adapters of different rank and alpha."""
+    files = []
+    for rank, alpha in ((2, 4.0), (3, 3.0)):
+        adapter = lora.add(micro, rank, alpha, seed=rank)
+        torch.manual_seed(rank)
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        files.append(adapter.save(tmp_path / f"{rank}.safetensors"))
+        adapter.remove()
+    return files
+
+
+def delta(model, path, scale):
+    adapter = lora.load(model, path, scale)
+    found = {name: layer.get_delta_weight(lora.NAME).detach().clone() for name, layer in adapter.layers.items()}
+    adapter.remove()
+    return found
+
+
+def test_a_blend_is_the_weighted_sum_of_what_its_adapters_do(micro, two_files):
+    first, second = (delta(micro, path, scale) for path, scale in zip(two_files, (0.7, 1.2)))
+    adapter = lora.blend(micro, dict(zip(two_files, (0.7, 1.2))))
+    assert adapter.rank == 5
+    for name, layer in adapter.layers.items():
+        torch.testing.assert_close(layer.get_delta_weight(lora.NAME).detach(), first[name] + second[name])
+
+
+def test_a_blend_of_one_is_that_adapter_at_its_scale(micro, two_files, tmp_path):
+    expected = delta(micro, two_files[0], 0.5)
+    adapter = lora.blend(micro, {two_files[0]: 0.5})
+    adapter.save(tmp_path / "kept.safetensors")
+    for name, layer in adapter.layers.items():
+        torch.testing.assert_close(layer.get_delta_weight(lora.NAME).detach(), expected[name])
+    adapter.remove()
+    again = delta(micro, tmp_path / "kept.safetensors", 1.0)
+    for name in expected:
+        torch.testing.assert_close(again[name], expected[name])
+
+
+def test_a_blend_of_adapters_for_different_layers_acts_on_all_of_them(micro, tmp_path, two_files):
+    adapter = lora.add(micro, 1, targets=("to_out.0",))
+    for parameter in adapter.parameters():
+        torch.nn.init.ones_(parameter)
+    other = adapter.save(tmp_path / "other.safetensors")
+    adapter.remove()
+    both = lora.blend(micro, {two_files[0]: 1.0, other: 1.0})
+    assert all(layer.get_delta_weight(lora.NAME).any() for layer in both.layers.values())
+
+
+def test_a_blend_names_what_it_cannot_blend(micro, two_files):
+    with pytest.raises(ValueError, match="nothing to blend"):
+        lora.blend(micro, {})
+    with pytest.raises(ValueError, match=r"2\.safetensors: an adapter's weight .* got -1"):
+        lora.blend(micro, {two_files[0]: -1})
+    lora.add(micro).remove()  # nothing was left behind
+
+
+def test_what_is_worn_for_a_while_leaves_the_models_own_adapter_in_place(micro, two_files):
+    mine = lora.load(micro, two_files[0])
+    with lora.bare(micro):
+        base = sample(micro, "a cat")
+        other = lora.blend(micro, {two_files[1]: 1.0})
+        expected = sample(micro, "a cat")
+    before = sample(micro, "a cat")
+    assert not torch.equal(before, expected)
+    with lora.wearing(micro, other):
+        torch.testing.assert_close(sample(micro, "a cat"), expected, rtol=0, atol=0)
+    with lora.wearing(micro, None):
+        torch.testing.assert_close(sample(micro, "a cat"), base, rtol=0, atol=0)
+    torch.testing.assert_close(sample(micro, "a cat"), before, rtol=0, atol=0)
+    mine.remove()
+    torch.testing.assert_close(sample(micro, "a cat"), base, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("start, end, acts", [(0, 1, 5), (0, 0.4, 2), (0.6, 1, 2), (0.2, 0.6, 2)])
+def test_an_adapter_acts_in_its_part_of_the_chain_only(micro, two_files, start, end, acts):
+    adapter, scales = lora.load(micro, two_files[0], scale=0.8), []
+    predict = micro.predict
+    micro.predict = lambda *args: scales.append(adapter.scale) or predict(*args)
+    with lora.acting(adapter, start, end, num_inference_steps=5) as callback:
+        sample(micro, "a cat", callback=callback)
+    assert len(scales) == 5
+    assert scales == [0.8 if start * 5 <= i and i + 1 <= end * 5 else 0.0 for i in range(5)]
+    assert scales.count(0.8) == acts
+    assert adapter.scale == 0.8
+
+
+def test_an_adapter_that_acts_backwards_is_an_error(micro, two_files):
+    adapter = lora.load(micro, two_files[0])
+    with pytest.raises(ValueError, match=r"got 0\.5 to 0\.2"), lora.acting(adapter, 0.5, 0.2, num_inference_steps=5):
+        pass

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoints, lora, parallel
 from .gradient import Frames, Last, NonFinite, Sampling, Strategy, reward_gradient
-from .models import VideoModel
+from .models import VideoModel, alone
 from .rewards import Reward, as_reward
 
 GIVE_UP = 3  # non-finite steps in a row
@@ -54,6 +54,7 @@ class State:
     non_finite: int = 0  # in a row
 
 
+@alone
 def align(
     model: VideoModel,
     reward: Reward | Callable,

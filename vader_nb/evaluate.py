@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import NormalDist
 
 import torch
-from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 
 from . import lora
@@ -308,31 +307,10 @@ def panel(rewards, held_out) -> tuple[set[str], list[Reward]]:
 def check_fit(model: VideoModel, entry: Adapter | str | Path) -> None:
     """Raise now what would otherwise be raised after the base has been sampled."""
     if not isinstance(entry, Adapter):
-        with bare(model):
+        with lora.bare(model):
             lora.load(model, entry).remove()
     elif entry.model is not model or not entry.layers:
         raise ValueError(f"the adapter is not on this {model.name!r} (any more); give its file instead")
-
-
-@contextlib.contextmanager
-def bare(model: VideoModel) -> Iterator[None]:
-    """Inside, the denoiser is without adapter, free for another one; afterwards the same layers are back."""
-    layers = {name: layer for name, layer in model.denoiser.named_modules() if isinstance(layer, LoraLayer)}
-
-    def put(modules):
-        for name, module in modules.items():
-            parent, _, child = name.rpartition(".")
-            setattr(model.denoiser.get_submodule(parent), child, module)
-
-    attributes = vars(model.denoiser)
-    config = attributes.pop("peft_config", None)  # peft's own note of an adapter; it would warn of a second one
-    put({name: layer.get_base_layer() for name, layer in layers.items()})
-    try:
-        yield
-    finally:
-        put(layers)
-        attributes.pop("peft_config", None)
-        attributes |= {} if config is None else {"peft_config": config}
 
 
 @contextlib.contextmanager
@@ -341,7 +319,7 @@ def carrying(model: VideoModel, entry: Adapter | str | Path | None) -> Iterator[
     if isinstance(entry, Adapter):
         yield entry
         return
-    with bare(model):
+    with lora.bare(model):
         adapter = None if entry is None else lora.load(model, entry)
         try:
             yield adapter

@@ -27,7 +27,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .lora import Adapter
-from .models import Conditioning, VideoModel
+from .models import Conditioning, VideoModel, alone
 from .offload import saved_at
 from .rewards import Reward, as_reward
 
@@ -259,6 +259,7 @@ def initial_noise(
     return noise * model.new_scheduler(sampling.num_inference_steps).init_noise_sigma, generators
 
 
+@alone
 @torch.no_grad()
 def sample(
     model: VideoModel,
@@ -429,6 +430,7 @@ class Result:
     plan: Plan
 
 
+@alone
 def reward_gradient(
     model: VideoModel,
     adapter: Adapter,

@@ -7,7 +7,7 @@ layers are injected with peft directly, and the files are written here in diffus
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ class Adapter:
 
     def __init__(self, model: VideoModel, rank: int, alpha: float, targets: tuple[str, ...]):
         self.model, self.rank, self.alpha, self.targets = model, rank, alpha, targets
-        self.layers = {n: m for n, m in model.denoiser.named_modules() if isinstance(m, LoraLayer)}
+        self.layers = _layers(model)
         self._scale = 1.0
 
     def parameters(self) -> list[nn.Parameter]:
@@ -144,9 +144,7 @@ class Adapter:
 
     def remove(self) -> None:
         """Take the adapter's layers out; the denoiser is then the base model's again."""
-        for name, layer in self.layers.items():
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.denoiser.get_submodule(parent), child, layer.get_base_layer())
+        _put(self.model, {name: layer.get_base_layer() for name, layer in self.layers.items()})
         self.layers = {}
         if hasattr(self.model.denoiser, "peft_config"):  # or peft would warn of several adapters when the next comes
             del self.model.denoiser.peft_config
@@ -163,6 +161,66 @@ def in_order(data: bytes) -> bytes:
 
 def _matrices(layer: LoraLayer) -> tuple[nn.Module, nn.Module]:
     return layer.lora_A[NAME], layer.lora_B[NAME]
+
+
+@contextlib.contextmanager
+def bare(model: VideoModel) -> Iterator[None]:
+    """Inside, the denoiser is without adapter, free for another one; afterwards the same layers are back, whatever came
+    meanwhile."""
+    layers, attributes = _layers(model), vars(model.denoiser)
+    config = attributes.pop("peft_config", None)  # peft's own note of an adapter; it would warn of a second one
+    _put(model, {name: layer.get_base_layer() for name, layer in layers.items()})
+    try:
+        yield
+    finally:
+        _put(model, {name: layer.get_base_layer() for name, layer in _layers(model).items()} | layers)
+        attributes.pop("peft_config", None)
+        attributes |= {} if config is None else {"peft_config": config}
+
+
+@contextlib.contextmanager
+def wearing(model: VideoModel, adapter: Adapter | None) -> Iterator[None]:
+    """Inside, the denoiser carries this adapter, made earlier inside `bare`, or none; afterwards what it carried before."""
+    with bare(model):
+        if adapter is not None:
+            _put(model, adapter.layers)
+        yield
+
+
+def _layers(model: VideoModel) -> dict[str, LoraLayer]:
+    return {name: layer for name, layer in model.denoiser.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _put(model: VideoModel, modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.denoiser.get_submodule(parent), child, module)
+
+
+@contextlib.contextmanager
+def acting(
+    adapter: Adapter, start: float = 0.0, end: float = 1.0, *, num_inference_steps: int
+) -> Iterator[Callable[..., None]]:
+    """Inside, a callback for `sample` that lets the adapter, on the model, act in a part of the denoising only, from
+    `start` to `end`, 0 the noise and 1 the video; as diffusers' `control_guidance_start` and `control_guidance_end`.
+
+        with lora.acting(adapter, 0.0, 0.5, num_inference_steps=8) as callback:
+            sample(model, prompt, sampling=Sampling(num_inference_steps=8), callback=callback)
+    """
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"an adapter acts from a start to a later end within 0..1, got {start} to {end}")
+    scale = adapter.scale
+
+    def after(step: int, *_) -> None:
+        following = step + 1
+        outside = following / num_inference_steps < start or (following + 1) / num_inference_steps > end
+        adapter.scale = 0.0 if outside else scale
+
+    try:
+        after(-1)
+        yield after
+    finally:
+        adapter.scale = scale
 
 
 def add(
@@ -235,17 +293,9 @@ def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
     """Add the adapter of a file to the model: ours, or any in diffusers' key layout (alpha is then
     taken as the rank, diffusers' own rule where a file does not tell)."""
     state, metadata = read(path)
-    rank = next(value.shape[0] for name, value in state.items() if ".lora_A." in name)
+    rank = _rank(state)
     alpha = float(metadata.get("alpha", rank))
-    layers = [name.removeprefix(f"{model.prefix}.").rsplit(".lora_A.", 1)[0] for name in state if ".lora_A." in name]
-    known = dict(model.denoiser.named_modules())
-    strangers = [layer for layer in layers if layer not in known]
-    if strangers:
-        raise ValueError(
-            f"{path} does not fit {model.name!r}: it has no layer {strangers[0]!r}. The file "
-            f"says it was made for {metadata.get('base_model', 'an unnamed model')!r}"
-        )
-    adapter = add(model, rank, alpha, tuple(layers))
+    adapter = add(model, rank, alpha, _known_layers(model, state, metadata, path))
     try:
         adapter.load_state_dict(state, str(path))
     except ValueError:
@@ -255,3 +305,54 @@ def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
         adapter.targets = tuple(json.loads(metadata["targets"]))
     adapter.scale = scale
     return adapter
+
+
+def blend(model: VideoModel, weights: dict[str | Path, float]) -> Adapter:
+    """Add several files' adapters to the model as one, which does the weighted sum of what each does.
+
+    weights: file -> scale, 0 (off) to 10; 1 is as trained. The low-rank products add up exactly when their matrices are
+    put side by side, so the rank is the sum of the ranks. `save` keeps the blend as an adapter of its own.
+    """
+    if not weights:
+        raise ValueError("nothing to blend: name at least one adapter file and its weight")
+    for path, weight in weights.items():
+        if not 0 <= weight <= 10:
+            raise ValueError(f"{path}: an adapter's weight must lie in 0 (off) to 10 (1: as trained), got {weight}")
+    files = [(*read(path), path, weight) for path, weight in weights.items()]
+    layers = {
+        layer: None for state, metadata, path, _ in files for layer in _known_layers(model, state, metadata, path)
+    }
+    rank = sum(_rank(state) for state, *_ in files)
+    adapter = add(model, rank, rank, tuple(layers))
+    joined = {}
+    for name, own in adapter.state_dict().items():
+        half, parts = 0 if ".lora_A." in name else 1, []
+        for state, metadata, _, weight in files:
+            width = _rank(state)
+            absent = own.new_zeros([width if i == half else size for i, size in enumerate(own.shape)])
+            part = state.get(name, absent).to(own)
+            parts.append(part if half == 0 else part * (weight * float(metadata.get("alpha", width)) / width))
+        joined[name] = torch.cat(parts, dim=half)
+    try:
+        adapter.load_state_dict(joined, " + ".join(map(str, weights)))
+    except ValueError:
+        adapter.remove()
+        raise
+    return adapter
+
+
+def _rank(state: dict[str, torch.Tensor]) -> int:
+    return next(value.shape[0] for name, value in state.items() if ".lora_A." in name)
+
+
+def _known_layers(model: VideoModel, state: dict, metadata: dict, path: str | Path) -> tuple[str, ...]:
+    """The layers that a file is for. Raises ValueError if the model lacks one."""
+    layers = [name.removeprefix(f"{model.prefix}.").rsplit(".lora_A.", 1)[0] for name in state if ".lora_A." in name]
+    known = dict(model.denoiser.named_modules())
+    strangers = [layer for layer in layers if layer not in known]
+    if strangers:
+        raise ValueError(
+            f"{path} does not fit {model.name!r}: it has no layer {strangers[0]!r}. The file "
+            f"says it was made for {metadata.get('base_model', 'an unnamed model')!r}"
+        )
+    return tuple(layers)

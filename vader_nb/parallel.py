@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
-from .models import VideoModel
+from .models import VideoModel, alone
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # accelerate's name -> what to install
 
@@ -202,6 +202,7 @@ def shard(model: VideoModel, accelerator: Accelerator) -> None:
         fully_shard(model.denoiser, offload_policy=plugin.cpu_offload)
 
 
+@alone
 def launch(function: Callable, *args, num_processes: int = 2) -> None:
     """Run function(*args) in several processes, from a notebook: one a GPU, or, with fewer GPUs than processes, on the
     CPU, to see how it works. Everything heavy (`load`, rewards) belongs inside the function, and results into files: the

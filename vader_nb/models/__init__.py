@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from ..hub import reachable
-from .base import Conditioning, VideoModel
+from .base import AT_WORK, Conditioning, VideoModel, alone
 
-__all__ = ["CHECKPOINTS", "Checkpoint", "Conditioning", "VideoModel", "load", "outline"]
+__all__ = ["AT_WORK", "CHECKPOINTS", "Checkpoint", "Conditioning", "VideoModel", "alone", "load", "outline"]
 
 
 @dataclass(frozen=True)

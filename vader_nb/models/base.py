@@ -1,7 +1,10 @@
 """What every family of video models offers to the rest of the package."""
 
+import functools
 import inspect
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -9,6 +12,20 @@ import torch
 from torch import nn
 
 from ..offload import Turns
+
+AT_WORK = threading.RLock()
+
+
+def alone(function: Callable) -> Callable:
+    """One thread at a time. In JupyterLab a widget's controls are answered by a thread of their own, also while a cell
+    runs; and both would use the same model and swap its adapter."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with AT_WORK:
+            return function(*args, **kwargs)
+
+    return run
 
 
 class Conditioning(NamedTuple):

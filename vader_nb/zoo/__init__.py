@@ -3,3 +3,8 @@
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+def adapters() -> dict[str, Path]:
+    """The shipped adapters of the model "tiny", by the reward that each was aligned to."""
+    return {path.stem: path for path in sorted((WEIGHTS / "tiny-adapters").glob("*.safetensors"))}

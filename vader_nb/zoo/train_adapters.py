@@ -1,0 +1,71 @@
+"""Align the tiny model to three rewards; the adapters are shipped, so that comparisons have something to show at once.
+`python -m vader_nb.zoo.train_adapters [name …]` (four minutes each on two cores)
+
+Short runs of few numbers: rank 4, 217 kB a file. Each goes on from its checkpoint if it was interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from .. import lora, prompts, rewards
+from ..align import align
+from ..evaluate import evaluate
+from ..gradient import Frames
+from ..models import load
+from . import WEIGHTS
+from .cards import card, write
+
+SEED, RANK, STEPS = 0, 4, 60
+REWARDS = {"aesthetic": rewards.aesthetic, "hps": rewards.hps, "action": rewards.action}
+JUDGED = 60  # held-out captions of the card
+RUNS = Path("runs/zoo/adapters")
+
+
+def train(name: str) -> None:
+    reward = REWARDS[name]("tiny")
+    run = align(
+        load("tiny"),
+        reward,
+        prompts.get("tiny"),
+        steps=STEPS,
+        rank=RANK,
+        frames=Frames() if reward.per_frame else Frames("all"),
+        seed=SEED,
+        output_dir=RUNS / name,
+        resume="latest",
+    )
+    run.adapter.save(WEIGHTS / "tiny-adapters" / f"{name}.safetensors", reward=name, steps=STEPS, seed=SEED)
+
+
+def quality() -> dict[str, float]:
+    """Mean differences to the base on held-out captions, same seeds: every reward, the oracles, motion."""
+    paths = sorted((WEIGHTS / "tiny-adapters").glob("*.safetensors"))
+    judges = [make("tiny") for make in REWARDS.values()]
+    captions = {"held-out": prompts.get("tiny_held_out")[:JUDGED]}
+    result = evaluate(load("tiny"), {path.stem: path for path in paths}, judges, captions, seeds_per_prompt=1)
+    return {f"{row.name}: {row.metric}, {row.base:.3f} changes by": row.difference for row in result.rows}
+
+
+def main(names: list[str]) -> None:
+    for name in names or REWARDS:
+        train(name)
+    size = sum(p.numel() for p in lora.add(load("tiny"), RANK).parameters())
+    write(
+        "tiny-adapters",
+        card(
+            "tiny-adapters: three adapters for tiny",
+            f"LoRA of rank {RANK}, {size:,} numbers each, in diffusers' key layout: `lora.load(model, zoo.adapters()['hps'])`.\n"
+            "`aesthetic`, `hps`, `action` are named after the one reward that each was aligned to, alone.",
+            f"`vader_nb/zoo/train_adapters.py`: `align` with its defaults, {STEPS} steps of 4 clips.",
+            SEED,
+            quality(),
+            f"Means over {JUDGED} held-out captions, one clip each, of the base and of the paired difference to it.",
+        ),
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main(sys.argv[1:])
