@@ -26,6 +26,7 @@ from ipywidgets import (
     VBox,
 )
 
+from .. import zoo
 from ..gradient import Sampling
 from ..models import VideoModel
 from ..video import Video
@@ -138,7 +139,7 @@ class Sampler(Panel):
         self.scale = FloatSlider(1.0, min=0, max=1.5, step=0.05, description="scale", **slider)
         self.second_scale = FloatSlider(0.5, min=0, max=1.5, step=0.05, description="its scale", **slider)
         self.part = FloatRangeSlider(
-            (0.0, 1.0),
+            value=(0.0, 1.0),
             min=0,
             max=1,
             step=0.05,
@@ -286,18 +287,24 @@ class Sampler(Panel):
         sampling = (
             f"Sampling(num_inference_steps={request.num_inference_steps}, guidance_scale={request.guidance_scale:g})"
         )
-        lines = ["import vader_nb", "from vader_nb import Sampling, Video, lora", ""]
+        lines = ["import vader_nb", "from vader_nb import Sampling, Video, lora, zoo", ""]
         lines += [f"model = vader_nb.load({self.model.name!r})", f"sampling = {sampling}"]
         call = f"vader_nb.sample(model, {request.prompt!r}, seeds={request.seed}, sampling=sampling"
-        weights = {str(self.adapters[name]): weight for name, weight in request.weights().items()}
+        weights = request.weights()
         if weights:
-            lines.append(f"adapter = lora.blend(model, {weights!r})")
+            parts = ", ".join(f"{self._spelled(name)}: {weight:g}" for name, weight in weights.items())
+            lines.append(f"adapter = lora.blend(model, {{{parts}}})")
         if weights and (request.start, request.end) != (0, 1):
             part = f"{request.start:g}, {request.end:g}, num_inference_steps={request.num_inference_steps}"
             lines += [f"with lora.acting(adapter, {part}) as callback:", f"    frames = {call}, callback=callback)"]
         else:
             lines.append(f"frames = {call}{', adapter=adapter' if weights else ''})")
         return "\n".join([*lines, f"Video(frames[0], fps={self.model.defaults['fps']})"])
+
+    def _spelled(self, name: str) -> str:
+        """An adapter's file, in Python that holds on other machines too where it is one of the shipped."""
+        path = self.adapters[name]
+        return f"zoo.adapters()[{name!r}]" if path == zoo.adapters().get(name) else repr(str(path))
 
     # ------------------------------------------------------------------------------------------------- history
 

@@ -1,0 +1,101 @@
+"""A real browser on a real Jupyter or Voila server, for the tests that press what a user presses."""
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+from playwright.sync_api import Page, sync_playwright
+
+CHROMIUM = "/usr/bin/chromium"  # Debian's package
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(command: list[str], address: str, log: Path) -> Iterator[str]:
+    """A server in its own process, from when it answers."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+@contextlib.contextmanager
+def lab(folder: Path, python: str | Path = sys.executable) -> Iterator[str]:
+    """JupyterLab in a folder, without a password, for this machine only."""
+    port = free_port()
+    options = {"IdentityProvider.token": "''", "ServerApp.root_dir": f"'{folder}'", "ServerApp.port": port}
+    options |= {"ServerApp.port_retries": 0, "ServerApp.open_browser": False, "ServerApp.allow_root": True}
+    options |= {"ServerApp.disable_check_xsrf": True, "LabApp.news_url": None, "LabApp.collaborative": False}
+    command = [str(python), "-m", "jupyterlab", *(f"--{key}={value}" for key, value in options.items())]
+    with serving(command, f"http://127.0.0.1:{port}/api", folder / "lab.log"):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def voila(notebook: Path) -> Iterator[str]:
+    port = free_port()
+    options = ["--no-browser", f"--port={port}", "--show_tracebacks=True"]
+    command = [sys.executable, "-m", "voila", str(notebook), *options]
+    with serving(command, f"http://127.0.0.1:{port}/voila/static/voila.js", notebook.parent / "voila.log"):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def page(width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        made = browser.new_page(
+            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
+        )
+        made.set_default_timeout(60_000)
+        yield made
+        browser.close()
+
+
+def notebook(path: Path, *cells: str) -> Path:
+    """A notebook of code cells."""
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(made, path)
+    return path
+
+
+def open_notebook(page: Page, address: str, name: str) -> None:
+    page.goto(f"{address}/lab/tree/{name}?reset")
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
+
+
+def menu(page: Page, first: str, entry: str) -> None:
+    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile(f"^{first}$")).click()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile(entry)).first.click()
+
+
+def run_all(page: Page) -> None:
+    menu(page, "Run", "^Run All Cells$")
