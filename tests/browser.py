@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, TimeoutError, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"  # Debian's package
 
@@ -70,9 +70,7 @@ def voila(notebook: Path) -> Iterator[str]:
 def page(width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        made = browser.new_page(
-            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
-        )
+        made = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
         made.set_default_timeout(60_000)
         yield made
         browser.close()
@@ -89,7 +87,7 @@ def notebook(path: Path, *cells: str) -> Path:
 def open_notebook(page: Page, address: str, name: str) -> None:
     page.goto(f"{address}/lab/tree/{name}?reset")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
+    page.locator(".jp-StatusBar-TextItem, .jp-StatusBar-Item", has_text="| Idle").first.wait_for()
 
 
 def menu(page: Page, first: str, entry: str) -> None:
@@ -98,4 +96,10 @@ def menu(page: Page, first: str, entry: str) -> None:
 
 
 def run_all(page: Page) -> None:
-    menu(page, "Run", "^Run All Cells$")
+    """Lab shows a kernel as idle a little before it takes what is sent to it."""
+    for _ in range(10):
+        menu(page, "Run", "^Run All Cells$")
+        with contextlib.suppress(TimeoutError):
+            page.locator(".jp-InputPrompt", has_text=re.compile(r"\[[*0-9]")).first.wait_for(timeout=3000)
+            return
+    raise AssertionError("the notebook does not run")

@@ -31,7 +31,7 @@ from ..gradient import Sampling
 from ..models import VideoModel
 from ..video import Video
 from . import clips
-from .panel import LABEL, ROW, WIDE, Panel, disable, escape
+from .panel import LABEL, ROW, SIDE, WIDE, Panel, disable, escape
 from .player import Player, moving, still
 
 NONE = "none (base model)"
@@ -98,17 +98,25 @@ class Sampler(Panel):
         self.caption, self.listing, self.saved = HTML(), HTML(), HTML()
         self._slots = [self._slot(i) for i in range(HISTORY)]
         strip = HBox([slot.box for slot in self._slots], layout=ROW)
+        controls = VBox(
+            [
+                self.prompt,
+                HBox([self.seed, self.dice], layout=ROW),
+                self.lock,
+                self.num_inference_steps,
+                self.guidance_scale,
+                self.adapter,
+                self.scale,
+                self.second,
+                self.second_scale,
+                self.part,
+                self.why,
+            ],
+            layout=Layout(flex="2 1 330px", max_width="600px", min_width="0"),
+        )
+        clip = VBox([self.player.box, self.caption], layout=Layout(flex="1 1 260px", max_width="340px", min_width="0"))
         self.assemble(
-            self.prompt,
-            HBox([self.seed, self.dice, self.lock], layout=ROW),
-            self.num_inference_steps,
-            self.guidance_scale,
-            HBox([self.adapter, self.scale], layout=ROW),
-            HBox([self.second, self.second_scale], layout=ROW),
-            self.part,
-            self.why,
-            VBox([self.player.box], layout=Layout(max_width="420px")),
-            self.caption,
+            HBox([controls, clip], layout=SIDE),
             HBox([self.format, self.save_button, self.saved], layout=ROW),
             self.listing,
             strip,
@@ -116,7 +124,7 @@ class Sampler(Panel):
         self._explain()
 
     def _controls(self, prompt: str) -> None:
-        defaults, half = self.model.defaults, Layout(width="100%", max_width="320px")
+        defaults = self.model.defaults
         names = [NONE, *self.adapters]
         self.prompt = Text(prompt, description="prompt", continuous_update=False, style=LABEL, layout=WIDE)
         self.seed = IntText(0, description="seed", style=LABEL, layout=Layout(width="220px"))
@@ -133,9 +141,10 @@ class Sampler(Panel):
         self.guidance_scale = FloatSlider(
             defaults["guidance_scale"], min=1, max=15, step=0.5, description="guidance", **slider
         )
-        slider["layout"] = half
-        self.adapter = Dropdown(options=names, value=names[min(1, len(names) - 1)], description="adapter", style=LABEL)
-        self.second = Dropdown(options=names, value=NONE, description="mixed with", style=LABEL)
+        self.adapter = Dropdown(
+            options=names, value=names[min(1, len(names) - 1)], description="adapter", style=LABEL, layout=WIDE
+        )
+        self.second = Dropdown(options=names, value=NONE, description="mixed with", style=LABEL, layout=WIDE)
         self.scale = FloatSlider(1.0, min=0, max=1.5, step=0.05, description="scale", **slider)
         self.second_scale = FloatSlider(0.5, min=0, max=1.5, step=0.05, description="its scale", **slider)
         self.part = FloatRangeSlider(
@@ -145,10 +154,8 @@ class Sampler(Panel):
             step=0.05,
             description="adapter acts",
             readout_format=".0%",
-            **slider | {"layout": WIDE},
+            **slider,
         )
-        for dropdown in (self.adapter, self.second):
-            dropdown.layout = half
         self.why = HTML()
         self.format = Dropdown(options=[".mp4", ".gif", ".webp"], description="save as", style=LABEL)
         self.format.layout = Layout(width="210px")
