@@ -211,8 +211,9 @@ def align(
                     )
                 rewards.append(result.rewards)
             except NonFinite as error:  # the other processes must hear of it before anyone skips the step
-                trouble = str(error)
-                break
+                trouble = trouble or str(error)
+                if not cut_up:  # else they wait for this one at the next micro-batch, too
+                    break
         mean = torch.cat(rewards).mean().item() if rewards else 0.0
         met = parallel.meet(parameters, accelerator, mean, bool(trouble), bool(asked))
         if met.stop:

@@ -18,7 +18,7 @@ from statistics import NormalDist
 import torch
 from tqdm.auto import tqdm
 
-from . import lora
+from . import lora, parallel
 from .align import Run
 from .checkpoints import write
 from .gradient import Sampling, sample
@@ -359,13 +359,17 @@ class Bench:
         # Seed by seed over all prompts, so that the clips that are kept show many prompts.
         clips = range(len(prompts) * self.seeds_per_prompt)
         batches = [clips[start : start + self.batch_size] for start in clips[:: self.batch_size]]
-        mine = []
+        mine, turns = [], len(batches)
+        if parallel.cut_up(self.model.denoiser):  # all must call it equally often: some take a batch again
+            turns = -(-turns // self.world) * self.world
         # Whole batches are shared out: of another size, one may round differently.
-        for number in range(self.rank, len(batches), self.world):
-            batch = batches[number]
+        for number in range(self.rank, turns, self.world):
+            batch = batches[min(number, len(batches) - 1)]
             names = [prompts[i % len(prompts)] for i in batch]
             seeds = [self.seed + i for i in batch]
             frames = sample(self.model, names, seeds=seeds, sampling=self.sampling, adapter=adapter)
+            if number >= len(batches):
+                break
             metrics = measure(frames, names, self.judges)
             if self.seeds_per_prompt > 1:
                 metrics["diversity"] = self.features(frames).float().cpu()

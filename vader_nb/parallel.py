@@ -185,6 +185,12 @@ def sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def cut_up(network: torch.nn.Module) -> bool:
+    """Of its weights each process holds a part (FSDP's are DTensors, ZeRO-3's bear DeepSpeed's marks): a call of it is a meeting
+    of all processes, and one that not all of them make waits for ever."""
+    return any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in network.parameters())
+
+
 def shard(model: VideoModel, accelerator: Accelerator) -> None:
     """Let the engine cut up the frozen denoiser, before it gets an adapter. The adapter, which comes later, is whole in
     every process, and trains as without an engine; the engine gathers the weights around it, block by block."""
