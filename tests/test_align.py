@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vader_nb import lora
+from vader_nb import checkpoints, lora
 from vader_nb.align import align
 from vader_nb.checkpoints import read, steps_of
 from vader_nb.gradient import DRTune, Frames, Last, Sampling
@@ -291,6 +292,64 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(fresh, tmp_path):
         align(model, brightness(), PROMPTS, steps=5, resume=True, **options)
     older = tmp_path / "run" / "checkpoints" / "step-000002"
     assert len(align(model, brightness(), PROMPTS, steps=5, resume=older, **options).metrics) == 5
+
+
+def test_what_came_after_the_checkpoint_that_a_run_goes_on_from_is_gone(fresh, tmp_path):
+    """Else the abandoned checkpoints would be the newest: kept instead of the new ones, and found by resume=latest."""
+    options = FAST | {"output_dir": tmp_path / "run"}
+    whole = align(fresh(), brightness(), PROMPTS, steps=8, **options)
+    damaged, older = (tmp_path / "run" / "checkpoints" / f"step-00000{step}" for step in (6, 2))
+    (damaged / "state.pt").write_bytes(b"not what it was")
+    again = align(fresh(), brightness(), PROMPTS, steps=6, resume=older, checkpoints_total_limit=2, **options)
+    assert list(steps_of(again.folder)) == [4, 6] and again.metrics == whole.metrics[:6]
+    read(damaged)
+    again = align(fresh(), brightness(), PROMPTS, steps=8, resume="latest", **options)
+    assert again.metrics == whole.metrics and list(steps_of(again.folder)) == [4, 6, 8]
+
+
+def test_a_kill_while_what_came_after_is_discarded(fresh, tmp_path, monkeypatch):
+    options = FAST | {"output_dir": tmp_path / "run"}
+    whole = align(fresh(), brightness(), PROMPTS, steps=8, **options)
+    discard, gone = checkpoints.discard, []
+
+    def killed(path):
+        if gone:
+            raise SystemExit("killed")
+        discard(path)
+        gone.append(path.name)
+
+    monkeypatch.setattr(checkpoints, "discard", killed)
+    with pytest.raises(SystemExit):
+        align(fresh(), brightness(), PROMPTS, steps=8, resume=tmp_path / "run/checkpoints/step-000002", **options)
+    monkeypatch.undo()
+    assert gone == ["step-000008"] and list(steps_of(tmp_path / "run")) == [2, 4, 6]
+    again = align(fresh(), brightness(), PROMPTS, steps=8, resume="latest", **options)
+    assert again.metrics == whole.metrics
+
+
+def test_a_checkpoint_is_known_by_what_it_holds_not_by_its_name(fresh, tmp_path):
+    options = FAST | {"output_dir": tmp_path / "run"}
+    whole = align(fresh(), brightness(), PROMPTS, steps=4, **options)
+    kept = shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000002", tmp_path / "run" / "kept")
+    assert align(fresh(), brightness(), PROMPTS, steps=4, resume=kept, **options).metrics == whole.metrics
+    with pytest.raises(ValueError, match="holds no run: a checkpoint goes on in its own run's folder"):
+        align(fresh(), brightness(), PROMPTS, steps=4, resume=kept, **options | {"output_dir": tmp_path / "other"})
+
+
+def test_a_checkpoint_of_four_gpus_goes_on_where_there_is_one_or_none(fresh, tmp_path, monkeypatch):
+    run = align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
+    state, written = run.folder / "checkpoints" / "step-000002" / "state.pt", []
+    contents = read(state.parent)[1]
+    with monkeypatch.context() as patched:  # as torch marks tensors that lay on a GPU
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(contents, state)
+    states = read(state.parent)[1]["random"][0] | {"cuda": [torch.get_rng_state()] * 4}
+    checkpoints.set_random_states(states)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: written.append(device))
+    checkpoints.set_random_states(states)
+    assert written == [0]
 
 
 def test_the_newest_checkpoints_are_kept_and_the_best(fresh, tmp_path):

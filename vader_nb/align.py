@@ -150,7 +150,11 @@ def align(
         if start is not None:
             checkpoints.compare(folder, config)
         checkpoints.prepare(folder, config)
-        return start and (*checkpoints.read(start), checkpoints.metrics_until(folder, int(start.name[5:])))
+        if start is None:
+            return None
+        tensors, contents = checkpoints.read(start)
+        checkpoints.rewind(folder, contents["step"])  # not before it was read: it may be damaged
+        return tensors, contents, checkpoints.metrics_until(folder, contents["step"])
 
     found = parallel.from_main(open_folder, accelerator)
     engine, cut_up = parallel.engine(accelerator), parallel.sharded(accelerator)
