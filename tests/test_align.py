@@ -194,6 +194,12 @@ def test_resuming_with_other_settings_is_refused(fresh, tmp_path):
     options = FAST | {"learning_rate": 0.5, "steps": 4, "resume": True, "output_dir": tmp_path / "run"}
     with pytest.raises(ValueError, match="learning_rate was 0.01, now 0.5"):
         align(fresh(), brightness(), PROMPTS, **options)
+    options["learning_rate"] = FAST["learning_rate"]
+    with pytest.raises(ValueError, match="prompts_checksum was"):  # as many, but others
+        align(fresh(), brightness(), [*PROMPTS[:2], "a red circle"], **options)
+    config = tmp_path / "run" / "config.json"
+    config.write_text("\n".join(line for line in config.read_text().splitlines() if "checksum" not in line))
+    assert align(fresh(), brightness(), PROMPTS, **options).metrics  # of a version that did not record it yet
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(fresh, tmp_path, monkeypatch):

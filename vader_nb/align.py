@@ -7,6 +7,7 @@ resumed run nor another number of processes draws anything else; add up reward g
 (`parallel`); clip; AdamW. Everything a run has made lies in its folder, readable at any moment (`checkpoints`).
 """
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from .models import VideoModel, alone
 from .rewards import Reward, as_reward
 
 GIVE_UP = 3  # non-finite steps in a row
-PROMPTS_CHECKED = 1000  # whether the reward can judge them, before the work starts
+PROMPTS_CHECKED = 1000  # whether the reward can judge them, before the work starts; and whether a run had others
 GIVE_UP_SCALED = 20  # with fp16, whose loss scale comes down by such steps
 
 
@@ -125,6 +126,7 @@ def align(
         "model": model.name,
         "reward": reward.name,
         "prompts": len(prompts),
+        "prompts_checksum": checksum(prompts[:PROMPTS_CHECKED]),
         "steps": steps,
         "batch_size": batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -322,6 +324,11 @@ def align(
             bar.close()
     finish()
     return Run(adapter, state.metrics, folder, stopped)
+
+
+def checksum(texts: Sequence[str]) -> str:
+    """Tells other prompts from the same ones, as many as they may be."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def adamw(parameters, learning_rate: float, weight_decay: float, use_8bit_adam: bool) -> torch.optim.Optimizer:

@@ -79,9 +79,10 @@ def compare(folder: Path, config: dict) -> None:
         raise ValueError(f"cannot resume in {folder}, which holds no run: a checkpoint goes on in its own run's folder")
     before, now = json.loads((folder / "config.json").read_text(encoding="utf-8")), json.loads(json.dumps(config))
     free = FREE if "constant" in now["lr_scheduler"] else FREE - {"steps"}  # other schedules stretch over all steps
-    changed = [name for name in now if name not in free and before.get(name) != now[name]]
+    # A setting that an older version did not record counts as unchanged.
+    changed = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]
     if changed:
-        was = ", ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in changed)
+        was = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
         raise ValueError(f"cannot resume {folder} with other settings: {was}")
     clips = [[settings[name] for name in CLIPS] for settings in (before, now)]
     (a, b, c), (x, y, z) = clips
