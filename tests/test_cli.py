@@ -65,6 +65,12 @@ def test_align_evaluate_and_sample(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
+    again = ["steps=4", "batch_size=2", "resume=runs/first/checkpoints/step-000002", "evaluation=false"]
+    done = run("align", *again, *FEW, cwd=tmp_path)  # a checkpoint knows its run
+    assert done.returncode == 0, done.stderr
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]
+
     done = run("evaluate", "runs/first", *FEW, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (folder / "evaluation" / "report.html").is_file()
@@ -120,6 +126,12 @@ def test_a_report_escapes_what_users_wrote(tmp_path):
         (["model=modelscope", "reward=brightness"], "ali-vilab/text-to-video-ms-1.7b"),
         (["model=modelscope"], "xswu/HPSv2"),
         (["name=../escape"], "one folder's name"),
+        (
+            ["name=null", "resume=latest"],
+            "resume=latest goes on with the run of a name, and there is none: write name=",
+        ),
+        (["name=null", "resume=true"], "resume=true goes on with the run of a name"),
+        (["name=null", "resume=nowhere"], "nowhere is no checkpoint"),
         (["output_dir=empty.txt"], "cannot write to"),
         (["steps=0"], "steps must be at least 1"),
     ],

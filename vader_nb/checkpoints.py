@@ -60,7 +60,8 @@ def named(resume: str | Path) -> Path:
 
 def run_of(checkpoint: Path) -> Path:
     """The folder of the run that made a checkpoint."""
-    above = [folder for folder in Path(os.path.abspath(checkpoint)).parents if (folder / "config.json").is_file()]
+    near = Path(os.path.abspath(checkpoint)).parents[:2]
+    above = [folder for folder in near if (folder / "config.json").is_file()]
     if not above:
         raise ValueError(
             f"{checkpoint} lies in no run's folder: copy it to …/checkpoints of the run that it belongs to"

@@ -92,6 +92,24 @@ def resume_of(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
+def place_of(arguments) -> Path:
+    """The run's folder. A name that is the time of the start would never find an earlier run."""
+    from . import checkpoints
+
+    resume, name = resume_of(arguments.resume), arguments.name
+    if name is None and resume in (True, "latest"):
+        raise ValueError(
+            f"resume={arguments.resume} goes on with the run of a name, and there is none: write name=…, the same at "
+            f"every start, or resume={arguments.output_dir}/NAME/checkpoints/step-000020"
+        )
+    if name is None and resume:
+        return checkpoints.run_of(checkpoints.named(resume))
+    name = name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ValueError(f"a run's name is one folder's name, not {name!r}; the place is output_dir")
+    return Path(arguments.output_dir) / name
+
+
 def run_align(arguments):
     from .align import align
     from .models import load
@@ -103,6 +121,7 @@ def run_align(arguments):
         speed.read(arguments.speed)  # an unknown switch is an error before anything is loaded
     first, tiny = alone(), arguments.model == "tiny"
     # Everything that can be wrong with the words is found before anything is loaded.
+    folder = place_of(arguments)
     strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames or "random:1")
     prompts = prompts_of(arguments)
     groups = groups_of(arguments, prompts) if arguments.evaluation or arguments.validation_steps else {}
@@ -113,9 +132,6 @@ def run_align(arguments):
     if tiny:
         prompts = within_its_world(arguments, reward, prompts)
         groups = groups and groups_of(arguments, prompts)
-    name = arguments.name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if name != Path(name).name or name in ("", ".", ".."):
-        raise ValueError(f"a run's name is one folder's name, not {name!r}; the place is output_dir")
     model = load(arguments.model)
     if arguments.speed:
         speed.apply(model, arguments.speed)
@@ -137,7 +153,7 @@ def run_align(arguments):
         strategy=strategy,
         frames=frames,
         sampling=sampling_of(arguments),
-        output_dir=Path(arguments.output_dir) / name,
+        output_dir=folder,
         resume=resume_of(arguments.resume),
         **options,
     )
@@ -149,7 +165,7 @@ def run_align(arguments):
         raise OSError(f"the adapter could not be written to {run.folder}: see the warning above")
     if run.stopped:
         if first:
-            print(f"stopped; go on with: vader-nb align resume=true name={name} …")
+            print(f"stopped; go on with: vader-nb align resume=true name={folder.name} output_dir={folder.parent} …")
         return
     if arguments.evaluation and groups:
         compare(model, run.adapter, [reward, *([judge] if judge else [])], groups, arguments, run.folder, run)

@@ -212,11 +212,16 @@ def vader_reward(given: dict) -> tuple[dict, list[str]]:
     return {"reward": VADER_REWARDS[name]}, []
 
 
+def to_ours(name: str) -> str | None:
+    return VADER[name].ours if name in VADER else name
+
+
 def vader_steps(given: dict) -> tuple[dict, list[str]]:
-    mode, steps = str(given["backprop_mode"]), int(given.get("num_inference_steps", given.get("ddim_steps", 25)))
+    counts = [value for name, value in given.items() if to_ours(name) == "num_inference_steps" and value is not None]
+    mode, steps = str(given["backprop_mode"]), int(counts[-1] if counts else 25)  # of two names, the later one's
     if mode == "specific":  # from step index 15 on, whatever the number of steps
         return {"strategy": "last", "K": max(1, steps - 15)}, [f"backprop_mode=specific: the last {steps - 15} steps"]
-    names = {"last": {"strategy": "last", "K": 1}, "rand": {"strategy": "random"}}
+    names = {"last": {"strategy": "last", "K": 1}, "rand": {"strategy": "random", "K": None}}
     if mode not in names:
         raise ValueError(f"unknown backprop_mode {mode!r}: VADER knows last, rand and specific")
     return names[mode], []
@@ -269,9 +274,11 @@ TOGETHER: dict[tuple[str, str], Callable[[dict], tuple[dict, list[str]]]] = {
 }
 
 
-def translate(source: str, given: dict, known: set[str] | None = None) -> tuple[dict, list[str]]:
+def translate(
+    source: str, given: dict, known: set[str] | None = None, everything: dict | None = None
+) -> tuple[dict, list[str]]:
     """Another tool's arguments (name -> value) as ours, and what a user should know. `known`: our names that make sense
-    here; others are left out, and said."""
+    here; others are left out, and said. `everything`: these and what is set beside them, in either's names, which may matter."""
     table, ours, notes, groups = NAMES[source], {}, [], set()
     for name, value in given.items():
         if name not in table:
@@ -288,7 +295,7 @@ def translate(source: str, given: dict, known: set[str] | None = None) -> tuple[
         if to.note:
             notes.append(f"{name} is {to.ours} here; {to.note}")
     for group in sorted(groups):
-        more, told = TOGETHER[source, group](given)
+        more, told = TOGETHER[source, group](everything or given)
         ours, notes = ours | more, notes + told
     if "clips" in ours:  # iterations of so many clips
         ours["clips"] = int(ours["clips"]) * int(given.get("val_batch_size", 1))
@@ -313,9 +320,9 @@ def read(path: str | Path) -> dict:
         raise FileNotFoundError(f"no file at {path}")
     text = path.read_text(encoding="utf-8")
     if path.suffix in (".yaml", ".yml"):
-        from omegaconf import OmegaConf
+        from .config import yaml_of
 
-        return dict(leaves(OmegaConf.to_container(OmegaConf.load(path))))
+        return dict(leaves(yaml_of(path)))
     if path.suffix == ".py":
         raise ValueError(
             f"{path} is Python, which is not run here; write its settings as key=value lines in a .sh file"
