@@ -230,7 +230,7 @@ negative_prompts: ""
         ("config.yaml", VADER_YAML, {"model": "modelscope", "prompts": "nouns_activities", "nouns_file": "animals.txt",
          "reward": "hps", "frames": "random:1", "rank": 16, "height": 384, "num_frames": 16, "num_inference_steps": 25,
          "guidance_scale": 9.0, "learning_rate": 2e-4, "steps": 10000, "batch_size": 1, "mixed_precision": "fp16"},
-         ["use_text_lora", "load_videodataset=False: unknown", "alpha=8"]),
+         ["use_text_lora", "load_videodataset: left out; there is no data set", "alpha=8"]),
         ("train.sh", VIDEOX_SH, {"model": "models/Wan", "rank": 32, "alpha": 16.0, "learning_rate": 1e-5,
          "max_grad_norm": 0.3, "height": 256, "reward": "hps", "strategy": "last", "K": 5, "mixed_precision": "bf16"},
          ["Wan and CogVideoX", "low_vram", "backprop: left out"]),
@@ -248,6 +248,46 @@ def test_translate_config(tmp_path, name, text, expected, warned):
         assert words in done.stderr
     got = read(Align, [f"config={tmp_path}/ours.yaml"])
     assert {key: getattr(got, key) for key in expected} == expected
+
+
+VIDEOCRAFTER_SH = """
+# don't launch this twice
+accelerate launch --multi_gpu main.py --mode 'base' --ckpt_path x.ckpt \\
+  --prompt_fn 'chatgpt_inference' --reward_fn rainy --backprop_mode rand  # it's raining
+"""
+OPEN_SORA_SH = "accelerate launch main.py config.py --num-frames 2s --resolution 240p --prompt-path p.txt\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "warned"),
+    [
+        (
+            VIDEOCRAFTER_SH,
+            {"reward": "rainy('rainy_reward.pt')", "strategy": "random", "K": None, "prompts": "tiny"},
+            ["the script is VideoCrafter's, another family", "no prompts are named 'chatgpt_inference' here"],
+        ),
+        (
+            OPEN_SORA_SH,
+            {"num_frames": None, "prompts": "p.txt"},
+            ["the script is Open-Sora's, another family", "num_frames=2s: a duration, left out"],
+        ),
+    ],
+    ids=["videocrafter", "open_sora"],
+)
+def test_vaders_other_scripts(tmp_path, monkeypatch, text, expected, warned):
+    from vader_nb import rewards
+
+    (tmp_path / "train.sh").write_text(text)
+    written, notes = translate.as_yaml(tmp_path / "train.sh")
+    for words in warned:
+        assert any(words in note for note in notes)
+    assert not any("unknown" in note for note in notes)
+    (tmp_path / "ours.yaml").write_text(written)
+    got = read(Align, [f"config={tmp_path}/ours.yaml"])
+    assert {key: getattr(got, key) for key in expected} == expected
+    if "rainy" in got.reward:  # it is read as far as to ask for the file
+        with pytest.raises(FileNotFoundError, match="rainy_reward.pt"):
+            rewards.parse(got.reward)
 
 
 def test_what_cannot_be_translated(tmp_path):
