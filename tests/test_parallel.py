@@ -336,6 +336,19 @@ def test_processes_may_be_forked_from_one_that_has_used_its_threads(micro_direct
     assert_same(left(tmp_path / "run", 0), left(tmp_path / "run", 1))
 
 
+def where(folder):
+    from vader_nb.models import default_device
+
+    (folder / f"{rank()}").write_text(default_device())
+
+
+def test_processes_without_a_gpu_each_are_on_the_cpu_all_through(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    launch(where, tmp_path)
+    assert [(tmp_path / name).read_text() for name in "01"] == ["cpu", "cpu"]
+
+
 def test_a_gpu_that_is_in_use_already_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
