@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from vader_nb import checkpoints, lora
-from vader_nb.align import align
+from vader_nb.align import align, best_step
 from vader_nb.checkpoints import read, steps_of
 from vader_nb.gradient import DRTune, Frames, Last, Sampling
 from vader_nb.rewards import brightness, reward
@@ -231,9 +232,41 @@ def test_a_disk_that_fills_up_costs_no_finished_checkpoint_and_no_training(fresh
     assert all(torch.equal(a, b) for a, b in zip(whole.adapter.parameters(), run.adapter.parameters()))
 
 
-def test_bf16_trains(fresh, tmp_path):
-    run = align(fresh(), brightness(), PROMPTS, steps=3, output_dir=tmp_path / "run", mixed_precision="bf16", **FAST)
+@pytest.mark.parametrize("said", ["by the user", "by the launcher", "by both"])
+def test_bf16_trains(fresh, tmp_path, monkeypatch, said):
+    """Whoever says it; the user's word counts more; and the one that is used is recorded."""
+    options = (
+        FAST | {"output_dir": tmp_path / "run"} | ({} if said == "by the launcher" else {"mixed_precision": "bf16"})
+    )
+    if said != "by the user":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if said == "by the launcher" else "no")
+    run = align(fresh(), brightness(), PROMPTS, steps=1, **options)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.adapter.parameters())
+    assert json.loads((run.folder / "config.json").read_text())["mixed_precision"] == "bf16"
+    options |= {"output_dir": tmp_path / "plain", "mixed_precision": "no"}
+    plain = align(fresh(), brightness(), PROMPTS, steps=1, **options)
+    assert plain.metrics[0]["grad_norm"] != run.metrics[0]["grad_norm"]  # it is no mere record
+
+
+def test_a_tracker_on_a_full_disk_costs_its_record_only(fresh, tmp_path, monkeypatch):
+    """While it logs, and at the end, too."""
+    pytest.importorskip("tensorboard")
+    from accelerate.tracking import TensorBoardTracker
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", full)
+    monkeypatch.setattr(TensorBoardTracker, "finish", full)
+    with pytest.warns(UserWarning, match="the tracker could not write .*No space left"):
+        options = FAST | {"log_with": "tensorboard", "output_dir": tmp_path / "run"}
+        run = align(fresh(), brightness(), PROMPTS, steps=2, **options)
+    assert [row["step"] for row in run.metrics] == [1, 2] and lora.read(run.folder)
+
+
+def test_a_score_that_is_nan_is_not_the_best():
+    rows = [{"step": step, "validation/judge": score} for step, score in ((20, math.nan), (40, 0.5), (60, 0.4))]
+    assert best_step(rows) == 40
 
 
 WORKER = """

@@ -78,7 +78,7 @@ def align(
     chunk: int = 1,
     checkpoint_blocks: bool | None = None,
     offload: bool = False,
-    mixed_precision: str = "no",
+    mixed_precision: str | None = None,
     seed: int = 0,
     output_dir: str | Path = "runs/align",
     checkpoint_every: int = 20,
@@ -96,7 +96,8 @@ def align(
     lr_warmup_steps: as in diffusers (`constant`, `constant_with_warmup`, `linear`, `cosine`, …). max_grad_norm:
     clipping. use_8bit_adam: the optimizer's state in 8 bits, with the package bitsandbytes. rank, alpha: the adapter's
     (see `lora.add`). strategy, frames, sampling, chunk, offload: see `gradient.reward_gradient`. checkpoint_blocks:
-    default on CUDA only, since it trades time for memory. mixed_precision: "no", "fp16" or "bf16".
+    default on CUDA only, since it trades time for memory. mixed_precision: "no", "fp16" or "bf16"; default: what
+    `accelerate launch` was told, "no" without one.
 
     output_dir: a folder that no other run has used, unless resume: True goes on from its newest checkpoint, "latest"
     does too but starts anew where none is yet, a path names a checkpoint. checkpoints_total_limit: how many of the
@@ -142,7 +143,7 @@ def align(
         "strategy": repr(strategy),
         "frames": asdict(frames),
         "sampling": asdict(sampling),
-        "mixed_precision": mixed_precision,
+        "mixed_precision": accelerator.mixed_precision,
         "seed": seed,
     }
 
@@ -251,12 +252,13 @@ def align(
             journal.add(row)
         else:
             state.metrics.append(row)
-        if log_with:
-            accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, step=state.step)
         if state.non_finite >= limit:
             raise RuntimeError(f"{limit} steps in a row were not finite; the last one: {row['skipped']}")
         if state.step % checkpoint_every == 0 or best_step(state.metrics) == state.step:
             keep()
+        if log_with:
+            numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+            tracked(accelerator.log, numbers, step=state.step)
 
     def keep() -> bool:
         """A checkpoint of this moment: all processes bring their part, the main one writes."""
@@ -289,7 +291,7 @@ def align(
                             stacklevel=3,
                         )
         for tracker in accelerator.trackers if log_with else []:
-            tracker.finish()
+            tracked(tracker.finish)
 
     limit = GIVE_UP if accelerator.scaler is None else GIVE_UP_SCALED
     stopped, hidden = False, not progress or not accelerator.is_main_process
@@ -324,6 +326,14 @@ def align(
             bar.close()
     finish()
     return Run(adapter, state.metrics, folder, stopped)
+
+
+def tracked(call: Callable, *args, **options) -> None:
+    """A tracker's call: a disk that is full for it costs its record, not the run."""
+    try:
+        call(*args, **options)
+    except OSError as error:
+        warnings.warn(f"the tracker could not write ({error}); metrics.jsonl has it all", stacklevel=3)
 
 
 def checksum(texts: Sequence[str]) -> str:
@@ -366,11 +376,11 @@ def restore(found, adapter, optimizer, schedule, accelerator) -> State:
 
 def best_step(metrics: list[dict]) -> int | None:
     """The step with the highest validation score (of the first that `validate` names), None without any."""
-    scored = [row for row in metrics if any(key.startswith("validation/") for key in row)]
+    scored = [row for row in metrics if any(key.startswith("validation/") for key in row)]  # NaN is never the best
     if not scored:
         return None
     first = next(key for key in scored[0] if key.startswith("validation/"))
-    return max(scored, key=lambda row: row[first])["step"]
+    return max(scored, key=lambda row: -math.inf if math.isnan(row[first]) else row[first])["step"]
 
 
 def flat(config: dict) -> dict:

@@ -78,7 +78,7 @@ class Align(Judged):
     chunk: int = option(1, "frames decoded at once")
     offload: bool = option(False, "what the denoiser keeps for the backward pass waits in CPU memory")
     model_cpu_offload: bool = option(False, "only the networks of the current stage are on the GPU")
-    mixed_precision: str = option("no", "no, fp16, bf16")
+    mixed_precision: str | None = option(None, "no, fp16, bf16; default: accelerate launch's, or no")
     speed: str | None = option(
         None, "switches, such as channels_last,compile; python -m vader_nb.selfcheck measures them"
     )
@@ -87,7 +87,9 @@ class Align(Judged):
     output_dir: str = option("runs", "where runs are kept")
     checkpoint_every: int = 20
     checkpoints_total_limit: int | None = option(None, "keep so many of the newest, and the best; default: all")
-    validation_steps: int | None = option(None, "measure held-out prompts every so many steps; needed for a best one")
+    validation_steps: int | None = option(
+        None, "measure the held_out prompts (without: training ones) every so many steps; needed for a best one"
+    )
     resume: str = option(
         "false", "with name=…: true: its newest checkpoint; latest: or a new run; or a checkpoint's path"
     )
@@ -134,7 +136,7 @@ class Memory(Sampled):
     rank: int = 8
     strategy: str = option("last", "last, random, step, draft_lv, refl, drtune")
     K: int | None = option(None, "as for align")
-    frames: str | None = option(None, "as for align; default: random:1")
+    frames: str | None = option(None, "as for align, and its default")
     chunk: int = option(1, "frames decoded at once")
     checkpoint_blocks: bool = option(True, "the denoiser's blocks are computed again in the backward pass")
     offload: bool = option(False, "what the denoiser keeps for the backward pass waits in CPU memory")

@@ -24,8 +24,8 @@ from .models import VideoModel, alone
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # accelerate's name -> what to install
 
 
-def accelerator_for(device: torch.device, mixed_precision: str, log_with: str | None, folder) -> Accelerator:
-    """The accelerator of a run; a notebook's next run may want another one."""
+def accelerator_for(device: torch.device, mixed_precision: str | None, log_with: str | None, folder) -> Accelerator:
+    """The accelerator of a run; a notebook's next run may want another one. mixed_precision: None for the launcher's."""
     AcceleratorState._reset_state()
     if log_with is not None:
         if log_with not in TRACKERS:
