@@ -33,9 +33,16 @@ STYLE = """<style>
 .vader-frames > .widget-tab-contents { border: 0 !important; padding: 0 !important }
 </style>"""
 
-WIDE = Layout(width="100%", max_width="640px")  # of a control: one line, also on a phone
-ROW = Layout(flex_flow="row wrap", align_items="center", width="100%")
-LABEL = {"description_width": "110px"}
+# Layouts are dictionaries, of which each widget makes a Layout of its own.
+WIDE = {"width": "100%", "max_width": "640px"}  # of a control: one line, also on a phone
+ROW = {"flex_flow": "row wrap", "align_items": "center", "width": "100%"}
+SIDE = {
+    "flex_flow": "row wrap",
+    "align_items": "flex-start",
+    "width": "100%",
+    "grid_gap": "4px 16px",
+}  # stacked on a phone
+LABEL = {"description_width": "96px"}
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 escape = functools.partial(html.escape, quote=True)
@@ -54,9 +61,7 @@ class Panel:
     def __init__(self):
         self.error: Exception | None = None
         self.remark = HTML()
-        self.progress = ipywidgets.FloatProgress(
-            min=0, max=1, description="working", style=LABEL, layout=Layout(width="100%", max_width="640px")
-        )
+        self.progress = ipywidgets.FloatProgress(min=0, max=1, description="working", style=LABEL, layout=WIDE)
         self.progress.layout.visibility = "hidden"
         self.jobs = Jobs(self.busy, self.waiting, self.failed)
         self.box = None
@@ -139,6 +144,6 @@ def disable(why: str, *controls, remark: HTML | None = None) -> None:
     reason: they can."""
     for control in controls:
         control.disabled = bool(why)
-        control.tooltip = why
+        setattr(control, "tooltip" if control.has_trait("tooltip") else "description_tooltip", why)  # ipywidgets 8, 7
     if remark is not None:
         remark.value = f"<span class=vader-note>{escape(why)}</span>"

@@ -8,7 +8,7 @@ import base64
 import io
 from collections.abc import Sequence
 
-from ipywidgets import HTML, Layout, SelectionSlider, Tab, VBox, jslink
+from ipywidgets import HTML, SelectionSlider, Tab, VBox, jslink
 
 from ..video import Video
 from .panel import LABEL, WIDE, escape
@@ -39,12 +39,12 @@ class Player:
 
     def __init__(self, num_frames: int):
         self.scrubber = SelectionSlider(options=self.stops(num_frames), description="frame", style=LABEL, layout=WIDE)
-        self.pages = Tab(layout=Layout(width="100%"))
+        self.pages = Tab(layout={"width": "100%"})
         self.pages.add_class("vader-frames")
         self.pages.children = [HTML(EMPTY) for _ in range(num_frames + 1)]
         self.pages.selected_index = 0
         jslink((self.scrubber, "index"), (self.pages, "selected_index"))
-        self.box = VBox([self.pages, self.scrubber], layout=Layout(width="100%"))
+        self.box = VBox([self.pages, self.scrubber], layout={"width": "100%"})
 
     @staticmethod
     def stops(num_frames: int) -> list[str]:
@@ -69,4 +69,5 @@ class Player:
         self.pages.children = (pages + [HTML(EMPTY) for _ in range(num_frames + 1 - len(pages))])[: num_frames + 1]
         self.scrubber.options = self.stops(num_frames)
         for page in spare:
-            page.close()
+            for part in (page.style, page.layout, page):
+                part.close()

@@ -26,11 +26,12 @@ from ipywidgets import (
     VBox,
 )
 
+from .. import zoo
 from ..gradient import Sampling
 from ..models import VideoModel
 from ..video import Video
 from . import clips
-from .panel import LABEL, ROW, WIDE, Panel, disable, escape
+from .panel import LABEL, ROW, SIDE, WIDE, Panel, disable, escape
 from .player import Player, moving, still
 
 NONE = "none (base model)"
@@ -97,17 +98,25 @@ class Sampler(Panel):
         self.caption, self.listing, self.saved = HTML(), HTML(), HTML()
         self._slots = [self._slot(i) for i in range(HISTORY)]
         strip = HBox([slot.box for slot in self._slots], layout=ROW)
+        controls = VBox(
+            [
+                self.prompt,
+                HBox([self.seed, self.dice], layout=ROW),
+                self.lock,
+                self.num_inference_steps,
+                self.guidance_scale,
+                self.adapter,
+                self.scale,
+                self.second,
+                self.second_scale,
+                self.part,
+                self.why,
+            ],
+            layout=Layout(flex="2 1 330px", max_width="600px", min_width="0"),
+        )
+        clip = VBox([self.player.box, self.caption], layout=Layout(flex="1 1 260px", max_width="340px", min_width="0"))
         self.assemble(
-            self.prompt,
-            HBox([self.seed, self.dice, self.lock], layout=ROW),
-            self.num_inference_steps,
-            self.guidance_scale,
-            HBox([self.adapter, self.scale], layout=ROW),
-            HBox([self.second, self.second_scale], layout=ROW),
-            self.part,
-            self.why,
-            VBox([self.player.box], layout=Layout(max_width="420px")),
-            self.caption,
+            HBox([controls, clip], layout=SIDE),
             HBox([self.format, self.save_button, self.saved], layout=ROW),
             self.listing,
             strip,
@@ -115,7 +124,7 @@ class Sampler(Panel):
         self._explain()
 
     def _controls(self, prompt: str) -> None:
-        defaults, half = self.model.defaults, Layout(width="100%", max_width="320px")
+        defaults = self.model.defaults
         names = [NONE, *self.adapters]
         self.prompt = Text(prompt, description="prompt", continuous_update=False, style=LABEL, layout=WIDE)
         self.seed = IntText(0, description="seed", style=LABEL, layout=Layout(width="220px"))
@@ -132,22 +141,21 @@ class Sampler(Panel):
         self.guidance_scale = FloatSlider(
             defaults["guidance_scale"], min=1, max=15, step=0.5, description="guidance", **slider
         )
-        slider["layout"] = half
-        self.adapter = Dropdown(options=names, value=names[min(1, len(names) - 1)], description="adapter", style=LABEL)
-        self.second = Dropdown(options=names, value=NONE, description="mixed with", style=LABEL)
+        self.adapter = Dropdown(
+            options=names, value=names[min(1, len(names) - 1)], description="adapter", style=LABEL, layout=WIDE
+        )
+        self.second = Dropdown(options=names, value=NONE, description="mixed with", style=LABEL, layout=WIDE)
         self.scale = FloatSlider(1.0, min=0, max=1.5, step=0.05, description="scale", **slider)
         self.second_scale = FloatSlider(0.5, min=0, max=1.5, step=0.05, description="its scale", **slider)
         self.part = FloatRangeSlider(
-            (0.0, 1.0),
+            value=(0.0, 1.0),
             min=0,
             max=1,
             step=0.05,
             description="adapter acts",
             readout_format=".0%",
-            **slider | {"layout": WIDE},
+            **slider,
         )
-        for dropdown in (self.adapter, self.second):
-            dropdown.layout = half
         self.why = HTML()
         self.format = Dropdown(options=[".mp4", ".gif", ".webp"], description="save as", style=LABEL)
         self.format.layout = Layout(width="210px")
@@ -286,18 +294,24 @@ class Sampler(Panel):
         sampling = (
             f"Sampling(num_inference_steps={request.num_inference_steps}, guidance_scale={request.guidance_scale:g})"
         )
-        lines = ["import vader_nb", "from vader_nb import Sampling, Video, lora", ""]
+        lines = ["import vader_nb", "from vader_nb import Sampling, Video, lora, zoo", ""]
         lines += [f"model = vader_nb.load({self.model.name!r})", f"sampling = {sampling}"]
         call = f"vader_nb.sample(model, {request.prompt!r}, seeds={request.seed}, sampling=sampling"
-        weights = {str(self.adapters[name]): weight for name, weight in request.weights().items()}
+        weights = request.weights()
         if weights:
-            lines.append(f"adapter = lora.blend(model, {weights!r})")
+            parts = ", ".join(f"{self._spelled(name)}: {weight:g}" for name, weight in weights.items())
+            lines.append(f"adapter = lora.blend(model, {{{parts}}})")
         if weights and (request.start, request.end) != (0, 1):
             part = f"{request.start:g}, {request.end:g}, num_inference_steps={request.num_inference_steps}"
             lines += [f"with lora.acting(adapter, {part}) as callback:", f"    frames = {call}, callback=callback)"]
         else:
             lines.append(f"frames = {call}{', adapter=adapter' if weights else ''})")
         return "\n".join([*lines, f"Video(frames[0], fps={self.model.defaults['fps']})"])
+
+    def _spelled(self, name: str) -> str:
+        """An adapter's file, in Python that holds on other machines too where it is one of the shipped."""
+        path = self.adapters[name]
+        return f"zoo.adapters()[{name!r}]" if path == zoo.adapters().get(name) else repr(str(path))
 
     # ------------------------------------------------------------------------------------------------- history
 
