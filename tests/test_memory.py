@@ -235,12 +235,11 @@ def test_what_does_not_fit_is_told_what_to_change(small, monkeypatch):
         assert not ask(replace(setting, **fewer)).fits["T4"]
 
 
-def test_a_reward_on_the_clip_is_not_offered_another_clip(small, monkeypatch, capsys):
+def test_a_reward_on_the_clip_is_not_offered_another_clip(small, monkeypatch):
     """Neither one random frame nor fewer frames; and frames that are named are not looked for where there are fewer."""
-    tried, real = [], simulate.__wrapped__
-    monkeypatch.setattr(
-        sys.modules[Setting.__module__], "simulate", lambda setting: tried.append(setting) or real(setting)
-    )
+    module, tried = sys.modules[Setting.__module__], []
+    monkeypatch.setattr(module, "simulate", lambda setting: tried.append(setting) or simulate(setting))
+    monkeypatch.setattr(module, "REMEDIES", module.REMEDIES[-2:])
     monkeypatch.setitem(GPUS, "T4", MARGIN)
     setting = replace(small, reward="motion_smoothness", frames=Frames("all"), num_frames=12)
     assert ask(setting, gpu="T4").remedies == {"T4": None}
