@@ -57,17 +57,17 @@ class RewardComparison(Panel):
         sampling: Sampling | None = None,
     ):
         super().__init__()
+        self.folder, self.votes = Path(folder), Votes(folder)
+        self.votes.read()  # a damaged file is told now, not after the first vote
         rewards = judges(model, rewards)
         self.prompts = chosen(model, prompts, rewards)
         adapters = clips.fitting(model, None if adapters is None else named(adapters))
         self.contest = Contest(model, adapters, rewards, (sampling or Sampling()).filled(model), seed)
-        self.folder, self.votes = Path(folder), Votes(folder)
-        self.votes.read()  # a damaged file is told now, not after the first vote
         self.pair: Pair | None = None  # that waits for a vote
         self._picture: Video | None = None  # that is shown
         self._pages = (None, [])  # the picture's frames as <img>, and what they were made of
         self._filling = self._sweeping = False
-        self.player = Player(model.defaults["num_frames"])
+        self.player = Player(self.contest.sampling.num_frames)
         self.caption, self.why, self.counts, self.saved = HTML(), HTML(), HTML(), HTML()
         self._controls()
         self.open_box = VBox(

@@ -12,6 +12,9 @@ from .contest import Contest
 from .side_by_side import number, signed, table
 from .voting import Tally
 
+# Added to the report's: on a phone a table scrolls, it does not break names into letters.
+STYLE = "section { margin: 1.5rem 0 } .text { overflow-wrap: break-word; min-width: 4.5rem } th:first-child { text-align: left }"
+
 
 def document(contest: Contest, prompts: Sequence[str], tallies: Sequence[Tally]) -> str:
     """The page of all prompts that are compared: means, clips side by side with their scores, votes, settings. Every text
@@ -34,7 +37,7 @@ def document(contest: Contest, prompts: Sequence[str], tallies: Sequence[Tally])
         f"<h2>Settings</h2><pre>{html.escape(json.dumps(settings(contest), indent=2, ensure_ascii=False))}</pre>"
     )
     head = "<meta charset=utf-8><meta name=viewport content='width=device-width'><title>vader_nb comparison</title>"
-    style = f"<style>{report.STYLE} section {{ margin: 1.5rem 0 }} td, th:first-child {{ white-space: nowrap }}</style>"
+    style = f"<style>{report.STYLE}{STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}{style}</head><body>{''.join(body)}</body></html>\n"
 
 

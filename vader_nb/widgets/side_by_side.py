@@ -55,7 +55,7 @@ def halves(left: str, right: str) -> str:
 
 
 def number(value: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f}".replace("-", "−")
+    return f"{round(value, 3) + 0.0:{sign}.3f}".replace("-", "−")  # no minus zero
 
 
 def signed(difference: float, up: str = "vader-up", down: str = "vader-down") -> str:
