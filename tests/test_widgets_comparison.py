@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sys
 from pathlib import Path
 
 import ipywidgets
@@ -250,6 +251,7 @@ def test_another_adapter_sorts_anew_but_keeps_the_prompt(everything):
     everything.order.value = "as given"
 
 
+@pytest.mark.skipif("google.colab" in sys.modules, reason="on Colab all is done while a click is answered")
 def test_before_it_is_shown_only_two_contestants_are_awaited(tiny, tmp_path):
     async def notebook():
         comparison = make(tiny, tmp_path)
@@ -266,6 +268,7 @@ def test_before_it_is_shown_only_two_contestants_are_awaited(tiny, tmp_path):
     assert "aesthetic" in comparison.to_html()
 
 
+@pytest.mark.skipif("google.colab" in sys.modules, reason="on Colab all is done while a click is answered")
 def test_a_newer_request_takes_over_and_stop_stops(tiny, tmp_path):
     async def notebook():
         comparison = make(tiny, tmp_path)
@@ -433,8 +436,7 @@ def test_blind_mode_reveals_nothing(comparison):
     assert all("vader-note>…" not in page and "<svg" not in page and "<img" in page for page in pages(comparison))
     alts = {re.search(r'alt="([^",]*)', page)[1] for page in pages(comparison)}
     assert alts == {f"A and B: {PROMPTS[0]}"}
-    bundle = comparison._repr_mimebundle_()
-    assert "aesthetic" not in bundle["text/html"] + bundle["text/plain"]
+    assert "aesthetic" not in re.sub("base64,[^\"']*", "", str(comparison._repr_mimebundle_()))
 
 
 def test_a_pair_is_base_and_adapter_from_one_new_seed(comparison, tiny):

@@ -7,7 +7,7 @@ comparison.run_all(); comparison.export()     every prompt, as one HTML file
 
 import base64
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -132,7 +132,7 @@ class RewardComparison(Panel):
 
     # ---------------------------------------------------------------------------------------- computing in steps
 
-    def _complete(self, prompts: Sequence[str], names: Sequence[str]) -> Iterator[float]:
+    def _complete(self, prompts: Iterable[str], names: Sequence[str]) -> Iterator[float]:
         """Score what has no scores yet; of the prompt that is shown, make also clips that were let go."""
         work = [
             (prompt, name)
@@ -142,6 +142,7 @@ class RewardComparison(Panel):
         ]
         for i, (prompt, name) in enumerate(work):
             yield from part_of(self.contest.compare(prompt, name), i / len(work), 1 / len(work))
+            self._explain()
             there = len(self.contest.shelf(self.prompt.value))  # last used, so that these clips stay
             if prompt == self.prompt.value and there in (2, len(self.contest.names)):
                 self._show()
@@ -161,8 +162,8 @@ class RewardComparison(Panel):
         self._sweeping = True
         try:
             self._explain()
+            yield from self._complete(dict.fromkeys([self.prompt.value, *self.prompts]), self.contest.names)
             yield from self._one()
-            yield from self._complete(self.prompts, self.contest.names)
         finally:  # stopped or done
             self._sweeping = False
             self._explain()
@@ -191,7 +192,7 @@ class RewardComparison(Panel):
     # ---------------------------------------------------------------------------------------------- the open view
 
     def _looked(self, jump: bool = False) -> None:
-        if self._filling:
+        if self._filling or self.blind.value:
             return
         self._arrange(jump)
         self._explain()
