@@ -105,8 +105,8 @@ def align(
 
     Raises before the work starts: FileExistsError if the folder holds another run, ValueError for settings that
     cannot be met, OSError if the folder cannot be written. Later: RuntimeError after 3 non-finite steps in a row, or
-    if processes come to hold different adapters. A KeyboardInterrupt or SIGTERM ends the run early and keeps everything
-    up to the last whole step. A disk that fills up is a warning: the run goes on, and the adapter is on the model still.
+    if processes come to hold different adapters. A KeyboardInterrupt, SIGTERM or a file named `stop` in the folder ends the
+    run early and keeps everything up to the last whole step. A disk that fills up is a warning: the run goes on, and the adapter is on the model still.
     """
     reward, folder, sampling = as_reward(reward), Path(output_dir), (sampling or Sampling()).filled(model)
     if not any(prompt.strip() for prompt in prompts):
@@ -214,7 +214,8 @@ def align(
                 trouble = str(error)
                 break
         mean = torch.cat(rewards).mean().item() if rewards else 0.0
-        met = parallel.meet(parameters, accelerator, mean, bool(trouble), bool(asked))
+        leave = bool(asked) or (folder / checkpoints.STOP).exists()
+        met = parallel.meet(parameters, accelerator, mean, bool(trouble), leave)
         if met.stop:
             raise KeyboardInterrupt
         if met.non_finite:
@@ -308,6 +309,7 @@ def align(
             stopped = True
             optimizer.zero_grad()
             bar.write(f"stopped after step {state.step}; kept in {folder}")
+            (folder / checkpoints.STOP).unlink(missing_ok=True)
         except BaseException:
             if accelerator.num_processes == 1 or state.non_finite >= limit:
                 finish()  # else the others may not come: a checkpoint is a meeting of all processes

@@ -4,6 +4,7 @@
     metrics.jsonl                    one line a step
     checkpoints/step-000020/         adapter.safetensors, and state.pt: all that the next step depends on
     adapter.safetensors              at the end, or at a stop
+    stop                             put there by who wants the run to end after its step
 
 Files are written beside their place, forced to the disk and renamed, so that a kill at any moment, a power cut or a
 full disk leaves the last whole one. A checkpoint that cannot be written is a warning, and the run goes on: what was
@@ -24,6 +25,7 @@ import torch
 
 from . import lora
 
+STOP = "stop"
 ROOM = 50e6  # bytes that must be free before a run starts
 
 
@@ -95,8 +97,14 @@ def prepare(folder: Path, config: dict) -> None:
     if free < ROOM:
         raise OSError(f"only {free / 1e6:.0f} MB free where {folder} lies; a run needs at least {ROOM / 1e6:.0f} MB")
     write(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (folder / STOP).unlink(missing_ok=True)  # meant for another run
     for leftover in (folder / "checkpoints").glob("step-*.part"):  # of a kill in the middle of a checkpoint
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Let the run in this folder end after its step, from whatever process; it keeps what it has."""
+    (folder / STOP).touch()
 
 
 def write(path: Path, text: str) -> None:
