@@ -43,7 +43,7 @@ def columns(cells: Sequence[str]) -> str:
 
 def under_names(names: Sequence[str], picture: str, *rows: str) -> str:
     """A picture with its columns' names above and rows of columns below it."""
-    heads = columns([f"<b>{escape(name)}</b>" for name in names])
+    heads = columns([f"<b style='font-size:.85em'>{escape(name)}</b>" for name in names])
     width = f"max-width:{256 * len(names)}px;min-width:{NARROW * len(names)}px"
     return f"<div class=vader-scroll><div style='{width}'>{heads}{picture}{''.join(rows)}</div></div>"
 
