@@ -325,6 +325,8 @@ class RewardComparison(Panel):
     def to_html(self) -> str:
         if self._picture is None:
             return "<p>nothing is compared yet</p>"
-        picture = self._picture.to_html(width=self._picture.frames.shape[-1] * 2)
+        # The picture of the first page, not encoded a second time; with a width of its own for pages that drop styles.
+        wide = f"<img width={self._picture.frames.shape[-1] * 2} style='image-rendering:pixelated;max-width:100%'"
+        picture = self._pages[1][0].replace("<img class=vader-frame", wide)
         scores = "" if self.blind.value else table(self.contest, self.prompt.value)
         return f"<div>{picture}{scores}</div>"
