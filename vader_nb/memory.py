@@ -246,6 +246,14 @@ def copied(value):
 
 
 @functools.cache
+def sees_frames(model: str, reward: str) -> bool:
+    """The reward scores single frames, not the whole clip."""
+    with Shapes(allow_non_fake_inputs=True) as shapes:
+        shapes.yes = False
+        return parse(reward, tiny=model == "tiny", outline=True).per_frame
+
+
+@functools.cache
 def simulate(setting: Setting) -> dict[str, int]:
     """Bytes by stage. The accelerator's tensors are fake ones on "cpu", what waits elsewhere is on "meta": torch then
     picks fused attention, as CUDA does on every GPU named here, and not the one with all its weights in memory."""
@@ -280,6 +288,7 @@ REMEDIES = (
     {"frames": Frames("random", 1)},
     {"num_frames": 8},
 )
+FEWER = {"frames", "num_frames"}  # of a clip, a reward on the whole of it would be given another clip, or none
 
 
 @dataclass
@@ -353,9 +362,14 @@ def remedy(setting: Setting, gpu: str) -> dict | None:
     """The settings that make it fit, found by trying: one after the other, what helps is kept, and what turns out not
     to have been necessary is dropped."""
     change, least = {}, simulate(setting)
+    per_frame = sees_frames(setting.model, setting.reward)
     for offer in REMEDIES:
         candidate = replace(setting, **(change | offer))
-        if candidate == replace(setting, **change):
+        if candidate == replace(setting, **change) or (FEWER & offer.keys() and not per_frame):
+            continue
+        try:
+            simulate(candidate)
+        except ValueError:  # frames that are named one by one, and would not be there
             continue
         if max(simulate(candidate).values()) < 0.99 * max(least.values()):
             change, least = change | offer, simulate(candidate)
