@@ -27,6 +27,14 @@ model.defaults["num_inference_steps"] = 4
 sampler = Sampler(model, folder="saved")
 sampler
 """
+COMPARISON = """
+import vader_nb
+from vader_nb import Sampling, prompts
+from vader_nb.widgets import RewardComparison
+model = vader_nb.load("tiny")
+shown = prompts.get("tiny_held_out")[:3]
+RewardComparison(model, prompts=shown, sampling=Sampling(num_inference_steps=3), folder="votes")
+"""
 MONITOR = """
 from vader_nb import Sampling, align, prompts, rewards
 quick = Sampling(num_inference_steps=2)
@@ -77,6 +85,14 @@ def sampled(address, folder, chromium):
         browser.run_all(page)
         page.locator(".vader img.vader-frame").first.wait_for()
         yield page
+
+
+def wait_until(true, page):
+    for _ in range(browser.SECONDS * 10):
+        if true():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("it did not come about")
 
 
 def caption(page):
@@ -187,6 +203,39 @@ def test_a_run_is_stopped_from_another_notebook(address, folder, page, chromium)
         other.get_by_role("button", name="stop and keep").click()
         expect(other.locator(".vader")).to_contain_text("stopped")
     expect(page.locator(".jp-OutputArea-output", has_text=re.compile("^stopped after"))).to_be_visible()
+
+
+def test_one_compares_and_votes(address, folder, page):
+    browser.notebook(folder / "comparison.ipynb", COMPARISON)
+    browser.open_notebook(page, address, "comparison.ipynb")
+    browser.run_all(page)
+    panel = page.locator(".vader")
+    panel.locator("img.vader-frame").first.wait_for()
+    expect(panel).to_contain_text(re.compile(r"base.*aesthetic.*hps", re.DOTALL))
+    handle = panel.locator(".widget-slider", has_text=re.compile("^frame")).locator(".noUi-handle")
+    handle.focus()
+    handle.press("ArrowRight")
+    handle.press("ArrowRight")
+    expect(panel.get_by_text("hps at frame 2")).to_be_visible()  # the curve's marker goes with the frame
+    panel.get_by_label("gradient heat map").check()
+    expect(panel.get_by_text("Heat map:").locator("visible=true")).to_have_count(1)
+    panel.get_by_role("button", name="compare all prompts").click()
+    expect(panel.get_by_label("sort prompts")).to_be_enabled()
+    panel.get_by_label("sort prompts").select_option("hurts most first")
+    expect(panel.get_by_label("prompt", exact=True).locator("option").first).to_contain_text("·")
+    panel.get_by_role("button", name=re.compile("blind vote")).click()
+    votes = folder / "votes" / "votes.jsonl"
+    for number in (1, 2):
+        button = panel.get_by_role("button", name="A is better")
+        expect(button).to_be_enabled()
+        expect(panel).not_to_contain_text("aesthetic")
+        button.click()
+        wait_until(lambda number=number: len(votes.read_text().splitlines() if votes.exists() else []) == number, page)
+    panel.get_by_role("button", name="show tally").click()
+    expect(panel).to_contain_text("Win rate")
+    panel.get_by_role("button", name="leave the blind vote").click()
+    panel.get_by_role("button", name="export as HTML").click()
+    expect(panel.get_by_role("link")).to_be_visible()
 
 
 @pytest.fixture(scope="module")

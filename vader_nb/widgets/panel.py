@@ -30,7 +30,7 @@ STYLE = """<style>
 .vader-up { color: #1f9d4d } .vader-down { color: #e0573e }
 .vader-scroll { overflow-x: auto; max-width: 100% }
 .vader-frames > .p-TabBar, .vader-frames > .lm-TabBar { display: none !important }
-.vader-frames > .widget-tab-contents { border: 0 !important; padding: 0 !important }
+.vader-frames > .widget-tab-contents { border: 0 !important; padding: 0 !important; background: transparent !important }
 </style>"""
 
 # Layouts are dictionaries, of which each widget makes a Layout of its own.

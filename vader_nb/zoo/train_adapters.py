@@ -14,7 +14,7 @@ from ..align import align
 from ..evaluate import evaluate
 from ..gradient import Frames
 from ..models import load
-from . import WEIGHTS
+from . import WEIGHTS, adapters
 from .cards import card, write
 
 SEED, RANK, STEPS = 0, 4, 60
@@ -44,10 +44,9 @@ def train(name: str) -> None:
 
 def quality() -> dict[str, float]:
     """Mean differences to the base on held-out captions, same seeds: every reward, the oracles, motion."""
-    paths = sorted((WEIGHTS / "tiny-adapters").glob("*.safetensors"))
     judges = [make("tiny") for make in REWARDS.values()]
     captions = {"held-out": prompts.get("tiny_held_out")[:JUDGED]}
-    result = evaluate(load("tiny"), {path.stem: path for path in paths}, judges, captions, seeds_per_prompt=1)
+    result = evaluate(load("tiny"), adapters(), judges, captions, seeds_per_prompt=1)
     return {f"{row.name}: {row.metric}, {row.base:.3f} changes by": row.difference for row in result.rows}
 
 
