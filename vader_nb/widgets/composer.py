@@ -38,7 +38,7 @@ class RewardComposer(Panel):
     """
 
     title = "Reward composer"
-    hint = "Move the weights: the clips are put in the order of the sum, and its code is below them."
+    hint = "Move the weights: the clips are sorted anew, the best first, and the reward’s code is below them."
 
     def __init__(
         self,
@@ -78,7 +78,9 @@ class RewardComposer(Panel):
             name: FloatSlider(1.0, min=-2, max=2, step=0.05, description=plain(name), style=LABEL, layout=WIDE)
             for name in self.rewards
         }
-        self.standardised = Checkbox(True, description="in standard deviations", indent=False)
+        self.standardised = Checkbox(
+            True, description="in standard deviations, so that units do not matter", indent=False
+        )
         self.standardised.layout.width = "auto"
         self.why = HTML()
         self.on(self._show, *self.weights.values(), self.standardised)

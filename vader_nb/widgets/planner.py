@@ -17,7 +17,7 @@ from ..rewards import syntax
 from .diagram import GRADIENT, WIDTH, box, image, svg, words
 from .panel import LABEL, ROW, SIDE, WIDE, Panel, disable, escape
 
-OWN = "the model’s own"
+OWN = "the model’s own"  # as a value 0: None would be to a Dropdown that nothing is chosen
 SIZES = (64, 128, 192, 256, 320, 384, 448, 512, 576, 768, 1024)
 LENGTHS = (1, 4, 8, 12, 16, 24, 32, 48, 64)
 FRAMES = {"1 random": Frames(), "ends": Frames("ends"), "every 2nd": Frames("nth", 2), "all": Frames("all")}
@@ -25,7 +25,10 @@ COMMAND = {Frames("ends"): "ends", Frames("nth", 2): "nth:2", Frames("all"): "al
 CODE = {Frames(): "Frames()"} | {f: f"Frames({f.how!r}{f', {f.k}' if f.how == 'nth' else ''})" for f in COMMAND}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KEPT = 100  # simulations whose figures are kept
-PRESS = "Press “simulate”: a training step is gone through with tensors that have sizes but no numbers."
+PRESS = (
+    "Press “simulate”: a training step is gone through with tensors that have sizes but no numbers. That takes seconds for "
+    "tiny, half a minute or so for the big models."
+)
 
 
 class MemoryPlanner(Panel):
@@ -52,7 +55,8 @@ class MemoryPlanner(Panel):
         self._controls(str(model), reward, gpu)
         self.drawing, self.verdict, self.code = HTML(), HTML(), HTML()
         half = Layout(flex="1 1 300px", max_width="440px", min_width="0")
-        controls = VBox([*self.settings.values(), self.gpu, self.why], layout=half)
+        first, second, *rest = self.settings.values()
+        controls = VBox([first, second, self.gpu, *rest, self.why], layout=half)
         buttons = HBox([self.button, self.change], layout=ROW)
         answer = VBox(
             [buttons, self.drawing, self.verdict], layout=Layout(flex="2 1 330px", max_width="560px", min_width="0")
@@ -65,10 +69,10 @@ class MemoryPlanner(Panel):
         models = dict.fromkeys([*CHECKPOINTS, model])
         self.model = Dropdown(options=list(models), value=model, description="model", **look)
         self.reward = Text(reward, description="reward", continuous_update=False, **look)
-        sizes = [(OWN, None), *((f"{n} pixels", n) for n in SIZES)]
+        sizes = [(OWN, 0), *((f"{n} pixels", n) for n in SIZES)]
         self.height = Dropdown(options=sizes, description="height", **look)
         self.width = Dropdown(options=sizes, description="width", **look)
-        lengths = [(OWN, None), *((str(n), n) for n in LENGTHS)]
+        lengths = [(OWN, 0), *((str(n), n) for n in LENGTHS)]
         self.num_frames = Dropdown(options=lengths, description="num_frames", **look)
         self.batch_size = IntSlider(1, min=1, max=16, description="batch_size", **look)
         self.K = IntSlider(1, min=1, max=50, description="K, steps", **look)
@@ -97,11 +101,12 @@ class MemoryPlanner(Panel):
     def setting(self) -> Setting:
         values = {name: control.value for name, control in self.settings.items()}
         strategy = Last(values.pop("K"))
+        values |= {name: values[name] or None for name in ("height", "width", "num_frames")}
         values |= {"frames": FRAMES[values["frames"]], "dtype": DTYPES[values["dtype"]]}
         return Setting(**values, strategy=strategy)
 
     def set(self, **changes) -> None:
-        """Set controls by name, `gpu` among them. Raises ValueError for a value they cannot have."""
+        """Set controls by name, `gpu` among them; a size of 0 is the model's own. Raises ValueError for a value they cannot have."""
         known = self.settings | {"gpu": self.gpu}
         self._filling = True
         try:

@@ -239,7 +239,7 @@ class TruncationExplorer(Panel):
         self.table.value = self._table()
 
     def _table(self) -> str:
-        """The measured settings, the newest first, with the exact gradient's own where it was measured."""
+        """The measured settings, the newest first."""
         if not self.measured:
             return f"<div class=vader-note>{escape(EMPTY)}</div>"
         most = max(result.bytes for result in self.measured.values())
@@ -250,21 +250,25 @@ class TruncationExplorer(Panel):
             if len(result.frames) == 1:
                 switches[1] = "–"
             angle = math.degrees(math.acos(max(-1.0, min(1.0, result.cosine))))
-            cells = [f"K = {setting.K}", setting.frames, *switches]
+            cells = [
+                "".join(f"<td>{escape(cell)}</td>" for cell in part)
+                for part in ((str(setting.K), setting.frames), switches)
+            ]
             figures = [
                 bar(f"{result.bytes / 1e6:.1f} MB", result.bytes / most),
                 bar(f"{result.seconds:.2f} s", result.seconds / slowest),
                 bar(f"{result.cosine:.3f} ({angle:.0f}°)", result.cosine),
             ]
-            rows.append(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in cells)}{''.join(figures)}</tr>")
-        heads = ("steps", "frames", "checkpointing", "streaming", "peak memory", "time", "cosine to exact")
+            rows.append(f"<tr>{cells[0]}{''.join(figures)}{cells[1]}</tr>")
+        # What a phone shows without scrolling comes first.
+        heads = ("K", "frames", "memory", "time", "cosine", "checkpointing", "streaming")
         head = "".join(f"<th>{name}</th>" for name in heads)
         note = (
-            "Memory: all tensors that one gradient makes, at the worst moment; weights are not among them. Cosine: 1 is the "
-            "exact gradient's own direction (0°), 0 a right angle to it, below 0 the wrong way."
+            "Memory: all tensors that one gradient makes, at the worst moment; weights are not among them. Cosine to the "
+            "exact gradient, through all steps and frames: 1 is its own direction (0°), 0 a right angle, below 0 the wrong way."
         )
         return (
-            f"<div class=vader-scroll><table class=vader-measured><tr>{head}</tr>{''.join(rows)}</table></div>"
+            f"<div class=vader-scroll><table class=vader-measured style='white-space:nowrap'><tr>{head}</tr>{''.join(rows)}</table></div>"
             f"<div class=vader-note>{note}</div>"
         )
 
@@ -304,7 +308,7 @@ def chain(
     alt = (
         f"The gradient goes back from the reward through {of(len(chosen), num_frames, 'frame')} "
         f"({listed([i + 1 for i in chosen])}), {'one at a time' if setting.streaming else 'all at once'}, and "
-        f"{of(setting.K, steps, 'step')}, the last, to the adapter. Inside a step "
+        f"{'all' if setting.K == steps else f'the last {setting.K} of'} {steps} step{'s' * (steps > 1)} to the adapter. Inside a step "
         f"{'only the inputs of blocks are kept, the rest is computed again' if setting.checkpointing else 'everything is kept'}."
     )
     wide, width = RIGHT - LEFT, (RIGHT - LEFT) / steps
