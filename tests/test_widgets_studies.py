@@ -412,7 +412,7 @@ def test_the_diagram_follows_the_controls(explorer):
     explorer.streaming.value = False
     explorer.checkpointing.value = False
     assert "all at once" in explorer.drawing.value
-    assert "everything is kept" in explorer.drawing.value
+    assert "all is kept" in explorer.drawing.value
     explorer.K.value = 3
     assert "all 3 steps to the adapter" in Tags(explorer.drawing.value).alts[0]
     assert EMPTY in explorer.table.value

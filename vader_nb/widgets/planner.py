@@ -37,7 +37,7 @@ class MemoryPlanner(Panel):
     model: a name of `models.CHECKPOINTS` or a pipeline directory; reward: an expression; gpu: one of `memory.GPUS`, the
     first setting of the controls, which bear the names of `memory.Setting`. Nothing is simulated before it is asked for,
     since it takes some seconds (tiny) to half a minute: until then the page shows what there is to fit into. Raises
-    ValueError for an unknown model, reward or GPU.
+    ValueError for an unknown model, reward or GPU, FileNotFoundError for a directory that is no pipeline's.
     """
 
     title = "Memory planner"
@@ -225,7 +225,7 @@ class MemoryPlanner(Panel):
         if gpu not in memory.remedies:
             return f"<b>Too small:</b> {escape(need)}. What to change is not known yet: press “simulate”."
         change = memory.remedies[gpu]
-        way = f"It fits {spelled(change)}." if change else f"{spelled(change).capitalize()}."
+        way = f"It fits {spelled(change)}." if change else f"N{spelled(change)[1:]}."  # "no setting of ours …"
         return f"<b>Too small:</b> {escape(need)}. {escape(way)}"
 
     @property

@@ -251,15 +251,14 @@ class TruncationExplorer(Panel):
                 switches[1] = "–"
             angle = math.degrees(math.acos(max(-1.0, min(1.0, result.cosine))))
             cells = [
-                "".join(f"<td>{escape(cell)}</td>" for cell in part)
-                for part in ((str(setting.K), setting.frames), switches)
+                cell(str(setting.K)),
+                cell(setting.frames),
+                cell(f"{result.bytes / 1e6:.1f} MB", result.bytes / most),
+                cell(f"{result.seconds:.2f} s", result.seconds / slowest),
+                cell(f"{result.cosine:.3f} ({angle:.0f}°)", result.cosine),
+                *map(cell, switches),
             ]
-            figures = [
-                bar(f"{result.bytes / 1e6:.1f} MB", result.bytes / most),
-                bar(f"{result.seconds:.2f} s", result.seconds / slowest),
-                bar(f"{result.cosine:.3f} ({angle:.0f}°)", result.cosine),
-            ]
-            rows.append(f"<tr>{cells[0]}{''.join(figures)}{cells[1]}</tr>")
+            rows.append(f"<tr>{''.join(cells)}</tr>")
         # What a phone shows without scrolling comes first.
         heads = ("K", "frames", "memory", "time", "cosine", "checkpointing", "streaming")
         head = "".join(f"<th>{name}</th>" for name in heads)
@@ -289,8 +288,10 @@ def random_adapter(model: VideoModel, rank: int, seed: int) -> lora.Adapter:
     return adapter
 
 
-def bar(text: str, share: float) -> str:
-    """A table cell: the text, over a bar of this share of its width."""
+def cell(text: str, share: float | None = None) -> str:
+    """A table cell; with a share, the text over a bar of this part of its width."""
+    if share is None:
+        return f"<td>{escape(text)}</td>"
     percent = 100 * max(0.0, min(1.0, share))
     return f'<td style="background:linear-gradient(90deg,#8884 {percent:.0f}%,transparent 0)">{escape(text)}</td>'
 
@@ -298,66 +299,84 @@ def bar(text: str, share: float) -> str:
 # ------------------------------------------------------------------------------------------- the drawing
 
 LEFT, RIGHT = 10, WIDTH - 10
-NUMBERED = 26  # steps that each have room for their number
+WIDE_BOXES = 15  # a row of so many boxes has room for large figures
+NUMBERED = 26  # and one of so many for small ones
+STEPS, DECODER, SCORED, JUDGE = 52, 128, 180, 232  # the rows' tops
 
 
 def chain(
     setting: Truncation, steps: int, num_frames: int, chosen: list[int], reward: str, adapter: str
 ) -> tuple[str, str]:
     """The chain from top to bottom, the gradient's way back in thick arrows; and the same in words."""
+    how = "one at a time" if setting.streaming else "all at once"
+    inside = (
+        "only the inputs of blocks are kept, the rest is computed again" if setting.checkpointing else "all is kept"
+    )
+    through = f"all {steps}" if steps == setting.K else f"the last {setting.K} of {steps}"
     alt = (
         f"The gradient goes back from the reward through {of(len(chosen), num_frames, 'frame')} "
-        f"({listed([i + 1 for i in chosen])}), {'one at a time' if setting.streaming else 'all at once'}, and "
-        f"{'all' if setting.K == steps else f'the last {setting.K} of'} {steps} step{'s' * (steps > 1)} to the adapter. Inside a step "
-        f"{'only the inputs of blocks are kept, the rest is computed again' if setting.checkpointing else 'everything is kept'}."
+        f"({', '.join(str(i + 1) for i in chosen)}), {how}, and {through} step{'s' * (steps > 1)} to the adapter. Inside a "
+        f"step {inside}."
     )
-    wide, width = RIGHT - LEFT, (RIGHT - LEFT) / steps
-    window = RIGHT - setting.K * width
-    parts = [box(window, 4, RIGHT - window, 24), words((window + RIGHT) / 2, 20, adapter, 12, "middle", True)]
-    if RIGHT - window < 8 * len(adapter):  # too narrow for its name inside
-        parts[1] = words(window - 6, 20, f"{adapter} ", 12, "end", True)
-    for i in range(steps):  # counted from the end
-        x = RIGHT - (i + 1) * width
-        learns = i < setting.K
-        parts.append(box(x + 2, 52, width - 4, 30, "step learns" if learns else "step", learns))
-        if steps <= NUMBERED or (i + 1) % 5 == 0:
-            parts.append(words(x + width / 2, 71, str(i + 1), 12 if steps <= 15 else 9, "middle", learns))
-        if learns:
-            parts.append(arrow(x + width / 2, 50, x + width / 2, 30, True))
-    if setting.K > 1:
-        parts.append(arrow(RIGHT - width / 2, 88, window + width / 2, 88, True))
-    note = "blocks computed again" if setting.checkpointing else "all of it kept in memory"
-    parts += [
-        words(LEFT, 104, "noise → denoising steps, counted from the end", 11),
-        words(LEFT, 46, "" if window < 220 else f"{of(setting.K, steps, 'step')} in the gradient: {note}", 11),
+    parts = [
+        *denoising(setting, steps, adapter),
+        box(LEFT, DECODER, RIGHT - LEFT, 26),
+        words(WIDTH / 2, DECODER + 17, "decoder", bold=True, anchor="middle"),
+        words(RIGHT - 8, DECODER + 17, f"frames {how}" if len(chosen) > 1 else "one frame", 11, "end"),
+        *decoded(num_frames, chosen),
+        box(LEFT, JUDGE, RIGHT - LEFT, 26),
+        words(WIDTH / 2, JUDGE + 17, f"reward: {reward}", bold=True, anchor="middle"),
+        words(LEFT, JUDGE + 44, "thick arrows: the gradient, backwards · filled: what it passes through", 11),
     ]
-    if window < 220:
-        parts.append(words(LEFT, 118, f"{of(setting.K, steps, 'step')} in the gradient: {note}", 11))
-    last, down = RIGHT - width / 2, 128
-    parts += [arrow(last + 6, 84, last + 6, down - 2), arrow(last - 6, down - 2, last - 6, 84, True)]
-    parts += [box(LEFT, down, wide, 26), words(WIDTH / 2, down + 17, "decoder", 12, "middle", True)]
-    how = "one frame at a time" if setting.streaming else f"{len(chosen)} frames at once"
-    parts.append(words(RIGHT - 8, down + 17, how, 11, "end"))
-    size, top = wide / num_frames, down + 52
+    return svg(JUDGE + 52, parts, alt), alt
+
+
+def denoising(setting: Truncation, steps: int, adapter: str) -> list[str]:
+    """The adapter over the window of steps that learn, the row of steps, and the way to and from the decoder."""
+    width = (RIGHT - LEFT) / steps
+    window, last = RIGHT - setting.K * width, RIGHT - width / 2
+    inside = RIGHT - window > 8 * len(adapter)  # room for its name
+    place = ((window + RIGHT) / 2, "middle") if inside else (window - 8, "end")
+    parts = [box(window, 4, RIGHT - window, 24), words(place[0], 20, adapter, anchor=place[1], bold=True)]
+    for i in range(1, steps + 1):  # counted from the end
+        x, learns = RIGHT - i * width, i <= setting.K
+        parts.append(box(x + width * 0.03, STEPS, width * 0.94, 30, "step learns" if learns else "step", learns))
+        parts += number(x + width / 2, STEPS + 19, i, steps, learns)
+        if learns:
+            parts.append(arrow(x + width / 2, STEPS - 2, x + width / 2, 30, True))
+    if setting.K > 1:
+        parts.append(arrow(last, STEPS + 36, window + width / 2, STEPS + 36, True))
+    kept = "their blocks computed again" if setting.checkpointing else "all that they compute is kept"
+    return [
+        *parts,
+        words(LEFT, STEPS + 52, "noise → denoising steps, counted from the end", 11),
+        words(LEFT, STEPS + 66, f"in the gradient: {of(setting.K, steps, 'step')}, {kept}", 11),
+        arrow(last + 6, STEPS + 32, last + 6, DECODER - 2),
+        arrow(last - 6, DECODER - 2, last - 6, STEPS + 32, True),
+    ]
+
+
+def decoded(num_frames: int, chosen: list[int]) -> list[str]:
+    """The row of frames, those that are scored with the gradient from the reward and to the decoder."""
+    width, parts = (RIGHT - LEFT) / num_frames, []
     for i in range(num_frames):
-        x, scored = LEFT + i * size, i in chosen
-        parts.append(box(x + 3, top, size - 6, 26, "frame scored" if scored else "frame", scored))
-        if num_frames <= NUMBERED:
-            mark = f"{i + 1} ✓" if scored and size > 30 else str(i + 1)
-            parts.append(words(x + size / 2, top + 17, mark, 12 if size > 24 else 9, "middle", scored))
+        x, scored = LEFT + i * width, i in chosen
+        middle = x + width / 2
+        parts.append(box(x + width * 0.05, SCORED, width * 0.9, 26, "frame scored" if scored else "frame", scored))
+        parts += number(middle, SCORED + 17, i + 1, num_frames, scored)
         if scored:
-            parts += [
-                arrow(x + size / 2, top - 2, x + size / 2, down + 28, True),
-                arrow(x + size / 2, top + 50, x + size / 2, top + 28, True),
-            ]
-    parts += [box(LEFT, top + 52, wide, 26), words(WIDTH / 2, top + 69, f"reward: {reward}", 12, "middle", True)]
-    parts.append(words(LEFT, top + 96, "thick arrows: the gradient, backwards · filled: what it passes through", 11))
-    return svg(top + 104, parts, alt), alt
+            parts.append(arrow(middle, SCORED - 2, middle, DECODER + 28, True))
+            parts.append(arrow(middle, JUDGE - 2, middle, SCORED + 28, True))
+    return parts
+
+
+def number(x: float, y: float, value: int, count: int, marked: bool) -> list[str]:
+    """A box's number as far as there is room; with a tick for what is chosen, since a shade alone is easily missed."""
+    if count > NUMBERED and value % 5:
+        return []
+    wide = count <= WIDE_BOXES
+    return [words(x, y, f"{value} ✓" if marked and wide else str(value), 12 if wide else 9, "middle", marked)]
 
 
 def of(part: int, whole: int, name: str) -> str:
     return f"{part} of {whole} {name}{'s' if whole != 1 else ''}"
-
-
-def listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
