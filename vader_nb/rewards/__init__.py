@@ -96,7 +96,8 @@ def syntax(expression: str):
     try:
         tree = ast.parse(expression.strip(), mode="eval").body
     except SyntaxError as error:
-        raise ValueError(f"cannot read the reward {expression!r}: {error.msg}") from error
+        way = "write for instance hps + 0.1 * aesthetic"
+        raise ValueError(f"cannot read the reward {expression!r}: {error.msg}; {way}") from error
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id not in NAMES:
             raise ValueError(f"unknown reward {node.id!r} in {expression!r}; known rewards: {', '.join(NAMES)}")

@@ -239,7 +239,7 @@ class RewardComposer(Panel):
             names = " and ".join(f"−{name}" if values[name] < 0 else name for name in pair)
             if pair in self.cosines:
                 cosine = self.cosines[pair] * (-1 if values[pair[0]] * values[pair[1]] < 0 else 1)
-                told = f"<td>{cosine:+.2f}</td><td>{verdict(cosine)}</td>"
+                told = f"<td>{round(cosine, 2) + 0.0:+.2f}</td><td>{verdict(cosine)}</td>"
             else:
                 told = f"<td></td><td>{otherwise}</td>"
             rows.append(f"<tr><td>{escape(names)}</td>{told}</tr>")
@@ -258,7 +258,7 @@ class RewardComposer(Panel):
         note = f" In it, {own} stands for the reward that was given by this name." if own else ""
         return (
             "<div class=vader-note>The sum as code, for <code>rewards.parse</code> and <code>reward=</code> on the command "
-            f"line; in Python it is <code>composer.reward</code>.{escape(note)} One click selects all of it.</div>"
+            f"line; in Python it is this panel’s <code>reward</code>.{escape(note)} One click selects all of it.</div>"
             f"<div class=vader-code>{escape(self.expression)}</div>"
         )
 

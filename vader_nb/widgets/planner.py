@@ -25,6 +25,7 @@ COMMAND = {Frames("ends"): "ends", Frames("nth", 2): "nth:2", Frames("all"): "al
 CODE = {Frames(): "Frames()"} | {f: f"Frames({f.how!r}{f', {f.k}' if f.how == 'nth' else ''})" for f in COMMAND}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KEPT = 100  # simulations whose figures are kept
+WAITS = "“Simulate” waits for a reward that can be read."
 PRESS = (
     "Press “simulate”: a training step is gone through with tensors that have sizes but no numbers. That takes seconds for "
     "tiny, half a minute or so for the big models."
@@ -204,11 +205,11 @@ class MemoryPlanner(Panel):
 
     def _show(self) -> None:
         unread = self.unread
-        disable("the reward cannot be read" if unread else "", self.button)
+        disable(WAITS if unread else "", self.button)
         remedy = self.remedies.get((self.setting, self.gpu.value))
         disable("" if remedy else "nothing to change is known", self.change)
         self.change.layout.display = "" if remedy else "none"
-        self.why.value = f"<div class=vader-note>{escape(f'“Simulate” waits: {unread}')}</div>" if unread else ""
+        self.why.value = f"<div class=vader-note>{WAITS}</div>" if unread else ""
         self.drawing.value = self.bars[0]
         self.verdict.value = f"<div role=status>{self.answer}</div>"
         self.code.value = "" if unread else self._code()
@@ -218,7 +219,7 @@ class MemoryPlanner(Panel):
         """The verdict in words, as HTML."""
         memory, gpu = self.memory, self.gpu.value
         if memory is None:
-            return escape(PRESS)
+            return WAITS if self.unread else PRESS
         need = f"{memory.bytes / GIB:.2f} GiB and {MARGIN:g} GiB to spare, of {GPUS[gpu]:g} GiB on a {gpu}"
         if memory.fits[gpu]:
             return f"<b>Fits:</b> {escape(need)}."
