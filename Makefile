@@ -1,6 +1,7 @@
 # make align   align the embedded tiny model to a reward and look at it (no GPU, a few minutes)
 # make test    run every test
 # make lab     open the notebooks in JupyterLab
+# make app     the playground as a page of controls, without code
 # make notebooks  run the notebooks and store what they show
 # make html    render the notebooks into runs/html, to read in a browser
 # make zoo     train the tiny models again (hours on two cores)
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 NAME ?= tiny-$(shell date +%Y%m%d-%H%M%S)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: align test test-package test-notebooks lab notebooks html zoo lint clean
+.PHONY: align test test-package test-notebooks lab app notebooks html zoo lint clean
 
 align: $(VENV)/installed
 	$(BIN)/vader-nb align --name $(NAME)
@@ -30,6 +31,11 @@ test-notebooks:
 
 lab: $(VENV)/installed-lab
 	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)  # in a container one is often root
+
+app: $(VENV)/installed-lab
+	$(BIN)/pip install -q -e '.[app]'
+	$(BIN)/python notebooks/build.py --app runs/app/playground.ipynb
+	$(BIN)/voila runs/app/playground.ipynb
 
 notebooks: $(VENV)/installed-test
 	$(BIN)/python notebooks/build.py

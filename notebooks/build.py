@@ -93,9 +93,12 @@ def run(notebook: dict, kernel_name: str = "python3", folder: Path = HERE) -> tu
     return seconds, float(probe.outputs[0].text) / 1000
 
 
-def worth_storing(output: dict) -> bool:
-    """Not a progress bar, not a library's remark on stderr."""
-    return not (output.get("name") == "stderr" or WIDGET in output.get("data", {}))
+def storable(output: dict) -> dict | None:
+    """The output without its widget, which no page has without a kernel: of a panel its picture stays, of a progress bar
+    nothing, nor of a library's remark on stderr."""
+    data = output.get("data", {})
+    widget = data.pop(WIDGET, None)
+    return None if output.get("name") == "stderr" or (widget and "text/html" not in data) else output
 
 
 def build(source: Path) -> None:
@@ -103,7 +106,7 @@ def build(source: Path) -> None:
     seconds, megabytes = run(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if worth_storing(output)]
+            cell.outputs = [output for output in map(storable, cell.outputs) if output]
             cell.metadata.pop("execution", None)
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
@@ -123,6 +126,14 @@ def build(source: Path) -> None:
         f"{target.name}: {seconds:.0f} s, {megabytes:.0f} MB, stored in {target.stat().st_size / 1e6:.2f} MB",
         flush=True,
     )
+
+
+def app(source: Path, target: Path) -> None:
+    """The cells of a notebook that are tagged "app", unrun: what `make app` serves as a page of its own."""
+    notebook = jupytext.read(source)
+    notebook.cells = [cell for cell in notebook.cells if tagged(cell, "app")]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, target)
 
 
 STYLE = """<style>
@@ -194,6 +205,9 @@ if __name__ == "__main__":
     wanted = sys.argv[1:]
     if wanted[:1] == ["--contents"]:
         contents(Path(wanted[1]))
+        sys.exit()
+    if wanted[:1] == ["--app"]:
+        app(HERE / "09_playground.py", Path(wanted[1]))
         sys.exit()
     for path in sorted(HERE.glob("[0-9][0-9]_*.py")):
         if not wanted or path.stem in wanted:

@@ -3,17 +3,24 @@
 import contextlib
 import os
 import re
+import site
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
-from playwright.sync_api import Page, TimeoutError, sync_playwright
+from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
+from playwright.sync_api import expect as expect_of_page
 
+SECONDS = 90  # that a test waits for what it expects: two cores, and another test beside it
+expect_of_page.set_options(timeout=SECONDS * 1000)
+expect = expect_of_page
+ROOT = Path(__file__).parent.parent
 CHROMIUM = "/usr/bin/chromium"  # Debian's package
 
 
@@ -46,15 +53,26 @@ def serving(command: list[str], address: str, log: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def lab(folder: Path, python: str | Path = sys.executable) -> Iterator[str]:
+def lab(folder: Path, python: str | Path = sys.executable, *more: str) -> Iterator[str]:
     """JupyterLab in a folder, without a password, for this machine only."""
     port = free_port()
     options = {"IdentityProvider.token": "''", "ServerApp.root_dir": f"'{folder}'", "ServerApp.port": port}
     options |= {"ServerApp.port_retries": 0, "ServerApp.open_browser": False, "ServerApp.allow_root": True}
     options |= {"ServerApp.disable_check_xsrf": True, "LabApp.news_url": None, "LabApp.collaborative": False}
-    command = [str(python), "-m", "jupyterlab", *(f"--{key}={value}" for key, value in options.items())]
+    command = [str(python), "-m", "jupyterlab", *(f"--{key}={value}" for key, value in options.items()), *more]
     with serving(command, f"http://127.0.0.1:{port}/api", folder / "lab.log"):
         yield f"http://127.0.0.1:{port}"
+
+
+def environment(folder: Path, *packages: str) -> Path:
+    """The Python of an environment with these packages before those of the environment that runs the tests."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    (own,) = folder.glob("lib/python*/site-packages")
+    (own / "behind.pth").write_text(f"{site.getsitepackages()[0]}\n{ROOT}\n")
+    subprocess.run([python, "-m", "pip", "install", "-q", "--ignore-installed", "--no-deps", *packages], check=True)
+    subprocess.run([python, "-m", "ipykernel", "install", "--prefix", folder, "--name", "python3"], check=True)
+    return python
 
 
 @contextlib.contextmanager
@@ -67,13 +85,19 @@ def voila(notebook: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def page(width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Page]:
+def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        made = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
-        made.set_default_timeout(60_000)
-        yield made
+        yield browser
         browser.close()
+
+
+@contextlib.contextmanager
+def window(browser: Browser, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+    page.set_default_timeout(SECONDS * 1000)
+    yield page
+    page.close()
 
 
 def notebook(path: Path, *cells: str) -> Path:

@@ -69,4 +69,5 @@ class Player:
         self.pages.children = (pages + [HTML(EMPTY) for _ in range(num_frames + 1 - len(pages))])[: num_frames + 1]
         self.scrubber.options = self.stops(num_frames)
         for page in spare:
-            page.close()
+            for part in (page.style, page.layout, page):
+                part.close()

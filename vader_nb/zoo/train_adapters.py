@@ -19,6 +19,8 @@ from .cards import card, write
 
 SEED, RANK, STEPS = 0, 4, 60
 REWARDS = {"aesthetic": rewards.aesthetic, "hps": rewards.hps, "action": rewards.action}
+# High enough that a short run shows; for the aesthetic reward so high that other rewards fall, which is worth seeing too.
+LEARNING_RATES = {"aesthetic": 5e-3, "hps": 1e-3, "action": 4e-3}
 JUDGED = 60  # held-out captions of the card
 RUNS = Path("runs/zoo/adapters")
 
@@ -30,6 +32,7 @@ def train(name: str) -> None:
         reward,
         prompts.get("tiny"),
         steps=STEPS,
+        learning_rate=LEARNING_RATES[name],
         rank=RANK,
         frames=Frames() if reward.per_frame else Frames("all"),
         seed=SEED,
@@ -58,7 +61,9 @@ def main(names: list[str]) -> None:
             "tiny-adapters: three adapters for tiny",
             f"LoRA of rank {RANK}, {size:,} numbers each, in diffusers' key layout: `lora.load(model, zoo.adapters()['hps'])`.\n"
             "`aesthetic`, `hps`, `action` are named after the one reward that each was aligned to, alone.",
-            f"`vader_nb/zoo/train_adapters.py`: `align` with its defaults, {STEPS} steps of 4 clips.",
+            f"`vader_nb/zoo/train_adapters.py`: `align`, {STEPS} steps of 4 clips; learning rates\n"
+            + ", ".join(f"{rate:g} ({name})" for name, rate in LEARNING_RATES.items())
+            + ". The aesthetic one went too far, for the others to compare with: look at what it costs.",
             SEED,
             quality(),
             f"Means over {JUDGED} held-out captions, one clip each, of the base and of the paired difference to it.",

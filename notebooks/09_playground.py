@@ -1,0 +1,309 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] tags=["head"]
+# # 9 · Playground: see for yourself
+
+# %% [markdown]
+# Numbers convince; pictures under your own fingers teach. This notebook holds the controls of the toolkit: drag, type, click,
+# and see what an adapter or a reward does. Each is one call, and each is also a Python object: what you do by hand you can do
+# by code, and the other way round. (A page without a kernel shows a picture in each one's place.)
+#
+# **You will be able to**
+#
+# - *sample* with adapters at any strength, mixed, and in a part of the denoising only;
+# - *compare* base and adapters fairly, and blindly, before you believe a number;
+# - *compose* rewards in units that can be weighed against each other;
+# - *weigh* what truncation saves against what it loses, and *plan* memory before you rent a GPU;
+# - *watch* a run, and stop it without losing anything.
+
+# %% tags=["setup", "app"]
+import sys
+from importlib.util import find_spec
+
+if "google.colab" in sys.modules and not find_spec("vader_nb"):
+    # Only what Colab lacks: never torch or numpy, which it has.
+    # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
+    # %pip install -q open_clip_torch mediapy
+    pass
+
+# %% tags=["parameters", "app"]
+MODEL = "tiny"  # @param ["tiny", "modelscope"]
+STEPS = 12  # @param {type:"integer"}
+SEED = 0  # @param {type:"integer"}
+
+# %% [markdown] tags=["app"]
+# ## The sampler
+#
+# Type a prompt, move a slider. The tiny model knows seven colours (*red, yellow, green, cyan, blue, purple, pink*), four shapes
+# (*circle, square, triangle, star*), eight motions (*moving left, right, up* or *down, growing, shrinking, bouncing, spinning*)
+# and four grounds (*white, gray, black, sand*), in sentences like the one in the box. Three adapters come with it, each
+# aligned to one reward alone: `action`, `aesthetic`, `hps`.
+
+# %% tags=["app"]
+import tempfile
+
+import torch
+
+import vader_nb
+from vader_nb import Gallery, Sampling, course, prompts, rewards
+from vader_nb.widgets import (
+    MemoryPlanner,
+    RewardComparison,
+    RewardComposer,
+    Sampler,
+    TrainingMonitor,
+    TruncationExplorer,
+)
+
+model = vader_nb.load(MODEL)
+sampler = Sampler(model)
+sampler
+
+# %% [markdown]
+# Three things to try: pull *scale* to 0, which is the base model, and up to 1.5, which nobody trained for. Mix a second
+# adapter in. And press *back to this* under an older clip: the controls go back with it. What you see is `sampler.video`, and
+# *as code* says how to make it without any panel.
+#
+# > **Predict.** The `aesthetic` adapter was trained, at too high a learning rate, on a rating of single frames that never
+# > reads the prompt: saturation, contrast, centring. At scale 1, what becomes of *a green star bouncing on a white background*?
+# > **(a)** the same star, crisper · **(b)** a star of another colour · **(c)** a star that bounces higher
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+ask = "a green star bouncing on a white background"
+row = [sampler.run(prompt=ask, seed=SEED, adapter="aesthetic", scale=scale) for scale in (0, 0.5, 1, 1.5)]
+Gallery({"scale 0, ½, 1, 1½": row}, width=128)
+
+# %%
+course.predict(
+    guess, "b", "the reward cannot read, so nothing holds the colour: it slides to one that stands out more."
+)
+
+# %% [markdown]
+# ## In which steps does an adapter act?
+#
+# VADER trains through the *last* denoising step only (K = 1), and the adapter then acts in all of them. With *adapter acts* you
+# give it a part of the chain: 0 % is noise, 100 % the video.
+#
+# > **Predict.** Where does most of the change happen?
+# > **(a)** in the first half, where the picture is laid out · **(b)** evenly · **(c)** in the second half
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+parts = {
+    "nowhere": (0.0, 1.0, 0.0),
+    "first half": (0.0, 0.5, 1.0),
+    "second half": (0.5, 1.0, 1.0),
+    "all": (0.0, 1.0, 1.0),
+}
+made = {name: sampler.run(start=start, end=end, scale=scale) for name, (start, end, scale) in parts.items()}
+for name, video in made.items():
+    print(f"{name:12} mean change of a pixel {(video.frames - made['nowhere'].frames).abs().mean():.4f}")
+Gallery({", ".join(made): list(made.values())}, width=128)
+
+# %%
+course.predict(
+    guess, "c", "it learnt what to change where the gradient came from: late, in colours more than in layout."
+)
+
+# %% [markdown] tags=["app"]
+# ## Base against adapters
+#
+# One clip proves nothing. Here every row starts from the same noise: only the adapter differs. Under each clip stands every reward,
+# with its difference to the base; the *gradient heat map* shows which pixels a reward would change first. Then tick *blind*: you
+# vote without names or numbers, and see afterwards whether you agree with the reward.
+
+# %% tags=["app"]
+comparison = RewardComparison(model, seed=SEED)
+comparison
+
+# %% [markdown] tags=["app"]
+# ## Composing a reward
+#
+# Rewards have units as different as kilograms and miles. In standard deviations, measured on the base model's clips, a weight of
+# 1 means the same for each. The table of *conflicts* says whether two rewards pull the pixels in the same direction.
+
+# %% tags=["app"]
+composer = RewardComposer(model, seed=SEED)
+composer
+
+# %% [markdown] tags=["app"]
+# ## What truncation costs
+#
+# K steps, one frame or all, with or without checkpointing: press *measure* and see how much memory the gradient takes, and how
+# well it agrees with the exact one, the gradient through all steps and frames (cosine 1).
+
+# %% tags=["app"]
+explorer = TruncationExplorer(model)
+explorer
+
+# %% [markdown] tags=["app"]
+# ## Will it fit?
+#
+# Before you rent a GPU: the same code with the full-size architectures and tensors without numbers. Nothing is downloaded.
+
+# %% tags=["app"]
+planner = MemoryPlanner()
+planner
+
+# %% [markdown]
+# ## Watching a run
+#
+# A monitor is shown first and fed by the run: `align` calls its `hooks`. Every few steps it samples the same prompts at the same
+# seeds, and asks a reward that the run does not train on. The ■ in the toolbar stops the run at any moment; what it has is kept.
+
+# %%
+training, unseen = prompts.get("tiny"), prompts.get("tiny_held_out")
+quick = Sampling(num_inference_steps=4)
+folder = tempfile.mkdtemp()
+monitor = TrainingMonitor(
+    f"{folder}/run", model, held_out=rewards.hps("tiny"), prompts=unseen[21::50][:3], sampling=quick, every=4
+)
+monitor
+
+# %%
+run = vader_nb.align(
+    model,
+    rewards.aesthetic("tiny"),
+    training,
+    steps=STEPS,
+    learning_rate=5e-3,
+    batch_size=2,
+    sampling=quick,
+    output_dir=monitor.folder,
+    progress=False,
+    **monitor.hooks,
+)
+run.adapter.remove()
+
+# %% [markdown]
+# All that it showed lies in the run's folder. After a restart of the kernel, or in another notebook while the run still goes on,
+# the folder is enough, and there the *stop and keep* button works:
+
+# %%
+TrainingMonitor(f"{folder}/run")
+
+# %% [markdown]
+# ## Recap
+#
+# | panel | its question | from Python |
+# |---|---|---|
+# | `Sampler` | what does this adapter do to this clip? | `sampler.run(prompt=…, scale=0.5)` |
+# | `RewardComparison` | better than the base, and by whose judgement? | `comparison.run()`, `comparison.tally()` |
+# | `RewardComposer` | what do I want, in one number? | `composer.reward`, `composer.expression` |
+# | `TruncationExplorer` | how much of the gradient do I need? | `explorer.measure()` |
+# | `MemoryPlanner` | will it fit? | `vader_nb.memory(…)` |
+# | `TrainingMonitor` | is it still going where I want? | `align(…, **monitor.hooks)` |
+#
+# ## Exercises
+#
+# **1.** Mixing two adapters means adding what they do: $w_1 B_1 A_1 + w_2 B_2 A_2$. Return one pair $(B, A)$ of rank $r_1 + r_2$ whose
+# product is exactly that.
+
+
+# %% tags=["exercise"]
+def mix(first, second, w1, w2):
+    """Pairs (B, A) of shapes (out, r), (r, in) -> one pair (B, A)."""
+    return w1 * first[0] + w2 * second[0], w1 * first[1] + w2 * second[1]  # replace this line
+
+
+# %% tags=["check"]
+def check(mix):
+    torch.manual_seed(0)
+    first, second = (torch.randn(6, 2), torch.randn(2, 5)), (torch.randn(6, 2), torch.randn(2, 5))
+    B, A = mix(first, second, 0.7, 0.4)
+    wanted = 0.7 * first[0] @ first[1] + 0.4 * second[0] @ second[1]
+    assert (B @ A).shape == wanted.shape, f"B @ A has shape {tuple((B @ A).shape)}, not {tuple(wanted.shape)}"
+    assert torch.allclose(B @ A, wanted, atol=1e-5), "B @ A is not the weighted sum: mixed products B1 A2 crept in?"
+
+
+course.attempt(check, mix)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def mix(first, second, w1, w2):
+#     B = torch.cat([w1 * first[0], w2 * second[0]], dim=1)
+#     return B, torch.cat([first[1], second[1]], dim=0)
+# ```
+# </details>
+#
+# **2.** *Adapter acts* follows diffusers' rule for `control_guidance_start` and `control_guidance_end`: step `i` of `n`, which covers
+# the part from `i / n` to `(i + 1) / n`, counts if all of it lies inside. Return for each step whether the adapter acts.
+
+
+# %% tags=["exercise"]
+def acts(start, end, n):
+    """-> a list of n booleans, the first step (from pure noise) first"""
+    return [True] * n  # replace this line
+
+
+# %% tags=["check"]
+def check(acts):
+    assert acts(0.0, 1.0, 4) == [True] * 4, "from start to end, it always acts"
+    assert acts(0.5, 1.0, 4) == [False, False, True, True], "the second half of four steps is steps 2 and 3"
+    assert acts(0.0, 0.6, 4) == [True, True, False, False], "step 2 covers 0.5 to 0.75, which ends after 0.6"
+
+
+course.attempt(check, acts)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def acts(start, end, n):
+#     return [start <= i / n and (i + 1) / n <= end for i in range(n)]
+# ```
+# </details>
+#
+# **3.** The composer weighs in standard deviations: $\sum_k w_k (r_k - \mu_k) / \sigma_k$. For training, constants do not matter. Which
+# weights on the *raw* rewards give the same gradient?
+
+
+# %% tags=["exercise"]
+def raw_weights(weights, means, stds):
+    """Three lists of equal length -> the weights of the raw rewards."""
+    return list(weights)  # replace this line
+
+
+# %% tags=["check"]
+def check(raw_weights):
+    weights, means, stds = [1.0, 0.5], [6.4, 0.8], [0.5, 0.05]
+    raw = raw_weights(weights, means, stds)
+    a, b = torch.tensor([[6.0, 0.7], [7.0, 0.9]], dtype=torch.float64)
+    in_std = sum(w * (y - x) / s for w, x, y, s in zip(weights, a, b, stds))
+    in_raw = sum(w * (y - x) for w, x, y in zip(raw, a, b))
+    assert abs(in_std - in_raw) < 1e-9, (
+        f"from clip a to b the composed score rises by {in_std:.2f}, yours by {in_raw:.2f}"
+    )
+
+
+course.attempt(check, raw_weights)
+
+# %% [markdown]
+# <details><summary>A solution</summary>
+#
+# ```python
+# def raw_weights(weights, means, stds):
+#     return [w / s for w, s in zip(weights, stds)]
+# ```
+# </details>
+
+# %% [markdown] tags=["next"]
+# **Next:** an idea of your own. Compose a reward that you believe in, align to it as in [06 · Align](06_align.ipynb), and come back to
+# vote blindly: do you like what you asked for? If not, [08 · Evaluate](08_evaluate_and_reward_hacking.ipynb) knows why.

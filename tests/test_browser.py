@@ -1,0 +1,250 @@
+"""The playground as its user has it: pressed, typed into and looked at in a real browser, on real servers.
+
+Needs Debian's chromium (`make test` installs it where it can).
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import browser
+from .browser import expect
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "notebooks"))
+import build  # noqa: E402
+
+EVIL = "a <script>document.title = 'hacked'</script> star"
+
+SAMPLER = """
+import vader_nb
+from vader_nb.widgets import Sampler, TrainingMonitor
+model = vader_nb.load("tiny")
+model.defaults["num_inference_steps"] = 4
+sampler = Sampler(model, folder="saved")
+sampler
+"""
+MONITOR = """
+from vader_nb import Sampling, align, prompts, rewards
+quick = Sampling(num_inference_steps=2)
+monitor = TrainingMonitor("run", model, held_out=rewards.hps("tiny"), prompts=prompts.get("tiny_held_out")[:2], sampling=quick, every=2)
+monitor
+"""
+TRAIN = """
+run = align(model, rewards.aesthetic("tiny"), prompts.get("tiny"), steps=500, batch_size=1, sampling=quick,
+            output_dir=monitor.folder, **monitor.hooks)
+run.adapter.remove()
+print("stopped" if run.stopped else "not stopped", "after", len(run.metrics))
+"""
+AGAIN = """
+from vader_nb.widgets import TrainingMonitor
+TrainingMonitor("run")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    with browser.lab(folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.chromium() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def page(chromium):
+    with browser.window(chromium) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def sampled(address, folder, chromium):
+    """A page with a sampler that has its first clip."""
+    browser.notebook(folder / "sampler.ipynb", SAMPLER)
+    with browser.window(chromium) as page:
+        browser.open_notebook(page, address, "sampler.ipynb")
+        browser.run_all(page)
+        page.locator(".vader img.vader-frame").first.wait_for()
+        yield page
+
+
+def caption(page):
+    return page.locator(".vader .widget-html-content", has=page.locator("b")).first
+
+
+def test_one_types_a_prompt(sampled):
+    box = sampled.get_by_label("prompt", exact=True)
+    box.fill("a red circle moving up on a sand background")
+    box.press("Enter")
+    expect(caption(sampled)).to_contain_text("a red circle moving up on a sand background")
+    expect(sampled.get_by_role("button", name="back to this")).to_have_count(2)
+
+
+def test_a_prompt_is_a_text_whatever_it_says(sampled):
+    box = sampled.get_by_label("prompt", exact=True)
+    box.fill(EVIL)
+    box.press("Enter")
+    expect(caption(sampled)).to_contain_text(EVIL)
+    assert "hacked" not in sampled.title()
+
+
+def test_a_slider_is_moved_by_keyboard(sampled):
+    handle = sampled.locator(".widget-slider", has_text=re.compile("^scale")).locator(".noUi-handle")
+    handle.focus()
+    handle.press("ArrowLeft")
+    handle.press("ArrowLeft")
+    expect(caption(sampled)).to_contain_text("0.9 × ")
+
+
+def test_the_scrubber_shows_one_frame_without_the_kernel(sampled):
+    handle = sampled.locator(".widget-slider", has_text=re.compile("^frame")).locator(".noUi-handle")
+    handle.focus()
+    for _ in range(3):
+        handle.press("ArrowRight")
+    expect(sampled.locator(".vader-frames img[alt$='frame 3']")).to_be_visible()
+    expect(sampled.locator(".vader-frames img[alt$='frame 2']")).to_be_hidden()
+    for _ in range(3):
+        handle.press("ArrowLeft")
+
+
+def test_an_error_says_what_to_do(sampled):
+    box = sampled.get_by_label("prompt", exact=True)
+    before = box.input_value()
+    box.fill("  ")
+    box.press("Enter")
+    expect(sampled.locator(".vader [role=alert]")).to_contain_text("type what the clip should show")
+    box.fill(before)
+    box.press("Enter")
+    expect(sampled.locator(".vader [role=alert]")).to_have_count(0)
+
+
+def test_one_goes_back_to_an_older_clip(sampled):
+    shown = sampled.get_by_role("button", name="back to this")
+    figures = sampled.locator(".vader figure:visible figcaption")
+    text = figures.nth(2).inner_text()
+    shown.nth(2).click()
+    expect(caption(sampled)).to_contain_text(text)
+
+
+def test_a_clip_is_saved(sampled, folder):
+    sampled.get_by_label("save as").select_option(".gif")
+    sampled.get_by_role("button", name=re.compile("save$")).click()
+    expect(sampled.get_by_role("link", name="download")).to_be_visible()
+    assert (folder / "saved" / "clip-001.gif").stat().st_size > 1000
+
+
+def test_controls_that_cannot_act_are_disabled(sampled):
+    sampled.get_by_label("adapter", exact=True).select_option("none (base model)")
+    expect(sampled.get_by_text("Without an adapter there is nothing to scale or to mix.")).to_be_visible()
+    expect(sampled.get_by_label("mixed with")).to_be_disabled()
+
+
+def test_a_run_is_watched_stopped_and_found_again_after_a_restart(address, folder, page):
+    browser.notebook(folder / "training.ipynb", SAMPLER, MONITOR, TRAIN, AGAIN)
+    browser.open_notebook(page, address, "training.ipynb")
+    browser.run_all(page)
+    state = page.locator(".vader", has_text="Training monitor").first
+    expect(state).to_contain_text("running")
+    expect(state).to_contain_text("press ■ in the toolbar")
+    expect(state.locator("img[alt^='clips of step']").first).to_be_visible()
+    page.get_by_role("button", name="Interrupt the kernel").click()
+    expect(page.locator(".jp-OutputArea-output", has_text=re.compile("^stopped after"))).to_be_visible()
+    expect(page.locator(".vader", has_text="Training monitor").last).to_contain_text("stopped")
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (folder / "run" / "adapter.safetensors").is_file()
+
+    browser.menu(page, "Kernel", "^Restart Kernel and Clear Outputs of All Cells")
+    page.get_by_role("button", name="Restart", exact=False).last.click()
+    page.locator(".vader").first.wait_for(state="detached")
+    page.locator(".jp-CodeCell .cm-content").last.click()
+    page.keyboard.press("Shift+Enter")
+    again = page.locator(".vader", has_text="Training monitor").first
+    expect(again).to_contain_text(f"stopped · step {rows[-1]['step']} of 500")
+    expect(again.locator("svg[aria-label^='reward, trained on']")).to_be_visible()
+
+
+def test_a_run_is_stopped_from_another_notebook(address, folder, page):
+    folder.joinpath("run").rename(folder / "first")
+    browser.notebook(folder / "training.ipynb", SAMPLER, MONITOR, TRAIN)
+    browser.notebook(folder / "watching.ipynb", AGAIN)
+    browser.open_notebook(page, address, "training.ipynb")
+    browser.run_all(page)
+    expect(page.locator(".vader", has_text="Training monitor").first).to_contain_text("running")
+    with page.context.new_page() as other:
+        other.set_default_timeout(90_000)
+        browser.open_notebook(other, address, "watching.ipynb")
+        browser.run_all(other)
+        other.get_by_role("button", name="stop and keep").click()
+        expect(other.locator(".vader")).to_contain_text("stopped")
+    expect(page.locator(".jp-OutputArea-output", has_text=re.compile("^stopped after"))).to_be_visible()
+
+
+@pytest.fixture(scope="module")
+def app(folder):
+    """The playground as `make app` serves it."""
+    target = folder / "app" / "playground.ipynb"
+    build.app(ROOT / "notebooks" / "09_playground.py", target)
+    with browser.voila(target) as address:
+        yield address
+
+
+def test_the_playground_is_a_page_of_its_own(app, page):
+    page.goto(app)
+    expect(page.locator(".vader-title")).to_have_count(5)
+    page.locator(".vader img.vader-frame").first.wait_for()
+    box = page.get_by_label("prompt", exact=True).first
+    box.fill("a red circle moving up on a sand background")
+    box.press("Enter")
+    expect(caption(page)).to_contain_text("a red circle moving up on a sand background")
+    assert not page.locator(".vader [role=alert]").count()
+    assert not page.locator("[data-mime-type='application/vnd.jupyter.error']").count()
+
+
+def test_the_playground_fits_a_phone(app, chromium):
+    with browser.window(chromium, 400, 800) as page:
+        page.goto(app)
+        expect(page.locator(".vader-title")).to_have_count(5)
+        for panel in page.locator(".vader").all():
+            name = panel.locator(".vader-title").inner_text()
+            wide, seen = panel.evaluate("e => [e.scrollWidth, e.clientWidth]")
+            assert wide <= seen + 1, f"{name} is {wide} pixels wide, of which {seen} are seen"
+            assert seen > 300
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory):
+    """A JupyterLab whose kernel and page have ipywidgets 7.7."""
+    place = tmp_path_factory.mktemp("seven")
+    python = browser.environment(place / "venv", "ipywidgets==7.7.5", "jupyterlab_widgets==1.1.11")
+    lab_files = Path(sys.prefix) / "share" / "jupyter" / "lab"
+    with browser.lab(place, python, f"--app-dir={lab_files}") as address:
+        yield place, address
+
+
+def test_ipywidgets_7_does_the_same(seven, page):
+    folder, address = seven
+    browser.notebook(folder / "sampler.ipynb", "import ipywidgets; print(ipywidgets.__version__)", SAMPLER)
+    browser.open_notebook(page, address, "sampler.ipynb")
+    browser.run_all(page)
+    expect(page.locator(".jp-OutputArea-output", has_text="7.7.5")).to_be_visible()
+    page.locator(".vader img.vader-frame").first.wait_for()
+    box = page.get_by_label("prompt", exact=True)
+    box.fill(EVIL)
+    box.press("Enter")
+    expect(caption(page)).to_contain_text(EVIL)
+    handle = page.locator(".widget-slider", has_text=re.compile("^frame")).locator(".ui-slider-handle, .noUi-handle")
+    handle.focus()
+    handle.press("ArrowRight")
+    expect(page.locator(".vader-frames img[alt$='frame 1']")).to_be_visible()
+    expect(page.locator(".vader-frames img[alt$='frame 2']")).to_be_hidden()
