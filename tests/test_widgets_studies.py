@@ -695,6 +695,19 @@ def test_the_model_decides_how_many_steps_there_are(quick):
     assert panel.K.max == 25
 
 
+def test_what_was_set_before_a_mistake_is_shown(quick, explorer):
+    panel = MemoryPlanner("tiny")
+    panel.set(K=20, model="modelscope")  # which has so many steps
+    with pytest.raises(ValueError, match="K must lie in"):
+        panel.set(batch_size=2, K=26)
+    assert "batch_size=2" in panel.code.value
+    panel.batch_size.value = 3
+    assert "batch_size=3" in panel.code.value
+    with pytest.raises(ValueError, match="unknown frames"):
+        explorer.set(K=2, frames="some")
+    assert "the last 2 of 3 steps" in explorer.drawing.value
+
+
 def test_a_pipeline_directory_is_a_model(quick, micro_directory):
     panel = MemoryPlanner(micro_directory)
     assert panel.setting.model == str(micro_directory)

@@ -156,8 +156,8 @@ class RewardComposer(Panel):
 
     @property
     def _alike(self) -> list[str]:
-        """Rewards that say the same of all clips."""
-        return [name for name, (_, std) in self.statistics.items() if not std > 0]
+        """Rewards that say the same of all clips, but for rounding."""
+        return [name for name, (mean, std) in self.statistics.items() if not std > 1e-6 * abs(mean)]
 
     @property
     def _pairs(self) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ def svg(height: float, parts: list[str], alt: str) -> str:
 def image(drawing: str, alt: str) -> str:
     """The drawing as an <img>, for readers without a kernel: viewers of saved notebooks throw inline SVG away. A page's
     colour does not reach into an image, so it is drawn in grey."""
-    grey = drawing.replace('style="', f'style="color:{GREY};font-family:sans-serif;', 1)
+    grey = drawing.replace("font-family:inherit", f"font-family:sans-serif;color:{GREY}", 1)
     data = base64.b64encode(grey.encode()).decode()
     return f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(alt)}" style="width:100%;max-width:560px">'
 

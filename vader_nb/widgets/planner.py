@@ -107,35 +107,32 @@ class MemoryPlanner(Panel):
         return Setting(**values, strategy=strategy)
 
     def set(self, **changes) -> None:
-        """Set controls by name, `gpu` among them; a size of 0 is the model's own. Raises ValueError for a value they cannot have."""
+        """Set controls by name, `gpu` among them; a size of 0 is the model's own. Raises ValueError for a value that they
+        cannot have, and for a reward that cannot be read."""
         known = self.settings | {"gpu": self.gpu}
         self._filling = True
         try:
-            for name, value in changes.items():
+            for name in sorted(changes, key=lambda name: name != "model"):  # which decides how many steps there are
                 if name not in known:
                     raise ValueError(f"unknown setting {name!r}; the planner has {', '.join(known)}")
-                control = known[name]
-                if isinstance(control, Dropdown):
-                    choices = [o[1] if isinstance(o, tuple) else o for o in control.options]
-                    if value not in choices:
-                        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
-                if isinstance(control, IntSlider) and not control.min <= value <= control.max:
-                    raise ValueError(f"{name} must lie in {control.min}..{control.max}, got {value}")
-                control.value = value
+                known[name].value = possible(name, known[name], changes[name])
+                self._limit()
         finally:
             self._filling = False
-        self._moved()
+            self._show()
+        syntax(self.reward.value)
 
     def _moved(self) -> None:
-        if self._filling:
-            return
-        steps = checkpoint_of(self.model.value).defaults["num_inference_steps"]
-        if self.K.max != steps:
-            self._filling = True
-            self.K.max = steps  # a larger value comes down with it
-            self._filling = False
-        self._show()
-        syntax(self.reward.value)
+        if not self._filling:
+            self._limit()
+            self._show()
+            syntax(self.reward.value)
+
+    def _limit(self) -> None:
+        """K ends at the steps of the model; a larger value comes down to it."""
+        filling, self._filling = self._filling, True
+        self.K.max = checkpoint_of(self.model.value).defaults["num_inference_steps"]
+        self._filling = filling
 
     @property
     def unread(self) -> str:
@@ -273,6 +270,17 @@ class MemoryPlanner(Panel):
         memory = self.memory
         table = memory._repr_html_() if memory else ""
         return f"<div>{image(drawing, alt)}<p>{self.answer}</p>{table}{'' if self.unread else self._code()}</div>"
+
+
+def possible(name: str, control, value):
+    """The value, if the control can have it. Raises ValueError that says which it can."""
+    if isinstance(control, Dropdown):
+        choices = [option[1] if isinstance(option, tuple) else option for option in control.options]
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+    if isinstance(control, IntSlider) and not control.min <= value <= control.max:
+        raise ValueError(f"{name} must lie in {control.min}..{control.max}, got {value}")
+    return value
 
 
 # ------------------------------------------------------------------------------------------- the drawing

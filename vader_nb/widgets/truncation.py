@@ -159,7 +159,7 @@ class TruncationExplorer(Panel):
                 known[name].value = value
         finally:
             self._filling = False
-        self._moved()
+            self._moved()
 
     def _moved(self) -> None:
         if self._filling:
