@@ -432,7 +432,7 @@ course.predict(guess, "a", "byte for byte." if same else "no: this is a bug, ple
 # - Calling the model inside a DDP wrapper trains one adapter a process, silently. Averaging the adapter's gradient once a
 #   step, before clipping, is right; a checksum proves it.
 # - Only the adapter's gradient crosses: megabytes.
-# - `resume=latest` makes one command line serve the first start and every restart.
+# - `name=mine resume=latest` makes one command line serve the first start and every restart.
 #
 # ## Exercises
 #

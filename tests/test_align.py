@@ -3,9 +3,11 @@
 import contextlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vader_nb import lora
-from vader_nb.align import align
+from vader_nb import checkpoints, lora
+from vader_nb.align import align, best_step
 from vader_nb.checkpoints import read, steps_of
 from vader_nb.gradient import DRTune, Frames, Last, Sampling
 from vader_nb.rewards import brightness, reward
@@ -193,6 +195,12 @@ def test_resuming_with_other_settings_is_refused(fresh, tmp_path):
     options = FAST | {"learning_rate": 0.5, "steps": 4, "resume": True, "output_dir": tmp_path / "run"}
     with pytest.raises(ValueError, match="learning_rate was 0.01, now 0.5"):
         align(fresh(), brightness(), PROMPTS, **options)
+    options["learning_rate"] = FAST["learning_rate"]
+    with pytest.raises(ValueError, match="prompts_checksum was"):  # as many, but others
+        align(fresh(), brightness(), [*PROMPTS[:2], "a red circle"], **options)
+    config = tmp_path / "run" / "config.json"
+    config.write_text("\n".join(line for line in config.read_text().splitlines() if "checksum" not in line))
+    assert align(fresh(), brightness(), PROMPTS, **options).metrics  # of a version that did not record it yet
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(fresh, tmp_path, monkeypatch):
@@ -224,9 +232,41 @@ def test_a_disk_that_fills_up_costs_no_finished_checkpoint_and_no_training(fresh
     assert all(torch.equal(a, b) for a, b in zip(whole.adapter.parameters(), run.adapter.parameters()))
 
 
-def test_bf16_trains(fresh, tmp_path):
-    run = align(fresh(), brightness(), PROMPTS, steps=3, output_dir=tmp_path / "run", mixed_precision="bf16", **FAST)
+@pytest.mark.parametrize("said", ["by the user", "by the launcher", "by both"])
+def test_bf16_trains(fresh, tmp_path, monkeypatch, said):
+    """Whoever says it; the user's word counts more; and the one that is used is recorded."""
+    options = (
+        FAST | {"output_dir": tmp_path / "run"} | ({} if said == "by the launcher" else {"mixed_precision": "bf16"})
+    )
+    if said != "by the user":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if said == "by the launcher" else "no")
+    run = align(fresh(), brightness(), PROMPTS, steps=1, **options)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.adapter.parameters())
+    assert json.loads((run.folder / "config.json").read_text())["mixed_precision"] == "bf16"
+    options |= {"output_dir": tmp_path / "plain", "mixed_precision": "no"}
+    plain = align(fresh(), brightness(), PROMPTS, steps=1, **options)
+    assert plain.metrics[0]["grad_norm"] != run.metrics[0]["grad_norm"]  # it is no mere record
+
+
+def test_a_tracker_on_a_full_disk_costs_its_record_only(fresh, tmp_path, monkeypatch):
+    """While it logs, and at the end, too."""
+    pytest.importorskip("tensorboard")
+    from accelerate.tracking import TensorBoardTracker
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", full)
+    monkeypatch.setattr(TensorBoardTracker, "finish", full)
+    with pytest.warns(UserWarning, match="the tracker could not write .*No space left"):
+        options = FAST | {"log_with": "tensorboard", "output_dir": tmp_path / "run"}
+        run = align(fresh(), brightness(), PROMPTS, steps=2, **options)
+    assert [row["step"] for row in run.metrics] == [1, 2] and lora.read(run.folder)
+
+
+def test_a_score_that_is_nan_is_not_the_best():
+    rows = [{"step": step, "validation/judge": score} for step, score in ((20, math.nan), (40, 0.5), (60, 0.4))]
+    assert best_step(rows) == 40
 
 
 WORKER = """
@@ -291,6 +331,64 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(fresh, tmp_path):
         align(model, brightness(), PROMPTS, steps=5, resume=True, **options)
     older = tmp_path / "run" / "checkpoints" / "step-000002"
     assert len(align(model, brightness(), PROMPTS, steps=5, resume=older, **options).metrics) == 5
+
+
+def test_what_came_after_the_checkpoint_that_a_run_goes_on_from_is_gone(fresh, tmp_path):
+    """Else the abandoned checkpoints would be the newest: kept instead of the new ones, and found by resume=latest."""
+    options = FAST | {"output_dir": tmp_path / "run"}
+    whole = align(fresh(), brightness(), PROMPTS, steps=8, **options)
+    damaged, older = (tmp_path / "run" / "checkpoints" / f"step-00000{step}" for step in (6, 2))
+    (damaged / "state.pt").write_bytes(b"not what it was")
+    again = align(fresh(), brightness(), PROMPTS, steps=6, resume=older, checkpoints_total_limit=2, **options)
+    assert list(steps_of(again.folder)) == [4, 6] and again.metrics == whole.metrics[:6]
+    read(damaged)
+    again = align(fresh(), brightness(), PROMPTS, steps=8, resume="latest", **options)
+    assert again.metrics == whole.metrics and list(steps_of(again.folder)) == [4, 6, 8]
+
+
+def test_a_kill_while_what_came_after_is_discarded(fresh, tmp_path, monkeypatch):
+    options = FAST | {"output_dir": tmp_path / "run"}
+    whole = align(fresh(), brightness(), PROMPTS, steps=8, **options)
+    discard, gone = checkpoints.discard, []
+
+    def killed(path):
+        if gone:
+            raise SystemExit("killed")
+        discard(path)
+        gone.append(path.name)
+
+    monkeypatch.setattr(checkpoints, "discard", killed)
+    with pytest.raises(SystemExit):
+        align(fresh(), brightness(), PROMPTS, steps=8, resume=tmp_path / "run/checkpoints/step-000002", **options)
+    monkeypatch.undo()
+    assert gone == ["step-000008"] and list(steps_of(tmp_path / "run")) == [2, 4, 6]
+    again = align(fresh(), brightness(), PROMPTS, steps=8, resume="latest", **options)
+    assert again.metrics == whole.metrics
+
+
+def test_a_checkpoint_is_known_by_what_it_holds_not_by_its_name(fresh, tmp_path):
+    options = FAST | {"output_dir": tmp_path / "run"}
+    whole = align(fresh(), brightness(), PROMPTS, steps=4, **options)
+    kept = shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000002", tmp_path / "run" / "kept")
+    assert align(fresh(), brightness(), PROMPTS, steps=4, resume=kept, **options).metrics == whole.metrics
+    with pytest.raises(ValueError, match="holds no run: a checkpoint goes on in its own run's folder"):
+        align(fresh(), brightness(), PROMPTS, steps=4, resume=kept, **options | {"output_dir": tmp_path / "other"})
+
+
+def test_a_checkpoint_of_four_gpus_goes_on_where_there_is_one_or_none(fresh, tmp_path, monkeypatch):
+    run = align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
+    state, written = run.folder / "checkpoints" / "step-000002" / "state.pt", []
+    contents = read(state.parent)[1]
+    with monkeypatch.context() as patched:  # as torch marks tensors that lay on a GPU
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(contents, state)
+    states = read(state.parent)[1]["random"][0] | {"cuda": [torch.get_rng_state()] * 4}
+    checkpoints.set_random_states(states)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: written.append(device))
+    checkpoints.set_random_states(states)
+    assert written == [0]
 
 
 def test_the_newest_checkpoints_are_kept_and_the_best(fresh, tmp_path):

@@ -165,7 +165,7 @@ def test_a_run_is_watched_stopped_and_found_again_after_a_restart(address, folde
     assert (folder / "run" / "adapter.safetensors").is_file()
 
     browser.menu(page, "Kernel", "^Restart Kernel and Clear Outputs of All Cells")
-    page.get_by_role("button", name="Restart", exact=False).last.click()
+    page.locator(".jp-Dialog .jp-mod-accept").click()
     page.locator(".vader").first.wait_for(state="detached")
     page.locator(".jp-CodeCell .cm-content").last.click()
     page.keyboard.press("Shift+Enter")
@@ -174,15 +174,14 @@ def test_a_run_is_watched_stopped_and_found_again_after_a_restart(address, folde
     expect(again.locator("svg[aria-label^='reward, trained on']")).to_be_visible()
 
 
-def test_a_run_is_stopped_from_another_notebook(address, folder, page):
-    folder.joinpath("run").rename(folder / "first")
+def test_a_run_is_stopped_from_another_notebook(address, folder, page, chromium):
+    (folder / "run").rename(folder / "first")
     browser.notebook(folder / "training.ipynb", SAMPLER, MONITOR, TRAIN)
     browser.notebook(folder / "watching.ipynb", AGAIN)
     browser.open_notebook(page, address, "training.ipynb")
     browser.run_all(page)
     expect(page.locator(".vader", has_text="Training monitor").first).to_contain_text("running")
-    with page.context.new_page() as other:
-        other.set_default_timeout(90_000)
+    with browser.window(chromium) as other:
         browser.open_notebook(other, address, "watching.ipynb")
         browser.run_all(other)
         other.get_by_role("button", name="stop and keep").click()
@@ -226,7 +225,7 @@ def test_the_playground_fits_a_phone(app, chromium):
 def seven(tmp_path_factory):
     """A JupyterLab whose kernel and page have ipywidgets 7.7."""
     place = tmp_path_factory.mktemp("seven")
-    python = browser.environment(place / "venv", "ipywidgets==7.7.5", "jupyterlab_widgets==1.1.11")
+    python = browser.environment(place / "venv", "ipywidgets==7.7.5", "jupyterlab_widgets==1.1.11", "ipython_genutils")
     lab_files = Path(sys.prefix) / "share" / "jupyter" / "lab"
     with browser.lab(place, python, f"--app-dir={lab_files}") as address:
         yield place, address

@@ -8,6 +8,11 @@ import sys
 
 import pytest
 
+import vader_nb.memory  # noqa: F401
+from vader_nb import cli, config
+from vader_nb.gradient import Frames
+from vader_nb.rewards import brightness
+
 FEW = ["num_inference_steps=2", "eval_prompts=2", "eval_training_prompts=1", "seeds_per_prompt=2"]
 
 
@@ -64,6 +69,12 @@ def test_align_evaluate_and_sample(tmp_path):
     done = run("align", *again, *FEW, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+
+    again = ["steps=4", "batch_size=2", "resume=runs/first/checkpoints/step-000002", "evaluation=false"]
+    done = run("align", *again, *FEW, cwd=tmp_path)  # a checkpoint knows its run
+    assert done.returncode == 0, done.stderr
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]
 
     done = run("evaluate", "runs/first", *FEW, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -133,6 +144,53 @@ def test_mistakes_are_one_line_and_a_failure(tmp_path, arguments, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("adapter.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("align resume=latest", "resume=latest goes on with the run of a name, and there is none: write name="),
+        ("align resume=true", "resume=true goes on with the run of a name"),
+        ("align resume=nowhere", "nowhere is no checkpoint"),
+        ("align seeds_per_prompt=0", "seeds_per_prompt must be at least 1, got 0"),
+        ("align validation_steps=1 eval_training_prompts=0 prompts=hps_custom", "no prompts to evaluate: .*held_out="),
+        ("evaluate eval_training_prompts=0 prompts=animals", "no prompts to evaluate"),
+        ("evaluate clips=-1", "clips must be at least 1, got -1"),
+        ("evaluate clips=0", "clips must be at least 1, got 0"),
+        ("evaluate eval_batch_size=0", "eval_batch_size must be at least 1"),
+    ],
+)
+def test_more_mistakes_found_before_anything_is_loaded(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vader_nb.models.load", lambda *arguments, **options: pytest.fail("loaded"))
+    with pytest.raises(SystemExit):
+        cli.main([*words.split(), "reward=brightness"])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_a_validation_looked_at_is_said(capsys, tiny):
+    words = ["prompts=animals", "num_inference_steps=1", "validation_steps=1"]
+    arguments = config.read(config.Align, words)
+    cli.validation(arguments, tiny, brightness(), cli.groups_of(arguments, cli.prompts_of(arguments)))
+    assert "validation_steps measures training prompts" in capsys.readouterr().err
+    arguments = config.read(config.Align, [*words, "held_out=hps_custom"])
+    cli.validation(arguments, tiny, brightness(), cli.groups_of(arguments, cli.prompts_of(arguments)))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "frames"),
+    [
+        (["reward=motion_smoothness"], Frames("all")),
+        (["reward=motion_smoothness", "frames=ends"], Frames("ends")),
+        (["reward=brightness"], Frames("random", 1)),
+    ],
+)
+def test_memory_takes_the_frames_that_align_would(monkeypatch, words, frames):
+    asked = {}
+    monkeypatch.setattr(sys.modules["vader_nb.memory"], "memory", lambda **options: asked.update(options))
+    cli.main(["memory", "model=tiny", *words])
+    assert asked["frames"] == frames
 
 
 @pytest.mark.parametrize("kind", ["absent", "pickle", "truncated"])

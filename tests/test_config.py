@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vader_nb import config, translate
+from vader_nb import cli, config, translate
 from vader_nb.config import FOLDER, Align, Evaluate, Sample, read
+from vader_nb.gradient import Last, Random
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +44,59 @@ def test_values_keep_their_shape():
     assert (got.name, got.prompts) == ("007", "null x")
     assert read(Sample, ["a red star", "../x", "prompts=a=b", "seed=3"]).prompts == ["a red star", "../x", "a=b"]
     assert read(Evaluate, ["runs/first", "scale=0.5"]).adapter == "runs/first"
+
+
+def test_braces_in_a_text_are_no_reference():
+    words = ["a ${shop} sign", "a \\${tax} form", "$5 \\ {x}"]
+    assert read(Sample, words).prompts == words
+
+
+def test_null_takes_a_files_value_back(tmp_path):
+    (tmp_path / "mine.yaml").write_text("K: 3\nname: mine\nprompts: nouns\n")
+    got = read(Align, [f"config={tmp_path}/mine.yaml", "K=null", "name=null", "prompts=null"])
+    assert (got.K, got.name) == (None, None)
+    assert got.prompts == "null"  # what cannot be empty is a text
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy"),
+    [
+        (["strategy=random"], Random()),
+        (["backprop_mode=rand"], Random()),
+        (["backprop_mode=last"], Last(1)),
+        ([], Last(1)),
+        (["backprop_mode=specific"], Last(10)),
+        (["backprop_mode=specific", "num_inference_steps=50"], Last(35)),
+        (["backprop_mode=specific", "ddim_steps=50"], Last(35)),
+        (["backprop_mode=specific", "strategy=random", "K=null"], Random()),
+    ],
+    ids=str,
+)
+def test_the_steps_that_learn_with_a_shipped_configuration(words, strategy):
+    got = read(Align, ["config=modelscope", *words])
+    assert cli.strategy_of(got.strategy, got.K) == strategy
+
+
+def test_vaders_names_in_a_file(tmp_path, capsys):
+    """As on the command line: together with all other keys, in either's names; ours, and those that come later, win."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("lora_rank: 3\nbackprop_mode: specific\nddim_steps: 20\nreward_fn: hps\nseed: 7\n")
+    got = read(Align, [f"config={path}"])
+    assert (got.rank, got.strategy, got.K, got.num_inference_steps, got.seed) == (3, "last", 5, 20, 7)
+    assert "VADER's lora_rank, backprop_mode, ddim_steps, reward_fn read as: " in capsys.readouterr().err
+    got = read(Align, [f"config={path}", "num_inference_steps=30", "rank=4", "hps_version=v2.0"])
+    assert (got.rank, got.K, got.num_inference_steps, got.reward) == (4, 15, 30, "hps('v2.0')")
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "torn.yaml").write_text("steps: [1\nfoo")
+    (tmp_path / "list.yaml").write_text("- steps\n")
+    for name, message in {"torn.yaml": "torn.yaml is not YAML: ", "list.yaml": "list.yaml holds no keys"}.items():
+        with pytest.raises(ValueError, match=message) as error:
+            read(Align, [f"config={tmp_path / name}"])
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match=message):
+            translate.as_yaml(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +156,7 @@ def test_vaders_command_as_its_readme_writes_it(capsys):
         ({"decode_frame": -1}, {"frames": "random:1"}),
         ({"decode_frame": "fml"}, {"frames": "ends"}),
         ({"decode_frame": "7"}, {"frames": "7"}),
-        ({"backprop_mode": "rand"}, {"strategy": "random"}),
+        ({"backprop_mode": "rand"}, {"strategy": "random", "K": None}),
         # from the step with index 15 to the end
         ({"backprop_mode": "specific", "ddim_steps": 25}, {"strategy": "last", "K": 10, "num_inference_steps": 25}),
         ({"use_wandb": "False", "logger_type": "wandb"}, {"log_with": None}),
@@ -176,7 +230,7 @@ negative_prompts: ""
         ("config.yaml", VADER_YAML, {"model": "modelscope", "prompts": "nouns_activities", "nouns_file": "animals.txt",
          "reward": "hps", "frames": "random:1", "rank": 16, "height": 384, "num_frames": 16, "num_inference_steps": 25,
          "guidance_scale": 9.0, "learning_rate": 2e-4, "steps": 10000, "batch_size": 1, "mixed_precision": "fp16"},
-         ["use_text_lora", "load_videodataset=False: unknown", "alpha=8"]),
+         ["use_text_lora", "load_videodataset: left out; there is no data set", "alpha=8"]),
         ("train.sh", VIDEOX_SH, {"model": "models/Wan", "rank": 32, "alpha": 16.0, "learning_rate": 1e-5,
          "max_grad_norm": 0.3, "height": 256, "reward": "hps", "strategy": "last", "K": 5, "mixed_precision": "bf16"},
          ["Wan and CogVideoX", "low_vram", "backprop: left out"]),
@@ -196,6 +250,46 @@ def test_translate_config(tmp_path, name, text, expected, warned):
     assert {key: getattr(got, key) for key in expected} == expected
 
 
+VIDEOCRAFTER_SH = """
+# don't launch this twice
+accelerate launch --multi_gpu main.py --mode 'base' --ckpt_path x.ckpt \\
+  --prompt_fn 'chatgpt_inference' --reward_fn rainy --backprop_mode rand  # it's raining
+"""
+OPEN_SORA_SH = "accelerate launch main.py config.py --num-frames 2s --resolution 240p --prompt-path p.txt\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "warned"),
+    [
+        (
+            VIDEOCRAFTER_SH,
+            {"reward": "rainy('rainy_reward.pt')", "strategy": "random", "K": None, "prompts": "tiny"},
+            ["the script is VideoCrafter's, another family", "no prompts are named 'chatgpt_inference' here"],
+        ),
+        (
+            OPEN_SORA_SH,
+            {"num_frames": None, "prompts": "p.txt"},
+            ["the script is Open-Sora's, another family", "num_frames=2s: a duration, left out"],
+        ),
+    ],
+    ids=["videocrafter", "open_sora"],
+)
+def test_vaders_other_scripts(tmp_path, monkeypatch, text, expected, warned):
+    from vader_nb import rewards
+
+    (tmp_path / "train.sh").write_text(text)
+    written, notes = translate.as_yaml(tmp_path / "train.sh")
+    for words in warned:
+        assert any(words in note for note in notes)
+    assert not any("unknown" in note for note in notes)
+    (tmp_path / "ours.yaml").write_text(written)
+    got = read(Align, [f"config={tmp_path}/ours.yaml"])
+    assert {key: getattr(got, key) for key in expected} == expected
+    if "rainy" in got.reward:  # it is read as far as to ask for the file
+        with pytest.raises(FileNotFoundError, match="rainy_reward.pt"):
+            rewards.parse(got.reward)
+
+
 def test_what_cannot_be_translated(tmp_path):
     (tmp_path / "train.py").write_text("lr = 1\n")
     (tmp_path / "empty.sh").write_text("echo hello\n")
@@ -209,7 +303,7 @@ def test_what_cannot_be_translated(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations(path):
-    from vader_nb import cli, prompts
+    from vader_nb import prompts
 
     got = read(Align, [f"config={path.stem}"])
     assert len(prompts.get(got.prompts))

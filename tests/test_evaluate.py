@@ -11,7 +11,7 @@ import torch
 
 from vader_nb import Sampling, lora, prompts, rewards, sample
 from vader_nb.align import Run
-from vader_nb.best import best_checkpoint, choose
+from vader_nb.best import Validation, best_checkpoint, choose
 from vader_nb.evaluate import BASE, compared, evaluate, interval, motion, thumbnails, videomae_features, widened
 
 from .test_gradient import adapted
@@ -45,6 +45,27 @@ def test_base_and_adapter_are_what_sampling_gives(micro):
     assert row.base == pytest.approx(base.mean().item(), abs=1e-5)
     assert "brightness" in str(evaluation)
     assert not any(r.metric == "diversity" for r in evaluation.rows)  # one seed has none
+
+
+def test_with_model_offload_a_judge_has_its_turn_and_leaves(micro):
+    """Moved behind the model's back it would stay on the GPU beside the denoiser, through all the training."""
+
+    class Judge(rewards.Reward):
+        name, per_frame, networks = "judge", False, [torch.nn.Linear(1, 1).requires_grad_(False)]
+
+        def to(self, *args):
+            raise AssertionError("moved without the others' leaving")
+
+        def __call__(self, frames, prompts):
+            assert micro.turns.present == self.networks
+            return frames.mean(dim=(1, 2, 3, 4))
+
+    micro.enable_model_cpu_offload()
+    adapter = lora.add(micro, 2)
+    assert evaluate(micro, adapter, Judge(), GROUPS, progress=False).row("held-out", "judge")
+    assert Validation(micro, Judge(), GROUPS["training"])(adapter)["judge"] > 0
+    sample(micro, "a red star", sampling=Sampling(num_inference_steps=1))  # whatever comes next
+    assert not set(Judge.networks) & set(micro.turns.present)
 
 
 def test_oracles_join_in_for_captions_of_the_world(tiny):
@@ -128,6 +149,8 @@ def test_wrong_adapters_are_found_before_the_work(micro, weaker, tmp_path):
     refused({"base": folder}, ValueError, "without one")
     refused(folder, ValueError, "batch_size must be at least 1", batch_size=0)
     refused(folder, ValueError, "cannot be held out", held_out=[never])
+    with pytest.raises(ValueError, match="no group of prompts"):
+        evaluate(micro, folder, never, {}, progress=False)
     with pytest.raises(ValueError, match="'empty' has no prompts"):
         evaluate(micro, folder, never, {"empty": []}, progress=False)
     strong.remove()
@@ -173,6 +196,28 @@ def test_win_rate_and_interval_of_a_known_case():
     reach = widened(NormalDist().inv_cdf(0.975), 8) * means.std(correction=0).item() / 8**0.5
     assert row.low == pytest.approx(row.difference - reach, abs=0.2)
     assert row.high == pytest.approx(row.difference + reach, abs=0.2)
+
+
+def test_one_clip_without_a_score_spoils_its_own_row_only(micro, tmp_path):
+    """A reward that gave NaN, once: everything can still be printed, saved and reported."""
+
+    def moody(frames, prompts):
+        value = frames.mean(dim=(1, 2, 3, 4))
+        return value * torch.tensor([1.0, float("nan"), *[1.0] * (len(value) - 2)])
+
+    evaluation = evaluate(micro, adapted(micro), [moody, rewards.brightness()], GROUPS, progress=False)
+    row = evaluation.row("training", "moody")
+    assert row.texts()[1:4] == ["nan", "nan", "nan to nan"] and not row.clear
+    assert "nan to nan" in str(evaluation) and "nan" not in evaluation.row("training", "brightness").texts()
+    evaluation.save(tmp_path)
+    assert "nan to nan" in evaluation.report(tmp_path / "report.html").read_text()
+
+
+def test_a_checkpoint_without_a_score_is_not_the_best_and_hides_no_difference():
+    means = judged(0, 1, 2, 1.5, 1)
+    means[1, 3] = float("nan")
+    choice = choose(STEPS, means, RISING, "pick")
+    assert choice.step == 40 and choice.verdict == "the reward still rises, the held-out one fell since step 40"
 
 
 def test_a_few_prompts_make_nothing_clear():

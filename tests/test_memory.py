@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import vader_nb
 from vader_nb import load, models
 from vader_nb.gradient import DRaFTLV, Frames, Last
-from vader_nb.memory import GIB, GPUS, MARGIN, STAGES, Peak, Setting, Shapes, simulate, step
+from vader_nb.memory import GIB, GPUS, MARGIN, STAGES, Peak, Setting, Shapes, sees_frames, simulate, step
 from vader_nb.rewards import parse
 
 KB = torch.zeros(256).nbytes  # a tensor of 256 floats
@@ -233,6 +233,20 @@ def test_what_does_not_fit_is_told_what_to_change(small, monkeypatch):
     for name in answer.remedies["T4"]:  # none of them is idle
         fewer = {key: value for key, value in answer.remedies["T4"].items() if key != name}
         assert not ask(replace(setting, **fewer)).fits["T4"]
+
+
+def test_a_reward_on_the_clip_is_not_offered_another_clip(small, monkeypatch):
+    """Neither one random frame nor fewer frames; and frames that are named are not looked for where there are fewer."""
+    module, tried = sys.modules[Setting.__module__], []
+    monkeypatch.setattr(module, "simulate", lambda setting: tried.append(setting) or simulate(setting))
+    monkeypatch.setattr(module, "REMEDIES", module.REMEDIES[-2:])
+    monkeypatch.setitem(GPUS, "T4", MARGIN)
+    setting = replace(small, reward="motion_smoothness", frames=Frames("all"), num_frames=12)
+    assert ask(setting, gpu="T4").remedies == {"T4": None}
+    assert {(s.frames, s.num_frames) for s in tried} == {(Frames("all"), 12)}
+    named = replace(small, reward="brightness", frames=Frames("list", indices=(11,)), num_frames=12)
+    assert ask(named, gpu="T4").remedies == {"T4": None}
+    assert not sees_frames(small.model, "motion_smoothness") and sees_frames(small.model, "hps('tiny')")
 
 
 def test_what_can_never_fit_is_told_so(small, monkeypatch):

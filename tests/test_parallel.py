@@ -1,19 +1,22 @@
 """Several processes (two, on the CPU, over gloo) train the adapter that one would have trained."""
 
+import faulthandler
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from vader_nb import lora
+from vader_nb import lora, parallel
 from vader_nb.align import align
 from vader_nb.checkpoints import steps_of
-from vader_nb.gradient import Frames, Last, Random, reward_gradient
+from vader_nb.evaluate import evaluate
+from vader_nb.gradient import DRaFTLV, Frames, Last, Random, reward_gradient
 from vader_nb.parallel import checksum, launch, meet, shard
 from vader_nb.rewards import brightness, reward
 
@@ -190,10 +193,15 @@ def test_a_run_whose_process_was_killed_goes_on_as_if_nothing_had_been(micro_dir
         train(micro_directory, tmp_path / "run", {"steps": 7, "resume": True})
 
 
+def fsdp():
+    """What `shard` asks of an accelerator. accelerate itself refuses FSDP without a GPU; torch does not."""
+    os.environ.update(FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="true")
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin())
+    return SimpleNamespace(distributed_type="FSDP", state=state)
+
+
 def cut_up(directory, folder):
     """The gradient with the frozen weights cut up over both processes, as `fsdp` does it, and with whole ones."""
-    from types import SimpleNamespace
-
     from accelerate import Accelerator
 
     results = {}
@@ -201,10 +209,7 @@ def cut_up(directory, folder):
         model = build(directory)
         accelerator = Accelerator(cpu=True)
         if how == "cut up":
-            os.environ.update(FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="true")
-            plugin = FullyShardedDataParallelPlugin()
-            held = SimpleNamespace(distributed_type="FSDP", state=SimpleNamespace(fsdp_plugin=plugin))
-            shard(model, held)  # accelerate itself refuses FSDP without a GPU; torch does not
+            shard(model, fsdp())
             results["blocks"] = len(model.blocks())
             results["held"] = sum(p.to_local().numel() for p in model.denoiser.parameters())
         adapter = lora.add(model, 2)
@@ -233,6 +238,56 @@ def test_a_denoiser_that_is_cut_up_gives_the_same_gradient(micro_directory, tmp_
         got = left(tmp_path / "f", process)
         assert_same(got["whole"], got["cut up"], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(got["whole"]["rewards"], got["cut up"]["rewards"], rtol=1e-9, atol=0)
+
+
+def evaluated(directory, folder):
+    """Three batches for two processes, with the weights cut up and with whole ones. A process that waits for a meeting
+    that never comes dies, instead of hanging."""
+    from accelerate import Accelerator
+
+    faulthandler.dump_traceback_later(40, exit=True)
+    rows = {}
+    for how in ("whole", "cut up"):
+        model, _ = build(directory), Accelerator(cpu=True)
+        if how == "cut up":
+            shard(model, fsdp())
+        options = {"seeds_per_prompt": 1, "batch_size": 1, "progress": False}
+        found = evaluate(model, None, brightness(), {"all": PROMPTS}, **options)
+        rows[how] = {row.metric: row.base for row in found.rows}
+    faulthandler.cancel_dump_traceback_later()
+    torch.save(rows, f"{folder}-{rank()}.pt")
+
+
+def test_a_denoiser_that_is_cut_up_is_evaluated_on_any_number_of_batches(micro_directory, tmp_path):
+    launch(evaluated, micro_directory, tmp_path / "e")
+    first, second = left(tmp_path / "e", 0), left(tmp_path / "e", 1)
+    assert first == second and set(first["whole"]) == {"brightness", "motion"}
+    assert first["cut up"] == pytest.approx(first["whole"], rel=1e-6)
+
+
+def moody_and_cut_up(directory, folder):
+    """In the second step one process sees a NaN, in the first noising of the first of its two micro-batches."""
+    faulthandler.dump_traceback_later(40, exit=True)
+    # in this process only: it is a fork
+    parallel.sharded = lambda accelerator: True
+    parallel.shard = lambda model, accelerator: shard(model, fsdp())
+    calls = []
+
+    def scorer(frames, prompts):
+        calls.append(1)
+        value = frames.mean(dim=(1, 2, 3, 4))
+        return value * float("nan") if len(calls) == 5 and rank() == 1 else value
+
+    options = {"strategy": DRaFTLV(2), "gradient_accumulation_steps": 2, "batch_size": 1}
+    train(directory, folder, options, scorer=reward(scorer, per_frame=True))
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_a_number_that_is_not_finite_holds_nobody_up_where_the_weights_are_cut_up(micro_directory, tmp_path):
+    launch(moody_and_cut_up, micro_directory, tmp_path / "n")
+    first, second = left(tmp_path / "n", 0), left(tmp_path / "n", 1)
+    assert_same(first, second)
+    assert ["skipped" in row for row in first["metrics"]] == [False, True, False]
 
 
 def counted(directory, folder):
@@ -279,6 +334,19 @@ def test_processes_may_be_forked_from_one_that_has_used_its_threads(micro_direct
         [sys.executable, "-c", code], check=True, timeout=120, env=environment, cwd=Path(__file__).parents[1]
     )
     assert_same(left(tmp_path / "run", 0), left(tmp_path / "run", 1))
+
+
+def where(folder):
+    from vader_nb.models import default_device
+
+    (folder / f"{rank()}").write_text(default_device())
+
+
+def test_processes_without_a_gpu_each_are_on_the_cpu_all_through(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    launch(where, tmp_path)
+    assert [(tmp_path / name).read_text() for name in "01"] == ["cpu", "cpu"]
 
 
 def test_a_gpu_that_is_in_use_already_is_named(monkeypatch):

@@ -7,6 +7,7 @@ resumed run nor another number of processes draws anything else; add up reward g
 (`parallel`); clip; AdamW. Everything a run has made lies in its folder, readable at any moment (`checkpoints`).
 """
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from .models import VideoModel, alone
 from .rewards import Reward, as_reward
 
 GIVE_UP = 3  # non-finite steps in a row
-PROMPTS_CHECKED = 1000  # whether the reward can judge them, before the work starts
+PROMPTS_CHECKED = 1000  # whether the reward can judge them, before the work starts; and whether a run had others
 GIVE_UP_SCALED = 20  # with fp16, whose loss scale comes down by such steps
 
 
@@ -77,7 +78,7 @@ def align(
     chunk: int = 1,
     checkpoint_blocks: bool | None = None,
     offload: bool = False,
-    mixed_precision: str = "no",
+    mixed_precision: str | None = None,
     seed: int = 0,
     output_dir: str | Path = "runs/align",
     checkpoint_every: int = 20,
@@ -95,7 +96,8 @@ def align(
     lr_warmup_steps: as in diffusers (`constant`, `constant_with_warmup`, `linear`, `cosine`, …). max_grad_norm:
     clipping. use_8bit_adam: the optimizer's state in 8 bits, with the package bitsandbytes. rank, alpha: the adapter's
     (see `lora.add`). strategy, frames, sampling, chunk, offload: see `gradient.reward_gradient`. checkpoint_blocks:
-    default on CUDA only, since it trades time for memory. mixed_precision: "no", "fp16" or "bf16".
+    default on CUDA only, since it trades time for memory. mixed_precision: "no", "fp16" or "bf16"; default: what
+    `accelerate launch` was told, "no" without one.
 
     output_dir: a folder that no other run has used, unless resume: True goes on from its newest checkpoint, "latest"
     does too but starts anew where none is yet, a path names a checkpoint. checkpoints_total_limit: how many of the
@@ -125,6 +127,7 @@ def align(
         "model": model.name,
         "reward": reward.name,
         "prompts": len(prompts),
+        "prompts_checksum": checksum(prompts[:PROMPTS_CHECKED]),
         "steps": steps,
         "batch_size": batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -140,7 +143,7 @@ def align(
         "strategy": repr(strategy),
         "frames": asdict(frames),
         "sampling": asdict(sampling),
-        "mixed_precision": mixed_precision,
+        "mixed_precision": accelerator.mixed_precision,
         "seed": seed,
     }
 
@@ -150,7 +153,11 @@ def align(
         if start is not None:
             checkpoints.compare(folder, config)
         checkpoints.prepare(folder, config)
-        return start and (*checkpoints.read(start), checkpoints.metrics_until(folder, int(start.name[5:])))
+        if start is None:
+            return None
+        tensors, contents = checkpoints.read(start)
+        checkpoints.rewind(folder, contents["step"])  # not before it was read: it may be damaged
+        return tensors, contents, checkpoints.metrics_until(folder, contents["step"])
 
     found = parallel.from_main(open_folder, accelerator)
     engine, cut_up = parallel.engine(accelerator), parallel.sharded(accelerator)
@@ -211,8 +218,9 @@ def align(
                     )
                 rewards.append(result.rewards)
             except NonFinite as error:  # the other processes must hear of it before anyone skips the step
-                trouble = str(error)
-                break
+                trouble = trouble or str(error)
+                if not cut_up:  # else they wait for this one at the next micro-batch, too
+                    break
         mean = torch.cat(rewards).mean().item() if rewards else 0.0
         leave = bool(asked) or (folder / checkpoints.STOP).exists()
         met = parallel.meet(parameters, accelerator, mean, bool(trouble), leave)
@@ -245,12 +253,13 @@ def align(
             journal.add(row)
         else:
             state.metrics.append(row)
-        if log_with:
-            accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, step=state.step)
         if state.non_finite >= limit:
             raise RuntimeError(f"{limit} steps in a row were not finite; the last one: {row['skipped']}")
         if state.step % checkpoint_every == 0 or best_step(state.metrics) == state.step:
             keep()
+        if log_with:
+            numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+            tracked(accelerator.log, numbers, step=state.step)
 
     def keep() -> bool:
         """A checkpoint of this moment: all processes bring their part, the main one writes."""
@@ -283,7 +292,7 @@ def align(
                             stacklevel=3,
                         )
         for tracker in accelerator.trackers if log_with else []:
-            tracker.finish()
+            tracked(tracker.finish)
 
     limit = GIVE_UP if accelerator.scaler is None else GIVE_UP_SCALED
     stopped, hidden = False, not progress or not accelerator.is_main_process
@@ -321,6 +330,19 @@ def align(
     return Run(adapter, state.metrics, folder, stopped)
 
 
+def tracked(call: Callable, *args, **options) -> None:
+    """A tracker's call: a disk that is full for it costs its record, not the run."""
+    try:
+        call(*args, **options)
+    except OSError as error:
+        warnings.warn(f"the tracker could not write ({error}); metrics.jsonl has it all", stacklevel=3)
+
+
+def checksum(texts: Sequence[str]) -> str:
+    """Tells other prompts from the same ones, as many as they may be."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
 def adamw(parameters, learning_rate: float, weight_decay: float, use_8bit_adam: bool) -> torch.optim.Optimizer:
     if not use_8bit_adam:
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -356,11 +378,11 @@ def restore(found, adapter, optimizer, schedule, accelerator) -> State:
 
 def best_step(metrics: list[dict]) -> int | None:
     """The step with the highest validation score (of the first that `validate` names), None without any."""
-    scored = [row for row in metrics if any(key.startswith("validation/") for key in row)]
+    scored = [row for row in metrics if any(key.startswith("validation/") for key in row)]  # NaN is never the best
     if not scored:
         return None
     first = next(key for key in scored[0] if key.startswith("validation/"))
-    return max(scored, key=lambda row: row[first])["step"]
+    return max(scored, key=lambda row: -math.inf if math.isnan(row[first]) else row[first])["step"]
 
 
 def flat(config: dict) -> dict:

@@ -5,6 +5,7 @@ print(choice.verdict)          the reward still rises, the held-out one fell sin
 adapter = lora.load(model, choice.path)
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,6 @@ class Validation:
         self.bench = Bench(model, self.rewards, thumbnails, sampling, 1, batch_size, seed, keep=0)
 
     def __call__(self, adapter: Adapter) -> dict[str, float]:
-        for reward in self.rewards:
-            reward.to(self.bench.model.device)
         with torch.random.fork_rng():  # a reward that draws must not change what training draws
             scores, _ = self.bench.run(adapter, self.prompts, tqdm(total=len(self.prompts), disable=True))
         return {reward.name: scores[reward.name].mean().item() for reward in self.rewards}
@@ -163,7 +162,8 @@ def choose(paths: dict[int, Path | None], means: torch.Tensor, trained: dict[int
     """The choice among checkpoints (step -> path, 0 the base), given their held-out scores a prompt, means
     (checkpoints, prompts), and the training reward of each step."""
     steps = list(paths)
-    place = 1 + int(means[1:].mean(1).argmax())  # of equals the earliest; the base is no checkpoint
+    scores = means[1:].mean(1)  # the base is no checkpoint
+    place = 1 + int(scores.where(~scores.isnan(), -math.inf).argmax())  # of equals the earliest
     low, high = simultaneous(means)
     since = [[r for s, r in trained.items() if a < s <= b] for a, b in zip(steps, steps[1:])]
     rewards = [None, *(sum(part) / len(part) if part else None for part in since)]
@@ -194,7 +194,7 @@ def simultaneous(means: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torc
     shift = means[:, draws].mean(-1) - means.mean(1, keepdim=True)  # (K, resamples)
     error = (means[:, None] - means[None, :]).std(-1) / count**0.5  # (K, K)
     t = (shift[:, None] - shift[None, :]).abs() / error[..., None].clamp(min=1e-12)
-    reach = widened(t.flatten(0, 1).amax(0).quantile(0.95).item(), count) * error
+    reach = widened(t.nan_to_num(0).flatten(0, 1).amax(0).quantile(0.95).item(), count) * error
     difference = means.mean(1)[:, None] - means.mean(1)[None, :]
     return difference - reach, difference + reach
 

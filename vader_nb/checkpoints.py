@@ -46,14 +46,29 @@ def find(folder: Path, resume: bool | str | Path) -> Path | None:
             raise FileExistsError(f"{folder} holds another run; choose another name, or resume it")
         return None
     if resume is not True and resume != "latest":
-        chosen = Path(resume)
-        if not (chosen / "state.pt").is_file():
-            raise FileNotFoundError(f"cannot resume: {chosen} is no checkpoint; write resume=latest or …/step-000020")
-        return chosen
+        return named(resume)
     newest = max(steps_of(folder).items(), default=(0, None))[1]
     if newest is None and resume is True:
         raise FileNotFoundError(f"cannot resume: {folder} holds no checkpoint")
     return newest
+
+
+def named(resume: str | Path) -> Path:
+    """The checkpoint at a path."""
+    if not (Path(resume) / "state.pt").is_file():
+        raise FileNotFoundError(f"cannot resume: {resume} is no checkpoint; write resume=latest or …/step-000020")
+    return Path(resume)
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that made a checkpoint."""
+    near = Path(os.path.abspath(checkpoint)).parents[:2]
+    above = [folder for folder in near if (folder / "config.json").is_file()]
+    if not above:
+        raise ValueError(
+            f"{checkpoint} lies in no run's folder: copy it to …/checkpoints of the run that it belongs to"
+        )
+    return above[0]
 
 
 # Settings that may change when a run goes on, and those whose product must stay: the clips of one optimizer step.
@@ -63,11 +78,14 @@ CLIPS = ("num_processes", "batch_size", "gradient_accumulation_steps")
 
 def compare(folder: Path, config: dict) -> None:
     """Refuse to go on with settings under which it would be another run."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"cannot resume in {folder}, which holds no run: a checkpoint goes on in its own run's folder")
     before, now = json.loads((folder / "config.json").read_text(encoding="utf-8")), json.loads(json.dumps(config))
     free = FREE if "constant" in now["lr_scheduler"] else FREE - {"steps"}  # other schedules stretch over all steps
-    changed = [name for name in now if name not in free and before.get(name) != now[name]]
+    # A setting that an older version did not record counts as unchanged.
+    changed = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]
     if changed:
-        was = ", ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in changed)
+        was = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
         raise ValueError(f"cannot resume {folder} with other settings: {was}")
     clips = [[settings[name] for name in CLIPS] for settings in (before, now)]
     (a, b, c), (x, y, z) = clips
@@ -159,8 +177,9 @@ def random_states() -> dict:
 
 def set_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    here = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    for device, state in zip(here, states["cuda"]):  # there may be fewer GPUs than there were, or more
+        torch.cuda.set_rng_state(state, device)
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
 
@@ -191,20 +210,34 @@ def save(folder: Path, step: int, adapter: lora.Adapter, contents: dict, **metad
 
 
 def prune(folder: Path, limit: int | None, best: int | None) -> None:
-    """Keep the newest `limit` checkpoints, and the best. Renamed before it is deleted: half a checkpoint must not bear
-    the name of a whole one."""
+    """Keep the newest `limit` checkpoints, and the best."""
     steps = steps_of(folder)
     for step in list(steps)[: -limit if limit else None] if limit else []:
         if step != best:
-            doomed = steps[step].with_name(steps[step].name + ".part")
-            steps[step].replace(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            discard(steps[step])
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Discard what the run did after the step from which it goes on again: it would count as newer than what comes. The
+    newest first, so that a kill in between leaves a run that goes on from a whole checkpoint."""
+    for later, path in sorted(steps_of(folder).items(), reverse=True):
+        if later > step:
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Renamed before it is deleted: half a checkpoint must not bear the name of a whole one."""
+    doomed = path.with_name(path.name + ".part")
+    shutil.rmtree(doomed, ignore_errors=True)  # of a kill in the middle of this
+    path.replace(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The adapter's tensors and the state of a checkpoint."""
+    """The adapter's tensors and the state of a checkpoint, on the CPU: the next machine may have other GPUs."""
     try:
-        return lora.read(path / "adapter.safetensors")[0], torch.load(path / "state.pt", weights_only=True)
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return lora.read(path / "adapter.safetensors")[0], state
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} is damaged ({str(error).splitlines()[0]}); resume from an older one: resume={path.parent}/step-…"

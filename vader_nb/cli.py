@@ -92,6 +92,24 @@ def resume_of(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
+def place_of(arguments) -> Path:
+    """The run's folder. A name that is the time of the start would never find an earlier run."""
+    from . import checkpoints
+
+    resume, name = resume_of(arguments.resume), arguments.name
+    if name is None and resume in (True, "latest"):
+        raise ValueError(
+            f"resume={arguments.resume} goes on with the run of a name, and there is none: write name=…, the same at "
+            f"every start, or resume={arguments.output_dir}/NAME/checkpoints/step-000020"
+        )
+    if name is None and resume:
+        return checkpoints.run_of(checkpoints.named(resume))
+    name = name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ValueError(f"a run's name is one folder's name, not {name!r}; the place is output_dir")
+    return Path(arguments.output_dir) / name
+
+
 def run_align(arguments):
     from .align import align
     from .models import load
@@ -103,6 +121,7 @@ def run_align(arguments):
         speed.read(arguments.speed)  # an unknown switch is an error before anything is loaded
     first, tiny = alone(), arguments.model == "tiny"
     # Everything that can be wrong with the words is found before anything is loaded.
+    folder = place_of(arguments)
     strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames or "random:1")
     prompts = prompts_of(arguments)
     groups = groups_of(arguments, prompts) if arguments.evaluation or arguments.validation_steps else {}
@@ -113,9 +132,6 @@ def run_align(arguments):
     if tiny:
         prompts = within_its_world(arguments, reward, prompts)
         groups = groups and groups_of(arguments, prompts)
-    name = arguments.name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if name != Path(name).name or name in ("", ".", ".."):
-        raise ValueError(f"a run's name is one folder's name, not {name!r}; the place is output_dir")
     model = load(arguments.model)
     if arguments.speed:
         speed.apply(model, arguments.speed)
@@ -137,28 +153,34 @@ def run_align(arguments):
         strategy=strategy,
         frames=frames,
         sampling=sampling_of(arguments),
-        output_dir=Path(arguments.output_dir) / name,
+        output_dir=folder,
         resume=resume_of(arguments.resume),
         **options,
     )
     if first:
         print(f"trained {len(run.metrics)} steps in {time.time() - began:.0f} s: {run.folder / 'adapter.safetensors'}")
     if first and run.best:
-        print(f"best by the validation: {run.best}")
+        print(f"best by the validation, on {validated_on(groups)} prompts: {run.best}")
     if not (run.folder / "adapter.safetensors").exists() and first:
         raise OSError(f"the adapter could not be written to {run.folder}: see the warning above")
     if run.stopped:
         if first:
-            print(f"stopped; go on with: vader-nb align resume=true name={name} …")
+            print(f"stopped; go on with: vader-nb align resume=true name={folder.name} output_dir={folder.parent} …")
         return
     if arguments.evaluation and groups:
         compare(model, run.adapter, [reward, *([judge] if judge else [])], groups, arguments, run.folder, run)
 
 
+def validated_on(groups) -> str:
+    return "held-out" if "held-out" in groups else "training"
+
+
 def validation(arguments, model, reward, groups) -> dict:
     from .best import Validation
 
-    texts = groups.get("held-out") or next(iter(groups.values()))
+    texts = groups[validated_on(groups)]
+    if "held-out" not in groups and alone():
+        print("vader-nb: no held_out prompts are given: validation_steps measures training prompts", file=sys.stderr)
     sampling, batch_size = sampling_of(arguments), arguments.eval_batch_size
     check = Validation(model, reward, texts, sampling=sampling, batch_size=batch_size)
     return {"validate": check, "validation_steps": arguments.validation_steps}
@@ -188,18 +210,30 @@ def groups_of(arguments, prompts) -> dict[str, list[str]]:
     """Evenly spread picks of the training and the held-out prompts."""
     from . import prompts as prompt_sets
 
+    least = {"seeds_per_prompt": 1, "eval_batch_size": 1, "clips": 1, "eval_prompts": 0, "eval_training_prompts": 0}
+    for name, limit in least.items():
+        value = getattr(arguments, name, None)
+        if value is not None and value < limit:
+            raise ValueError(f"{name} must be at least {limit}, got {value}")
+
     def spread(texts, count):
         count = min(count, len(texts))
         return [texts[i * len(texts) // count] for i in range(count)]
 
-    if getattr(arguments, "clips", None):
+    if getattr(arguments, "clips", None) is not None:
         texts = spread(prompts, arguments.clips)
         arguments.seeds_per_prompt = -(-arguments.clips // len(texts))
         return {"prompts": texts}
     groups = {"training": spread(prompts, arguments.eval_training_prompts)}
     if arguments.held_out or arguments.prompts == "tiny":
         groups["held-out"] = spread(prompt_sets.get(arguments.held_out or "tiny_held_out"), arguments.eval_prompts)
-    return {name: texts for name, texts in groups.items() if texts}
+    groups = {name: texts for name, texts in groups.items() if texts}
+    if not groups:
+        raise ValueError(
+            "no prompts to evaluate: eval_training_prompts=0, and no held-out ones; set it to 1 or more, or name some: "
+            "held_out=my_prompts.txt"
+        )
+    return groups
 
 
 def compare(model, adapter, rewards, groups, arguments, folder: Path, run=None):
@@ -258,12 +292,14 @@ def run_rewards(arguments):
 
 
 def run_memory(arguments):
-    from .memory import memory
+    from .memory import memory, sees_frames
 
     names = "model reward batch_size num_inference_steps num_frames height width guidance_scale rank gpu offload chunk"
     names += " checkpoint_blocks sequential_guidance model_cpu_offload measured"
     options = {name: getattr(arguments, name) for name in names.split()}
-    strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames or "random:1")
+    strategy = strategy_of(arguments.strategy, arguments.K)
+    per_frame = sees_frames(arguments.model, arguments.reward)
+    frames = frames_of(arguments.frames or ("random:1" if per_frame else "all"))  # as align does
     print(memory(**options, strategy=strategy, frames=frames))
 
 

@@ -4,13 +4,14 @@
     vader-nb align config=mine.yaml learning_rate=2e-4
 
 `--learning-rate 2e-4` and `--resume` (for resume=true) are read as well, and so are VADER's own names (`translate`).
-A key that nobody knows is an error that names the nearest one.
+In a file, too. A key that nobody knows is an error that names the nearest one.
 """
 
 import difflib
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 FOLDER = Path(__file__).parent / "configs"  # settings of published runs: config=modelscope
 
@@ -77,7 +78,7 @@ class Align(Judged):
     chunk: int = option(1, "frames decoded at once")
     offload: bool = option(False, "what the denoiser keeps for the backward pass waits in CPU memory")
     model_cpu_offload: bool = option(False, "only the networks of the current stage are on the GPU")
-    mixed_precision: str = option("no", "no, fp16, bf16")
+    mixed_precision: str | None = option(None, "no, fp16, bf16; default: accelerate launch's, or no")
     speed: str | None = option(
         None, "switches, such as channels_last,compile; python -m vader_nb.selfcheck measures them"
     )
@@ -86,8 +87,12 @@ class Align(Judged):
     output_dir: str = option("runs", "where runs are kept")
     checkpoint_every: int = 20
     checkpoints_total_limit: int | None = option(None, "keep so many of the newest, and the best; default: all")
-    validation_steps: int | None = option(None, "measure held-out prompts every so many steps; needed for a best one")
-    resume: str = option("false", "true: the newest checkpoint of the named run; latest: or a new run; or a checkpoint")
+    validation_steps: int | None = option(
+        None, "measure the held_out prompts (without: training ones) every so many steps; needed for a best one"
+    )
+    resume: str = option(
+        "false", "with name=…: true: its newest checkpoint; latest: or a new run; or a checkpoint's path"
+    )
     log_with: str | None = option(None, "tensorboard or wandb, beside metrics.jsonl")
     evaluation: bool = option(True, "compare base and adapter at the end")
 
@@ -131,7 +136,7 @@ class Memory(Sampled):
     rank: int = 8
     strategy: str = option("last", "last, random, step, draft_lv, refl, drtune")
     K: int | None = option(None, "as for align")
-    frames: str | None = option(None, "as for align; default: random:1")
+    frames: str | None = option(None, "as for align, and its default")
     chunk: int = option(1, "frames decoded at once")
     checkpoint_blocks: bool = option(True, "the denoiser's blocks are computed again in the backward pass")
     offload: bool = option(False, "what the denoiser keeps for the backward pass waits in CPU memory")
@@ -193,46 +198,68 @@ def read(kind: type, words: list[str]) -> Any:
     """The configuration that these words ask for. Raises ValueError for an unknown key or a value of the wrong type."""
     from omegaconf import OmegaConf
 
-    from . import translate
-
+    known = {f.name for f in fields(kind)}
+    lists = {f.name for f in fields(kind) if f.type == list[str]}
+    optional = {f.name for f in fields(kind) if type(None) in get_args(f.type)}
     given: dict[str, Any] = {}
     for key, value in pairs(words, kind):
-        if any(f.name == key and f.type == list[str] for f in fields(kind)):
-            given.setdefault(key, []).append(value)
+        if key in lists:
+            given.setdefault(key, []).append(literal(value))
         else:
-            given[key] = value
-    known = {f.name for f in fields(kind)}
-    foreign = {key: value for key, value in given.items() if key not in known and key in translate.NAMES["vader"]}
-    layers = [OmegaConf.structured(kind)]
-    if given.get("config"):
-        layers.append(from_file(given["config"], kind))
-    if foreign:
-        ours, notes = translate.translate("vader", foreign, known)
-        layers.append(OmegaConf.create(ours))
-        report(foreign, ours, notes)
-        given = {key: value for key, value in given.items() if key not in foreign}
+            given[key] = None if value == "null" and key in optional else literal(value)
+    file = from_file(given["config"]) if given.get("config") else {}
+    unknown(file, known, f" in {given.get('config')}")
     unknown(given, known)
-    layers.append(OmegaConf.create(given))
+    layers = [OmegaConf.structured(kind)]
+    for source in (file, given):  # our own names win over VADER's beside them, whose meaning depends on all keys
+        layers += [foreign(source, known, file | given), {key: source[key] for key in source if key in known}]
     return merged(layers, kind)
 
 
-def from_file(name: str, kind: type):
-    from omegaconf import OmegaConf
+def literal(text: str) -> str:
+    """As OmegaConf must be told it: `${shop}` in a prompt is no reference to another key."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
+
+def foreign(source: dict, known: set[str], everything: dict) -> dict:
+    """What a source says in VADER's names, in ours."""
+    from . import translate
+
+    theirs = {key: value for key, value in source.items() if key not in known}
+    if not theirs:
+        return {}
+    ours, notes = translate.translate("vader", theirs, known, everything)
+    report(theirs, ours, notes)
+    return ours
+
+
+def from_file(name: str) -> dict:
     path = next((p for p in (Path(name), FOLDER / f"{name}.yaml") if p.is_file()), None)
     if path is None:
         shipped = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
         raise FileNotFoundError(f"no configuration at {name}; give a YAML file, or one of: {shipped}")
-    loaded = OmegaConf.load(path)
-    unknown(loaded, {f.name for f in fields(kind)}, f" in {path}")
-    return loaded
+    return yaml_of(path)
+
+
+def yaml_of(path: Path) -> dict:
+    """The keys of a YAML file."""
+    from omegaconf import DictConfig, OmegaConf
+    from yaml import YAMLError
+
+    try:
+        loaded = OmegaConf.load(path)
+    except YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"{path} holds no keys: write lines such as steps: 40")
+    return OmegaConf.to_container(loaded)
 
 
 def unknown(given, known: set[str], where: str = "") -> None:
     from . import translate
 
     for key in given:
-        if key not in known:
+        if key not in known and key not in translate.NAMES["vader"]:
             near = difflib.get_close_matches(key, [*known, *translate.NAMES["vader"]], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"unknown key {key!r}{where}{hint} (--help lists all)")

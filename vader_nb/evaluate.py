@@ -18,7 +18,7 @@ from statistics import NormalDist
 import torch
 from tqdm.auto import tqdm
 
-from . import lora
+from . import lora, parallel
 from .align import Run
 from .checkpoints import write
 from .gradient import Sampling, sample
@@ -65,19 +65,22 @@ class Row:
     @property
     def decimals(self) -> int:
         """Digits after the point that show two leading ones of the interval, and that a clear one excludes zero; 3 to 6."""
-        bounds = sorted(abs(value) for value in (self.low, self.high) if value)
+        bounds = sorted(abs(value) for value in (self.low, self.high) if value and math.isfinite(value))
         needed = [1 - math.floor(math.log10(bounds[-1]))] if bounds else []
         needed += [-math.floor(math.log10(bounds[0]))] if self.clear else []
         return min(6, max([3, *needed]))
 
     def texts(self) -> list[str]:
         """base, adapter, difference, interval and win rate as they stand in tables."""
-        base = f"{self.base:.{self.decimals}f}"
+
+        def number(value, sign=""):
+            return "nan" if math.isnan(value) else f"{value:{sign}.{self.decimals}f}"
+
         if self.name is None:
-            return [base, "", "", "", ""]
-        difference, low, high = (f"{v:+.{self.decimals}f}" for v in (self.difference, self.low, self.high))
+            return [number(self.base), "", "", "", ""]
+        difference, low, high = (number(value, "+") for value in (self.difference, self.low, self.high))
         wins = "" if self.win_rate is None else f"{self.win_rate:.0%}"
-        return [base, f"{self.adapter:.{self.decimals}f}", difference, f"{low} to {high}", wins]
+        return [number(self.base), number(self.adapter), difference, f"{low} to {high}", wins]
 
 
 @dataclass
@@ -253,13 +256,13 @@ def evaluate(
     for name, value in {"seeds_per_prompt": seeds_per_prompt, "batch_size": batch_size, "keep": keep}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not prompts:
+        raise ValueError("no group of prompts to evaluate on; give {'held-out': [...]}")
     for group, texts in prompts.items():
         if not len(texts):
             raise ValueError(f"group {group!r} has no prompts")
     for entry in contestants.values():
         check_fit(model, entry)
-    for judge in judges:
-        judge.to(model.device)
 
     bench = Bench(model, judges, features, sampling, seeds_per_prompt, batch_size, seed, keep)
     scores = {group: {} for group in prompts}
@@ -356,16 +359,24 @@ class Bench:
 
     def run(self, adapter: Adapter | None, prompts: Sequence[str], bar) -> tuple[Scores, torch.Tensor]:
         """Scores of all clips of a group, and the first `keep` clips (N, F, 3, H, W)."""
+        if self.model.turns is None:  # else they have their turn, as all networks do
+            for judge in self.judges:
+                judge.to(self.model.device)
         # Seed by seed over all prompts, so that the clips that are kept show many prompts.
         clips = range(len(prompts) * self.seeds_per_prompt)
         batches = [clips[start : start + self.batch_size] for start in clips[:: self.batch_size]]
-        mine = []
+        mine, turns = [], len(batches)
+        if parallel.cut_up(self.model.denoiser):  # all must call it equally often: some take a batch again
+            turns = -(-turns // self.world) * self.world
         # Whole batches are shared out: of another size, one may round differently.
-        for number in range(self.rank, len(batches), self.world):
-            batch = batches[number]
+        for number in range(self.rank, turns, self.world):
+            batch = batches[min(number, len(batches) - 1)]
             names = [prompts[i % len(prompts)] for i in batch]
             seeds = [self.seed + i for i in batch]
             frames = sample(self.model, names, seeds=seeds, sampling=self.sampling, adapter=adapter)
+            if number >= len(batches):
+                break
+            self.model.bring(*(network for judge in self.judges for network in judge.networks))
             metrics = measure(frames, names, self.judges)
             if self.seeds_per_prompt > 1:
                 metrics["diversity"] = self.features(frames).float().cpu()

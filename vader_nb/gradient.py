@@ -492,15 +492,19 @@ def reward_gradient(
                 stack.enter_context(adapter.frozen())
             yield
 
-    rewards = []
+    rewards, trouble = [], ""
     for noised in renoised(model, rollout, plan, sampling, conditioning, generators):
         value, gradient = score(model, noised.latents, reward, prompts, chosen, chunk)
         if not (value.isfinite().all() and gradient.isfinite().all()):
-            raise NonFinite(f"reward {reward.name!r} or its gradient is not finite: rewards {value.tolist()}")
+            trouble = f"reward {reward.name!r} or its gradient is not finite: rewards {value.tolist()}"
+            # Replayed all the same: where the weights are cut up over processes, the others wait for this one there.
+            gradient = torch.zeros_like(gradient)
         final = replay(model, conditioning, noised, plan, sampling, context)
         with unscaled(adapter, gradient) as direction:
             backward((final * direction).sum() * (-weight / (len(prompts) * max(1, plan.renoise))))
         rewards.append(value)
+    if trouble:
+        raise NonFinite(trouble)
     return Result(torch.stack(rewards).mean(0), rollout.latents, chosen, plan)
 
 

@@ -246,6 +246,14 @@ def copied(value):
 
 
 @functools.cache
+def sees_frames(model: str, reward: str) -> bool:
+    """The reward scores single frames, not the whole clip."""
+    with Shapes(allow_non_fake_inputs=True) as shapes:
+        shapes.yes = False
+        return parse(reward, tiny=model == "tiny", outline=True).per_frame
+
+
+@functools.cache
 def simulate(setting: Setting) -> dict[str, int]:
     """Bytes by stage. The accelerator's tensors are fake ones on "cpu", what waits elsewhere is on "meta": torch then
     picks fused attention, as CUDA does on every GPU named here, and not the one with all its weights in memory."""
@@ -280,6 +288,7 @@ REMEDIES = (
     {"frames": Frames("random", 1)},
     {"num_frames": 8},
 )
+FEWER = {"frames", "num_frames"}  # of a clip, a reward on the whole of it would be given another clip, or none
 
 
 @dataclass
@@ -363,9 +372,14 @@ def trying(setting: Setting, gpu: str) -> Generator[Setting, None, dict | None]:
     """Look for the settings that make it fit, by trying: one after the other, what helps is kept, and what turns out not
     to have been necessary is dropped. Yields each setting before it is simulated; returns what `remedy` does."""
     change, least = {}, simulate(setting)
+    per_frame = sees_frames(setting.model, setting.reward)
     for offer in REMEDIES:
         candidate = replace(setting, **(change | offer))
-        if candidate == replace(setting, **change):
+        if candidate == replace(setting, **change) or (FEWER & offer.keys() and not per_frame):
+            continue
+        try:
+            simulate(candidate)
+        except ValueError:  # frames that are named one by one, and would not be there
             continue
         yield candidate
         if max(simulate(candidate).values()) < 0.99 * max(least.values()):

@@ -24,8 +24,8 @@ from .models import VideoModel, alone
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # accelerate's name -> what to install
 
 
-def accelerator_for(device: torch.device, mixed_precision: str, log_with: str | None, folder) -> Accelerator:
-    """The accelerator of a run; a notebook's next run may want another one."""
+def accelerator_for(device: torch.device, mixed_precision: str | None, log_with: str | None, folder) -> Accelerator:
+    """The accelerator of a run; a notebook's next run may want another one. mixed_precision: None for the launcher's."""
     AcceleratorState._reset_state()
     if log_with is not None:
         if log_with not in TRACKERS:
@@ -183,6 +183,12 @@ def sharded(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def cut_up(network: torch.nn.Module) -> bool:
+    """Of its weights each process holds a part (FSDP's are DTensors, ZeRO-3's bear DeepSpeed's marks): a call of it is a meeting
+    of all processes, and one that not all of them make waits for ever."""
+    return any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in network.parameters())
 
 
 def shard(model: VideoModel, accelerator: Accelerator) -> None:

@@ -8,7 +8,7 @@ Sources: VADER at adaf2ef, VideoX-Fun at 804a425 (scripts/*/train_reward_lora.py
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,6 +27,7 @@ VADER = {
     # launch and loop
     "gradient_accumulation_steps": To("gradient_accumulation_steps", "VADER's ModelScope script counts it twice"),
     "train_batch_size": To("batch_size"),
+    "batch_size": To("batch_size"),
     "max_train_steps": To("steps", "VADER goes on for one more step in every epoch that is left"),
     "num_train_epochs": To(None, "there are no epochs, as there is no dataset: steps says how long"),
     "learning_rate": To("learning_rate"),
@@ -92,6 +93,87 @@ VADER = {
     "scheduler_type": To(None, "the model's own, DPM++ for modelscope as in VADER"),
     "debug": To(None, "set the environment variable VADER_NB_DEBUG=1"),
     "is_sample_preview": To(None, "the report has clips"),
+    "adam_beta1": To(None, "its optimizer is AdamW with torch's other settings"),
+    "adam_beta2": To(None, "its optimizer is AdamW with torch's other settings"),
+    "adam_epsilon": To(None, "its optimizer is AdamW with torch's other settings"),
+    "lora_unet_dropout": To(None, "the adapter has no dropout, no bias, and one kind"),
+    "lora_text_dropout": To(None, "the adapter has no dropout, no bias, and one kind"),
+    "lora_bias": To(None, "the adapter has no dropout, no bias, and one kind"),
+    "lora_version": To(None, "the adapter has no dropout, no bias, and one kind"),
+    "unet_lora_modules": To(None, "only the denoiser's attention learns"),
+    "text_encoder_lora_modules": To(None, "only the denoiser's attention learns"),
+    "trainable_modules": To(None, "only the denoiser's attention learns"),
+    "trainable_text_modules": To(None, "only the denoiser's attention learns"),
+    "train_text_encoder": To(None, "only the denoiser's attention learns"),
+    "extra_unet_params": To(None, "only the denoiser's attention learns"),
+    "extra_text_encoder_params": To(None, "only the denoiser's attention learns"),
+    "load_videodataset": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "dataset_types": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "extend_dataset": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "cache_latents": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "cached_latent_dir": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "n_sample_frames": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "sample_start_idx": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "frame_step": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "use_bucketing": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "single_video_path": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "single_video_prompt": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "single_img_prompt": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "fallback_prompt": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "json_path": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "image_dir": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "path": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "offset_noise_strength": To(None, "nothing is noised for training"),
+    "use_offset_noise": To(None, "nothing is noised for training"),
+    "rescale_schedule": To(None, "nothing is noised for training"),
+    "save_lora_for_webui": To(None, "an adapter is one safetensors file"),
+    "only_lora_for_webui": To(None, "an adapter is one safetensors file"),
+    "save_pretrained_model": To(None, "an adapter is one safetensors file"),
+    "enable_xformers_memory_efficient_attention": To(None, "torch's fused attention"),
+    "enable_torch_2_attn": To(None, "torch's fused attention"),
+    "text_encoder_gradient_checkpointing": To(None, "nothing of the text encoder learns"),
+    "mode": To(None, "VideoCrafter's model is not offered here"),
+    "ckpt_path": To(None, "VideoCrafter's model is not offered here"),
+    "config": To(None, "VideoCrafter's model is not offered here"),
+    "cond_input": To(None, "VideoCrafter's model is not offered here"),
+    "unconditional_guidance_scale_temporal": To(None, "VideoCrafter's model is not offered here"),
+    "fps": To(None, "the model's own"),
+    "savefps": To(None, "the model's own"),
+    "sample_preview": To(None, "the report has clips"),
+    "prompt": To(None, "prompts=… is a set or a file; one prompt: `vader-nb sample`"),
+    "n_samples": To(None, "seeds_per_prompt in an evaluation"),
+    "num_sample": To(None, "seeds_per_prompt in an evaluation"),
+    "condition_frame_length": To(None, "Open-Sora's model is not offered here"),
+    "reference_path": To(None, "Open-Sora's model is not offered here"),
+    "mask_strategy": To(None, "Open-Sora's model is not offered here"),
+    "aes": To(None, "Open-Sora's model is not offered here"),
+    "flow": To(None, "Open-Sora's model is not offered here"),
+    "camera_motion": To(None, "Open-Sora's model is not offered here"),
+    "loop": To(None, "Open-Sora's model is not offered here"),
+    "llm_refine": To(None, "Open-Sora's model is not offered here"),
+    "prompt_generator": To(None, "Open-Sora's model is not offered here"),
+    "frame_interval": To(None, "Open-Sora's model is not offered here"),
+    "flash_attn": To(None, "Open-Sora's model is not offered here"),
+    "layernorm_kernel": To(None, "Open-Sora's model is not offered here"),
+    "data_path": To(None, "Open-Sora's model is not offered here"),
+    "resolution": To(None, "give height and width in pixels"),
+    "aspect_ratio": To(None, "give height and width in pixels"),
+    "image_size": To(None, "give height and width in pixels"),
+    "dtype": To(None, "float16 on a GPU; in Python: load(dtype=…)"),
+    "save_dir": To(None, "the report names its files"),
+    "sample_name": To(None, "the report names its files"),
+    "start_index": To(None, "the report names its files"),
+    "end_index": To(None, "the report names its files"),
+    "prompt_as_path": To(None, "the report names its files"),
+    "save_fps": To(None, "the report names its files"),
+    "watermark": To(None, "the report names its files"),
+    "outputs": To(None, "the report names its files"),
+    "verbose": To(None, "the report names its files"),
+    "load": To(None, "resume=… goes on with a run"),
+    "start_from_scratch": To(None, "resume=… goes on with a run"),
+    "wandb": To("log_with"),
+    "warmup_steps": To("lr_warmup_steps"),
+    "prompt_fn_kwargs": To(None, "nouns_file and activities_file, or a file as prompts"),
 }
 
 VIDEOX = {
@@ -190,8 +272,8 @@ VADER_REWARDS = {
     # Its loss is 0.1 |aesthetic - 10| and |1 - hps|: the gradients of these.
     "aesthetic": "0.1 * aesthetic().towards(10)",
     "pick_score": "pickscore",
-    "rainy": "rainy",
-    "snowy": "snowy",
+    "rainy": "rainy('rainy_reward.pt')",  # its file in VADER's assets
+    "snowy": "snowy('snowy_reward.pt')",
 }
 VIDEOX_REWARDS = {"AestheticReward": "aesthetic", "HPSReward": "hps", "PickScoreReward": "pickscore"}
 
@@ -212,11 +294,16 @@ def vader_reward(given: dict) -> tuple[dict, list[str]]:
     return {"reward": VADER_REWARDS[name]}, []
 
 
+def to_ours(name: str) -> str | None:
+    return VADER[name].ours if name in VADER else name
+
+
 def vader_steps(given: dict) -> tuple[dict, list[str]]:
-    mode, steps = str(given["backprop_mode"]), int(given.get("num_inference_steps", given.get("ddim_steps", 25)))
+    counts = [value for name, value in given.items() if to_ours(name) == "num_inference_steps" and value is not None]
+    mode, steps = str(given["backprop_mode"]), int(counts[-1] if counts else 25)  # of two names, the later one's
     if mode == "specific":  # from step index 15 on, whatever the number of steps
         return {"strategy": "last", "K": max(1, steps - 15)}, [f"backprop_mode=specific: the last {steps - 15} steps"]
-    names = {"last": {"strategy": "last", "K": 1}, "rand": {"strategy": "random"}}
+    names = {"last": {"strategy": "last", "K": 1}, "rand": {"strategy": "random", "K": None}}
     if mode not in names:
         raise ValueError(f"unknown backprop_mode {mode!r}: VADER knows last, rand and specific")
     return names[mode], []
@@ -269,9 +356,34 @@ TOGETHER: dict[tuple[str, str], Callable[[dict], tuple[dict, list[str]]]] = {
 }
 
 
-def translate(source: str, given: dict, known: set[str] | None = None) -> tuple[dict, list[str]]:
+OTHERS = {"ckpt_path", "mode", "savefps", "unconditional_guidance_scale_temporal"}, {"resolution", "aspect_ratio"}
+FAMILIES = dict(zip(("VideoCrafter's", "Open-Sora's"), OTHERS))
+
+
+def unmet(ours: dict, given: dict) -> Iterator[str]:
+    """What a translated script cannot do here; values that mean nothing here are taken out. (On a command line they are
+    errors.)"""
+    from .prompts import SETS
+
+    if not re.fullmatch(r"\d*|None", str(ours.get("num_frames", ""))):
+        yield f"num_frames={ours.pop('num_frames')}: a duration, left out; give a number of frames: num_frames=16"
+    name = ours.get("prompts")
+    if name and name not in SETS and Path(name).name == name and not Path(name).suffix and not Path(name).is_file():
+        del ours["prompts"]
+        yield f"no prompts are named {name!r} here, left out; give prompts=FILE, or a set: {', '.join(SETS)}"
+    for whose, marks in FAMILIES.items():
+        if marks & given.keys():
+            yield (
+                f"WARNING: the script is {whose}, another family of models, which is not offered here; no model is set: "
+                f"add model=modelscope or model=zeroscope, and look again at height, width, num_frames and learning_rate"
+            )
+
+
+def translate(
+    source: str, given: dict, known: set[str] | None = None, everything: dict | None = None
+) -> tuple[dict, list[str]]:
     """Another tool's arguments (name -> value) as ours, and what a user should know. `known`: our names that make sense
-    here; others are left out, and said."""
+    here; others are left out, and said. `everything`: these and what is set beside them, in either's names, which may matter."""
     table, ours, notes, groups = NAMES[source], {}, [], set()
     for name, value in given.items():
         if name not in table:
@@ -288,7 +400,7 @@ def translate(source: str, given: dict, known: set[str] | None = None) -> tuple[
         if to.note:
             notes.append(f"{name} is {to.ours} here; {to.note}")
     for group in sorted(groups):
-        more, told = TOGETHER[source, group](given)
+        more, told = TOGETHER[source, group](everything or given)
         ours, notes = ours | more, notes + told
     if "clips" in ours:  # iterations of so many clips
         ours["clips"] = int(ours["clips"]) * int(given.get("val_batch_size", 1))
@@ -313,16 +425,22 @@ def read(path: str | Path) -> dict:
         raise FileNotFoundError(f"no file at {path}")
     text = path.read_text(encoding="utf-8")
     if path.suffix in (".yaml", ".yml"):
-        from omegaconf import OmegaConf
+        from .config import yaml_of
 
-        return dict(leaves(OmegaConf.to_container(OmegaConf.load(path))))
+        return dict(leaves(yaml_of(path)))
     if path.suffix == ".py":
         raise ValueError(
             f"{path} is Python, which is not run here; write its settings as key=value lines in a .sh file"
         )
     variables = dict(re.findall(r"^\s*(?:export\s+)?(\w+)=(['\"]?[^\s'\"]*['\"]?)\s*$", text, re.MULTILINE))
     text = re.sub(r"\$\{?(\w+)\}?", lambda m: variables.get(m[1], m[0]).strip("'\""), text.replace("\\\n", " "))
-    words = [word for line in text.splitlines() if "launch" in line or "python" in line for word in shlex.split(line)]
+    text = re.sub(r"^\s*#.*$", "", text, flags=re.MULTILINE)  # a comment may hold one quotation mark
+    words = [
+        word
+        for line in text.splitlines()
+        if "launch" in line or "python" in line
+        for word in shlex.split(line, comments=True)
+    ]
     found = {}
     for word, following in zip(words, [*words[1:], "--"]):
         name, given, value = word.removeprefix("--").partition("=")
@@ -359,6 +477,7 @@ def as_yaml(path: str | Path, source: str | None = None) -> tuple[str, list[str]
     if source not in NAMES:
         raise ValueError(f"unknown source {source!r}; choose one of {', '.join(NAMES)}")
     ours, notes = translate(source, given, {f.name for f in fields(Align)})
+    notes += unmet(ours, given) if source == "vader" else []
     typed = OmegaConf.merge(OmegaConf.structured(Align), ours)
     kept = {name: typed[name] for name in ours}
     return (

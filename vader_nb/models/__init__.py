@@ -63,7 +63,8 @@ def load(
     """Load a video model, frozen and in eval mode.
 
     name: a key of `CHECKPOINTS`, or a directory in diffusers' `TextToVideoSDPipeline` layout.
-    device: default CUDA if there is one; in one of several processes, the GPU of its own. dtype: default float16 on
+    device: default CUDA if there is one, and the launcher does not say CPU; in one of several processes, the GPU of its
+    own. dtype: default float16 on
     CUDA, float32 on the CPU.
     hub: passed to `from_pretrained` (revision, cache_dir, token, …).
     Raises ValueError for an unknown name and FileNotFoundError, which names the checkpoint, its size and
@@ -73,7 +74,7 @@ def load(
 
     from .modelscope import ModelScope
 
-    device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or default_device())
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     checkpoint = checkpoint_of(name)
     local = Path(checkpoint.source).is_dir()
@@ -100,6 +101,15 @@ def load(
             f"  without either:  vader_nb.load('tiny'), embedded in this package"
         ) from error
     return model.to(device)
+
+
+def default_device() -> str:
+    """CUDA's if there is one, unless these processes were started for the CPU (`accelerate launch --cpu`, or
+    `parallel.launch` with fewer GPUs than processes)."""
+    from accelerate.utils import parse_flag_from_env
+
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    return "cpu" if on_cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 def outline(name: str | Path = "tiny") -> VideoModel:
