@@ -638,7 +638,7 @@ def test_both_lines_of_code_ask_the_same(quick, monkeypatch, changes):
     assert (given.model, given.reward, given.gpu) == ("zeroscope", panel.reward.value, "A100 80 GB")
     options = {n: getattr(given, n) for n in ("height", "width", "num_frames", "batch_size", "checkpoint_blocks")}
     options |= {n: getattr(given, n) for n in ("sequential_guidance", "model_cpu_offload")}
-    strategy, frames = cli.strategy_of(given.strategy, given.K), cli.frames_of(given.frames or "random:1")
+    strategy, frames = cli.strategy_of(given.strategy, given.K), cli.frames_of(given.frames)
     assert Setting(given.model, given.reward, **options, strategy=strategy, frames=frames) == panel.setting
     call = ast.parse(panel.python, mode="eval").body
     values = {k.arg: eval(ast.unparse(k.value), {"vader_nb": vader_nb, "torch": torch}) for k in call.keywords}

@@ -377,11 +377,11 @@ def trying(setting: Setting, gpu: str) -> Generator[Setting, None, dict | None]:
         candidate = replace(setting, **(change | offer))
         if candidate == replace(setting, **change) or (FEWER & offer.keys() and not per_frame):
             continue
+        yield candidate
         try:
             simulate(candidate)
         except ValueError:  # frames that are named one by one, and would not be there
             continue
-        yield candidate
         if max(simulate(candidate).values()) < 0.99 * max(least.values()):
             change, least = change | offer, simulate(candidate)
         if fits(max(least.values()), gpu):

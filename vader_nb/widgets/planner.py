@@ -21,8 +21,8 @@ OWN = "the model’s own"  # as a value 0: None would be to a Dropdown that noth
 SIZES = (64, 128, 192, 256, 320, 384, 448, 512, 576, 768, 1024)
 LENGTHS = (1, 4, 8, 12, 16, 24, 32, 48, 64)
 FRAMES = {"1 random": Frames(), "ends": Frames("ends"), "every 2nd": Frames("nth", 2), "all": Frames("all")}
-COMMAND = {Frames("ends"): "ends", Frames("nth", 2): "nth:2", Frames("all"): "all"}  # on the command line
-CODE = {Frames(): "Frames()"} | {f: f"Frames({f.how!r}{f', {f.k}' if f.how == 'nth' else ''})" for f in COMMAND}
+COMMAND = {Frames(): "random:1", Frames("ends"): "ends", Frames("nth", 2): "nth:2", Frames("all"): "all"}
+CODE = {frames: f"Frames({frames.how!r}{f', {frames.k}' if frames.how == 'nth' else ''})" for frames in COMMAND}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KEPT = 100  # simulations whose figures are kept
 WAITS = "“Simulate” waits for a reward that can be read."
@@ -251,11 +251,11 @@ class MemoryPlanner(Panel):
         if setting.dtype != usual.dtype:
             return ""
         asked = {"model": setting.model, "reward": setting.reward, "gpu": self.gpu.value}
-        for name in (f.name for f in fields(Setting) if f.name not in asked):
+        for name in (f.name for f in fields(Setting) if f.name not in (*asked, "frames")):
             value = getattr(setting, name)
             if value != getattr(usual, name):
-                told = {"strategy": ("K", setting.strategy.K), "frames": ("frames", COMMAND.get(setting.frames))}
-                asked |= [told.get(name, (name, value))]
+                asked |= {"K": value.K} if name == "strategy" else {name: value}
+        asked["frames"] = COMMAND[setting.frames]  # always said: the command's default depends on the reward
         return " ".join(["vader-nb memory", *(shlex.quote(f"{name}={value}") for name, value in asked.items())])
 
     def _code(self) -> str:
