@@ -5,21 +5,27 @@ from collections.abc import Mapping, Sequence
 from .panel import escape
 
 COLOURS = ("#3b82c4", "#d97706", "#1f9d4d", "#a855f7", "#db2777", "#0d9488")
-WIDTH, HEIGHT = 300, 110
-LEFT, RIGHT, TOP, BOTTOM = 8, 8, 18, 16  # margins of the plot
+WIDTH, HEIGHT = 230, 104
+LEFT, RIGHT, TOP, BOTTOM = 40, 8, 20, 16  # margins of the plot
 
 Point = tuple[float, float]
 
 
-def chart(title: str, lines: Mapping[str, Sequence[Point]], marker: float | None = None, xlabel: str = "") -> str:
-    """Lines through points (x, y) in one frame, with their last values, and a vertical line at x = marker. Points that are
-    not finite are left out. Without any point the frame says so."""
+def chart(
+    title: str,
+    lines: Mapping[str, Sequence[Point]],
+    marker: float | None = None,
+    xlabel: str = "",
+    across: tuple[float, float] | None = None,
+) -> str:
+    """Lines through points (x, y) in one frame, with the range of y, and a vertical line at x = marker. Points that are
+    not finite are left out. across: the range of x, default that of the points. Without any point the frame says so."""
     lines = {name: [(x, y) for x, y in points if abs(y) < float("inf")] for name, points in lines.items()}
     every = [point for points in lines.values() for point in points]
     said = "; ".join(f"{name} ends at {points[-1][1]:.3g}" for name, points in lines.items() if points) or "nothing yet"
-    body = [f'<text x="{LEFT}" y="12" font-size="11" font-weight="600">{escape(title)}</text>']
+    body = [f'<text x="4" y="12" font-size="11" font-weight="600">{escape(title)}</text>']
     if every:
-        body += _plot(lines, every, marker, xlabel)
+        body += _plot(lines, every, marker, xlabel, across)
     else:
         body.append(f'<text x="{LEFT}" y="{HEIGHT / 2}" font-size="10" opacity=".7">nothing yet</text>')
     return (
@@ -28,22 +34,23 @@ def chart(title: str, lines: Mapping[str, Sequence[Point]], marker: float | None
     )
 
 
-def _plot(lines, every, marker, xlabel) -> list[str]:
+def _plot(lines, every, marker, xlabel, across) -> list[str]:
     (left, right), (low, high) = ((min(v), max(v)) for v in zip(*every))
+    left, right = across or (left, right)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - left) / (right - left) if right > left else 0.5
+        along = (x - left) / (right - left) if right > left else 0.5
         up = (y - low) / (high - low) if high > low else 0.5
         return (
-            round(LEFT + across * (WIDTH - LEFT - RIGHT), 1),
+            round(LEFT + along * (WIDTH - LEFT - RIGHT), 1),
             round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1),
         )
 
-    bottom, small = HEIGHT - BOTTOM, 'font-size="9" opacity=".75"'
+    bottom, small = HEIGHT - BOTTOM, 'font-size="10" opacity=".75"'
     parts = [
         f'<path d="M{LEFT} {TOP}V{bottom}H{WIDTH - RIGHT}" fill="none" stroke="currentColor" opacity=".35"/>',
-        f'<text x="{LEFT + 3}" y="{TOP + 8}" {small}>{high:.3g}</text>',
-        f'<text x="{LEFT + 3}" y="{bottom - 3}" {small}>{low:.3g}</text>' if high > low else "",
+        f'<text x="{LEFT - 3}" y="{TOP + 8}" text-anchor="end" {small}>{high:.3g}</text>',
+        f'<text x="{LEFT - 3}" y="{bottom}" text-anchor="end" {small}>{low:.3g}</text>' if high > low else "",
         f'<text x="{LEFT}" y="{HEIGHT - 4}" {small}>{left:g}</text>',
         f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end" {small}>{right:g}</text>',
         f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle" {small}>{escape(xlabel)}</text>',

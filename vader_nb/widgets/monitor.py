@@ -95,7 +95,7 @@ class TrainingMonitor(Panel):
             [self.step, self.player.box, self.caption],
             layout=Layout(flex="1 1 300px", max_width="480px", min_width="0"),
         )
-        curves = VBox([self.curves], layout=Layout(flex="1 1 300px", max_width="480px", min_width="0"))
+        curves = VBox([self.curves], layout=Layout(flex="2 1 300px", max_width="560px", min_width="0"))
         self.assemble(
             self.state,
             HBox([self.stop_button, self.refresh_button, self.why], layout=ROW),
@@ -198,7 +198,7 @@ class TrainingMonitor(Panel):
         steps, asked = (self.rows[-1]["step"] if self.rows else 0), self._asked_steps()
         self.busy(steps / asked if asked and self.status in ("running", "stopping") else None)
         self.state.value = f"<div>{self._state(steps, asked)}</div>"
-        self.curves.value = f"<div style='display:grid;gap:6px'>{''.join(self._charts())}</div>"
+        self.curves.value = self._grid()
         recorded = [str(step) for step in self._recorded()] or [NONE]
         if list(self.step.options) != recorded:
             newest = self.step.index == len(self.step.options) - 1
@@ -223,16 +223,21 @@ class TrainingMonitor(Panel):
         return text
 
     def _charts(self) -> list[str]:
-        measured = {key for row in self.rows for key in row if key.startswith("validation/")}
+        measured = dict.fromkeys(key for row in self.rows for key in row if key.startswith("validation/"))
         titles = {"reward": "reward, trained on"}
-        for key in sorted(measured):
+        for key in measured:
             name = key.removeprefix("validation/")
             titles[key] = name if name in DESCRIPTIONS else f"{name}, held out"
         titles["grad_norm"] = "gradient norm"
+        across = (0, self.rows[-1]["step"]) if self.rows else None
         return [
-            chart(title, {title: [(row["step"], row[key]) for row in self.rows if key in row]}, xlabel="step")
+            chart(title, {title: [(row["step"], row[key]) for row in self.rows if key in row]}, None, "step", across)
             for key, title in titles.items()
         ]
+
+    def _grid(self) -> str:
+        columns = "repeat(auto-fit, minmax(210px, 1fr))"
+        return f"<div style='display:grid;grid-template-columns:{columns};gap:8px'>{''.join(self._charts())}</div>"
 
     def _show_clips(self) -> None:
         if self.step.value == NONE:
@@ -288,8 +293,7 @@ class TrainingMonitor(Panel):
         clips = self.player.pages.children[0].value if self.step.value != NONE else ""
         return (
             f"<div>{self._state(self.rows[-1]['step'] if self.rows else 0, self._asked_steps())}</div>"
-            f"<div style='display:grid;grid-template-columns:repeat(auto-fit,minmax(240px,1fr));gap:8px'>"
-            f"{''.join(self._charts())}</div><div style='max-width:420px'>{clips}</div>{self.caption.value}"
+            f"{self._grid()}<div style='max-width:420px'>{clips}</div>{self.caption.value}"
         )
 
 

@@ -34,7 +34,7 @@ STYLE = """<style>
 </style>"""
 
 # Layouts are dictionaries, of which each widget makes a Layout of its own.
-WIDE = {"width": "100%", "max_width": "640px"}  # of a control: one line, also on a phone
+WIDE = {"width": "auto", "max_width": "640px"}  # of a control: one line, also on a phone
 ROW = {"flex_flow": "row wrap", "align_items": "center", "width": "100%"}
 SIDE = {
     "flex_flow": "row wrap",

@@ -1,0 +1,577 @@
+"""The comparison of contestants: what it shows against what is computed again by hand, and every state of its controls."""
+
+import asyncio
+import json
+import re
+import sys
+from pathlib import Path
+
+import ipywidgets
+import pytest
+import torch
+
+from vader_nb import Sampling, lora, reward, sample, zoo
+from vader_nb.evaluate import BASE
+from vader_nb.rewards import action, aesthetic, hps
+from vader_nb.widgets import RewardComparison, contest, side_by_side, voting
+
+PROMPTS = ["a red circle moving up on a black background", "<script>alert('1')</script> & \"two\"", "a blue square"]
+FAST = Sampling(num_inference_steps=2, num_frames=4)
+WIDGETS = getattr(ipywidgets.widgets.widget, "_instances", None)  # of ipywidgets 8
+
+
+def brightness(frames, prompts):
+    return frames.mean(dim=(1, 2, 3, 4))
+
+
+def rewards():
+    return [
+        reward(brightness, per_frame=True),
+        reward(
+            lambda frames, prompts: frames[:, 1:].sub(frames[:, :-1]).square().mean(dim=(1, 2, 3, 4)), "<b>motion</b>"
+        ),
+    ]
+
+
+def make(tiny, folder, **settings):
+    adapters = {name: zoo.adapters()[name] for name in ("hps", "aesthetic")}
+    settings = {"adapters": adapters, "rewards": rewards(), "prompts": PROMPTS, "sampling": FAST} | settings
+    return RewardComparison(tiny, folder=folder, **settings)
+
+
+@pytest.fixture
+def comparison(tiny, tmp_path):
+    return make(tiny, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def everything(tiny, tmp_path_factory):
+    """A comparison of all prompts, for tests that only look."""
+    made = make(tiny, tmp_path_factory.mktemp("all"), seed=3)
+    made.run_all()
+    return made
+
+
+def by_hand(tiny, prompt, name, seed):
+    """The clip (1, F, 3, H, W) by the plain functions."""
+    if name == BASE:
+        return sample(tiny, prompt, seeds=seed, sampling=FAST)
+    adapter = lora.load(tiny, zoo.adapters()[name])
+    try:
+        return sample(tiny, prompt, seeds=seed, sampling=FAST, adapter=adapter)
+    finally:
+        adapter.remove()
+
+
+def parts(widget):
+    """A widget and all within."""
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from parts(child)
+
+
+def pages(comparison):
+    return [page.value for page in comparison.player.pages.children]
+
+
+def why(control):
+    return control.tooltip if control.has_trait("tooltip") else control.description_tooltip
+
+
+# ------------------------------------------------------------------------------------------------- what is computed
+
+
+def test_all_contestants_start_from_the_same_noise_and_are_what_sample_makes(everything, tiny):
+    for name in (BASE, "hps"):
+        expected = by_hand(tiny, PROMPTS[0], name, seed=3)[0]
+        got = everything.contest.clips[PROMPTS[0]][name].pixels()
+        assert (got - expected).abs().max() <= 0.5 / 255 + 1e-5  # kept in 256 levels
+
+
+def test_scores_and_differences_are_those_of_the_rewards_on_these_clips(everything, tiny):
+    found = everything.run(PROMPTS[0])
+    assert list(found) == [BASE, "hps", "aesthetic"]
+    before, after = by_hand(tiny, PROMPTS[0], BASE, 3), by_hand(tiny, PROMPTS[0], "aesthetic", 3)
+    for judge in rewards():
+        base, adapter = judge(before, PROMPTS[:1]).item(), judge(after, PROMPTS[:1]).item()
+        assert found[BASE][judge.name] == pytest.approx(base, abs=1e-6)
+        assert found["aesthetic"][judge.name] == pytest.approx(adapter, abs=1e-6)
+        change = everything.contest.difference(PROMPTS[0], "aesthetic", judge.name)
+        assert change == pytest.approx(adapter - base, abs=1e-6)
+        assert side_by_side.signed(adapter - base) in pages(everything)[0]
+
+
+@pytest.mark.parametrize(
+    ("difference", "shown"),
+    [(0.5, "<span class=vader-up>+0.500</span>"), (-0.5, "<span class=vader-down>−0.500</span>"), (1e-5, "±0.000")],
+)
+def test_a_difference_has_its_sign_and_not_only_a_colour(difference, shown):
+    assert side_by_side.signed(difference) == shown
+    assert "−0.000" not in side_by_side.number(difference)
+
+
+@pytest.mark.parametrize("judge", [hps, aesthetic, action])
+def test_the_heat_map_is_the_gradient_that_autograd_gives(judge, everything):
+    judge, frames = judge("tiny"), everything.contest.clips[PROMPTS[0]][BASE].pixels()
+    leaf = frames.clone().requires_grad_()
+    judge(leaf[None], PROMPTS[:1]).sum().backward()
+    expected = leaf.grad.abs().sum(1)
+    found = contest.heat_map(judge, frames, PROMPTS[0])
+    assert found.shape == (4, 64, 64)
+    assert found.max() == 1
+    torch.testing.assert_close(found.float(), expected / expected.max(), atol=1e-3, rtol=1e-2)
+
+
+def test_a_heat_map_of_a_reward_that_does_not_care_is_zero(everything):
+    frames = everything.contest.clips[PROMPTS[0]][BASE].pixels()
+    flat = reward(lambda frames, prompts: 0 * frames.sum(dim=(1, 2, 3, 4)), "flat")
+    assert not contest.heat_map(flat, frames, "").any()
+
+
+def test_the_overlay_leaves_cold_pixels_grey_and_paints_hot_ones():
+    clip = contest.Clip(torch.full((2, 3, 4, 4), 200, dtype=torch.uint8), {"r": torch.zeros(2, 4, 4).half()})
+    clip.heat["r"][1, 2, 3] = 1
+    frames = side_by_side.heated(clip, "r")
+    assert frames.shape == (2, 3, 4, 4)
+    assert frames[0].std() < 1e-6
+    torch.testing.assert_close(frames[1, :, 2, 3], side_by_side.HEAT[-1], atol=1e-3, rtol=0)
+
+
+def test_what_is_known_is_not_made_again(everything, monkeypatch):
+    monkeypatch.setattr(everything.contest, "compare", lambda *_: pytest.fail("sampled again"))
+    everything.run_all()
+    for prompt in [*PROMPTS, PROMPTS[0]]:
+        everything.prompt.value = prompt
+    assert everything.error is None
+
+
+def test_clips_of_old_prompts_are_let_go_and_made_again_when_they_are_looked_at(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(contest, "KEPT", 2)
+    comparison = make(tiny, tmp_path, adapters={}, rewards=[brightness])
+    comparison.run_all()
+    assert set(comparison.contest.clips) == {PROMPTS[0], PROMPTS[2]}  # the one that is shown stays
+    assert all(map(comparison.contest.scored, PROMPTS))
+    comparison.prompt.value = PROMPTS[1]
+    assert comparison.error is None
+    assert "img" in pages(comparison)[0]
+    assert PROMPTS[1] in comparison.contest.clips
+
+
+# ----------------------------------------------------------------------------------------------------- what is shown
+
+
+def test_the_first_page_plays_all_in_one_picture_and_page_i_is_frame_i(everything):
+    everything.run(PROMPTS[0])
+    everything.reward.value = "brightness"
+    first, *rest = pages(everything)
+    assert first.count("<img") == 1
+    assert "image/gif" in first
+    assert "vader-marker" not in first
+    assert len(rest) == 4
+    values = everything.contest.scores[PROMPTS[0]][BASE]["brightness"]
+    places = []
+    for i, page in enumerate(rest):
+        assert page.count("<img") == 1
+        assert f"frame {i + 1}" in page
+        assert side_by_side.number(values[i].item()) in page  # the legend tells the values there
+        places.append(float(re.search(r"vader-marker d='M([\d.]+)", page)[1]))
+    assert places == sorted(set(places))  # the marker moves with the frame
+    assert everything._picture.frames.shape == (4, 3, 64, 3 * 64 + 2 * side_by_side.GAP)
+
+
+def test_a_curve_has_a_line_for_each_contestant_and_a_reward_on_clips_says_it_has_none(everything):
+    everything.run(PROMPTS[0])
+    everything.reward.value = "brightness"
+    assert pages(everything)[0].count("<polyline") == 3
+    everything.reward.value = "<b>motion</b>"
+    assert "<polyline" not in pages(everything)[0]
+    assert "one score a clip" in pages(everything)[0]
+    assert "<b>motion" not in "".join(pages(everything))
+    everything.reward.value = "brightness"
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.5, 0.5], [-1e9, 1e9], [0.0] * 40])
+def test_any_scores_can_be_drawn(values):
+    drawn = side_by_side.plot([("base", values)], "r", 0)
+    assert "nan" not in drawn
+    assert "inf" not in drawn
+
+
+def test_the_heat_map_is_an_overlay_with_a_legend(comparison):
+    comparison.run()
+    plain = pages(comparison)[3]
+    comparison.heat.value = True
+    assert comparison.error is None
+    assert "Heat map" in pages(comparison)[3]
+    assert "heat maps of brightness" in pages(comparison)[3]
+    comparison.heat.value = False
+    assert pages(comparison)[3] == plain
+
+
+def test_prompts_and_names_are_shown_as_text(tiny, tmp_path):
+    name = "<img src=x onerror=alert(1)>\"'"
+    comparison = make(tiny, tmp_path, adapters={name: zoo.adapters()["hps"]}, prompts=PROMPTS[1:2])
+    comparison.run()
+    comparison.heat.value = True
+    comparison.export()
+    shown = [part.value for part in parts(comparison.box) if isinstance(part, ipywidgets.HTML)]
+    for text in (*shown, comparison.to_html(), (tmp_path / "comparison.html").read_text()):
+        assert "<script>" not in text
+        assert "<img src=x" not in text
+    assert "&lt;script&gt;" in comparison.caption.value
+    # What breaks out of an attribute is a quote.
+    for alt in re.findall(r'alt="([^"]*)"', comparison.to_html() + "".join(shown)):
+        assert alt.endswith(("&quot;two&quot;", "of brightness")) or ", frame " in alt
+
+
+def test_sorting_is_by_the_adapters_difference(everything):
+    everything.run(PROMPTS[1])
+    for judge in rewards():
+        change = {p: everything.run(p)["aesthetic"][judge.name] - everything.run(p)[BASE][judge.name] for p in PROMPTS}
+        everything.adapter.value, everything.reward.value = "aesthetic", judge.name
+        everything.order.value = "helps most first"
+        listed = [value for _, value in everything.prompt.options]
+        assert listed == sorted(PROMPTS, key=lambda p: -change[p])
+        assert everything.prompt.value == listed[0]
+        everything.order.value = "hurts most first"
+        assert [value for _, value in everything.prompt.options] == listed[::-1]
+        label = everything.prompt.options[0][0]
+        assert label == f"{side_by_side.number(change[listed[-1]], '+')} · {listed[-1]}"
+        everything.order.value = "as given"
+        assert [value for _, value in everything.prompt.options] == PROMPTS
+
+
+def test_another_adapter_sorts_anew_but_keeps_the_prompt(everything):
+    everything.order.value = "helps most first"
+    everything.prompt.value = kept = everything.prompt.options[1][1]
+    everything.adapter.value = "hps"
+    assert everything.prompt.value == kept
+    change = [everything.contest.difference(p, "hps", everything.reward.value) for _, p in everything.prompt.options]
+    assert change == sorted(change, reverse=True)
+    everything.order.value = "as given"
+
+
+@pytest.mark.skipif("google.colab" in sys.modules, reason="on Colab all is done while a click is answered")
+def test_before_it_is_shown_only_two_contestants_are_awaited(tiny, tmp_path):
+    async def notebook():
+        comparison = make(tiny, tmp_path)
+        bundle = comparison._repr_mimebundle_()
+        there = list(comparison.contest.clips[PROMPTS[0]])
+        await comparison.jobs.task
+        return comparison, bundle, there
+
+    comparison, bundle, there = asyncio.run(notebook())
+    assert there == [BASE, "hps"]
+    assert "<img" in bundle["text/html"]
+    assert list(comparison.contest.clips) == PROMPTS[:1]
+    assert not comparison.contest.missing(PROMPTS[0])
+    assert "aesthetic" in comparison.to_html()
+
+
+@pytest.mark.skipif("google.colab" in sys.modules, reason="on Colab all is done while a click is answered")
+def test_a_newer_request_takes_over_and_stop_stops(tiny, tmp_path):
+    async def notebook():
+        comparison = make(tiny, tmp_path)
+        comparison.all_button.click()
+        while not comparison.contest.scores:
+            await asyncio.sleep(0.01)
+        assert not comparison.stop_button.disabled
+        assert "under way" in why(comparison.all_button)
+        comparison.stop_button.click()
+        await comparison.jobs.task
+        stopped = sum(map(len, comparison.contest.scores.values()))
+        assert comparison.stop_button.disabled
+        assert not comparison.all_button.disabled
+        comparison.prompt.value = PROMPTS[1]
+        first = comparison.jobs.task
+        comparison.prompt.value = PROMPTS[2]
+        await asyncio.gather(first, comparison.jobs.task)
+        return comparison, stopped
+
+    comparison, stopped = asyncio.run(notebook())
+    assert stopped < 9
+    assert comparison.error is None
+    assert PROMPTS[1] not in comparison.contest.scores
+    assert comparison.contest.scored(PROMPTS[2])
+    assert "a blue square" in comparison.caption.value
+
+
+def test_the_picture_for_readers_has_an_alternative_text_and_the_scores(everything):
+    everything.run(PROMPTS[0])
+    picture = everything.to_html()
+    assert f'alt="base, hps, aesthetic: {PROMPTS[0]}"' in picture
+    for scores in everything.run(PROMPTS[0]).values():
+        for value in scores.values():
+            assert side_by_side.number(value) in picture
+
+
+# --------------------------------------------------------------------------------------------------- disabled, errors
+
+
+def test_controls_that_cannot_act_say_why(comparison):
+    assert "compare all prompts first" in why(comparison.order)
+    assert "compare all prompts first, 3 of 3" in comparison.why.value
+    assert "nothing to export" in why(comparison.export_button)
+    assert "under way" in why(comparison.stop_button)
+    comparison.run()
+    assert not comparison.export_button.disabled
+    assert comparison.order.disabled
+    comparison.run_all()
+    assert not comparison.order.disabled
+    assert not comparison.why.value
+    assert "all prompts are compared" in why(comparison.all_button)
+
+
+def test_without_adapters_there_is_a_base_and_the_way_to_more(tiny, tmp_path):
+    comparison = make(tiny, tmp_path, adapters={})
+    comparison.run_all()
+    for control in (comparison.adapter, comparison.order, comparison.blind):
+        assert control.disabled
+        assert "adapters=" in why(control)
+    assert "adapters=" in comparison.why.value
+    assert "<img" in comparison.export().read_text()
+
+
+def test_an_error_stands_in_the_panel_and_goes_when_things_work(tiny, tmp_path):
+    def fussy(frames, prompts):
+        if "square" in prompts[0]:
+            raise ZeroDivisionError("no <squares>")
+        return brightness(frames, prompts)
+
+    comparison = make(tiny, tmp_path, rewards=[fussy], adapters={})
+    comparison.run()
+    comparison.prompt.value = PROMPTS[2]
+    assert "fussy" in str(comparison.error)
+    assert "ZeroDivisionError: no &lt;squares&gt;" in comparison.remark.value
+    assert "vader_nb.check(reward)" in comparison.remark.value
+    with pytest.raises(ValueError, match="fussy"):
+        comparison.run(PROMPTS[2])
+    comparison.prompt.value = PROMPTS[0]
+    assert comparison.error is None
+    assert not comparison.remark.value
+
+
+def test_a_reward_without_gradient_says_so_instead_of_a_heat_map(tiny, tmp_path):
+    comparison = make(tiny, tmp_path, rewards=[reward(lambda f, p: brightness(f.detach(), p), "dull")], adapters={})
+    comparison.run()
+    comparison.heat.value = True
+    assert "dull&#x27; failed (it has no gradient)" in comparison.remark.value
+    assert "<img" in pages(comparison)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rewards": []}, "no rewards"),
+        ({"rewards": [brightness, brightness]}, "different names"),
+        ({"prompts": []}, "no prompts"),
+        ({"prompts": [" "]}, "no prompts"),
+        ({"prompts": "tiny"}, "up to 200 prompts, got 668"),
+        ({"adapters": {BASE: zoo.adapters()["hps"]}}, "no adapter can be named"),
+        ({"sampling": Sampling(num_inference_steps=0)}, "num_inference_steps"),
+    ],
+)
+def test_wrong_arguments_are_told_at_once(tiny, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(tiny, tmp_path, **settings)
+
+
+def test_other_wrong_arguments(tiny, tmp_path, comparison):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        make(tiny, tmp_path, adapters={"a": "nowhere"})
+    with pytest.raises(TypeError, match="a reward is"):
+        make(tiny, tmp_path, rewards=[3])
+    with pytest.raises(ValueError, match="unknown prompt 'a dog'"):
+        comparison.run("a dog")
+    with pytest.raises(ValueError, match="nothing to export"):
+        comparison.export()
+    with pytest.raises(ValueError, match="no pair"):
+        comparison.vote("A")
+
+
+def test_defaults_are_those_of_the_tiny_world(tiny, tmp_path):
+    comparison = RewardComparison(tiny, folder=tmp_path)
+    assert comparison.contest.names == [BASE, *zoo.adapters()]
+    assert list(comparison.contest.rewards) == ["hps", "aesthetic", "action"]
+    assert len(comparison.prompts) == 6
+    assert comparison.contest.sampling.num_inference_steps == tiny.defaults["num_inference_steps"]
+    assert not comparison.contest.clips  # nothing is made before it is shown
+
+
+def test_every_control_has_a_label(comparison):
+    for part in parts(comparison.box):
+        if hasattr(part, "disabled"):
+            assert part.description
+
+
+def test_widgets_do_not_pile_up(everything):
+    registry = ipywidgets.Widget.widgets if WIDGETS is None else WIDGETS
+    everything.run(PROMPTS[0])
+    before, kept = len(registry), len(everything.contest.clips)
+    for i in range(25):
+        everything.prompt.value = PROMPTS[i % 3]
+        everything.reward.value = rewards()[i % 2].name
+    assert everything.error is None
+    assert (len(registry), len(everything.contest.clips)) == (before, kept)
+
+
+# --------------------------------------------------------------------------------------------------------- blind votes
+
+
+def test_blind_mode_reveals_nothing(comparison):
+    comparison.run()
+    comparison.export()
+    comparison.adapter.value = "aesthetic"
+    comparison.blind.value = True
+    hidden = set(parts(comparison.open_box))
+    assert comparison.open_box.layout.display == "none"
+    for part in set(parts(comparison.box)) - hidden:
+        said = " ".join(str(getattr(part, name, "")) for name in ("value", "description", "tooltip"))
+        said = re.sub('data:image/[a-z]+;base64,[^"]*', "", said)
+        for word in (BASE, "aesthetic", "hps", "brightness", "motion"):
+            assert word not in said
+    for control in (comparison.prompt, comparison.adapter, comparison.order, comparison.heat, comparison.reward):
+        assert control.disabled
+        assert "blind vote" in why(control)
+    assert all("vader-note>…" not in page and "<svg" not in page and "<img" in page for page in pages(comparison))
+    alts = {re.search(r'alt="([^",]*)', page)[1] for page in pages(comparison)}
+    assert alts == {f"A and B: {PROMPTS[0]}"}
+    assert "aesthetic" not in re.sub("base64,[^\"']*", "", str(comparison._repr_mimebundle_()))
+
+
+def test_a_pair_is_base_and_adapter_from_one_new_seed(comparison, tiny):
+    comparison.blind.value = True
+    pair = comparison.pair
+    assert pair.seed != comparison.contest.seed
+    halves = comparison._picture.frames.split([64, side_by_side.GAP, 64], dim=3)
+    for shown, name in zip(halves[::2], pair.sides):
+        torch.testing.assert_close(shown, by_hand(tiny, pair.prompt, name, pair.seed)[0], atol=1e-5, rtol=0)
+
+
+def test_sides_are_drawn_evenly_and_pairs_differ(tmp_path):
+    votes = voting.Votes(tmp_path)
+    pairs = []
+    for _ in range(60):
+        pairs.append(votes.next("hps", PROMPTS, seed=0))
+        votes.add(pairs[-1], "A")
+    assert 18 <= sum(pair.left == BASE for pair in pairs) <= 42
+    assert len({(pair.prompt, pair.seed) for pair in pairs}) == 60
+    assert 0 not in {pair.seed for pair in pairs}  # whose clips are shown with names
+    assert votes.next("aesthetic", PROMPTS, 0).seed == 1  # every adapter has pairs of its own
+
+
+def test_votes_are_counted_kept_and_come_back(comparison, tiny, tmp_path):
+    comparison.blind.value = True
+    wins = losses = 0
+    for choice in ("A", "B", "=", "A"):
+        sides = dict(zip("AB", comparison.pair.sides))
+        wins += sides.get(choice) == "hps"
+        losses += sides.get(choice) == BASE
+        vote = comparison.vote(choice)
+        assert json.loads((tmp_path / "votes.jsonl").read_text().splitlines()[-1]) == vars(vote)
+        assert not comparison.counts.value  # the tally is told when it is asked for
+    tally = comparison.tally()
+    assert (tally.wins, tally.losses, tally.ties, tally.votes) == (wins, losses, 1, 4)
+    assert tally.rate == pytest.approx((wins + 0.5) / 4)
+    assert tally.low < tally.rate < tally.high
+    comparison.tally_button.click()
+    assert f"{wins} won, {losses} lost, 1 without" in comparison.counts.value
+    again = make(tiny, tmp_path)
+    assert again.tally() == tally
+    again.blind.value = True
+    assert again.pair.seed == 5  # goes on where the votes ended
+    again.adapter.value = "aesthetic"
+    assert again.tally().votes == 0
+    assert "no votes yet" in str(again.tally())
+
+
+def test_leaving_blind_mode_shows_the_tally_and_the_comparison_again(comparison):
+    comparison.run()
+    before = pages(comparison)
+    comparison.blind.value = True
+    comparison.ballot["="].click()
+    assert comparison.error is None
+    assert comparison.pair is not None
+    comparison.blind.value = False
+    assert pages(comparison) == before
+    assert "1 without difference" in comparison.counts.value
+    assert comparison.pair is None
+    assert comparison.ballot_box.layout.display == "none"
+    assert not comparison.prompt.disabled
+
+
+def test_a_vote_has_three_choices(comparison):
+    comparison.blind.value = True
+    with pytest.raises(ValueError, match="A, B, =, got 'C'"):
+        comparison.vote("C")
+    assert comparison.pair is not None
+    assert not comparison.votes.path.exists()
+
+
+def test_a_damaged_file_of_votes_is_told_with_its_line(tiny, tmp_path):
+    good = json.dumps({"prompt": "p", "seed": 1, "adapter": "hps", "left": BASE, "choice": "A"})
+    for bad in ('{"prompt"', '{"prompt": "p"}', "3", good.replace('"A"', '"C"')):
+        (tmp_path / "votes.jsonl").write_text(f"{good}\n{bad}\n")
+        with pytest.raises(ValueError, match="line 2 is not a vote"):
+            make(tiny, tmp_path)
+
+
+def test_the_interval_of_the_win_rate_is_wilsons():
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+    for won, votes, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]:
+        assert voting.wilson(won / votes, votes) == pytest.approx((low, high), abs=5e-5)
+    assert voting.wilson(1.0, 3)[0] < 0.5  # three wins of three prove nothing
+    assert voting.wilson(float("nan"), 0) == (0, 1)
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+
+def test_the_export_is_one_file_with_all_that_was_compared(everything, tmp_path):
+    everything.votes.add(voting.Pair(PROMPTS[0], 9, "hps", BASE), "B")
+    path = everything.export(tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == [path]
+    page = path.read_text(encoding="utf-8")
+    assert page.count("<section") == page.count('<img src="data:image/gif;base64,') == len(PROMPTS)
+    assert not re.search(r"""(src|href)=(?!["']?data:)|url\(|@import|<script""", page)
+    for prompt in PROMPTS:
+        assert contest_escaped(prompt) in page
+        for name in ("hps", "aesthetic"):
+            change = everything.contest.difference(prompt, name, "brightness")
+            assert side_by_side.signed(change, "up", "down") in page
+    for text in (
+        "1 won, 0 lost",
+        "&quot;num_inference_steps&quot;: 2",
+        "prefers-color-scheme: dark",
+        "width=device-width",
+    ):
+        assert text in page
+    everything.votes.path.unlink()
+
+
+def contest_escaped(text):
+    return (
+        text.replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace('"', "&quot;")
+        .replace("'", "&#x27;")
+    )
+
+
+def test_the_button_exports_into_the_folder_and_offers_the_file(comparison):
+    comparison.run()
+    comparison.export_button.click()
+    path = Path(comparison.folder) / "comparison.html"
+    assert "1 of 3 prompts" in path.read_text()
+    assert str(path) in comparison.saved.value
+    assert 'download="comparison.html"' in comparison.saved.value
+
+
+def test_an_export_tells_of_clips_that_were_let_go(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(contest, "KEPT", 2)
+    comparison = make(tiny, tmp_path, adapters={}, rewards=[brightness])
+    comparison.run_all()
+    page = comparison.export().read_text()
+    assert page.count("<section") == 3
+    assert page.count("were not kept") == 1
