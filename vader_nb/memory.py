@@ -9,7 +9,7 @@ import copy
 import functools
 import html
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -359,14 +359,25 @@ def spelled(change: dict | None) -> str:
 
 
 def remedy(setting: Setting, gpu: str) -> dict | None:
-    """The settings that make it fit, found by trying: one after the other, what helps is kept, and what turns out not
-    to have been necessary is dropped."""
+    """The settings that make it fit, or None."""
+    search = trying(setting, gpu)
+    while True:
+        try:
+            next(search)
+        except StopIteration as found:
+            return found.value
+
+
+def trying(setting: Setting, gpu: str) -> Generator[Setting, None, dict | None]:
+    """Look for the settings that make it fit, by trying: one after the other, what helps is kept, and what turns out not
+    to have been necessary is dropped. Yields each setting before it is simulated; returns what `remedy` does."""
     change, least = {}, simulate(setting)
     per_frame = sees_frames(setting.model, setting.reward)
     for offer in REMEDIES:
         candidate = replace(setting, **(change | offer))
         if candidate == replace(setting, **change) or (FEWER & offer.keys() and not per_frame):
             continue
+        yield candidate
         try:
             simulate(candidate)
         except ValueError:  # frames that are named one by one, and would not be there
@@ -379,6 +390,7 @@ def remedy(setting: Setting, gpu: str) -> dict | None:
         return None
     for name in list(change):
         without = {key: value for key, value in change.items() if key != name}
+        yield replace(setting, **without)
         if fits(max(simulate(replace(setting, **without)).values()), gpu):
             change = without
     return change

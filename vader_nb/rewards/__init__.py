@@ -82,14 +82,23 @@ def parse(expression: str, tiny: bool = False, outline: bool = False) -> Reward:
             f"cannot read {ast.unparse(node)!r} in reward {expression!r}; known rewards: {', '.join(NAMES)}"
         )
 
-    try:
-        tree = ast.parse(expression.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"cannot read the reward {expression!r}: {error.msg}") from error
-    for node in ast.walk(tree):  # before anything is downloaded
-        if isinstance(node, ast.Name) and node.id not in NAMES:
-            raise ValueError(f"unknown reward {node.id!r} in {expression!r}; known rewards: {', '.join(NAMES)}")
-    result = build(tree)
+    result = build(syntax(expression))
     if not isinstance(result, Reward):
         raise ValueError(f"{expression!r} is a number, not a reward; known rewards: {', '.join(NAMES)}")
     return result
+
+
+def syntax(expression: str):
+    """The syntax tree of an expression. Raises ValueError for what is none, or has an unknown name in it, before anything
+    is loaded."""
+    import ast
+
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except SyntaxError as error:
+        way = "write for instance hps + 0.1 * aesthetic"
+        raise ValueError(f"cannot read the reward {expression!r}: {error.msg}; {way}") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id not in NAMES:
+            raise ValueError(f"unknown reward {node.id!r} in {expression!r}; known rewards: {', '.join(NAMES)}")
+    return tree
