@@ -17,7 +17,13 @@ export TOKENIZERS_PARALLELISM := false
 align: $(VENV)/installed
 	$(BIN)/vader-nb align --name $(NAME)
 
-test: $(VENV)/installed-test
+# The browser that presses the controls: Debian's, installed where it is missing and may be.
+CHROMIUM := /usr/bin/chromium
+
+$(CHROMIUM):
+	apt-get update -q && apt-get install -y -q --no-install-recommends chromium
+
+test: $(VENV)/installed-test | $(CHROMIUM)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-package test-notebooks

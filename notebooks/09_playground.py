@@ -12,6 +12,15 @@
 
 # %% [markdown] tags=["head"]
 # # 9 · Playground: see for yourself
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/09_playground.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/09_playground.ipynb)
+#
+# | needs | two CPU cores | peak memory | GPU |
+# |---|---|---|---|
+# | no GPU, no download, no account | 1.2 minutes | 1.2 GB | not measured |
+#
+# *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
 # Numbers convince; pictures under your own fingers teach. This notebook holds the controls of the toolkit: drag, type, click,
@@ -47,7 +56,7 @@ SEED = 0  # @param {type:"integer"}
 # Type a prompt, move a slider. The tiny model knows seven colours (*red, yellow, green, cyan, blue, purple, pink*), four shapes
 # (*circle, square, triangle, star*), eight motions (*moving left, right, up* or *down, growing, shrinking, bouncing, spinning*)
 # and four grounds (*white, gray, black, sand*), in sentences like the one in the box. Three adapters come with it, each
-# aligned to one reward alone: `action`, `aesthetic`, `hps`.
+# aligned to one reward alone: `aesthetic`, `hps`, `action`.
 
 # %% tags=["app"]
 import tempfile
@@ -124,11 +133,12 @@ course.predict(
 # ## Base against adapters
 #
 # One clip proves nothing. Here every row starts from the same noise: only the adapter differs. Under each clip stands every reward,
-# with its difference to the base; the *gradient heat map* shows which pixels a reward would change first. Then tick *blind*: you
+# with its difference to the base; the *gradient heat map* shows which pixels a reward would change first. Then press *blind vote*: you
 # vote without names or numbers, and see afterwards whether you agree with the reward.
 
 # %% tags=["app"]
 comparison = RewardComparison(model, seed=SEED)
+comparison.run()  # all of it, for a page without a kernel
 comparison
 
 # %% [markdown] tags=["app"]
@@ -139,6 +149,7 @@ comparison
 
 # %% tags=["app"]
 composer = RewardComposer(model, seed=SEED)
+composer.measure()  # the conflicts, too, for a page without a kernel
 composer
 
 # %% [markdown] tags=["app"]
@@ -149,6 +160,8 @@ composer
 
 # %% tags=["app"]
 explorer = TruncationExplorer(model)
+for K in (1, 2, 5):  # three settings, for a page without a kernel
+    explorer.measure(K=K, frames="all")  # for a page without a kernel
 explorer
 
 # %% [markdown] tags=["app"]
@@ -158,6 +171,7 @@ explorer
 
 # %% tags=["app"]
 planner = MemoryPlanner()
+planner.simulate()  # its first answer, for a page without a kernel
 planner
 
 # %% [markdown]

@@ -132,6 +132,9 @@ def app(source: Path, target: Path) -> None:
     """The cells of a notebook that are tagged "app", unrun: what `make app` serves as a page of its own."""
     notebook = jupytext.read(source)
     notebook.cells = [cell for cell in notebook.cells if tagged(cell, "app")]
+    for cell in notebook.cells:  # which has one, and need not wait for what a click would do
+        lines = cell.source.splitlines()
+        cell.source = "\n".join(line for line in lines if not line.endswith("for a page without a kernel"))
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, target)
 

@@ -201,6 +201,31 @@ def test_conda_and_binder_install_what_pyproject_says():
     assert (ROOT / executed).is_file()
 
 
+def test_every_control_has_a_picture_for_readers_without_a_kernel():
+    from vader_nb import widgets
+
+    notebook = nbformat.read(ROOT / "notebooks" / "09_playground.ipynb", as_version=4)
+    shown = {}
+    for output in (output for cell in code(notebook) for output in cell.outputs):
+        name = output.get("data", {}).get("text/plain", "").split(":")[0]
+        if name in widgets.__all__:
+            assert build.WIDGET not in output.data
+            shown[name] = output.data["text/html"]  # of two, the later
+    assert sorted(shown) == widgets.__all__
+    for name, page in shown.items():
+        assert re.search(r'<img[^>]*alt="[^"]|<svg[^>]*aria-label=.[^"\']', page), name
+
+
+def test_the_page_of_controls_has_them_all_and_trains_nothing(tmp_path):
+    build.app(ROOT / "notebooks" / "09_playground.py", tmp_path / "app.ipynb")
+    page = nbformat.read(tmp_path / "app.ipynb", as_version=4)
+    sources = "\n".join(cell.source for cell in code(page))
+    for panel in ("Sampler(", "RewardComparison(", "RewardComposer(", "TruncationExplorer(", "MemoryPlanner("):
+        assert panel in sources
+    assert "align(" not in sources
+    assert "simulate(" not in sources
+
+
 def test_some_texts_are_compared_by_nbval():
     """Not only run: cells whose text is the same everywhere are tagged, and were executed (or nbval compares nothing)."""
     notebooks = [nbformat.read(path.with_suffix(".ipynb"), as_version=4) for path in PAIRS]

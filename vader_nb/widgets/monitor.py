@@ -197,7 +197,7 @@ class TrainingMonitor(Panel):
         self.rows = self._read()
         steps, asked = (self.rows[-1]["step"] if self.rows else 0), self._asked_steps()
         self.busy(steps / asked if asked and self.status in ("running", "stopping") else None)
-        self.state.value = f"<div>{self._state(steps, asked)}</div>"
+        self.state.value = f"<div>{self._state(self.folder)}</div>"
         self.curves.value = self._grid()
         recorded = [str(step) for step in self._recorded()] or [NONE]
         if list(self.step.options) != recorded:
@@ -208,8 +208,10 @@ class TrainingMonitor(Panel):
             self._show_clips()
         self._explain()
 
-    def _state(self, steps: int, asked: int) -> str:
-        name, status = escape(str(self.folder)), self.status
+    def _state(self, place: Path | str) -> str:
+        """Where the run stands, told with its folder's `place`."""
+        steps, asked = (self.rows[-1]["step"] if self.rows else 0), self._asked_steps()
+        name, status = escape(str(place)), self.status
         if status == "waiting":
             return f"<b>waiting</b> for the first step of {name}"
         text = f"<b>{status}</b> · step {steps} of {asked} · {name}"
@@ -217,7 +219,7 @@ class TrainingMonitor(Panel):
         if best:
             text += f" · best held-out at step {best}"
         if status in ("stopped", "finished"):
-            text += f"<br>kept: {escape(str(self.folder / 'adapter.safetensors'))}"
+            text += f"<br>kept: {escape(str(Path(place) / 'adapter.safetensors'))}"
         if status == "stopped":
             text += "; go on with <code>align(…, resume=True)</code>"
         return text
@@ -236,6 +238,8 @@ class TrainingMonitor(Panel):
         ]
 
     def _grid(self) -> str:
+        if not self.rows:
+            return ""
         columns = "repeat(auto-fit, minmax(210px, 1fr))"
         return f"<div style='display:grid;grid-template-columns:{columns};gap:8px'>{''.join(self._charts())}</div>"
 
@@ -291,10 +295,7 @@ class TrainingMonitor(Panel):
 
     def to_html(self) -> str:
         clips = self.player.pages.children[0].value if self.step.value != NONE else ""
-        return (
-            f"<div>{self._state(self.rows[-1]['step'] if self.rows else 0, self._asked_steps())}</div>"
-            f"{self._grid()}<div style='max-width:420px'>{clips}</div>{self.caption.value}"
-        )
+        return f"<div>{self._state(self.folder.name)}</div>{self._grid()}<div style='max-width:420px'>{clips}</div>{self.caption.value}"
 
 
 def opened(path: Path) -> Video:
