@@ -617,6 +617,28 @@ def test_it_watches_a_folder_that_another_process_writes_to(trained, tmp_path, m
     assert states == [(1, "running"), (3, "running"), (4, "finished")]
 
 
+def test_a_run_that_ends_while_the_panel_is_drawn_is_told_as_ended_in_the_end(trained, tmp_path, monkeypatch):
+    """The state of a folder may change between two looks: what the panel tells is one look, and it looks again."""
+    _, run, _ = trained
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_text((run.folder / name).read_text().replace('"steps": 4', '"steps": 9'))
+    looks = iter(["running", "stopping", "stopped"])
+    monkeypatch.setattr("vader_nb.widgets.monitor.POLL", 0.01)
+    monkeypatch.setattr(TrainingMonitor, "status", property(lambda self: next(looks, "stopped")))
+
+    async def page():
+        monitor = TrainingMonitor(tmp_path)
+        assert "<b>running</b>" in monitor.state.value
+        assert not monitor.why.value.count("over")
+        monitor.prepare()
+        await asyncio.wait_for(monitor._task, 5)
+        return monitor
+
+    monitor = asyncio.run(page())
+    assert "<b>stopped</b>" in monitor.state.value
+    assert "The run is over" in monitor.why.value
+
+
 def test_a_monitor_that_cannot_make_clips_says_so(tiny, tmp_path):
     with pytest.raises(ValueError, match="clips need the model and prompts"):
         TrainingMonitor(tmp_path, held_out=rewards.hps("tiny"))

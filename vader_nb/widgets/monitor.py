@@ -77,6 +77,7 @@ class TrainingMonitor(Panel):
             raise ValueError(f"every must be at least 1 step, got {every}")
         self.rows: list[dict] = []
         self.here = False  # whether the run is trained by a cell of this kernel
+        self.shown = ""  # the status that the panel tells
         self._drawn, self._task = 0.0, None
         self._controls()
         self.refresh()
@@ -195,8 +196,9 @@ class TrainingMonitor(Panel):
     def refresh(self) -> None:
         """Read the folder again, and show it."""
         self.rows = self._read()
+        self.shown = self.status  # once, for all that is told: another process may change it meanwhile
         steps, asked = (self.rows[-1]["step"] if self.rows else 0), self._asked_steps()
-        self.busy(steps / asked if asked and self.status in ("running", "stopping") else None)
+        self.busy(steps / asked if asked and self.shown in ("running", "stopping") else None)
         self.state.value = f"<div>{self._state(self.folder)}</div>"
         self.curves.value = self._grid()
         recorded = [str(step) for step in self._recorded()] or [NONE]
@@ -211,7 +213,7 @@ class TrainingMonitor(Panel):
     def _state(self, place: Path | str) -> str:
         """Where the run stands, told with its folder's `place`."""
         steps, asked = (self.rows[-1]["step"] if self.rows else 0), self._asked_steps()
-        name, status = escape(str(place)), self.status
+        name, status = escape(str(place)), self.shown
         if status == "waiting":
             return f"<b>waiting</b> for the first step of {name}"
         text = f"<b>{status}</b> · step {steps} of {asked} · {name}"
@@ -262,7 +264,7 @@ class TrainingMonitor(Panel):
             "running": "This kernel trains and hears no button: press ■ in the toolbar. The run is kept."
             if self.here
             else "",
-        }[self.status]
+        }[self.shown]
         disable(reason, self.stop_button, remark=self.why)
 
     # ------------------------------------------------------------------------------------------------------ stopping
@@ -283,7 +285,7 @@ class TrainingMonitor(Panel):
             self._task = asyncio.ensure_future(self._watch())
 
     async def _watch(self) -> None:
-        while self.status not in ("finished", "stopped"):
+        while self.shown not in ("finished", "stopped"):
             await asyncio.sleep(POLL)
             self.answers(self.refresh)()
 
