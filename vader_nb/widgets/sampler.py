@@ -97,7 +97,7 @@ class Sampler(Panel):
         self.player = Player(model.defaults["num_frames"])
         self.caption, self.listing, self.saved = HTML(), HTML(), HTML()
         self._slots = [self._slot(i) for i in range(HISTORY)]
-        strip = HBox([slot.box for slot in self._slots], layout=ROW)
+        strip = HBox([slot.box for slot in self._slots], layout=ROW | {"align_items": "flex-start"})
         controls = VBox(
             [
                 self.prompt,
