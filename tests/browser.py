@@ -93,8 +93,8 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextlib.contextmanager
-def window(browser: Browser, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Page]:
-    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+def window(browser: Browser, width: int = 1280, height: int = 900) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": width, "height": height})
     page.set_default_timeout(SECONDS * 1000)
     yield page
     page.close()

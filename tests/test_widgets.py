@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import threading
 from html.parser import HTMLParser
 
@@ -120,6 +121,43 @@ def test_a_job_that_is_given_up_is_closed():
     assert closed == [True]
 
 
+def test_what_is_asked_for_in_a_cell_takes_the_place_of_what_a_control_had_asked_for():
+    log, closed = Log(), []
+
+    def make():
+        try:
+            yield from log.job("old")()
+        finally:
+            closed.append(len(log.done))
+
+    async def page():
+        log.jobs.submit(make, settle=0)
+        while len(log.done) < 3:
+            await asyncio.sleep(0.001)
+        old = log.jobs.task
+        log.jobs.finish(log.job("cell", 5))
+        await old
+
+    asyncio.run(page())
+    assert closed == [len(log.done) - 5]  # before the other one began
+    assert [name for name, _ in log.done[-5:]] == ["cell"] * 5
+    assert log.progress[-1] is None
+
+
+def test_giving_up_takes_the_bar_away():
+    log = Log()
+
+    async def page():
+        log.jobs.submit(log.job("old"), settle=0)
+        while len(log.done) < 3:
+            await asyncio.sleep(0.001)
+        log.jobs.give_up()
+        assert log.progress[-1] is None
+
+    asyncio.run(page())
+    assert log.progress[-1] is None
+
+
 def test_what_a_job_raises_is_told():
     log = Log()
 
@@ -213,6 +251,14 @@ def test_a_panel_is_shown_as_a_widget_and_as_a_picture(monkeypatch):
     assert "text/html" not in panel._repr_mimebundle_()
 
 
+def test_a_panel_whose_first_picture_fails_is_there_and_says_why(tiny):
+    panel = Sampler(tiny, prompt=" ")
+    bundle = panel._repr_mimebundle_()
+    assert bundle[VIEW]["model_id"] == panel.box.model_id
+    assert "the prompt is empty" in bundle["text/html"]
+    assert "the prompt is empty" in panel.remark.value
+
+
 def test_titles_are_texts():
     assert "a &lt;b&gt;title" in pages(Counter().box)[0]
 
@@ -303,6 +349,7 @@ def test_between_two_steps_the_model_is_its_owners(tiny):
         {"adapter": "hps", "scale": 0.7},
         {"adapter": "hps", "scale": 0.5, "second": "aesthetic", "second_scale": 0.4},
         {"adapter": "aesthetic", "scale": 1.5, "start": 0.5, "end": 1.0},
+        {"adapter": NONE, "second": "hps"},
     ],
 )
 def test_the_code_that_it_shows_makes_the_same_clip(sampler, settings):
@@ -402,6 +449,20 @@ def test_one_can_go_back_in_the_history(sampler):
     assert (sampler.prompt.value, sampler.seed.value) == ("a red star spinning on a gray background", 1)
     sampler.back(1)
     assert sampler.video is second
+
+
+def test_parts_of_the_chain_are_set_as_a_whole(sampler):
+    """Whatever they were before: one end after the other would cross."""
+    late = sampler.run(adapter="aesthetic", start=0.5, end=1.0, **QUICK)
+    sampler.run(start=0.0, end=0.5)
+    sampler._slots[1].button.click()
+    assert sampler.error is None
+    assert sampler.video is late
+    assert sampler.part.value == (0.5, 1.0)
+    with pytest.raises(ValueError, match=r"got 0\.7 to 0\.3"):
+        sampler.run(start=0.7, end=0.3)
+    assert sampler.video is late
+    sampler.set(start=0.0, end=1.0)
 
 
 def test_clips_are_saved_without_overwriting_and_with_what_made_them(sampler):
@@ -637,6 +698,73 @@ def test_a_run_that_ends_while_the_panel_is_drawn_is_told_as_ended_in_the_end(tr
     monitor = asyncio.run(page())
     assert "<b>stopped</b>" in monitor.state.value
     assert "The run is over" in monitor.why.value
+
+
+def test_a_killed_run_is_silent_and_names_what_there_is(trained, tmp_path):
+    _, run, _ = trained
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_text((run.folder / name).read_text().replace('"steps": 4', '"steps": 9'))
+    long_ago = (tmp_path / "metrics.jsonl").stat().st_mtime - 500
+    os.utime(tmp_path / "metrics.jsonl", (long_ago, long_ago))
+    monitor = TrainingMonitor(tmp_path)
+    assert monitor.status == "silent"
+    assert "kept" not in monitor.state.value
+    assert "killed, or a step takes long" in monitor.state.value
+    (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
+    monitor.refresh()
+    assert str(tmp_path / "checkpoints" / "step-000002") in monitor.state.value
+    monitor.stop_button.click()  # it may be at a long step
+    assert (tmp_path / "stop").exists()
+    assert monitor.status == "silent"
+
+
+def test_when_a_run_goes_back_to_a_checkpoint_its_clips_do_too(tiny, tmp_path):
+    def watched():
+        return TrainingMonitor(tmp_path, tiny, prompts=["a", "b"], sampling=Sampling(1), every=1)
+
+    def train(steps, **options):
+        settings = {"batch_size": 1, "sampling": Sampling(1), "output_dir": tmp_path, "progress": False}
+        settings |= {"checkpoint_every": 2, "steps": steps}
+        run = align(tiny, rewards.aesthetic("tiny"), ["a"], **settings, **options, **watched().hooks)
+        run.adapter.remove()
+
+    train(5)
+    assert watched()._recorded() == [1, 2, 3, 4, 5]
+    old = (tmp_path / "watched" / "step-000003.webp").stat().st_mtime_ns
+    train(4, resume=tmp_path / "checkpoints" / "step-000002")
+    assert watched()._recorded() == [1, 2, 3, 4]
+    assert (tmp_path / "watched" / "step-000003.webp").stat().st_mtime_ns > old
+
+
+@pytest.mark.parametrize("trouble", ["a file in the way", "one frame"])
+def test_watching_costs_nobody_the_run(tiny, tmp_path, trouble):
+    sampling = Sampling(1, num_frames=1) if trouble == "one frame" else Sampling(1)
+    monitor = TrainingMonitor(tmp_path / "mine", tiny, prompts=["a"], sampling=sampling, every=1)
+    if trouble != "one frame":
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "watched").touch()
+    settings = {"batch_size": 1, "sampling": Sampling(1), "progress": False, "steps": 2}
+    run = align(tiny, rewards.aesthetic("tiny"), ["a"], output_dir=monitor.folder, **settings, **monitor.hooks)
+    run.adapter.remove()
+    assert len(run.metrics) == 2
+    assert (monitor.error is None) == (trouble == "one frame")
+
+
+def test_an_error_stays_while_it_looks_again(trained, tmp_path, monkeypatch):
+    _, run, _ = trained
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_text((run.folder / name).read_text().replace('"steps": 4', '"steps": 9'))
+    monkeypatch.setattr("vader_nb.widgets.monitor.POLL", 0.01)
+
+    async def page():
+        monitor = TrainingMonitor(tmp_path)
+        monitor.prepare()
+        monitor.failed(ValueError("look at this"))
+        await asyncio.sleep(0.1)
+        monitor._task.cancel()
+        return monitor
+
+    assert "look at this" in asyncio.run(page()).remark.value
 
 
 def test_a_monitor_that_cannot_make_clips_says_so(tiny, tmp_path):

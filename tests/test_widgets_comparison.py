@@ -575,3 +575,37 @@ def test_an_export_tells_of_clips_that_were_let_go(tiny, tmp_path, monkeypatch):
     page = comparison.export().read_text()
     assert page.count("<section") == 3
     assert page.count("were not kept") == 1
+
+
+def test_leaving_blind_mode_stops_the_pair_that_is_being_made(everything):
+    """After a vote the next pair is under way; it must not come into the open view."""
+
+    async def page():
+        everything.blind.value = True
+        await everything.jobs.task
+        everything.vote("A")
+        task = everything.jobs.task
+        await asyncio.sleep(0)
+        everything.blind.value = False
+        await task
+        await asyncio.sleep(0.1)
+
+    before = pages(everything)
+    asyncio.run(page())
+    assert everything.pair is None
+    assert pages(everything) == before
+    assert "which clip is better?" not in everything.caption.value
+
+
+def test_sorting_before_all_is_compared_says_what_to_do_first(comparison):
+    comparison.order.value = "helps most first"
+    assert "compare all first" in comparison.remark.value
+    assert comparison.order.value == "as given"
+
+
+def test_votes_on_any_prompt_can_be_read_again(tmp_path):
+    votes = voting.Votes(tmp_path)
+    prompt = "two\u2028lines\u0085 or more"
+    votes.add(voting.Pair(prompt, 1, "hps", "base"), "A")
+    votes.add(voting.Pair("another", 2, "hps", "base"), "=")
+    assert [vote.prompt for vote in votes.read()] == [prompt, "another"]

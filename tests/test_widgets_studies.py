@@ -759,3 +759,8 @@ def test_what_cannot_be_planned(arguments, message):
 def test_settings_the_planner_does_not_know(quick, changes, message):
     with pytest.raises(ValueError, match=message):
         MemoryPlanner().simulate(**changes)
+
+
+def test_a_composer_that_was_never_shown_makes_its_clips_when_it_is_asked(tiny):
+    panel = RewardComposer(tiny, ["aesthetic"], prompts=["a", "b"])
+    assert sorted(panel.order) == [0, 1]

@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
-from .models import VideoModel
+from .models import AT_WORK, VideoModel, alone
 
 NAME = "default"  # peft's name for the only adapter of a denoiser
 
@@ -142,6 +142,7 @@ class Adapter:
         unfinished.replace(path)
         return path
 
+    @alone
     def remove(self) -> None:
         """Take the adapter's layers out; the denoiser is then the base model's again."""
         _put(self.model, {name: layer.get_base_layer() for name, layer in self.layers.items()})
@@ -167,15 +168,16 @@ def _matrices(layer: LoraLayer) -> tuple[nn.Module, nn.Module]:
 def bare(model: VideoModel) -> Iterator[None]:
     """Inside, the denoiser is without adapter, free for another one; afterwards the same layers are back, whatever came
     meanwhile."""
-    layers, attributes = _layers(model), vars(model.denoiser)
-    config = attributes.pop("peft_config", None)  # peft's own note of an adapter; it would warn of a second one
-    _put(model, {name: layer.get_base_layer() for name, layer in layers.items()})
-    try:
-        yield
-    finally:
-        _put(model, {name: layer.get_base_layer() for name, layer in _layers(model).items()} | layers)
-        attributes.pop("peft_config", None)
-        attributes |= {} if config is None else {"peft_config": config}
+    with AT_WORK:  # or another thread would take for its own what is here for a while
+        layers, attributes = _layers(model), vars(model.denoiser)
+        config = attributes.pop("peft_config", None)  # peft's own note of an adapter; it would warn of a second one
+        _put(model, {name: layer.get_base_layer() for name, layer in layers.items()})
+        try:
+            yield
+        finally:
+            _put(model, {name: layer.get_base_layer() for name, layer in _layers(model).items()} | layers)
+            attributes.pop("peft_config", None)
+            attributes |= {} if config is None else {"peft_config": config}
 
 
 @contextlib.contextmanager
@@ -223,6 +225,7 @@ def acting(
         adapter.scale = scale
 
 
+@alone
 def add(
     model: VideoModel,
     rank: int = 8,
@@ -289,6 +292,7 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return state, metadata
 
 
+@alone
 def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
     """Add the adapter of a file to the model: ours, or any in diffusers' key layout (alpha is then
     taken as the rank, diffusers' own rule where a file does not tell)."""
@@ -307,6 +311,7 @@ def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
     return adapter
 
 
+@alone
 def blend(model: VideoModel, weights: dict[str | Path, float]) -> Adapter:
     """Add several files' adapters to the model as one, which does the weighted sum of what each does.
 

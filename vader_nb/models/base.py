@@ -17,8 +17,8 @@ AT_WORK = threading.RLock()
 
 
 def alone(function: Callable) -> Callable:
-    """One thread at a time. In JupyterLab a widget's controls are answered by a thread of their own, also while a cell
-    runs; and both would use the same model and swap its adapter."""
+    """One thread at a time. A server's threads, or a notebook's (some answer a widget's controls in a thread of their own
+    while a cell runs), would use the same model and swap its adapter under each other."""
 
     @functools.wraps(function)
     def run(*args, **kwargs):

@@ -2,7 +2,7 @@
 
 comparison = RewardComparison(model, adapters={"hps": "runs/hps"}, rewards=[hps()])     in a notebook
 comparison.run(prompt="…")                    the same from Python: scores by contestant and reward
-comparison.run_all(); comparison.export()     every prompt, as one HTML file
+comparison.run_all(); comparison.export()     every prompt's scores, and clips of the last, as one HTML file
 """
 
 import base64
@@ -170,7 +170,6 @@ class RewardComparison(Panel):
 
     def _stop(self) -> None:
         self.jobs.give_up()
-        self.busy(None)
         done = sum(map(self.contest.scored, self.prompts))
         self.say(f"stopped: {done} of {len(self.prompts)} prompts are compared; the same button goes on from there")
 
@@ -208,6 +207,11 @@ class RewardComparison(Panel):
         """Sort the prompts. jump: to the first; else the chosen one stays."""
         options = [(prompt, prompt) for prompt in self.prompts]
         if self.order.value != GIVEN:
+            missing = [prompt for prompt in self.prompts if not self.contest.scored(prompt)]
+            if missing:
+                with self._quietly():
+                    self.order.value = GIVEN
+                raise ValueError(f"sorting needs all prompts: compare all first, {len(missing)} are missing")
             change = {p: self.contest.difference(p, self.adapter.value, self.reward.value) for p in self.prompts}
             ranked = sorted(self.prompts, key=change.get, reverse=self.order.value == HELPS)
             options = [(f"{number(change[prompt], '+')} · {prompt}", prompt) for prompt in ranked]
@@ -258,7 +262,8 @@ class RewardComparison(Panel):
     # ------------------------------------------------------------------------------------------------- blind votes
 
     def _switch(self) -> None:
-        """Into blind mode, or out of it: nothing of the other one stays on the page."""
+        """Into blind mode, or out of it: nothing of the other one stays on the page, nor is made any more."""
+        self.jobs.give_up()
         self.pair = self._picture = None
         self._pages = (None, [])
         self._turn([EMPTY] * (1 + self.player.num_frames))
@@ -304,7 +309,8 @@ class RewardComparison(Panel):
     # ------------------------------------------------------------------------------------------------- showing
 
     def export(self, path: str | Path | None = None) -> Path:
-        """Write all that was compared as one HTML file, which needs no other; default `comparison.html` in the folder.
+        """Write what was compared as one HTML file, which needs no other: scores of all prompts, clips of the 24 that were
+        looked at last; default `comparison.html` in the folder.
         Raises ValueError if nothing was compared yet."""
         path = Path(path or self.folder / "comparison.html")
         page = document(self.contest, self.prompts, [self.votes.tally(name) for name in self.contest.adapters])

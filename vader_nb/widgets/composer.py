@@ -185,6 +185,7 @@ class RewardComposer(Panel):
 
     def composed(self) -> torch.Tensor:
         """The composed score of each clip, (B,), from the scores that were measured once."""
+        self._sample()
         total = torch.zeros(len(self.prompts))
         for name, weight in self.used.items():
             total += weight * self._counted(name)

@@ -29,7 +29,7 @@ def chart(
     else:
         body.append(f'<text x="{LEFT}" y="{HEIGHT / 2}" font-size="10" opacity=".7">nothing yet</text>')
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {said}")}" fill="currentColor" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {said}")}" fill="currentColor" '
         f'style="width:100%;max-width:420px;height:auto;font-family:inherit">{"".join(body)}</svg>'
     )
 

@@ -23,40 +23,55 @@ class Jobs:
 
     def __init__(self, busy: Callable, waiting: Callable, failed: Callable):
         self.busy, self.waiting, self.failed = busy, waiting, failed
-        self.newest, self.task = 0, None
+        self.newest, self.task, self.job = 0, None, None
 
     def submit(self, make: Callable[[], Job], settle: float = SETTLE) -> None:
         """Do this, and give up what is being done. In a notebook this returns at once and the work goes on while the kernel
         has nothing else to do; elsewhere, and on Colab, which shows only what happens while a click is answered, it is done
         when this returns."""
-        self.newest += 1
         if "google.colab" in sys.modules or not running():
             self.finish(make)
         else:
+            self.newest += 1
             # Kept, since the event loop itself would let the task be collected.
             self.task = asyncio.ensure_future(self.work(make, self.newest, settle))
 
     def give_up(self) -> None:
-        """Stop at the next step."""
+        """Stop what is being done, between two of its steps."""
         self.newest += 1
+        self.close()
+        self.rest()
 
     def finish(self, make: Callable[[], Job]) -> None:
-        """All of a job at once. Raises what it raises, after it was shown."""
+        """All of a job at once, in the place of what is being done. Raises what it raises, after it was shown."""
+        self.newest += 1
         try:
             with AT_WORK:
+                self.close()
                 for fraction in make():
                     self.busy(fraction)
         except Exception as error:
             self.failed(error)
             raise
         finally:
-            self.busy(None)
+            self.rest()
+
+    def close(self) -> None:
+        """End the job that waits between two steps: it puts back what it had changed."""
+        if self.job is not None:
+            with AT_WORK:
+                self.job.close()
+            self.job = None
+
+    def rest(self) -> None:
+        self.waiting(False)
+        self.busy(None)
 
     async def work(self, make: Callable[[], Job], number: int, settle: float) -> None:
         await asyncio.sleep(settle)
         if number != self.newest:
             return
-        job = None
+        self.close()
         try:
             while number == self.newest:
                 if not AT_WORK.acquire(blocking=False):
@@ -65,8 +80,8 @@ class Jobs:
                     continue
                 try:
                     self.waiting(False)
-                    job = job or make()
-                    self.busy(next(job))
+                    self.job = self.job or make()
+                    self.busy(next(self.job))
                 except StopIteration:
                     break
                 finally:
@@ -75,11 +90,9 @@ class Jobs:
         except Exception as error:  # nobody awaits this task: the panel is where it can be seen
             self.failed(error)
         finally:
-            if job is not None:
-                job.close()
             if number == self.newest:
-                self.waiting(False)
-                self.busy(None)
+                self.close()
+                self.rest()
 
 
 def running() -> bool:

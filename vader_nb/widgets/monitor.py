@@ -12,7 +12,7 @@ trains, its kernel hears no button: there the toolbar's ■ stops the run, and t
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from ..lora import Adapter
 from ..models import VideoModel
 from ..rewards import Reward, as_reward
 from ..video import Video, grid
+from . import diagram
 from .drawing import chart
 from .jobs import running
 from .panel import LABEL, ROW, SIDE, WIDE, Panel, disable, escape
@@ -35,7 +36,7 @@ from .player import Player, moving, still
 
 PER_SECOND = 4  # redraws while a cell trains: more would cost time, and some pages choke on them
 POLL = 1.0  # seconds between two looks at a folder that another process writes to
-SILENT = 120  # seconds without a step after which a run counts as stopped
+SILENT = 120  # seconds without a step after which one does not know whether a run still lives
 SEEDS = 2  # clips a prompt, which diversity needs
 WATCHED = "watched"  # the folder of the clips inside the run's
 NONE = "none yet"
@@ -76,7 +77,8 @@ class TrainingMonitor(Panel):
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
         self.rows: list[dict] = []
-        self.here = False  # whether the run is trained by a cell of this kernel
+        self.told = 0  # the step that a cell of this kernel told of last
+        self._made: torch.Tensor | None = None  # clips of the step that is not told yet
         self.shown = ""  # the status that the panel tells
         self._drawn, self._task = 0.0, None
         self._controls()
@@ -114,16 +116,24 @@ class TrainingMonitor(Panel):
         return {"callback": self.follow_step, "validate": self.validate, "validation_steps": self.every}
 
     def follow_step(self, row: dict) -> None:
-        """align's callback: redraw, at most `PER_SECOND` times a second."""
-        self.here = True
-        now = time.monotonic()
-        if now - self._drawn >= 1 / PER_SECOND or row["step"] >= self._asked_steps():
-            self.refresh()
-            self._drawn = time.monotonic()
+        """align's callback: keep the clips of this step, and redraw, at most `PER_SECOND` times a second. What goes wrong
+        here is shown, and the run goes on."""
+        self.told = row["step"]
+        try:
+            if self._made is not None:
+                self._keep(row["step"])
+            now = time.monotonic()
+            if now - self._drawn >= 1 / PER_SECOND or row["step"] >= self._asked_steps():
+                self.refresh()
+                self._drawn = time.monotonic()
+        except Exception as error:  # of watching, which must not cost anyone the run
+            self.failed(error)
+        finally:
+            self._made = None
 
     @torch.no_grad()
     def validate(self, adapter: Adapter) -> dict[str, float]:
-        """align's validation: clips of the prompts at fixed seeds; they are kept in the folder. Returns the held-out rewards'
+        """align's validation: clips of the prompts at fixed seeds, kept in the folder with the step. Returns the held-out rewards'
         means, the first of which decides which checkpoint is best, and the clips' motion and diversity."""
         texts = [prompt for prompt in self.prompts for _ in range(SEEDS)]
         with torch.random.fork_rng():  # a reward that draws must not change what training draws
@@ -137,17 +147,18 @@ class TrainingMonitor(Panel):
         features = thumbnails(frames).unflatten(0, (-1, SEEDS))
         scores["diversity"] = features.var(dim=1).mean().item()
         scores["motion"] = motion(frames).mean().item()
-        self._keep(frames)
+        self._made = frames
         return scores
 
-    def _keep(self, frames: torch.Tensor) -> None:
-        """The clips, prompts from left to right and seeds below each other, as one picture."""
-        columns = frames.unflatten(0, (-1, SEEDS)).transpose(0, 1).flatten(0, 1)
+    def _keep(self, step: int) -> None:
+        """The clips, prompts from left to right and seeds below each other, as one picture; and none of later steps, which
+        a run left when it went back to a checkpoint."""
+        columns = self._made.unflatten(0, (-1, SEEDS)).transpose(0, 1).flatten(0, 1)
         folder = self.folder / WATCHED
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "prompts.json").exists():
-            checkpoints.write(folder / "prompts.json", json.dumps(self.prompts, ensure_ascii=False))
-        step = len(self._read()) + 1  # whose row is being made
+        checkpoints.write(folder / "prompts.json", json.dumps(self.prompts))
+        for later in (other for other in self._recorded() if other > step):
+            (folder / f"step-{later:06d}.webp").unlink()
         unfinished = folder / ".part.webp"
         Video(grid(columns, len(self.prompts)), self.model.defaults["fps"]).save(unfinished)
         unfinished.replace(folder / f"step-{step:06d}.webp")
@@ -175,15 +186,16 @@ class TrainingMonitor(Panel):
 
     @property
     def status(self) -> str:
-        """waiting, running, stopping, stopped or finished."""
+        """waiting, running, stopping, silent (killed, or at a long step), stopped or finished."""
         if not self.rows:
             return "waiting"
         if self.rows[-1]["step"] >= self._asked_steps():
             return "finished"
-        if (self.folder / checkpoints.STOP).exists():
-            return "stopping"
-        ended = (self.folder / "adapter.safetensors").exists() and self._newer("adapter.safetensors", "metrics.jsonl")
-        return "stopped" if ended or self._silent() > SILENT else "running"
+        if (self.folder / "adapter.safetensors").exists() and self._newer("adapter.safetensors", "metrics.jsonl"):
+            return "stopped"
+        if self._silent() > SILENT:
+            return "silent"
+        return "stopping" if (self.folder / checkpoints.STOP).exists() else "running"
 
     def _newer(self, first: str, second: str) -> bool:
         return (self.folder / first).stat().st_mtime >= (self.folder / second).stat().st_mtime
@@ -200,7 +212,7 @@ class TrainingMonitor(Panel):
         steps, asked = (self.rows[-1]["step"] if self.rows else 0), self._asked_steps()
         self.busy(steps / asked if asked and self.shown in ("running", "stopping") else None)
         self.state.value = f"<div>{self._state(self.folder)}</div>"
-        self.curves.value = self._grid()
+        self.curves.value = arranged(self._charts().values())
         recorded = [str(step) for step in self._recorded()] or [NONE]
         if list(self.step.options) != recorded:
             newest = self.step.index == len(self.step.options) - 1
@@ -220,13 +232,23 @@ class TrainingMonitor(Panel):
         best = best_step(self.rows)
         if best:
             text += f" · best held-out at step {best}"
-        if status in ("stopped", "finished"):
-            text += f"<br>kept: {escape(str(Path(place) / 'adapter.safetensors'))}"
-        if status == "stopped":
+        if status == "silent":
+            text += f"<br>no step for {self._silent():.0f} seconds: it was killed, or a step takes long"
+        kept = self._kept()
+        if status in ("stopped", "finished", "silent") and kept:
+            text += f"<br>kept: {escape(str(Path(place) / kept))}"
+        if status in ("stopped", "silent") and kept:
             text += "; go on with <code>align(…, resume=True)</code>"
         return text
 
-    def _charts(self) -> list[str]:
+    def _kept(self) -> str:
+        """What there is to load, inside the folder."""
+        if self.shown != "silent" and (self.folder / "adapter.safetensors").exists():
+            return "adapter.safetensors"
+        return max((f"checkpoints/{path.name}" for path in checkpoints.steps_of(self.folder).values()), default="")
+
+    def _charts(self) -> dict[str, str]:
+        """The curves by what they tell."""
         measured = dict.fromkeys(key for row in self.rows for key in row if key.startswith("validation/"))
         titles = {"reward": "reward, trained on"}
         for key in measured:
@@ -234,16 +256,12 @@ class TrainingMonitor(Panel):
             titles[key] = name if name in DESCRIPTIONS else f"{name}, held out"
         titles["grad_norm"] = "gradient norm"
         across = (0, self.rows[-1]["step"]) if self.rows else None
-        return [
-            chart(title, {title: [(row["step"], row[key]) for row in self.rows if key in row]}, None, "step", across)
+        return {
+            title: chart(
+                title, {title: [(row["step"], row[key]) for row in self.rows if key in row]}, None, "step", across
+            )
             for key, title in titles.items()
-        ]
-
-    def _grid(self) -> str:
-        if not self.rows:
-            return ""
-        columns = "repeat(auto-fit, minmax(210px, 1fr))"
-        return f"<div style='display:grid;grid-template-columns:{columns};gap:8px'>{''.join(self._charts())}</div>"
+        }
 
     def _show_clips(self) -> None:
         if self.step.value == NONE:
@@ -256,14 +274,16 @@ class TrainingMonitor(Panel):
         self.caption.value = f"<div class=vader-note>from left to right, {SEEDS} seeds each: {listed}</div>"
 
     def _explain(self) -> None:
+        here = bool(self.rows) and self.rows[-1]["step"] == self.told  # else another process went on
         reason = {
             "waiting": "There is nothing to stop yet.",
             "finished": "The run is over.",
             "stopped": "The run is over.",
             "stopping": "It stops after the step that it is at.",
             "running": "This kernel trains and hears no button: press ■ in the toolbar. The run is kept."
-            if self.here
+            if here
             else "",
+            "silent": "",
         }[self.shown]
         disable(reason, self.stop_button, remark=self.why)
 
@@ -271,7 +291,7 @@ class TrainingMonitor(Panel):
 
     def stop(self) -> None:
         """Ask the run to end after its step, wherever it is trained; it keeps its adapter and a checkpoint."""
-        if self.status != "running":
+        if self.status not in ("running", "silent"):
             raise ValueError(f"the run in {self.folder} is {self.status}: there is nothing to stop")
         checkpoints.ask_to_stop(self.folder)
         self.refresh()
@@ -287,7 +307,10 @@ class TrainingMonitor(Panel):
     async def _watch(self) -> None:
         while self.shown not in ("finished", "stopped"):
             await asyncio.sleep(POLL)
-            self.answers(self.refresh)()
+            try:
+                self.refresh()
+            except Exception as error:  # nobody awaits this task; the panel shows it
+                self.failed(error)
 
     def close(self) -> None:
         """Watch no longer."""
@@ -296,12 +319,23 @@ class TrainingMonitor(Panel):
         self.box.close()
 
     def to_html(self) -> str:
+        curves = [diagram.image(drawing, title) for title, drawing in self._charts().items()] if self.rows else []
         clips = self.player.pages.children[0].value if self.step.value != NONE else ""
-        return f"<div>{self._state(self.folder.name)}</div>{self._grid()}<div style='max-width:420px'>{clips}</div>{self.caption.value}"
+        return (
+            f"<div>{self._state(self.folder.name)}</div>{arranged(curves)}"
+            f"<div style='max-width:420px'>{clips}</div>{self.caption.value}"
+        )
+
+
+def arranged(drawings: Iterable[str]) -> str:
+    """As many beside each other as there is room for."""
+    columns = "repeat(auto-fit, minmax(210px, 1fr))"
+    return f"<div style='display:grid;grid-template-columns:{columns};gap:8px'>{''.join(drawings)}</div>"
 
 
 def opened(path: Path) -> Video:
     """A clip from a file that `Video.save` wrote as webp."""
     with Image.open(path) as image:
         frames = [torch.from_numpy(np.array(frame.convert("RGB"))) for frame in ImageSequence.Iterator(image)]
-        return Video(torch.stack(frames).permute(0, 3, 1, 2) / 255, fps=round(1000 / image.info["duration"]))
+        rate = round(1000 / (image.info.get("duration") or 1000))  # a clip of one frame has none
+        return Video(torch.stack(frames).permute(0, 3, 1, 2) / 255, fps=rate)

@@ -129,10 +129,15 @@ class Panel:
         raise NotImplementedError
 
     def _repr_mimebundle_(self, **_):
-        self.prepare()
         bundle = {"text/plain": repr(self)}
+        try:
+            self.prepare()
+            picture = self.to_html()
+        except Exception as error:  # the panel itself shows it, and has the controls to mend it
+            self.failed(error)
+            picture = self.remark.value
         if "google.colab" not in sys.modules:  # which might take the picture for the better choice
-            bundle["text/html"] = self.to_html()
+            bundle["text/html"] = picture
         return bundle | {VIEW: {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}}
 
     def __repr__(self) -> str:

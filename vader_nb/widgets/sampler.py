@@ -55,9 +55,11 @@ class Request:
     end: float = 1.0
 
     def weights(self) -> dict[str, float]:
-        """Adapters that act, by name."""
-        chosen = {self.adapter: self.scale} if self.adapter != NONE else {}
-        if self.second != NONE and self.second != self.adapter:
+        """Adapters that act, by name. A second one only beside a first."""
+        if self.adapter == NONE:
+            return {}
+        chosen = {self.adapter: self.scale}
+        if self.second not in (NONE, self.adapter):
             chosen[self.second] = self.second_scale
         return {name: weight for name, weight in chosen.items() if weight}
 
@@ -187,15 +189,16 @@ class Sampler(Panel):
     def set(self, **changes) -> None:
         """Set controls without sampling; names are those of `Request`. Raises ValueError for a value they cannot have."""
         known = [f.name for f in fields(Request)]
+        for name in changes:
+            if name not in known:
+                raise ValueError(f"unknown setting {name!r}; a clip has {', '.join(known)}")
+        ends = [changes.pop(name, now) for name, now in zip(("start", "end"), self.part.value)]
+        if not 0 <= ends[0] < ends[1] <= 1:
+            raise ValueError(f"an adapter acts from a start to a later end within 0..1, got {ends[0]:g} to {ends[1]:g}")
         self._filling = True
         try:
+            self.part.value = ends
             for name, value in changes.items():
-                if name not in known:
-                    raise ValueError(f"unknown setting {name!r}; a clip has {', '.join(known)}")
-                if name in ("start", "end"):
-                    start, end = self.part.value
-                    self.part.value = (value, end) if name == "start" else (start, value)
-                    continue
                 control = getattr(self, name)
                 if name in ("adapter", "second") and value not in control.options:
                     raise ValueError(f"unknown adapter {value!r}; there are {', '.join(control.options)}")
@@ -318,10 +321,10 @@ class Sampler(Panel):
     def back(self, index: int) -> None:
         """Show a clip of the history again, with the settings that made it; 0 is the newest."""
         entry = self.history[index]
-        del self.history[index]
-        self.history.appendleft(entry)
         self.set(**vars(entry[0]))
         self.jobs.give_up()
+        del self.history[index]
+        self.history.appendleft(entry)
         self._show()
 
     def _slot(self, index: int) -> "Slot":

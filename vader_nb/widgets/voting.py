@@ -76,9 +76,11 @@ class Votes:
 
     def read(self) -> list[Vote]:
         """Raises ValueError for a line that is no vote."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
         votes = []
         for number, line in enumerate(lines, 1):
+            if not line:
+                continue
             try:
                 votes.append(Vote(**json.loads(line)))
             except (TypeError, ValueError) as error:
@@ -89,7 +91,7 @@ class Votes:
         vote = Vote(**asdict(pair), choice=choice)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(vote), ensure_ascii=False) + "\n")
+            file.write(json.dumps(asdict(vote)) + "\n")
         return vote
 
     def next(self, adapter: str, prompts: list[str], seed: int) -> Pair:
