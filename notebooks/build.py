@@ -128,13 +128,21 @@ def build(source: Path) -> None:
     )
 
 
+RUN = """## Watching a run
+
+`vader-nb align name=playground` in a shell, beside this page, starts one; it appears here."""
+
+
 def app(source: Path, target: Path) -> None:
-    """The cells of a notebook that are tagged "app", unrun: what `make app` serves as a page of its own."""
+    """The cells of a notebook that are tagged "app", unrun, and a monitor of what a shell trains: what `make app` serves as
+    a page of its own. In runs/app its neighbours are the runs."""
     notebook = jupytext.read(source)
     notebook.cells = [cell for cell in notebook.cells if tagged(cell, "app")]
     for cell in notebook.cells:  # which has one, and need not wait for what a click would do
         lines = cell.source.splitlines()
         cell.source = "\n".join(line for line in lines if not line.endswith("for a page without a kernel"))
+    monitor = 'from vader_nb.widgets import TrainingMonitor\n\nTrainingMonitor("../playground")'
+    notebook.cells += [nbformat.v4.new_markdown_cell(RUN), nbformat.v4.new_code_cell(monitor)]
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, target)
 

@@ -249,7 +249,7 @@ def app(folder):
 
 def test_the_playground_is_a_page_of_its_own(app, page):
     page.goto(app)
-    expect(page.locator(".vader-title")).to_have_count(5)
+    expect(page.locator(".vader-title")).to_have_count(6)
     page.locator(".vader img.vader-frame").first.wait_for()
     box = page.get_by_label("prompt", exact=True).first
     box.fill("a red circle moving up on a sand background")
@@ -259,10 +259,36 @@ def test_the_playground_is_a_page_of_its_own(app, page):
     assert not page.locator("[data-mime-type='application/vnd.jupyter.error']").count()
 
 
+def panel_of(page, title):
+    return page.locator(".vader", has=page.locator(".vader-title", has_text=title))
+
+
+def test_its_studies_answer(app, page):
+    """Weights re-sort the clips at once; a measurement has its row; a simulation its verdict; a mistake its remedy."""
+    page.goto(app)
+    composer = panel_of(page, "Reward composer")
+    composer.locator("img.vader-frame").first.wait_for()
+    handle = composer.locator(".widget-slider", has_text=re.compile("^hps")).locator(".noUi-handle")
+    handle.focus()
+    handle.press("ArrowRight")
+    expect(composer.locator(".vader-code")).to_contain_text("1.05 * hps.normalised(")
+
+    explorer = panel_of(page, "Truncation")
+    explorer.get_by_role("button", name="measure").click()
+    expect(explorer).to_contain_text(re.compile(r"\d MB"))
+
+    planner = panel_of(page, "Memory planner")
+    reward = planner.get_by_label("reward", exact=True)
+    reward.fill("hsp")
+    reward.press("Enter")
+    planner.get_by_role("button", name="simulate").click()
+    expect(planner.locator("[role=alert]")).to_contain_text("hps")
+
+
 def test_the_playground_fits_a_phone(app, chromium):
     with browser.window(chromium, 400, 800) as page:
         page.goto(app)
-        expect(page.locator(".vader-title")).to_have_count(5)
+        expect(page.locator(".vader-title")).to_have_count(6)
         for panel in page.locator(".vader").all():
             name = panel.locator(".vader-title").inner_text()
             wide, seen = panel.evaluate("e => [e.scrollWidth, e.clientWidth]")
@@ -282,7 +308,7 @@ def seven(tmp_path_factory):
 
 def test_ipywidgets_7_does_the_same(seven, page):
     folder, address = seven
-    browser.notebook(folder / "sampler.ipynb", "import ipywidgets; print(ipywidgets.__version__)", SAMPLER)
+    browser.notebook(folder / "sampler.ipynb", "import ipywidgets; print(ipywidgets.__version__)", SAMPLER, COMPARISON)
     browser.open_notebook(page, address, "sampler.ipynb")
     browser.run_all(page)
     expect(page.locator(".jp-OutputArea-output", has_text="7.7.5")).to_be_visible()
@@ -294,5 +320,12 @@ def test_ipywidgets_7_does_the_same(seven, page):
     handle = page.locator(".widget-slider", has_text=re.compile("^frame")).locator(".ui-slider-handle, .noUi-handle")
     handle.focus()
     handle.press("ArrowRight")
-    expect(page.locator(".vader-frames img[alt$='frame 1']")).to_be_visible()
-    expect(page.locator(".vader-frames img[alt$='frame 2']")).to_be_hidden()
+    expect(page.locator(".vader-frames img[alt$='frame 1']").first).to_be_visible()
+    expect(page.locator(".vader-frames img[alt$='frame 2']").first).to_be_hidden()
+    comparison = panel_of(page, "Reward comparison")
+    comparison.get_by_role("button", name=re.compile("blind vote")).click()
+    button = comparison.get_by_role("button", name="B is better")
+    expect(button).to_be_enabled()
+    button.click()
+    comparison.get_by_role("button", name="show tally").click()
+    expect(comparison).to_contain_text("Win rate")

@@ -69,6 +69,8 @@ class TrainingMonitor(Panel):
         super().__init__()
         self.folder = run.folder if isinstance(run, Run) else Path(run)
         self.held_out = [as_reward(r) for r in (held_out if isinstance(held_out, (list, tuple)) else [held_out])]
+        if model is None:
+            self.hint = "Follows the run in this folder, whoever trains it, until it ends."
         self.model, self.prompts, self.sampling, self.every, self.seed = model, list(prompts), sampling, every, seed
         if (model is None) != (not self.prompts) or (self.held_out and model is None):
             raise ValueError(
