@@ -29,13 +29,11 @@ test: $(VENV)/installed-test | $(CHROMIUM)
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-package test-notebooks
 
 # Side by side on two cores, with one thread each: much of both is waiting for imports.
-PAGES := tests/test_notebooks.py tests/test_browser.py
-
 test-package:
-	$(BIN)/python -m pytest $(PAGES:%=--ignore %)
+	$(BIN)/python -m pytest --ignore tests/test_browser.py
 
 test-notebooks:
-	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks $(PAGES)
+	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks tests/test_browser.py
 
 lab: $(VENV)/installed-lab
 	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)  # in a container one is often root

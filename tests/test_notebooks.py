@@ -224,7 +224,7 @@ def test_the_page_of_controls_has_them_all_and_trains_nothing(tmp_path):
     sources = "\n".join(cell.source for cell in code(page))
     for panel in widgets.__all__:
         assert f"{panel}(" in sources
-    assert " align(" not in sources
+    assert "align(" not in sources
     assert "simulate(" not in sources
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vader_nb.zoo import WEIGHTS, oracles, tokenizer, world
+from vader_nb import evaluate, lora, prompts, rewards
+from vader_nb.zoo import WEIGHTS, adapters, oracles, tokenizer, world
 
 
 def test_the_oracles_read_every_clip_of_the_world():
@@ -105,12 +106,32 @@ def test_everything_shipped_is_small_and_described():
 def test_every_weight_is_a_half_precision_safetensor():
     from safetensors import safe_open
 
-    files = list(WEIGHTS.rglob("*.safetensors"))
+    files = set(WEIGHTS.rglob("*.safetensors")) - set(adapters().values())
     assert len(files) >= 6
     for path in files:
         with safe_open(path, "pt") as file:
             assert {file.get_tensor(name).dtype for name in file.keys()} <= {torch.float16, torch.int64}
     assert not list(WEIGHTS.rglob("*.bin")) + list(WEIGHTS.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "hps", "action"])
+def test_the_shipped_adapters_are_small_and_what_align_writes(tiny, name):
+    path = adapters()[name]
+    assert path.stat().st_size < 300_000
+    adapter = lora.load(tiny, path)
+    assert all(p.any() for p in adapter.parameters())
+    adapter.remove()
+    assert lora.read(path)[1]["reward"] == name
+
+
+def test_the_shipped_adapters_raise_their_own_reward(tiny):
+    """On held-out captions, and the aesthetic one at a price: that is what there is to see."""
+    captions = {"held-out": prompts.get("tiny_held_out")[::20]}
+    judges = {name: getattr(rewards, name)("tiny") for name in ("aesthetic", "hps", "action")}
+    result = evaluate(tiny, adapters(), [*judges.values()], captions, seeds_per_prompt=2, progress=False)
+    for name in judges:
+        assert result.row("held-out", name, name).difference > 0
+    assert result.row("held-out", "hps", "aesthetic").difference < -0.05
 
 
 def test_the_autoencoder_keeps_colours_and_shapes(tiny):
