@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import threading
 from html.parser import HTMLParser
 
@@ -300,12 +301,13 @@ def test_a_player_takes_clips_of_another_length_and_closes_what_it_does_not_need
 
 
 def test_a_chart_has_its_points_and_says_what_it_shows():
-    drawn = chart("reward <x>", {"a": [(0, 1.0), (1, 2.0), (2, float("nan"))], "b": [(0, 0.0), (1, 3.0)]}, marker=1)
-    assert drawn.count("<polyline") == 2
-    assert 'aria-label="reward &lt;x&gt;: a ends at 2; b ends at 3"' in drawn
+    drawn = chart("reward <x>", [(0, 1.0), (1, 2.0), (2, float("nan"))], (0, 2))
+    (points,) = re.findall(r'<polyline points="([^"]*)"', drawn)
+    assert points == "40.0,88.0 131.0,20.0"  # left at the bottom; in the middle on top
+    assert 'aria-label="reward &lt;x&gt;: reward &lt;x&gt; ends at 2"' in drawn
     assert "nan" not in drawn
-    assert "nothing yet" in chart("empty", {"empty": []})
-    assert "<polyline" in chart("one point", {"one": [(1, 1.0)]})
+    assert "nothing yet" in chart("empty", [], (0, 1))
+    assert "<polyline" in chart("one point", [(1, 1.0)], (0, 1))
 
 
 # ------------------------------------------------------------------------------------------------------ the sampler

@@ -108,7 +108,8 @@ def align(
     Raises before the work starts: FileExistsError if the folder holds another run, ValueError for settings that
     cannot be met, OSError if the folder cannot be written. Later: RuntimeError after 3 non-finite steps in a row, or
     if processes come to hold different adapters. A KeyboardInterrupt, SIGTERM or a file named `stop` in the folder ends the
-    run early and keeps everything up to the last whole step. A disk that fills up is a warning: the run goes on, and the adapter is on the model still.
+    run early and keeps everything up to the last whole step. A disk that fills up is a warning: the run goes on, and the
+    adapter is on the model still.
     """
     reward, folder, sampling = as_reward(reward), Path(output_dir), (sampling or Sampling()).filled(model)
     if not any(prompt.strip() for prompt in prompts):

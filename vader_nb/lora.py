@@ -208,6 +208,8 @@ def acting(
 
         with lora.acting(adapter, 0.0, 0.5, num_inference_steps=8) as callback:
             sample(model, prompt, sampling=Sampling(num_inference_steps=8), callback=callback)
+
+    Raises ValueError unless 0 <= start < end <= 1.
     """
     if not 0 <= start < end <= 1:
         raise ValueError(f"an adapter acts from a start to a later end within 0..1, got {start} to {end}")
@@ -317,6 +319,7 @@ def blend(model: VideoModel, weights: dict[str | Path, float]) -> Adapter:
 
     weights: file -> scale, 0 (off) to 10; 1 is as trained. The low-rank products add up exactly when their matrices are
     put side by side, so the rank is the sum of the ranks. `save` keeps the blend as an adapter of its own.
+    Raises FileNotFoundError, or ValueError for no file, a weight out of range, or a file that does not fit the model.
     """
     if not weights:
         raise ValueError("nothing to blend: name at least one adapter file and its weight")

@@ -64,8 +64,7 @@ def load(
 
     name: a key of `CHECKPOINTS`, or a directory in diffusers' `TextToVideoSDPipeline` layout.
     device: default CUDA if there is one, and the launcher does not say CPU; in one of several processes, the GPU of its
-    own. dtype: default float16 on
-    CUDA, float32 on the CPU.
+    own. dtype: default float16 on CUDA, float32 on the CPU.
     hub: passed to `from_pretrained` (revision, cache_dir, token, …).
     Raises ValueError for an unknown name and FileNotFoundError, which names the checkpoint, its size and
     the way out, where the weights are neither here nor within reach.

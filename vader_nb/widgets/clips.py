@@ -64,6 +64,6 @@ def fitting(model: VideoModel, adapters: Mapping[str, str | Path] | None) -> dic
     return dict(adapters)
 
 
-def example(model: VideoModel) -> str:
-    """A prompt to begin with."""
-    return prompts.get("tiny_held_out" if model.name == "tiny" else "hps_custom")[0]
+def examples(model: VideoModel, count: int) -> list[str]:
+    """Prompts to begin with."""
+    return list(prompts.get("tiny_held_out" if model.name == "tiny" else "hps_custom")[:count])

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from ipywidgets import HTML, Checkbox, FloatSlider, HBox, Layout, VBox
 
-from .. import prompts as sets
 from ..models import VideoModel
 from ..rewards import Reward, as_reward, conflict, parse, statistics
 from ..video import Video
@@ -49,7 +48,9 @@ class RewardComposer(Panel):
     ):
         super().__init__()
         self.model = model
-        self.prompts = list(beginning(model) if prompts is None else [prompts] if isinstance(prompts, str) else prompts)
+        self.prompts = list(
+            clips.examples(model, CLIPS) if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+        )
         self.seeds = list(range(seed, seed + len(self.prompts)))
         if len(self.prompts) < 2 or not all(prompt.strip() for prompt in self.prompts):
             raise ValueError(f"rewards are compared on 2 or more clips, none with an empty prompt; got {self.prompts}")
@@ -311,11 +312,6 @@ def grouped(expression: str) -> str:
     """In parentheses, unless it is a name or a call, so that a method or a factor takes all of it."""
     alone = isinstance(ast.parse(expression.strip(), mode="eval").body, (ast.Name, ast.Call))
     return expression.strip() if alone else f"({expression.strip()})"
-
-
-def beginning(model: VideoModel) -> list[str]:
-    """Prompts of the first clips."""
-    return list(sets.get("tiny_held_out" if model.name == "tiny" else "hps_custom")[:CLIPS])
 
 
 def plain(name: str) -> str:

@@ -1,7 +1,8 @@
 """Contestants on prompts, computed step by step and kept: the base model and adapters, each from the same noise."""
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,20 +120,16 @@ def part_of(job: Generator[float, None, torch.Tensor | None], start: float, leng
         yield start + length * fraction
 
 
-class naming:
+@contextlib.contextmanager
+def naming(reward: Reward) -> Iterator[None]:
     """Inside, an error is told to be this reward's."""
-
-    def __init__(self, reward: Reward):
-        self.reward = reward
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind, error, _) -> None:
-        if isinstance(error, Exception):
-            what = f"{error}" if isinstance(error, ValueError) else f"{kind.__name__}: {error}"
-            raise ValueError(
-                f"reward {self.reward.name!r} failed ({what}). vader_nb.check(reward) tries it on its own"
-            ) from error
+    try:
+        yield
+    except Exception as error:
+        what = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"reward {reward.name!r} failed ({what}). vader_nb.check(reward) tries it on its own"
+        ) from error
 
 
 def heat_map(reward: Reward, frames: torch.Tensor, prompt: str) -> torch.Tensor:
@@ -168,9 +165,7 @@ def judges(model: VideoModel, rewards: Sequence | None) -> dict[str, Reward]:
 
 def chosen(model: VideoModel, prompts: Sequence[str] | None, rewards: dict[str, Reward]) -> list[str]:
     """The prompts, each once. Raises ValueError for none, too many, or one that a reward cannot judge."""
-    if prompts is None:
-        prompts = prompt_sets.get("tiny_held_out" if model.name == "tiny" else "hps_custom")[:6]
-    prompts = prompt_sets.get(prompts)
+    prompts = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
     if len(prompts) > MOST:
         raise ValueError(f"a comparison takes up to {MOST} prompts, got {len(prompts)}: give it some of them")
     listed = [*dict.fromkeys(prompt for prompt in prompts if prompt.strip())]

@@ -257,11 +257,9 @@ class TrainingMonitor(Panel):
             name = key.removeprefix("validation/")
             titles[key] = name if name in DESCRIPTIONS else f"{name}, held out"
         titles["grad_norm"] = "gradient norm"
-        across = (0, self.rows[-1]["step"]) if self.rows else None
+        across = (0, self.rows[-1]["step"]) if self.rows else (0, 1)
         return {
-            title: chart(
-                title, {title: [(row["step"], row[key]) for row in self.rows if key in row]}, None, "step", across
-            )
+            title: chart(title, [(row["step"], row[key]) for row in self.rows if key in row], across)
             for key, title in titles.items()
         }
 

@@ -95,7 +95,7 @@ class Sampler(Panel):
         self.history: deque[tuple[Request, Video]] = deque(maxlen=HISTORY)
         self._filling = False
         self._blend = (None, None)  # the weights it was made for, and the adapter
-        self._controls(prompt or clips.example(model))
+        self._controls(prompt or clips.examples(model, 1)[0])
         self.player = Player(model.defaults["num_frames"])
         self.caption, self.listing, self.saved = HTML(), HTML(), HTML()
         self._slots = [self._slot(i) for i in range(HISTORY)]

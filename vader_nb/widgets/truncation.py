@@ -71,7 +71,7 @@ class TruncationExplorer(Panel):
     ):
         super().__init__()
         self.model, self.seed = model, seed
-        self.prompt = clips.example(model) if prompt is None else prompt
+        self.prompt = clips.examples(model, 1)[0] if prompt is None else prompt
         if not self.prompt.strip():
             raise ValueError("the prompt is empty: say what the clip should show")
         tiny = model.name == "tiny"
