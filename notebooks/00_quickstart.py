@@ -23,7 +23,7 @@
 # *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
-# A text-to-video model draws what is *likely*. We would rather have what we *like*: the colour and the shape
+# A text-to-video model draws what is *likely*. We would rather have what we *like*: the color and the shape
 # that we asked for. If "what we like" can be computed from pixels by something differentiable, then there is a
 # direct way: follow its gradient back, through the frames, through the decoder, through the last denoising
 # step, into a few weights of the model. This is **VADER**
@@ -68,7 +68,7 @@ print("vader_nb", vader_nb.__version__, "· torch", torch.__version__)
 #
 # `tiny` comes with this package. It is small, but it is the real thing: a text encoder, a 3-D UNet, a sampler and
 # an autoencoder, in the same classes and file layout as ModelScope's 1.7 billion parameters (1.4 billion of them in the
-# denoiser). It was trained on a world in which one coloured shape moves on a plain ground.
+# denoiser). It was trained on a world in which one colored shape moves on a plain ground.
 
 # %%
 model = vader_nb.load(MODEL)
@@ -79,15 +79,15 @@ before = vader_nb.sample(model, ask, seeds=SEED)
 Gallery({"before": [Video(clip, 8, text) for clip, text in zip(before, ask)]})
 
 # %% [markdown]
-# Look closely. Shapes, motions and grounds follow the caption. Colours often do not: they are mixed up, or change from
-# frame to frame. (These six are picked: over all captions, about one clip in six has a wrong colour.) Can a reward mend
+# Look closely. Shapes, motions and grounds follow the caption. Colors often do not: they are mixed up, or change from
+# frame to frame. (These six are picked: over all captions, about one clip in six has a wrong color.) Can a reward mend
 # that?
 #
 # ## 2 · A reward
 #
 # A reward looks at frames and prompts and returns one number a clip: higher is better. `hps` asks a small CLIP
 # network (which knows pictures and sentences) how well a frame fits its prompt; `aesthetic` rates a frame from 1 to 10 by its saturation, its contrast
-# and how well it is centred. Rewards add up.
+# and how well it is centered. Rewards add up.
 
 # %%
 WEIGHTS = "tiny" if MODEL == "tiny" else "published"  # a reward is at home in one world, too
@@ -119,9 +119,14 @@ for i, (top, bottom) in enumerate(axes.T):
 for axis in axes.flat:
     axis.axis("off")
 course.show(
-    figure, "Three frames, and below each the strength of the reward's gradient: bright on and around the object."
+    figure,
+    "Three frames, and below each the strength of the reward's gradient: bright on and around the object.",
 )
-course.predict(guess, "b", "roughly. The strongest squares lie on the object, where colour and shape are decided.")
+course.predict(
+    guess,
+    "b",
+    "roughly. The strongest squares lie on the object, where color and shape are decided.",
+)
 
 # %% [markdown]
 # Squares, because this network looks at patches of 8 × 8 pixels; and some lie beside the object: a learned reward has
@@ -159,11 +164,16 @@ run = vader_nb.align(
 curve = torch.tensor(run.rewards)
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(range(1, len(curve) + 1), curve, alpha=0.4, label="each step")
-axis.plot(range(5, len(curve) + 1), curve.unfold(0, 5, 1).mean(1), linewidth=2, label="mean of five")
+axis.plot(
+    range(5, len(curve) + 1), curve.unfold(0, 5, 1).mean(1), linewidth=2, label="mean of five"
+)
 axis.set(xlabel="optimizer step", ylabel="reward of the batch")
 axis.locator_params("x", integer=True)
 axis.legend(frameon=False)
-course.show(figure, "The reward of each training batch, jumping up and down from step to step, and its running mean.")
+course.show(
+    figure,
+    "The reward of each training batch, jumping up and down from step to step, and its running mean.",
+)
 
 # %% [markdown]
 # The curve is noisy, since every step sees other prompts. The honest comparison uses the *same* prompts and the
@@ -173,15 +183,17 @@ course.show(figure, "The reward of each training batch, jumping up and down from
 after = vader_nb.sample(model, ask, seeds=SEED, adapter=run.adapter)
 
 rows = {"before": before, "after": after}
-Gallery({name: [Video(clip, 8, text) for clip, text in zip(clips, ask)] for name, clips in rows.items()})
+Gallery(
+    {name: [Video(clip, 8, text) for clip, text in zip(clips, ask)] for name, clips in rows.items()}
+)
 
 # %% [markdown]
 # ## 4 · Better, or only higher-scored?
 #
 # A reward that rises proves little: the model may have learnt to please the network. In this world we can know,
-# because *oracles* — plain code, no network — read colour, shape, motion and ground off a clip.
+# because *oracles* — plain code, no network — read color, shape, motion and ground off a clip.
 #
-# > **Predict.** Which of the four will improve most? **(a)** colour · **(b)** shape · **(c)** motion, which a reward on
+# > **Predict.** Which of the four will improve most? **(a)** color · **(b)** shape · **(c)** motion, which a reward on
 # > single frames cannot even see
 
 # %%
@@ -196,17 +208,23 @@ many = held_out[6:22]
 def grades(scale):
     """Share of clips in which the oracles see what the caption says."""
     run.adapter.scale = scale
-    halves = [vader_nb.sample(model, many[i : i + 8], seeds=100 + i, adapter=run.adapter) for i in (0, 8)]
-    return {name: value.mean().item() for name, value in oracles.grade(torch.cat(halves), many).items()}
+    halves = [
+        vader_nb.sample(model, many[i : i + 8], seeds=100 + i, adapter=run.adapter) for i in (0, 8)
+    ]
+    return {
+        name: value.mean().item() for name, value in oracles.grade(torch.cat(halves), many).items()
+    }
 
 
 base, aligned = grades(0.0), grades(1.0)
 for name in base:
     print(f"{name:<18}{base[name]:5.0%} → {aligned[name]:5.0%}")
-course.predict(guess, "a", "colour is what the base model gets wrong, and one frame is enough to see it.")
+course.predict(
+    guess, "a", "color is what the base model gets wrong, and one frame is enough to see it."
+)
 
 # %% [markdown]
-# So the reward did not only rise: the clips got *better*, in the judgement of something that was never trained on. That
+# So the reward did not only rise: the clips got *better*, in the judgment of something that was never trained on. That
 # need not be so. Where a reward rises and no oracle with it, the adapter has found something that the network likes and
 # the caption did not mean. And motion cannot be learnt from a reward that sees one frame at all; what matters is that it
 # does not get lost. Sixteen clips are few, too: `vader_nb.evaluate` makes the comparison with 95 % intervals, and
@@ -256,8 +274,12 @@ def check(blueness):
     blue, red = torch.zeros(2, 1, 8, 3, 64, 64)
     blue[:, :, 2], red[:, :, 0] = 1.0, 1.0
     difference = blueness(blue, [""]) - blueness(red, [""])
-    assert difference > 0, "an all-blue clip must score higher than an all-red one. Channels are R, G, B = 0, 1, 2"
-    assert vader_nb.check(blueness).passed, f"it is not fit to train on:\n{vader_nb.check(blueness)}"
+    assert difference > 0, (
+        "an all-blue clip must score higher than an all-red one. Channels are R, G, B = 0, 1, 2"
+    )
+    assert vader_nb.check(blueness).passed, (
+        f"it is not fit to train on:\n{vader_nb.check(blueness)}"
+    )
 
 
 course.attempt(check, blueness)
@@ -309,7 +331,9 @@ def check(dim):
     difference = dim(before, ask) - rewards.hps(WEIGHTS)(before, ask)
     assert difference.abs().max() > 0, "brightness does not matter to it yet"
     assert difference.max() < 0, "a bright clip must *lose* points: mind the sign"
-    assert torch.allclose(difference, -0.5 * rewards.brightness()(before, ask), atol=1e-5), "half a point, please"
+    assert torch.allclose(difference, -0.5 * rewards.brightness()(before, ask), atol=1e-5), (
+        "half a point, please"
+    )
 
 
 course.attempt(check, dim)

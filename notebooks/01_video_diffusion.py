@@ -73,7 +73,9 @@ Gallery({"the whole model": [Video(clip[0], model.defaults["fps"], PROMPT)]}, wi
 # to one length, so that many of them fit in one tensor.
 
 # %% tags=["nbval-check-output"]
-tokens = model.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids.to(model.device)
+tokens = model.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids.to(
+    model.device
+)
 print(tuple(tokens.shape))
 print([model.tokenizer.decode(token) for token in tokens[0]])
 
@@ -101,7 +103,9 @@ captions = [
     "a red circle growing on a black background",
     "a red square growing on a black background",
 ]
-ids = model.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(model.device)
+ids = model.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(
+    model.device
+)
 last = model.text_encoder(ids).last_hidden_state[:, -1].detach().float().cpu()
 unit = last / last.norm(dim=1, keepdim=True)
 
@@ -111,7 +115,9 @@ short = [" ".join(caption.split()[1:-4]) for caption in captions]
 axis.set_xticks(range(4), short, rotation=30, ha="right", fontsize=8)
 axis.set_yticks(range(4), short, fontsize=8)
 figure.colorbar(shades, label="cosine")
-course.show(figure, "A 4 by 4 table of cosines: captions that differ in one word lie closest to each other.")
+course.show(
+    figure, "A 4 by 4 table of cosines: captions that differ in one word lie closest to each other."
+)
 
 # %% [markdown]
 # Two blocks: captions that differ in one word lie close, captions that share hardly a word lie apart. This geometry
@@ -124,8 +130,20 @@ course.show(figure, "A 4 by 4 table of cosines: captions that differ in one word
 
 # %% tags=["nbval-check-output"]
 latents, _ = vader_nb.gradient.initial_noise(model, [SEED], vader_nb.Sampling().filled(model))
-print("frames: ", tuple(clip.shape), "=", clip.numel(), "numbers  (batch, frames, colours, height, width)")
-print("latents:", tuple(latents.shape), " =", latents.numel(), "numbers   (batch, channels, frames, height, width)")
+print(
+    "frames: ",
+    tuple(clip.shape),
+    "=",
+    clip.numel(),
+    "numbers  (batch, frames, colors, height, width)",
+)
+print(
+    "latents:",
+    tuple(latents.shape),
+    " =",
+    latents.numel(),
+    "numbers   (batch, channels, frames, height, width)",
+)
 
 # %% [markdown]
 # The axes have different orders; that is tradition, not meaning. Everywhere in this package *frames* are
@@ -148,11 +166,11 @@ for axis, title in zip(axes, ["frame 0", "there and back", *(f"channel {c}" for 
     axis.axis("off")
 course.show(
     figure,
-    "A frame, its reconstruction, same in outline, a little off in colour, and four latent channels of 8 by 8 cells.",
+    "A frame, its reconstruction, same in outline, a little off in color, and four latent channels of 8 by 8 cells.",
 )
 
 # %% [markdown]
-# Forty-eight times fewer numbers. The outline comes through; the colours come back a little off, which a large
+# Forty-eight times fewer numbers. The outline comes through; the colors come back a little off, which a large
 # autoencoder does better. And the decoder knows nothing of time: it decodes each frame by itself. Keep this in mind, it will save us a lot of memory later: **to see one frame you need to decode one frame.**
 #
 # ## The denoiser: a U-Net in space and time
@@ -165,7 +183,9 @@ from collections import Counter
 
 kinds = Counter(type(block).__name__ for block in model.blocks())
 for kind, count in kinds.items():
-    weights = sum(p.numel() for b in model.blocks() if type(b).__name__ == kind for p in b.parameters())
+    weights = sum(
+        p.numel() for b in model.blocks() if type(b).__name__ == kind for p in b.parameters()
+    )
     print(f"{count:3} × {kind:24} {weights / 1e6:5.2f} M weights")
 
 # %% [markdown]
@@ -226,7 +246,8 @@ axis.bar(torch.arange(len(on)) + 0.2, on.cpu(), 0.4, label="on")
 axis.set(xlabel="frame of the output", ylabel="mean change")
 axis.legend(frameon=False)
 course.show(
-    figure, "Bars for eight frames. With temporal layers off only frame 4 changes; with them on, every frame does."
+    figure,
+    "Bars for eight frames. With temporal layers off only frame 4 changes; with them on, every frame does.",
 )
 course.predict(guess, "b", "only the temporal layers carry anything from one frame to another.")
 
@@ -247,10 +268,13 @@ for t in scheduler.timesteps:
     axis.axvline(int(t), color="lightgray", linewidth=0.7, zorder=0)
 axis.set(xlabel="timestep t", ylabel="share")
 axis.legend(framealpha=1, loc="center right")
-course.show(figure, "Two curves over the timestep: the video's share falls from 1 to 0, the noise's rises from 0 to 1.")
+course.show(
+    figure,
+    "Two curves over the timestep: the video's share falls from 1 to 0, the noise's rises from 0 to 1.",
+)
 
 # %% [markdown]
-# The grey lines are our ten calls of the denoiser, walked from right to left: from pure noise to the video.
+# The gray lines are our ten calls of the denoiser, walked from right to left: from pure noise to the video.
 #
 # ## Guidance: listen to the text, then exaggerate
 #
@@ -267,11 +291,14 @@ course.show(figure, "Two curves over the timestep: the video's share falls from 
 from vader_nb import Sampling
 
 scales = (1.0, 3.0, 12.0)
-made = {w: vader_nb.sample(model, PROMPT, seeds=SEED, sampling=Sampling(guidance_scale=w))[0] for w in scales}
+made = {
+    w: vader_nb.sample(model, PROMPT, seeds=SEED, sampling=Sampling(guidance_scale=w))[0]
+    for w in scales
+}
 Gallery({"guidance": [Video(c, 8, f"w = {w:g}") for w, c in made.items()]}, width=144)
 
 # %% [markdown]
-# Much of a good thing is not better: at a large $w$ the colours leave what the model has ever seen.
+# Much of a good thing is not better: at a large $w$ the colors leave what the model has ever seen.
 #
 # ## The loop, by hand
 #
@@ -287,7 +314,9 @@ with torch.no_grad():
         v_empty = model.denoiser(x, t, text.empty).sample
         v_prompt = model.denoiser(x, t, text.prompt).sample
         v = v_empty + w * (v_prompt - v_empty)
-        guesses.append(model.predict_x0(scheduler, v, t, x))  # the clean video it believes in right now
+        guesses.append(
+            model.predict_x0(scheduler, v, t, x)
+        )  # the clean video it believes in right now
         x = scheduler.step(v, t, x).prev_sample
     mine = torch.cat([model.decode(x, [f]) for f in range(x.shape[2])], dim=1)
 
@@ -300,8 +329,8 @@ print("largest difference to the package's own video:", f"{(mine - clip).abs().m
 #
 # Each answer of the denoiser contains a *guess* of the clean video. We kept the ten guesses; decode them.
 #
-# > **Predict.** After which of the ten calls does the guess show the final outline, and after which the final colours?
-# > **(a)** both at the last calls · **(b)** colours first, the outline later · **(c)** outline first, colours later
+# > **Predict.** After which of the ten calls does the guess show the final outline, and after which the final colors?
+# > **(a)** both at the last calls · **(b)** colors first, the outline later · **(c)** outline first, colors later
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -317,7 +346,8 @@ for call, frames in enumerate(seen):
         axes[row, call].imshow(course.picture(frame))
         axes[row, call].axis("off")
 course.show(
-    figure, "Three frames of the predicted video after each of ten calls: the outline stands at once, colours shift on."
+    figure,
+    "Three frames of the predicted video after each of ten calls: the outline stands at once, colors shift on.",
 )
 
 # %%
@@ -327,13 +357,18 @@ left = ((whole - whole[-1]).norm(dim=1) / whole[-1].norm()).cpu()
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(range(1, len(left) + 1), left, marker="o")
 axis.set(xlabel="call", ylabel="distance to the last guess", ylim=(0, None))
-course.show(figure, "The distance of each call's guess to the last one falls evenly, from about a half to nothing.")
+course.show(
+    figure,
+    "The distance of each call's guess to the last one falls evenly, from about a half to nothing.",
+)
 course.predict(
-    guess, "c", "this small model knows where the star is from pure noise on, and settles its colours call by call."
+    guess,
+    "c",
+    "this small model knows where the star is from pure noise on, and settles its colors call by call.",
 )
 
 # %% [markdown]
-# Noise to outline in one call; the other nine polish, and colour is what they polish here. When, in the next notebooks,
+# Noise to outline in one call; the other nine polish, and color is what they polish here. When, in the next notebooks,
 # we send a gradient through *the last call only*, we will ask: how can polishing teach a model to draw something else?
 #
 # (From the next notebook on we number the steps of a sampler from its *end*, as the formulas do: step 1 is the last call.)
@@ -362,8 +397,12 @@ def guided(empty, prompt, guidance_scale):
 # %% tags=["check"]
 def check(guided):
     empty, prompt = torch.randn(2, 1, 4, 2, 2, 2, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(guided(empty, prompt, 1.0), prompt), "at scale 1 only the prompt's answer must be left"
-    assert torch.allclose(guided(empty, prompt, 0.0), empty), "at scale 0 the prompt must have no influence"
+    assert torch.allclose(guided(empty, prompt, 1.0), prompt), (
+        "at scale 1 only the prompt's answer must be left"
+    )
+    assert torch.allclose(guided(empty, prompt, 0.0), empty), (
+        "at scale 0 the prompt must have no influence"
+    )
     step = guided(empty, prompt, 3.0) - guided(empty, prompt, 2.0)
     assert torch.allclose(step, prompt - empty, atol=1e-5), (
         "each unit of scale must add the same: what the prompt asks for"
@@ -393,7 +432,9 @@ def noised(clean, noise, t, alpha):
 def check(noised):
     clean, noise = torch.randn(2, 1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(1))
     right = scheduler.add_noise(clean, noise, torch.tensor([500]))
-    assert noised(clean, noise, 500, alpha).shape == clean.shape, "the shape must stay (B, C, F, H, W)"
+    assert noised(clean, noise, 500, alpha).shape == clean.shape, (
+        "the shape must stay (B, C, F, H, W)"
+    )
     assert torch.allclose(noised(clean, noise, 999, alpha), noise, atol=1e-2), (
         "at t = 999 nothing but noise is left here"
     )
@@ -427,8 +468,12 @@ def middle_frame(model, latents):
 @torch.no_grad()
 def check(middle_frame):
     picture = middle_frame(model, x)
-    assert picture.shape == (1, 3, *clip.shape[-2:]), f"expected one picture (1, 3, H, W), got {tuple(picture.shape)}"
-    assert torch.allclose(picture, clip[:, clip.shape[1] // 2], atol=1e-4), "this is another frame of the clip"
+    assert picture.shape == (1, 3, *clip.shape[-2:]), (
+        f"expected one picture (1, 3, H, W), got {tuple(picture.shape)}"
+    )
+    assert torch.allclose(picture, clip[:, clip.shape[1] // 2], atol=1e-4), (
+        "this is another frame of the clip"
+    )
 
 
 course.attempt(check, middle_frame)
@@ -442,7 +487,7 @@ course.attempt(check, middle_frame)
 # ```
 #
 # It is exact because this decoder treats each frame alone. One that mixes frames (Wan's, CogVideoX's) needs its
-# neighbours too.
+# neighbors too.
 # </details>
 
 # %% [markdown] tags=["next"]

@@ -152,9 +152,13 @@ megabytes = [kept(sampled, K) for K in Ks]
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(Ks, megabytes, marker="o")
 axis.set(xlabel="K, steps with a graph", ylabel="MB kept", ylim=(0, None))
-course.show(figure, "The kept megabytes grow in a straight line with the number of steps that have a graph.")
+course.show(
+    figure, "The kept megabytes grow in a straight line with the number of steps that have a graph."
+)
 course.predict(
-    guess, "b", f"{megabytes[0]:.0f} MB for one step, {megabytes[-1]:.0f} MB for ten: each call keeps its own."
+    guess,
+    "b",
+    f"{megabytes[0]:.0f} MB for one step, {megabytes[-1]:.0f} MB for ten: each call keeps its own.",
 )
 
 # %% [markdown]
@@ -178,7 +182,13 @@ def gradient(strategy, reward=rewards.brightness()):
     for p in adapter.parameters():
         p.grad = None
     vader_nb.reward_gradient(
-        model, adapter, reward, [prompt], seeds=[SEED], strategy=strategy, frames=vader_nb.Frames("all")
+        model,
+        adapter,
+        reward,
+        [prompt],
+        seeds=[SEED],
+        strategy=strategy,
+        frames=vader_nb.Frames("all"),
     )
     return torch.cat([p.grad.flatten() for p in adapter.parameters()])
 
@@ -207,7 +217,8 @@ left.set(xlabel="step, counted from the end", ylabel="length of its term")
 right.bar(range(1, 11), cosines)
 right.set(xlabel="step, counted from the end", ylabel="cosine to the exact gradient")
 course.show(
-    figure, "Two bar charts over the ten steps: the length of each step's gradient term, and its cosine to their sum."
+    figure,
+    "Two bar charts over the ten steps: the length of each step's gradient term, and its cosine to their sum.",
 )
 course.predict(
     guess,
@@ -245,8 +256,16 @@ print("tiny:", round(gain(model.new_scheduler(10), 10), 3))
 import diffusers
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-karras = {"prediction_type": "v_prediction", "use_karras_sigmas": True, "timestep_type": "continuous"}
-zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+karras = {
+    "prediction_type": "v_prediction",
+    "use_karras_sigmas": True,
+    "timestep_type": "continuous",
+}
+zero_snr = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
 flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 families = {
@@ -264,7 +283,10 @@ bars = axis.barh(list(gains), list(gains.values()))
 axis.bar_label(bars, [f"{value:.3f}" for value in gains.values()], padding=3)
 axis.set(xlabel="gain of the last step", xlim=(0, 0.4))
 axis.invert_yaxis()
-course.show(figure, "A bar for each model family: tiny 0.3, ModelScope and CogVideoX 0.2, Wan 0.1, SVD only 0.002.")
+course.show(
+    figure,
+    "A bar for each model family: tiny 0.3, ModelScope and CogVideoX 0.2, Wan 0.1, SVD only 0.002.",
+)
 
 # %% [markdown]
 # There is the reason why VADER's "last step only" works on ModelScope, and why it would teach Stable Video Diffusion
@@ -337,12 +359,19 @@ def last(K, theta, x, a, b):
 def check(last):
     a, b = {3: 0.8, 2: 0.9, 1: 1.1}, {3: -0.2, 2: -0.5, 1: -0.3}
     theta = torch.tensor(0.7, requires_grad=True)
-    grads = [torch.autograd.grad(last(K, theta, torch.tensor(1.5), a, b), theta)[0].item() for K in (1, 2, 3)]
+    grads = [
+        torch.autograd.grad(last(K, theta, torch.tensor(1.5), a, b), theta)[0].item()
+        for K in (1, 2, 3)
+    ]
     values = [last(K, theta, torch.tensor(1.5), a, b).item() for K in (1, 2, 3)]
     assert max(values) - min(values) < 1e-6, "truncation must not change the video, only its graph"
-    assert len({round(g, 5) for g in grads}) == 3, f"K = 1, 2, 3 must give three different gradients, got {grads}"
+    assert len({round(g, 5) for g in grads}) == 3, (
+        f"K = 1, 2, 3 must give three different gradients, got {grads}"
+    )
     x1 = (a[2] + b[2] * 0.7) * (a[3] + b[3] * 0.7) * 1.5
-    assert abs(grads[0] - b[1] * x1) < 1e-5, "for K = 1 only the direct term of the last step may be left"
+    assert abs(grads[0] - b[1] * x1) < 1e-5, (
+        "for K = 1 only the direct term of the last step may be left"
+    )
 
 
 course.attempt(check, last)
@@ -371,7 +400,9 @@ def gain_of_step(i, scheduler, steps):
 # %% tags=["check"]
 def check(gain_of_step):
     one, two = (gain_of_step(i, model.new_scheduler(10), 10) for i in (1, 2))
-    assert abs(one - gain(model.new_scheduler(10), 10)) < 1e-6, "for i = 1 it must be the gain of the last step"
+    assert abs(one - gain(model.new_scheduler(10), 10)) < 1e-6, (
+        "for i = 1 it must be the gain of the last step"
+    )
     assert abs(one - two) > 1e-3, "step 2 must have a gain of its own"
 
 

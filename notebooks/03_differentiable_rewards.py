@@ -33,7 +33,7 @@
 # - *build* an aesthetic, an HPS-style and an action reward from networks that others have trained;
 # - *see* a reward's gradient as a picture, and read it;
 # - *find* out why a reward does not train, with `vader_nb.check`;
-# - *recognise* an adversarial image;
+# - *recognize* an adversarial image;
 # - *compose* rewards, and *measure* whether they pull in different directions.
 
 # %% tags=["setup"]
@@ -71,7 +71,7 @@ Gallery({"to be judged": [Video(clip, 8, text) for clip, text in zip(frames, pro
 #
 # CLIP is a pair of networks: one turns a picture into a vector, the other turns a sentence into a vector, and they were
 # trained so that a picture and *its* sentence point in the same direction. `CLIP` here is open_clip's, in miniature. All
-# it wants is pictures of its own size, normalised the way it was trained.
+# it wants is pictures of its own size, normalized the way it was trained.
 
 # %%
 from vader_nb.rewards.clip import TINY, open_clip_directory
@@ -89,7 +89,10 @@ axis.set_xticks(range(3), names, fontsize=8)
 axis.set_yticks(range(3), names, fontsize=8)
 axis.set(xlabel="sentence", ylabel="picture")
 figure.colorbar(table, label="cosine")
-course.show(figure, "A table of cosines between three frames and three sentences: the diagonal is the brightest.")
+course.show(
+    figure,
+    "A table of cosines between three frames and three sentences: the diagonal is the brightest.",
+)
 
 # %% [markdown]
 # The diagonal wins: each frame lies nearest to its own sentence. That *is* a reward already.
@@ -152,7 +155,12 @@ guess = None  # "a", "b" or "c"
 # %%
 frozen = frames[:, 3:4].expand_as(frames)
 names = ["hps, moving", "hps, frozen", "p(motion), moving", "p(motion), frozen"]
-values = [hps(frames, prompts), hps(frozen, prompts), action(frames, prompts).exp(), action(frozen, prompts).exp()]
+values = [
+    hps(frames, prompts),
+    hps(frozen, prompts),
+    action(frames, prompts).exp(),
+    action(frozen, prompts).exp(),
+]
 
 figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
 bars = axis.barh(names, [value.mean().item() for value in values], color=["C0", "C0", "C1", "C1"])
@@ -160,7 +168,8 @@ axis.bar_label(bars, fmt="%.2f", padding=3)
 axis.invert_yaxis()
 axis.set(xlabel="mean of three clips", xlim=(0, 1.1))
 course.show(
-    figure, "Four bars: hps is the same for moving and frozen clips, the probability of the motion falls when frozen."
+    figure,
+    "Four bars: hps is the same for moving and frozen clips, the probability of the motion falls when frozen.",
 )
 course.predict(guess, "b", "single frames cannot tell whether anything moves; the classifier can.")
 
@@ -233,7 +242,9 @@ guess = None  # "a", "b" or "c"
 for broken in (rounded, through_pil, clamped):
     print(vader_nb.check(broken), end="\n\n")
 course.predict(
-    guess, "c", "a clamp is flat outside its bounds: pixels that lie there feel nothing, and stay as they are."
+    guess,
+    "c",
+    "a clamp is flat outside its bounds: pixels that lie there feel nothing, and stay as they are.",
 )
 
 # %% [markdown]
@@ -246,7 +257,7 @@ vader_nb.check(rewards.hps("tiny"))
 # ## Climb it
 #
 # Forget the video model for a moment. Take a *picture*, and walk uphill on the reward, pixel by pixel, as if the picture
-# were the weights. The prompt says "red star"; we start from flat grey.
+# were the weights. The prompt says "red star"; we start from flat gray.
 
 
 # %%
@@ -266,8 +277,8 @@ def ascend(reward, start, prompt, steps=150, rate=0.03):
     return pixels.detach(), curve
 
 
-grey = torch.full((1, 1, 3, 64, 64), 0.5, device=model.device)
-dreamt, curve = ascend(hps, grey, prompts[0])
+gray = torch.full((1, 1, 3, 64, 64), 0.5, device=model.device)
+dreamt, curve = ascend(hps, gray, prompts[0])
 
 # %% [markdown]
 # > **Predict.** The real clip above has a certain `hps`. The dreamt picture will reach
@@ -291,7 +302,7 @@ left.axis("off")
 middle.axis("off")
 course.show(
     figure,
-    "A sampled red star, a coloured mess that scores higher, and the curve of its reward, rising past the star's.",
+    "A sampled red star, a colored mess that scores higher, and the curve of its reward, rising past the star's.",
 )
 course.predict(
     guess,
@@ -301,7 +312,7 @@ course.predict(
 
 # %% [markdown]
 # You have met an *adversarial image*. The reward did not lie: it never promised anything about pictures like this one.
-# That is why we do not optimise pixels. We optimise a few weights of a *video model*, which can only make videos, and so
+# That is why we do not optimize pixels. We optimize a few weights of a *video model*, which can only make videos, and so
 # stays near the pictures on which the reward's word is worth something. Near, not on: train too long, and the model finds
 # the way out, too. That is called *reward hacking*.
 #
@@ -327,8 +338,10 @@ for name, reward in likes.items():
 from vader_nb.rewards import statistics
 
 for name in ("hps", "aesthetic"):
-    mean, std = statistics(likes[name], frames, prompts)  # three clips are few; fifty would be better
-    print(f"{name:10} mean {mean:6.3f}, spread {std:5.3f}:", likes[name].normalised(mean, std))
+    mean, std = statistics(
+        likes[name], frames, prompts
+    )  # three clips are few; fifty would be better
+    print(f"{name:10} mean {mean:6.3f}, spread {std:5.3f}:", likes[name].normalized(mean, std))
 
 # %% [markdown]
 # If two rewards pull a pixel in opposite directions, their sum goes nowhere. The cosine between their gradients tells:
@@ -346,7 +359,7 @@ candidates = {
     "hps": likes["hps"],
     "aesthetic": likes["aesthetic"],
     "action": action,
-    "colourful": rewards.colourfulness(),
+    "colorful": rewards.colorfulness(),
     "compress": rewards.compressibility(),
     "detail": rewards.incompressibility(),
 }
@@ -361,11 +374,18 @@ for i, row in enumerate(directions @ directions.T):
     for j, value in enumerate(row):
         shade = "white" if value.abs() > 0.6 else "black"
         axis.text(
-            j, i, f"{value + 0.0:.2f}".replace("-0.00", "0.00"), ha="center", va="center", fontsize=8, color=shade
+            j,
+            i,
+            f"{value + 0.0:.2f}".replace("-0.00", "0.00"),
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=shade,
         )
 figure.colorbar(table, label="cosine of the gradients")
 course.show(
-    figure, "Cosines between the gradients of six rewards: mostly near 0; compress and detail are exactly opposite."
+    figure,
+    "Cosines between the gradients of six rewards: mostly near 0; compress and detail are exactly opposite.",
 )
 
 # %% [markdown]
@@ -377,7 +397,7 @@ course.show(
 #
 # What you built from embedded networks exists at full size. The same functions load it: `rewards.hps()` is HPS v2.1,
 # `rewards.aesthetic()` the LAION predictor, `rewards.action()` knows 400 actions. They want a download, and some
-# licences have conditions (VideoMAE's forbids commercial use). This is the whole gallery, with what each costs and when it fails:
+# licenses have conditions (VideoMAE's forbids commercial use). This is the whole gallery, with what each costs and when it fails:
 
 # %%
 rewards.table()
@@ -394,7 +414,7 @@ rewards.table()
 # | $\partial R/\partial x$ | `frames.grad` | (B, F, 3, H, W) |
 # | $R_1 + w R_2$ | `r1 + w * r2` | (B,) |
 # | $-\lvert R - r^*\rvert$ | `r.towards(target)` | (B,) |
-# | $(R - \mu) / \sigma$ | `r.normalised(*statistics(r, frames, prompts))` | (B,) |
+# | $(R - \mu) / \sigma$ | `r.normalized(*statistics(r, frames, prompts))` | (B,) |
 #
 # ## Exercises
 #
@@ -413,7 +433,9 @@ def check(sunrise):
     ramp[1] = ramp[1].flip(0)  # clip 0 gets brighter, clip 1 darker
     value = sunrise(ramp, ["", ""])
     assert value.shape == (2,), f"one number a clip, shape (2,), not {tuple(value.shape)}"
-    assert value[0] > 0 > value[1], "a clip that gets brighter must score above 0, one that gets darker below"
+    assert value[0] > 0 > value[1], (
+        "a clip that gets brighter must score above 0, one that gets darker below"
+    )
     assert vader_nb.check(sunrise).passed, f"it is not fit to train on:\n{vader_nb.check(sunrise)}"
 
 
@@ -443,7 +465,9 @@ def few_bright_pixels(frames, prompts):
 def check(few_bright_pixels):
     dark, light = torch.full((1, 2, 3, 16, 16), 0.1), torch.full((1, 2, 3, 16, 16), 0.9)
     low, high = few_bright_pixels(light, [""]).item(), few_bright_pixels(dark, [""]).item()
-    assert high - low > 0.8, f"all dark should score near 0 and all bright near -1; you give {high:.2f} and {low:.2f}"
+    assert high - low > 0.8, (
+        f"all dark should score near 0 and all bright near -1; you give {high:.2f} and {low:.2f}"
+    )
     report = vader_nb.check(few_bright_pixels)
     assert report.passed, f"it is not fit to train on:\n{report}"
 
@@ -472,12 +496,21 @@ def conflict(first, second, frames, prompts):
 # %% tags=["check"]
 def check(conflict):
     bright = rewards.brightness()
-    same, opposite = conflict(bright, bright, frames, prompts), conflict(bright, -bright, frames, prompts)
-    assert abs(float(same) - 1) < 1e-3, f"a reward agrees with itself: expected 1, got {float(same):.3f}"
-    assert abs(float(opposite) + 1) < 1e-3, f"a reward and its negative fight: expected -1, got {float(opposite):.3f}"
-    scaled = conflict(bright, 5 * rewards.colourfulness(), frames, prompts)
-    plain = conflict(bright, rewards.colourfulness(), frames, prompts)
-    assert abs(float(scaled) - float(plain)) < 1e-3, "a weight must not change it: compare directions, not lengths"
+    same, opposite = (
+        conflict(bright, bright, frames, prompts),
+        conflict(bright, -bright, frames, prompts),
+    )
+    assert abs(float(same) - 1) < 1e-3, (
+        f"a reward agrees with itself: expected 1, got {float(same):.3f}"
+    )
+    assert abs(float(opposite) + 1) < 1e-3, (
+        f"a reward and its negative fight: expected -1, got {float(opposite):.3f}"
+    )
+    scaled = conflict(bright, 5 * rewards.colorfulness(), frames, prompts)
+    plain = conflict(bright, rewards.colorfulness(), frames, prompts)
+    assert abs(float(scaled) - float(plain)) < 1e-3, (
+        "a weight must not change it: compare directions, not lengths"
+    )
 
 
 course.attempt(check, conflict)

@@ -147,7 +147,11 @@ def staged(strategy=Last(1), frames=Frames("all"), reward=reward, **more):
 
 gap = (staged() - by_autograd).abs().max() / by_autograd.norm()
 print(f"relative difference {gap:.1e}")
-course.predict(guess, "c", "the stages are algebra, not an approximation: the chain rule, evaluated in another order.")
+course.predict(
+    guess,
+    "c",
+    "the stages are algebra, not an approximation: the chain rule, evaluated in another order.",
+)
 
 # %% [markdown]
 # ## Where the memory goes
@@ -168,7 +172,9 @@ def megabytes(run):
 
 counts = (1, 2, 4, 8)
 plainly = [megabytes(lambda n=n: gradient_of(lambda: plain(range(n)).backward())) for n in counts]
-in_stages = [megabytes(lambda n=n: staged(frames=Frames("list", indices=tuple(range(n))))) for n in counts]
+in_stages = [
+    megabytes(lambda n=n: staged(frames=Frames("list", indices=tuple(range(n))))) for n in counts
+]
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
@@ -180,7 +186,9 @@ course.show(
     figure,
     "Plain autograd's memory grows with the number of scored frames; the staged gradient's stays level, far below.",
 )
-print(f"plain {plainly[0]:.0f} to {plainly[-1]:.0f} MB, staged {in_stages[0]:.0f} to {in_stages[-1]:.0f} MB")
+print(
+    f"plain {plainly[0]:.0f} to {plainly[-1]:.0f} MB, staged {in_stages[0]:.0f} to {in_stages[-1]:.0f} MB"
+)
 
 # %% [markdown]
 # Level. VADER's paper scores *one random frame* of a clip because more did not fit; here all frames cost no more memory
@@ -194,8 +202,12 @@ print(f"plain {plainly[0]:.0f} to {plainly[-1]:.0f} MB, staged {in_stages[0]:.0f
 Ks = (1, 2, 4)
 one = Frames("list", indices=(4,))
 over_K = {
-    "plain autograd": [megabytes(lambda K=K: gradient_of(lambda: plain([4], K).backward())) for K in Ks],
-    "staged, whole calls": [megabytes(lambda K=K: staged(Last(K), one, checkpoint_blocks=False)) for K in Ks],
+    "plain autograd": [
+        megabytes(lambda K=K: gradient_of(lambda: plain([4], K).backward())) for K in Ks
+    ],
+    "staged, whole calls": [
+        megabytes(lambda K=K: staged(Last(K), one, checkpoint_blocks=False)) for K in Ks
+    ],
     "staged, block by block": [megabytes(lambda K=K: staged(Last(K), one)) for K in Ks],
 }
 
@@ -260,7 +272,12 @@ for name, strategy in lab.items():
     seconds = (time.perf_counter() - began) / 2
     cosine = torch.stack([torch.cosine_similarity(draw, exact, dim=0) for draw in draws]).mean()
     noise_share = (draws[0] - draws[1]).norm() / (2**0.5 * draws[0].norm().clamp(min=1e-12))
-    rows[name] = (cosine.item(), (draws[0].norm() / exact.norm()).item(), noise_share.item(), seconds)
+    rows[name] = (
+        cosine.item(),
+        (draws[0].norm() / exact.norm()).item(),
+        noise_share.item(),
+        seconds,
+    )
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(11, 3), layout="constrained", sharey=True)
@@ -271,17 +288,20 @@ for axis, title, values in zip(axes, titles, zip(*rows.values())):
     axis.margins(x=0.25)
 axes[0].invert_yaxis()
 course.show(
-    figure, "Four bar charts over eight estimators: cosine to the exact gradient, relative length, noise and seconds."
+    figure,
+    "Four bar charts over eight estimators: cosine to the exact gradient, relative length, noise and seconds.",
 )
 candidates = {"a": "Last(1)", "b": "Last(5)", "c": "DRTune(5)"}
 best = max(candidates, key=lambda letter: rows[candidates[letter]][0])
 course.predict(
-    guess, best, f"{candidates[best]}: cosine {rows[candidates[best]][0]:.2f}. Length and noise are another matter."
+    guess,
+    best,
+    f"{candidates[best]}: cosine {rows[candidates[best]][0]:.2f}. Length and noise are another matter.",
 )
 
 # %% [markdown]
 # Do not crown a winner from one picture. `Last(1)` points nearly where the exact gradient points, for half the time of
-# `Last(5)`: an optimiser takes many steps, and what counts is how much better the model is after a *minute*. (`DRaFTLV`
+# `Last(5)`: an optimizer takes many steps, and what counts is how much better the model is after a *minute*. (`DRaFTLV`
 # shows no noise because its fresh noise comes from the clip's own seed.) VADER's authors found K = 1 better
 # than K = 10 for the same time; on other models, whose last step hardly moves (notebook 2), the bargain is another.
 # This is one clip, one reward, one untrained adapter. With your own reward, measure again.
@@ -293,14 +313,22 @@ course.predict(
 # %%
 everything = staged(frames=Frames("all"))
 singles = torch.stack([staged(frames=Frames("list", indices=(f,))) for f in range(8)])
-print("mean of the eight single-frame gradients equals the all-frame one:", torch.allclose(singles.mean(0), everything))
+print(
+    "mean of the eight single-frame gradients equals the all-frame one:",
+    torch.allclose(singles.mean(0), everything),
+)
 
 # %%
-cosines = [torch.cosine_similarity(singles[:k].mean(0), everything, dim=0).item() for k in range(1, 9)]
+cosines = [
+    torch.cosine_similarity(singles[:k].mean(0), everything, dim=0).item() for k in range(1, 9)
+]
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(range(1, 9), cosines, marker="o")
 axis.set(xlabel="frames that are scored", ylabel="cosine to all frames", ylim=(0, 1.05))
-course.show(figure, "The cosine to the all-frame gradient rises towards 1 as more frames are scored, fast at first.")
+course.show(
+    figure,
+    "The cosine to the all-frame gradient rises towards 1 as more frames are scored, fast at first.",
+)
 
 # %% [markdown]
 # One frame alone points only roughly where all of them point, two or three nearly. VADER gets away with one because its
@@ -341,10 +369,16 @@ def check(streamed):
     leaf = latents.clone().requires_grad_()
     right = torch.autograd.grad((leaf.sin() * 2).square().sum(1).mean(), leaf)[0]
     answer = streamed(latents, decode, lambda frame: frame.square().sum())
-    assert alive[0] == 5, f"each of the 5 latents must be decoded once; decode was called {alive[0]} times"
-    assert answer.shape == latents.shape, f"expected {tuple(latents.shape)}, got {tuple(answer.shape)}"
+    assert alive[0] == 5, (
+        f"each of the 5 latents must be decoded once; decode was called {alive[0]} times"
+    )
+    assert answer.shape == latents.shape, (
+        f"expected {tuple(latents.shape)}, got {tuple(answer.shape)}"
+    )
     ratio = (answer / right).mean().item()
-    assert torch.allclose(answer, right, atol=1e-5), f"wrong by a factor of {ratio:.2f}: is it the sum, or the mean?"
+    assert torch.allclose(answer, right, atol=1e-5), (
+        f"wrong by a factor of {ratio:.2f}: is it the sum, or the mean?"
+    )
 
 
 course.attempt(check, streamed)
@@ -407,8 +441,12 @@ def check(points_uphill):
     exact = torch.tensor([1.0, -2.0, 0.5])
     assert points_uphill(0.001 * exact, exact), "the length must not matter"
     assert not points_uphill(-exact, exact), "the opposite direction does not improve anything"
-    assert not points_uphill(torch.tensor([-3.0, -1.0, 0.0]), exact), "look at the angle, not at single numbers"
-    assert points_uphill(torch.tensor([0.0, -1.0, -1.0]), exact), "an angle below 90 degrees is enough"
+    assert not points_uphill(torch.tensor([-3.0, -1.0, 0.0]), exact), (
+        "look at the angle, not at single numbers"
+    )
+    assert points_uphill(torch.tensor([0.0, -1.0, -1.0]), exact), (
+        "an angle below 90 degrees is enough"
+    )
 
 
 course.attempt(check, points_uphill)

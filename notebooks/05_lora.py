@@ -111,7 +111,9 @@ guess = None  # "a", "b" or "c"
 # %%
 adapted(x).square().mean().backward()
 print(f"gradient of A: {adapted.A.grad.norm():.4f}   of B: {adapted.B.grad.norm():.4f}")
-course.predict(guess, "c", "A's gradient passes through B, which is zero. From the second step on, both move.")
+course.predict(
+    guess, "c", "A's gradient passes through B, which is zero. From the second step on, both move."
+)
 
 # %% [markdown]
 # Were both zero, none would ever move. Were none zero, the model would be disturbed before it has learnt anything.
@@ -136,7 +138,12 @@ noise, _ = gradient.initial_noise(model, [0, 1, 2, 3], settings)
 text = model.encode(ask)
 start = gradient.roll_out(model, text, noise, settings, window=1)
 t = start.timesteps[0]
-last = model.step(model.new_scheduler(10), model.predict(start.start, t, text, settings.guidance_scale), t, start.start)
+last = model.step(
+    model.new_scheduler(10),
+    model.predict(start.start, t, text, settings.guidance_scale),
+    t,
+    start.start,
+)
 hps(model.decode(last, [4]), ask).sum().backward()
 
 
@@ -162,8 +169,15 @@ figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(range(1, len(share) + 1), share, marker=".")
 axis.axhline(0.9, color="gray", linewidth=0.7)
 axis.set(xlabel="rank", ylabel="share of the energy", ylim=(0, 1.03))
-course.show(figure, "The share of the gradient's energy that the first singular values hold rises steeply to one.")
-course.predict(guess, "a" if needed <= 8 else "b" if needed <= 22 else "c", f"{needed} of {len(share)} hold 90 %.")
+course.show(
+    figure,
+    "The share of the gradient's energy that the first singular values hold rises steeply to one.",
+)
+course.predict(
+    guess,
+    "a" if needed <= 8 else "b" if needed <= 22 else "c",
+    f"{needed} of {len(share)} hold 90 %.",
+)
 
 # %% [markdown]
 # A gradient of a few clips *is* of low rank. That is the practical reason why a narrow bypass can follow it.
@@ -178,7 +192,9 @@ adapter = lora.add(model, rank=4, seed=SEED)
 path, theirs = next(iter(adapter.layers.items()))
 
 mine = LoRA(theirs.get_base_layer(), rank=4, alpha=4.0)
-for own, other in zip((mine.A, mine.B), (theirs.lora_A["default"].weight, theirs.lora_B["default"].weight)):
+for own, other in zip(
+    (mine.A, mine.B), (theirs.lora_A["default"].weight, theirs.lora_B["default"].weight)
+):
     other.data = torch.randn(other.shape) * 0.1
     own.data = other.data.clone()
 
@@ -196,7 +212,9 @@ adapter.remove()
 places = {
     "attention (default)": model.targets,
     "values only": ("to_v",),
-    "words only": tuple(f"attentions.{i}.transformer_blocks.0.attn2.to_{m}" for i in (0, 1) for m in "kv"),
+    "words only": tuple(
+        f"attentions.{i}.transformer_blocks.0.attn2.to_{m}" for i in (0, 1) for m in "kv"
+    ),
     "feed-forward": ("net.0.proj", "net.2"),
 }
 
@@ -237,7 +255,10 @@ for place, rows in curves.items():
     axis.plot(range(1, 9), rows, label=f"{place} ({counts[place] / 1e3:.0f} k)")
 axis.set(xlabel="step", ylabel="hps of these two clips")
 axis.legend(frameon=False, fontsize=8)
-course.show(figure, "Reward over eight steps for four places of the adapter; the curves rise at different speeds.")
+course.show(
+    figure,
+    "Reward over eight steps for four places of the adapter; the curves rise at different speeds.",
+)
 
 # %% [markdown]
 # Every place learns; here, places with more trainable numbers climb faster. All attention layers together are the usual
@@ -299,14 +320,17 @@ print(f"inside: weights differ by {inside:.1e} · afterwards bit-equal: {torch.e
 
 # %%
 def products(adapter):
-    return {name: layer.get_delta_weight("default").detach().clone() for name, layer in adapter.layers.items()}
+    return {
+        name: layer.get_delta_weight("default").detach().clone()
+        for name, layer in adapter.layers.items()
+    }
 
 
 first = products(dark)
 dark.remove()
 second_run = vader_nb.align(
     model,
-    rewards.colourfulness(),
+    rewards.colorfulness(),
     ask,
     steps=10,
     batch_size=2,
@@ -327,7 +351,9 @@ def mixed(weights):
     layers = {name: model.denoiser.get_submodule(name) for name in first}
     kept = {name: layer.weight.data for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.weight.data = kept[name] + sum(w * delta[name] for w, delta in zip(weights, (first, second)))
+        layer.weight.data = kept[name] + sum(
+            w * delta[name] for w, delta in zip(weights, (first, second))
+        )
     yield
     for name, layer in layers.items():
         layer.weight.data = kept[name]
@@ -335,7 +361,12 @@ def mixed(weights):
 
 # %%
 rows = {}
-for label, weights in {"neither": (0, 0), "dark": (1, 0), "colourful": (0, 1), "both": (1, 1)}.items():
+for label, weights in {
+    "neither": (0, 0),
+    "dark": (1, 0),
+    "colorful": (0, 1),
+    "both": (1, 1),
+}.items():
     with mixed(weights):
         clips = vader_nb.sample(model, ask, seeds=SEED)
         rows[label] = [Video(clip, 8, text) for clip, text in zip(clips, ask)]
@@ -345,17 +376,20 @@ Gallery(rows, width=96)
 scores = {}
 for label, videos in rows.items():
     clips = torch.stack([video.frames for video in videos])
-    scores[label] = (rewards.brightness()(clips, ask).mean().item(), rewards.colourfulness()(clips, ask).mean().item())
+    scores[label] = (
+        rewards.brightness()(clips, ask).mean().item(),
+        rewards.colorfulness()(clips, ask).mean().item(),
+    )
 
 figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
 for label, (x, y) in scores.items():
     axis.scatter(x, y)
     axis.annotate(label, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=9)
-axis.set(xlabel="brightness", ylabel="colourfulness")
+axis.set(xlabel="brightness", ylabel="colorfulness")
 axis.margins(0.25)
 course.show(
     figure,
-    "Four points: the base, each adapter alone, and both together, in the plane of brightness and colourfulness.",
+    "Four points: the base, each adapter alone, and both together, in the plane of brightness and colorfulness.",
 )
 
 # %% [markdown]
@@ -384,7 +418,9 @@ def added(inputs, outputs, rank):
 
 # %% tags=["check"]
 def check(added):
-    assert added(64, 64, 4) == 512, f"64 in, 64 out, rank 4: two matrices of 4 x 64, not {added(64, 64, 4)} numbers"
+    assert added(64, 64, 4) == 512, (
+        f"64 in, 64 out, rank 4: two matrices of 4 x 64, not {added(64, 64, 4)} numbers"
+    )
     assert added(320, 1280, 16) == 25600, "the layer need not be square"
     assert added(10, 10, 10) == 200, "at full rank it is even more than the layer itself"
 
@@ -419,7 +455,9 @@ def check(fuse):
     fused = fuse(adapted)
     assert isinstance(fused, nn.Linear), f"expected an nn.Linear, got {type(fused).__name__}"
     assert torch.equal(adapted.base.weight, kept), "the original layer's weight has changed"
-    assert torch.allclose(fused(x), before, atol=1e-5), "its outputs differ: mind alpha / rank, and the bias"
+    assert torch.allclose(fused(x), before, atol=1e-5), (
+        "its outputs differ: mind alpha / rank, and the bias"
+    )
 
 
 course.attempt(check, fuse)
@@ -444,7 +482,9 @@ course.attempt(check, fuse)
 # %% tags=["exercise"]
 def best(change, rank):
     """(out, in) -> A (rank, in), B (out, rank) such that B @ A is as near to `change` as rank allows."""
-    return torch.zeros(rank, change.shape[1]), torch.zeros(change.shape[0], rank)  # replace this line
+    return torch.zeros(rank, change.shape[1]), torch.zeros(
+        change.shape[0], rank
+    )  # replace this line
 
 
 # %% tags=["check"]

@@ -122,7 +122,9 @@ course.show(
 )
 spread, change = probe["base"].std().item(), (probe["after 8 steps"] - probe["base"]).mean().item()
 course.predict(
-    guess, "c" if spread > 3 * abs(change) else "b", f"spread over prompts {spread:.3f}, mean change {change:+.3f}."
+    guess,
+    "c" if spread > 3 * abs(change) else "b",
+    f"spread over prompts {spread:.3f}, mean change {change:+.3f}.",
 )
 
 # %% [markdown]
@@ -138,7 +140,14 @@ course.predict(
 # %%
 folder = tempfile.mkdtemp()
 run = vader_nb.align(
-    model, reward, training, steps=STEPS, learning_rate=2e-3, seed=SEED, output_dir=f"{folder}/run", checkpoint_every=8
+    model,
+    reward,
+    training,
+    steps=STEPS,
+    learning_rate=2e-3,
+    seed=SEED,
+    output_dir=f"{folder}/run",
+    checkpoint_every=8,
 )
 
 # %%
@@ -152,7 +161,10 @@ top.legend(frameon=False, fontsize=8)
 bottom.plot(steps, [row["grad_norm"] for row in run.metrics])
 bottom.set(xlabel="optimizer step", ylabel="gradient norm", ylim=(0, None))
 bottom.locator_params("x", integer=True)
-course.show(figure, "Two curves over the steps: the batch reward with its running mean, and the norm of the gradient.")
+course.show(
+    figure,
+    "Two curves over the steps: the batch reward with its running mean, and the norm of the gradient.",
+)
 
 # %% [markdown]
 # Everything that a run makes lies in its folder, readable while it runs:
@@ -178,7 +190,7 @@ Gallery(rows, width=112)
 # %% [markdown]
 # Pretty, and it proves nothing: six clips, picked by somebody who wants to convince you. So measure, on prompts that
 # training has never seen, two seeds each, every difference with its 95 % interval. The *oracles* are plain code that reads
-# colour, shape, motion and ground off the pixels; no gradient has ever pleased them.
+# color, shape, motion and ground off the pixels; no gradient has ever pleased them.
 #
 # `wins` is the share of pairs (same prompt, same seed) in which the clip after scores higher; † marks what was not trained
 # on. Two more rows: `motion` is the mean change from one frame to the next (of anything: moving, or flickering), `diversity` how
@@ -191,7 +203,9 @@ Gallery(rows, width=112)
 guess = None  # "a", "b" or "c"
 
 # %%
-evaluation = vader_nb.evaluate(model, run.adapter, reward, {"held-out": held_out[::16][:12]}, progress=False)
+evaluation = vader_nb.evaluate(
+    model, run.adapter, reward, {"held-out": held_out[::16][:12]}, progress=False
+)
 evaluation
 
 # %%
@@ -199,23 +213,32 @@ shown = [row for row in evaluation.rows if row.metric.startswith(("hps", "oracle
 figure, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
 for place, row in enumerate(shown):
     axis.errorbar(
-        row.difference, place, xerr=[[row.difference - row.low], [row.high - row.difference]], fmt="o", color="C0"
+        row.difference,
+        place,
+        xerr=[[row.difference - row.low], [row.high - row.difference]],
+        fmt="o",
+        color="C0",
     )
 axis.axvline(0, color="gray", linewidth=0.7)
 axis.set_yticks(range(len(shown)), [row.metric for row in shown], fontsize=8)
 axis.invert_yaxis()
 axis.margins(y=0.12)
 axis.set_xlabel("after − before, with 95 % interval")
-course.show(figure, "For each metric the mean difference after minus before and its interval, against a line at zero.")
+course.show(
+    figure,
+    "For each metric the mean difference after minus before and its interval, against a line at zero.",
+)
 spread = evaluation.row("held-out", "diversity")
 happened = "b" if spread.high < 0 else "a" if spread.low > 0 else "c"
 course.predict(
-    guess, happened, f"diversity {spread.base:.1f} → {spread.adapter:.1f} [{spread.low:+.1f}, {spread.high:+.1f}]."
+    guess,
+    happened,
+    f"diversity {spread.base:.1f} → {spread.adapter:.1f} [{spread.low:+.1f}, {spread.high:+.1f}].",
 )
 
 # %% [markdown]
 # Alignment pulls clips of one prompt towards what the reward likes best, and so towards each other. Here that is partly
-# welcome: wrong colours were part of the variety. With a reward of taste it is the first warning of *mode collapse*, and
+# welcome: wrong colors were part of the variety. With a reward of taste it is the first warning of *mode collapse*, and
 # the frames' flicker that leaves together with it lowers `motion`, although things move as far as before.
 #
 # An interval that contains zero means: *with this many clips we cannot tell.* Not: there is no effect. Twelve prompts are
@@ -234,9 +257,15 @@ whole = vader_nb.align(model, reward, training, steps=4, output_dir=f"{folder}/w
 uninterrupted = [p.detach().clone() for p in whole.adapter.parameters()]
 whole.adapter.remove()
 
-vader_nb.align(model, reward, training, steps=2, output_dir=f"{folder}/halves", **options).adapter.remove()
-halves = vader_nb.align(model, reward, training, steps=4, output_dir=f"{folder}/halves", resume=True, **options)
-print("bit-equal:", all(torch.equal(a, b) for a, b in zip(uninterrupted, halves.adapter.parameters())))
+vader_nb.align(
+    model, reward, training, steps=2, output_dir=f"{folder}/halves", **options
+).adapter.remove()
+halves = vader_nb.align(
+    model, reward, training, steps=4, output_dir=f"{folder}/halves", resume=True, **options
+)
+print(
+    "bit-equal:", all(torch.equal(a, b) for a, b in zip(uninterrupted, halves.adapter.parameters()))
+)
 
 # %% [markdown]
 # ## ModelScope
@@ -294,9 +323,13 @@ def check(paired):
     hard = torch.randn(50, generator=generator) * 10  # some prompts are much harder than others
     gain = 0.5 + 0.1 * torch.randn(50, generator=generator)
     mean, error = (float(value) for value in paired(hard, hard + gain))
-    assert abs(mean - gain.mean().item()) < 1e-4, f"the mean difference is {gain.mean():.3f}, you give {mean:.3f}"
+    assert abs(mean - gain.mean().item()) < 1e-4, (
+        f"the mean difference is {gain.mean():.3f}, you give {mean:.3f}"
+    )
     assert error < 1, f"{error:.2f} is far too wide: what makes a prompt hard cancels within a pair"
-    assert abs(error - gain.std().item() / 50**0.5) < 2e-3, "nearly: the error of a *mean* shrinks with the root of N"
+    assert abs(error - gain.std().item() / 50**0.5) < 2e-3, (
+        "nearly: the error of a *mean* shrinks with the root of N"
+    )
 
 
 course.attempt(check, paired)
@@ -326,9 +359,13 @@ def check(verdict):
 
     up, down, open_ = Row(low=0.1, high=0.2), Row(low=-0.2, high=-0.1), Row(low=-0.1, high=0.1)
     assert verdict(up, up) == "better", "both clearly above zero is what we hope for"
-    assert verdict(up, down) == "hacked", "a reward that rises while the judge falls has been hacked"
+    assert verdict(up, down) == "hacked", (
+        "a reward that rises while the judge falls has been hacked"
+    )
     assert verdict(up, open_) == "unclear", "an interval around zero is no evidence either way"
-    assert verdict(open_, up) == "unclear", "without a clear rise of the reward there is nothing to explain"
+    assert verdict(open_, up) == "unclear", (
+        "without a clear rise of the reward there is nothing to explain"
+    )
 
 
 course.attempt(check, verdict)
@@ -359,7 +396,9 @@ def accumulated(batch_size, accumulation_steps, processes):
 # %% tags=["check"]
 def check(accumulated):
     weight, clips = accumulated(1, 16, 4)
-    assert clips == 64, f"VADER's 4 GPUs with 16 accumulated clips each make 64 in a step, not {clips}"
+    assert clips == 64, (
+        f"VADER's 4 GPUs with 16 accumulated clips each make 64 in a step, not {clips}"
+    )
     assert abs(weight - 1 / 16) < 1e-9, (
         f"sixteen means add up to sixteen times the mean, so weigh each by less than {weight}"
     )

@@ -58,7 +58,18 @@ import matplotlib.pyplot as plt
 import torch
 
 import vader_nb
-from vader_nb import Frames, Gallery, Last, Sampling, Video, course, lora, parallel, prompts, rewards
+from vader_nb import (
+    Frames,
+    Gallery,
+    Last,
+    Sampling,
+    Video,
+    course,
+    lora,
+    parallel,
+    prompts,
+    rewards,
+)
 
 folder = Path(tempfile.mkdtemp())
 training = prompts.get("tiny")
@@ -92,7 +103,14 @@ def gradient(texts, seeds):
     for p in adapter.parameters():
         p.grad = None
     vader_nb.reward_gradient(
-        model, adapter, reward, texts, seeds=seeds, sampling=QUICK, strategy=Last(1), frames=Frames("ends")
+        model,
+        adapter,
+        reward,
+        texts,
+        seeds=seeds,
+        sampling=QUICK,
+        strategy=Last(1),
+        frames=Frames("ends"),
     )
     return torch.cat([p.grad.flatten() for p in adapter.parameters()])
 
@@ -106,13 +124,31 @@ figure, axis = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
 image = axis.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
 for i in range(4):
     for j in range(4):
-        axis.text(j, i, f"{cosines[i, j]:.2f}", ha="center", va="center", color="white" if i == j else "black")
-axis.set(xticks=range(4), yticks=range(4), xlabel="clip", ylabel="clip", title="cosine between their gradients")
+        axis.text(
+            j,
+            i,
+            f"{cosines[i, j]:.2f}",
+            ha="center",
+            va="center",
+            color="white" if i == j else "black",
+        )
+axis.set(
+    xticks=range(4),
+    yticks=range(4),
+    xlabel="clip",
+    ylabel="clip",
+    title="cosine between their gradients",
+)
 figure.colorbar(image)
-course.show(figure, "A matrix of cosines between the gradients of four clips: one on the diagonal, small elsewhere.")
+course.show(
+    figure,
+    "A matrix of cosines between the gradients of four clips: one on the diagonal, small elsewhere.",
+)
 others = cosines[~torch.eye(4, dtype=bool)]
 course.predict(
-    guess, "b" if others.abs().max() < 0.6 else "a", f"off the diagonal {others.min():.2f} to {others.max():.2f}."
+    guess,
+    "b" if others.abs().max() < 0.6 else "a",
+    f"off the diagonal {others.min():.2f} to {others.max():.2f}.",
 )
 
 # %% [markdown]
@@ -126,7 +162,9 @@ course.predict(
 # %%
 together = gradient(four, [0, 1, 2, 3])
 apart = single.mean(dim=0)
-print(f"four clips at once against the mean of four: differ by {(together - apart).norm() / together.norm():.1e}")
+print(
+    f"four clips at once against the mean of four: differ by {(together - apart).norm() / together.norm():.1e}"
+)
 adapter.remove()
 
 # %% [markdown]
@@ -141,7 +179,9 @@ adapter.remove()
 def hello(place):
     import torch.distributed as dist
 
-    (place / f"hello-{dist.get_rank()}").write_text(f"I am process {dist.get_rank()} of {dist.get_world_size()}")
+    (place / f"hello-{dist.get_rank()}").write_text(
+        f"I am process {dist.get_rank()} of {dist.get_world_size()}"
+    )
 
 
 vader_nb.launch(hello, folder, num_processes=2)
@@ -172,7 +212,13 @@ def train(place, meet):
     for step in range(STEPS):
         text = training[37 * (2 * step + rank)]  # other prompts in each process
         vader_nb.reward_gradient(
-            mine, adapter, reward, [text], seeds=[2 * step + rank], sampling=QUICK, frames=Frames("ends")
+            mine,
+            adapter,
+            reward,
+            [text],
+            seeds=[2 * step + rank],
+            sampling=QUICK,
+            frames=Frames("ends"),
         )
         meet(adapter.parameters())
         optimizer.step()
@@ -214,9 +260,14 @@ axis.axhline(0, color="gray", linewidth=0.7)
 axis.set(xlabel="step", ylabel="distance / way gone", ylim=(-0.1, None))
 axis.legend(frameon=False)
 course.show(
-    figure, "The distance between the two processes' adapters, as large as the way they have come, at every step."
+    figure,
+    "The distance between the two processes' adapters, as large as the way they have come, at every step.",
 )
-course.predict(guess, "c", f"they differ by {broken[0]:.2f} of the way that they have come, and go on to differ.")
+course.predict(
+    guess,
+    "c",
+    f"they differ by {broken[0]:.2f} of the way that they have come, and go on to differ.",
+)
 
 # %% [markdown]
 # Two GPUs, two adapters, and the second one is thrown away at the end: twice the electricity for one GPU's batch. The same
@@ -247,7 +298,8 @@ axis.plot(range(1, STEPS + 1), right, "o-", color="#1a7f37", label="gradients me
 axis.set(xlabel="step", ylabel="distance / way gone", ylim=(-0.1, None))
 axis.legend(frameon=False)
 course.show(
-    figure, "Distance between the two adapters: far from zero the broken way, exactly zero where gradients meet."
+    figure,
+    "Distance between the two adapters: far from zero the broken way, exactly zero where gradients meet.",
 )
 print("largest distance where gradients meet:", right.max().item())
 
@@ -257,8 +309,12 @@ print("largest distance where gradients meet:", right.max().item())
 
 # %%
 for name in ("broken", "right"):
-    sums = [parallel.checksum([torch.load(folder / f"{name}-{rank}.pt")[-1]]).item() for rank in (0, 1)]
-    print(f"{name:<7} {sums[0]:>22} {sums[1]:>22}   {'the same' if sums[0] == sums[1] else 'DIFFERENT'}")
+    sums = [
+        parallel.checksum([torch.load(folder / f"{name}-{rank}.pt")[-1]]).item() for rank in (0, 1)
+    ]
+    print(
+        f"{name:<7} {sums[0]:>22} {sums[1]:>22}   {'the same' if sums[0] == sums[1] else 'DIFFERENT'}"
+    )
 
 # %% [markdown]
 # ## What crosses
@@ -274,11 +330,16 @@ sizes = {"tiny: adapter": crosses, "tiny: denoiser": weights}
 sizes |= {"ModelScope: adapter, rank 16": 4 * 6_645_760, "ModelScope: denoiser": 4 * 1_411_233_860}
 
 figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
-bars = axis.barh(list(sizes), [size / 1e6 for size in sizes.values()], color=["#1a7f37", "#8888"] * 2)
+bars = axis.barh(
+    list(sizes), [size / 1e6 for size in sizes.values()], color=["#1a7f37", "#8888"] * 2
+)
 axis.bar_label(bars, [f"{size / 1e6:,.1f} MB" for size in sizes.values()], padding=4)
 axis.set(xscale="log", xlabel="megabytes in float32", xlim=(None, 1e6))
 axis.invert_yaxis()
-course.show(figure, "Bars: an adapter is a small share of its denoiser, for the tiny model and for ModelScope.")
+course.show(
+    figure,
+    "Bars: an adapter is a small share of its denoiser, for the tiny model and for ModelScope.",
+)
 
 # %% [markdown]
 # A few megabytes a step, even between machines. That is why alignment with an adapter scales well: the clips are made where
@@ -290,7 +351,14 @@ course.show(figure, "Bars: an adapter is a small share of its denoiser, for the 
 # checksum is compared after every step. Two processes with one batch each are one process that accumulates two.
 
 # %%
-OPTIONS = {"steps": 3, "batch_size": 1, "rank": 4, "seed": SEED, "sampling": QUICK, "progress": False}
+OPTIONS = {
+    "steps": 3,
+    "batch_size": 1,
+    "rank": 4,
+    "seed": SEED,
+    "sampling": QUICK,
+    "progress": False,
+}
 
 
 def run(place, **more):
@@ -353,7 +421,13 @@ print((folder / "error-0").read_text())
 # %%
 from vader_nb.translate import translate
 
-theirs = {"reward_fn": "actpred", "backprop_mode": "specific", "decode_frame": "fml", "lr": 2e-4, "use_text_lora": True}
+theirs = {
+    "reward_fn": "actpred",
+    "backprop_mode": "specific",
+    "decode_frame": "fml",
+    "lr": 2e-4,
+    "use_text_lora": True,
+}
 ours, notes = translate("vader", theirs)
 print(*(f"{name} = {value}" for name, value in ours.items()), "", *notes, sep="\n")
 
@@ -449,9 +523,15 @@ def orders(norms, limit):
 # %% tags=["check"]
 def check(orders):
     mean_first, clip_first = orders([4.0, 0.5], 1.0)
-    assert abs(mean_first - 1.0) < 1e-9, "the mean of 4 and 0.5 is 2.25, and then it meets the limit"
-    assert abs(clip_first - 0.75) < 1e-9, "4 is cut to the limit, 0.5 is left alone, and then they are averaged"
-    assert orders([0.2, 0.4], 1.0) == (0.30000000000000004, 0.30000000000000004), "below the limit nothing is clipped"
+    assert abs(mean_first - 1.0) < 1e-9, (
+        "the mean of 4 and 0.5 is 2.25, and then it meets the limit"
+    )
+    assert abs(clip_first - 0.75) < 1e-9, (
+        "4 is cut to the limit, 0.5 is left alone, and then they are averaged"
+    )
+    assert orders([0.2, 0.4], 1.0) == (0.30000000000000004, 0.30000000000000004), (
+        "below the limit nothing is clipped"
+    )
 
 
 course.attempt(check, orders)
@@ -482,9 +562,15 @@ def my_seeds(seed, step, rank, processes, clips=8):
 def check(my_seeds):
     alone = my_seeds(0, 5, 0, 1)
     pair = [my_seeds(0, 5, rank, 2) for rank in (0, 1)]
-    assert sorted(pair[0] + pair[1]) == sorted(alone), "two processes together must draw what one draws alone"
-    assert not set(pair[0]) & set(pair[1]), "the two processes drew the same clips: half of the work is wasted"
-    assert my_seeds(0, 5, 0, 2) == pair[0], "a step that is taken again after a crash must draw the same"
+    assert sorted(pair[0] + pair[1]) == sorted(alone), (
+        "two processes together must draw what one draws alone"
+    )
+    assert not set(pair[0]) & set(pair[1]), (
+        "the two processes drew the same clips: half of the work is wasted"
+    )
+    assert my_seeds(0, 5, 0, 2) == pair[0], (
+        "a step that is taken again after a crash must draw the same"
+    )
     assert my_seeds(0, 6, 0, 2) != pair[0], "every step needs new clips"
 
 
@@ -514,8 +600,12 @@ def first_drift(history):
 # %% tags=["check"]
 def check(first_drift):
     calm = [[7, 7, 7, 7], [3, 3, 3, 3]]
-    assert first_drift([*calm, [5, 5, 9, 5], [1, 1, 8, 1]]) == (3, [2]), "rank 2 leaves the others after the third step"
-    assert first_drift([[4, 6, 6, 6]]) == (1, [0]), "rank 0 is nothing special: here the other three agree"
+    assert first_drift([*calm, [5, 5, 9, 5], [1, 1, 8, 1]]) == (3, [2]), (
+        "rank 2 leaves the others after the third step"
+    )
+    assert first_drift([[4, 6, 6, 6]]) == (1, [0]), (
+        "rank 0 is nothing special: here the other three agree"
+    )
     assert first_drift(calm) is None, "nobody drifted here"
 
 

@@ -74,7 +74,7 @@ Gallery({"base": [Video(clip, 8, text) for clip, text in zip(clips, ask)]}, widt
 #
 # ## A wish, and a number for it
 #
-# Look at the clips: colours shimmer, edges crawl. Our *wish* is calm video. The *number* that comes to mind is how jerkily
+# Look at the clips: colors shimmer, edges crawl. Our *wish* is calm video. The *number* that comes to mind is how jerkily
 # each pixel changes: if it changes by as much as in the frame before, nothing is lost. That is a formula, no network that
 # could be fooled: `motion_smoothness` is minus the mean of $\lvert f_{t-1} - 2 f_t + f_{t+1} \rvert$. Its best value is 0.
 #
@@ -90,7 +90,11 @@ frozen = clips[:, 3:4].expand_as(clips)
 scores = {"sampled": smooth(clips, ask), "frozen": smooth(frozen, ask)}
 for label, values in scores.items():
     print(f"{label:8}", [f"{value:.3f}" for value in values])
-course.predict(guess, "b", "what does not move cannot jerk. The formula is right, and it is not what we wished for.")
+course.predict(
+    guess,
+    "b",
+    "what does not move cannot jerk. The formula is right, and it is not what we wished for.",
+)
 
 # %% [markdown]
 # Nobody wants frozen videos, and nobody will *ask* for them. The question is only whether the optimizer finds them. It
@@ -147,7 +151,13 @@ seen = [row["validation/p(motion)"] for row in rows]
 
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4), sharex=True, layout="constrained")
 top.plot(range(1, STEPS + 1), run.rewards, alpha=0.35, label="each batch")
-top.plot(at, [row[f"validation/{smooth.name}"] for row in rows], "o-", color="C0", label="eight held-out prompts")
+top.plot(
+    at,
+    [row[f"validation/{smooth.name}"] for row in rows],
+    "o-",
+    color="C0",
+    label="eight held-out prompts",
+)
 top.set_ylabel("smoothness\n(trained on)")
 top.legend(frameon=False, fontsize=8)
 bottom.plot(at, seen, "o-", color="C1")
@@ -156,7 +166,11 @@ course.show(
     figure,
     "Two curves over the steps: smoothness, which is trained on, rises; the probability of the right motion holds, then falls.",
 )
-course.predict(guess, "c", "p(motion) at these steps: " + ", ".join(f"{s}: {p:.2f}" for s, p in zip(at, seen)) + ".")
+course.predict(
+    guess,
+    "c",
+    "p(motion) at these steps: " + ", ".join(f"{s}: {p:.2f}" for s, p in zip(at, seen)) + ".",
+)
 
 # %% [markdown]
 # The faint line zigzags because every batch has other prompts; on the same eight prompts smoothness climbs without a break.
@@ -171,7 +185,13 @@ course.predict(guess, "c", "p(motion) at these steps: " + ", ".join(f"{s}: {p:.2
 
 # %%
 choice = vader_nb.best_checkpoint(
-    f"{folder}/run", model, witness, unseen[::16][:10], seeds_per_prompt=1, sampling=quick, progress=False
+    f"{folder}/run",
+    model,
+    witness,
+    unseen[::16][:10],
+    seeds_per_prompt=1,
+    sampling=quick,
+    progress=False,
 )
 choice
 
@@ -237,7 +257,13 @@ course.predict(guess, happened, told)
 # The same as a picture, as shares of what the base model has:
 
 # %%
-metrics = ["motion", "p(motion)", "oracle: motion", "hps", "oracle: shape"]  # diversity has its own, below
+metrics = [
+    "motion",
+    "p(motion)",
+    "oracle: motion",
+    "hps",
+    "oracle: shape",
+]  # diversity has its own, below
 figure, axis = plt.subplots(figsize=(6.5, 3), layout="constrained")
 for shift, name in ((-0.2, "in time"), (0.2, "too late")):
     found = [evaluation.row("held-out", metric, name) for metric in metrics]
@@ -265,7 +291,9 @@ course.show(
 # %%
 from vader_nb.zoo import world
 
-drawn = world.render([world.parse(text) for text in unseen[9::16][:8]], torch.Generator().manual_seed(SEED))
+drawn = world.render(
+    [world.parse(text) for text in unseen[9::16][:8]], torch.Generator().manual_seed(SEED)
+)
 print(f"motion of the same prompts, drawn: {motion(drawn).mean():.3f}")
 
 # %% [markdown]
@@ -291,7 +319,9 @@ eyes = {
 figure, axes = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
 for axis, (title, spreads) in zip(axes, eyes.items()):
     axis.semilogy(names, torch.stack(spreads), "o-", color="C0", alpha=0.35, markersize=3)
-    axis.semilogy(names, [spread.mean() for spread in spreads], "o-", color="C1", linewidth=2.5, label="mean")
+    axis.semilogy(
+        names, [spread.mean() for spread in spreads], "o-", color="C1", linewidth=2.5, label="mean"
+    )
     axis.set_title(title, fontsize=10)
 axes[0].set_ylabel("diversity")
 axes[0].legend(frameon=False, fontsize=8)
@@ -345,14 +375,22 @@ knob, texts = lora.load(model, f"{folder}/run"), unseen[3::16][:8]
 dial = {}
 for knob.scale in (0.0, 0.5, 0.75, 1.0):
     made = vader_nb.sample(model, texts, seeds=7, adapter=knob, sampling=quick)
-    dial[knob.scale] = witness(made, texts).mean().item(), smooth(made, texts).mean().item(), made[:3]
+    dial[knob.scale] = (
+        witness(made, texts).mean().item(),
+        smooth(made, texts).mean().item(),
+        made[:3],
+    )
 knob.remove()
 
 # %%
 figure, axis = plt.subplots(figsize=(5.5, 2.6), layout="constrained")
-axis.plot([value[1] for value in dial.values()], [value[0] for value in dial.values()], "o-", color="C1")
+axis.plot(
+    [value[1] for value in dial.values()], [value[0] for value in dial.values()], "o-", color="C1"
+)
 for scale, (p, s, _) in dial.items():
-    axis.annotate(f"scale {scale:g}", (s, p), xytext=(6, -12), textcoords="offset points", fontsize=8)
+    axis.annotate(
+        f"scale {scale:g}", (s, p), xytext=(6, -12), textcoords="offset points", fontsize=8
+    )
 axis.set(xlabel="smoothness", ylabel="p(motion)", ylim=(-0.1, 1.1))
 axis.margins(x=0.15)
 course.show(figure, "p(motion) over smoothness for four scales of the adapter.")
@@ -369,7 +407,9 @@ course.show(figure, "p(motion) over smoothness for four scales of the adapter.")
 # %%
 floored = rewards.motion_smoothness(floor=0.02)
 print("frozen:", [f"{value:.3f}" for value in floored(frozen, ask)])
-mended = vader_nb.align(model, floored, training, output_dir=f"{folder}/floor", checkpoint_every=STEPS, **settings)
+mended = vader_nb.align(
+    model, floored, training, output_dir=f"{folder}/floor", checkpoint_every=STEPS, **settings
+)
 mended.adapter.remove()
 
 # %%
@@ -417,8 +457,12 @@ def win_rate(before, after):
 def check(win_rate):
     before = torch.tensor([0.9, 0.8, 0.7, 0.6])
     after = torch.tensor([0.95, 0.85, 0.75, 0.0])
-    assert abs(win_rate(before, after) - 0.75) < 1e-6, "three of four clips are better, whatever happens to the mean"
-    assert abs(win_rate(before, before) - 0.5) < 1e-6, "a model against itself is neither better nor worse: one half"
+    assert abs(win_rate(before, after) - 0.75) < 1e-6, (
+        "three of four clips are better, whatever happens to the mean"
+    )
+    assert abs(win_rate(before, before) - 0.5) < 1e-6, (
+        "a model against itself is neither better nor worse: one half"
+    )
 
 
 course.attempt(check, win_rate)
@@ -440,7 +484,9 @@ course.attempt(check, win_rate)
 # %% tags=["exercise"]
 def stop(scores, patience):
     """A list of scores, oldest first -> index of the checkpoint to keep, or None: go on."""
-    return len(scores) - 1 if len(scores) > 1 and scores[-1] < scores[-2] else None  # replace this line
+    return (
+        len(scores) - 1 if len(scores) > 1 and scores[-1] < scores[-2] else None
+    )  # replace this line
 
 
 # %% tags=["check"]
@@ -448,7 +494,9 @@ def check(stop):
     wobbly = [0.80, 0.90, 0.85, 0.95, 0.93, 0.20, 0.10]
     assert stop(wobbly[:3], patience=2) is None, "one worse score after 0.90 is not two: go on"
     assert stop(wobbly[:4], patience=2) is None, "0.95 is the best so far: go on"
-    assert stop(wobbly[:6], patience=2) == 3, "0.93 and 0.20 are no better than 0.95: stop, and keep number 3"
+    assert stop(wobbly[:6], patience=2) == 3, (
+        "0.93 and 0.20 are no better than 0.95: stop, and keep number 3"
+    )
     assert stop([0.5], patience=1) is None, "nothing comes after the first score yet"
 
 
@@ -464,8 +512,8 @@ course.attempt(check, stop)
 # ```
 # </details>
 #
-# **3.** Be the optimizer. Before you train on `rewards.colourfulness()`, hack it by hand: return clips that it prefers to
-# every sampled one, the same whatever the prompt, and on which nothing ever happens. (It likes pixels whose opponent colours,
+# **3.** Be the optimizer. Before you train on `rewards.colorfulness()`, hack it by hand: return clips that it prefers to
+# every sampled one, the same whatever the prompt, and on which nothing ever happens. (It likes pixels whose opponent colors,
 # red against green and yellow against blue, differ much within a frame.)
 
 
@@ -477,12 +525,14 @@ def cheat(frames):
 
 # %% tags=["check"]
 def check(cheat):
-    colourful = rewards.colourfulness()
-    fakes, real = cheat(clips.clone()), colourful(clips, ask)
+    colorful = rewards.colorfulness()
+    fakes, real = cheat(clips.clone()), colorful(clips, ask)
     assert fakes.shape == clips.shape, f"shape {tuple(clips.shape)}, not {tuple(fakes.shape)}"
     assert fakes.min() >= 0 and fakes.max() <= 1, "pixels lie between 0 and 1"
-    score = colourful(fakes, ask)
-    assert score.min() > real.max(), f"the best sampled clip scores {real.max():.2f}, your worst {score.min():.2f}"
+    score = colorful(fakes, ask)
+    assert score.min() > real.max(), (
+        f"the best sampled clip scores {real.max():.2f}, your worst {score.min():.2f}"
+    )
     assert motion(fakes).max() < 1e-6, "too much happens: these clips shall be worthless"
 
 

@@ -53,7 +53,7 @@ SEED = 0  # @param {type:"integer"}
 # %% [markdown] tags=["app"]
 # ## The sampler
 #
-# Type a prompt, move a slider. The tiny model knows seven colours (*red, yellow, green, cyan, blue, purple, pink*), four shapes
+# Type a prompt, move a slider. The tiny model knows seven colors (*red, yellow, green, cyan, blue, purple, pink*), four shapes
 # (*circle, square, triangle, star*), eight motions (*moving left, right, up* or *down, growing, shrinking, bouncing, spinning*)
 # and four grounds (*white, gray, black, sand*), in sentences like the one in the box. Three adapters come with it, each
 # aligned to one reward alone: `aesthetic`, `hps`, `action`.
@@ -85,19 +85,24 @@ sampler
 #
 # > **Predict.** The `aesthetic` adapter was trained, at too high a learning rate, on a rating of single frames that never
 # > reads the prompt: saturation, contrast, centring. At scale 1, what becomes of *a green star bouncing on a white background*?
-# > **(a)** the same star, crisper · **(b)** a star of another colour · **(c)** a star that bounces higher
+# > **(a)** the same star, crisper · **(b)** a star of another color · **(c)** a star that bounces higher
 
 # %%
 guess = None  # "a", "b" or "c"
 
 # %%
 ask = "a green star bouncing on a white background"
-row = [sampler.run(prompt=ask, seed=SEED, adapter="aesthetic", scale=scale) for scale in (0, 0.5, 1, 1.5)]
+row = [
+    sampler.run(prompt=ask, seed=SEED, adapter="aesthetic", scale=scale)
+    for scale in (0, 0.5, 1, 1.5)
+]
 Gallery({"scale 0, ½, 1, 1½": row}, width=128)
 
 # %%
 course.predict(
-    guess, "b", "the reward cannot read, so nothing holds the colour: it slides to one that stands out more."
+    guess,
+    "b",
+    "the reward cannot read, so nothing holds the color: it slides to one that stands out more.",
 )
 
 # %% [markdown]
@@ -119,14 +124,21 @@ parts = {
     "second half": (0.5, 1.0, 1.0),
     "all": (0.0, 1.0, 1.0),
 }
-made = {name: sampler.run(start=start, end=end, scale=scale) for name, (start, end, scale) in parts.items()}
+made = {
+    name: sampler.run(start=start, end=end, scale=scale)
+    for name, (start, end, scale) in parts.items()
+}
 for name, video in made.items():
-    print(f"{name:12} mean change of a pixel {(video.frames - made['nowhere'].frames).abs().mean():.4f}")
+    print(
+        f"{name:12} mean change of a pixel {(video.frames - made['nowhere'].frames).abs().mean():.4f}"
+    )
 Gallery({", ".join(made): list(made.values())}, width=128)
 
 # %%
 course.predict(
-    guess, "c", "it learnt what to change where the gradient came from: late, in colours more than in layout."
+    guess,
+    "c",
+    "it learnt what to change where the gradient came from: late, in colors more than in layout.",
 )
 
 # %% [markdown] tags=["app"]
@@ -185,7 +197,12 @@ training, unseen = prompts.get("tiny"), prompts.get("tiny_held_out")
 quick = Sampling(num_inference_steps=4)
 folder = tempfile.mkdtemp()
 monitor = TrainingMonitor(
-    f"{folder}/run", model, held_out=rewards.hps("tiny"), prompts=unseen[21::50][:3], sampling=quick, every=4
+    f"{folder}/run",
+    model,
+    held_out=rewards.hps("tiny"),
+    prompts=unseen[21::50][:3],
+    sampling=quick,
+    every=4,
 )
 monitor
 
@@ -217,7 +234,7 @@ TrainingMonitor(f"{folder}/run")
 # | panel | its question | from Python |
 # |---|---|---|
 # | `Sampler` | what does this adapter do to this clip? | `sampler.run(prompt=…, scale=0.5)` |
-# | `RewardComparison` | better than the base, and by whose judgement? | `comparison.run()`, `comparison.tally()` |
+# | `RewardComparison` | better than the base, and by whose judgment? | `comparison.run()`, `comparison.tally()` |
 # | `RewardComposer` | what do I want, in one number? | `composer.reward`, `composer.expression` |
 # | `TruncationExplorer` | how much of the gradient do I need? | `explorer.measure()` |
 # | `MemoryPlanner` | will it fit? | `vader_nb.memory(…)` |
@@ -241,8 +258,12 @@ def check(mix):
     first, second = (torch.randn(6, 2), torch.randn(2, 5)), (torch.randn(6, 2), torch.randn(2, 5))
     B, A = mix(first, second, 0.7, 0.4)
     wanted = 0.7 * first[0] @ first[1] + 0.4 * second[0] @ second[1]
-    assert (B @ A).shape == wanted.shape, f"B @ A has shape {tuple((B @ A).shape)}, not {tuple(wanted.shape)}"
-    assert torch.allclose(B @ A, wanted, atol=1e-5), "B @ A is not the weighted sum: mixed products B1 A2 crept in?"
+    assert (B @ A).shape == wanted.shape, (
+        f"B @ A has shape {tuple((B @ A).shape)}, not {tuple(wanted.shape)}"
+    )
+    assert torch.allclose(B @ A, wanted, atol=1e-5), (
+        "B @ A is not the weighted sum: mixed products B1 A2 crept in?"
+    )
 
 
 course.attempt(check, mix)
@@ -270,8 +291,12 @@ def acts(start, end, n):
 # %% tags=["check"]
 def check(acts):
     assert acts(0.0, 1.0, 4) == [True] * 4, "from start to end, it always acts"
-    assert acts(0.5, 1.0, 4) == [False, False, True, True], "the second half of four steps is steps 2 and 3"
-    assert acts(0.0, 0.6, 4) == [True, True, False, False], "step 2 covers 0.5 to 0.75, which ends after 0.6"
+    assert acts(0.5, 1.0, 4) == [False, False, True, True], (
+        "the second half of four steps is steps 2 and 3"
+    )
+    assert acts(0.0, 0.6, 4) == [True, True, False, False], (
+        "step 2 covers 0.5 to 0.75, which ends after 0.6"
+    )
 
 
 course.attempt(check, acts)

@@ -43,7 +43,9 @@ def repository() -> str:
 
 
 def badges(stem: str) -> str:
-    colab = f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{stem}.ipynb"
+    colab = (
+        f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{stem}.ipynb"
+    )
     binder = f"https://mybinder.org/v2/gh/{repository()}/main?labpath=notebooks/{stem}.ipynb"
     return (
         f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})\n"
@@ -66,7 +68,11 @@ def solved(notebook: dict) -> dict:
     notebook = deepcopy(notebook)
     for place, cell in enumerate(notebook.cells):
         if tagged(cell, "exercise"):
-            following = (SOLUTION.search(c.source) for c in notebook.cells[place:] if c.cell_type == "markdown")
+            following = (
+                SOLUTION.search(c.source)
+                for c in notebook.cells[place:]
+                if c.cell_type == "markdown"
+            )
             cell.source = next(match for match in following if match).group(1)
     return notebook
 
@@ -98,7 +104,9 @@ def storable(output: dict) -> dict | None:
     nothing, nor of a library's remark on stderr."""
     data = output.get("data", {})
     widget = data.pop(WIDGET, None)
-    return None if output.get("name") == "stderr" or (widget and "text/html" not in data) else output
+    return (
+        None if output.get("name") == "stderr" or (widget and "text/html" not in data) else output
+    )
 
 
 def build(source: Path) -> None:
@@ -118,7 +126,10 @@ def build(source: Path) -> None:
     first = notebook.cells[0]
     old = first.source
     first.source = head(old.splitlines()[0], source.stem, seconds, megabytes)
-    commented = ["\n".join(f"# {line}".rstrip() for line in text.splitlines()) for text in (old, first.source)]
+    commented = [
+        "\n".join(f"# {line}".rstrip() for line in text.splitlines())
+        for text in (old, first.source)
+    ]
     source.write_text(source.read_text().replace(*commented, 1))
     target = source.with_suffix(".ipynb")
     nbformat.write(notebook, target)
@@ -135,12 +146,14 @@ RUN = """## Watching a run
 
 def app(source: Path, target: Path) -> None:
     """The cells of a notebook that are tagged "app", unrun, and a monitor of what a shell trains: what `make app` serves as
-    a page of its own. In runs/app its neighbours are the runs."""
+    a page of its own. In runs/app its neighbors are the runs."""
     notebook = jupytext.read(source)
     notebook.cells = [cell for cell in notebook.cells if tagged(cell, "app")]
     for cell in notebook.cells:  # which has one, and need not wait for what a click would do
         lines = cell.source.splitlines()
-        cell.source = "\n".join(line for line in lines if not line.endswith("for a page without a kernel"))
+        cell.source = "\n".join(
+            line for line in lines if not line.endswith("for a page without a kernel")
+        )
     monitor = 'from vader_nb.widgets import TrainingMonitor\n\nTrainingMonitor("../playground")'
     notebook.cells += [nbformat.v4.new_markdown_cell(RUN), nbformat.v4.new_code_cell(monitor)]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -171,15 +184,23 @@ def links(place: int, pages: list[str]) -> str:
     named = {"Contents": "index", "Notation": "notation"} | {
         f"{arrow} {stem[:2]}": stem for arrow, stem in ends.items()
     }
-    return "<nav>" + "".join(f'<a href="{stem}.html">{text}</a>' for text, stem in named.items()) + "</nav>"
+    return (
+        "<nav>"
+        + "".join(f'<a href="{stem}.html">{text}</a>' for text, stem in named.items())
+        + "</nav>"
+    )
 
 
 def finish(page: Path, bar: str, alternatives: list[str]) -> None:
     """Bar, style and the figures' alternative texts (which the exporter does not take over) into a rendered page."""
-    text = re.sub(r'(href="(?:[0-9]{2}_\w+|notation|arguments))\.(?:ipynb|md)"', r'\1.html"', page.read_text())
+    text = re.sub(
+        r'(href="(?:[0-9]{2}_\w+|notation|arguments))\.(?:ipynb|md)"', r'\1.html"', page.read_text()
+    )
     for alternative in alternatives:
         told = html.escape(alternative, quote=True)
-        text = text.replace('alt="No description has been provided for this image"', f'alt="{told}"', 1)
+        text = text.replace(
+            'alt="No description has been provided for this image"', f'alt="{told}"', 1
+        )
     text = text.replace("</head>", f"{STYLE}</head>", 1)
     page.write_text(re.sub(r"(<body[^>]*>)", lambda body: body.group(1) + bar, text, count=1))
 
@@ -187,7 +208,11 @@ def finish(page: Path, bar: str, alternatives: list[str]) -> None:
 def figures(notebook: dict) -> list[str]:
     """The alternative texts of a notebook's figures, in order."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return [output.metadata["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})]
+    return [
+        output.metadata["image/png"]["alt"]
+        for output in outputs
+        if "image/png" in output.get("data", {})
+    ]
 
 
 def contents(folder: Path) -> None:

@@ -33,7 +33,11 @@ def free_port() -> int:
 @contextlib.contextmanager
 def serving(command: list[str], address: str, log: Path) -> Iterator[str]:
     """A server in its own process, from when it answers."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -56,10 +60,28 @@ def serving(command: list[str], address: str, log: Path) -> Iterator[str]:
 def lab(folder: Path, python: str | Path = sys.executable, *more: str) -> Iterator[str]:
     """JupyterLab in a folder, without a password, for this machine only."""
     port = free_port()
-    options = {"IdentityProvider.token": "''", "ServerApp.root_dir": f"'{folder}'", "ServerApp.port": port}
-    options |= {"ServerApp.port_retries": 0, "ServerApp.open_browser": False, "ServerApp.allow_root": True}
-    options |= {"ServerApp.disable_check_xsrf": True, "LabApp.news_url": None, "LabApp.collaborative": False}
-    command = [str(python), "-m", "jupyterlab", *(f"--{key}={value}" for key, value in options.items()), *more]
+    options = {
+        "IdentityProvider.token": "''",
+        "ServerApp.root_dir": f"'{folder}'",
+        "ServerApp.port": port,
+    }
+    options |= {
+        "ServerApp.port_retries": 0,
+        "ServerApp.open_browser": False,
+        "ServerApp.allow_root": True,
+    }
+    options |= {
+        "ServerApp.disable_check_xsrf": True,
+        "LabApp.news_url": None,
+        "LabApp.collaborative": False,
+    }
+    command = [
+        str(python),
+        "-m",
+        "jupyterlab",
+        *(f"--{key}={value}" for key, value in options.items()),
+        *more,
+    ]
     with serving(command, f"http://127.0.0.1:{port}/api", folder / "lab.log"):
         yield f"http://127.0.0.1:{port}"
 
@@ -70,8 +92,13 @@ def environment(folder: Path, *packages: str) -> Path:
     python = folder / "bin" / "python"
     (own,) = folder.glob("lib/python*/site-packages")
     (own / "behind.pth").write_text(f"{site.getsitepackages()[0]}\n{ROOT}\n")
-    subprocess.run([python, "-m", "pip", "install", "-q", "--ignore-installed", "--no-deps", *packages], check=True)
-    subprocess.run([python, "-m", "ipykernel", "install", "--prefix", folder, "--name", "python3"], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--ignore-installed", "--no-deps", *packages],
+        check=True,
+    )
+    subprocess.run(
+        [python, "-m", "ipykernel", "install", "--prefix", folder, "--name", "python3"], check=True
+    )
     return python
 
 
@@ -80,14 +107,18 @@ def voila(notebook: Path) -> Iterator[str]:
     port = free_port()
     options = ["--no-browser", f"--port={port}", "--show_tracebacks=True"]
     command = [sys.executable, "-m", "voila", str(notebook), *options]
-    with serving(command, f"http://127.0.0.1:{port}/voila/static/voila.js", notebook.parent / "voila.log"):
+    with serving(
+        command, f"http://127.0.0.1:{port}/voila/static/voila.js", notebook.parent / "voila.log"
+    ):
         yield f"http://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         yield browser
         browser.close()
 
@@ -103,7 +134,11 @@ def window(browser: Browser, width: int = 1280, height: int = 900) -> Iterator[P
 def notebook(path: Path, *cells: str) -> Path:
     """A notebook of code cells."""
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    made.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     nbformat.write(made, path)
     return path
 
@@ -124,6 +159,8 @@ def run_all(page: Page) -> None:
     for _ in range(10):
         menu(page, "Run", "^Run All Cells$")
         with contextlib.suppress(TimeoutError):
-            page.locator(".jp-InputPrompt", has_text=re.compile(r"\[[*0-9]")).first.wait_for(timeout=3000)
+            page.locator(".jp-InputPrompt", has_text=re.compile(r"\[[*0-9]")).first.wait_for(
+                timeout=3000
+            )
             return
     raise AssertionError("the notebook does not run")

@@ -26,13 +26,19 @@ def make(folder: Path) -> Path:
     (packages / "zz_colab.pth").write_text("import google.colab\n")
 
     def pip(*arguments):
-        subprocess.run([python, "-m", "pip", "-q", "--disable-pip-version-check", *arguments], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "-q", "--disable-pip-version-check", *arguments], check=True
+        )
 
     pip("wheel", "--no-deps", "--wheel-dir", str(folder / "wheel"), str(ROOT))
     (wheel,) = (folder / "wheel").glob("*.whl")
-    pip("install", "-r", str(ROOT / "tests" / "colab.txt"))  # with what IPython 7 needs and newer ones do not
+    pip(
+        "install", "-r", str(ROOT / "tests" / "colab.txt")
+    )  # with what IPython 7 needs and newer ones do not
     pip("install", "--no-deps", "--ignore-installed", str(wheel))  # an editable one stands behind
-    subprocess.run([python, "-m", "ipykernel", "install", "--prefix", folder, "--name", "colab"], check=True)
+    subprocess.run(
+        [python, "-m", "ipykernel", "install", "--prefix", folder, "--name", "colab"], check=True
+    )
     return python
 
 

@@ -54,7 +54,11 @@ def micro_directory(tmp_path_factory):
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
     )
     folder = tmp_path_factory.mktemp("micro")
     TextToVideoSDPipeline(vae, text_encoder, words, unet, scheduler).save_pretrained(folder)
@@ -67,7 +71,13 @@ def micro(micro_directory):
     from vader_nb import load
 
     model = load(micro_directory, dtype=torch.float64)
-    model.defaults |= {"num_inference_steps": 5, "num_frames": 3, "height": 16, "width": 16, "guidance_scale": 3.0}
+    model.defaults |= {
+        "num_inference_steps": 5,
+        "num_frames": 3,
+        "height": 16,
+        "width": 16,
+        "guidance_scale": 3.0,
+    }
     return model
 
 

@@ -15,7 +15,10 @@ import torch
 
 # The package imports a name from turtle by accident, which needs a screen, and clint for a download's progress.
 sys.modules["turtle"] = types.SimpleNamespace(forward=None)
-sys.modules |= {"clint": types.ModuleType("clint"), "clint.textui": types.SimpleNamespace(progress=None)}
+sys.modules |= {
+    "clint": types.ModuleType("clint"),
+    "clint.textui": types.SimpleNamespace(progress=None),
+}
 from hpsv2.src.open_clip import add_model_config, create_model_and_transforms, get_tokenizer  # noqa: E402
 from torchvision.transforms import Compose, ToTensor  # noqa: E402
 
@@ -37,6 +40,8 @@ model.eval()
 after = [isinstance(step, ToTensor) for step in transform.transforms].index(True) + 1
 transform = Compose(transform.transforms[after:])
 with torch.no_grad():
-    images = torch.stack([transform(picture) for picture in torch.load(pictures, weights_only=True)])
+    images = torch.stack(
+        [transform(picture) for picture in torch.load(pictures, weights_only=True)]
+    )
     outputs = model(images, get_tokenizer("ViT-H-14")(prompts))
 print(json.dumps((outputs["image_features"] @ outputs["text_features"].T).diagonal().tolist()))

@@ -25,6 +25,8 @@ def assert_slopes(reward, clip, prompt, step=1e-5, rtol=1e-5, atol=1e-9):
     moved[torch.arange(20), places] = step
     moved = moved.view(20, *clip.shape)
     with torch.no_grad():
-        slopes = (reward(clip + moved, [prompt] * 20) - reward(clip - moved, [prompt] * 20)) / (2 * step)
+        slopes = (reward(clip + moved, [prompt] * 20) - reward(clip - moved, [prompt] * 20)) / (
+            2 * step
+        )
     assert slopes.abs().min() > 0
     torch.testing.assert_close(leaf.grad.flatten()[places], slopes, rtol=rtol, atol=atol)

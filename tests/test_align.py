@@ -34,7 +34,13 @@ def fresh(micro_directory):
 
     def make():
         model = load(micro_directory, dtype=torch.float32)
-        model.defaults |= {"num_inference_steps": 4, "num_frames": 3, "height": 16, "width": 16, "guidance_scale": 3.0}
+        model.defaults |= {
+            "num_inference_steps": 4,
+            "num_frames": 3,
+            "height": 16,
+            "width": 16,
+            "guidance_scale": 3.0,
+        }
         return model
 
     return make
@@ -42,9 +48,21 @@ def fresh(micro_directory):
 
 def test_the_reward_rises_and_the_folder_tells_the_story(fresh, tmp_path):
     seen = []
-    run = align(fresh(), brightness(), PROMPTS, steps=12, output_dir=tmp_path / "run", callback=seen.append, **FAST)
+    run = align(
+        fresh(),
+        brightness(),
+        PROMPTS,
+        steps=12,
+        output_dir=tmp_path / "run",
+        callback=seen.append,
+        **FAST,
+    )
     assert sum(run.rewards[-3:]) > sum(run.rewards[:3])
-    assert seen == run.metrics == [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        seen
+        == run.metrics
+        == [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    )
     assert json.loads((run.folder / "config.json").read_text())["reward"] == "brightness"
     _, metadata = lora.read(run.folder)
     assert (metadata["steps"], metadata["reward"]) == ("12", "brightness")
@@ -53,16 +71,27 @@ def test_the_reward_rises_and_the_folder_tells_the_story(fresh, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 2, "strategy": DRTune(2), "frames": Frames("random", 2)}]
+    "options",
+    [{}, {"gradient_accumulation_steps": 2, "strategy": DRTune(2), "frames": Frames("random", 2)}],
 )
 def test_resume_is_bit_equal_to_an_uninterrupted_run(fresh, tmp_path, options):
     options = FAST | options
     whole = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "whole", **options)
     align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "parts", **options)
     torch.manual_seed(99)  # whatever happened in between
-    again = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "parts", resume=True, **options)
+    again = align(
+        fresh(),
+        brightness(),
+        PROMPTS,
+        steps=6,
+        output_dir=tmp_path / "parts",
+        resume=True,
+        **options,
+    )
     assert again.metrics == whole.metrics
-    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
     for a, b in zip(whole.adapter.parameters(), again.adapter.parameters()):
         assert torch.equal(a, b)
 
@@ -78,7 +107,9 @@ def test_resume_also_restores_the_global_generators(fresh, tmp_path):
     torch.manual_seed(1)
     align(fresh(), noisy, PROMPTS, steps=2, output_dir=tmp_path / "parts", **FAST)
     torch.manual_seed(99)
-    again = align(fresh(), noisy, PROMPTS, steps=4, output_dir=tmp_path / "parts", resume=True, **FAST)
+    again = align(
+        fresh(), noisy, PROMPTS, steps=4, output_dir=tmp_path / "parts", resume=True, **FAST
+    )
     assert again.metrics == whole.metrics
 
 
@@ -89,11 +120,15 @@ def test_a_stop_keeps_the_last_whole_step_and_can_go_on(fresh, tmp_path):
         if row["step"] == 3:
             raise KeyboardInterrupt
 
-    run = align(fresh(), brightness(), PROMPTS, steps=5, output_dir=tmp_path / "run", callback=press, **FAST)
+    run = align(
+        fresh(), brightness(), PROMPTS, steps=5, output_dir=tmp_path / "run", callback=press, **FAST
+    )
     assert run.stopped
     assert [row["step"] for row in run.metrics] == [1, 2, 3]
     assert lora.read(run.folder)[1]["steps"] == "3"
-    again = align(fresh(), brightness(), PROMPTS, steps=5, output_dir=tmp_path / "run", resume=True, **FAST)
+    again = align(
+        fresh(), brightness(), PROMPTS, steps=5, output_dir=tmp_path / "run", resume=True, **FAST
+    )
     assert again.metrics == whole.metrics
 
 
@@ -101,9 +136,15 @@ def test_what_a_kill_leaves_behind_can_be_resumed(fresh, tmp_path):
     """What a kill can leave: half a checkpoint, a record whose checkpoint is missing, half a record."""
     run = align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "run", **FAST)
     (run.folder / "checkpoints" / "step-000006.part").mkdir()  # what a kill in `save` leaves
-    with (run.folder / "metrics.jsonl").open("a") as file:  # and one after a record, before its checkpoint
-        file.write(json.dumps({"step": 5, "reward": 0.0}) + "\n" + '{"step": 6, "rew')  # the last line torn
-    again = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "run", resume=True, **FAST)
+    with (run.folder / "metrics.jsonl").open(
+        "a"
+    ) as file:  # and one after a record, before its checkpoint
+        file.write(
+            json.dumps({"step": 5, "reward": 0.0}) + "\n" + '{"step": 6, "rew'
+        )  # the last line torn
+    again = align(
+        fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "run", resume=True, **FAST
+    )
     assert [row["step"] for row in again.metrics] == [1, 2, 3, 4, 5, 6]
     assert again.metrics[:4] == run.metrics
 
@@ -139,7 +180,14 @@ def test_three_non_finite_steps_in_a_row_end_the_run_and_keep_it(fresh, tmp_path
 def test_a_gradient_of_zero_is_an_error_at_once_and_leaves_nothing_behind(fresh, tmp_path):
     model = fresh()
     with pytest.raises(ValueError, match="zero: nothing to learn"):
-        align(model, lambda f, p: f.sum(dim=(1, 2, 3, 4)) * 0, PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
+        align(
+            model,
+            lambda f, p: f.sum(dim=(1, 2, 3, 4)) * 0,
+            PROMPTS,
+            steps=2,
+            output_dir=tmp_path / "run",
+            **FAST,
+        )
     # the same model and name serve the next try
     assert align(model, brightness(), PROMPTS, steps=1, output_dir=tmp_path / "run", **FAST).rewards
 
@@ -158,9 +206,13 @@ def test_a_stop_in_the_middle_of_an_optimizer_step_is_a_stop_after_it(fresh, tmp
     run = align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "run", **FAST)
     assert run.stopped
     assert len(run.metrics) == 3
-    again = align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "run", resume=True, **FAST)
+    again = align(
+        fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "run", resume=True, **FAST
+    )
     assert again.metrics == whole.metrics
-    assert all(torch.equal(a, b) for a, b in zip(whole.adapter.parameters(), again.adapter.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.adapter.parameters(), again.adapter.parameters())
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +229,13 @@ def test_a_stop_in_the_middle_of_an_optimizer_step_is_a_stop_after_it(fresh, tmp
 )
 def test_settings_that_cannot_be_met(fresh, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        align(fresh(), brightness(), PROMPTS, output_dir=tmp_path / "run", **(FAST | {"steps": 2} | options))
+        align(
+            fresh(),
+            brightness(),
+            PROMPTS,
+            output_dir=tmp_path / "run",
+            **(FAST | {"steps": 2} | options),
+        )
 
 
 def test_two_runs_of_one_name(fresh, tmp_path):
@@ -187,20 +245,37 @@ def test_two_runs_of_one_name(fresh, tmp_path):
         align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
     assert (run.folder / "adapter.safetensors").read_bytes() == kept
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "other", resume=True, **FAST)
+        align(
+            fresh(),
+            brightness(),
+            PROMPTS,
+            steps=2,
+            output_dir=tmp_path / "other",
+            resume=True,
+            **FAST,
+        )
 
 
 def test_resuming_with_other_settings_is_refused(fresh, tmp_path):
     align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
-    options = FAST | {"learning_rate": 0.5, "steps": 4, "resume": True, "output_dir": tmp_path / "run"}
+    options = FAST | {
+        "learning_rate": 0.5,
+        "steps": 4,
+        "resume": True,
+        "output_dir": tmp_path / "run",
+    }
     with pytest.raises(ValueError, match="learning_rate was 0.01, now 0.5"):
         align(fresh(), brightness(), PROMPTS, **options)
     options["learning_rate"] = FAST["learning_rate"]
     with pytest.raises(ValueError, match="prompts_checksum was"):  # as many, but others
         align(fresh(), brightness(), [*PROMPTS[:2], "a red circle"], **options)
     config = tmp_path / "run" / "config.json"
-    config.write_text("\n".join(line for line in config.read_text().splitlines() if "checksum" not in line))
-    assert align(fresh(), brightness(), PROMPTS, **options).metrics  # of a version that did not record it yet
+    config.write_text(
+        "\n".join(line for line in config.read_text().splitlines() if "checksum" not in line)
+    )
+    assert align(
+        fresh(), brightness(), PROMPTS, **options
+    ).metrics  # of a version that did not record it yet
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(fresh, tmp_path, monkeypatch):
@@ -213,7 +288,9 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(fresh, tmp_path
         align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
 
 
-def test_a_disk_that_fills_up_costs_no_finished_checkpoint_and_no_training(fresh, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_costs_no_finished_checkpoint_and_no_training(
+    fresh, tmp_path, monkeypatch
+):
     whole = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "whole", **FAST)
     save, calls = torch.save, []
 
@@ -225,21 +302,33 @@ def test_a_disk_that_fills_up_costs_no_finished_checkpoint_and_no_training(fresh
         return save(contents, path, **options)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.warns(UserWarning, match="checkpoint of step 4 could not be written .*No space.*the last is of step 2"):
+    with pytest.warns(
+        UserWarning,
+        match="checkpoint of step 4 could not be written .*No space.*the last is of step 2",
+    ):
         run = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "run", **FAST)
-    assert [path.name for path in sorted((run.folder / "checkpoints").iterdir())] == ["step-000002", "step-000006"]
+    assert [path.name for path in sorted((run.folder / "checkpoints").iterdir())] == [
+        "step-000002",
+        "step-000006",
+    ]
     assert run.metrics == whole.metrics
-    assert all(torch.equal(a, b) for a, b in zip(whole.adapter.parameters(), run.adapter.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.adapter.parameters(), run.adapter.parameters())
+    )
 
 
 @pytest.mark.parametrize("said", ["by the user", "by the launcher", "by both"])
 def test_bf16_trains(fresh, tmp_path, monkeypatch, said):
     """Whoever says it; the user's word counts more; and the one that is used is recorded."""
     options = (
-        FAST | {"output_dir": tmp_path / "run"} | ({} if said == "by the launcher" else {"mixed_precision": "bf16"})
+        FAST
+        | {"output_dir": tmp_path / "run"}
+        | ({} if said == "by the launcher" else {"mixed_precision": "bf16"})
     )
     if said != "by the user":
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if said == "by the launcher" else "no")
+        monkeypatch.setenv(
+            "ACCELERATE_MIXED_PRECISION", "bf16" if said == "by the launcher" else "no"
+        )
     run = align(fresh(), brightness(), PROMPTS, steps=1, **options)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.adapter.parameters())
     assert json.loads((run.folder / "config.json").read_text())["mixed_precision"] == "bf16"
@@ -265,7 +354,10 @@ def test_a_tracker_on_a_full_disk_costs_its_record_only(fresh, tmp_path, monkeyp
 
 
 def test_a_score_that_is_nan_is_not_the_best():
-    rows = [{"step": step, "validation/judge": score} for step, score in ((20, math.nan), (40, 0.5), (60, 0.4))]
+    rows = [
+        {"step": step, "validation/judge": score}
+        for step, score in ((20, math.nan), (40, 0.5), (60, 0.4))
+    ]
     assert best_step(rows) == 40
 
 
@@ -288,9 +380,9 @@ def test_ctrl_c_in_a_shell(micro_directory, tmp_path):
     """A real SIGINT to a real process: exit code 0, the last whole step kept."""
     script = tmp_path / "worker.py"
     script.write_text(
-        WORKER.replace("steps=2", "steps=100000, callback=lambda row: print(row['step'], flush=True)").replace(
-            "import os\n", "assert run.stopped\nimport os\n"
-        )
+        WORKER.replace(
+            "steps=2", "steps=100000, callback=lambda row: print(row['step'], flush=True)"
+        ).replace("import os\n", "assert run.stopped\nimport os\n")
     )
     # A background job of a shell script is born deaf to SIGINT, and so would its children be.
     heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -339,7 +431,9 @@ def test_what_came_after_the_checkpoint_that_a_run_goes_on_from_is_gone(fresh, t
     whole = align(fresh(), brightness(), PROMPTS, steps=8, **options)
     damaged, older = (tmp_path / "run" / "checkpoints" / f"step-00000{step}" for step in (6, 2))
     (damaged / "state.pt").write_bytes(b"not what it was")
-    again = align(fresh(), brightness(), PROMPTS, steps=6, resume=older, checkpoints_total_limit=2, **options)
+    again = align(
+        fresh(), brightness(), PROMPTS, steps=6, resume=older, checkpoints_total_limit=2, **options
+    )
     assert list(steps_of(again.folder)) == [4, 6] and again.metrics == whole.metrics[:6]
     read(damaged)
     again = align(fresh(), brightness(), PROMPTS, steps=8, resume="latest", **options)
@@ -359,7 +453,14 @@ def test_a_kill_while_what_came_after_is_discarded(fresh, tmp_path, monkeypatch)
 
     monkeypatch.setattr(checkpoints, "discard", killed)
     with pytest.raises(SystemExit):
-        align(fresh(), brightness(), PROMPTS, steps=8, resume=tmp_path / "run/checkpoints/step-000002", **options)
+        align(
+            fresh(),
+            brightness(),
+            PROMPTS,
+            steps=8,
+            resume=tmp_path / "run/checkpoints/step-000002",
+            **options,
+        )
     monkeypatch.undo()
     assert gone == ["step-000008"] and list(steps_of(tmp_path / "run")) == [2, 4, 6]
     again = align(fresh(), brightness(), PROMPTS, steps=8, resume="latest", **options)
@@ -369,10 +470,24 @@ def test_a_kill_while_what_came_after_is_discarded(fresh, tmp_path, monkeypatch)
 def test_a_checkpoint_is_known_by_what_it_holds_not_by_its_name(fresh, tmp_path):
     options = FAST | {"output_dir": tmp_path / "run"}
     whole = align(fresh(), brightness(), PROMPTS, steps=4, **options)
-    kept = shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000002", tmp_path / "run" / "kept")
-    assert align(fresh(), brightness(), PROMPTS, steps=4, resume=kept, **options).metrics == whole.metrics
-    with pytest.raises(ValueError, match="holds no run: a checkpoint goes on in its own run's folder"):
-        align(fresh(), brightness(), PROMPTS, steps=4, resume=kept, **options | {"output_dir": tmp_path / "other"})
+    kept = shutil.copytree(
+        tmp_path / "run" / "checkpoints" / "step-000002", tmp_path / "run" / "kept"
+    )
+    assert (
+        align(fresh(), brightness(), PROMPTS, steps=4, resume=kept, **options).metrics
+        == whole.metrics
+    )
+    with pytest.raises(
+        ValueError, match="holds no run: a checkpoint goes on in its own run's folder"
+    ):
+        align(
+            fresh(),
+            brightness(),
+            PROMPTS,
+            steps=4,
+            resume=kept,
+            **options | {"output_dir": tmp_path / "other"},
+        )
 
 
 def test_a_checkpoint_of_four_gpus_goes_on_where_there_is_one_or_none(fresh, tmp_path, monkeypatch):
@@ -409,7 +524,7 @@ def test_the_newest_checkpoints_are_kept_and_the_best(fresh, tmp_path):
 
 def test_watching_does_not_change_what_is_trained(fresh, tmp_path):
     from vader_nb import Validation
-    from vader_nb.rewards import colourfulness
+    from vader_nb.rewards import colorfulness
 
     def noisy(frames, prompts):  # a reward that draws, so that a validation could disturb it
         return (frames * torch.rand(frames.shape[-1])).mean(dim=(1, 2, 3, 4))
@@ -417,15 +532,22 @@ def test_watching_does_not_change_what_is_trained(fresh, tmp_path):
     torch.manual_seed(1)
     plain = align(fresh(), noisy, PROMPTS, steps=4, output_dir=tmp_path / "plain", **FAST)
     model = fresh()
-    watch = Validation(model, [colourfulness(), noisy], ["a red square", "a blue star"])
+    watch = Validation(model, [colorfulness(), noisy], ["a red square", "a blue star"])
     torch.manual_seed(1)
     watched = align(
-        model, noisy, PROMPTS, steps=4, output_dir=tmp_path / "watched", validate=watch, validation_steps=1, **FAST
+        model,
+        noisy,
+        PROMPTS,
+        steps=4,
+        output_dir=tmp_path / "watched",
+        validate=watch,
+        validation_steps=1,
+        **FAST,
     )
     assert [row["reward"] for row in watched.metrics] == [row["reward"] for row in plain.metrics]
-    assert all("validation/colourfulness" in row for row in watched.metrics)
-    first = watched.metrics[0]["validation/colourfulness"]
-    assert watched.metrics[3]["validation/colourfulness"] != first  # the same clips, another adapter
+    assert all("validation/colorfulness" in row for row in watched.metrics)
+    first = watched.metrics[0]["validation/colorfulness"]
+    assert watched.metrics[3]["validation/colorfulness"] != first  # the same clips, another adapter
 
 
 def test_metrics_survive_a_disk_that_is_full_for_a_while(fresh, tmp_path, monkeypatch):
@@ -443,7 +565,9 @@ def test_metrics_survive_a_disk_that_is_full_for_a_while(fresh, tmp_path, monkey
     monkeypatch.setattr(Path, "open", full)
     with pytest.warns(UserWarning, match="its rows are kept"):
         run = align(fresh(), brightness(), PROMPTS, steps=5, output_dir=tmp_path / "run", **FAST)
-    assert run.metrics == [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert run.metrics == [
+        json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_an_adapter_that_cannot_be_written_is_on_the_model_still(fresh, tmp_path, monkeypatch):
@@ -464,13 +588,23 @@ def test_an_adapter_that_cannot_be_written_is_on_the_model_still(fresh, tmp_path
 def test_learning_rates_follow_the_schedule(fresh, tmp_path, monkeypatch):
     rates, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self, *a, **k: rates.append(self.param_groups[0]["lr"]) or step(self, *a, **k)
+        torch.optim.AdamW,
+        "step",
+        lambda self, *a, **k: rates.append(self.param_groups[0]["lr"]) or step(self, *a, **k),
     )
     options = FAST | {"lr_scheduler": "linear", "lr_warmup_steps": 2, "learning_rate": 0.01}
     align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / "run", **options)
     assert rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
     with pytest.raises(ValueError, match="steps was 4, now 6"):  # the schedule would be another one
-        align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "run", resume=True, **options)
+        align(
+            fresh(),
+            brightness(),
+            PROMPTS,
+            steps=6,
+            output_dir=tmp_path / "run",
+            resume=True,
+            **options,
+        )
 
 
 @pytest.mark.parametrize(
@@ -485,7 +619,9 @@ def test_learning_rates_follow_the_schedule(fresh, tmp_path, monkeypatch):
 def test_more_settings_that_cannot_be_met(fresh, tmp_path, options, message):
     model = fresh()
     with pytest.raises(ValueError, match=message or "checkpoints_total_limit must be at least 1"):
-        align(model, brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **(FAST | options))
+        align(
+            model, brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **(FAST | options)
+        )
     assert lora.add(model, 2)  # nothing was left on it
 
 
@@ -493,7 +629,10 @@ def test_packages_that_are_missing_are_named_before_the_work(fresh, tmp_path):
     missing = {"log_with": "wandb", "use_8bit_adam": "bitsandbytes"}
     for option, package in missing.items():
         if importlib.util.find_spec(package) is None:
-            options = FAST | {option: True if option == "use_8bit_adam" else package, "output_dir": tmp_path / package}
+            options = FAST | {
+                option: True if option == "use_8bit_adam" else package,
+                "output_dir": tmp_path / package,
+            }
             with pytest.raises(ValueError, match=f"pip install {package}"):
                 align(fresh(), brightness(), PROMPTS, steps=2, **options)
 
@@ -507,7 +646,10 @@ def test_a_loss_scale_comes_down_and_training_goes_on(fresh, tmp_path, monkeypat
     def scaled(*arguments):
         accelerator = build(*arguments)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1000)
-        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # which accelerate has for GPUs only
+        accelerator.native_amp, accelerator.state._mixed_precision = (
+            True,
+            "fp16",
+        )  # which accelerate has for GPUs only
         accelerator.autocast = contextlib.nullcontext
         return accelerator
 
@@ -518,7 +660,14 @@ def test_a_loss_scale_comes_down_and_training_goes_on(fresh, tmp_path, monkeypat
     assert skipped[0] and not skipped[-1] and sorted(skipped, reverse=True) == skipped
     state = read(steps_of(run.folder)[12])[1]
     assert state["scaler"]["scale"] < 2.0**126
-    again = align(fresh(), lambda f, p: 1e6 * f.mean(dim=(1, 2, 3, 4)), PROMPTS, steps=13, resume=True, **options)
+    again = align(
+        fresh(),
+        lambda f, p: 1e6 * f.mean(dim=(1, 2, 3, 4)),
+        PROMPTS,
+        steps=13,
+        resume=True,
+        **options,
+    )
     assert "skipped" not in again.metrics[12]  # it starts with the scale that it had found
 
 
@@ -528,9 +677,23 @@ def one_run(directory, folder, steps):
 
     torch.set_num_threads(1)
     model = load(directory, dtype=torch.float32)
-    model.defaults |= {"num_inference_steps": 2, "num_frames": 2, "height": 16, "width": 16, "guidance_scale": 3.0}
+    model.defaults |= {
+        "num_inference_steps": 2,
+        "num_frames": 2,
+        "height": 16,
+        "width": 16,
+        "guidance_scale": 3.0,
+    }
     options = FAST | {"checkpoint_every": 1, "checkpoints_total_limit": 2, "resume": "latest"}
-    align(model, brightness(), PROMPTS, steps=steps, output_dir=folder, lr_scheduler="cosine", **options)
+    align(
+        model,
+        brightness(),
+        PROMPTS,
+        steps=steps,
+        output_dir=folder,
+        lr_scheduler="cosine",
+        **options,
+    )
 
 
 def test_twenty_kills_at_any_moment_change_not_one_byte(micro_directory, tmp_path):
@@ -542,7 +705,9 @@ def test_twenty_kills_at_any_moment_change_not_one_byte(micro_directory, tmp_pat
         process = fork.Process(target=one_run, args=(micro_directory, tmp_path / "killed", 30))
         process.start()
         before = len(reached) and reached[-1]
-        if draw.random() < 0.5:  # sometimes only when it has made progress, else the first steps would be all it does
+        if (
+            draw.random() < 0.5
+        ):  # sometimes only when it has made progress, else the first steps would be all it does
             while process.is_alive() and max(steps_of(tmp_path / "killed"), default=0) <= before:
                 time.sleep(0.005)
         process.join(draw.uniform(0, 0.4))
@@ -558,7 +723,9 @@ def test_twenty_kills_at_any_moment_change_not_one_byte(micro_directory, tmp_pat
     assert kills == 20 and reached == sorted(reached) and reached[-1] > 5
     one_run(micro_directory, tmp_path / "killed", 30)
     for name in ("adapter.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (tmp_path / "killed" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes(), name
 
 
 def test_reward_that_looks_at_prompts_gets_the_right_ones(fresh, tmp_path):
@@ -569,5 +736,7 @@ def test_reward_that_looks_at_prompts_gets_the_right_ones(fresh, tmp_path):
         assert len(prompts) == len(frames)
         return frames.mean(dim=(1, 2, 3, 4))
 
-    align(fresh(), reward(spy, per_frame=True), PROMPTS, steps=6, output_dir=tmp_path / "run", **FAST)
+    align(
+        fresh(), reward(spy, per_frame=True), PROMPTS, steps=6, output_dir=tmp_path / "run", **FAST
+    )
     assert seen == set(PROMPTS)

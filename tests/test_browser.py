@@ -116,7 +116,9 @@ def test_a_prompt_is_a_text_whatever_it_says(sampled):
 
 
 def test_a_slider_is_moved_by_keyboard(sampled):
-    handle = sampled.locator(".widget-slider", has_text=re.compile("^scale")).locator(".noUi-handle")
+    handle = sampled.locator(".widget-slider", has_text=re.compile("^scale")).locator(
+        ".noUi-handle"
+    )
     handle.focus()
     handle.press("ArrowLeft")
     handle.press("ArrowLeft")
@@ -124,7 +126,9 @@ def test_a_slider_is_moved_by_keyboard(sampled):
 
 
 def test_the_scrubber_shows_one_frame_without_the_kernel(sampled):
-    handle = sampled.locator(".widget-slider", has_text=re.compile("^frame")).locator(".noUi-handle")
+    handle = sampled.locator(".widget-slider", has_text=re.compile("^frame")).locator(
+        ".noUi-handle"
+    )
     handle.focus()
     for _ in range(3):
         handle.press("ArrowRight")
@@ -162,7 +166,9 @@ def test_a_clip_is_saved(sampled, folder):
 
 def test_controls_that_cannot_act_are_disabled(sampled):
     sampled.get_by_label("adapter", exact=True).select_option("none (base model)")
-    expect(sampled.get_by_text("Without an adapter there is nothing to scale or to mix.")).to_be_visible()
+    expect(
+        sampled.get_by_text("Without an adapter there is nothing to scale or to mix.")
+    ).to_be_visible()
     expect(sampled.get_by_label("mixed with")).to_be_disabled()
 
 
@@ -175,9 +181,13 @@ def test_a_run_is_watched_stopped_and_found_again_after_a_restart(address, folde
     expect(state).to_contain_text("press ■ in the toolbar")
     expect(state.locator("img[alt^='clips of step']").first).to_be_visible()
     page.get_by_role("button", name="Interrupt the kernel").click()
-    expect(page.locator(".jp-OutputArea-output", has_text=re.compile("^stopped after"))).to_be_visible()
+    expect(
+        page.locator(".jp-OutputArea-output", has_text=re.compile("^stopped after"))
+    ).to_be_visible()
     expect(page.locator(".vader", has_text="Training monitor").last).to_contain_text("stopped")
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert (folder / "run" / "adapter.safetensors").is_file()
 
     browser.menu(page, "Kernel", "^Restart Kernel and Clear Outputs of All Cells")
@@ -202,7 +212,9 @@ def test_a_run_is_stopped_from_another_notebook(address, folder, page, chromium)
         browser.run_all(other)
         other.get_by_role("button", name="stop and keep").click()
         expect(other.locator(".vader")).to_contain_text("stopped")
-    expect(page.locator(".jp-OutputArea-output", has_text=re.compile("^stopped after"))).to_be_visible()
+    expect(
+        page.locator(".jp-OutputArea-output", has_text=re.compile("^stopped after"))
+    ).to_be_visible()
 
 
 def test_one_compares_and_votes(address, folder, page):
@@ -216,7 +228,9 @@ def test_one_compares_and_votes(address, folder, page):
     handle.focus()
     handle.press("ArrowRight")
     handle.press("ArrowRight")
-    expect(panel.get_by_text("hps at frame 2")).to_be_visible()  # the curve's marker goes with the frame
+    expect(
+        panel.get_by_text("hps at frame 2")
+    ).to_be_visible()  # the curve's marker goes with the frame
     panel.get_by_label("gradient heat map").check()
     expect(panel.get_by_text("Heat map:").locator("visible=true")).to_have_count(1)
     panel.get_by_role("button", name="compare all prompts").click()
@@ -230,7 +244,12 @@ def test_one_compares_and_votes(address, folder, page):
         expect(button).to_be_enabled()
         expect(panel.get_by_text("aesthetic").locator("visible=true")).to_have_count(0)
         button.click()
-        wait_until(lambda number=number: len(votes.read_text().splitlines() if votes.exists() else []) == number, page)
+        wait_until(
+            lambda number=number: (
+                len(votes.read_text().splitlines() if votes.exists() else []) == number
+            ),
+            page,
+        )
     panel.get_by_role("button", name="show tally").click()
     expect(panel).to_contain_text("Win rate")
     panel.get_by_role("button", name="leave the blind vote").click()
@@ -271,7 +290,7 @@ def test_its_studies_answer(app, page):
     handle = composer.locator(".widget-slider", has_text=re.compile("^hps")).locator(".noUi-handle")
     handle.focus()
     handle.press("ArrowRight")
-    expect(composer.locator(".vader-code")).to_contain_text("1.05 * hps.normalised(")
+    expect(composer.locator(".vader-code")).to_contain_text("1.05 * hps.normalized(")
 
     explorer = panel_of(page, "Truncation")
     explorer.get_by_role("button", name="measure").click()
@@ -300,7 +319,9 @@ def test_the_playground_fits_a_phone(app, chromium):
 def seven(tmp_path_factory):
     """A JupyterLab whose kernel and page have ipywidgets 7.7."""
     place = tmp_path_factory.mktemp("seven")
-    python = browser.environment(place / "venv", "ipywidgets==7.7.5", "jupyterlab_widgets==1.1.11", "ipython_genutils")
+    python = browser.environment(
+        place / "venv", "ipywidgets==7.7.5", "jupyterlab_widgets==1.1.11", "ipython_genutils"
+    )
     lab_files = Path(sys.prefix) / "share" / "jupyter" / "lab"
     with browser.lab(place, python, f"--app-dir={lab_files}") as address:
         yield place, address
@@ -308,7 +329,12 @@ def seven(tmp_path_factory):
 
 def test_ipywidgets_7_does_the_same(seven, page):
     folder, address = seven
-    browser.notebook(folder / "sampler.ipynb", "import ipywidgets; print(ipywidgets.__version__)", SAMPLER, COMPARISON)
+    browser.notebook(
+        folder / "sampler.ipynb",
+        "import ipywidgets; print(ipywidgets.__version__)",
+        SAMPLER,
+        COMPARISON,
+    )
     browser.open_notebook(page, address, "sampler.ipynb")
     browser.run_all(page)
     expect(page.locator(".jp-OutputArea-output", has_text="7.7.5")).to_be_visible()
@@ -318,7 +344,9 @@ def test_ipywidgets_7_does_the_same(seven, page):
     box.fill(EVIL)
     box.press("Enter")
     expect(caption(page)).to_contain_text(EVIL)
-    handle = sampler.locator(".widget-slider", has_text=re.compile("^frame")).locator(".ui-slider-handle, .noUi-handle")
+    handle = sampler.locator(".widget-slider", has_text=re.compile("^frame")).locator(
+        ".ui-slider-handle, .noUi-handle"
+    )
     handle.focus()
     handle.press("ArrowRight")
     expect(sampler.locator(".vader-frames img[alt$='frame 1']")).to_be_visible()

@@ -18,7 +18,9 @@ FEW = ["num_inference_steps=2", "eval_prompts=2", "eval_training_prompts=1", "se
 
 def run(*arguments, cwd, **environment):
     command = [sys.executable, "-m", "vader_nb", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | environment
+    )
 
 
 def test_importing_is_instant_and_loads_no_torch():
@@ -53,7 +55,9 @@ def test_align_evaluate_and_sample(tmp_path):
     assert "report.html" in done.stdout
     rows = json.loads((folder / "evaluation.json").read_text())
     assert {row["group"] for row in rows} == {"training", "held-out"}
-    assert {"hps", "aesthetic", "motion", "diversity", "oracle: colour and shape"} <= {row["metric"] for row in rows}
+    assert {"hps", "aesthetic", "motion", "diversity", "oracle: color and shape"} <= {
+        row["metric"] for row in rows
+    }
     assert all(row["low"] <= row["difference"] <= row["high"] for row in rows)
     for clip in ("group-0.gif", "group-0.mp4", "group-1.gif", "group-1.mp4"):
         assert (folder / "clips" / clip).stat().st_size > 1000
@@ -61,7 +65,9 @@ def test_align_evaluate_and_sample(tmp_path):
     for part in ("<svg", "data:image/gif;base64", "learning_rate", "transformers"):
         assert part in report
     links = re.findall(r'(?:src|href)="([^"]*)"', report)
-    assert links and all(link.startswith(("data:", "#")) for link in links)  # it needs no other file
+    assert links and all(
+        link.startswith(("data:", "#")) for link in links
+    )  # it needs no other file
 
     done = run("align", "steps=2", "name=first", *FEW, cwd=tmp_path)
     assert done.returncode == 2 and "holds another run" in done.stderr
@@ -70,7 +76,12 @@ def test_align_evaluate_and_sample(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
-    again = ["steps=4", "batch_size=2", "resume=runs/first/checkpoints/step-000002", "evaluation=false"]
+    again = [
+        "steps=4",
+        "batch_size=2",
+        "resume=runs/first/checkpoints/step-000002",
+        "evaluation=false",
+    ]
     done = run("align", *again, *FEW, cwd=tmp_path)  # a checkpoint knows its run
     assert done.returncode == 0, done.stderr
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
@@ -83,7 +94,10 @@ def test_align_evaluate_and_sample(tmp_path):
     words = ["a red star <b>", "../x", "adapter=runs/first", "scale=1.5", "num_inference_steps=1"]
     done = run("sample", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "runs" / "samples").iterdir()) == ["seed-0.gif", "seed-1.gif"]
+    assert sorted(p.name for p in (tmp_path / "runs" / "samples").iterdir()) == [
+        "seed-0.gif",
+        "seed-1.gif",
+    ]
 
 
 def test_prompt_files_as_editors_write_them(tmp_path):
@@ -105,7 +119,9 @@ def test_a_report_escapes_what_users_wrote(tmp_path):
 
     evil = "<script>alert(1)</script>"
     clip = torch.rand(1, 2, 3, 8, 8)
-    evaluation = Evaluation([Row(evil, evil, 0, 1, 1, 0.5, 1.5, 3)], {evil: ([evil], clip, clip)}, 8)
+    evaluation = Evaluation(
+        [Row(evil, evil, 0, 1, 1, 0.5, 1.5, 3)], {evil: ([evil], clip, clip)}, 8
+    )
     for page in (
         evaluation.report(tmp_path / "r.html").read_text(),
         Gallery({evil: [Video(clip[0], 8, evil)]}).to_html(),
@@ -149,18 +165,26 @@ def test_mistakes_are_one_line_and_a_failure(tmp_path, arguments, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("align resume=latest", "resume=latest goes on with the run of a name, and there is none: write name="),
+        (
+            "align resume=latest",
+            "resume=latest goes on with the run of a name, and there is none: write name=",
+        ),
         ("align resume=true", "resume=true goes on with the run of a name"),
         ("align resume=nowhere", "nowhere is no checkpoint"),
         ("align seeds_per_prompt=0", "seeds_per_prompt must be at least 1, got 0"),
-        ("align validation_steps=1 eval_training_prompts=0 prompts=hps_custom", "no prompts to evaluate: .*held_out="),
+        (
+            "align validation_steps=1 eval_training_prompts=0 prompts=hps_custom",
+            "no prompts to evaluate: .*held_out=",
+        ),
         ("evaluate eval_training_prompts=0 prompts=animals", "no prompts to evaluate"),
         ("evaluate clips=-1", "clips must be at least 1, got -1"),
         ("evaluate clips=0", "clips must be at least 1, got 0"),
         ("evaluate eval_batch_size=0", "eval_batch_size must be at least 1"),
     ],
 )
-def test_more_mistakes_found_before_anything_is_loaded(tmp_path, monkeypatch, capsys, words, message):
+def test_more_mistakes_found_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys, words, message
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vader_nb.models.load", lambda *arguments, **options: pytest.fail("loaded"))
     with pytest.raises(SystemExit):
@@ -171,10 +195,14 @@ def test_more_mistakes_found_before_anything_is_loaded(tmp_path, monkeypatch, ca
 def test_what_a_validation_looked_at_is_said(capsys, tiny):
     words = ["prompts=animals", "num_inference_steps=1", "validation_steps=1"]
     arguments = config.read(config.Align, words)
-    cli.validation(arguments, tiny, brightness(), cli.groups_of(arguments, cli.prompts_of(arguments)))
+    cli.validation(
+        arguments, tiny, brightness(), cli.groups_of(arguments, cli.prompts_of(arguments))
+    )
     assert "validation_steps measures training prompts" in capsys.readouterr().err
     arguments = config.read(config.Align, [*words, "held_out=hps_custom"])
-    cli.validation(arguments, tiny, brightness(), cli.groups_of(arguments, cli.prompts_of(arguments)))
+    cli.validation(
+        arguments, tiny, brightness(), cli.groups_of(arguments, cli.prompts_of(arguments))
+    )
     assert not capsys.readouterr().err
 
 
@@ -188,7 +216,9 @@ def test_what_a_validation_looked_at_is_said(capsys, tiny):
 )
 def test_memory_takes_the_frames_that_align_would(monkeypatch, words, frames):
     asked = {}
-    monkeypatch.setattr(sys.modules["vader_nb.memory"], "memory", lambda **options: asked.update(options))
+    monkeypatch.setattr(
+        sys.modules["vader_nb.memory"], "memory", lambda **options: asked.update(options)
+    )
     cli.main(["memory", "model=tiny", *words])
     assert asked["frames"] == frames
 
@@ -200,19 +230,36 @@ def test_bad_adapter_files(tmp_path, kind):
         path.write_bytes(b"\x80\x04K\x01." if kind == "pickle" else b"\x10\x00")
     done = run("evaluate", path, *FEW, cwd=tmp_path)
     assert done.returncode == 2
-    assert {"absent": "no adapter file", "pickle": "is a pickle", "truncated": "not a complete safetensors"}[
-        kind
-    ] in done.stderr
+    assert {
+        "absent": "no adapter file",
+        "pickle": "is a pickle",
+        "truncated": "not a complete safetensors",
+    }[kind] in done.stderr
 
 
 def launch(*arguments, cwd, processes=1):
     """accelerate's own launcher, as VADER's README uses it."""
     how = ["--cpu", "--num_processes", "1"]
     if processes > 1:
-        how = ["--config_file", run("engine", "cpu", cwd=cwd).stdout.strip(), "--num_processes", str(processes)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how, "-m", "vader_nb", *map(str, arguments)]
+        how = [
+            "--config_file",
+            run("engine", "cpu", cwd=cwd).stdout.strip(),
+            "--num_processes",
+            str(processes),
+        ]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *how,
+        "-m",
+        "vader_nb",
+        *map(str, arguments),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+    )
 
 
 QUICK = ["steps=1", "batch_size=1", "num_inference_steps=2", "evaluation=false"]
@@ -227,26 +274,48 @@ def test_vaders_training_commands(tmp_path, reward):
     assert config["gradient_accumulation_steps"] == 4
     asked = {"aesthetic": "aesthetic towards 10", "hps": "hps", "actpred": "action"}[reward]
     assert asked in config["reward"]
-    assert ("the embedded model" in done.stderr) and ("its captions are used" in done.stderr) == (reward == "actpred")
+    assert ("the embedded model" in done.stderr) and ("its captions are used" in done.stderr) == (
+        reward == "actpred"
+    )
 
 
 def test_two_processes_train_watch_and_evaluate(tmp_path):
     """What a user with two GPUs types, on the CPU: training with a validation, evaluation, then VADER's evaluation."""
-    words = ["steps=4", "batch_size=1", "validation_steps=2", "checkpoint_every=1", "checkpoints_total_limit=1"]
+    words = [
+        "steps=4",
+        "batch_size=1",
+        "validation_steps=2",
+        "checkpoint_every=1",
+        "checkpoints_total_limit=1",
+    ]
     words += ["held_out_reward=aesthetic", "reward=hps", "log_with=tensorboard", "name=two", *FEW]
     done = launch("align", *words, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "two"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    scored = {row["step"]: row["validation/aesthetic"] for row in rows if "validation/aesthetic" in row}
+    scored = {
+        row["step"]: row["validation/aesthetic"] for row in rows if "validation/aesthetic" in row
+    }
     assert list(scored) == [2, 4]
     best = max(scored, key=scored.get)
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {f"step-{best:06d}", "step-000004"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+        f"step-{best:06d}",
+        "step-000004",
+    }
     assert f"step-{best:06d}" in done.stdout and done.stdout.count("trained 4 steps") == 1
-    assert {row["metric"]: row["held_out"] for row in json.loads((folder / "evaluation.json").read_text())}["aesthetic"]
+    assert {
+        row["metric"]: row["held_out"]
+        for row in json.loads((folder / "evaluation.json").read_text())
+    }["aesthetic"]
     assert list(folder.rglob("events.out.tfevents*"))
-    words = ["only_val=True", "num_only_val_itrs=2", "val_batch_size=2", "lora_path=runs/two", "num_inference_steps=2"]
+    words = [
+        "only_val=True",
+        "num_only_val_itrs=2",
+        "val_batch_size=2",
+        "lora_path=runs/two",
+        "num_inference_steps=2",
+    ]
     done = launch("evaluate", *words, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     rows = json.loads((folder / "evaluation" / "evaluation.json").read_text())
@@ -254,6 +323,6 @@ def test_two_processes_train_watch_and_evaluate(tmp_path):
 
 
 def test_check_in_a_shell(tmp_path):
-    done = run("check", "colourfulness", cwd=tmp_path)
+    done = run("check", "colorfulness", cwd=tmp_path)
     assert done.returncode == 0
     assert "fit for training" in done.stdout

@@ -38,11 +38,22 @@ def test_three_ways_to_write_the_same(words):
 
 def test_values_keep_their_shape():
     got = read(
-        Align, ["reward=hps + 0.02 * aesthetic", "frames=0,4,-1", "name=007", "output_dir=a=b", "prompts=null x"]
+        Align,
+        [
+            "reward=hps + 0.02 * aesthetic",
+            "frames=0,4,-1",
+            "name=007",
+            "output_dir=a=b",
+            "prompts=null x",
+        ],
     )
     assert (got.reward, got.frames, got.output_dir) == ("hps + 0.02 * aesthetic", "0,4,-1", "a=b")
     assert (got.name, got.prompts) == ("007", "null x")
-    assert read(Sample, ["a red star", "../x", "prompts=a=b", "seed=3"]).prompts == ["a red star", "../x", "a=b"]
+    assert read(Sample, ["a red star", "../x", "prompts=a=b", "seed=3"]).prompts == [
+        "a red star",
+        "../x",
+        "a=b",
+    ]
     assert read(Evaluate, ["runs/first", "scale=0.5"]).adapter == "runs/first"
 
 
@@ -80,10 +91,21 @@ def test_the_steps_that_learn_with_a_shipped_configuration(words, strategy):
 def test_vaders_names_in_a_file(tmp_path, capsys):
     """As on the command line: together with all other keys, in either's names; ours, and those that come later, win."""
     path = tmp_path / "mine.yaml"
-    path.write_text("lora_rank: 3\nbackprop_mode: specific\nddim_steps: 20\nreward_fn: hps\nseed: 7\n")
+    path.write_text(
+        "lora_rank: 3\nbackprop_mode: specific\nddim_steps: 20\nreward_fn: hps\nseed: 7\n"
+    )
     got = read(Align, [f"config={path}"])
-    assert (got.rank, got.strategy, got.K, got.num_inference_steps, got.seed) == (3, "last", 5, 20, 7)
-    assert "VADER's lora_rank, backprop_mode, ddim_steps, reward_fn read as: " in capsys.readouterr().err
+    assert (got.rank, got.strategy, got.K, got.num_inference_steps, got.seed) == (
+        3,
+        "last",
+        5,
+        20,
+        7,
+    )
+    assert (
+        "VADER's lora_rank, backprop_mode, ddim_steps, reward_fn read as: "
+        in capsys.readouterr().err
+    )
     got = read(Align, [f"config={path}", "num_inference_steps=30", "rank=4", "hps_version=v2.0"])
     assert (got.rank, got.K, got.num_inference_steps, got.reward) == (4, 15, 30, "hps('v2.0')")
 
@@ -91,7 +113,10 @@ def test_vaders_names_in_a_file(tmp_path, capsys):
 def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "torn.yaml").write_text("steps: [1\nfoo")
     (tmp_path / "list.yaml").write_text("- steps\n")
-    for name, message in {"torn.yaml": "torn.yaml is not YAML: ", "list.yaml": "list.yaml holds no keys"}.items():
+    for name, message in {
+        "torn.yaml": "torn.yaml is not YAML: ",
+        "list.yaml": "list.yaml holds no keys",
+    }.items():
         with pytest.raises(ValueError, match=message) as error:
             read(Align, [f"config={tmp_path / name}"])
         assert "\n" not in str(error.value)
@@ -135,11 +160,16 @@ def test_every_key_is_in_the_help():
 
 
 def test_vaders_command_as_its_readme_writes_it(capsys):
-    got = read(Align, ["gradient_accumulation_steps=4", "prompt_fn=hps_custom", "reward_fn=aesthetic"])
+    got = read(
+        Align, ["gradient_accumulation_steps=4", "prompt_fn=hps_custom", "reward_fn=aesthetic"]
+    )
     assert got.gradient_accumulation_steps == 4
     assert (got.prompts, got.reward) == ("hps_custom", "0.1 * aesthetic().towards(10)")
     assert "VADER's prompt_fn, reward_fn read as: prompts=hps_custom" in capsys.readouterr().err
-    got = read(Evaluate, ["only_val=True", "num_only_val_itrs=1000", "val_batch_size=4", "lora_path=runs/mine"])
+    got = read(
+        Evaluate,
+        ["only_val=True", "num_only_val_itrs=1000", "val_batch_size=4", "lora_path=runs/mine"],
+    )
     assert (got.clips, got.eval_batch_size, got.adapter) == (4000, 4, "runs/mine")
     assert read(Evaluate, ["only_val=True", "lora_path="]).adapter is None
 
@@ -151,16 +181,25 @@ def test_vaders_command_as_its_readme_writes_it(capsys):
         ({"reward_fn": "hps", "hps_version": "v2.0"}, {"reward": "hps('v2.0')"}),
         ({"reward_fn": "actpred"}, {"reward": "action", "frames": "nth:2"}),
         ({"reward_fn": "actpred", "decode_frame": "all"}, {"reward": "action", "frames": "all"}),
-        ({"reward_fn": "objectDetection", "target_object": "cup"}, {"reward": "object_removal('cup')"}),
+        (
+            {"reward_fn": "objectDetection", "target_object": "cup"},
+            {"reward": "object_removal('cup')"},
+        ),
         ({"decode_frame": "-1"}, {"frames": "random:1"}),
         ({"decode_frame": -1}, {"frames": "random:1"}),
         ({"decode_frame": "fml"}, {"frames": "ends"}),
         ({"decode_frame": "7"}, {"frames": "7"}),
         ({"backprop_mode": "rand"}, {"strategy": "random", "K": None}),
         # from the step with index 15 to the end
-        ({"backprop_mode": "specific", "ddim_steps": 25}, {"strategy": "last", "K": 10, "num_inference_steps": 25}),
+        (
+            {"backprop_mode": "specific", "ddim_steps": 25},
+            {"strategy": "last", "K": 10, "num_inference_steps": 25},
+        ),
         ({"use_wandb": "False", "logger_type": "wandb"}, {"log_with": None}),
-        ({"lr": 2e-4, "lora_rank": 16, "frames": 12}, {"learning_rate": 2e-4, "rank": 16, "num_frames": 12}),
+        (
+            {"lr": 2e-4, "lora_rank": 16, "frames": 12},
+            {"learning_rate": 2e-4, "rank": 16, "num_frames": 12},
+        ),
         ({"pretrained_model_path": "damo-vilab/text-to-video-ms-1.7b"}, {"model": "modelscope"}),
     ],
 )
@@ -169,7 +208,10 @@ def test_vaders_arguments(given, ours):
 
 
 def test_every_translated_name_is_one_of_ours():
-    known = {f.name for kind in (Align, Evaluate) for f in fields(kind)} | {translate.REWARD, translate.STEPS}
+    known = {f.name for kind in (Align, Evaluate) for f in fields(kind)} | {
+        translate.REWARD,
+        translate.STEPS,
+    }
     for source, table in translate.NAMES.items():
         assert {to.ours for to in table.values() if to.ours} <= known, source
         for name, to in table.items():
@@ -255,7 +297,9 @@ VIDEOCRAFTER_SH = """
 accelerate launch --multi_gpu main.py --mode 'base' --ckpt_path x.ckpt \\
   --prompt_fn 'chatgpt_inference' --reward_fn rainy --backprop_mode rand  # it's raining
 """
-OPEN_SORA_SH = "accelerate launch main.py config.py --num-frames 2s --resolution 240p --prompt-path p.txt\n"
+OPEN_SORA_SH = (
+    "accelerate launch main.py config.py --num-frames 2s --resolution 240p --prompt-path p.txt\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -263,8 +307,16 @@ OPEN_SORA_SH = "accelerate launch main.py config.py --num-frames 2s --resolution
     [
         (
             VIDEOCRAFTER_SH,
-            {"reward": "rainy('rainy_reward.pt')", "strategy": "random", "K": None, "prompts": "tiny"},
-            ["the script is VideoCrafter's, another family", "no prompts are named 'chatgpt_inference' here"],
+            {
+                "reward": "rainy('rainy_reward.pt')",
+                "strategy": "random",
+                "K": None,
+                "prompts": "tiny",
+            },
+            [
+                "the script is VideoCrafter's, another family",
+                "no prompts are named 'chatgpt_inference' here",
+            ],
         ),
         (
             OPEN_SORA_SH,
@@ -317,7 +369,10 @@ def test_shipped_configurations(path):
 def test_engines_are_read_by_accelerate_and_build_their_plugins(name, tmp_path):
     """accelerate's own launcher reads the file and hands the environment to a script, which builds the plugin of it."""
     path = subprocess.run(
-        [sys.executable, "-m", "vader_nb", "engine", name], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "vader_nb", "engine", name],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     code = f"""
 import os
@@ -339,7 +394,9 @@ else:
     else:
         print("processes", arguments.num_processes)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     expected = {
         "cpu": "processes 2",

@@ -12,7 +12,16 @@ import torch
 from vader_nb import Sampling, lora, prompts, rewards, sample
 from vader_nb.align import Run
 from vader_nb.best import Validation, best_checkpoint, choose
-from vader_nb.evaluate import BASE, compared, evaluate, interval, motion, thumbnails, videomae_features, widened
+from vader_nb.evaluate import (
+    BASE,
+    compared,
+    evaluate,
+    interval,
+    motion,
+    thumbnails,
+    videomae_features,
+    widened,
+)
 
 from .test_gradient import adapted
 
@@ -23,7 +32,9 @@ def test_an_adapter_that_does_nothing_makes_no_difference(micro):
     adapter = lora.add(micro, rank=2)
     evaluation = evaluate(micro, adapter, rewards.brightness(), GROUPS, progress=False)
     assert {row.metric for row in evaluation.rows} == {"brightness", "motion", "diversity"}
-    assert all(row.difference == row.low == row.high == 0 and not row.clear for row in evaluation.rows)
+    assert all(
+        row.difference == row.low == row.high == 0 and not row.clear for row in evaluation.rows
+    )
     assert evaluation.row("held-out", "motion").prompts == 3
     assert all(row.win_rate == 0.5 for row in evaluation.rows)  # ties
     with pytest.raises(KeyError, match="'training', 'brightness'"):
@@ -33,7 +44,13 @@ def test_an_adapter_that_does_nothing_makes_no_difference(micro):
 def test_base_and_adapter_are_what_sampling_gives(micro):
     adapter = adapted(micro)
     evaluation = evaluate(
-        micro, adapter, rewards.brightness(), {"all": GROUPS["training"]}, seeds_per_prompt=1, seed=7, progress=False
+        micro,
+        adapter,
+        rewards.brightness(),
+        {"all": GROUPS["training"]},
+        seeds_per_prompt=1,
+        seed=7,
+        progress=False,
     )
     prompts, base, after = evaluation.clips["all"]
     assert prompts == GROUPS["training"]
@@ -71,7 +88,10 @@ def test_with_model_offload_a_judge_has_its_turn_and_leaves(micro):
 def test_oracles_join_in_for_captions_of_the_world(tiny):
     adapter = lora.add(tiny, rank=1)
     try:
-        captions = ["a red star moving left on a white background", "a blue circle growing on a black background"]
+        captions = [
+            "a red star moving left on a white background",
+            "a blue circle growing on a black background",
+        ]
         evaluation = evaluate(
             tiny,
             adapter,
@@ -83,7 +103,7 @@ def test_oracles_join_in_for_captions_of_the_world(tiny):
     finally:
         adapter.remove()
     judged = {r.metric for r in evaluation.rows if r.held_out}
-    assert {"oracle: colour", "oracle: shape", "oracle: motion", "oracle: ground"} <= judged
+    assert {"oracle: color", "oracle: shape", "oracle: motion", "oracle: ground"} <= judged
     assert not {"brightness", "motion", "diversity"} & judged
 
 
@@ -108,7 +128,9 @@ def test_several_adapters_are_each_what_it_is_alone(micro, weaker, tmp_path):
     folder, strong = weaker
     before = {name: value.clone() for name, value in micro.denoiser.state_dict().items()}
     options = {"progress": False, "batch_size": 2}
-    both = evaluate(micro, {"weak": folder, "strong": strong}, rewards.brightness(), GROUPS, **options)
+    both = evaluate(
+        micro, {"weak": folder, "strong": strong}, rewards.brightness(), GROUPS, **options
+    )
     assert {row.name for row in both.rows} == {"weak", "strong"}
     for name, entry in {"weak": folder / "adapter.safetensors", "strong": strong}.items():
         alone = evaluate(micro, {name: entry}, rewards.brightness(), GROUPS, **options)
@@ -116,18 +138,28 @@ def test_several_adapters_are_each_what_it_is_alone(micro, weaker, tmp_path):
     weak, strongest = (both.row("training", "brightness", name) for name in ("weak", "strong"))
     assert weak.base == strongest.base and weak.adapter != strongest.adapter
     nothing = evaluate(micro, None, rewards.brightness(), GROUPS, **options)
-    assert nothing.row("training", "brightness").base == weak.base  # the adapter on the model has no part in it
+    assert (
+        nothing.row("training", "brightness").base == weak.base
+    )  # the adapter on the model has no part in it
     assert nothing.row("training", "brightness").difference is None and "brightness" in str(nothing)
 
     after = micro.denoiser.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
     strong.remove()  # it was back on the model, the same object as ever
     assert not any("lora" in name for name in micro.denoiser.state_dict())
 
     prompts, *clips = both.clips["held-out"]
-    assert len(prompts) == 6 and len(clips) == 3 and list(both.gallery("held-out").rows) == [BASE, "weak", "strong"]
+    assert (
+        len(prompts) == 6
+        and len(clips) == 3
+        and list(both.gallery("held-out").rows) == [BASE, "weak", "strong"]
+    )
     both.save(tmp_path)
-    assert {"weak", "strong"} == {row["name"] for row in json.loads((tmp_path / "evaluation.json").read_text())}
+    assert {"weak", "strong"} == {
+        row["name"] for row in json.loads((tmp_path / "evaluation.json").read_text())
+    }
     assert len(list((tmp_path / "clips").iterdir())) == 4
     nothing.save(tmp_path / "base")
     for evaluation in (both, nothing):
@@ -159,10 +191,15 @@ def test_wrong_adapters_are_found_before_the_work(micro, weaker, tmp_path):
 
 def test_held_out_rewards_are_marked(micro, weaker, tmp_path):
     evaluation = evaluate(
-        micro, weaker[0], 2.0 * rewards.brightness(), GROUPS, held_out=[rewards.colourfulness()], progress=False
+        micro,
+        weaker[0],
+        2.0 * rewards.brightness(),
+        GROUPS,
+        held_out=[rewards.colorfulness()],
+        progress=False,
     )
-    assert {row.metric for row in evaluation.rows if row.held_out} == {"colourfulness"}
-    assert "colourfulness †" in str(evaluation) and "† not trained on" in str(evaluation)
+    assert {row.metric for row in evaluation.rows if row.held_out} == {"colorfulness"}
+    assert "colorfulness †" in str(evaluation) and "† not trained on" in str(evaluation)
     page = evaluation.report(tmp_path / "report.html").read_text()
     assert page.count("not trained on</span>") == 2  # once a group
 
@@ -170,13 +207,21 @@ def test_held_out_rewards_are_marked(micro, weaker, tmp_path):
 def test_a_report_escapes_names_too(micro, weaker, tmp_path):
     evil = "<script>alert(1)</script>"
     judge = rewards.reward(lambda frames, prompts: frames.mean(dim=(1, 2, 3, 4)), evil)
-    evaluation = evaluate(micro, {evil: weaker[0], "&": weaker[1]}, judge, {evil: [evil, "a red star"]}, progress=False)
+    evaluation = evaluate(
+        micro,
+        {evil: weaker[0], "&": weaker[1]},
+        judge,
+        {evil: [evil, "a red star"]},
+        progress=False,
+    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(evil)
     row = {"step": 1, "reward": 0.1, "grad_norm": 1.0}
     choice = choose({0: None, 20: tmp_path}, torch.zeros(2, 3, dtype=torch.float64), {}, evil)
     choice.verdict += evil
-    page = evaluation.report(tmp_path / "r.html", Run(weaker[1], [row, row], tmp_path / "run"), choice).read_text()
+    page = evaluation.report(
+        tmp_path / "r.html", Run(weaker[1], [row, row], tmp_path / "run"), choice
+    ).read_text()
     assert evil not in page and page.count("&lt;script&gt;") > 5
     assert page.count("<svg") == 3
 
@@ -205,10 +250,15 @@ def test_one_clip_without_a_score_spoils_its_own_row_only(micro, tmp_path):
         value = frames.mean(dim=(1, 2, 3, 4))
         return value * torch.tensor([1.0, float("nan"), *[1.0] * (len(value) - 2)])
 
-    evaluation = evaluate(micro, adapted(micro), [moody, rewards.brightness()], GROUPS, progress=False)
+    evaluation = evaluate(
+        micro, adapted(micro), [moody, rewards.brightness()], GROUPS, progress=False
+    )
     row = evaluation.row("training", "moody")
     assert row.texts()[1:4] == ["nan", "nan", "nan to nan"] and not row.clear
-    assert "nan to nan" in str(evaluation) and "nan" not in evaluation.row("training", "brightness").texts()
+    assert (
+        "nan to nan" in str(evaluation)
+        and "nan" not in evaluation.row("training", "brightness").texts()
+    )
     evaluation.save(tmp_path)
     assert "nan to nan" in evaluation.report(tmp_path / "report.html").read_text()
 
@@ -217,7 +267,10 @@ def test_a_checkpoint_without_a_score_is_not_the_best_and_hides_no_difference():
     means = judged(0, 1, 2, 1.5, 1)
     means[1, 3] = float("nan")
     choice = choose(STEPS, means, RISING, "pick")
-    assert choice.step == 40 and choice.verdict == "the reward still rises, the held-out one fell since step 40"
+    assert (
+        choice.step == 40
+        and choice.verdict == "the reward still rises, the held-out one fell since step 40"
+    )
 
 
 def test_a_few_prompts_make_nothing_clear():
@@ -271,14 +324,26 @@ def judged(*means, prompts=16, noise=0.1):
     generator = torch.Generator().manual_seed(1)
     easy = torch.randn(1, prompts, generator=generator, dtype=torch.float64)
     own = noise * torch.randn(len(means), prompts, generator=generator, dtype=torch.float64)
-    return torch.tensor(means, dtype=torch.float64)[:, None] + easy + own - own.mean(1, keepdim=True)
+    return (
+        torch.tensor(means, dtype=torch.float64)[:, None] + easy + own - own.mean(1, keepdim=True)
+    )
 
 
 @pytest.mark.parametrize(
     ("means", "trained", "best", "verdict"),
     [
-        ([0, 1, 2, 1.5, 1], RISING, 40, "the reward still rises, the held-out one fell since step 40"),
-        ([0, 1, 2, 1.5, 1], FLAT, 40, "the reward stays about where it was, the held-out one fell since step 40"),
+        (
+            [0, 1, 2, 1.5, 1],
+            RISING,
+            40,
+            "the reward still rises, the held-out one fell since step 40",
+        ),
+        (
+            [0, 1, 2, 1.5, 1],
+            FLAT,
+            40,
+            "the reward stays about where it was, the held-out one fell since step 40",
+        ),
         (
             [0, 1, 2, 1.5, 1],
             {s: -r for s, r in RISING.items()},
@@ -286,10 +351,20 @@ def judged(*means, prompts=16, noise=0.1):
             "the reward falls too, the held-out one fell since",
         ),
         ([0, 1, 2, 1.5, 1], {}, 40, "whatever the reward did, the held-out one fell since step 40"),
-        ([0, 1, 2, 3, 4], RISING, 80, "the held-out reward is highest at the last checkpoint, step 80"),
+        (
+            [0, 1, 2, 3, 4],
+            RISING,
+            80,
+            "the held-out reward is highest at the last checkpoint, step 80",
+        ),
         ([0, 1, 2.01, 2, 2], RISING, 40, "no clear difference between step 40, where"),
         ([0, 0, 0.01, 0, 0], RISING, 40, "step 40 is not clearly better than the base model"),
-        ([3, 0, 2, 1.5, 1], RISING, 40, "fell since step 40; even there it is below the base model's"),
+        (
+            [3, 0, 2, 1.5, 1],
+            RISING,
+            40,
+            "fell since step 40; even there it is below the base model's",
+        ),
     ],
 )
 def test_the_verdict_says_what_the_intervals_bear(means, trained, best, verdict):
@@ -317,9 +392,20 @@ def test_nothing_fell_where_nothing_happened():
 def test_the_best_checkpoint_of_a_run(micro, weaker, tmp_path):
     """Real adapters of a real model; the held-out reward is what one of them does most of."""
     folder, strong = weaker
-    groups = {"all": [f"a {colour} {shape}" for colour in ("red", "blue") for shape in ("star", "circle", "square")]}
+    groups = {
+        "all": [
+            f"a {color} {shape}"
+            for color in ("red", "blue")
+            for shape in ("star", "circle", "square")
+        ]
+    }
     options = {"seeds_per_prompt": 1, "progress": False}
-    up = evaluate(micro, strong, rewards.brightness(), groups, **options).row("all", "brightness").difference > 0
+    up = (
+        evaluate(micro, strong, rewards.brightness(), groups, **options)
+        .row("all", "brightness")
+        .difference
+        > 0
+    )
     held_out = rewards.brightness() * (1.0 if up else -1.0)
     run = tmp_path / "run"
     for step, scale in ((20, 0.5), (40, 1.0), (60, 0.25)):
@@ -334,7 +420,9 @@ def test_the_best_checkpoint_of_a_run(micro, weaker, tmp_path):
     (run / "checkpoints" / "step-000080.part").mkdir()
     rows = [{"step": step, "reward": RISING[step], "grad_norm": 1.0} for step in range(1, 61)]
     rows[10] = {"step": 11, "skipped": "not finite"}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 61, "rew')
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 61, "rew'
+    )
 
     choice = best_checkpoint(run, micro, held_out, groups["all"], **options)
     assert [point.step for point in choice.points] == [0, 20, 40, 60]
@@ -343,7 +431,9 @@ def test_the_best_checkpoint_of_a_run(micro, weaker, tmp_path):
     assert choice.points[2].held_out == pytest.approx(row.adapter, abs=1e-9)
     assert choice.points[0].held_out == pytest.approx(row.base, abs=1e-9)
     assert choice.best.held_out == max(point.held_out for point in choice.points[1:])
-    assert choice.points[1].reward == pytest.approx(sum(RISING[s] for s in range(1, 21) if s != 11) / 19)
+    assert choice.points[1].reward == pytest.approx(
+        sum(RISING[s] for s in range(1, 21) if s != 11) / 19
+    )
     assert (choice.path / "adapter.safetensors").is_file()
     assert strong.layers and any("lora" in name for name in micro.denoiser.state_dict())
     with pytest.raises(FileNotFoundError, match="is this a run's folder"):
@@ -372,7 +462,13 @@ def test_two_processes_find_what_one_does(micro_directory, weaker, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     for name, launcher in (("one", []), ("two", [*torchrun, "--rdzv-endpoint=localhost:0"])):
-        command = [sys.executable, *launcher, str(tmp_path / "worker.py"), str(micro_directory), str(weaker[0])]
+        command = [
+            sys.executable,
+            *launcher,
+            str(tmp_path / "worker.py"),
+            str(micro_directory),
+            str(weaker[0]),
+        ]
         subprocess.run([*command, str(tmp_path / name)], check=True, env=environment, timeout=300)
     one, *both = (tmp_path / f"{name}.json" for name in ("one-rank0", "two-rank0", "two-rank1"))
     assert one.read_text() == both[0].read_text() == both[1].read_text()
@@ -391,8 +487,15 @@ def test_many_clips_are_not_kept(micro, monkeypatch):
         return frames.mean(dim=(1, 2, 3, 4))
 
     texts = prompts.nouns_activities()[:40]
-    options = {"sampling": Sampling(num_inference_steps=1), "seeds_per_prompt": 1, "keep": 3, "progress": False}
+    options = {
+        "sampling": Sampling(num_inference_steps=1),
+        "seeds_per_prompt": 1,
+        "keep": 3,
+        "progress": False,
+    }
     evaluation = evaluate(micro, None, spy, {"all": texts}, **options)
     assert sum(alive) == 40 and evaluation.row("all", "spy").prompts == 40
     assert [len(clips) for clips in evaluation.clips["all"]] == [3, 3]
-    assert evaluation.clips["all"][1].untyped_storage().nbytes() == evaluation.clips["all"][1].nbytes
+    assert (
+        evaluation.clips["all"][1].untyped_storage().nbytes() == evaluation.clips["all"][1].nbytes
+    )

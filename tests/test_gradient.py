@@ -51,11 +51,16 @@ STRATEGIES = [
 
 def frame_wise(frames, prompts):
     """Nonlinear, so that a wrong mean over frames shows."""
-    return (frames.square() * torch.linspace(0.5, 1.5, frames.shape[-1], dtype=frames.dtype)).mean(dim=(1, 2, 3, 4))
+    return (frames.square() * torch.linspace(0.5, 1.5, frames.shape[-1], dtype=frames.dtype)).mean(
+        dim=(1, 2, 3, 4)
+    )
 
 
 def clip_wise(frames, prompts):
-    return -frames.diff(dim=1).square().sum(dim=(1, 2, 3, 4)) / 100 + frames.mean(dim=(1, 2, 3, 4)) ** 3
+    return (
+        -frames.diff(dim=1).square().sum(dim=(1, 2, 3, 4)) / 100
+        + frames.mean(dim=(1, 2, 3, 4)) ** 3
+    )
 
 
 REWARDS = {"frames": reward(frame_wise, per_frame=True), "clip": reward(clip_wise)}
@@ -77,7 +82,9 @@ def plain_autograd(model, adapter, reward, sampling, strategy, frames):
     Follows the papers' definitions, not the package's plan: each branch detaches what its paper detaches."""
     sampling = sampling.filled(model)
     generator = torch.Generator().manual_seed(0)
-    plan = strategy.plan(sampling.num_inference_steps, generator)  # only to draw the same random numbers
+    plan = strategy.plan(
+        sampling.num_inference_steps, generator
+    )  # only to draw the same random numbers
     chosen = frames.choose(sampling.num_frames, generator)
     conditioning = model.encode(PROMPTS)
     latents, generators = initial_noise(model, SEEDS, sampling)
@@ -131,8 +138,12 @@ def plain_autograd(model, adapter, reward, sampling, strategy, frames):
             fresh, t = model.new_scheduler(sampling.num_inference_steps), scheduler.timesteps[-1]
             noised = model.add_noise(fresh, clean, t, generators)
             output = denoise(fresh.scale_model_input(noised, t), t)
-            finals.append(model.step(fresh, output, t, noised, eta=sampling.eta, generators=generators))
-    value = torch.stack([as_reward(reward)(model.decode(final, chosen), PROMPTS) for final in finals]).mean(0)
+            finals.append(
+                model.step(fresh, output, t, noised, eta=sampling.eta, generators=generators)
+            )
+    value = torch.stack(
+        [as_reward(reward)(model.decode(final, chosen), PROMPTS) for final in finals]
+    ).mean(0)
     (-value.mean()).backward()
     return value.detach(), taken(adapter)
 
@@ -231,7 +242,14 @@ def test_every_setting_gives_the_same_gradient(micro, name, strategy, options):
         Sampling(guidance_scale=4.0, sequential_guidance=True, unconditional_gradient=False),
         Sampling(guidance_scale=1.0, sequential_guidance=True),
     ],
-    ids=["off", "both branches", "unconditional without", "sequential", "sequential, without", "sequential, off"],
+    ids=[
+        "off",
+        "both branches",
+        "unconditional without",
+        "sequential",
+        "sequential, without",
+        "sequential, off",
+    ],
 )
 def test_guidance_in_training(micro, sampling):
     setup = micro, adapted(micro), REWARDS["frames"], sampling, Last(2), Frames("all")
@@ -241,14 +259,19 @@ def test_guidance_in_training(micro, sampling):
 @pytest.mark.parametrize("strategy", [Last(1), Step(3), DRaFTLV(2)], ids=str)
 def test_sequential_guidance_gives_the_gradient_of_batched_guidance(micro, strategy):
     setup, rest = (micro, adapted(micro), REWARDS["frames"]), (strategy, Frames("all"))
-    batched, sequential = (staged(*setup, Sampling(sequential_guidance=flag), *rest)[1] for flag in (False, True))
+    batched, sequential = (
+        staged(*setup, Sampling(sequential_guidance=flag), *rest)[1] for flag in (False, True)
+    )
     assert (batched - sequential).norm() <= 1e-10 * batched.norm()
 
 
 def test_model_offload_gives_the_same_gradient_and_leaves_the_adapter_its_optimizer(micro):
     """On a CPU home and accelerator are one place, but the weights come and go as they do elsewhere."""
     adapter = adapted(micro)
-    ours, weights = adapter.parameters(), {n: p.clone() for n, p in micro.denoiser.named_parameters()}
+    ours, weights = (
+        adapter.parameters(),
+        {n: p.clone() for n, p in micro.denoiser.named_parameters()},
+    )
     setup = adapter, REWARDS["frames"], Sampling(), Last(2), Frames("all")
     before = staged(micro, *setup)
     micro.enable_model_cpu_offload()
@@ -262,7 +285,14 @@ def test_model_offload_gives_the_same_gradient_and_leaves_the_adapter_its_optimi
 def test_guidance_without_the_unconditional_gradient_is_another_gradient(micro):
     adapter = adapted(micro)
     both, one = (
-        staged(micro, adapter, REWARDS["frames"], Sampling(unconditional_gradient=flag), Last(1), Frames("all"))[1]
+        staged(
+            micro,
+            adapter,
+            REWARDS["frames"],
+            Sampling(unconditional_gradient=flag),
+            Last(1),
+            Frames("all"),
+        )[1]
         for flag in (True, False)
     )
     assert (both - one).norm() > 1e-3 * both.norm()
@@ -342,16 +372,26 @@ def test_replayed_latents_are_the_rolled_out_ones(micro):
     adapter, sampling = adapted(micro), Sampling(eta=1.0).filled(micro)
     latents, generators = initial_noise(micro, SEEDS, sampling)
     conditioning = micro.encode(PROMPTS)
-    rollout = roll_out(micro, conditioning, latents, sampling, generators=generators, adapter=adapter, window=3)
+    rollout = roll_out(
+        micro, conditioning, latents, sampling, generators=generators, adapter=adapter, window=3
+    )
     again = replay(
-        micro, conditioning, rollout, Plan(frozenset([1, 2, 3])), sampling, lambda active: torch.enable_grad()
+        micro,
+        conditioning,
+        rollout,
+        Plan(frozenset([1, 2, 3])),
+        sampling,
+        lambda active: torch.enable_grad(),
     )
     assert torch.equal(again, rollout.latents)
     # and recomputing the calls gives the noted outputs
     scheduler, x = copy.deepcopy(rollout.scheduler), rollout.start
     with torch.no_grad():
         output = micro.predict(
-            scheduler.scale_model_input(x, rollout.timesteps[0]), rollout.timesteps[0], conditioning, 3.0
+            scheduler.scale_model_input(x, rollout.timesteps[0]),
+            rollout.timesteps[0],
+            conditioning,
+            3.0,
         )
     assert torch.equal(output, rollout.outputs[0])
 
@@ -387,18 +427,30 @@ def test_half_precision_carries_gradients_that_are_too_small_for_it(micro_direct
     from vader_nb import load
 
     faint, found = 1e-4 * REWARDS["frames"], {}
-    adapter_values = [0.1 * p.float() for p in adapted(load(micro_directory, dtype=torch.float64)).parameters()]
+    adapter_values = [
+        0.1 * p.float() for p in adapted(load(micro_directory, dtype=torch.float64)).parameters()
+    ]
     for dtype in (torch.float16, torch.float64):
         model = load(micro_directory, dtype=dtype)
-        model.defaults |= {"num_inference_steps": 4, "num_frames": 2, "height": 32, "width": 32, "guidance_scale": 2.0}
+        model.defaults |= {
+            "num_inference_steps": 4,
+            "num_frames": 2,
+            "height": 32,
+            "width": 32,
+            "guidance_scale": 2.0,
+        }
         # Noise drawn in half precision is other noise: both start from the same.
-        noise = torch.randn(2, 4, 2, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        noise = torch.randn(
+            2, 4, 2, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
         model.initial_latents = lambda *_, noise=noise.to(dtype): noise
         adapter = adapted(model)
         with torch.no_grad():
             for p, value in zip(adapter.parameters(), adapter_values):
                 p.copy_(value)
-        found[dtype] = staged(model, adapter, faint, Sampling(), strategy, Frames("all"))[1].double()
+        found[dtype] = staged(model, adapter, faint, Sampling(), strategy, Frames("all"))[
+            1
+        ].double()
     half, exact = found.values()
     assert half @ exact > 0.99 * half.norm() * exact.norm()
     assert half.norm() == pytest.approx(exact.norm().item(), rel=0.05)
@@ -408,7 +460,9 @@ def test_half_precision_carries_gradients_that_are_too_small_for_it(micro_direct
 
 
 @pytest.mark.parametrize(
-    "strategy", [Last(6), Last(0), Step(6), Random(9), DRTune(6), DRTune(1, stop=5), ReFL(0), DRaFTLV(0)], ids=str
+    "strategy",
+    [Last(6), Last(0), Step(6), Random(9), DRTune(6), DRTune(1, stop=5), ReFL(0), DRaFTLV(0)],
+    ids=str,
 )
 def test_windows_that_do_not_fit_are_refused_before_any_work(micro, strategy):
     micro.predict = None  # any work would fail otherwise
@@ -443,7 +497,11 @@ def test_frames_that_do_not_exist_are_refused(micro, frames, message):
         (lambda frames, prompts: frames.mean(dim=(2, 3, 4)), ValueError, "one score a clip"),
         (lambda frames, prompts: 1.0, ValueError, "one score a clip"),
         (lambda frames, prompts: frames.detach().mean(dim=(1, 2, 3, 4)), ValueError, "no gradient"),
-        (lambda frames, prompts: frames.mean(dim=(1, 2, 3, 4)) * float("nan"), NonFinite, "not finite"),
+        (
+            lambda frames, prompts: frames.mean(dim=(1, 2, 3, 4)) * float("nan"),
+            NonFinite,
+            "not finite",
+        ),
     ],
     ids=["scalar", "a score a frame", "a number", "detached", "nan"],
 )

@@ -14,7 +14,11 @@ from .test_gradient import PROMPTS, SEEDS, adapted
 
 
 def weights(model):
-    return {name: p.detach().clone() for name, p in model.denoiser.named_parameters() if "lora_" not in name}
+    return {
+        name: p.detach().clone()
+        for name, p in model.denoiser.named_parameters()
+        if "lora_" not in name
+    }
 
 
 def test_a_fresh_adapter_changes_nothing(micro):
@@ -31,7 +35,9 @@ def test_same_seed_same_adapter_and_no_trace_in_the_global_generator(micro):
     first = [p.clone() for p in adapter.parameters()]
     assert torch.equal(torch.get_rng_state(), state)
     adapter.remove()
-    assert all(torch.equal(a, b) for a, b in zip(first, lora.add(micro, rank=2, seed=5).parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, lora.add(micro, rank=2, seed=5).parameters())
+    )
 
 
 def test_fused_is_the_adapter_and_leaves_the_base_bit_exact(micro):
@@ -66,11 +72,15 @@ def test_scale_goes_from_the_base_through_the_adapter_and_beyond(micro):
     with adapter.disabled():
         base = sample(micro, PROMPTS, seeds=SEEDS)
     adapter.scale = 0.0
-    torch.testing.assert_close(sample(micro, PROMPTS, seeds=SEEDS, adapter=adapter), base, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        sample(micro, PROMPTS, seeds=SEEDS, adapter=adapter), base, rtol=1e-12, atol=1e-12
+    )
     distances = []
     for scale in (0.25, 0.5, 1.0, 1.5):
         adapter.scale = scale
-        distances.append((sample(micro, PROMPTS, seeds=SEEDS, adapter=adapter) - base).norm().item())
+        distances.append(
+            (sample(micro, PROMPTS, seeds=SEEDS, adapter=adapter) - base).norm().item()
+        )
     assert distances == sorted(distances)
     adapter.scale = 1.0
     assert torch.equal(sample(micro, PROMPTS, seeds=SEEDS, adapter=adapter), full)
@@ -102,7 +112,10 @@ def test_the_keys_are_the_ones_diffusers_writes(micro, tmp_path):
     adapter.save(tmp_path / "ours.safetensors")
     state = get_peft_model_state_dict(micro.denoiser)
     TextToVideoSDPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
-    theirs, ours = load_file(tmp_path / "pytorch_lora_weights.safetensors"), load_file(tmp_path / "ours.safetensors")
+    theirs, ours = (
+        load_file(tmp_path / "pytorch_lora_weights.safetensors"),
+        load_file(tmp_path / "ours.safetensors"),
+    )
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     # and theirs can be loaded here
@@ -134,7 +147,8 @@ class Bomb:
 
 
 @pytest.mark.parametrize(
-    "kind", ["zip", "pickle", "truncated", "empty", "no lora", "foreign", "shape", "missing", "absent"]
+    "kind",
+    ["zip", "pickle", "truncated", "empty", "no lora", "foreign", "shape", "missing", "absent"],
 )
 def test_files_that_are_refused(micro, tmp_path, kind):
     adapter = adapted(micro)
@@ -174,7 +188,9 @@ def test_files_that_are_refused(micro, tmp_path, kind):
     before = weights(micro)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         lora.load(micro, path)
-    assert not any("lora" in n for n, _ in micro.denoiser.named_parameters())  # and the model is as it was
+    assert not any(
+        "lora" in n for n, _ in micro.denoiser.named_parameters()
+    )  # and the model is as it was
     assert all(torch.equal(before[n], v) for n, v in weights(micro).items())
 
 
@@ -197,7 +213,10 @@ def two_files(micro, tmp_path):
 
 def delta(model, path, scale):
     adapter = lora.load(model, path, scale)
-    found = {name: layer.get_delta_weight(lora.NAME).detach().clone() for name, layer in adapter.layers.items()}
+    found = {
+        name: layer.get_delta_weight(lora.NAME).detach().clone()
+        for name, layer in adapter.layers.items()
+    }
     adapter.remove()
     return found
 
@@ -207,7 +226,9 @@ def test_a_blend_is_the_weighted_sum_of_what_its_adapters_do(micro, two_files):
     adapter = lora.blend(micro, dict(zip(two_files, (0.7, 1.2))))
     assert adapter.rank == 5
     for name, layer in adapter.layers.items():
-        torch.testing.assert_close(layer.get_delta_weight(lora.NAME).detach(), first[name] + second[name])
+        torch.testing.assert_close(
+            layer.get_delta_weight(lora.NAME).detach(), first[name] + second[name]
+        )
 
 
 def test_a_blend_of_one_is_that_adapter_at_its_scale(micro, two_files, tmp_path):
@@ -272,5 +293,8 @@ def test_an_adapter_acts_in_its_part_of_the_chain_only(micro, two_files, start, 
 
 def test_an_adapter_that_acts_backwards_is_an_error(micro, two_files):
     adapter = lora.load(micro, two_files[0])
-    with pytest.raises(ValueError, match=r"got 0\.5 to 0\.2"), lora.acting(adapter, 0.5, 0.2, num_inference_steps=5):
+    with (
+        pytest.raises(ValueError, match=r"got 0\.5 to 0\.2"),
+        lora.acting(adapter, 0.5, 0.2, num_inference_steps=5),
+    ):
         pass

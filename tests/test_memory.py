@@ -11,7 +11,18 @@ from torch.utils.checkpoint import checkpoint
 import vader_nb
 from vader_nb import load, models
 from vader_nb.gradient import DRaFTLV, Frames, Last
-from vader_nb.memory import GIB, GPUS, MARGIN, STAGES, Peak, Setting, Shapes, sees_frames, simulate, step
+from vader_nb.memory import (
+    GIB,
+    GPUS,
+    MARGIN,
+    STAGES,
+    Peak,
+    Setting,
+    Shapes,
+    sees_frames,
+    simulate,
+    step,
+)
 from vader_nb.rewards import parse
 
 KB = torch.zeros(256).nbytes  # a tensor of 256 floats
@@ -48,7 +59,11 @@ def test_it_sees_the_backward_pass_and_what_checkpointing_saves():
             y = x
             for _ in range(5):
                 twice = lambda z: z.sin().sin()  # noqa: E731
-                y = checkpoint(twice, y, use_reentrant=False) if name == "checkpointed" else twice(y)
+                y = (
+                    checkpoint(twice, y, use_reentrant=False)
+                    if name == "checkpointed"
+                    else twice(y)
+                )
             y.sum().backward()
         peaks[name] = peak.bytes
     assert peaks["kept"] >= 10 * KB
@@ -63,7 +78,13 @@ TINY = Setting(model="tiny", reward="hps", num_inference_steps=3, dtype=torch.fl
 @pytest.fixture(scope="module")
 def small(micro_directory):
     """A setting that takes a second."""
-    look = {"num_frames": 4, "height": 32, "width": 32, "num_inference_steps": 3, "dtype": torch.float32}
+    look = {
+        "num_frames": 4,
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 3,
+        "dtype": torch.float32,
+    }
     return Setting(str(micro_directory), "hps('tiny')", batch_size=2, **look)
 
 
@@ -103,7 +124,7 @@ def test_the_simulation_of_tiny_is_within_ten_per_cent_of_a_real_run(change):
     "change",
     [
         {"sequential_guidance": True, "strategy": DRaFTLV(2)},
-        {"reward": "action('tiny', 'growing') + colourfulness", "frames": Frames("all")},
+        {"reward": "action('tiny', 'growing') + colorfulness", "frames": Frames("all")},
     ],
     ids=str,
 )
@@ -125,13 +146,16 @@ def test_and_so_it_is_with_other_settings(small, change):
 def test_it_moves_with_every_setting(small, change, stage, factor):
     """In the stage that the setting is about, what lives there beside the weights changes by a factor in this range."""
     before, after = (
-        stages[stage] - stages["weights"] for stages in (simulate(small), simulate(replace(small, **change)))
+        stages[stage] - stages["weights"]
+        for stages in (simulate(small), simulate(replace(small, **change)))
     )
     assert factor[0] < after / before < factor[1]
 
 
 def test_half_precision_halves_the_weights(small):
-    full, half = (simulate(replace(small, dtype=dtype))["weights"] for dtype in (torch.float32, torch.float16))
+    full, half = (
+        simulate(replace(small, dtype=dtype))["weights"] for dtype in (torch.float32, torch.float16)
+    )
     assert 0.5 < half / full < 0.7  # the adapter and its moments stay in float32
 
 
@@ -164,7 +188,8 @@ def whereabouts(setting: Setting) -> dict[str, set[str]]:
         def look(network, stage):
             def hook(module, args):
                 devices = {
-                    n: {p.device.type for p in m.parameters() if not p.requires_grad} for n, m in networks.items()
+                    n: {p.device.type for p in m.parameters() if not p.requires_grad}
+                    for n, m in networks.items()
                 }
                 assert all(len(found) == 1 for found in devices.values())  # none is torn in two
                 here = {n for n, found in devices.items() if found == {"cpu"}}
@@ -202,7 +227,9 @@ def test_modelscope_with_hps_fits_where_it_should():
     gib = 2**30
     resident, offloaded = (simulate(Setting(model_cpu_offload=flag)) for flag in (False, True))
     # 1411 M + 340 M + 84 M + 986 M weights of 2 bytes, and a little of an adapter
-    assert resident["weights"] / gib == pytest.approx((1411.2 + 340.4 + 83.7 + 986.1) * 2e6 / gib, rel=0.02)
+    assert resident["weights"] / gib == pytest.approx(
+        (1411.2 + 340.4 + 83.7 + 986.1) * 2e6 / gib, rel=0.02
+    )
     assert max(resident.values()) <= 8 * gib
     assert max(offloaded.values()) <= 5 * gib
     assert offloaded["text"] / gib == pytest.approx(340.4 * 2e6 / gib, rel=0.1)
@@ -225,7 +252,9 @@ def test_what_does_not_fit_is_told_what_to_change(small, monkeypatch):
     """On a GPU that is just large enough once guidance is sequential, and not before."""
     setting = replace(small, checkpoint_blocks=False)
     enough = {"sequential_guidance": True, "checkpoint_blocks": True}
-    monkeypatch.setitem(GPUS, "T4", max(simulate(replace(setting, **enough)).values()) / GIB + MARGIN)
+    monkeypatch.setitem(
+        GPUS, "T4", max(simulate(replace(setting, **enough)).values()) / GIB + MARGIN
+    )
     answer = ask(setting, gpu="T4")
     assert not answer.fits["T4"]
     assert "too small: with" in str(answer)
@@ -238,7 +267,9 @@ def test_what_does_not_fit_is_told_what_to_change(small, monkeypatch):
 def test_a_reward_on_the_clip_is_not_offered_another_clip(small, monkeypatch):
     """Neither one random frame nor fewer frames; and frames that are named are not looked for where there are fewer."""
     module, tried = sys.modules[Setting.__module__], []
-    monkeypatch.setattr(module, "simulate", lambda setting: tried.append(setting) or simulate(setting))
+    monkeypatch.setattr(
+        module, "simulate", lambda setting: tried.append(setting) or simulate(setting)
+    )
     monkeypatch.setattr(module, "REMEDIES", module.REMEDIES[-2:])
     monkeypatch.setitem(GPUS, "T4", MARGIN)
     setting = replace(small, reward="motion_smoothness", frames=Frames("all"), num_frames=12)
@@ -246,12 +277,16 @@ def test_a_reward_on_the_clip_is_not_offered_another_clip(small, monkeypatch):
     assert {(s.frames, s.num_frames) for s in tried} == {(Frames("all"), 12)}
     named = replace(small, reward="brightness", frames=Frames("list", indices=(11,)), num_frames=12)
     assert ask(named, gpu="T4").remedies == {"T4": None}
-    assert not sees_frames(small.model, "motion_smoothness") and sees_frames(small.model, "hps('tiny')")
+    assert not sees_frames(small.model, "motion_smoothness") and sees_frames(
+        small.model, "hps('tiny')"
+    )
 
 
 def test_what_can_never_fit_is_told_so(small, monkeypatch):
     monkeypatch.setitem(GPUS, "T4", MARGIN)
-    monkeypatch.setattr(sys.modules[Setting.__module__], "REMEDIES", ({"sequential_guidance": True},))
+    monkeypatch.setattr(
+        sys.modules[Setting.__module__], "REMEDIES", ({"sequential_guidance": True},)
+    )
     answer = ask(small, gpu="T4")
     assert answer.remedies == {"T4": None}
     assert "too small: no setting" in str(answer)

@@ -12,19 +12,35 @@ from vader_nb.models import CHECKPOINTS
 
 
 @pytest.mark.parametrize(
-    "scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
+    "scheduler",
+    [
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "UniPCMultistepScheduler",
+    ],
 )
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_our_loop_makes_what_diffusers_pipeline_makes(micro_directory, scheduler, guidance_scale):
     model = load(micro_directory)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(micro_directory)
     cls = getattr(diffusers, scheduler)
-    model.scheduler, pipeline.scheduler = (cls.from_config(model.scheduler.config) for _ in range(2))
-    settings = {"num_inference_steps": 4, "guidance_scale": guidance_scale, "num_frames": 3, "height": 16, "width": 24}
+    model.scheduler, pipeline.scheduler = (
+        cls.from_config(model.scheduler.config) for _ in range(2)
+    )
+    settings = {
+        "num_inference_steps": 4,
+        "guidance_scale": guidance_scale,
+        "num_frames": 3,
+        "height": 16,
+        "width": 24,
+    }
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.eval(), pipeline.vae.eval()
     prompt = "a red star moving left on a white background"
-    theirs = pipeline(prompt, generator=torch.Generator().manual_seed(5), output_type="pt", **settings).frames
+    theirs = pipeline(
+        prompt, generator=torch.Generator().manual_seed(5), output_type="pt", **settings
+    ).frames
     ours = sample(model, prompt, seeds=5, sampling=Sampling(**settings))
     torch.testing.assert_close(ours, theirs.to(ours), rtol=1e-4, atol=1e-4)
 
@@ -37,15 +53,21 @@ def test_plain_diffusers_loads_and_samples_the_tiny_model(tiny):
     assert type(pipeline).__name__ == "TextToVideoSDPipeline"
     prompt = "a green star growing on a black background"
     settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "num_frames": 8}
-    theirs = pipeline(prompt, generator=torch.Generator().manual_seed(1), output_type="pt", **settings).frames
-    ours = sample(tiny, prompt, seeds=1, sampling=Sampling(num_inference_steps=3, guidance_scale=3.0))
+    theirs = pipeline(
+        prompt, generator=torch.Generator().manual_seed(1), output_type="pt", **settings
+    ).frames
+    ours = sample(
+        tiny, prompt, seeds=1, sampling=Sampling(num_inference_steps=3, guidance_scale=3.0)
+    )
     torch.testing.assert_close(ours, theirs.to(ours), rtol=1e-3, atol=1e-3)
 
 
 def test_everything_is_frozen_and_in_eval_mode(tiny):
     for module in tiny.modules():
         assert not any(p.requires_grad for p in module.parameters())
-        assert not any(m.training for m in module.modules())  # temporal convolutions hold a dropout of 0.1
+        assert not any(
+            m.training for m in module.modules()
+        )  # temporal convolutions hold a dropout of 0.1
 
 
 def test_sampling_twice_is_equal(tiny):
@@ -79,7 +101,9 @@ def test_modelscope_full_size_fits_the_published_layout():
     assert len(unet.state_dict()) == 1480
     assert sum(p.numel() for p in unet.parameters()) == pytest.approx(1411.2e6, rel=1e-3)
     ends = [
-        n for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith((".to_q", ".to_k", ".to_v"))
+        n
+        for n, m in unet.named_modules()
+        if isinstance(m, torch.nn.Linear) and n.endswith((".to_q", ".to_k", ".to_v"))
     ]
     assert len(ends) == 198  # the adapter's layers without to_out
 
@@ -96,7 +120,9 @@ def test_offline_without_weights_says_what_to_do_within_seconds(name, tmp_path, 
         assert part in message
 
 
-def test_modelscope_loads_from_the_hub_cache_with_its_fp16_variant(micro_directory, tmp_path, monkeypatch):
+def test_modelscope_loads_from_the_hub_cache_with_its_fp16_variant(
+    micro_directory, tmp_path, monkeypatch
+):
     """The real call (`load("modelscope")`: hub id, fp16 variant) on a hub cache that holds a checkpoint of the
     same layout: fp16 safetensors for UNet and text encoder, `.bin` for the autoencoder, as published."""
     from diffusers import AutoencoderKL, UNet3DConditionModel
@@ -115,13 +141,21 @@ def test_modelscope_loads_from_the_hub_cache_with_its_fp16_variant(micro_directo
     )
     vae = AutoencoderKL.from_pretrained(micro_directory / "vae").half()
     vae.save_pretrained(snapshot / "vae", variant="fp16", safe_serialization=False)
-    CLIPTokenizer.from_pretrained(micro_directory / "tokenizer").save_pretrained(snapshot / "tokenizer")
-    diffusers.DDIMScheduler.from_pretrained(micro_directory / "scheduler").save_pretrained(snapshot / "scheduler")
+    CLIPTokenizer.from_pretrained(micro_directory / "tokenizer").save_pretrained(
+        snapshot / "tokenizer"
+    )
+    diffusers.DDIMScheduler.from_pretrained(micro_directory / "scheduler").save_pretrained(
+        snapshot / "scheduler"
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = load("modelscope", cache_dir=tmp_path, dtype=torch.float32)
     assert type(model.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert model.name == "modelscope"
-    clip = sample(model, "a panda", sampling=Sampling(num_inference_steps=2, num_frames=2, height=16, width=16))
+    clip = sample(
+        model,
+        "a panda",
+        sampling=Sampling(num_inference_steps=2, num_frames=2, height=16, width=16),
+    )
     assert clip.shape == (1, 2, 3, 16, 16)
 
 
@@ -164,7 +198,9 @@ def test_a_prompt_is_read_once_and_whatever_stands_beside_it(tiny, monkeypatch):
     together = tiny.text_encoder(
         tiny.tokenizer(["a red star", ""], padding="max_length", return_tensors="pt").input_ids
     ).last_hidden_state
-    torch.testing.assert_close(together, torch.cat([alone.prompt, alone.empty]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        together, torch.cat([alone.prompt, alone.empty]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_prompts_are_kept_within_bounds(tiny, monkeypatch):

@@ -29,7 +29,9 @@ def prose(notebook):
 
 
 def printed(cell):
-    return "".join(output.get("text", "") for output in cell.outputs if output.get("name") == "stdout")
+    return "".join(
+        output.get("text", "") for output in cell.outputs if output.get("name") == "stdout"
+    )
 
 
 def tagged(notebook, tag):
@@ -42,23 +44,33 @@ def test_there_are_notebooks():
 
 @pytest.fixture(params=PAIRS, ids=lambda path: path.stem)
 def pair(request):
-    return request.param, jupytext.read(request.param), nbformat.read(request.param.with_suffix(".ipynb"), as_version=4)
+    return (
+        request.param,
+        jupytext.read(request.param),
+        nbformat.read(request.param.with_suffix(".ipynb"), as_version=4),
+    )
 
 
 def test_the_two_files_say_the_same(pair):
     _, source, notebook = pair
-    assert [(c.cell_type, c.source) for c in source.cells] == [(c.cell_type, c.source) for c in notebook.cells]
+    assert [(c.cell_type, c.source) for c in source.cells] == [
+        (c.cell_type, c.source) for c in notebook.cells
+    ]
 
 
 def test_it_is_executed_in_order_without_errors(pair):
     _, _, notebook = pair
-    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    assert [cell.execution_count for cell in code(notebook)] == list(
+        range(1, len(code(notebook)) + 1)
+    )
     assert not [o for cell in code(notebook) for o in cell.outputs if o.output_type == "error"]
 
 
 def test_its_outputs_are_those_of_its_code(pair):
     _, source, notebook = pair
-    assert notebook.metadata["vader_nb"]["code"] == build.digest(source), "changed since it was run: make notebooks"
+    assert notebook.metadata["vader_nb"]["code"] == build.digest(source), (
+        "changed since it was run: make notebooks"
+    )
 
 
 def test_it_is_light_and_renders_everywhere(pair):
@@ -73,14 +85,18 @@ def test_it_is_light_and_renders_everywhere(pair):
 
 def test_cells_are_short_and_pictures_have_alternatives(pair):
     _, _, notebook = pair
-    lengths = sorted(len([line for line in cell.source.splitlines() if line.strip()]) for cell in code(notebook))
+    lengths = sorted(
+        len([line for line in cell.source.splitlines() if line.strip()]) for cell in code(notebook)
+    )
     assert lengths[len(lengths) // 2] <= 8
     assert lengths[-1] <= 25
     for cell in code(notebook):
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 assert output.metadata["image/png"]["alt"]
-            for image in re.findall(r"<img[^>]*>", "".join(output.get("data", {}).get("text/html", ""))):
+            for image in re.findall(
+                r"<img[^>]*>", "".join(output.get("data", {}).get("text/html", ""))
+            ):
                 assert re.search(r'alt="[^"]', image), image[-80:]
 
 
@@ -93,13 +109,17 @@ def test_its_skeleton_is_that_of_the_series(pair):
     assert cost, "no cost box: make notebooks"
     assert float(cost[1]) <= 3
     assert float(cost[2]) <= 2, "Binder gives 2 GB"
-    assert 3 <= len(re.findall(r"^- \*", prose(notebook), re.MULTILINE)) <= 5, "you will be able to …: 3 to 5 verbs"
+    assert 3 <= len(re.findall(r"^- \*", prose(notebook), re.MULTILINE)) <= 5, (
+        "you will be able to …: 3 to 5 verbs"
+    )
     (setup,), (parameters,) = tagged(notebook, "setup"), tagged(notebook, "parameters")
     assert setup.source == tagged(jupytext.read(PAIRS[0]), "setup")[0].source
     assert parameters.source.startswith('MODEL = "tiny"')
     for title in ("## Recap", "Exercises", "**Next:**"):
         assert title in prose(notebook), title
-    pictured = [place for place, cell in enumerate(code(notebook)) if any("data" in o for o in cell.outputs)]
+    pictured = [
+        place for place, cell in enumerate(code(notebook)) if any("data" in o for o in cell.outputs)
+    ]
     assert pictured[0] <= 3, "the first picture stands within the first cells"
 
 
@@ -155,7 +175,9 @@ def test_the_environment_is_like_colabs(colab, tmp_path):
         "import sys; assert 'google.colab' in sys.modules; import IPython, ipykernel, ipywidgets, vader_nb; "
         "print(IPython.__version__, ipykernel.__version__, ipywidgets.__version__, vader_nb.__file__)"
     )
-    versions = subprocess.run([colab, "-c", probe], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    versions = subprocess.run(
+        [colab, "-c", probe], cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout
     assert versions.startswith("7.34.0 6.17.1 7.7.1 ")
     assert str(ROOT) not in versions.split()[-1]
 
@@ -175,7 +197,9 @@ def test_every_exercise_is_solved_by_its_solution(pair, colab, tmp_path):
     _, source, _ = pair
     notebook = build.solved(source)
     build.run(notebook, kernel_name="colab", folder=tmp_path)
-    assert [printed(check) for check in tagged(notebook, "check")] == ["Right.\n"] * len(tagged(notebook, "exercise"))
+    assert [printed(check) for check in tagged(notebook, "check")] == ["Right.\n"] * len(
+        tagged(notebook, "exercise")
+    )
 
 
 # --------------------------------------------------------------------------------------- other environments
@@ -185,11 +209,20 @@ def test_conda_and_binder_install_what_pyproject_says():
     import yaml
 
     project = (ROOT / "pyproject.toml").read_text()
-    lists = [yaml.safe_load((ROOT / path).read_text()) for path in ("environment.yml", "binder/environment.yml")]
+    lists = [
+        yaml.safe_load((ROOT / path).read_text())
+        for path in ("environment.yml", "binder/environment.yml")
+    ]
     for listed in lists:
         plain = [entry for entry in listed["dependencies"] if isinstance(entry, str)]
         # conda brings Python and what is no Python package; the rest comes from pyproject, by pip.
-        assert {entry.split("=")[0] for entry in plain} <= {"python", "pip", "ffmpeg", "pytorch-cpu", "torchvision"}
+        assert {entry.split("=")[0] for entry in plain} <= {
+            "python",
+            "pip",
+            "ffmpeg",
+            "pytorch-cpu",
+            "torchvision",
+        }
         (python,) = [entry.split("=")[1] for entry in plain if entry.startswith("python=")]
         lowest = re.search(r'requires-python = ">=([\d.]+)"', project)[1]
         assert tuple(map(int, python.split("."))) >= tuple(map(int, lowest.split(".")))

@@ -31,15 +31,38 @@ def build(directory):
     from vader_nb import load
 
     model = load(directory, dtype=torch.float64)
-    model.defaults |= {"num_inference_steps": 3, "num_frames": 3, "height": 16, "width": 16, "guidance_scale": 2.0}
+    model.defaults |= {
+        "num_inference_steps": 3,
+        "num_frames": 3,
+        "height": 16,
+        "width": 16,
+        "guidance_scale": 2.0,
+    }
     return model
 
 
 def train(directory, folder, options, scorer=None, callback=None):
     """A run; each process leaves its adapter and metrics beside the folder."""
-    options = {"steps": 3, "batch_size": 2, "rank": 2, "progress": False, "learning_rate": 1e-2} | options
-    run = align(build(directory), scorer or brightness(), PROMPTS, output_dir=folder, callback=callback, **options)
-    left = {"adapter": [p.detach() for p in run.adapter.parameters()], "metrics": run.metrics, "stopped": run.stopped}
+    options = {
+        "steps": 3,
+        "batch_size": 2,
+        "rank": 2,
+        "progress": False,
+        "learning_rate": 1e-2,
+    } | options
+    run = align(
+        build(directory),
+        scorer or brightness(),
+        PROMPTS,
+        output_dir=folder,
+        callback=callback,
+        **options,
+    )
+    left = {
+        "adapter": [p.detach() for p in run.adapter.parameters()],
+        "metrics": run.metrics,
+        "stopped": run.stopped,
+    }
     torch.save(left, f"{folder}-{rank()}.pt")
 
 
@@ -49,7 +72,9 @@ def left(folder, process=0):
 
 def assert_same(a, b, **tolerance):
     for x, y in zip(a["adapter"], b["adapter"], strict=True):
-        torch.testing.assert_close(x, y, **tolerance) if tolerance else torch.testing.assert_close(x, y, rtol=0, atol=0)
+        torch.testing.assert_close(x, y, **tolerance) if tolerance else torch.testing.assert_close(
+            x, y, rtol=0, atol=0
+        )
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(micro_directory, tmp_path):
@@ -59,7 +84,9 @@ def test_two_processes_are_one_with_twice_the_accumulation(micro_directory, tmp_
     train(micro_directory, tmp_path / "one", options | {"gradient_accumulation_steps": 2})
     assert_same(left(tmp_path / "two", 0), left(tmp_path / "two", 1))
     assert_same(left(tmp_path / "two"), left(tmp_path / "one"), rtol=1e-10, atol=1e-10)
-    rewards = [[row["reward"] for row in left(tmp_path / name)["metrics"]] for name in ("two", "one")]
+    rewards = [
+        [row["reward"] for row in left(tmp_path / name)["metrics"]] for name in ("two", "one")
+    ]
     assert rewards[0] == pytest.approx(rewards[1], rel=1e-6)
 
 
@@ -74,7 +101,9 @@ def gradients_before_and_after(directory, folder):
 
     model = build(directory)
     accelerator, adapter = Accelerator(cpu=True), lora.add(model, 2)
-    reward_gradient(model, adapter, brightness(), [PROMPTS[rank()]], seeds=[rank()], frames=Frames("all"))
+    reward_gradient(
+        model, adapter, brightness(), [PROMPTS[rank()]], seeds=[rank()], frames=Frames("all")
+    )
     before = [p.grad.clone() for p in adapter.parameters()]
     met = meet(adapter.parameters(), accelerator, float(rank()), False, rank() == 1)
     after = [p.grad for p in adapter.parameters()]
@@ -84,7 +113,9 @@ def gradients_before_and_after(directory, folder):
 def test_gradients_differ_before_they_meet_and_agree_after(micro_directory, tmp_path):
     launch(gradients_before_and_after, micro_directory, tmp_path / "g")
     first, second = left(tmp_path / "g", 0), left(tmp_path / "g", 1)
-    for a, b, x, y in zip(first["before"], second["before"], first["after"], second["after"], strict=True):
+    for a, b, x, y in zip(
+        first["before"], second["before"], first["after"], second["after"], strict=True
+    ):
         assert torch.equal(x, y)
         torch.testing.assert_close(x, (a + b) / 2)
     assert any(not torch.equal(a, b) for a, b in zip(first["before"], second["before"]))
@@ -116,7 +147,9 @@ def drift(directory, folder):
 def test_a_process_that_drifts_by_one_bit_is_found(micro_directory, tmp_path):
     launch(drift, micro_directory, tmp_path / "d")
     for process in (0, 1):
-        assert left(tmp_path / "d", process).startswith("after step 3 the processes hold different adapters: ranks [1]")
+        assert left(tmp_path / "d", process).startswith(
+            "after step 3 the processes hold different adapters: ranks [1]"
+        )
 
 
 def test_the_checksum_sees_every_bit_and_the_order():
@@ -141,7 +174,9 @@ def moody(directory, folder):
     train(directory, folder, {"steps": 4}, scorer=reward(scorer))
 
 
-def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(micro_directory, tmp_path):
+def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(
+    micro_directory, tmp_path
+):
     launch(moody, micro_directory, tmp_path / "m")
     first, second = left(tmp_path / "m", 0), left(tmp_path / "m", 1)
     assert_same(first, second)
@@ -165,7 +200,11 @@ def interrupted(directory, folder, number):
 def test_a_signal_to_one_process_stops_all_at_the_same_step(micro_directory, tmp_path, number):
     launch(interrupted, micro_directory, tmp_path / "s", number)
     first, second = left(tmp_path / "s", 0), left(tmp_path / "s", 1)
-    assert first["stopped"] and second["stopped"] and len(first["metrics"]) == len(second["metrics"]) == 2
+    assert (
+        first["stopped"]
+        and second["stopped"]
+        and len(first["metrics"]) == len(second["metrics"]) == 2
+    )
     assert list(steps_of(tmp_path / "s")) == [2]
 
 
@@ -174,7 +213,12 @@ def mortal(directory, folder, steps, victim):
         if row["step"] == 3 and rank() == victim:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train(directory, folder, {"steps": steps, "checkpoint_every": 2, "resume": "latest"}, callback=perish)
+    train(
+        directory,
+        folder,
+        {"steps": steps, "checkpoint_every": 2, "resume": "latest"},
+        callback=perish,
+    )
 
 
 def test_a_run_whose_process_was_killed_goes_on_as_if_nothing_had_been(micro_directory, tmp_path):
@@ -185,10 +229,16 @@ def test_a_run_whose_process_was_killed_goes_on_as_if_nothing_had_been(micro_dir
     launch(mortal, micro_directory, tmp_path / "run", 5, None)
     for process in (0, 1):
         assert_same(left(tmp_path / "run", process), left(tmp_path / "whole", process))
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
     # on one process, with the same number of clips a step: said to be equal in distribution only; here nearly equal
     with pytest.warns(UserWarning, match="the 4 clips of a step are divided in another way"):
-        train(micro_directory, tmp_path / "run", {"steps": 6, "gradient_accumulation_steps": 2, "resume": True})
+        train(
+            micro_directory,
+            tmp_path / "run",
+            {"steps": 6, "gradient_accumulation_steps": 2, "resume": True},
+        )
     with pytest.raises(ValueError, match=r"a step had 4 clips .*, now 2"):
         train(micro_directory, tmp_path / "run", {"steps": 7, "resume": True})
 
@@ -224,7 +274,10 @@ def cut_up(directory, folder):
             seeds=[accelerator.process_index],
             **options,
         )
-        results[how] = {"rewards": result.rewards, "adapter": [p.grad for p in adapter.parameters()]}
+        results[how] = {
+            "rewards": result.rewards,
+            "adapter": [p.grad for p in adapter.parameters()],
+        }
     torch.save(results, f"{folder}-{rank()}.pt")
 
 
@@ -232,12 +285,16 @@ def test_a_denoiser_that_is_cut_up_gives_the_same_gradient(micro_directory, tmp_
     launch(cut_up, micro_directory, tmp_path / "f")
     total = sum(p.numel() for p in build(micro_directory).denoiser.parameters())
     held = [left(tmp_path / "f", process)["held"] for process in (0, 1)]
-    assert left(tmp_path / "f")["blocks"] == len(build(micro_directory).blocks())  # they can still be checkpointed
+    assert left(tmp_path / "f")["blocks"] == len(
+        build(micro_directory).blocks()
+    )  # they can still be checkpointed
     assert sum(held) == total and max(held) <= total / 2 + 100
     for process in (0, 1):
         got = left(tmp_path / "f", process)
         assert_same(got["whole"], got["cut up"], rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(got["whole"]["rewards"], got["cut up"]["rewards"], rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            got["whole"]["rewards"], got["cut up"]["rewards"], rtol=1e-9, atol=0
+        )
 
 
 def evaluated(directory, folder):
@@ -283,7 +340,9 @@ def moody_and_cut_up(directory, folder):
     faulthandler.cancel_dump_traceback_later()
 
 
-def test_a_number_that_is_not_finite_holds_nobody_up_where_the_weights_are_cut_up(micro_directory, tmp_path):
+def test_a_number_that_is_not_finite_holds_nobody_up_where_the_weights_are_cut_up(
+    micro_directory, tmp_path
+):
     launch(moody_and_cut_up, micro_directory, tmp_path / "n")
     first, second = left(tmp_path / "n", 0), left(tmp_path / "n", 1)
     assert_same(first, second)
@@ -304,7 +363,15 @@ def counted(directory, folder):
 
         return call
 
-    names = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "gather", "all_to_all")
+    names = (
+        "all_reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "broadcast",
+        "reduce",
+        "gather",
+        "all_to_all",
+    )
     for name in names:
         setattr(dist, name, counting(getattr(dist, name), name))
     steps = []
@@ -331,7 +398,11 @@ def test_processes_may_be_forked_from_one_that_has_used_its_threads(micro_direct
     )
     environment = {name: value for name, value in os.environ.items() if "OMP" not in name}
     subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=120, env=environment, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", code],
+        check=True,
+        timeout=120,
+        env=environment,
+        cwd=Path(__file__).parents[1],
     )
     assert_same(left(tmp_path / "run", 0), left(tmp_path / "run", 1))
 

@@ -31,9 +31,14 @@ def frames():
 def test_hps_is_open_clips_cosine(frames):
     model = open_clip.create_model(f"local-dir:{TINY_CLIP}").eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{TINY_CLIP}")
-    mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
+    mean, std = (
+        torch.tensor(open_clip.OPENAI_DATASET_MEAN),
+        torch.tensor(open_clip.OPENAI_DATASET_STD),
+    )
     with torch.no_grad():
-        images = model.encode_image((frames.flatten(0, 1) - mean[:, None, None]) / std[:, None, None], normalize=True)
+        images = model.encode_image(
+            (frames.flatten(0, 1) - mean[:, None, None]) / std[:, None, None], normalize=True
+        )
         texts = model.encode_text(tokenizer(PROMPTS), normalize=True)
     expected = (images.unflatten(0, (3, 8)) * texts[:, None]).sum(-1).mean(1)
     torch.testing.assert_close(rewards.hps("tiny")(frames, PROMPTS), expected, rtol=1e-5, atol=1e-6)
@@ -49,7 +54,10 @@ def test_aesthetic_is_the_linear_head_on_the_unit_embedding(frames):
     from safetensors.torch import load_file
 
     score = rewards.aesthetic("tiny")
-    head = {name: value.float() for name, value in load_file(TINY_CLIP / "aesthetic_head.safetensors").items()}
+    head = {
+        name: value.float()
+        for name, value in load_file(TINY_CLIP / "aesthetic_head.safetensors").items()
+    }
     expected = score.clip.image(frames) @ head["layers.0.weight"][0] + head["layers.0.bias"]
     torch.testing.assert_close(score(frames, PROMPTS), expected.mean(1))
     assert ((expected > 0) & (expected < 11)).all()
@@ -61,13 +69,18 @@ def test_a_stack_of_linear_layers_in_laions_layout_is_one_affine_map(frames):
 
     generator = torch.Generator().manual_seed(0)
     sizes, head = (64, 32, 16, 1), {}
-    for number, (inside, outside) in zip((0, 2, 4), zip(sizes, sizes[1:])):  # gaps in the numbers, as in LAION's file
-        head[f"layers.{number}.weight"] = torch.randn(outside, inside, generator=generator) / inside**0.5
+    for number, (inside, outside) in zip(
+        (0, 2, 4), zip(sizes, sizes[1:])
+    ):  # gaps in the numbers, as in LAION's file
+        head[f"layers.{number}.weight"] = (
+            torch.randn(outside, inside, generator=generator) / inside**0.5
+        )
         head[f"layers.{number}.bias"] = torch.randn(outside, generator=generator)
     score = Rated(open_clip_directory(TINY_CLIP, torch.float32), head, "aesthetic", (1.0, 10.0))
     weight = head["layers.4.weight"] @ head["layers.2.weight"] @ head["layers.0.weight"]
     bias = (
-        head["layers.4.weight"] @ (head["layers.2.weight"] @ head["layers.0.bias"] + head["layers.2.bias"])
+        head["layers.4.weight"]
+        @ (head["layers.2.weight"] @ head["layers.0.bias"] + head["layers.2.bias"])
         + head["layers.4.bias"]
     )
     expected = (score.clip.image(frames) @ weight.T + bias).squeeze(-1).mean(1)
@@ -75,7 +88,7 @@ def test_a_stack_of_linear_layers_in_laions_layout_is_one_affine_map(frames):
 
 
 def test_aesthetic_follows_what_it_states():
-    """On frames of held-out captions, as they are and paler, fainter, off centre: a linear probe follows the
+    """On frames of held-out captions, as they are and paler, fainter, off center: a linear probe follows the
     stated criterion closely, not perfectly."""
     from vader_nb.zoo.train_clip import beauty, vary
 
@@ -87,7 +100,9 @@ def test_aesthetic_follows_what_it_states():
 
 
 def test_action_is_transformers_own_log_softmax(frames):
-    model = VideoMAEForVideoClassification.from_pretrained(TINY_VIDEOMAE, dtype=torch.float32).eval()
+    model = VideoMAEForVideoClassification.from_pretrained(
+        TINY_VIDEOMAE, dtype=torch.float32
+    ).eval()
     pixels = preprocess(frames.flatten(0, 1), 64, IMAGENET_MEAN, IMAGENET_STD).unflatten(0, (3, 8))
     with torch.no_grad():
         logits = model(pixels).logits
@@ -98,7 +113,9 @@ def test_action_is_transformers_own_log_softmax(frames):
 
 def test_action_labels(frames):
     action = rewards.action("tiny")
-    assert action.index("a red star Moving  Left on a white background") == world.MOTIONS.index("moving left")
+    assert action.index("a red star Moving  Left on a white background") == world.MOTIONS.index(
+        "moving left"
+    )
     with pytest.raises(ValueError, match="the nearest are .*bouncing"):
         action.index("a cat bounces")
     with pytest.raises(ValueError, match="no action"):
@@ -112,7 +129,11 @@ def test_action_labels(frames):
 @pytest.mark.parametrize("name", ["hps", "aesthetic", "action"])
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (320, 512)])
 def test_networks_take_any_size_and_pass_gradients(frames, name, size):
-    sized = torch.nn.functional.interpolate(frames[:1].flatten(0, 1), size).unflatten(0, (1, 8)).requires_grad_()
+    sized = (
+        torch.nn.functional.interpolate(frames[:1].flatten(0, 1), size)
+        .unflatten(0, (1, 8))
+        .requires_grad_()
+    )
     value = getattr(rewards, name)("tiny")(sized, PROMPTS[:1])
     value.sum().backward()
     assert value.shape == (1,)
@@ -135,11 +156,11 @@ def test_preprocess_squashes_like_torchvision():
 def test_closed_forms():
     flat = torch.full((2, 3, 3, 8, 8), 0.25)
     assert rewards.brightness()(flat, ["", ""]).tolist() == pytest.approx([0.25, 0.25])
-    assert rewards.colourfulness()(flat, ["", ""]).max() < 1e-3
+    assert rewards.colorfulness()(flat, ["", ""]).max() < 1e-3
     red = flat.clone()
     red[:, :, 0] = 1.0
     # rg = 0.75, yb = (1 + .25) / 2 - .25 = 0.375, no spread: 0.3 * sqrt(0.75^2 + 0.375^2)
-    assert rewards.colourfulness()(red, ["", ""])[0].item() == pytest.approx(
+    assert rewards.colorfulness()(red, ["", ""])[0].item() == pytest.approx(
         0.3 * (0.75**2 + 0.375**2) ** 0.5, abs=1e-3
     )
 
@@ -179,28 +200,36 @@ def test_compressibility_follows_real_jpeg_files(frames, quality):
 
 
 def test_incompressibility_is_the_opposite(frames):
-    assert torch.equal(rewards.incompressibility()(frames, PROMPTS), -rewards.compressibility()(frames, PROMPTS))
+    assert torch.equal(
+        rewards.incompressibility()(frames, PROMPTS), -rewards.compressibility()(frames, PROMPTS)
+    )
     with pytest.raises(ValueError, match="quality"):
         rewards.compressibility(0)
 
 
-@pytest.mark.parametrize("name", ["brightness", "colourfulness", "compressibility", "motion_smoothness"])
+@pytest.mark.parametrize(
+    "name", ["brightness", "colorfulness", "compressibility", "motion_smoothness"]
+)
 def test_gradients_of_formulas(name):
     generator = torch.Generator().manual_seed(0)
-    picture = torch.rand(1, 3, 3, 9, 11, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: getattr(rewards, name)()(x, [""]), picture, eps=1e-7, atol=1e-5)
+    picture = torch.rand(
+        1, 3, 3, 9, 11, generator=generator, dtype=torch.float64, requires_grad=True
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: getattr(rewards, name)()(x, [""]), picture, eps=1e-7, atol=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------------- algebra
 
 
 def test_sums_scales_and_targets(frames):
-    bright, colour = rewards.brightness(), rewards.colourfulness()
-    a, b = bright(frames, PROMPTS), colour(frames, PROMPTS)
-    mixed = 2 * bright + colour * 0.5 - bright
+    bright, color = rewards.brightness(), rewards.colorfulness()
+    a, b = bright(frames, PROMPTS), color(frames, PROMPTS)
+    mixed = 2 * bright + color * 0.5 - bright
     torch.testing.assert_close(mixed(frames, PROMPTS), 2 * a + 0.5 * b - a)
     torch.testing.assert_close((-bright)(frames, PROMPTS), -a)
-    assert {part.name for part in mixed.parts()} == {"brightness", "colourfulness"}
+    assert {part.name for part in mixed.parts()} == {"brightness", "colorfulness"}
     assert mixed.per_frame
     assert not (bright + rewards.motion_smoothness()).per_frame
     aimed = bright.towards(0.5)
@@ -222,7 +251,15 @@ def test_expressions():
     parsed = parse("hps + 0.1 * aesthetic().towards(9) - brightness", tiny=True)
     assert [part.name for part in parsed.parts()] == ["hps", "aesthetic", "brightness"]
     assert parse("compressibility(quality=50)").table[0, 0] == 16
-    for bad in ("__import__('os').system('true')", "hps.clip", "nonsense", "hps +", "3", "(lambda: 1)()", "hps ** 2"):
+    for bad in (
+        "__import__('os').system('true')",
+        "hps.clip",
+        "nonsense",
+        "hps +",
+        "3",
+        "(lambda: 1)()",
+        "hps ** 2",
+    ):
         with pytest.raises(ValueError, match="reward|read|number"):
             parse(bad)
 
@@ -231,7 +268,16 @@ def test_expressions():
 
 
 @pytest.mark.parametrize(
-    "name", ["hps", "aesthetic", "action", "brightness", "colourfulness", "compressibility", "motion_smoothness"]
+    "name",
+    [
+        "hps",
+        "aesthetic",
+        "action",
+        "brightness",
+        "colorfulness",
+        "compressibility",
+        "motion_smoothness",
+    ],
 )
 def test_our_own_rewards_are_fit(name):
     report = check(parse(name, tiny=True))

@@ -12,7 +12,13 @@ from vader_nb import rewards
 from vader_nb.memory import Peak
 from vader_nb.rewards.networks import IMAGENET_MEAN, IMAGENET_STD, preprocess
 
-LABELS = ["playing guitar", "playing piano", "eating watermelon", "passing American football (in game)", "piano"]
+LABELS = [
+    "playing guitar",
+    "playing piano",
+    "eating watermelon",
+    "passing American football (in game)",
+    "piano",
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,10 @@ def test_an_odd_frame_is_filled_up_with_itself(action):
     ("prompt", "label"),
     [
         ("Piano", "piano"),  # exactly
-        ("she is  Playing PIANO, loudly", "playing piano"),  # the longest inside, whatever the case and the commas
+        (
+            "she is  Playing PIANO, loudly",
+            "playing piano",
+        ),  # the longest inside, whatever the case and the commas
         ("a cat is playing the guitar", "playing guitar"),  # its words, in order
         ("passing american football (in game)", "passing American football (in game)"),
         ("a grand piano", "piano"),
@@ -84,7 +93,9 @@ def test_prompts_name_labels(action, prompt, label):
 
 
 def test_a_prompt_without_an_action_is_answered_with_the_nearest_and_the_way_out(action):
-    with pytest.raises(ValueError, match=r"'a cat plays guitars'.*nearest are playing guitar.*action\(label="):
+    with pytest.raises(
+        ValueError, match=r"'a cat plays guitars'.*nearest are playing guitar.*action\(label="
+    ):
         action.index("a cat plays guitars")
 
 
@@ -115,7 +126,9 @@ def test_climbing_on_the_pixels_raises_it_within_20_steps(action, clips):
 
 def test_checkpointing_its_blocks_keeps_less_than_the_plain_network(folder):
     """At real proportions of depth: twelve layers."""
-    config = VideoMAEConfig(image_size=64, num_frames=8, hidden_size=48, intermediate_size=192, num_attention_heads=3)
+    config = VideoMAEConfig(
+        image_size=64, num_frames=8, hidden_size=48, intermediate_size=192, num_attention_heads=3
+    )
     torch.manual_seed(0)
     network = VideoMAEForVideoClassification(config).eval()
     clip = torch.rand(1, 8, 3, 64, 64, requires_grad=True)

@@ -41,7 +41,9 @@ SIZES = [(224, 224), (320, 512), (64, 64), (100, 60)]
 def test_crop_is_what_transformers_does(size):
     pictures = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     ours = preprocess(pictures, 56, CLIP_MEAN, CLIP_STD, resize="crop", interpolation="bicubic")
-    processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_rescale=False)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_rescale=False
+    )
     theirs = processor(list(pictures), return_tensors="pt").pixel_values
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -50,7 +52,9 @@ def test_crop_is_what_transformers_does(size):
 def test_crop_is_what_open_clip_does(size):
     pictures = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     ours = preprocess(pictures, 56, CLIP_MEAN, CLIP_STD, resize="crop", interpolation="bicubic")
-    transform = open_clip.image_transform(56, is_train=False, resize_mode="shortest", interpolation="bicubic")
+    transform = open_clip.image_transform(
+        56, is_train=False, resize_mode="shortest", interpolation="bicubic"
+    )
     theirs = torch.stack([on_tensors(transform)(picture) for picture in pictures])
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -60,7 +64,9 @@ def test_crop_is_what_open_clip_does(size):
 def test_squash_is_what_open_clip_does(size, interpolation):
     pictures = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     ours = preprocess(pictures, 56, CLIP_MEAN, CLIP_STD, interpolation=interpolation)
-    transform = open_clip.image_transform(56, False, resize_mode="squash", interpolation=interpolation)
+    transform = open_clip.image_transform(
+        56, False, resize_mode="squash", interpolation=interpolation
+    )
     theirs = torch.stack([on_tensors(transform)(picture) for picture in pictures])
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -74,7 +80,9 @@ def on_tensors(transform):
 def test_preprocessing_without_antialias_is_interpolate():
     picture = torch.rand(1, 3, 90, 160, generator=torch.Generator().manual_seed(0))
     plain = preprocess(picture, 30, (0, 0, 0), (1, 1, 1), antialias=False)
-    torch.testing.assert_close(plain, torch.nn.functional.interpolate(picture, (30, 30), mode="bilinear"))
+    torch.testing.assert_close(
+        plain, torch.nn.functional.interpolate(picture, (30, 30), mode="bilinear")
+    )
     assert not torch.allclose(plain, preprocess(picture, 30, (0, 0, 0), (1, 1, 1)))
     with pytest.raises(ValueError, match="'stretch'.*squash, crop, pad"):
         preprocess(picture, 30, CLIP_MEAN, CLIP_STD, resize="stretch")
@@ -122,16 +130,33 @@ def hpsv2(tmp_path_factory):
     """Runs hpsv2_reference.py on HPSv2's own package, which is installed without its dependencies (it pins an old
     pytest) and with the vocabulary that it lacks; returns what it prints."""
     folder = tmp_path_factory.mktemp("hpsv2")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "hpsv2==1.2.0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        str(folder),
+        "hpsv2==1.2.0",
+    ]
     subprocess.run(command, check=True)
     vocabulary = "bpe_simple_vocab_16e6.txt.gz"
     theirs = folder / "hpsv2" / "src" / "open_clip" / vocabulary
     theirs.write_bytes((Path(open_clip.__file__).parent / vocabulary).read_bytes())
-    environment = {"PYTHONPATH": str(folder), "HPS_ROOT": str(folder), "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment = {
+        "PYTHONPATH": str(folder),
+        "HPS_ROOT": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PATH": "",
+    }
 
     def run(*arguments):
         script = Path(__file__).parent / "hpsv2_reference.py"
-        done = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, script, *arguments], env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -147,7 +172,9 @@ def test_padded_hps_is_the_score_of_hpsv2s_own_package(hps_file, hpsv2, frames, 
 
 def test_the_published_files_fit_key_for_key_and_shape_for_shape(hpsv2):
     """At full size: what HPSv2's own model holds, and its files (686 tensors), loads strictly into ours."""
-    config = json.loads((Path(open_clip.__file__).parent / "model_configs" / "ViT-H-14.json").read_text())
+    config = json.loads(
+        (Path(open_clip.__file__).parent / "model_configs" / "ViT-H-14.json").read_text()
+    )
     with torch.device("meta"):
         state = {name: torch.empty(shape, dtype=torch.float16) for name, shape in hpsv2().items()}
         ours = open_clip.CLIP(**config)
@@ -178,11 +205,20 @@ def write_clip(folder: Path, projection: int = 16) -> Path:
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=20)
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=20
+    )
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = CLIPConfig(
-        text_config=small | {"vocab_size": len(words), "max_position_embeddings": 20, "eos_token_id": 1},
-        vision_config=small | {"image_size": 32, "patch_size": 8, "projection_dim": projection},  # twice, as OpenAI's
+        text_config=small
+        | {"vocab_size": len(words), "max_position_embeddings": 20, "eos_token_id": 1},
+        vision_config=small
+        | {"image_size": 32, "patch_size": 8, "projection_dim": projection},  # twice, as OpenAI's
         projection_dim=projection,
     )
     torch.manual_seed(1)
@@ -206,7 +242,9 @@ def test_pickscore_and_clip_score_are_transformers_own(clip_folder, frames):
         PROMPTS, padding="max_length", max_length=20, truncation=True, return_tensors="pt"
     )
     for resize, interpolation in (("squash", "bilinear"), ("crop", "bicubic")):
-        pixels = preprocess(frames[:, 0], 32, CLIP_MEAN, CLIP_STD, resize=resize, interpolation=interpolation)
+        pixels = preprocess(
+            frames[:, 0], 32, CLIP_MEAN, CLIP_STD, resize=resize, interpolation=interpolation
+        )
         with torch.no_grad():
             logits = model(**tokens, pixel_values=pixels).logits_per_image.diagonal()
         picked = rewards.pickscore(clip_folder, resize=resize)(frames[:, :1], PROMPTS)
@@ -220,7 +258,12 @@ def test_a_prompt_longer_than_the_table_is_cut(clip_folder, frames):
     assert rewards.clip_score(clip_folder)(frames, long).isfinite().all()
 
 
-LARGE_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+LARGE_VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
 LARGE_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 CONFIGS = {
     "openai/clip-vit-base-patch32": CLIPConfig(),
@@ -248,7 +291,9 @@ def write_head(path: Path, sizes: tuple[int, ...], numbers: tuple[int, ...]) -> 
     generator = torch.Generator().manual_seed(len(sizes))
     head = {}
     for number, (inside, outside) in zip(numbers, zip(sizes, sizes[1:])):
-        head[f"layers.{number}.weight"] = torch.randn(outside, inside, generator=generator) / inside**0.5
+        head[f"layers.{number}.weight"] = (
+            torch.randn(outside, inside, generator=generator) / inside**0.5
+        )
         head[f"layers.{number}.bias"] = torch.randn(outside, generator=generator)
     torch.save(head, path)
     return path
@@ -280,18 +325,24 @@ def test_heads_read_the_unit_embedding_of_transformers(heads, frames):
     unit = (features / features.norm(dim=-1, keepdim=True)).unflatten(0, (3, 2))
     laion, compression = heads / "laion.pth", heads / "compression.pt"
     close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(rewards.aesthetic(heads, laion)(frames, PROMPTS), mlp(laion, unit).mean(1), **close)
+    torch.testing.assert_close(
+        rewards.aesthetic(heads, laion)(frames, PROMPTS), mlp(laion, unit).mean(1), **close
+    )
     size = mlp(compression, unit, torch.relu)
-    torch.testing.assert_close(rewards.compression(compression, heads)(frames, PROMPTS), -size.mean(1), **close)
+    torch.testing.assert_close(
+        rewards.compression(compression, heads)(frames, PROMPTS), -size.mean(1), **close
+    )
     for weather in (rewards.rainy, rewards.snowy):
         expected = mlp(laion, unit).sigmoid().mean(1)
         torch.testing.assert_close(weather(laion, heads)(frames, PROMPTS), expected, **close)
 
 
 def test_vaders_mix_has_the_gradient_of_vaders_loss(frames):
-    """VADER: (1.5 * 0.1 * |a - 10| + |1 - h|) / 2, to be minimised."""
+    """VADER: (1.5 * 0.1 * |a - 10| + |1 - h|) / 2, to be minimized."""
     a, h = rewards.aesthetic("tiny"), rewards.hps("tiny")
-    loss = (0.15 * (a.scores(frames, PROMPTS) - 10).abs() + (1 - h.scores(frames, PROMPTS)).abs()) / 2
+    loss = (
+        0.15 * (a.scores(frames, PROMPTS) - 10).abs() + (1 - h.scores(frames, PROMPTS)).abs()
+    ) / 2
     torch.testing.assert_close(rewards.aesthetic_hps("tiny")(frames, PROMPTS), -loss.mean(1))
 
 
@@ -340,7 +391,9 @@ def test_a_batch_scores_as_its_clips_do(build, name, frames):
 def test_each_clip_is_judged_by_its_own_prompt(build, name, frames):
     """Not by the first of the batch, as in VADER's PickScore: changing prompt 1 changes score 1 alone."""
     reward = build(name)
-    before, after = (reward(frames, [PROMPTS[0], second, PROMPTS[2]]) for second in ("snow", "a whale"))
+    before, after = (
+        reward(frames, [PROMPTS[0], second, PROMPTS[2]]) for second in ("snow", "a whale")
+    )
     assert (before - after).abs()[1] > 1e-4
     torch.testing.assert_close(before[[0, 2]], after[[0, 2]], rtol=0, atol=1e-6)
 
@@ -358,7 +411,10 @@ def test_the_temperature_is_not_rounded_with_the_weights(build, clip_folder):
     """In bfloat16 exp(4.6052) would be 98.9, a per cent off every score."""
     exact = build("pickscore").clip.temperature()
     assert exact.item() == pytest.approx(100, abs=0.01)
-    for reward in (build("pickscore").to(torch.bfloat16), rewards.pickscore(clip_folder, dtype=torch.bfloat16)):
+    for reward in (
+        build("pickscore").to(torch.bfloat16),
+        rewards.pickscore(clip_folder, dtype=torch.bfloat16),
+    ):
         assert reward.clip.dtype == torch.bfloat16
         assert reward.clip.temperature() == exact
 
@@ -392,7 +448,9 @@ def test_16_frames_in_chunks_of_4_need_the_memory_of_4():
     """The bytes that live at the worst moment of scoring and backward, less the frames and their gradient."""
     config = {"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8}
     model = open_clip.CLIP(64, config, {"width": 64, "heads": 2, "layers": 1})
-    reward = towers.Comparison(towers.open_clip_towers(model, open_clip.get_tokenizer("ViT-B-32")), "hps")
+    reward = towers.Comparison(
+        towers.open_clip_towers(model, open_clip.get_tokenizer("ViT-B-32")), "hps"
+    )
     peaks = {}
     for count in (4, 16):
         frames = torch.rand(1, count, 3, 64, 64, requires_grad=True)
@@ -405,7 +463,10 @@ def test_16_frames_in_chunks_of_4_need_the_memory_of_4():
 
 def test_checkpointing_a_block_does_not_change_its_gradient():
     torch.manual_seed(0)
-    block, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()), torch.randn(2, 4, requires_grad=True)
+    block, x = (
+        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()),
+        torch.randn(2, 4, requires_grad=True),
+    )
     (plain,) = torch.autograd.grad(block(x).sum(), x)
     checkpoint_blocks([block])
     (again,) = torch.autograd.grad(block(x).sum(), x)
@@ -441,7 +502,9 @@ def test_their_number_is_bounded(build, monkeypatch):
     ],
 )
 def test_offline_each_says_what_is_missing_and_how_to_give_it(name, missing):
-    with pytest.raises(FileNotFoundError, match="(?s)not on this machine.*with a copy:.*path/to") as error:
+    with pytest.raises(
+        FileNotFoundError, match="(?s)not on this machine.*with a copy:.*path/to"
+    ) as error:
         getattr(rewards, name)()
     assert missing in str(error.value)
     assert ("('tiny')" in str(error.value)) == (name not in ("pickscore", "clip_score"))
@@ -457,5 +520,9 @@ def test_a_version_can_be_insisted_on(hps_file, monkeypatch):
 
 @pytest.mark.parametrize("name", ["clip_score", "pickscore", "aesthetic"])
 def test_an_unknown_checkpoint_is_named_with_the_known_ones(name, heads):
-    with pytest.raises(ValueError, match="unknown checkpoint 'yolos-tiny': choose one of published"):
-        getattr(rewards, name)("yolos-tiny", *([heads / "laion.pth"] if name == "aesthetic" else []))
+    with pytest.raises(
+        ValueError, match="unknown checkpoint 'yolos-tiny': choose one of published"
+    ):
+        getattr(rewards, name)(
+            "yolos-tiny", *([heads / "laion.pth"] if name == "aesthetic" else [])
+        )

@@ -36,14 +36,16 @@ def test_it_shows_itself_as_text_as_html_and_in_the_readme():
     table = rewards.table()
     assert all(name in repr(table) for name in rewards.NAMES)
     assert table._repr_html_().count("<tr>") == len(CARDS) + 1
-    assert table.markdown() in README.read_text(), "paste vader_nb.rewards.table().markdown() into README.md"
+    assert table.markdown() in README.read_text(), (
+        "paste vader_nb.rewards.table().markdown() into README.md"
+    )
 
 
 def test_what_may_not_be_sold_is_marked():
     rows = {row[0]: row for row in rewards.table().rows}
-    licences = HEADINGS.index("licence")
-    assert "not for commercial use" in rows["action"][licences]
-    assert "not for commercial use" not in rows["hps"][licences]
+    licenses = HEADINGS.index("license")
+    assert "not for commercial use" in rows["action"][licenses]
+    assert "not for commercial use" not in rows["hps"][licenses]
 
 
 @pytest.mark.parametrize(
@@ -53,13 +55,20 @@ def test_what_may_not_be_sold_is_marked():
         ("compression", lambda: vision_tower_and_head(463_553)),
         ("aesthetic", lambda: vision_tower_and_head(927_969)),
         ("rainy", lambda: vision_tower_and_head(927_969)),
-        ("action", lambda: VideoMAEForVideoClassification(VideoMAEConfig(num_labels=400, use_mean_pooling=True))),
+        (
+            "action",
+            lambda: VideoMAEForVideoClassification(
+                VideoMAEConfig(num_labels=400, use_mean_pooling=True)
+            ),
+        ),
     ],
 )
 def test_sizes_are_those_of_the_full_networks(name, build):
     with torch.device("meta"):
         network = build()
-    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(CARDS[name].parameters, abs=0.1)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(
+        CARDS[name].parameters, abs=0.1
+    )
 
 
 def vision_tower_and_head(head: int) -> torch.nn.Module:
@@ -82,7 +91,9 @@ def test_weights_in_the_hubs_cache_are_found_offline(tmp_path):
     write_clip(repository / "snapshots" / ("0" * 40))
     script = "from vader_nb import rewards; print(rewards.clip_score().clip.network.config.projection_dim)"
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
     assert found.stdout.strip() == "16", found.stderr
 
 
@@ -121,7 +132,9 @@ def test_what_is_no_file_of_weights_is_named(tmp_path):
 def test_one_file_from_an_address_is_kept_where_torch_keeps_them(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     source = hub.Source("https://example.org/head.pth", "head.pth", "1 kB", "MIT")
-    with pytest.raises(FileNotFoundError, match="(?s)not on this machine.*fetch https://example.org.*elsewhere"):
+    with pytest.raises(
+        FileNotFoundError, match="(?s)not on this machine.*fetch https://example.org.*elsewhere"
+    ):
         hub.single_file(source, otherwise="elsewhere")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "head.pth").write_bytes(b"weights")
@@ -150,7 +163,11 @@ def test_one_file_from_an_address_is_kept_where_torch_keeps_them(tmp_path, monke
 )
 @pytest.mark.parametrize("name", ["brightness", "hps", "a function"])
 def test_what_no_reward_can_judge_is_named(name, frames, prompts, told):
-    reward = rewards.reward(lambda f, p: f.mean((1, 2, 3, 4))) if name == "a function" else parse(name, tiny=True)
+    reward = (
+        rewards.reward(lambda f, p: f.mean((1, 2, 3, 4)))
+        if name == "a function"
+        else parse(name, tiny=True)
+    )
     with pytest.raises(ValueError, match=told):
         reward(frames, prompts)
 
@@ -166,9 +183,9 @@ def frames():
 PROMPTS = ["a"] * 4
 
 
-def test_normalised_rewards_have_mean_0_and_spread_1_on_the_base_models_clips(frames):
+def test_normalized_rewards_have_mean_0_and_spread_1_on_the_base_models_clips(frames):
     bright = rewards.brightness()
-    normal = bright.normalised(*statistics(bright, frames, PROMPTS))
+    normal = bright.normalized(*statistics(bright, frames, PROMPTS))
     scores = normal(frames, PROMPTS)
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
     assert scores.std().item() == pytest.approx(1, abs=1e-4)
@@ -176,7 +193,7 @@ def test_normalised_rewards_have_mean_0_and_spread_1_on_the_base_models_clips(fr
     with pytest.raises(ValueError, match="at least 2 clips"):
         statistics(bright, frames[:1], PROMPTS[:1])
     with pytest.raises(ValueError, match="got 0.0"):
-        bright.normalised(0.5, 0.0)
+        bright.normalized(0.5, 0.0)
 
 
 def test_capped_is_refls_loss_from_below(frames):
@@ -194,14 +211,16 @@ def test_capped_is_refls_loss_from_below(frames):
 
 
 def test_conflict_is_the_cosine_of_the_pixel_gradients_clip_by_clip(frames):
-    bright, colour = rewards.brightness(), rewards.colourfulness()
+    bright, color = rewards.brightness(), rewards.colorfulness()
     torch.testing.assert_close(conflict(bright, bright, frames, PROMPTS), torch.ones(4))
     torch.testing.assert_close(conflict(bright, -2 * bright, frames, PROMPTS), -torch.ones(4))
     leaf = frames.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(colour(leaf, PROMPTS)[1], leaf)
+    (gradient,) = torch.autograd.grad(color(leaf, PROMPTS)[1], leaf)
     flat = gradient[1].flatten()
-    expected = flat.sum() / flat.norm() / flat.numel() ** 0.5  # brightness has the same gradient on every pixel
-    torch.testing.assert_close(conflict(colour, bright, frames, PROMPTS)[1], expected)
+    expected = (
+        flat.sum() / flat.norm() / flat.numel() ** 0.5
+    )  # brightness has the same gradient on every pixel
+    torch.testing.assert_close(conflict(color, bright, frames, PROMPTS)[1], expected)
 
 
 def test_conflict_holds_on_large_frames_and_names_a_reward_without_gradient():
@@ -211,13 +230,24 @@ def test_conflict_holds_on_large_frames_and_names_a_reward_without_gradient():
         same = conflict(rewards.brightness(), rewards.brightness(), frames, ["a"])
         torch.testing.assert_close(same, torch.ones(1), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="'flat' has no gradient"):
-        conflict(rewards.brightness(), rewards.reward(lambda f, p: f.detach().mean((1, 2, 3, 4)), "flat"), large, ["a"])
+        conflict(
+            rewards.brightness(),
+            rewards.reward(lambda f, p: f.detach().mean((1, 2, 3, 4)), "flat"),
+            large,
+            ["a"],
+        )
 
 
-@pytest.mark.parametrize("name", ["brightness", "colourfulness", "compressibility", "incompressibility"])
+@pytest.mark.parametrize(
+    "name", ["brightness", "colorfulness", "compressibility", "incompressibility"]
+)
 def test_formulas_take_half_precision_frames(name):
     """float16 is what a model decodes to on a GPU, and its largest number is 65,504."""
-    leaf = torch.rand(1, 1, 3, 256, 256, generator=torch.Generator().manual_seed(0)).half().requires_grad_()
+    leaf = (
+        torch.rand(1, 1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+        .half()
+        .requires_grad_()
+    )
     score = parse(name)(leaf, ["a"])
     torch.testing.assert_close(score, parse(name)(leaf.detach().float(), ["a"]))
     score.sum().backward()
@@ -226,7 +256,7 @@ def test_formulas_take_half_precision_frames(name):
 
 
 def test_expressions_know_the_methods_and_the_embedded_ones():
-    parsed = parse("hps.capped(0.9) + 0.1 * aesthetic().normalised(6, 0.5)", tiny=True)
+    parsed = parse("hps.capped(0.9) + 0.1 * aesthetic().normalized(6, 0.5)", tiny=True)
     assert [part.name for part in parsed.parts()] == ["hps", "aesthetic"]
     with pytest.raises(ValueError, match="unknown reward 'pretty'"):  # before anything is loaded
         parse("hps + pretty")
@@ -234,8 +264,13 @@ def test_expressions_know_the_methods_and_the_embedded_ones():
         parse("hps")
     with pytest.raises(ValueError, match="cannot read"):
         parse("brightness.to('cuda')")
-    assert parse("brightness.normalised(mean=0.5, std=2)").name == "normalised brightness"
-    for wrong in ("object_presence", "rainy()", "brightness.capped(0.9, foo=3)", "brightness.capped()"):
+    assert parse("brightness.normalized(mean=0.5, std=2)").name == "normalized brightness"
+    for wrong in (
+        "object_presence",
+        "rainy()",
+        "brightness.capped(0.9, foo=3)",
+        "brightness.capped()",
+    ):
         with pytest.raises(ValueError, match=r"in '.*' of the reward .*argument"):
             parse(wrong)
 

@@ -13,13 +13,33 @@ from vader_nb.memory import Peak
 
 from .reward_contract import ascend, assert_slopes
 
-image_reward = importlib.import_module("vader_nb.rewards.image_reward")  # `rewards.image_reward` is the function
+image_reward = importlib.import_module(
+    "vader_nb.rewards.image_reward"
+)  # `rewards.image_reward` is the function
 PROMPTS = ["a red star", "Two dogs, running", "snow"]
 WORDS = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 104: ","}
 WORDS |= dict(enumerate(["a", "red", "star", "two", "dogs", "running", "snow"], start=110))
 HEADS = 2  # of 64 numbers each
-SMALL = {"width": 128, "patch": 16, "grid": 4, "blocks": 2, "text": 128, "layers": 2, "words": 202, "places": 40}
-FULL = {"width": 1024, "patch": 16, "grid": 14, "blocks": 24, "text": 768, "layers": 12, "words": 30524, "places": 512}
+SMALL = {
+    "width": 128,
+    "patch": 16,
+    "grid": 4,
+    "blocks": 2,
+    "text": 128,
+    "layers": 2,
+    "words": 202,
+    "places": 40,
+}
+FULL = {
+    "width": 1024,
+    "patch": 16,
+    "grid": 14,
+    "blocks": 24,
+    "text": 768,
+    "layers": 12,
+    "words": 30524,
+    "places": 512,
+}
 
 
 def layout(width, patch, grid, blocks, text, layers, words, places):
@@ -43,8 +63,12 @@ def layout(width, patch, grid, blocks, text, layers, words, places):
     }
     for block in (f"{vision}.blocks.{n}" for n in range(blocks)):
         shapes |= norm(f"{block}.norm1", width) | norm(f"{block}.norm2", width)
-        shapes |= linear(f"{block}.attn.qkv", 3 * width, width) | linear(f"{block}.attn.proj", width, width)
-        shapes |= linear(f"{block}.mlp.fc1", 4 * width, width) | linear(f"{block}.mlp.fc2", width, 4 * width)
+        shapes |= linear(f"{block}.attn.qkv", 3 * width, width) | linear(
+            f"{block}.attn.proj", width, width
+        )
+        shapes |= linear(f"{block}.mlp.fc1", 4 * width, width) | linear(
+            f"{block}.mlp.fc2", width, 4 * width
+        )
     for layer in (f"{bert}.encoder.layer.{n}" for n in range(layers)):
         for attention, seen in (("attention", text), ("crossattention", width)):
             shapes |= linear(f"{layer}.{attention}.self.query", text, text)
@@ -53,10 +77,18 @@ def layout(width, patch, grid, blocks, text, layers, words, places):
             shapes |= linear(f"{layer}.{attention}.output.dense", text, text)
             shapes |= norm(f"{layer}.{attention}.output.LayerNorm", text)
         shapes |= linear(f"{layer}.intermediate.dense", 4 * text, text)
-        shapes |= linear(f"{layer}.output.dense", text, 4 * text) | norm(f"{layer}.output.LayerNorm", text)
+        shapes |= linear(f"{layer}.output.dense", text, 4 * text) | norm(
+            f"{layer}.output.LayerNorm", text
+        )
     shapes |= norm(f"{vision}.norm", width) | norm(f"{bert}.embeddings.LayerNorm", text)
     shapes |= linear("blip.vision_proj", 256, width) | linear("blip.text_proj", 256, text)
-    for n, outside, inside in ((0, 1024, text), (2, 128, 1024), (4, 64, 128), (6, 16, 64), (7, 1, 16)):
+    for n, outside, inside in (
+        (0, 1024, text),
+        (2, 128, 1024),
+        (4, 64, 128),
+        (6, 16, 64),
+        (7, 1, 16),
+    ):
         shapes |= linear(f"mlp.layers.{n}", outside, inside)
     return shapes
 
@@ -73,7 +105,9 @@ def random_state():
         else:
             state[name] = noise * noise[0].numel() ** -0.5
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
-        state[f"blip.visual_encoder.{name}"] *= 0.2  # so small that the epsilon of the first norm matters
+        state[f"blip.visual_encoder.{name}"] *= (
+            0.2  # so small that the epsilon of the first norm matters
+        )
     for attention in (
         "blip.text_encoder.encoder.layer.0.crossattention",
         "blip.text_encoder.encoder.layer.1.crossattention",
@@ -92,7 +126,9 @@ def state():
 def folder(state, tmp_path_factory):
     folder = tmp_path_factory.mktemp("image-reward")
     torch.save(state, folder / "ImageReward.pt")
-    (folder / "vocab.txt").write_text("\n".join(WORDS.get(n, f"[unused{n}]") for n in range(SMALL["words"] - 2)))
+    (folder / "vocab.txt").write_text(
+        "\n".join(WORDS.get(n, f"[unused{n}]") for n in range(SMALL["words"] - 2))
+    )
     return folder
 
 
@@ -115,7 +151,9 @@ def reference(state, pixels, ids, mask):
         return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
 
     def attend(query, key, value, mask=None):
-        query, key, value = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = (
+            x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (query, key, value)
+        )
         scores = query @ key.mT / query.shape[-1] ** 0.5
         if mask is not None:
             scores = scores.masked_fill(mask[:, None, None, :] == 0, -torch.inf)
@@ -123,7 +161,10 @@ def reference(state, pixels, ids, mask):
 
     name = "blip.visual_encoder"
     patches = F.conv2d(
-        pixels, state[f"{name}.patch_embed.proj.weight"], state[f"{name}.patch_embed.proj.bias"], stride=SMALL["patch"]
+        pixels,
+        state[f"{name}.patch_embed.proj.weight"],
+        state[f"{name}.patch_embed.proj.bias"],
+        stride=SMALL["patch"],
     )
     first = state[f"{name}.cls_token"].expand(len(pixels), -1, -1)
     x = torch.cat([first, patches.flatten(2).mT], dim=1) + state[f"{name}.pos_embed"]
@@ -139,11 +180,15 @@ def reference(state, pixels, ids, mask):
     words = state[f"{name}.embeddings.word_embeddings.weight"][ids] + places
     x = norm(f"{name}.embeddings.LayerNorm", words, 1e-12)
     for layer in (f"{name}.encoder.layer.{n}" for n in range(SMALL["layers"])):
-        for kind, seen, hidden_words in (("attention", None, mask), ("crossattention", picture, None)):
+        for kind, seen, hidden_words in (
+            ("attention", None, mask),
+            ("crossattention", picture, None),
+        ):
             part = f"{layer}.{kind}"
             source = x if seen is None else seen
             query, key, value = (
-                linear(f"{part}.self.{what}", of) for what, of in (("query", x), ("key", source), ("value", source))
+                linear(f"{part}.self.{what}", of)
+                for what, of in (("query", x), ("key", source), ("value", source))
             )
             mixed = linear(f"{part}.output.dense", attend(query, key, value, hidden_words))
             x = norm(f"{part}.output.LayerNorm", x + mixed, 1e-12)
@@ -158,15 +203,22 @@ def reference(state, pixels, ids, mask):
 def tokens(prompts):
     """By hand: [CLS], the words, [SEP], padded to 35."""
     index = {word: n for n, word in WORDS.items()}
-    rows = [[101, *(index[word] for word in prompt.lower().replace(",", " ,").split()), 102] for prompt in prompts]
+    rows = [
+        [101, *(index[word] for word in prompt.lower().replace(",", " ,").split()), 102]
+        for prompt in prompts
+    ]
     ids = torch.tensor([row + [0] * (35 - len(row)) for row in rows])
     return ids, (torch.arange(35) < torch.tensor([[len(row)] for row in rows])).long()
 
 
 def expected_scores(state, frames, prompts):
-    """(B, F). Pictures of 48 by 80 become 64 by 106, then the centre."""
-    pictures = center_crop(resize(frames.flatten(0, 1), [64], interpolation=3, antialias=True), [64, 64])
-    pixels = normalize(pictures, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+    """(B, F). Pictures of 48 by 80 become 64 by 106, then the center."""
+    pictures = center_crop(
+        resize(frames.flatten(0, 1), [64], interpolation=3, antialias=True), [64, 64]
+    )
+    pixels = normalize(
+        pictures, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    )
     ids, mask = (value.repeat_interleave(frames.shape[1], dim=0) for value in tokens(prompts))
     with torch.no_grad():
         raw = reference(state, pixels, ids, mask)
@@ -185,7 +237,9 @@ def test_each_clip_is_judged_by_its_own_prompt(state, folder, frames):
     reward = rewards.image_reward(folder)
     same = frames[:1].expand(3, -1, -1, -1, -1)
     scores = reward(same, PROMPTS)
-    torch.testing.assert_close(scores, expected_scores(state, same, PROMPTS).mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        scores, expected_scores(state, same, PROMPTS).mean(1), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(reward(same, PROMPTS[::-1]), scores.flip(0), rtol=1e-5, atol=1e-5)
     assert (scores[:, None] - scores).abs().add(torch.eye(3)).min() > 1e-3
 
@@ -201,7 +255,9 @@ def test_the_published_layout_in_full_size():
     assert sum(value.numel() for value in published.values()) == 446_666_465  # 1.79 GB in float32
     used = sum(value.numel() for network in (vision, text) for value in network.parameters())
     ignored = sum(published[name].numel() for name in image_reward.IGNORED)
-    published_head = sum(value.numel() for name, value in published.items() if name.startswith("mlp."))
+    published_head = sum(
+        value.numel() for name, value in published.items() if name.startswith("mlp.")
+    )
     assert used == 446_666_465 - ignored - published_head
     assert (vision.config.num_attention_heads, vision.config.image_size) == (16, 224)
     assert (text.config.num_attention_heads, text.config.vocab_size) == (12, 30524)
@@ -209,7 +265,11 @@ def test_the_published_layout_in_full_size():
 
 
 def test_the_head_is_one_affine_map(state):
-    layers = {name.removeprefix("mlp.layers."): value for name, value in state.items() if name.startswith("mlp.")}
+    layers = {
+        name.removeprefix("mlp.layers."): value
+        for name, value in state.items()
+        if name.startswith("mlp.")
+    }
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
     expected = x
     for n in (0, 2, 4, 6, 7):
@@ -241,25 +301,32 @@ def test_climbing_raises_it(folder, frames):
 def test_a_batch_is_scored_as_one_by_one(folder, frames):
     reward = rewards.image_reward(folder)
     together = reward.scores(frames, PROMPTS)
-    apart = [[reward(frames[i : i + 1, j : j + 1], PROMPTS[i : i + 1]).item() for j in range(2)] for i in range(3)]
+    apart = [
+        [reward(frames[i : i + 1, j : j + 1], PROMPTS[i : i + 1]).item() for j in range(2)]
+        for i in range(3)
+    ]
     torch.testing.assert_close(together, torch.tensor(apart), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3, 320, 512), (1, 16, 3, 48, 80), (2, 3, 3, 64, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 3, 320, 512), (1, 16, 3, 48, 80), (2, 3, 3, 64, 64)], ids=str
+)
 def test_any_size_and_number_of_frames(folder, shape):
     frames = torch.rand(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     value = rewards.image_reward(folder)(frames, PROMPTS[: len(frames)])
     value.sum().backward()
     assert value.shape == (len(frames),)
     assert frames.grad.isfinite().all()
-    seen = min(shape[-2:]) / max(shape[-2:])  # the centre
+    seen = min(shape[-2:]) / max(shape[-2:])  # the center
     assert (frames.grad != 0).float().mean() > 0.95 * seen
 
 
 def test_half_precision(folder, frames):
     full = rewards.image_reward(folder)(frames, PROMPTS)
     half = rewards.image_reward(folder, dtype=torch.bfloat16)
-    assert {value.dtype for network in half.networks for value in network.parameters()} == {torch.bfloat16}
+    assert {value.dtype for network in half.networks for value in network.parameters()} == {
+        torch.bfloat16
+    }
     # Of the unit, one standard deviation: a score may be near 0, where a ratio says nothing.
     torch.testing.assert_close(half(frames, PROMPTS), full, rtol=0, atol=0.02)
     moved = rewards.image_reward(folder)
@@ -285,13 +352,28 @@ def test_16_frames_need_the_memory_of_4(folder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda state: state | {"blip.text_decoder.bias": torch.zeros(1)}, r"unknown blip\.text_decoder\.bias"),
-        (lambda state: state | {"blip.visual_encoder.head.bias": torch.zeros(1)}, r"Unexpected key.*head\.bias"),
-        (lambda state: state | {"blip.text_encoder.pooler.bias": torch.zeros(1)}, r"Unexpected key.*pooler\.bias"),
+        (
+            lambda state: state | {"blip.text_decoder.bias": torch.zeros(1)},
+            r"unknown blip\.text_decoder\.bias",
+        ),
+        (
+            lambda state: state | {"blip.visual_encoder.head.bias": torch.zeros(1)},
+            r"Unexpected key.*head\.bias",
+        ),
+        (
+            lambda state: state | {"blip.text_encoder.pooler.bias": torch.zeros(1)},
+            r"Unexpected key.*pooler\.bias",
+        ),
         (lambda state: state | {"mlp.layers.8.bias": torch.zeros(1)}, r"other keys than .*8\.bias"),
         (lambda state: without(state, "mlp.layers.4.weight"), r"no key that ends in '4\.weight'"),
-        (lambda state: without(state, "blip.visual_encoder.pos_embed"), "no key that ends in 'pos_embed'"),
-        (lambda state: without(state, "blip.visual_encoder.blocks.1.attn.proj.bias"), r"Missing key.*projection\.bias"),
+        (
+            lambda state: without(state, "blip.visual_encoder.pos_embed"),
+            "no key that ends in 'pos_embed'",
+        ),
+        (
+            lambda state: without(state, "blip.visual_encoder.blocks.1.attn.proj.bias"),
+            r"Missing key.*projection\.bias",
+        ),
         (
             lambda state: state | {"blip.visual_encoder.norm.bias": torch.zeros(3)},
             r"size mismatch.*post_layernorm\.bias",
@@ -310,14 +392,18 @@ def without(state, name):
 
 
 def test_missing_files_and_a_wrong_vocabulary(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"imagereward is neither 'image-reward' nor a directory with"):
+    with pytest.raises(
+        FileNotFoundError, match=r"imagereward is neither 'image-reward' nor a directory with"
+    ):
         rewards.image_reward("imagereward")
     with pytest.raises(FileNotFoundError, match=r"ImageReward\.pt is not a file"):
         rewards.image_reward(tmp_path)
     (tmp_path / "ImageReward.pt").symlink_to(folder / "ImageReward.pt")
     with pytest.raises(FileNotFoundError, match=r"vocab\.txt is not a file"):
         rewards.image_reward(tmp_path)
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat"]))
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat"])
+    )
     with pytest.raises(ValueError, match=r"vocab\.txt makes 8 tokens, .*ImageReward\.pt has 202"):
         rewards.image_reward(tmp_path)
 

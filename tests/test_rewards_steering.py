@@ -84,10 +84,18 @@ def grounding_dino(folder, num_queries):
             out_features=["stage2", "stage3", "stage4"],
         ),
         text_config=BertConfig(
-            vocab_size=1100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+            vocab_size=1100,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
         ),
         **{"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_text_len": 16},
-        **{f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")},
+        **{
+            f"{part}_{what}": 2
+            for part in ("encoder", "decoder")
+            for what in ("layers", "attention_heads")
+        },
         num_queries=num_queries,
     )
     model = shaken(GroundingDinoForObjectDetection(config))
@@ -114,7 +122,11 @@ def even_dino(tmp_path_factory):
     model = grounding_dino(folder, num_queries=216)
     with torch.no_grad():
         model.model.query_position_embeddings.weight.zero_()
-        for head in (model.model.encoder_output_bbox_embed, *model.bbox_embed, *model.model.decoder.bbox_embed):
+        for head in (
+            model.model.encoder_output_bbox_embed,
+            *model.bbox_embed,
+            *model.model.decoder.bbox_embed,
+        ):
             head.layers[-1].weight.zero_()
     model.save_pretrained(folder)
     return folder
@@ -147,19 +159,27 @@ def test_yolos_p_is_what_its_own_post_processing_scores(yolos, frames):
         outputs = model(pixels)
         p = outputs.logits.softmax(-1)
         best = YolosImageProcessor().post_process_object_detection(outputs, threshold=0)
-        labels, scores = (torch.stack([picture[key] for picture in best]) for key in ("labels", "scores"))
+        labels, scores = (
+            torch.stack([picture[key] for picture in best]) for key in ("labels", "scores")
+        )
         for target, index in {"person": 1, "book": 2, "Cat": 3, " Traffic light. ": 4}.items():
             reward = rewards.object_presence(target, yolos)
             ours = reward.detector.log_odds(detection.scaled(frames.flatten(0, 1), 64)).sigmoid()
             torch.testing.assert_close(ours, p[..., index], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(ours[labels == index], scores[labels == index], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                ours[labels == index], scores[labels == index], rtol=1e-5, atol=1e-6
+            )
             expected = smooth_maximum(p[..., index]).view(3, 2)
-            torch.testing.assert_close(reward.scores(frames, [""] * 3), expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                reward.scores(frames, [""] * 3), expected, rtol=1e-5, atol=1e-6
+            )
     assert len(labels.unique()) > 1  # several of the targets are somewhere the best label
 
 
 def test_grounding_dino_p_is_what_its_own_post_processing_scores(dino, frames):
-    processor = GroundingDinoProcessor(GroundingDinoImageProcessor(), AutoTokenizer.from_pretrained(dino))
+    processor = GroundingDinoProcessor(
+        GroundingDinoImageProcessor(), AutoTokenizer.from_pretrained(dino)
+    )
     model = GroundingDinoForObjectDetection.from_pretrained(dino, dtype=torch.float32).eval()
     pixels = pixels_of(frames, 853)
     text = processor(text="book.", return_tensors="pt")
@@ -167,7 +187,9 @@ def test_grounding_dino_p_is_what_its_own_post_processing_scores(dino, frames):
     with torch.no_grad():
         outputs = model(pixels, **{name: ids.expand(6, -1) for name, ids in text.items()})
         outputs.logits[..., [0, 2, 3]] = -torch.inf  # of [CLS], of the full stop, and of [SEP]
-        best = processor.post_process_grounded_object_detection(outputs, text["input_ids"].expand(6, -1), 0, 0)
+        best = processor.post_process_grounded_object_detection(
+            outputs, text["input_ids"].expand(6, -1), 0, 0
+        )
         p = torch.stack([picture["scores"] for picture in best])
         assert p.shape == (6, 20)
         reward = rewards.object_presence("Book", dino)
@@ -189,7 +211,12 @@ def test_all_words_of_a_phrase_count(dino, frames):
 
 
 def test_sizes():
-    for size, step, width in [((320, 512), 16, 816), ((320, 512), 1, 819), ((512, 512), 16, 512), ((90, 1), 16, 16)]:
+    for size, step, width in [
+        ((320, 512), 16, 816),
+        ((320, 512), 1, 819),
+        ((512, 512), 16, 512),
+        ((90, 1), 16, 16),
+    ]:
         assert detection.scaled(torch.rand(1, 3, *size), step).shape == (1, 3, 512, width)
     picture = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -221,10 +248,14 @@ def test_the_published_sizes_have_the_blocks_that_are_checkpointed(dino):
             6.5: YolosForObjectDetection(YolosConfig(image_size=[800, 1333], **tiny, **coco)),
             127.8: YolosForObjectDetection(YolosConfig(image_size=[800, 1344], **coco)),
             172.25: GroundingDinoForObjectDetection(GroundingDinoConfig(text_config=text)),
-            232.3: GroundingDinoForObjectDetection(GroundingDinoConfig(backbone_config=base, text_config=text)),
+            232.3: GroundingDinoForObjectDetection(
+                GroundingDinoConfig(backbone_config=base, text_config=text)
+            ),
         }
     for millions, model in models.items():
-        assert sum(value.numel() for value in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+        assert sum(value.numel() for value in model.parameters()) / 1e6 == pytest.approx(
+            millions, abs=0.05
+        )
     tokenizer = AutoTokenizer.from_pretrained(dino)
     for millions, count in {6.5: 12, 127.8: 12}.items():
         models[millions].config.id2label = LABELS
@@ -258,7 +289,10 @@ def test_every_query_has_a_gradient_and_two_sure_ones_do_not_hide_each_other():
 
 
 def test_presence_and_removal_are_exact_opposites_from_nothing_to_certainty(yolos, frames):
-    removal, presence = rewards.object_removal("book", yolos), rewards.object_presence("book", yolos)
+    removal, presence = (
+        rewards.object_removal("book", yolos),
+        rewards.object_presence("book", yolos),
+    )
     for shift in (-30.0, 0.0, 30.0):
         for reward in (removal, presence):
             reward.detector.log_odds = lambda pixels, shift=shift: (
@@ -304,13 +338,17 @@ def test_climbing_removes_and_brings_the_object(target, detector, frames, reques
 def test_a_batch_is_scored_as_one_by_one(detector, frames, request):
     reward = rewards.object_removal("book", request.getfixturevalue(detector))
     together = reward.scores(frames, ["a", "b", "c"])
-    apart = [[reward(frames[i : i + 1, j : j + 1], [""]).item() for j in range(2)] for i in range(3)]
+    apart = [
+        [reward(frames[i : i + 1, j : j + 1], [""]).item() for j in range(2)] for i in range(3)
+    ]
     torch.testing.assert_close(together, torch.tensor(apart), rtol=1e-5, atol=1e-6)
     assert together.flatten().unique().numel() == 6
 
 
 @pytest.mark.parametrize("detector", ["yolos", "dino"])
-@pytest.mark.parametrize("shape", [(1, 1, 3, 320, 512), (1, 16, 3, 48, 80), (2, 1, 3, 600, 400)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 3, 320, 512), (1, 16, 3, 48, 80), (2, 1, 3, 600, 400)], ids=str
+)
 def test_any_size_and_number_of_frames(detector, shape, request):
     reward = rewards.object_removal("book", request.getfixturevalue(detector))
     frames = torch.rand(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -349,7 +387,9 @@ def test_16_frames_need_the_memory_of_4(yolos):
 
 
 def test_unknown_names(yolos, dino, tmp_path):
-    with pytest.raises(ValueError, match="'yolo-tiny'; choose yolos-tiny, yolos-base, grounding-dino-tiny"):
+    with pytest.raises(
+        ValueError, match="'yolo-tiny'; choose yolos-tiny, yolos-base, grounding-dino-tiny"
+    ):
         rewards.object_removal("book", "yolo-tiny")
     with pytest.raises(ValueError, match="no 'bok'; the nearest of its labels are book"):
         rewards.object_removal("bok", yolos)
@@ -374,5 +414,7 @@ def test_unknown_names(yolos, dino, tmp_path):
 def test_offline_says_how_to_get_the_weights(detector):
     with pytest.raises(FileNotFoundError) as caught:
         rewards.object_removal("book", detector)
-    assert f"hf download {'hustvl' if 'yolos' in detector else 'IDEA-Research'}/{detector}" in str(caught.value)
+    assert f"hf download {'hustvl' if 'yolos' in detector else 'IDEA-Research'}/{detector}" in str(
+        caught.value
+    )
     assert f"object_removal('book', detector='/path/to/{detector}')" in str(caught.value)

@@ -49,7 +49,9 @@ rewards = pytest.mark.parametrize("name", BUILDERS)
 
 def clips(batch=1, frames=4, height=32, width=32, dtype=torch.float32, seed=0):
     """Noise, a little blurred, away from 0 and 1."""
-    noise = torch.rand(batch * frames, 3, height // 2, width // 2, generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(
+        batch * frames, 3, height // 2, width // 2, generator=torch.Generator().manual_seed(seed)
+    )
     return (0.1 + 0.8 * resize(noise, [height, width])).unflatten(0, (batch, frames)).to(dtype)
 
 
@@ -60,8 +62,19 @@ def directories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     VJEPA2Model(VJEPA2Config(**VJEPA)).save_pretrained(folder / "vjepa")
     words = tokenizer.build()
-    text = {"vocab_size": len(words), "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 24}
-    vision = {"hidden_size": 24, "intermediate_size": 48, "image_size": 32, "patch_size": 8, "num_frames": 4}
+    text = {
+        "vocab_size": len(words),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "max_position_embeddings": 24,
+    }
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "image_size": 32,
+        "patch_size": 8,
+        "num_frames": 4,
+    }
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
     mit = {"mit_hidden_size": 16, "mit_intermediate_size": 32, "mit_num_attention_heads": 2}
     config = XCLIPConfig(
@@ -92,16 +105,23 @@ def build(directories, monkeypatch):
 @rewards
 def test_the_gradient_is_that_of_the_score(build, name):
     reward = build(name, dtype=torch.float64)
-    leaf = clips(frames=4 if name != "raft" else 3, height=32, width=32, dtype=torch.float64).requires_grad_()
+    leaf = clips(
+        frames=4 if name != "raft" else 3, height=32, width=32, dtype=torch.float64
+    ).requires_grad_()
     reward(leaf, PROMPTS[:1]).sum().backward()
-    gradient, step = leaf.grad.flatten(), 1e-7 if name == "raft" else 1e-5  # RAFT's ReLU and lookups have kinks
+    gradient, step = (
+        leaf.grad.flatten(),
+        1e-7 if name == "raft" else 1e-5,
+    )  # RAFT's ReLU and lookups have kinks
     places = torch.randperm(gradient.numel(), generator=torch.Generator().manual_seed(1))[:20]
     slopes = []
     for place in places:
         nudge = torch.zeros_like(gradient)
         nudge[place] = step
         with torch.no_grad():
-            ahead, behind = (reward(leaf + side * nudge.view_as(leaf), PROMPTS[:1]) for side in (1, -1))
+            ahead, behind = (
+                reward(leaf + side * nudge.view_as(leaf), PROMPTS[:1]) for side in (1, -1)
+            )
         slopes.append((ahead - behind) / (2 * step))
     assert (gradient[places] != 0).sum() >= 10  # a crop leaves some pixels unseen
     torch.testing.assert_close(gradient[places], torch.cat(slopes), rtol=1e-4, atol=1e-9)
@@ -120,7 +140,9 @@ def test_a_batch_scores_as_its_clips_one_by_one(build, name):
 def test_any_size_passes_a_gradient(build, name):
     reward = build(name)
     for size in ((48, 80), (80, 48), (320, 512)):
-        frames = clips(frames=3 if name == "raft" else 2, height=size[0], width=size[1]).requires_grad_()
+        frames = clips(
+            frames=3 if name == "raft" else 2, height=size[0], width=size[1]
+        ).requires_grad_()
         value = reward(frames, PROMPTS[:1])
         value.sum().backward()
         assert value.isfinite().all() and reward.range[0] <= value.item() <= reward.range[1]
@@ -134,7 +156,9 @@ def test_bfloat16_agrees_within_two_percent(build, name):
     for reward in (build(name, dtype=torch.bfloat16), build(name).to(torch.bfloat16)):
         coarse = reward(frames, PROMPTS[:2])
         assert coarse.dtype == torch.float32
-        scale = torch.ones(2) if name == "xclip" else exact.abs()  # a cosine crosses 0, its scale is 1
+        scale = (
+            torch.ones(2) if name == "xclip" else exact.abs()
+        )  # a cosine crosses 0, its scale is 1
         assert ((coarse - exact).abs() <= 0.02 * scale).all()
 
 
@@ -155,7 +179,10 @@ def test_networks_stay_frozen_and_move_their_memory_along(build, name):
     frames = clips()
     before = reward(frames, PROMPTS[:1])
     torch.testing.assert_close(
-        reward.to(torch.float64)(frames.double(), PROMPTS[:1]), before.double(), rtol=1e-4, atol=1e-5
+        reward.to(torch.float64)(frames.double(), PROMPTS[:1]),
+        before.double(),
+        rtol=1e-4,
+        atol=1e-5,
     )
     torch.testing.assert_close(reward.to(torch.float32)(frames, PROMPTS[:1]), before)
     assert not any(p.requires_grad for network in reward.networks for p in network.parameters())
@@ -167,11 +194,15 @@ def test_unknown_checkpoints_are_named(name):
         BUILDERS[name]("nobody-7b")
 
 
-@pytest.mark.parametrize("build, source", [(temporal_consistency, "vjepa2-vitl"), (text_video, "xclip-base-patch32")])
+@pytest.mark.parametrize(
+    "build, source", [(temporal_consistency, "vjepa2-vitl"), (text_video, "xclip-base-patch32")]
+)
 def test_offline_the_missing_weights_are_named(build, source, monkeypatch):
     # A revision that no cache on the machine which runs this test can have.
     monkeypatch.setitem(SOURCES, source, replace(SOURCES[source], revision="0" * 40))
-    with pytest.raises(FileNotFoundError, match=f"(?s){SOURCES[source].repo}.*{SOURCES[source].size}.*checkpoint="):
+    with pytest.raises(
+        FileNotFoundError, match=f"(?s){SOURCES[source].repo}.*{SOURCES[source].size}.*checkpoint="
+    ):
         build()
 
 
@@ -182,7 +213,8 @@ def test_a_directory_that_lacks_weights_is_refused(directories, tmp_path, name, 
     kept = {key: value for key, value in weights.items() if not key.startswith(part)}
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        ValueError, match=rf"does not fit .*Model: it lacks {len(weights) - len(kept)} tensors \({part}"
+        ValueError,
+        match=rf"does not fit .*Model: it lacks {len(weights) - len(kept)} tensors \({part}",
     ):
         BUILDERS[name](tmp_path)
 
@@ -223,7 +255,9 @@ def test_with_nothing_hidden_the_encoder_is_transformers_own(vjepa, theirs, fram
     pixels = vjepa.pixels(clips(batch=2, frames=frames))
     tokens = vjepa.model.encoder.embeddings(pixels)
     ours = vjepa.encode(tokens, torch.arange(tokens.shape[1]))
-    torch.testing.assert_close(ours, theirs(pixels, skip_predictor=True).last_hidden_state, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours, theirs(pixels, skip_predictor=True).last_hidden_state, rtol=1e-5, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -231,9 +265,13 @@ def test_from_one_context_the_predictor_is_transformers_own(vjepa, theirs):
     pixels = vjepa.pixels(clips(batch=2))
     order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
     visible, hidden = order[:50], order[50:90]  # neither sorted nor complete
-    output = theirs(pixels, context_mask=[visible.expand(2, -1)], target_mask=[hidden.expand(2, -1)])
+    output = theirs(
+        pixels, context_mask=[visible.expand(2, -1)], target_mask=[hidden.expand(2, -1)]
+    )
     ours = vjepa.predict(output.last_hidden_state[:, visible], visible, hidden, token=1)
-    torch.testing.assert_close(ours, output.predictor_output.last_hidden_state, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours, output.predictor_output.last_hidden_state, rtol=1e-5, atol=1e-5
+    )
     other = vjepa.predict(output.last_hidden_state[:, visible], visible, hidden, token=0)
     assert (other - ours).abs().max() > 0.01
 
@@ -244,14 +282,18 @@ def test_the_score_is_minus_vjepas_loss(vjepa, theirs):
     frames = clips(batch=2)
     pixels, tokens, losses = vjepa.pixels(frames), theirs.predictor.embeddings.mask_tokens, []
     target = theirs(pixels, skip_predictor=True).last_hidden_state
-    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    target = (target - target.mean(-1, keepdim=True)) / (
+        target.var(-1, keepdim=True, unbiased=False) + 1e-5
+    ).sqrt()
     trained = tokens.clone()
     for family, (_, hidden) in enumerate(block_masks(8)):
         unseen = torch.zeros(2, 64, dtype=torch.bool)
         unseen[:, hidden] = True
 
         def blinkered(module, query, key, value, mask, scaling, blind=unseen.flatten(), **options):
-            weights = (query @ key.transpose(-1, -2) * scaling).masked_fill(blind, -torch.inf).softmax(-1)
+            weights = (
+                (query @ key.transpose(-1, -2) * scaling).masked_fill(blind, -torch.inf).softmax(-1)
+            )
             return (weights @ value).transpose(1, 2), weights
 
         AttentionInterface.register("blinkered", blinkered)
@@ -259,10 +301,16 @@ def test_the_score_is_minus_vjepas_loss(vjepa, theirs):
         features = theirs(pixels, skip_predictor=True).last_hidden_state
         theirs.set_attn_implementation("sdpa")
         tokens[1] = trained[family]  # transformers always takes the second
-        seen, masked = ((unseen.flatten() == value).nonzero().T.expand(2, -1) for value in (False, True))
-        prediction = theirs.predictor(features, context_mask=[seen], target_mask=[masked]).last_hidden_state
+        seen, masked = (
+            (unseen.flatten() == value).nonzero().T.expand(2, -1) for value in (False, True)
+        )
+        prediction = theirs.predictor(
+            features, context_mask=[seen], target_mask=[masked]
+        ).last_hidden_state
         losses.append((prediction - target[:, masked[0]]).abs().mean(dim=(1, 2)))
-    torch.testing.assert_close(vjepa(frames, PROMPTS[:2]), -(losses[0] + losses[1]) / 2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        vjepa(frames, PROMPTS[:2]), -(losses[0] + losses[1]) / 2, rtol=1e-5, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -271,7 +319,9 @@ def test_nothing_of_the_hidden_blocks_leaks_into_the_context(vjepa, theirs, monk
         height=73, width=73
     )  # neither resized (64 * 256 / 224 = 73) nor stretched, but cropped by 4 at the top
     contexts, real = [], vjepa.predict
-    monkeypatch.setattr(vjepa, "predict", lambda context, *rest: contexts.append(context) or real(context, *rest))
+    monkeypatch.setattr(
+        vjepa, "predict", lambda context, *rest: contexts.append(context) or real(context, *rest)
+    )
     for family, (_, hidden) in enumerate(vjepa.masks):
         changed = frames.clone()
         for patch in hidden.tolist():
@@ -282,7 +332,10 @@ def test_nothing_of_the_hidden_blocks_leaks_into_the_context(vjepa, theirs, monk
         assert torch.equal(contexts[family], contexts[2 + family]) and before != after
         visible = torch.ones(2, 64, dtype=torch.bool)
         visible[:, hidden] = False
-        full = [theirs(vjepa.pixels(f), skip_predictor=True).last_hidden_state for f in (frames, changed)]
+        full = [
+            theirs(vjepa.pixels(f), skip_predictor=True).last_hidden_state
+            for f in (frames, changed)
+        ]
         leak = (full[0] - full[1])[:, visible.flatten()].abs().max()
         assert leak > 0.01  # transformers' own visible features do know
 
@@ -329,7 +382,9 @@ def test_a_mask_token_that_was_never_trained_is_not_used(vjepa):
 
 def test_vjepa_needs_whole_tubelets(vjepa):
     assert vjepa(clips(frames=16), PROMPTS[:1]).isfinite()
-    with pytest.raises(ValueError, match=r"multiple of 2 frames, got 5: drop 1, as in frames\[:, :4\]"):
+    with pytest.raises(
+        ValueError, match=r"multiple of 2 frames, got 5: drop 1, as in frames\[:, :4\]"
+    ):
         vjepa(clips(frames=5), PROMPTS[:1])
     with pytest.raises(ValueError, match="got 1: score more, or repeat the last one"):
         vjepa(clips(frames=1), PROMPTS[:1])
@@ -351,7 +406,9 @@ def reference(folder, frames, prompts):
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     pictures = VideoMAEImageProcessor(do_rescale=False, **statistics, **size)
     processor = XCLIPProcessor(pictures, AutoTokenizer.from_pretrained(folder))
-    inputs = processor(text=prompts, videos=[list(clip) for clip in frames], return_tensors="pt", padding=True)
+    inputs = processor(
+        text=prompts, videos=[list(clip) for clip in frames], return_tensors="pt", padding=True
+    )
     return model(**inputs).logits_per_video / model.logit_scale.exp()
 
 
@@ -368,11 +425,15 @@ def test_each_clip_is_judged_by_its_own_prompt(xclip, directories):
     frames = clips(batch=3)
     scores = reference(directories / "xclip", frames, PROMPTS)
     turned = xclip(frames, PROMPTS[1:] + PROMPTS[:1])
-    torch.testing.assert_close(turned, torch.stack([scores[0, 1], scores[1, 2], scores[2, 0]]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        turned, torch.stack([scores[0, 1], scores[1, 2], scores[2, 0]]), rtol=1e-5, atol=1e-5
+    )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("count, chosen", [(1, [0] * 4), (3, [0, 1, 1, 2]), (4, [0, 1, 2, 3]), (16, [2, 6, 10, 14])])
+@pytest.mark.parametrize(
+    "count, chosen", [(1, [0] * 4), (3, [0, 1, 1, 2]), (4, [0, 1, 2, 3]), (16, [2, 6, 10, 14])]
+)
 def test_text_video_takes_the_middles_of_equal_stretches(xclip, directories, count, chosen):
     frames = clips(frames=count)
     expected = reference(directories / "xclip", frames[:, chosen], PROMPTS[:1])[:, 0]
@@ -382,9 +443,13 @@ def test_text_video_takes_the_middles_of_equal_stretches(xclip, directories, cou
 def test_sentences_are_read_once_and_cut_off(xclip, monkeypatch):
     frames, long = clips(batch=2), " ".join(["a red star moving left"] * 20)
     calls, real = [], xclip.model.text_model.forward
-    monkeypatch.setattr(xclip.model.text_model, "forward", lambda **given: calls.append(given) or real(**given))
+    monkeypatch.setattr(
+        xclip.model.text_model, "forward", lambda **given: calls.append(given) or real(**given)
+    )
     first = xclip(frames, [long, long])
-    assert torch.equal(first, xclip(frames, [long + " twice", long])) and [len(c["input_ids"]) for c in calls] == [1, 1]
+    assert torch.equal(first, xclip(frames, [long + " twice", long])) and [
+        len(c["input_ids"]) for c in calls
+    ] == [1, 1]
     xclip.to(torch.float32)
     assert not xclip.sentences
 
@@ -411,7 +476,9 @@ def test_flow_is_torchvisions_own(directories, raft):
     torch.testing.assert_close(reward(frames, ["a"]), -change[None], rtol=1e-5, atol=1e-6)
     amount = expected.square().sum(1).sqrt().mean()
     floored = flow_smoothness(directories / "raft", floor=2 * amount.item())
-    torch.testing.assert_close(floored(frames, ["a"]), -(change + amount)[None], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        floored(frames, ["a"]), -(change + amount)[None], rtol=1e-5, atol=1e-6
+    )
 
 
 @torch.no_grad()
@@ -427,7 +494,9 @@ def test_flow_of_resized_frames_is_in_diagonals_of_the_original(build, raft):
 @torch.no_grad()
 def test_a_frozen_clip_is_perfect_only_without_a_floor(build):
     frozen = clips(frames=1).expand(-1, 4, -1, -1, -1)
-    amount = build("raft").flow(frozen).norm(dim=2).mean()  # of this random network's illusion of motion
+    amount = (
+        build("raft").flow(frozen).norm(dim=2).mean()
+    )  # of this random network's illusion of motion
     assert build("raft")(frozen, ["a"]) == 0
     torch.testing.assert_close(build("raft", floor=1.0)(frozen, ["a"]), amount[None] - 1)
 
@@ -464,7 +533,9 @@ def test_wrong_flow_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"(?s)raft_small_C_T_V2-01064c6d.pth.*3\.8 MB.*flow_smoothness\("):
+    with pytest.raises(
+        FileNotFoundError, match=r"(?s)raft_small_C_T_V2-01064c6d.pth.*3\.8 MB.*flow_smoothness\("
+    ):
         flow_smoothness()
     place = tmp_path / "hub" / "checkpoints" / "raft_small_C_T_V2-01064c6d.pth"
     torch.save(raft_small(weights=None).state_dict(), place)

@@ -49,15 +49,28 @@ def traces(model):
     """Whatever a switch may change: names, kinds, addresses and strides of a model, and torch's settings."""
     networks = {"denoiser": model.denoiser, "vae": model.vae}
     tensors = {
-        (name, key): (x.data_ptr(), x.stride()) for name, net in networks.items() for key, x in net.state_dict().items()
+        (name, key): (x.data_ptr(), x.stride())
+        for name, net in networks.items()
+        for key, x in net.state_dict().items()
     }
     kinds = [type(module) for net in networks.values() for module in net.modules()]
     own = [key for net in networks.values() for module in net.modules() for key in vars(module)]
-    kernels = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in speed.KERNELS}
-    return tensors, kinds, own, kernels, torch.get_float32_matmul_precision(), torch._dynamo.config.cache_size_limit
+    kernels = {
+        name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in speed.KERNELS
+    }
+    return (
+        tensors,
+        kinds,
+        own,
+        kernels,
+        torch.get_float32_matmul_precision(),
+        torch._dynamo.config.cache_size_limit,
+    )
 
 
-@pytest.mark.parametrize("name", ["channels_last", "sdpa_math", "compile", "channels_last,sdpa_math"])
+@pytest.mark.parametrize(
+    "name", ["channels_last", "sdpa_math", "compile", "channels_last,sdpa_math"]
+)
 def test_a_switch_changes_no_gradient_and_no_name_and_goes_off_again(micro, eager, name):
     adapter = adapted(micro)
     expected, before = gradient_of(micro, adapter), traces(micro)
@@ -106,7 +119,12 @@ def test_an_adapter_may_come_and_go_on_compiled_blocks(micro, eager):
 
 def test_channels_last_reaches_every_convolution_of_denoiser_and_decoder(micro):
     speed.apply(micro, "channels_last")
-    convolutions = [m for net in (micro.denoiser, micro.vae.decoder) for m in net.modules() if type(m) in speed.LAYOUTS]
+    convolutions = [
+        m
+        for net in (micro.denoiser, micro.vae.decoder)
+        for m in net.modules()
+        if type(m) in speed.LAYOUTS
+    ]
     assert {type(m) for m in convolutions} == {nn.Conv2d, nn.Conv3d}
     assert all(m.weight.is_contiguous(memory_format=speed.LAYOUTS[type(m)]) for m in convolutions)
 
@@ -121,7 +139,9 @@ def test_what_cannot_help_on_a_cpu_stays_off_and_says_why(micro, name):
 
 def test_unknown_switches_are_refused_before_any_is_turned_on(micro):
     before = traces(micro)
-    with pytest.raises(ValueError, match=r"unknown switch 'turbo'; choose among tf32, channels_last, compile"):
+    with pytest.raises(
+        ValueError, match=r"unknown switch 'turbo'; choose among tf32, channels_last, compile"
+    ):
         speed.apply(micro, "channels_last, turbo")
     with pytest.raises(ValueError, match="one kernel, not sdpa_math and sdpa_flash"):
         speed.apply(micro, ["sdpa_math", "sdpa_flash"])
@@ -154,7 +174,11 @@ def only(monkeypatch, **checks):
 def table(text):
     """Rows of the second table as lists of cells."""
     lines = text.partition("verdict")[2].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in lines
+        if line.startswith("|")
+    ]
 
 
 def test_the_gradient_check_passes_here(monkeypatch, capsys):
@@ -167,7 +191,10 @@ def test_the_gradient_check_passes_here(monkeypatch, capsys):
 
 BREAKS = {
     "2 % too long": lambda rewards, slope: (rewards, 1.02 * slope),
-    "one clip's missing": lambda rewards, slope: (rewards, slope * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1, 1)),
+    "one clip's missing": lambda rewards, slope: (
+        rewards,
+        slope * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1, 1),
+    ),
     "not a number": lambda rewards, slope: (rewards, slope + float("nan")),
 }
 
@@ -231,7 +258,9 @@ def test_what_needs_a_gpu_is_not_run_and_never_ok(monkeypatch, capsys):
     assert [row[-1] for row in table(capsys.readouterr().out)] == ["no GPU: not run"] * 3
 
 
-def test_a_switch_that_crashes_or_bends_the_gradient_is_left_off_and_is_no_failure(monkeypatch, capsys):
+def test_a_switch_that_crashes_or_bends_the_gradient_is_left_off_and_is_no_failure(
+    monkeypatch, capsys
+):
     def crash(model):
         raise RuntimeError("no such kernel")
 

@@ -12,7 +12,9 @@ from vader_nb.video import grid
 
 @pytest.fixture
 def clip():
-    return Video(torch.rand(5, 3, 16, 24, generator=torch.Generator().manual_seed(0)), fps=8, caption="noise")
+    return Video(
+        torch.rand(5, 3, 16, 24, generator=torch.Generator().manual_seed(0)), fps=8, caption="noise"
+    )
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
@@ -27,7 +29,9 @@ def test_pictures_keep_frames_rate_and_size(clip, suffix, tmp_path):
     else:  # lossless
         picture.seek(0)
         expected = Image.fromarray((clip.frames[0] * 255).round().byte().permute(1, 2, 0).numpy())
-        assert list(picture.convert("RGB").resize((24, 16), Image.NEAREST).getdata()) == list(expected.getdata())
+        assert list(picture.convert("RGB").resize((24, 16), Image.NEAREST).getdata()) == list(
+            expected.getdata()
+        )
 
 
 def test_mp4_can_be_read_back(clip, tmp_path):
@@ -35,7 +39,9 @@ def test_mp4_can_be_read_back(clip, tmp_path):
 
     reader = imageio_ffmpeg.read_frames(str(clip.save(tmp_path / "clip.mp4", width=96)))
     about = next(reader)
-    again = [torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(64, 96, 3) for frame in reader]
+    again = [
+        torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(64, 96, 3) for frame in reader
+    ]
     assert (about["size"], about["fps"], len(again)) == ((96, 64), 8.0, 5)
     small = torch.stack(again)[:, 2::4, 2::4].permute(0, 3, 1, 2) / 255
     assert (small - clip.frames).abs().mean() < 0.15  # noise is the codec's worst case

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vader_nb import Sampling, align, lora, prompts, rewards, sample, zoo
-from vader_nb.models import AT_WORK
+from vader_nb.models import MODEL_LOCK
 from vader_nb.widgets import Sampler, TrainingMonitor, clips, jobs
 from vader_nb.widgets.drawing import chart
 from vader_nb.widgets.monitor import opened
@@ -179,7 +179,7 @@ def test_a_job_waits_for_a_model_that_another_thread_uses():
     log, held, release = Log(), threading.Event(), threading.Event()
 
     def cell():
-        with AT_WORK:
+        with MODEL_LOCK:
             held.set()
             release.wait(10)
 
@@ -314,8 +314,12 @@ def test_a_chart_has_its_points_and_says_what_it_shows():
 
 
 def test_its_clip_is_that_of_sample(sampler, tiny):
-    video = sampler.run(prompt="a red star growing on a gray background", seed=3, adapter=NONE, **QUICK)
-    frames = sample(tiny, "a red star growing on a gray background", seeds=3, sampling=Sampling(2, 2.0))
+    video = sampler.run(
+        prompt="a red star growing on a gray background", seed=3, adapter=NONE, **QUICK
+    )
+    frames = sample(
+        tiny, "a red star growing on a gray background", seeds=3, sampling=Sampling(2, 2.0)
+    )
     torch.testing.assert_close(video.frames, frames[0], rtol=0, atol=0)
 
 
@@ -337,7 +341,9 @@ def test_between_two_steps_the_model_is_its_owners(tiny):
         other = clips.blended(tiny, {zoo.adapters()["aesthetic"]: 1.0})
         job = clips.denoising(tiny, ["a"], [0], Sampling(3), other)
         next(job)
-        on_model = {name: layer for name, layer in tiny.denoiser.named_modules() if name in mine.layers}
+        on_model = {
+            name: layer for name, layer in tiny.denoiser.named_modules() if name in mine.layers
+        }
         assert all(on_model[name] is layer for name, layer in mine.layers.items())
         job.close()
     finally:
@@ -355,7 +361,9 @@ def test_between_two_steps_the_model_is_its_owners(tiny):
     ],
 )
 def test_the_code_that_it_shows_makes_the_same_clip(sampler, settings):
-    video = sampler.run(**{"second": NONE, "start": 0.0, "end": 1.0, "seed": 5, "num_inference_steps": 4} | settings)
+    video = sampler.run(
+        **{"second": NONE, "start": 0.0, "end": 1.0, "seed": 5, "num_inference_steps": 4} | settings
+    )
     names = {}
     *lines, last = sampler.code.splitlines()
     exec("\n".join([*lines, f"made = {last}"]), names)
@@ -448,7 +456,10 @@ def test_one_can_go_back_in_the_history(sampler):
     second = sampler.run(prompt="a blue star spinning on a gray background", seed=2, **QUICK)
     sampler._slots[1].button.click()
     assert sampler.video is first
-    assert (sampler.prompt.value, sampler.seed.value) == ("a red star spinning on a gray background", 1)
+    assert (sampler.prompt.value, sampler.seed.value) == (
+        "a red star spinning on a gray background",
+        1,
+    )
     sampler.back(1)
     assert sampler.video is second
 
@@ -531,7 +542,10 @@ def trained(tiny, tmp_path_factory):
     )
     states = [monitor.status]
     hooks = monitor.hooks
-    hooks["callback"] = lambda row, follow=hooks["callback"]: (follow(row), states.append(monitor.status))
+    hooks["callback"] = lambda row, follow=hooks["callback"]: (
+        follow(row),
+        states.append(monitor.status),
+    )
     run = align(
         tiny,
         rewards.aesthetic("tiny"),
@@ -569,7 +583,9 @@ def test_its_numbers_are_those_of_the_clips_that_it_keeps(trained, tiny):
     finally:
         adapter.remove()
     row = run.metrics[-1]
-    assert row["validation/motion"] == pytest.approx(frames.diff(dim=1).abs().mean().item(), rel=1e-4)
+    assert row["validation/motion"] == pytest.approx(
+        frames.diff(dim=1).abs().mean().item(), rel=1e-4
+    )
     (held_out,) = [value for key, value in row.items() if "hps" in key]
     assert held_out == pytest.approx(rewards.hps("tiny")(frames, texts).mean().item(), rel=1e-4)
     kept = opened(run.folder / "watched" / "step-000004.webp").frames
@@ -585,7 +601,9 @@ def test_a_restarted_kernel_shows_the_same(trained):
         assert again.status == "finished"
         assert again.curves.value == monitor.curves.value
         assert again.step.options == monitor.step.options
-        assert [p.value for p in again.player.pages.children] == [p.value for p in monitor.player.pages.children]
+        assert [p.value for p in again.player.pages.children] == [
+            p.value for p in monitor.player.pages.children
+        ]
         assert "script" not in Tags(again.to_html()).found
         again.step.value = "2"
         assert "clips of step 2" in again.player.pages.children[0].value
@@ -680,11 +698,15 @@ def test_it_watches_a_folder_that_another_process_writes_to(trained, tmp_path, m
     assert states == [(1, "running"), (3, "running"), (4, "finished")]
 
 
-def test_a_run_that_ends_while_the_panel_is_drawn_is_told_as_ended_in_the_end(trained, tmp_path, monkeypatch):
+def test_a_run_that_ends_while_the_panel_is_drawn_is_told_as_ended_in_the_end(
+    trained, tmp_path, monkeypatch
+):
     """The state of a folder may change between two looks: what the panel tells is one look, and it looks again."""
     _, run, _ = trained
     for name in ("config.json", "metrics.jsonl"):
-        (tmp_path / name).write_text((run.folder / name).read_text().replace('"steps": 4', '"steps": 9'))
+        (tmp_path / name).write_text(
+            (run.folder / name).read_text().replace('"steps": 4', '"steps": 9')
+        )
     looks = iter(["running", "stopping", "stopped"])
     monkeypatch.setattr("vader_nb.widgets.monitor.POLL", 0.01)
     monkeypatch.setattr(TrainingMonitor, "status", property(lambda self: next(looks, "stopped")))
@@ -705,7 +727,9 @@ def test_a_run_that_ends_while_the_panel_is_drawn_is_told_as_ended_in_the_end(tr
 def test_a_killed_run_is_silent_and_names_what_there_is(trained, tmp_path):
     _, run, _ = trained
     for name in ("config.json", "metrics.jsonl"):
-        (tmp_path / name).write_text((run.folder / name).read_text().replace('"steps": 4', '"steps": 9'))
+        (tmp_path / name).write_text(
+            (run.folder / name).read_text().replace('"steps": 4', '"steps": 9')
+        )
     long_ago = (tmp_path / "metrics.jsonl").stat().st_mtime - 500
     os.utime(tmp_path / "metrics.jsonl", (long_ago, long_ago))
     monitor = TrainingMonitor(tmp_path)
@@ -725,9 +749,16 @@ def test_when_a_run_goes_back_to_a_checkpoint_its_clips_do_too(tiny, tmp_path):
         return TrainingMonitor(tmp_path, tiny, prompts=["a", "b"], sampling=Sampling(1), every=1)
 
     def train(steps, **options):
-        settings = {"batch_size": 1, "sampling": Sampling(1), "output_dir": tmp_path, "progress": False}
+        settings = {
+            "batch_size": 1,
+            "sampling": Sampling(1),
+            "output_dir": tmp_path,
+            "progress": False,
+        }
         settings |= {"checkpoint_every": 2, "steps": steps}
-        run = align(tiny, rewards.aesthetic("tiny"), ["a"], **settings, **options, **watched().hooks)
+        run = align(
+            tiny, rewards.aesthetic("tiny"), ["a"], **settings, **options, **watched().hooks
+        )
         run.adapter.remove()
 
     train(5)
@@ -746,7 +777,14 @@ def test_watching_costs_nobody_the_run(tiny, tmp_path, trouble):
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "watched").touch()
     settings = {"batch_size": 1, "sampling": Sampling(1), "progress": False, "steps": 2}
-    run = align(tiny, rewards.aesthetic("tiny"), ["a"], output_dir=monitor.folder, **settings, **monitor.hooks)
+    run = align(
+        tiny,
+        rewards.aesthetic("tiny"),
+        ["a"],
+        output_dir=monitor.folder,
+        **settings,
+        **monitor.hooks,
+    )
     run.adapter.remove()
     assert len(run.metrics) == 2
     assert (monitor.error is None) == (trouble == "one frame")
@@ -755,7 +793,9 @@ def test_watching_costs_nobody_the_run(tiny, tmp_path, trouble):
 def test_an_error_stays_while_it_looks_again(trained, tmp_path, monkeypatch):
     _, run, _ = trained
     for name in ("config.json", "metrics.jsonl"):
-        (tmp_path / name).write_text((run.folder / name).read_text().replace('"steps": 4', '"steps": 9'))
+        (tmp_path / name).write_text(
+            (run.folder / name).read_text().replace('"steps": 4', '"steps": 9')
+        )
     monkeypatch.setattr("vader_nb.widgets.monitor.POLL", 0.01)
 
     async def page():

@@ -15,7 +15,11 @@ from vader_nb.evaluate import BASE
 from vader_nb.rewards import action, aesthetic, hps
 from vader_nb.widgets import RewardComparison, contest, side_by_side, voting
 
-PROMPTS = ["a red circle moving up on a black background", "<script>alert('1')</script> & \"two\"", "a blue square"]
+PROMPTS = [
+    "a red circle moving up on a black background",
+    "<script>alert('1')</script> & \"two\"",
+    "a blue square",
+]
 FAST = Sampling(num_inference_steps=2, num_frames=4)
 WIDGETS = getattr(ipywidgets.widgets.widget, "_instances", None)  # of ipywidgets 8
 
@@ -28,14 +32,22 @@ def rewards():
     return [
         reward(brightness, per_frame=True),
         reward(
-            lambda frames, prompts: frames[:, 1:].sub(frames[:, :-1]).square().mean(dim=(1, 2, 3, 4)), "<b>motion</b>"
+            lambda frames, prompts: (
+                frames[:, 1:].sub(frames[:, :-1]).square().mean(dim=(1, 2, 3, 4))
+            ),
+            "<b>motion</b>",
         ),
     ]
 
 
 def make(tiny, folder, **settings):
     adapters = {name: zoo.adapters()[name] for name in ("hps", "aesthetic")}
-    settings = {"adapters": adapters, "rewards": rewards(), "prompts": PROMPTS, "sampling": FAST} | settings
+    settings = {
+        "adapters": adapters,
+        "rewards": rewards(),
+        "prompts": PROMPTS,
+        "sampling": FAST,
+    } | settings
     return RewardComparison(tiny, folder=folder, **settings)
 
 
@@ -103,9 +115,13 @@ def test_scores_and_differences_are_those_of_the_rewards_on_these_clips(everythi
 
 @pytest.mark.parametrize(
     ("difference", "shown"),
-    [(0.5, "<span class=vader-up>+0.500</span>"), (-0.5, "<span class=vader-down>−0.500</span>"), (1e-5, "±0.000")],
+    [
+        (0.5, "<span class=vader-up>+0.500</span>"),
+        (-0.5, "<span class=vader-down>−0.500</span>"),
+        (1e-5, "±0.000"),
+    ],
 )
-def test_a_difference_has_its_sign_and_not_only_a_colour(difference, shown):
+def test_a_difference_has_its_sign_and_not_only_a_color(difference, shown):
     assert side_by_side.signed(difference) == shown
     assert "−0.000" not in side_by_side.number(difference)
 
@@ -128,8 +144,10 @@ def test_a_heat_map_of_a_reward_that_does_not_care_is_zero(everything):
     assert not contest.heat_map(flat, frames, "").any()
 
 
-def test_the_overlay_leaves_cold_pixels_grey_and_paints_hot_ones():
-    clip = contest.Clip(torch.full((2, 3, 4, 4), 200, dtype=torch.uint8), {"r": torch.zeros(2, 4, 4).half()})
+def test_the_overlay_leaves_cold_pixels_gray_and_paints_hot_ones():
+    clip = contest.Clip(
+        torch.full((2, 3, 4, 4), 200, dtype=torch.uint8), {"r": torch.zeros(2, 4, 4).half()}
+    )
     clip.heat["r"][1, 2, 3] = 1
     frames = side_by_side.heated(clip, "r")
     assert frames.shape == (2, 3, 4, 4)
@@ -145,7 +163,9 @@ def test_what_is_known_is_not_made_again(everything, monkeypatch):
     assert everything.error is None
 
 
-def test_clips_of_old_prompts_are_let_go_and_made_again_when_they_are_looked_at(tiny, tmp_path, monkeypatch):
+def test_clips_of_old_prompts_are_let_go_and_made_again_when_they_are_looked_at(
+    tiny, tmp_path, monkeypatch
+):
     monkeypatch.setattr(contest, "KEPT", 2)
     comparison = make(tiny, tmp_path, adapters={}, rewards=[brightness])
     comparison.run_all()
@@ -227,7 +247,10 @@ def test_prompts_and_names_are_shown_as_text(tiny, tmp_path):
 def test_sorting_is_by_the_adapters_difference(everything):
     everything.run(PROMPTS[1])
     for judge in rewards():
-        change = {p: everything.run(p)["aesthetic"][judge.name] - everything.run(p)[BASE][judge.name] for p in PROMPTS}
+        change = {
+            p: everything.run(p)["aesthetic"][judge.name] - everything.run(p)[BASE][judge.name]
+            for p in PROMPTS
+        }
         everything.adapter.value, everything.reward.value = "aesthetic", judge.name
         everything.order.value = "helps most first"
         listed = [value for _, value in everything.prompt.options]
@@ -246,12 +269,17 @@ def test_another_adapter_sorts_anew_but_keeps_the_prompt(everything):
     everything.prompt.value = kept = everything.prompt.options[1][1]
     everything.adapter.value = "hps"
     assert everything.prompt.value == kept
-    change = [everything.contest.difference(p, "hps", everything.reward.value) for _, p in everything.prompt.options]
+    change = [
+        everything.contest.difference(p, "hps", everything.reward.value)
+        for _, p in everything.prompt.options
+    ]
     assert change == sorted(change, reverse=True)
     everything.order.value = "as given"
 
 
-@pytest.mark.skipif("google.colab" in sys.modules, reason="on Colab all is done while a click is answered")
+@pytest.mark.skipif(
+    "google.colab" in sys.modules, reason="on Colab all is done while a click is answered"
+)
 def test_before_it_is_shown_only_two_contestants_are_awaited(tiny, tmp_path):
     async def notebook():
         comparison = make(tiny, tmp_path)
@@ -268,7 +296,9 @@ def test_before_it_is_shown_only_two_contestants_are_awaited(tiny, tmp_path):
     assert "aesthetic" in comparison.to_html()
 
 
-@pytest.mark.skipif("google.colab" in sys.modules, reason="on Colab all is done while a click is answered")
+@pytest.mark.skipif(
+    "google.colab" in sys.modules, reason="on Colab all is done while a click is answered"
+)
 def test_a_newer_request_takes_over_and_stop_stops(tiny, tmp_path):
     async def notebook():
         comparison = make(tiny, tmp_path)
@@ -352,7 +382,12 @@ def test_an_error_stands_in_the_panel_and_goes_when_things_work(tiny, tmp_path):
 
 
 def test_a_reward_without_gradient_says_so_instead_of_a_heat_map(tiny, tmp_path):
-    comparison = make(tiny, tmp_path, rewards=[reward(lambda f, p: brightness(f.detach(), p), "dull")], adapters={})
+    comparison = make(
+        tiny,
+        tmp_path,
+        rewards=[reward(lambda f, p: brightness(f.detach(), p), "dull")],
+        adapters={},
+    )
     comparison.run()
     comparison.heat.value = True
     assert "dull&#x27; failed (it has no gradient)" in comparison.remark.value
@@ -426,14 +461,25 @@ def test_blind_mode_reveals_nothing(comparison):
     hidden = set(parts(comparison.open_box))
     assert comparison.open_box.layout.display == "none"
     for part in set(parts(comparison.box)) - hidden:
-        said = " ".join(str(getattr(part, name, "")) for name in ("value", "description", "tooltip"))
+        said = " ".join(
+            str(getattr(part, name, "")) for name in ("value", "description", "tooltip")
+        )
         said = re.sub('data:image/[a-z]+;base64,[^"]*', "", said)
         for word in (BASE, "aesthetic", "hps", "brightness", "motion"):
             assert word not in said
-    for control in (comparison.prompt, comparison.adapter, comparison.order, comparison.heat, comparison.reward):
+    for control in (
+        comparison.prompt,
+        comparison.adapter,
+        comparison.order,
+        comparison.heat,
+        comparison.reward,
+    ):
         assert control.disabled
         assert "blind vote" in why(control)
-    assert all("vader-note>…" not in page and "<svg" not in page and "<img" in page for page in pages(comparison))
+    assert all(
+        "vader-note>…" not in page and "<svg" not in page and "<img" in page
+        for page in pages(comparison)
+    )
     alts = {re.search(r'alt="([^",]*)', page)[1] for page in pages(comparison)}
     assert alts == {f"A and B: {PROMPTS[0]}"}
     assert "aesthetic" not in re.sub("base64,[^\"']*", "", str(comparison._repr_mimebundle_()))
@@ -445,7 +491,9 @@ def test_a_pair_is_base_and_adapter_from_one_new_seed(comparison, tiny):
     assert pair.seed != comparison.contest.seed
     halves = comparison._picture.frames.split([64, side_by_side.GAP, 64], dim=3)
     for shown, name in zip(halves[::2], pair.sides):
-        torch.testing.assert_close(shown, by_hand(tiny, pair.prompt, name, pair.seed)[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            shown, by_hand(tiny, pair.prompt, name, pair.seed)[0], atol=1e-5, rtol=0
+        )
 
 
 def test_sides_are_drawn_evenly_and_pairs_differ(tmp_path):
@@ -518,7 +566,11 @@ def test_a_damaged_file_of_votes_is_told_with_its_line(tiny, tmp_path):
 
 def test_the_interval_of_the_win_rate_is_wilsons():
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
-    for won, votes, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]:
+    for won, votes, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+    ]:
         assert voting.wilson(won / votes, votes) == pytest.approx((low, high), abs=5e-5)
     assert voting.wilson(1.0, 3)[0] < 0.5  # three wins of three prove nothing
     assert voting.wilson(float("nan"), 0) == (0, 1)

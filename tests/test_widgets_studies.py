@@ -15,7 +15,15 @@ import vader_nb
 from vader_nb import Frames, Last, cli, config, lora, reward_gradient, rewards
 from vader_nb.gradient import initial_noise
 from vader_nb.memory import GIB, GPUS, MARGIN, STAGES, Peak, Setting
-from vader_nb.widgets import MemoryPlanner, RewardComposer, TruncationExplorer, clips, composer, planner, truncation
+from vader_nb.widgets import (
+    MemoryPlanner,
+    RewardComposer,
+    TruncationExplorer,
+    clips,
+    composer,
+    planner,
+    truncation,
+)
 from vader_nb.widgets.truncation import EMPTY, ROWS, Truncation
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'so'"
@@ -51,12 +59,17 @@ def alive():
 
 def carried(model):
     """What a denoiser consists of: the very modules and parameters, by name."""
-    return {name: id(part) for name, part in [*model.denoiser.named_modules(), *model.denoiser.named_parameters()]}
+    return {
+        name: id(part)
+        for name, part in [*model.denoiser.named_modules(), *model.denoiser.named_parameters()]
+    }
 
 
-def colour(channel, name="colour", per_frame=True):
-    """A quick reward: how much of one colour there is."""
-    return rewards.reward(lambda frames, prompts: frames[:, :, channel].mean(dim=(1, 2, 3)), name, per_frame)
+def color(channel, name="color", per_frame=True):
+    """A quick reward: how much of one color there is."""
+    return rewards.reward(
+        lambda frames, prompts: frames[:, :, channel].mean(dim=(1, 2, 3)), name, per_frame
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- composer
@@ -107,13 +120,19 @@ def test_the_clips_are_those_of_the_base_model(tiny, composed):
 def test_scores_and_statistics_are_those_of_the_rewards(composed):
     for name in ("hps", "aesthetic", "action"):
         reward = rewards.parse(name, tiny=True)
-        torch.testing.assert_close(composed.scores[name], reward(composed.frames, composed.prompts).detach())
+        torch.testing.assert_close(
+            composed.scores[name], reward(composed.frames, composed.prompts).detach()
+        )
         exact = rewards.statistics(reward, composed.frames, composed.prompts)
         assert composed.statistics[name] == pytest.approx(exact, rel=1e-3)
 
 
 def test_conflicts_are_those_of_the_rewards(composed):
-    assert list(composed.cosines) == [("hps", "aesthetic"), ("hps", "action"), ("aesthetic", "action")]
+    assert list(composed.cosines) == [
+        ("hps", "aesthetic"),
+        ("hps", "action"),
+        ("aesthetic", "action"),
+    ]
     pair = [rewards.parse(name, tiny=True) for name in ("hps", "aesthetic")]
     mean = rewards.conflict(*pair, composed.frames, composed.prompts).mean().item()
     assert composed.cosines["hps", "aesthetic"] == pytest.approx(mean, abs=1e-4)
@@ -173,7 +192,8 @@ def test_a_negative_weight_turns_a_conflict_round(composed):
 
 
 @pytest.mark.parametrize(
-    ("cosine", "words"), [(0.9, "agree"), (0.01, "do not care"), (-0.01, "do not care"), (-0.5, "work against")]
+    ("cosine", "words"),
+    [(0.9, "agree"), (0.01, "do not care"), (-0.01, "do not care"), (-0.5, "work against")],
 )
 def test_a_cosine_in_words(cosine, words):
     assert composer.verdict(cosine).startswith(words)
@@ -197,7 +217,7 @@ def test_the_composer_s_picture(composed):
 
 
 def test_conflicts_are_measured_after_the_clips_are_shown(tiny, canned):
-    panel = RewardComposer(tiny, {"red": colour(0), "green": colour(1)}, ["a", "b", "c"])
+    panel = RewardComposer(tiny, {"red": color(0), "green": color(1)}, ["a", "b", "c"])
     assert "not made yet" in panel.code.value
     assert composer.UNKNOWN in panel.pairs.value
 
@@ -215,7 +235,7 @@ def test_conflicts_are_measured_after_the_clips_are_shown(tiny, canned):
 
 
 def test_while_conflicts_are_measured_it_says_so_and_can_be_given_up(tiny, canned):
-    panel = RewardComposer(tiny, {"red": colour(0), "green": colour(1)}, ["a", "b"])
+    panel = RewardComposer(tiny, {"red": color(0), "green": color(1)}, ["a", "b"])
     panel._sample()
     job = panel._comparing()
     next(job)
@@ -227,7 +247,7 @@ def test_while_conflicts_are_measured_it_says_so_and_can_be_given_up(tiny, canne
 
 
 def test_a_reward_that_says_the_same_of_all_clips_cannot_be_standardised(tiny, canned):
-    panel = RewardComposer(tiny, {"red": colour(0), "blue": colour(2)}, ["a", "b"])
+    panel = RewardComposer(tiny, {"red": color(0), "blue": color(2)}, ["a", "b"])
     panel._sample()
     assert panel.standardised.disabled
     assert panel.standardised.value is False
@@ -238,7 +258,7 @@ def test_a_reward_that_says_the_same_of_all_clips_cannot_be_standardised(tiny, c
 
 def test_a_reward_without_a_gradient_is_told_and_the_rest_goes_on(tiny, canned):
     stuck = rewards.reward(lambda frames, prompts: frames.detach().mean((1, 2, 3, 4)), "stuck")
-    panel = RewardComposer(tiny, {"red": colour(0), "stuck": stuck}, ["a", "b"])
+    panel = RewardComposer(tiny, {"red": color(0), "stuck": stuck}, ["a", "b"])
     with pytest.raises(ValueError, match="has no gradient"):
         panel.measure()
     assert "has no gradient" in panel.remark.value
@@ -246,15 +266,21 @@ def test_a_reward_without_a_gradient_is_told_and_the_rest_goes_on(tiny, canned):
     assert panel.order == [1, 0]
 
 
-def test_own_rewards_are_named_in_the_expression_and_other_expressions_put_in_parentheses(tiny, canned):
-    panel = RewardComposer(tiny, {"mine": colour(0), "sum": "hps - 0.5 * aesthetic"}, ["a red circle", "b"])
+def test_own_rewards_are_named_in_the_expression_and_other_expressions_put_in_parentheses(
+    tiny, canned
+):
+    panel = RewardComposer(
+        tiny, {"mine": color(0), "sum": "hps - 0.5 * aesthetic"}, ["a red circle", "b"]
+    )
     panel.standardised.value = False
     panel.weights["sum"].value = -0.5
     assert panel.expression == "mine - 0.5 * (hps - 0.5 * aesthetic)"
     assert "mine stands for the reward that was given" in panel.code.value
     panel.weights["mine"].value = 0
     parsed = rewards.parse(panel.expression, tiny=True)
-    torch.testing.assert_close(parsed(panel.frames, panel.prompts).detach(), panel.composed(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        parsed(panel.frames, panel.prompts).detach(), panel.composed(), atol=1e-4, rtol=1e-4
+    )
     assert "stands for" not in panel.code.value
     assert composer.grouped("hps.towards(2)") == "hps.towards(2)"
     assert composer.grouped(" -hps") == "(-hps)"
@@ -280,10 +306,13 @@ def test_names_and_prompts_are_texts_in_the_composer(tiny, canned):
         ({"rewards": []}, "no rewards to compose"),
         ({"rewards": ["hps", "hps"]}, "each reward once"),
         ({"rewards": ["hpss"]}, "unknown reward 'hpss'"),
-        ({"rewards": {"my own": colour(0)}}, "needs a Python name"),
+        ({"rewards": {"my own": color(0)}}, "needs a Python name"),
         ({"prompts": ["only one"]}, "2 or more clips"),
         ({"prompts": ["a", " "]}, "none with an empty prompt"),
-        ({"rewards": ["action"], "prompts": ["nothing happens", "nor here"]}, "no action of the classifier"),
+        (
+            {"rewards": ["action"], "prompts": ["nothing happens", "nor here"]},
+            "no action of the classifier",
+        ),
     ],
 )
 def test_what_cannot_be_composed(tiny, canned, arguments, message):
@@ -313,19 +342,23 @@ def by_hand(explorer, K, frames):
 @pytest.fixture
 def explorer(micro):
     micro.defaults["num_inference_steps"] = 3
-    return TruncationExplorer(micro, colour(0), "a prompt", seed=3, rank=2)
+    return TruncationExplorer(micro, color(0), "a prompt", seed=3, rank=2)
 
 
 def test_the_exact_setting_is_the_exact_gradient(explorer):
     result = explorer.measure(K=3, frames="all", checkpointing=False, streaming=False)
     assert result.cosine == pytest.approx(1, abs=1e-6)
     assert result.frames == (0, 1, 2)
-    torch.testing.assert_close(explorer.exact, by_hand(explorer, 3, range(3)), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(
+        explorer.exact, by_hand(explorer, 3, range(3)), rtol=1e-6, atol=1e-12
+    )
 
 
 def test_a_shortened_gradient_is_compared_with_the_exact_one(explorer):
     result = explorer.measure(K=2, frames="ends")
-    cosine = torch.cosine_similarity(by_hand(explorer, 2, [0, 1, 2]), by_hand(explorer, 3, range(3)), dim=0)
+    cosine = torch.cosine_similarity(
+        by_hand(explorer, 2, [0, 1, 2]), by_hand(explorer, 3, range(3)), dim=0
+    )
     assert result.cosine == pytest.approx(cosine.item(), abs=1e-6)
     assert -1 <= result.cosine < 0.9999999
 
@@ -378,7 +411,7 @@ def test_the_model_keeps_its_own_adapter(micro):
     for p in adapter.parameters():
         p.grad = torch.ones_like(p)
     before, prompts = carried(micro), ["a prompt"]
-    explorer = TruncationExplorer(micro, colour(0), prompts[0], rank=2)
+    explorer = TruncationExplorer(micro, color(0), prompts[0], rank=2)
     explorer.measure(K=2)
     assert carried(micro) == before
     assert micro.denoiser.peft_config
@@ -389,12 +422,19 @@ def test_the_model_keeps_its_own_adapter(micro):
 def test_both_halves_of_the_adapter_get_a_gradient(explorer):
     with lora.wearing(explorer.model, explorer.adapter):
         reward_gradient(
-            explorer.model, explorer.adapter, explorer.reward, ["a prompt"], seeds=[0], sampling=explorer.sampling
+            explorer.model,
+            explorer.adapter,
+            explorer.reward,
+            ["a prompt"],
+            seeds=[0],
+            sampling=explorer.sampling,
         )
     # Attention over a single token or frame hands nothing on to queries and keys.
-    halves = [sum(bool(p.grad.any()) for p in explorer.adapter.parameters()[half::2]) for half in (0, 1)]
+    halves = [
+        sum(bool(p.grad.any()) for p in explorer.adapter.parameters()[half::2]) for half in (0, 1)
+    ]
     assert all(halves)
-    assert TruncationExplorer(explorer.model, colour(0), "a prompt", seed=1).exact is None
+    assert TruncationExplorer(explorer.model, color(0), "a prompt", seed=1).exact is None
 
 
 def test_the_diagram_follows_the_controls(explorer):
@@ -408,7 +448,10 @@ def test_the_diagram_follows_the_controls(explorer):
     assert (count("step learns"), count("step")) == (2, 1)
     explorer.frames.value = "all"
     assert (count("frame scored"), count("frame")) == (3, 0)
-    assert "through 3 of 3 frames (1, 2, 3), one at a time, and the last 2 of 3 steps" in explorer.drawing.value
+    assert (
+        "through 3 of 3 frames (1, 2, 3), one at a time, and the last 2 of 3 steps"
+        in explorer.drawing.value
+    )
     explorer.streaming.value = False
     explorer.checkpointing.value = False
     assert "all at once" in explorer.drawing.value
@@ -421,7 +464,9 @@ def test_the_diagram_follows_the_controls(explorer):
 @pytest.mark.parametrize(("steps", "frames"), [(1, 1), (25, 16), (50, 64)])
 def test_diagrams_of_longer_chains(steps, frames):
     for K in (1, steps):
-        drawing, alt = truncation.chain(Truncation(K, "all"), steps, frames, list(range(frames)), EVIL, "adapter")
+        drawing, alt = truncation.chain(
+            Truncation(K, "all"), steps, frames, list(range(frames)), EVIL, "adapter"
+        )
         assert Tags(drawing).kinds.count("step learns") == K
         assert "script" not in Tags(drawing + alt).found
 
@@ -433,7 +478,9 @@ def test_each_setting_has_one_row_and_the_table_ends(explorer, monkeypatch):
             return torch.zeros(4, dtype=torch.float64) + 1
 
     monkeypatch.setattr(explorer, "gradient", gradient)
-    settings = [(K, frames, on) for K in range(1, 4) for frames in truncation.FRAMES for on in (True, False)]
+    settings = [
+        (K, frames, on) for K in range(1, 4) for frames in truncation.FRAMES for on in (True, False)
+    ]
     before = alive()
     for K, frames, on in settings:
         explorer.measure(K=K, frames=frames, checkpointing=on)
@@ -447,7 +494,7 @@ def test_each_setting_has_one_row_and_the_table_ends(explorer, monkeypatch):
 
 
 def test_what_has_no_effect_is_disabled_and_says_why(micro):
-    explorer = TruncationExplorer(micro, colour(0), "a prompt")
+    explorer = TruncationExplorer(micro, color(0), "a prompt")
     assert explorer.streaming.disabled
     assert "nothing to stream" in explorer.why.value
     explorer.streaming.value = False
@@ -455,7 +502,7 @@ def test_what_has_no_effect_is_disabled_and_says_why(micro):
     explorer.frames.value = "all"
     assert not explorer.streaming.disabled
     assert explorer.why.value == ""
-    whole = TruncationExplorer(micro, colour(0, EVIL, per_frame=False), EVIL)
+    whole = TruncationExplorer(micro, color(0, EVIL, per_frame=False), EVIL)
     assert whole.frames.disabled
     assert whole.frames.value == "all"
     assert "judges the whole clip" in whole.why.value
@@ -480,7 +527,9 @@ def test_pressing_measure_in_a_page(explorer):
 
 
 def test_an_error_while_measuring_is_shown(micro):
-    stuck = rewards.reward(lambda frames, prompts: frames.detach().mean((1, 2, 3, 4)), EVIL, per_frame=True)
+    stuck = rewards.reward(
+        lambda frames, prompts: frames.detach().mean((1, 2, 3, 4)), EVIL, per_frame=True
+    )
     explorer = TruncationExplorer(micro, stuck, "a prompt")
     with pytest.raises(ValueError, match="has no gradient"):
         explorer.measure()
@@ -516,7 +565,11 @@ def test_what_cannot_be_explored(tiny, arguments, message):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"K": 4}, "K must lie in 1..3"), ({"frames": "some"}, "unknown frames 'some'"), ({"k": 1}, "unknown setting")],
+    [
+        ({"K": 4}, "K must lie in 1..3"),
+        ({"frames": "some"}, "unknown frames 'some'"),
+        ({"k": 1}, "unknown setting"),
+    ],
 )
 def test_settings_the_explorer_does_not_know(explorer, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -621,7 +674,12 @@ def test_pressing_simulate_in_a_page(quick):
     [
         {},
         {"K": 3, "frames": "all", "height": 320, "width": 576, "num_frames": 24},
-        {"frames": "every 2nd", "batch_size": 4, "checkpoint_blocks": False, "sequential_guidance": True},
+        {
+            "frames": "every 2nd",
+            "batch_size": 4,
+            "checkpoint_blocks": False,
+            "sequential_guidance": True,
+        },
         {"frames": "ends", "model_cpu_offload": True, "reward": "hps + 0.1 * aesthetic.towards(9)"},
     ],
 )
@@ -630,18 +688,29 @@ def test_both_lines_of_code_ask_the_same(quick, monkeypatch, changes):
     panel.set(**changes)
     asked = []
     monkeypatch.setattr(
-        MEMORY, "memory", lambda model, reward, gpu, **s: asked.append((Setting(model, reward, **s), gpu))
+        MEMORY,
+        "memory",
+        lambda model, reward, gpu, **s: asked.append((Setting(model, reward, **s), gpu)),
     )
     words = shlex.split(panel.shell)
     assert words[:2] == ["vader-nb", "memory"]
     given = config.read(config.Memory, words[2:])
     assert (given.model, given.reward, given.gpu) == ("zeroscope", panel.reward.value, "A100 80 GB")
-    options = {n: getattr(given, n) for n in ("height", "width", "num_frames", "batch_size", "checkpoint_blocks")}
+    options = {
+        n: getattr(given, n)
+        for n in ("height", "width", "num_frames", "batch_size", "checkpoint_blocks")
+    }
     options |= {n: getattr(given, n) for n in ("sequential_guidance", "model_cpu_offload")}
     strategy, frames = cli.strategy_of(given.strategy, given.K), cli.frames_of(given.frames)
-    assert Setting(given.model, given.reward, **options, strategy=strategy, frames=frames) == panel.setting
+    assert (
+        Setting(given.model, given.reward, **options, strategy=strategy, frames=frames)
+        == panel.setting
+    )
     call = ast.parse(panel.python, mode="eval").body
-    values = {k.arg: eval(ast.unparse(k.value), {"vader_nb": vader_nb, "torch": torch}) for k in call.keywords}
+    values = {
+        k.arg: eval(ast.unparse(k.value), {"vader_nb": vader_nb, "torch": torch})
+        for k in call.keywords
+    }
     assert values.pop("gpu") == "A100 80 GB"
     assert Setting(*(a.value for a in call.args), **values) == panel.setting
 

@@ -15,17 +15,23 @@ from vader_nb.zoo import WEIGHTS, adapters, oracles, tokenizer, world
 def test_the_oracles_read_every_clip_of_the_world():
     specs = world.specs()
     frames = world.render(specs, torch.Generator().manual_seed(7))
-    wrong = [(spec, seen) for spec, seen in zip(specs, oracles.read(frames)) if tuple(spec) != tuple(seen)]
+    wrong = [
+        (spec, seen)
+        for spec, seen in zip(specs, oracles.read(frames))
+        if tuple(spec) != tuple(seen)
+    ]
     assert not wrong
 
 
 def test_the_oracles_withstand_noise_and_blur():
     specs = world.split()[1]
     frames = world.render(specs, torch.Generator().manual_seed(8))
-    noisy = (frames + 0.03 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
-    blurred = torch.nn.functional.avg_pool2d(frames.flatten(0, 1), 3, 1, 1, count_include_pad=False).unflatten(
-        0, frames.shape[:2]
-    )
+    noisy = (
+        frames + 0.03 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
+    ).clamp(0, 1)
+    blurred = torch.nn.functional.avg_pool2d(
+        frames.flatten(0, 1), 3, 1, 1, count_include_pad=False
+    ).unflatten(0, frames.shape[:2])
     for version in (noisy, blurred):
         grades = oracles.grade(version, [spec.caption for spec in specs])
         assert min(value.mean() for value in grades.values()) > 0.95
@@ -37,9 +43,9 @@ def test_the_oracles_do_not_see_what_is_not_there(kind):
     if kind == "noise":
         frames = torch.rand(frames.shape, generator=torch.Generator().manual_seed(0))
     if kind == "frozen":
-        frames = world.render([world.Spec("red", "star", "moving left", "white")], torch.Generator().manual_seed(0))[
-            :, :1
-        ].expand(-1, 8, -1, -1, -1)
+        frames = world.render(
+            [world.Spec("red", "star", "moving left", "white")], torch.Generator().manual_seed(0)
+        )[:, :1].expand(-1, 8, -1, -1, -1)
     (seen,) = oracles.read(frames)
     assert seen.motion is None
     assert (seen.shape == "star") == (kind == "frozen")
@@ -81,7 +87,10 @@ def test_the_tokenizer_knows_its_world_and_survives_everything_else():
     words = tokenizer.build()
     for spec in world.specs()[::50]:
         assert len(words(spec.caption).input_ids) == len(spec.caption.split()) + 2
-        assert words.decode(words(spec.caption).input_ids, skip_special_tokens=True).strip() == spec.caption
+        assert (
+            words.decode(words(spec.caption).input_ids, skip_special_tokens=True).strip()
+            == spec.caption
+        )
     strange = words("Ünïcode 🎲 <|x|>", padding="max_length", truncation=True).input_ids
     assert len(strange) == tokenizer.CONTEXT_LENGTH
     assert words.eos_token_id == len(words) - 1  # CLIP pools the text at the largest id
@@ -110,7 +119,10 @@ def test_every_weight_is_a_half_precision_safetensor():
     assert len(files) >= 6
     for path in files:
         with safe_open(path, "pt") as file:
-            assert {file.get_tensor(name).dtype for name in file.keys()} <= {torch.float16, torch.int64}
+            assert {file.get_tensor(name).dtype for name in file.keys()} <= {
+                torch.float16,
+                torch.int64,
+            }
     assert not list(WEIGHTS.rglob("*.bin")) + list(WEIGHTS.rglob("*.pt"))
 
 
@@ -130,17 +142,19 @@ def test_the_shipped_adapters_raise_their_own_reward(tiny):
     captions = {"held-out": prompts.get("tiny_held_out")[::20]}
     judges = {name: getattr(rewards, name)("tiny") for name in ("aesthetic", "hps")}
     contestants = {name: adapters()[name] for name in judges}
-    result = evaluate(tiny, contestants, [*judges.values()], captions, seeds_per_prompt=2, progress=False)
+    result = evaluate(
+        tiny, contestants, [*judges.values()], captions, seeds_per_prompt=2, progress=False
+    )
     for name in judges:
         assert result.row("held-out", name, name).difference > 0
     assert result.row("held-out", "hps", "aesthetic").difference < -0.05
 
 
-def test_the_autoencoder_keeps_colours_and_shapes(tiny):
+def test_the_autoencoder_keeps_colors_and_shapes(tiny):
     from vader_nb.zoo.train_vae import report
 
     quality = report(tiny.vae)
-    assert quality["colour and shape"] >= 0.97
+    assert quality["color and shape"] >= 0.97
 
 
 def test_clip_picks_the_caption():
@@ -178,7 +192,9 @@ def test_the_last_step_matters(tiny):
     gain = (1 - scheduler.alphas_cumprod[int(scheduler.timesteps[-1])]).sqrt().item()
     assert gain > 0.2
     output = torch.randn(1, 4, 8, 8, 8)
-    zero = tiny.step(scheduler, torch.zeros_like(output), scheduler.timesteps[-1], torch.zeros_like(output))
+    zero = tiny.step(
+        scheduler, torch.zeros_like(output), scheduler.timesteps[-1], torch.zeros_like(output)
+    )
     moved = tiny.step(scheduler, output, scheduler.timesteps[-1], torch.zeros_like(output))
     assert (moved - zero).norm().item() == pytest.approx(gain * output.norm().item(), rel=1e-4)
 

@@ -23,7 +23,9 @@ from .models import VideoModel, alone
 from .rewards import Reward, as_reward
 
 GIVE_UP = 3  # non-finite steps in a row
-PROMPTS_CHECKED = 1000  # whether the reward can judge them, before the work starts; and whether a run had others
+PROMPTS_CHECKED = (
+    1000  # whether the reward can judge them, before the work starts; and whether a run had others
+)
 GIVE_UP_SCALED = 20  # with fp16, whose loss scale comes down by such steps
 
 
@@ -111,11 +113,19 @@ def align(
     run early and keeps everything up to the last whole step. A disk that fills up is a warning: the run goes on, and the
     adapter is on the model still.
     """
-    reward, folder, sampling = as_reward(reward), Path(output_dir), (sampling or Sampling()).filled(model)
+    reward, folder, sampling = (
+        as_reward(reward),
+        Path(output_dir),
+        (sampling or Sampling()).filled(model),
+    )
     if not any(prompt.strip() for prompt in prompts):
         raise ValueError("no prompts to train on")
     reward.check_prompts(prompts[:PROMPTS_CHECKED])
-    counts = {"steps": steps, "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps}
+    counts = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+    }
     counts |= {"checkpoint_every": checkpoint_every, "validation_steps": validation_steps}
     for name, value in (counts | {"checkpoints_total_limit": checkpoints_total_limit}).items():
         if value is not None and value < 1:
@@ -160,7 +170,7 @@ def align(
         checkpoints.rewind(folder, contents["step"])  # not before it was read: it may be damaged
         return tensors, contents, checkpoints.metrics_until(folder, contents["step"])
 
-    found = parallel.from_main(open_folder, accelerator)
+    found = parallel.broadcast_from_main(open_folder, accelerator)
     engine, cut_up = parallel.engine(accelerator), parallel.sharded(accelerator)
     if cut_up:
         parallel.shard(model, accelerator)
@@ -175,7 +185,9 @@ def align(
     except BaseException:
         adapter.remove()
         raise
-    half = [model.dtype] if model.dtype in (torch.float16, torch.bfloat16) else []  # what `memory` counts with
+    half = (
+        [model.dtype] if model.dtype in (torch.float16, torch.bfloat16) else []
+    )  # what `memory` counts with
     if model.turns is None:
         reward.to(model.device, *half)
     else:  # it waits for its turn
@@ -190,7 +202,9 @@ def align(
         "sampling": sampling,
         "chunk": chunk,
         "offload": offload,
-        "checkpoint_blocks": model.device.type == "cuda" if checkpoint_blocks is None else checkpoint_blocks,
+        "checkpoint_blocks": model.device.type == "cuda"
+        if checkpoint_blocks is None
+        else checkpoint_blocks,
         "weight": 1 / gradient_accumulation_steps,
         "backward": torch.Tensor.backward if engine else accelerator.backward,
     }
@@ -200,9 +214,16 @@ def align(
         the seed, the step and the number of micro-batches, not on how these are divided."""
         number = accelerator.num_processes * gradient_accumulation_steps
         # The first also draws prompts and seeds for all; each draws the steps and frames of its own micro-batch.
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + step + (i << 40)) for i in range(number)]
-        chosen = torch.randint(len(prompts), (number * batch_size,), generator=generators[0]).split(batch_size)
-        seeds = torch.randint(2**31, (number * batch_size,), generator=generators[0]).split(batch_size)
+        generators = [
+            torch.Generator().manual_seed(seed * 1_000_003 + step + (i << 40))
+            for i in range(number)
+        ]
+        chosen = torch.randint(len(prompts), (number * batch_size,), generator=generators[0]).split(
+            batch_size
+        )
+        seeds = torch.randint(2**31, (number * batch_size,), generator=generators[0]).split(
+            batch_size
+        )
         for i in range(accelerator.process_index, number, accelerator.num_processes):
             # Processes that share the weights must call the denoiser equally often, and so draw the same steps.
             own = generators[i - accelerator.process_index if cut_up else i]
@@ -218,7 +239,9 @@ def align(
                         model, adapter, reward, batch, seeds=seeds, generator=generator, **settings
                     )
                 rewards.append(result.rewards)
-            except NonFinite as error:  # the other processes must hear of it before anyone skips the step
+            except (
+                NonFinite
+            ) as error:  # the other processes must hear of it before anyone skips the step
                 trouble = trouble or str(error)
                 if not cut_up:  # else they wait for this one at the next micro-batch, too
                     break
@@ -233,7 +256,9 @@ def align(
         clip = torch.nn.utils.clip_grad_norm_ if engine else accelerator.clip_grad_norm_
         norm = float(clip(parameters, max_grad_norm))
         if norm == 0 and step == 0:
-            raise ValueError(f"the gradient of {reward.name!r} that reaches the adapter is zero: nothing to learn from")
+            raise ValueError(
+                f"the gradient of {reward.name!r} that reaches the adapter is zero: nothing to learn from"
+            )
         if not math.isfinite(norm):
             raise NonFinite(f"gradient norm {norm}")
         return {"step": step + 1, "reward": met.reward, "grad_norm": norm, "frames": result.frames}
@@ -255,7 +280,9 @@ def align(
         else:
             state.metrics.append(row)
         if state.non_finite >= limit:
-            raise RuntimeError(f"{limit} steps in a row were not finite; the last one: {row['skipped']}")
+            raise RuntimeError(
+                f"{limit} steps in a row were not finite; the last one: {row['skipped']}"
+            )
         if state.step % checkpoint_every == 0 or best_step(state.metrics) == state.step:
             keep()
         if log_with:
@@ -264,7 +291,11 @@ def align(
 
     def keep() -> bool:
         """A checkpoint of this moment: all processes bring their part, the main one writes."""
-        contents = {"step": state.step, "non_finite": state.non_finite, "optimizer": optimizer.state_dict()}
+        contents = {
+            "step": state.step,
+            "non_finite": state.non_finite,
+            "optimizer": optimizer.state_dict(),
+        }
         contents |= {
             "schedule": schedule.state_dict(),
             "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
@@ -272,7 +303,9 @@ def align(
         contents["random"] = parallel.of_all(checkpoints.random_states(), accelerator)
         if not accelerator.is_main_process:
             return True
-        kept = checkpoints.save(folder, state.step, adapter, contents, reward=reward.name, steps=state.step)
+        kept = checkpoints.save(
+            folder, state.step, adapter, contents, reward=reward.name, steps=state.step
+        )
         if kept:
             checkpoints.prune(folder, checkpoints_total_limit, best_step(state.metrics))
         return kept
@@ -285,7 +318,9 @@ def align(
                 if accelerator.is_main_process:
                     journal.flush()
                     try:
-                        adapter.save(folder / "adapter.safetensors", reward=reward.name, steps=state.step)
+                        adapter.save(
+                            folder / "adapter.safetensors", reward=reward.name, steps=state.step
+                        )
                     except OSError as error:
                         warnings.warn(
                             f"the adapter could not be written to {folder} ({error}); it is on the model still: "
@@ -336,7 +371,9 @@ def tracked(call: Callable, *args, **options) -> None:
     try:
         call(*args, **options)
     except OSError as error:
-        warnings.warn(f"the tracker could not write ({error}); metrics.jsonl has it all", stacklevel=3)
+        warnings.warn(
+            f"the tracker could not write ({error}); metrics.jsonl has it all", stacklevel=3
+        )
 
 
 def checksum(texts: Sequence[str]) -> str:
@@ -344,13 +381,17 @@ def checksum(texts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
-def adamw(parameters, learning_rate: float, weight_decay: float, use_8bit_adam: bool) -> torch.optim.Optimizer:
+def adamw(
+    parameters, learning_rate: float, weight_decay: float, use_8bit_adam: bool
+) -> torch.optim.Optimizer:
     if not use_8bit_adam:
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ValueError("use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from error
+        raise ValueError(
+            "use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes"
+        ) from error
     return AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 
@@ -371,7 +412,9 @@ def restore(found, adapter, optimizer, schedule, accelerator) -> State:
     optimizer.load_state_dict(contents["optimizer"])
     schedule.load_state_dict(contents["schedule"])
     # A process that was not there before takes the states of one that was.
-    checkpoints.set_random_states(contents["random"][accelerator.process_index % len(contents["random"])])
+    checkpoints.set_random_states(
+        contents["random"][accelerator.process_index % len(contents["random"])]
+    )
     if contents["scaler"] and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(contents["scaler"])
     return State(contents["step"], rows, contents["non_finite"])
@@ -379,7 +422,9 @@ def restore(found, adapter, optimizer, schedule, accelerator) -> State:
 
 def best_step(metrics: list[dict]) -> int | None:
     """The step with the highest validation score (of the first that `validate` names), None without any."""
-    scored = [row for row in metrics if any(key.startswith("validation/") for key in row)]  # NaN is never the best
+    scored = [
+        row for row in metrics if any(key.startswith("validation/") for key in row)
+    ]  # NaN is never the best
     if not scored:
         return None
     first = next(key for key in scored[0] if key.startswith("validation/"))
@@ -388,4 +433,7 @@ def best_step(metrics: list[dict]) -> int | None:
 
 def flat(config: dict) -> dict:
     """For trackers, which take numbers and texts only."""
-    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
+    return {
+        name: value if isinstance(value, (int, float, str)) else str(value)
+        for name, value in config.items()
+    }

@@ -40,13 +40,17 @@ class Validation:
     ):
         if not len(prompts):
             raise ValueError("a validation needs prompts")
-        self.rewards = [as_reward(reward) for reward in (rewards if isinstance(rewards, list) else [rewards])]
+        self.rewards = [
+            as_reward(reward) for reward in (rewards if isinstance(rewards, list) else [rewards])
+        ]
         self.prompts = prompts
         self.bench = Bench(model, self.rewards, thumbnails, sampling, 1, batch_size, seed, keep=0)
 
     def __call__(self, adapter: Adapter) -> dict[str, float]:
         with torch.random.fork_rng():  # a reward that draws must not change what training draws
-            scores, _ = self.bench.run(adapter, self.prompts, tqdm(total=len(self.prompts), disable=True))
+            scores, _ = self.bench.run(
+                adapter, self.prompts, tqdm(total=len(self.prompts), disable=True)
+            )
         return {reward.name: scores[reward.name].mean().item() for reward in self.rewards}
 
 
@@ -84,11 +88,19 @@ class Choice:
         return self.best.path
 
     def __str__(self) -> str:
-        lines = [f"{'step':>6} {'training':>9} {'held-out':>9}  difference to step {self.step} [95 % interval]"]
+        lines = [
+            f"{'step':>6} {'training':>9} {'held-out':>9}  difference to step {self.step} [95 % interval]"
+        ]
         for point in self.points:
             training = "" if point.reward is None else f"{point.reward:.4f}"
-            interval = "" if point is self.best else f"{point.difference:+.4f} [{point.low:+.4f}, {point.high:+.4f}]"
-            lines.append(f"{point.step:>6} {training:>9} {point.held_out:9.4f}  {interval or 'the best'}")
+            interval = (
+                ""
+                if point is self.best
+                else f"{point.difference:+.4f} [{point.low:+.4f}, {point.high:+.4f}]"
+            )
+            lines.append(
+                f"{point.step:>6} {training:>9} {point.held_out:9.4f}  {interval or 'the best'}"
+            )
         return "\n".join([*lines, f"held-out: {self.reward}, {self.prompts} prompts", self.verdict])
 
     __repr__ = __str__
@@ -102,13 +114,29 @@ class Choice:
         figure = Figure(figsize=(6, 4.5), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         trained = [point for point in self.points if point.reward is not None]
-        above.plot([p.step for p in trained], [p.reward for p in trained], "o-", color="#3b82c4", markersize=4)
+        above.plot(
+            [p.step for p in trained],
+            [p.reward for p in trained],
+            "o-",
+            color="#3b82c4",
+            markersize=4,
+        )
         above.set(ylabel="trained on")
         below.plot(steps, [p.held_out for p in self.points], "o-", color="#d97706", markersize=4)
-        band = [[best.held_out + value for value in side] for side in zip(*((p.low, p.high) for p in self.points))]
+        band = [
+            [best.held_out + value for value in side]
+            for side in zip(*((p.low, p.high) for p in self.points))
+        ]
         below.fill_between(steps, *band, color="#d97706", alpha=0.2, linewidth=0)
         below.axhline(best.held_out, color="gray", linestyle=":", linewidth=1)
-        below.plot(best.step, best.held_out, "*", color="#d97706", markersize=15, label=f"best: step {best.step}")
+        below.plot(
+            best.step,
+            best.held_out,
+            "*",
+            color="#d97706",
+            markersize=15,
+            label=f"best: step {best.step}",
+        )
         below.set(ylabel=f"held out: {self.reward}", xlabel="step")
         below.legend(loc="best")
         return figure
@@ -134,7 +162,9 @@ def best_checkpoint(
     folder, held_out = Path(run_folder), as_reward(held_out)
     paths = steps_of(folder)
     if not paths:
-        raise FileNotFoundError(f"no checkpoint in {folder / 'checkpoints'}: is this a run's folder?")
+        raise FileNotFoundError(
+            f"no checkpoint in {folder / 'checkpoints'}: is this a run's folder?"
+        )
     evaluation = evaluate(
         model,
         {str(step): path for step, path in paths.items()},
@@ -149,7 +179,9 @@ def best_checkpoint(
         progress=progress,
     )
     scores = evaluation.scores["held-out"]
-    means = torch.stack([scores[name][held_out.name].double().mean(0) for name in [BASE, *map(str, paths)]])
+    means = torch.stack(
+        [scores[name][held_out.name].double().mean(0) for name in [BASE, *map(str, paths)]]
+    )
     return choose({0: None} | paths, means, training_rewards(folder), held_out.name)
 
 
@@ -158,7 +190,9 @@ def training_rewards(folder: Path) -> dict[int, float]:
     return {row["step"]: row["reward"] for row in metrics_until(folder) if "reward" in row}
 
 
-def choose(paths: dict[int, Path | None], means: torch.Tensor, trained: dict[int, float], name: str) -> Choice:
+def choose(
+    paths: dict[int, Path | None], means: torch.Tensor, trained: dict[int, float], name: str
+) -> Choice:
     """The choice among checkpoints (step -> path, 0 the base), given their held-out scores a prompt, means
     (checkpoints, prompts), and the training reward of each step."""
     steps = list(paths)
@@ -179,7 +213,9 @@ def choose(paths: dict[int, Path | None], means: torch.Tensor, trained: dict[int
         )
         for i, step in enumerate(steps)
     ]
-    return Choice(points, points[place], verdict(points, place, since, means.shape[1]), name, means.shape[1])
+    return Choice(
+        points, points[place], verdict(points, place, since, means.shape[1]), name, means.shape[1]
+    )
 
 
 def simultaneous(means: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,7 +257,10 @@ def trend(before: list[float], after: list[float]) -> str:
     """What the training reward did between two stretches of steps; their batches are different prompts, so unpaired."""
     if min(len(before), len(after)) < 2:
         return "whatever the reward did"
-    first, second = torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64)
+    first, second = (
+        torch.tensor(before, dtype=torch.float64),
+        torch.tensor(after, dtype=torch.float64),
+    )
     change = second.mean() - first.mean()
     error = (first.var() / len(first) + second.var() / len(second)).sqrt()
     if change.abs() <= 2 * error:

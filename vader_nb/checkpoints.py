@@ -32,7 +32,11 @@ ROOM = 50e6  # bytes that must be free before a run starts
 def steps_of(folder: Path) -> dict[int, Path]:
     """The run's whole checkpoints, step -> folder, oldest first."""
     found = (folder / "checkpoints").glob("step-*")
-    return {int(path.name[5:]): path for path in sorted(found) if re.fullmatch(r"step-\d{6,}", path.name)}
+    return {
+        int(path.name[5:]): path
+        for path in sorted(found)
+        if re.fullmatch(r"step-\d{6,}", path.name)
+    }
 
 
 def find(folder: Path, resume: bool | str | Path) -> Path | None:
@@ -56,7 +60,9 @@ def find(folder: Path, resume: bool | str | Path) -> Path | None:
 def named(resume: str | Path) -> Path:
     """The checkpoint at a path."""
     if not (Path(resume) / "state.pt").is_file():
-        raise FileNotFoundError(f"cannot resume: {resume} is no checkpoint; write resume=latest or …/step-000020")
+        raise FileNotFoundError(
+            f"cannot resume: {resume} is no checkpoint; write resume=latest or …/step-000020"
+        )
     return Path(resume)
 
 
@@ -79,11 +85,20 @@ CLIPS = ("num_processes", "batch_size", "gradient_accumulation_steps")
 def compare(folder: Path, config: dict) -> None:
     """Refuse to go on with settings under which it would be another run."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"cannot resume in {folder}, which holds no run: a checkpoint goes on in its own run's folder")
-    before, now = json.loads((folder / "config.json").read_text(encoding="utf-8")), json.loads(json.dumps(config))
-    free = FREE if "constant" in now["lr_scheduler"] else FREE - {"steps"}  # other schedules stretch over all steps
+        raise ValueError(
+            f"cannot resume in {folder}, which holds no run: a checkpoint goes on in its own run's folder"
+        )
+    before, now = (
+        json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        json.loads(json.dumps(config)),
+    )
+    free = (
+        FREE if "constant" in now["lr_scheduler"] else FREE - {"steps"}
+    )  # other schedules stretch over all steps
     # A setting that an older version did not record counts as unchanged.
-    changed = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]
+    changed = [
+        name for name in now if name not in free and before.get(name, now[name]) != now[name]
+    ]
     if changed:
         was = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in changed)
         raise ValueError(f"cannot resume {folder} with other settings: {was}")
@@ -113,10 +128,14 @@ def prepare(folder: Path, config: dict) -> None:
         raise OSError(f"cannot write to {folder}: {error.strerror or error}") from error
     free = shutil.disk_usage(folder).free
     if free < ROOM:
-        raise OSError(f"only {free / 1e6:.0f} MB free where {folder} lies; a run needs at least {ROOM / 1e6:.0f} MB")
+        raise OSError(
+            f"only {free / 1e6:.0f} MB free where {folder} lies; a run needs at least {ROOM / 1e6:.0f} MB"
+        )
     write(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     (folder / STOP).unlink(missing_ok=True)  # meant for another run
-    for leftover in (folder / "checkpoints").glob("step-*.part"):  # of a kill in the middle of a checkpoint
+    for leftover in (folder / "checkpoints").glob(
+        "step-*.part"
+    ):  # of a kill in the middle of a checkpoint
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -146,7 +165,11 @@ class Journal:
     """metrics.jsonl. Rows that a full disk refused are kept, and written as soon as it takes them."""
 
     def __init__(self, path: Path, rows: list[dict]):
-        self.path, self.rows, self.saved = path, rows, None  # None: the file does not hold what it should
+        self.path, self.rows, self.saved = (
+            path,
+            rows,
+            None,
+        )  # None: the file does not hold what it should
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
@@ -162,7 +185,10 @@ class Journal:
             self.saved = len(self.rows)
         except OSError as error:
             self.saved = None  # a line may be torn: all of it again, next time
-            warnings.warn(f"{self.path} cannot be written ({error.strerror or error}); its rows are kept", stacklevel=2)
+            warnings.warn(
+                f"{self.path} cannot be written ({error.strerror or error}); its rows are kept",
+                stacklevel=2,
+            )
 
 
 # --------------------------------------------------------------------------------------- one checkpoint
@@ -178,7 +204,9 @@ def random_states() -> dict:
 def set_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"])
     here = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    for device, state in zip(here, states["cuda"]):  # there may be fewer GPUs than there were, or more
+    for device, state in zip(
+        here, states["cuda"]
+    ):  # there may be fewer GPUs than there were, or more
         torch.cuda.set_rng_state(state, device)
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -201,11 +229,16 @@ def save(folder: Path, step: int, adapter: lora.Adapter, contents: dict, **metad
         unfinished.replace(final)
         settle(final.parent)
         return True
-    except (OSError, RuntimeError) as error:  # torch's own writer reports a full disk as a RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's own writer reports a full disk as a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
         newest = max(steps_of(folder), default=None)
         kept = "there is none yet" if newest is None else f"the last is of step {newest}"
-        warnings.warn(f"the checkpoint of step {step} could not be written ({error}); {kept}", stacklevel=2)
+        warnings.warn(
+            f"the checkpoint of step {step} could not be written ({error}); {kept}", stacklevel=2
+        )
         return False
 
 

@@ -5,7 +5,7 @@ accelerate launch --num_processes 4 -m vader_nb align config=modelscope prompt_f
 vader-nb evaluate runs/NAME
 vader-nb sample "a red star spinning on a white background" adapter=runs/NAME
 vader-nb memory model=modelscope reward=hps gpu=T4
-vader-nb check colourfulness
+vader-nb check colorfulness
 vader-nb rewards
 vader-nb translate-config config.yaml
 """
@@ -23,7 +23,14 @@ EPILOG = "Errors that you can mend are one line and exit code 2; anything else i
 def sampling_of(arguments):
     from .gradient import Sampling
 
-    names = ("num_inference_steps", "guidance_scale", "num_frames", "height", "width", "sequential_guidance")
+    names = (
+        "num_inference_steps",
+        "guidance_scale",
+        "num_frames",
+        "height",
+        "width",
+        "sequential_guidance",
+    )
     return Sampling(**{name: getattr(arguments, name) for name in names})
 
 
@@ -33,7 +40,9 @@ def strategy_of(name: str, K: int | None):
     if name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
     if name == "step" and K is None:
-        raise ValueError("strategy=step needs K, the step that learns, counted from the end: K=1 is the last")
+        raise ValueError(
+            "strategy=step needs K, the step that learns, counted from the end: K=1 is the last"
+        )
     return STRATEGIES[name]() if K is None or name == "refl" else STRATEGIES[name](K)
 
 
@@ -58,7 +67,9 @@ def prompts_of(arguments):
     files = {name: getattr(arguments, name) for name in ("nouns_file", "activities_file")}
     files = {name: path for name, path in files.items() if path}
     if files and arguments.prompts != "nouns_activities":
-        raise ValueError(f"{' and '.join(files)} go with prompts=nouns_activities, not with {arguments.prompts!r}")
+        raise ValueError(
+            f"{' and '.join(files)} go with prompts=nouns_activities, not with {arguments.prompts!r}"
+        )
     return prompts.nouns_activities(**files) if files else prompts.get(arguments.prompts)
 
 
@@ -106,7 +117,9 @@ def place_of(arguments) -> Path:
         return checkpoints.run_of(checkpoints.named(resume))
     name = name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if name != Path(name).name or name in ("", ".", ".."):
-        raise ValueError(f"a run's name is one folder's name, not {name!r}; the place is output_dir")
+        raise ValueError(
+            f"a run's name is one folder's name, not {name!r}; the place is output_dir"
+        )
     return Path(arguments.output_dir) / name
 
 
@@ -122,9 +135,14 @@ def run_align(arguments):
     first, tiny = alone(), arguments.model == "tiny"
     # Everything that can be wrong with the words is found before anything is loaded.
     folder = place_of(arguments)
-    strategy, frames = strategy_of(arguments.strategy, arguments.K), frames_of(arguments.frames or "random:1")
+    strategy, frames = (
+        strategy_of(arguments.strategy, arguments.K),
+        frames_of(arguments.frames or "random:1"),
+    )
     prompts = prompts_of(arguments)
-    groups = groups_of(arguments, prompts) if arguments.evaluation or arguments.validation_steps else {}
+    groups = (
+        groups_of(arguments, prompts) if arguments.evaluation or arguments.validation_steps else {}
+    )
     reward = parse(arguments.reward, tiny)
     judge = parse(arguments.held_out_reward, tiny) if arguments.held_out_reward else None
     if arguments.frames is None and not reward.per_frame:
@@ -158,17 +176,29 @@ def run_align(arguments):
         **options,
     )
     if first:
-        print(f"trained {len(run.metrics)} steps in {time.time() - began:.0f} s: {run.folder / 'adapter.safetensors'}")
+        print(
+            f"trained {len(run.metrics)} steps in {time.time() - began:.0f} s: {run.folder / 'adapter.safetensors'}"
+        )
     if first and run.best:
         print(f"best by the validation, on {validated_on(groups)} prompts: {run.best}")
     if not (run.folder / "adapter.safetensors").exists() and first:
         raise OSError(f"the adapter could not be written to {run.folder}: see the warning above")
     if run.stopped:
         if first:
-            print(f"stopped; go on with: vader-nb align resume=true name={folder.name} output_dir={folder.parent} …")
+            print(
+                f"stopped; go on with: vader-nb align resume=true name={folder.name} output_dir={folder.parent} …"
+            )
         return
     if arguments.evaluation and groups:
-        compare(model, run.adapter, [reward, *([judge] if judge else [])], groups, arguments, run.folder, run)
+        compare(
+            model,
+            run.adapter,
+            [reward, *([judge] if judge else [])],
+            groups,
+            arguments,
+            run.folder,
+            run,
+        )
 
 
 def validated_on(groups) -> str:
@@ -180,7 +210,10 @@ def validation(arguments, model, reward, groups) -> dict:
 
     texts = groups[validated_on(groups)]
     if "held-out" not in groups and alone():
-        print("vader-nb: no held_out prompts are given: validation_steps measures training prompts", file=sys.stderr)
+        print(
+            "vader-nb: no held_out prompts are given: validation_steps measures training prompts",
+            file=sys.stderr,
+        )
     sampling, batch_size = sampling_of(arguments), arguments.eval_batch_size
     check = Validation(model, reward, texts, sampling=sampling, batch_size=batch_size)
     return {"validate": check, "validation_steps": arguments.validation_steps}
@@ -210,7 +243,13 @@ def groups_of(arguments, prompts) -> dict[str, list[str]]:
     """Evenly spread picks of the training and the held-out prompts."""
     from . import prompts as prompt_sets
 
-    least = {"seeds_per_prompt": 1, "eval_batch_size": 1, "clips": 1, "eval_prompts": 0, "eval_training_prompts": 0}
+    least = {
+        "seeds_per_prompt": 1,
+        "eval_batch_size": 1,
+        "clips": 1,
+        "eval_prompts": 0,
+        "eval_training_prompts": 0,
+    }
     for name, limit in least.items():
         value = getattr(arguments, name, None)
         if value is not None and value < limit:
@@ -226,7 +265,9 @@ def groups_of(arguments, prompts) -> dict[str, list[str]]:
         return {"prompts": texts}
     groups = {"training": spread(prompts, arguments.eval_training_prompts)}
     if arguments.held_out or arguments.prompts == "tiny":
-        groups["held-out"] = spread(prompt_sets.get(arguments.held_out or "tiny_held_out"), arguments.eval_prompts)
+        groups["held-out"] = spread(
+            prompt_sets.get(arguments.held_out or "tiny_held_out"), arguments.eval_prompts
+        )
     groups = {name: texts for name, texts in groups.items() if texts}
     if not groups:
         raise ValueError(
@@ -268,9 +309,17 @@ def run_sample(arguments):
     folder.mkdir(parents=True, exist_ok=True)
     model = load(arguments.model)
     adapter = lora.load(model, arguments.adapter, arguments.scale) if arguments.adapter else None
-    clips = sample(model, arguments.prompts, seeds=arguments.seed, sampling=sampling_of(arguments), adapter=adapter)
+    clips = sample(
+        model,
+        arguments.prompts,
+        seeds=arguments.seed,
+        sampling=sampling_of(arguments),
+        adapter=adapter,
+    )
     for i, (prompt, clip) in enumerate(zip(arguments.prompts, clips)):
-        path = folder / f"seed-{arguments.seed + i}.{arguments.format}"  # never named after the prompt
+        path = (
+            folder / f"seed-{arguments.seed + i}.{arguments.format}"
+        )  # never named after the prompt
         print(f"{Video(clip, model.defaults['fps'], prompt).save(path, width=256)}  {prompt[:80]}")
 
 
@@ -278,7 +327,7 @@ def run_check(arguments):
     from .rewards import check, parse
 
     if not arguments.reward:
-        raise ValueError("which reward? vader-nb check colourfulness")
+        raise ValueError("which reward? vader-nb check colorfulness")
     report = check(parse(arguments.reward))
     print(report)
     if not report.passed:
@@ -320,7 +369,9 @@ def run_engine(arguments):
     folder = Path(__file__).parent / "engines"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if arguments.name not in known:
-        raise ValueError(f"no configuration of accelerate named {arguments.name!r}; choose one of {', '.join(known)}")
+        raise ValueError(
+            f"no configuration of accelerate named {arguments.name!r}; choose one of {', '.join(known)}"
+        )
     print(folder / f"{arguments.name}.yaml")
 
 
@@ -349,7 +400,10 @@ def main(argv: list[str] | None = None) -> None:
         print(usage())
         return
     if name not in COMMANDS:
-        print(f"vader-nb: unknown command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"vader-nb: unknown command {name!r}; choose one of {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     function, kind = COMMANDS[name]
     if {"-h", "--help"} & set(words):

@@ -21,12 +21,18 @@ FRAMES = "that are scored: random:K, ends, nth:N, all, or 0,4,7; default: random
 
 def option(default: Any, text: str = "", positional: bool = False):
     told = {"help": text, "positional": positional}
-    return field(default_factory=list, metadata=told) if default == [] else field(default=default, metadata=told)
+    return (
+        field(default_factory=list, metadata=told)
+        if default == []
+        else field(default=default, metadata=told)
+    )
 
 
 @dataclass
 class Common:
-    config: str | None = option(None, "a YAML file of these keys, or the name of a shipped one: modelscope")
+    config: str | None = option(
+        None, "a YAML file of these keys, or the name of a shipped one: modelscope"
+    )
     threads: int | None = option(None, "CPU threads; default: torch's choice")
 
 
@@ -45,11 +51,15 @@ class Sampled(Common):
 
 @dataclass
 class Judged(Sampled):
-    reward: str = option("hps + 0.02 * aesthetic", "an expression of rewards; see: vader-nb rewards")
+    reward: str = option(
+        "hps + 0.02 * aesthetic", "an expression of rewards; see: vader-nb rewards"
+    )
     prompts: str = option("tiny", "training prompts: a named set, or a file with one a line")
     nouns_file: str | None = option(None, "with prompts=nouns_activities: your own nouns")
     activities_file: str | None = option(None, "with prompts=nouns_activities: your own activities")
-    held_out: str | None = option(None, "prompts that training does not see: a set or a file; default: tiny_held_out")
+    held_out: str | None = option(
+        None, "prompts that training does not see: a set or a file; default: tiny_held_out"
+    )
     held_out_reward: str | None = option(None, "a reward that training does not see, to judge by")
     eval_prompts: int = option(32, "how many of the held-out prompts are evaluated")
     eval_training_prompts: int = option(8, "how many of the training prompts are evaluated")
@@ -65,7 +75,9 @@ class Align(Judged):
     batch_size: int = option(4, "clips at once, in each process")
     gradient_accumulation_steps: int = option(1, "batches a step")
     learning_rate: float = 1e-3
-    lr_scheduler: str = option("constant", "constant, constant_with_warmup, linear, cosine, … as in diffusers")
+    lr_scheduler: str = option(
+        "constant", "constant, constant_with_warmup, linear, cosine, … as in diffusers"
+    )
     lr_warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -73,12 +85,18 @@ class Align(Judged):
     rank: int = option(8, "of the adapter")
     alpha: float | None = option(None, "of the adapter; default: its rank")
     strategy: str = option("last", "last, random, step, draft_lv, refl, drtune")
-    K: int | None = option(None, "steps that learn (last, random, drtune), the step (step), noisings (draft_lv)")
+    K: int | None = option(
+        None, "steps that learn (last, random, drtune), the step (step), noisings (draft_lv)"
+    )
     frames: str | None = option(None, FRAMES)
     chunk: int = option(1, "frames decoded at once")
-    offload: bool = option(False, "what the denoiser keeps for the backward pass waits in CPU memory")
+    offload: bool = option(
+        False, "what the denoiser keeps for the backward pass waits in CPU memory"
+    )
     model_cpu_offload: bool = option(False, "only the networks of the current stage are on the GPU")
-    mixed_precision: str | None = option(None, "no, fp16, bf16; default: accelerate launch's, or no")
+    mixed_precision: str | None = option(
+        None, "no, fp16, bf16; default: accelerate launch's, or no"
+    )
     speed: str | None = option(
         None, "switches, such as channels_last,compile; python -m vader_nb.selfcheck measures them"
     )
@@ -86,12 +104,16 @@ class Align(Judged):
     name: str | None = option(None, "the run's name; default: the model's and the time")
     output_dir: str = option("runs", "where runs are kept")
     checkpoint_every: int = 20
-    checkpoints_total_limit: int | None = option(None, "keep so many of the newest, and the best; default: all")
+    checkpoints_total_limit: int | None = option(
+        None, "keep so many of the newest, and the best; default: all"
+    )
     validation_steps: int | None = option(
-        None, "measure the held_out prompts (without: training ones) every so many steps; needed for a best one"
+        None,
+        "measure the held_out prompts (without: training ones) every so many steps; needed for a best one",
     )
     resume: str = option(
-        "false", "with name=…: true: its newest checkpoint; latest: or a new run; or a checkpoint's path"
+        "false",
+        "with name=…: true: its newest checkpoint; latest: or a new run; or a checkpoint's path",
     )
     log_with: str | None = option(None, "tensorboard or wandb, beside metrics.jsonl")
     evaluation: bool = option(True, "compare base and adapter at the end")
@@ -101,9 +123,13 @@ class Align(Judged):
 class Evaluate(Judged):
     """Compare base and adapter; write a report."""
 
-    adapter: str | None = option(None, "an adapter file, or a run's folder; without one, the base alone", True)
+    adapter: str | None = option(
+        None, "an adapter file, or a run's folder; without one, the base alone", True
+    )
     scale: float = option(1.0, "of the adapter, 0 to 1.5")
-    clips: int | None = option(None, "so many of the training prompts' clips, in place of the three numbers above")
+    clips: int | None = option(
+        None, "so many of the training prompts' clips, in place of the three numbers above"
+    )
     output_dir: str | None = option(None, "default: `evaluation` beside the adapter")
 
 
@@ -138,8 +164,12 @@ class Memory(Sampled):
     K: int | None = option(None, "as for align")
     frames: str | None = option(None, "as for align, and its default")
     chunk: int = option(1, "frames decoded at once")
-    checkpoint_blocks: bool = option(True, "the denoiser's blocks are computed again in the backward pass")
-    offload: bool = option(False, "what the denoiser keeps for the backward pass waits in CPU memory")
+    checkpoint_blocks: bool = option(
+        True, "the denoiser's blocks are computed again in the backward pass"
+    )
+    offload: bool = option(
+        False, "what the denoiser keeps for the backward pass waits in CPU memory"
+    )
     model_cpu_offload: bool = option(False, "only the networks of the current stage are on the GPU")
     gpu: str | None = option(None, "T4, L4, A100 40 GB or A100 80 GB; default: all of them")
     measured: bool = option(False, "on this machine's GPU, with real weights, instead of simulated")
@@ -180,7 +210,9 @@ def pairs(words: list[str], kind: type) -> list[tuple[str, str]]:
             if not given and key.removeprefix("no_") in switches and key not in switches:
                 key, value = key.removeprefix("no_"), "false"
             elif not given:
-                bare = key in switches and (not words or words[0].startswith("--") or "=" in words[0])
+                bare = key in switches and (
+                    not words or words[0].startswith("--") or "=" in words[0]
+                )
                 if not bare and not words:
                     raise ValueError(f"{word} needs a value")
                 value = "true" if bare else words.pop(0)
@@ -211,8 +243,14 @@ def read(kind: type, words: list[str]) -> Any:
     unknown(file, known, f" in {given.get('config')}")
     unknown(given, known)
     layers = [OmegaConf.structured(kind)]
-    for source in (file, given):  # our own names win over VADER's beside them, whose meaning depends on all keys
-        layers += [foreign(source, known, file | given), {key: source[key] for key in source if key in known}]
+    for source in (
+        file,
+        given,
+    ):  # our own names win over VADER's beside them, whose meaning depends on all keys
+        layers += [
+            foreign(source, known, file | given),
+            {key: source[key] for key in source if key in known},
+        ]
     return merged(layers, kind)
 
 
@@ -237,7 +275,9 @@ def from_file(name: str) -> dict:
     path = next((p for p in (Path(name), FOLDER / f"{name}.yaml") if p.is_file()), None)
     if path is None:
         shipped = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
-        raise FileNotFoundError(f"no configuration at {name}; give a YAML file, or one of: {shipped}")
+        raise FileNotFoundError(
+            f"no configuration at {name}; give a YAML file, or one of: {shipped}"
+        )
     return yaml_of(path)
 
 

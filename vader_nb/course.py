@@ -20,7 +20,13 @@ def picture(frame):
 
 def predict(guess: str | None, right: str, because: str) -> None:
     """Compare a guess (a letter, or None for no answer yet) with what came out, and say why."""
-    verdict = "" if guess is None else "Yes. " if guess.strip(" ()").lower() == right else f"Not {guess}. "
+    verdict = (
+        ""
+        if guess is None
+        else "Yes. "
+        if guess.strip(" ()").lower() == right
+        else f"Not {guess}. "
+    )
     print(f"{verdict}({right}): {because}")
 
 

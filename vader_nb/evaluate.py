@@ -32,7 +32,9 @@ BASE = "base"
 # Fewer paired differences than this can all have one sign by chance more often than once in twenty (2 ** -4).
 FEWEST = 6
 
-Scores = dict[str, torch.Tensor]  # metric -> (seeds, prompts); diversity, one value a prompt, (1, prompts)
+Scores = dict[
+    str, torch.Tensor
+]  # metric -> (seeds, prompts); diversity, one value a prompt, (1, prompts)
 
 
 # ------------------------------------------------------------------------------------------- the result
@@ -65,7 +67,9 @@ class Row:
     @property
     def decimals(self) -> int:
         """Digits after the point that show two leading ones of the interval, and that a clear one excludes zero; 3 to 6."""
-        bounds = sorted(abs(value) for value in (self.low, self.high) if value and math.isfinite(value))
+        bounds = sorted(
+            abs(value) for value in (self.low, self.high) if value and math.isfinite(value)
+        )
         needed = [1 - math.floor(math.log10(bounds[-1]))] if bounds else []
         needed += [-math.floor(math.log10(bounds[0]))] if self.clear else []
         return min(6, max([3, *needed]))
@@ -78,7 +82,9 @@ class Row:
 
         if self.name is None:
             return [number(self.base), "", "", "", ""]
-        difference, low, high = (number(value, "+") for value in (self.difference, self.low, self.high))
+        difference, low, high = (
+            number(value, "+") for value in (self.difference, self.low, self.high)
+        )
         wins = "" if self.win_rate is None else f"{self.win_rate:.0%}"
         return [number(self.base), number(self.adapter), difference, f"{low} to {high}", wins]
 
@@ -99,14 +105,18 @@ class Evaluation:
         for row in self.rows:
             if (row.group, row.metric) == (group, metric) and name in (None, row.name):
                 return row
-        raise KeyError(f"no row {group!r}, {metric!r}{f', {name!r}' if name else ''}; there are {self._keys()}")
+        raise KeyError(
+            f"no row {group!r}, {metric!r}{f', {name!r}' if name else ''}; there are {self._keys()}"
+        )
 
     def _keys(self) -> str:
         return "; ".join(sorted({f"{row.group!r}, {row.metric!r}" for row in self.rows}))
 
     def __str__(self) -> str:
         several = len(self.adapters) > 1
-        lines = [["", "", *(["adapter"] if several else []), "base", "mean" if several else "adapter"]]
+        lines = [
+            ["", "", *(["adapter"] if several else []), "base", "mean" if several else "adapter"]
+        ]
         lines[0] += ["difference", "95 % interval", "wins", ""]
         for row in self.rows:
             metric = row.metric + (" †" if row.held_out else "")
@@ -115,7 +125,10 @@ class Evaluation:
         widths = [max(map(len, column)) for column in zip(*lines)]
         left = 3 if several else 2
         table = [
-            "  ".join(f"{cell:<{w}}" if i < left else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
+            "  ".join(
+                f"{cell:<{w}}" if i < left else f"{cell:>{w}}"
+                for i, (cell, w) in enumerate(zip(line, widths))
+            )
             for line in lines
         ]
         notes = [f"* the interval excludes zero, on at least {FEWEST} prompts"]
@@ -138,7 +151,10 @@ class Evaluation:
         """`evaluation.json`, and in `clips/` a gif and an mp4 of each group: base above, each adapter below it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "evaluation.json", json.dumps([asdict(row) for row in self.rows], indent=2) + "\n")
+        write(
+            folder / "evaluation.json",
+            json.dumps([asdict(row) for row in self.rows], indent=2) + "\n",
+        )
         for number, (_, *clips) in enumerate(self.clips.values()):
             rows = torch.cat([row[:8] for row in clips])
             for suffix in (".gif", ".mp4"):  # named by number: a prompt never becomes a file name
@@ -183,7 +199,9 @@ def widened(z: float, count: int) -> float:
 def thumbnails(frames: torch.Tensor) -> torch.Tensor:
     """Features (B, D) of clips: 8x8 thumbnails of all frames, in levels of 0 to 255. A space without weights for
     any model; `videomae_features` are those of a network, which sees meaning."""
-    return 255 * torch.nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1), 8).reshape(len(frames), -1)
+    return 255 * torch.nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1), 8).reshape(
+        len(frames), -1
+    )
 
 
 def videomae_features(checkpoint: str | Path = "tiny") -> Callable[[torch.Tensor], torch.Tensor]:
@@ -209,13 +227,17 @@ def motion(frames: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure(frames: torch.Tensor, prompts: list[str], rewards: list[Reward]) -> dict[str, torch.Tensor]:
+def measure(
+    frames: torch.Tensor, prompts: list[str], rewards: list[Reward]
+) -> dict[str, torch.Tensor]:
     """Every per-clip metric: name -> (B,). The oracles join in where all prompts are of the tiny world."""
     from .zoo import oracles, world
 
     result = {reward.name: reward(frames, prompts).float().cpu() for reward in rewards}
     if all(world.parse(prompt) for prompt in prompts):
-        result |= {f"oracle: {name}": value for name, value in oracles.grade(frames, prompts).items()}
+        result |= {
+            f"oracle: {name}": value for name, value in oracles.grade(frames, prompts).items()
+        }
     return result | {"motion": motion(frames).float().cpu()}
 
 
@@ -253,7 +275,11 @@ def evaluate(
     """
     contestants = named(adapter)
     trained, judges = panel(rewards, held_out)
-    for name, value in {"seeds_per_prompt": seeds_per_prompt, "batch_size": batch_size, "keep": keep}.items():
+    for name, value in {
+        "seeds_per_prompt": seeds_per_prompt,
+        "batch_size": batch_size,
+        "keep": keep,
+    }.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not prompts:
@@ -268,20 +294,33 @@ def evaluate(
     scores = {group: {} for group in prompts}
     clips = {group: [bench.texts(texts)] for group, texts in prompts.items()}
     total = (1 + len(contestants)) * sum(map(len, prompts.values())) * seeds_per_prompt
-    with tqdm(total=total, desc="evaluate", unit="clip", disable=not progress or bench.rank > 0) as bar:
+    with tqdm(
+        total=total, desc="evaluate", unit="clip", disable=not progress or bench.rank > 0
+    ) as bar:
         for name, entry in ({BASE: None} | contestants).items():
             with carrying(model, entry) as worn:
                 for group, texts in prompts.items():
                     scores[group][name], shown = bench.run(worn, texts, bar)
                     clips[group].append(shown)
     rows = [
-        compared(group, metric, whose[BASE][metric], whose.get(name, {}).get(metric), name, metric not in trained)
+        compared(
+            group,
+            metric,
+            whose[BASE][metric],
+            whose.get(name, {}).get(metric),
+            name,
+            metric not in trained,
+        )
         for group, whose in scores.items()
         for metric in whose[BASE]
         for name in contestants or [None]
     ]
     return Evaluation(
-        rows, {g: tuple(parts) for g, parts in clips.items()}, model.defaults["fps"], [*contestants], scores
+        rows,
+        {g: tuple(parts) for g, parts in clips.items()},
+        model.defaults["fps"],
+        [*contestants],
+        scores,
     )
 
 
@@ -303,7 +342,9 @@ def panel(rewards, held_out) -> tuple[set[str], list[Reward]]:
     fresh = {reward.name: reward for reward in map(as_reward, held_out)}
     both = seen.keys() & fresh.keys()
     if both:
-        raise ValueError(f"{', '.join(sorted(both))}: trained on, so it cannot be held out; name it in one place")
+        raise ValueError(
+            f"{', '.join(sorted(both))}: trained on, so it cannot be held out; name it in one place"
+        )
     return {*seen, "motion", "diversity"}, [*seen.values(), *fresh.values()]
 
 
@@ -313,7 +354,9 @@ def check_fit(model: VideoModel, entry: Adapter | str | Path) -> None:
         with lora.bare(model):
             lora.load(model, entry).remove()
     elif entry.model is not model or not entry.layers:
-        raise ValueError(f"the adapter is not on this {model.name!r} (any more); give its file instead")
+        raise ValueError(
+            f"the adapter is not on this {model.name!r} (any more); give its file instead"
+        )
 
 
 @contextlib.contextmanager
@@ -355,9 +398,14 @@ class Bench:
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
         """The prompts of the clips that stay."""
-        return [prompts[i % len(prompts)] for i in range(min(self.keep, len(prompts) * self.seeds_per_prompt))]
+        return [
+            prompts[i % len(prompts)]
+            for i in range(min(self.keep, len(prompts) * self.seeds_per_prompt))
+        ]
 
-    def run(self, adapter: Adapter | None, prompts: Sequence[str], bar) -> tuple[Scores, torch.Tensor]:
+    def run(
+        self, adapter: Adapter | None, prompts: Sequence[str], bar
+    ) -> tuple[Scores, torch.Tensor]:
         """Scores of all clips of a group, and the first `keep` clips (N, F, 3, H, W)."""
         if self.model.turns is None:  # else they have their turn, as all networks do
             for judge in self.judges:
@@ -366,7 +414,9 @@ class Bench:
         clips = range(len(prompts) * self.seeds_per_prompt)
         batches = [clips[start : start + self.batch_size] for start in clips[:: self.batch_size]]
         mine, turns = [], len(batches)
-        if parallel.cut_up(self.model.denoiser):  # all must call it equally often: some take a batch again
+        if parallel.cut_up(
+            self.model.denoiser
+        ):  # all must call it equally often: some take a batch again
             turns = -(-turns // self.world) * self.world
         # Whole batches are shared out: of another size, one may round differently.
         for number in range(self.rank, turns, self.world):
@@ -386,8 +436,13 @@ class Bench:
         everywhere = [
             name for name in done[0][1] if all(name in metrics for _, metrics, _ in done)
         ]  # oracles may not be
-        columns = {name: torch.cat([metrics[name] for _, metrics, _ in done]) for name in everywhere}
-        columns = {name: column.unflatten(0, (self.seeds_per_prompt, -1)) for name, column in columns.items()}
+        columns = {
+            name: torch.cat([metrics[name] for _, metrics, _ in done]) for name in everywhere
+        }
+        columns = {
+            name: column.unflatten(0, (self.seeds_per_prompt, -1))
+            for name, column in columns.items()
+        }
         if self.seeds_per_prompt > 1:
             columns["diversity"] = columns["diversity"].var(0).mean(1, keepdim=True).T
         return columns, torch.cat([frames for _, _, frames in done])
@@ -400,12 +455,25 @@ class Bench:
         return gather_object(parts)
 
 
-def compared(group: str, metric: str, base: torch.Tensor, after: torch.Tensor | None, name, held_out: bool) -> Row:
+def compared(
+    group: str, metric: str, base: torch.Tensor, after: torch.Tensor | None, name, held_out: bool
+) -> Row:
     """The row of one metric; base and after (seeds, prompts). Prompts are the independent draws, seeds are not."""
     before = base.mean(0).double()
     if after is None:
-        return Row(group, metric, before.mean().item(), *[None] * 4, len(before), None, None, held_out)
+        return Row(
+            group, metric, before.mean().item(), *[None] * 4, len(before), None, None, held_out
+        )
     difference = after.mean(0).double() - before
     wins = (after > base).double() + 0.5 * (after == base)
     means = before.mean().item(), (before + difference).mean().item(), difference.mean().item()
-    return Row(group, metric, *means, *interval(difference), len(before), name, wins.mean().item(), held_out)
+    return Row(
+        group,
+        metric,
+        *means,
+        *interval(difference),
+        len(before),
+        name,
+        wins.mean().item(),
+        held_out,
+    )

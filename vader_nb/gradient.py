@@ -39,9 +39,13 @@ class Plan:
     """One iteration's choice, drawn by a strategy: the four fields in which the estimators differ."""
 
     active: frozenset[int]  # steps, counted from the end, whose adapter gradient is kept
-    linear: bool = False  # the path from step to step: F(sg(x)) instead of F(x), DRTune's stop-gradient
+    linear: bool = (
+        False  # the path from step to step: F(sg(x)) instead of F(x), DRTune's stop-gradient
+    )
     stop: int = 0  # stop before this many last steps and score the clean video predicted there
-    renoise: int = 0  # DRaFT-LV: this many fresh noisings of the final latents instead of one replay
+    renoise: int = (
+        0  # DRaFT-LV: this many fresh noisings of the final latents instead of one replay
+    )
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ class Random:
 
     def plan(self, steps: int, generator: torch.Generator) -> Plan:
         most = steps if self.most is None else within(self.most, steps, "most")
-        return Plan(frozenset(range(1, 1 + int(torch.randint(1, most + 1, (), generator=generator)))))
+        return Plan(
+            frozenset(range(1, 1 + int(torch.randint(1, most + 1, (), generator=generator))))
+        )
 
 
 @dataclass(frozen=True)
@@ -114,20 +120,33 @@ class DRTune:
 
     def plan(self, steps: int, generator: torch.Generator) -> Plan:
         if not 0 <= self.stop < steps:
-            raise ValueError(f"DRTune's stop must lie in 0..{steps - 1} for {steps} steps, got {self.stop}")
+            raise ValueError(
+                f"DRTune's stop must lie in 0..{steps - 1} for {steps} steps, got {self.stop}"
+            )
         stop = int(torch.randint(self.stop + 1, (), generator=generator))
         every = (steps - stop) // within(self.K, steps - stop, "K")
         offset = int(torch.randint(1, every + 1, (), generator=generator))
-        return Plan(frozenset(stop + offset + every * k for k in range(self.K)), linear=True, stop=stop)
+        return Plan(
+            frozenset(stop + offset + every * k for k in range(self.K)), linear=True, stop=stop
+        )
 
 
-STRATEGIES = {"last": Last, "random": Random, "step": Step, "draft_lv": DRaFTLV, "refl": ReFL, "drtune": DRTune}
+STRATEGIES = {
+    "last": Last,
+    "random": Random,
+    "step": Step,
+    "draft_lv": DRaFTLV,
+    "refl": ReFL,
+    "drtune": DRTune,
+}
 Strategy = Last | Random | Step | DRaFTLV | ReFL | DRTune
 
 
 def within(value: int, steps: int, name: str) -> int:
     if not 1 <= value <= steps:
-        raise ValueError(f"{name}={value} must lie in 1..{steps}: the sampler takes num_inference_steps={steps} steps")
+        raise ValueError(
+            f"{name}={value} must lie in 1..{steps}: the sampler takes num_inference_steps={steps} steps"
+        )
     return value
 
 
@@ -159,12 +178,18 @@ class Frames:
         if self.how == "all":
             return list(range(num_frames))
         if self.how != "list":
-            raise ValueError(f"unknown frame choice {self.how!r}; choose random, ends, nth, all or list")
+            raise ValueError(
+                f"unknown frame choice {self.how!r}; choose random, ends, nth, all or list"
+            )
         if not self.indices:
-            raise ValueError("an empty list of frames leaves nothing to score; name at least one index")
+            raise ValueError(
+                "an empty list of frames leaves nothing to score; name at least one index"
+            )
         outside = [i for i in self.indices if not -num_frames <= i < num_frames]
         if outside:
-            raise ValueError(f"frame index {outside[0]} is out of range: the clip has {num_frames} frames")
+            raise ValueError(
+                f"frame index {outside[0]} is out of range: the clip has {num_frames} frames"
+            )
         return sorted({i % num_frames for i in self.indices})
 
 
@@ -181,14 +206,22 @@ class Sampling:
     height: int | None = None  # pixels
     width: int | None = None  # pixels
     eta: float = 0.0  # DDIM's noise: 0 deterministic, 1 DDPM-like
-    unconditional_gradient: bool = True  # False: guidance's unconditional branch gets no gradient, half the memory
-    sequential_guidance: bool = False  # guidance's two branches one after the other: the same gradient, half the memory
+    unconditional_gradient: bool = (
+        True  # False: guidance's unconditional branch gets no gradient, half the memory
+    )
+    sequential_guidance: bool = (
+        False  # guidance's two branches one after the other: the same gradient, half the memory
+    )
 
     def filled(self, model: VideoModel) -> "Sampling":
-        defaults = {name: value for name, value in model.defaults.items() if getattr(self, name, 0) is None}
+        defaults = {
+            name: value for name, value in model.defaults.items() if getattr(self, name, 0) is None
+        }
         settings = Sampling(**(vars(self) | defaults))
         if settings.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {settings.num_inference_steps}")
+            raise ValueError(
+                f"num_inference_steps must be at least 1, got {settings.num_inference_steps}"
+            )
         return settings
 
 
@@ -201,7 +234,9 @@ class Rollout:
     outputs: list[torch.Tensor] = field(default_factory=list)  # the denoiser's, after guidance
     start: torch.Tensor | None = None  # latents at the cut
     scheduler: object = None  # its state at the cut, so that multistep solvers replay exactly
-    generators: list[torch.Generator] | None = None  # their state at the cut, so that noise replays exactly
+    generators: list[torch.Generator] | None = (
+        None  # their state at the cut, so that noise replays exactly
+    )
 
 
 def clone(generators: list[torch.Generator] | None) -> list[torch.Generator] | None:
@@ -235,13 +270,17 @@ def roll_out(
                 rollout.start = latents
                 rollout.scheduler, rollout.generators = copy.deepcopy(scheduler), clone(generators)
             scaled = scheduler.scale_model_input(latents, t)
-            output = model.predict(scaled, t, conditioning, sampling.guidance_scale, sampling.sequential_guidance)
+            output = model.predict(
+                scaled, t, conditioning, sampling.guidance_scale, sampling.sequential_guidance
+            )
             if i >= cut:
                 rollout.outputs.append(output)
             if i == end - 1 and stop:
                 latents = model.predict_x0(scheduler, output, t, latents)
             else:
-                latents = model.step(scheduler, output, t, latents, eta=sampling.eta, generators=generators)
+                latents = model.step(
+                    scheduler, output, t, latents, eta=sampling.eta, generators=generators
+                )
             if callback is not None:
                 callback(i, t, latents)
     rollout.latents = latents
@@ -274,12 +313,20 @@ def sample(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(range(seeds, seeds + len(prompts))) if isinstance(seeds, int) else list(seeds)
     if len(seeds) != len(prompts) or not prompts:
-        raise ValueError(f"{len(prompts)} prompts need as many seeds, and at least one; got {len(seeds)} seeds")
+        raise ValueError(
+            f"{len(prompts)} prompts need as many seeds, and at least one; got {len(seeds)} seeds"
+        )
     sampling = (sampling or Sampling()).filled(model)
     latents, generators = initial_noise(model, seeds, sampling)
     conditioning = model.encode(prompts)
     rollout = roll_out(
-        model, conditioning, latents, sampling, generators=generators, adapter=adapter, callback=callback
+        model,
+        conditioning,
+        latents,
+        sampling,
+        generators=generators,
+        adapter=adapter,
+        callback=callback,
     )
     return torch.cat([model.decode(rollout.latents, [i]) for i in range(latents.shape[2])], dim=1)
 
@@ -291,7 +338,12 @@ HALF_SCALE = 2.0**12
 
 
 def score(
-    model: VideoModel, latents: torch.Tensor, reward: Reward, prompts: list[str], frames: list[int], chunk: int = 1
+    model: VideoModel,
+    latents: torch.Tensor,
+    reward: Reward,
+    prompts: list[str],
+    frames: list[int],
+    chunk: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards (B,) and the gradient of their sum with respect to the latents, `chunk` frames at a time.
 
@@ -306,7 +358,9 @@ def score(
     with torch.enable_grad():
         if reward.per_frame:
             for part in chunks:
-                share = checked(reward, model.decode(leaf, part), prompts) * (len(part) / len(frames))
+                share = checked(reward, model.decode(leaf, part), prompts) * (
+                    len(part) / len(frames)
+                )
                 (share.sum() * scale).backward()
                 rewards = rewards + share.detach()
         else:
@@ -369,7 +423,9 @@ def denoiser_calls(
     if scale == 1 or (sampling.unconditional_gradient and not sampling.sequential_guidance):
         return [(1.0, lambda x: model.predict(x, t, conditioning, scale))]
     branches = model.branches(conditioning, scale)[: None if sampling.unconditional_gradient else 1]
-    return [(weight, lambda x, text=text: model.predict(x, t, text, 1)) for weight, text in branches]
+    return [
+        (weight, lambda x, text=text: model.predict(x, t, text, 1)) for weight, text in branches
+    ]
 
 
 def replay(
@@ -392,7 +448,9 @@ def replay(
         if active or (scaled.requires_grad and not plan.linear):
             before = scaled.detach() if plan.linear else scaled
             calls = denoiser_calls(model, t, conditioning, sampling)
-            output = Replayed.apply(before, output, anchor, calls, functools.partial(context, active))
+            output = Replayed.apply(
+                before, output, anchor, calls, functools.partial(context, active)
+            )
         if i == len(rollout.timesteps) - 1 and plan.stop:
             return model.predict_x0(scheduler, output, t, latents)
         latents = model.step(scheduler, output, t, latents, eta=sampling.eta, generators=generators)
@@ -478,12 +536,17 @@ def reward_gradient(
     )
 
     device = latents.device.type
-    autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+    autocast = {
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+    }
 
     @contextlib.contextmanager
     def context(active):
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.autocast(device, **autocast))  # autograd's own threads do not inherit it
+            stack.enter_context(
+                torch.autocast(device, **autocast)
+            )  # autograd's own threads do not inherit it
             if checkpoint_blocks:
                 stack.enter_context(checkpointed(model.blocks()))
             if offload:
@@ -496,7 +559,9 @@ def reward_gradient(
     for noised in renoised(model, rollout, plan, sampling, conditioning, generators):
         value, gradient = score(model, noised.latents, reward, prompts, chosen, chunk)
         if not (value.isfinite().all() and gradient.isfinite().all()):
-            trouble = f"reward {reward.name!r} or its gradient is not finite: rewards {value.tolist()}"
+            trouble = (
+                f"reward {reward.name!r} or its gradient is not finite: rewards {value.tolist()}"
+            )
             # Replayed all the same: where the weights are cut up over processes, the others wait for this one there.
             gradient = torch.zeros_like(gradient)
         final = replay(model, conditioning, noised, plan, sampling, context)
@@ -540,7 +605,9 @@ def renoised(model, rollout, plan, sampling, conditioning, generators) -> Iterat
         with torch.no_grad():
             scheduler_now = copy.deepcopy(scheduler)
             scaled = scheduler.scale_model_input(start, t)
-            output = model.predict(scaled, t, conditioning, sampling.guidance_scale, sampling.sequential_guidance)
+            output = model.predict(
+                scaled, t, conditioning, sampling.guidance_scale, sampling.sequential_guidance
+            )
             state = clone(generators)
             final = model.step(scheduler, output, t, start, eta=sampling.eta, generators=generators)
         yield Rollout(final, [t], [output], start, scheduler_now, state)

@@ -21,12 +21,12 @@ class Source:
     repo: str
     filename: str = ""  # of the one file; empty: the whole repository, for `from_pretrained`
     size: str = ""  # of the download
-    licence: str = ""
+    license: str = ""
     sha256: str = ""  # or how it begins
     revision: str | None = None  # None: the newest
 
     def __str__(self) -> str:
-        return f"{self.repo}{f', {self.filename}' if self.filename else ''} ({self.size}, {self.licence})"
+        return f"{self.repo}{f', {self.filename}' if self.filename else ''} ({self.size}, {self.license})"
 
 
 def offline() -> bool:
@@ -54,11 +54,15 @@ def local(checkpoint: str | Path, *names: str) -> Path | None:
         return None
     if not Path(checkpoint).exists():
         known = ", ".join(["published", *names])
-        raise ValueError(f"unknown checkpoint {str(checkpoint)!r}: choose one of {known}, or give the path of a copy")
+        raise ValueError(
+            f"unknown checkpoint {str(checkpoint)!r}: choose one of {known}, or give the path of a copy"
+        )
     return Path(checkpoint)
 
 
-def missing(source: Source, otherwise: str, cause: Exception | str = "HF_HUB_OFFLINE is set") -> FileNotFoundError:
+def missing(
+    source: Source, otherwise: str, cause: Exception | str = "HF_HUB_OFFLINE is set"
+) -> FileNotFoundError:
     """The one error for weights that are neither here nor within reach. otherwise: how to give a local copy."""
     if source.repo.startswith("https://"):
         fetch = f"fetch {source.repo}"
@@ -72,7 +76,9 @@ def missing(source: Source, otherwise: str, cause: Exception | str = "HF_HUB_OFF
     )
 
 
-def pretrained(load: Callable, source: Source, local: str | Path | None = None, *, otherwise: str, **options):
+def pretrained(
+    load: Callable, source: Source, local: str | Path | None = None, *, otherwise: str, **options
+):
     """`load` is some class's `from_pretrained`. It is given the local directory, or the source's repository: from
     the hub if it answers, else from the hub's cache on this machine (`HF_HOME`).
 
@@ -83,7 +89,9 @@ def pretrained(load: Callable, source: Source, local: str | Path | None = None, 
             raise FileNotFoundError(f"{local} is not a checkpoint directory: it has no config.json")
         return load(str(local), **options)
     try:
-        return load(source.repo, revision=source.revision, local_files_only=not reachable(), **options)
+        return load(
+            source.repo, revision=source.revision, local_files_only=not reachable(), **options
+        )
     except OSError as error:
         raise missing(source, otherwise, error) from error
 
@@ -101,9 +109,17 @@ def network(
     """A transformers model of class `kind`, by `pretrained`. Raises ValueError for weights that lack some of the
     model's tensors, which transformers would leave random; but those whose names end in `zero` may be left at zero."""
     model, report = pretrained(
-        kind.from_pretrained, source, local, otherwise=otherwise, dtype=dtype, output_loading_info=True, **options
+        kind.from_pretrained,
+        source,
+        local,
+        otherwise=otherwise,
+        dtype=dtype,
+        output_loading_info=True,
+        **options,
     )
-    missing_keys = [key for key in sorted(report["missing_keys"]) if not (zero and key.endswith(zero))]
+    missing_keys = [
+        key for key in sorted(report["missing_keys"]) if not (zero and key.endswith(zero))
+    ]
     if missing_keys:
         lacking = ", ".join(missing_keys[:3])
         raise ValueError(
@@ -114,7 +130,9 @@ def network(
     return model
 
 
-def single_file(source: Source, local: str | Path | None = None, *, otherwise: str, verify: bool = True) -> Path:
+def single_file(
+    source: Source, local: str | Path | None = None, *, otherwise: str, verify: bool = True
+) -> Path:
     """The path of the source's file: `local`, or downloaded once. verify: its SHA-256 must be the known one, if one is.
 
     Raises FileNotFoundError where it cannot be had, ValueError for a file with another hash.
@@ -130,7 +148,9 @@ def single_file(source: Source, local: str | Path | None = None, *, otherwise: s
                 raise missing(source, otherwise)
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                torch.hub.download_url_to_file(source.repo, str(path), source.sha256 or None, progress=True)
+                torch.hub.download_url_to_file(
+                    source.repo, str(path), source.sha256 or None, progress=True
+                )
             except OSError as error:
                 raise missing(source, otherwise, error) from error
     else:
@@ -164,8 +184,12 @@ def state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a file of weights alone: {str(error).splitlines()[0][:200]}") from error
+        raise ValueError(
+            f"{path} is not a file of weights alone: {str(error).splitlines()[0][:200]}"
+        ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
         raise ValueError(f"{path} does not hold tensors by name")
     return content

@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
-from .models import AT_WORK, VideoModel, alone
+from .models import MODEL_LOCK, VideoModel, alone
 
 NAME = "default"  # peft's name for the only adapter of a denoiser
 
@@ -47,7 +47,9 @@ class Adapter:
     @scale.setter
     def scale(self, value: float) -> None:
         if not 0 <= value <= 10:
-            raise ValueError(f"an adapter's scale must lie in 0 (off) to 10 (1: as trained), got {value}")
+            raise ValueError(
+                f"an adapter's scale must lie in 0 (off) to 10 (1: as trained), got {value}"
+            )
         self._scale = float(value)
         for layer in self.layers.values():
             layer.scaling[NAME] = self.alpha / self.rank * self._scale
@@ -122,7 +124,9 @@ class Adapter:
             )
         for name, value in state.items():
             if value.shape != own[name].shape:
-                raise ValueError(f"{source}: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+                raise ValueError(
+                    f"{source}: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+                )
         with torch.no_grad():
             for name, value in state.items():
                 own[name].copy_(value)
@@ -132,9 +136,15 @@ class Adapter:
         here (reward, steps, …). Written beside and renamed, so that no half file is ever left."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        described = {"base_model": self.model.name, "rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        described = {
+            "base_model": self.model.name,
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "targets": self.targets,
+        }
         text = {
-            key: value if isinstance(value, str) else json.dumps(value) for key, value in (described | metadata).items()
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in (described | metadata).items()
         }
         unfinished = path.with_name(path.name + ".part")
         tensors = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
@@ -147,7 +157,9 @@ class Adapter:
         """Take the adapter's layers out; the denoiser is then the base model's again."""
         _put(self.model, {name: layer.get_base_layer() for name, layer in self.layers.items()})
         self.layers = {}
-        if hasattr(self.model.denoiser, "peft_config"):  # or peft would warn of several adapters when the next comes
+        if hasattr(
+            self.model.denoiser, "peft_config"
+        ):  # or peft would warn of several adapters when the next comes
             del self.model.denoiser.peft_config
 
 
@@ -155,7 +167,9 @@ def in_order(data: bytes) -> bytes:
     """A safetensors file with its header sorted: the library writes metadata in an order that changes from process to
     process, and equal adapters shall be equal files."""
     size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header = json.dumps(
+        json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")
+    ).encode()
     header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
@@ -168,14 +182,19 @@ def _matrices(layer: LoraLayer) -> tuple[nn.Module, nn.Module]:
 def bare(model: VideoModel) -> Iterator[None]:
     """Inside, the denoiser is without adapter, free for another one; afterwards the same layers are back, whatever came
     meanwhile."""
-    with AT_WORK:  # or another thread would take for its own what is here for a while
+    with MODEL_LOCK:  # or another thread would take for its own what is here for a while
         layers, attributes = _layers(model), vars(model.denoiser)
-        config = attributes.pop("peft_config", None)  # peft's own note of an adapter; it would warn of a second one
+        config = attributes.pop(
+            "peft_config", None
+        )  # peft's own note of an adapter; it would warn of a second one
         _put(model, {name: layer.get_base_layer() for name, layer in layers.items()})
         try:
             yield
         finally:
-            _put(model, {name: layer.get_base_layer() for name, layer in _layers(model).items()} | layers)
+            _put(
+                model,
+                {name: layer.get_base_layer() for name, layer in _layers(model).items()} | layers,
+            )
             attributes.pop("peft_config", None)
             attributes |= {} if config is None else {"peft_config": config}
 
@@ -190,7 +209,11 @@ def wearing(model: VideoModel, adapter: Adapter | None) -> Iterator[None]:
 
 
 def _layers(model: VideoModel) -> dict[str, LoraLayer]:
-    return {name: layer for name, layer in model.denoiser.named_modules() if isinstance(layer, LoraLayer)}
+    return {
+        name: layer
+        for name, layer in model.denoiser.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
 
 
 def _put(model: VideoModel, modules: dict[str, nn.Module]) -> None:
@@ -212,12 +235,16 @@ def acting(
     Raises ValueError unless 0 <= start < end <= 1.
     """
     if not 0 <= start < end <= 1:
-        raise ValueError(f"an adapter acts from a start to a later end within 0..1, got {start} to {end}")
+        raise ValueError(
+            f"an adapter acts from a start to a later end within 0..1, got {start} to {end}"
+        )
     scale = adapter.scale
 
     def after(step: int, *_) -> None:
         following = step + 1
-        outside = following / num_inference_steps < start or (following + 1) / num_inference_steps > end
+        outside = (
+            following / num_inference_steps < start or (following + 1) / num_inference_steps > end
+        )
         adapter.scale = 0.0 if outside else scale
 
     try:
@@ -245,10 +272,20 @@ def add(
     if rank < 1:
         raise ValueError(f"an adapter's rank must be at least 1, got {rank}")
     if any(isinstance(module, LoraLayer) for module in model.denoiser.modules()):
-        raise ValueError(f"{model.name!r} carries an adapter already: adapter.remove() first, or load a second model")
+        raise ValueError(
+            f"{model.name!r} carries an adapter already: adapter.remove() first, or load a second model"
+        )
     names = [name for name, _ in model.denoiser.named_modules()]
-    if not any(name == target or name.endswith("." + target) for name in names for target in targets):
-        linear = sorted({n.split(".")[-1] for n, m in model.denoiser.named_modules() if isinstance(m, nn.Linear)})
+    if not any(
+        name == target or name.endswith("." + target) for name in names for target in targets
+    ):
+        linear = sorted(
+            {
+                n.split(".")[-1]
+                for n, m in model.denoiser.named_modules()
+                if isinstance(m, nn.Linear)
+            }
+        )
         raise ValueError(
             f"no layer of {model.name!r} is named {' or '.join(targets)}; linear layers end in {', '.join(linear)}"
         )
@@ -256,7 +293,9 @@ def add(
     # peft converts what it makes, which is not to be done to the fake tensors of `vader_nb.memory`.
     with torch.random.fork_rng(devices=[]), unset_fake_temporarily():
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), model.denoiser)
+        inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), model.denoiser
+        )
     adapter = Adapter(model, rank, alpha, targets)
     for layer in adapter.layers.values():
         for matrix in _matrices(layer):
@@ -288,7 +327,9 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             state = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}); copy it again") from error
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); copy it again"
+        ) from error
     if not any(".lora_A." in name for name in state):
         raise ValueError(f"{path} holds no LoRA tensors (names like 'unet.….lora_A.weight')")
     return state, metadata
@@ -325,10 +366,14 @@ def blend(model: VideoModel, weights: dict[str | Path, float]) -> Adapter:
         raise ValueError("nothing to blend: name at least one adapter file and its weight")
     for path, weight in weights.items():
         if not 0 <= weight <= 10:
-            raise ValueError(f"{path}: an adapter's weight must lie in 0 (off) to 10 (1: as trained), got {weight}")
+            raise ValueError(
+                f"{path}: an adapter's weight must lie in 0 (off) to 10 (1: as trained), got {weight}"
+            )
     files = [(*read(path), path, weight) for path, weight in weights.items()]
     layers = {
-        layer: None for state, metadata, path, _ in files for layer in _known_layers(model, state, metadata, path)
+        layer: None
+        for state, metadata, path, _ in files
+        for layer in _known_layers(model, state, metadata, path)
     }
     rank = sum(_rank(state) for state, *_ in files)
     adapter = add(model, rank, rank, tuple(layers))
@@ -337,9 +382,13 @@ def blend(model: VideoModel, weights: dict[str | Path, float]) -> Adapter:
         half, parts = 0 if ".lora_A." in name else 1, []
         for state, metadata, _, weight in files:
             width = _rank(state)
-            absent = own.new_zeros([width if i == half else size for i, size in enumerate(own.shape)])
+            absent = own.new_zeros(
+                [width if i == half else size for i, size in enumerate(own.shape)]
+            )
             part = state.get(name, absent).to(own)
-            parts.append(part if half == 0 else part * (weight * float(metadata.get("alpha", width)) / width))
+            parts.append(
+                part if half == 0 else part * (weight * float(metadata.get("alpha", width)) / width)
+            )
         joined[name] = torch.cat(parts, dim=half)
     try:
         adapter.load_state_dict(joined, " + ".join(map(str, weights)))
@@ -353,9 +402,15 @@ def _rank(state: dict[str, torch.Tensor]) -> int:
     return next(value.shape[0] for name, value in state.items() if ".lora_A." in name)
 
 
-def _known_layers(model: VideoModel, state: dict, metadata: dict, path: str | Path) -> tuple[str, ...]:
+def _known_layers(
+    model: VideoModel, state: dict, metadata: dict, path: str | Path
+) -> tuple[str, ...]:
     """The layers that a file is for. Raises ValueError if the model lacks one."""
-    layers = [name.removeprefix(f"{model.prefix}.").rsplit(".lora_A.", 1)[0] for name in state if ".lora_A." in name]
+    layers = [
+        name.removeprefix(f"{model.prefix}.").rsplit(".lora_A.", 1)[0]
+        for name in state
+        if ".lora_A." in name
+    ]
     known = dict(model.denoiser.named_modules())
     strangers = [layer for layer in layers if layer not in known]
     if strangers:

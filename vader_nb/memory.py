@@ -14,7 +14,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,8 +29,15 @@ from .rewards import Reward, outline, parse
 
 STAGES = ("weights", "text", "roll-out", "decode", "reward", "replay", "optimizer")
 GIB = 2**30
-GPUS = {"T4": 14.6, "L4": 22.0, "A100 40 GB": 39.4, "A100 80 GB": 79.1}  # GiB, as torch reports their total memory
-MARGIN = 1.0  # GiB for what is not a tensor: CUDA's context, kernels' workspaces, gaps between tensors
+GPUS = {
+    "T4": 14.6,
+    "L4": 22.0,
+    "A100 40 GB": 39.4,
+    "A100 80 GB": 79.1,
+}  # GiB, as torch reports their total memory
+MARGIN = (
+    1.0  # GiB for what is not a tensor: CUDA's context, kernels' workspaces, gaps between tensors
+)
 
 
 # ------------------------------------------------------------------------------------------- counting
@@ -60,7 +71,9 @@ class Peak(TorchDispatchMode):
         if any(storage._cdata not in self.known for storage in new):
             given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
             for storage in new:
-                if storage._cdata not in self.known and storage._cdata not in given:  # else a view, or made in place
+                if (
+                    storage._cdata not in self.known and storage._cdata not in given
+                ):  # else a view, or made in place
                     self.born(storage)
             self.note()
         return result
@@ -82,7 +95,7 @@ def tensors(tree) -> list[torch.Tensor]:
 class Shapes(FakeTensorMode):
     """Inside, tensors have shapes but no numbers. Who asks one for its number (`.item()`, `if tensor:`) hears yes, 1.0
     or 0: what training's own questions want to hear, whether all is finite and in which range the frames lie. While
-    networks are made, `yes` has to be False: initialisers draw again as long as a number is out of bounds."""
+    networks are made, `yes` has to be False: initializers draw again as long as a number is out of bounds."""
 
     yes = True
 
@@ -135,9 +148,9 @@ class Setting:
     dtype: torch.dtype = torch.float16
 
     def sampling(self, model: VideoModel) -> Sampling:
-        return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling) if hasattr(self, f.name)}).filled(
-            model
-        )
+        return Sampling(
+            **{f.name: getattr(self, f.name) for f in fields(Sampling) if hasattr(self, f.name)}
+        ).filled(model)
 
 
 @dataclass(frozen=True)
@@ -220,7 +233,9 @@ def watch(model: VideoModel, enter: Callable[[str], None]) -> None:
         return copyable(scheduler)
 
     model.encode = watched(model.encode, lambda: "text")
-    model.predict = watched(model.predict, lambda: "replay" if torch.is_grad_enabled() else "roll-out")
+    model.predict = watched(
+        model.predict, lambda: "replay" if torch.is_grad_enabled() else "roll-out"
+    )
     model.decode = watched(model.decode, lambda: "decode")
     model.new_scheduler = new_scheduler
 
@@ -241,7 +256,11 @@ def copyable(scheduler):
 
 def copied(value):
     return (
-        [copied(x) for x in value] if isinstance(value, list) else value.clone() if hasattr(value, "clone") else value
+        [copied(x) for x in value]
+        if isinstance(value, list)
+        else value.clone()
+        if hasattr(value, "clone")
+        else value
     )
 
 
@@ -288,7 +307,10 @@ REMEDIES = (
     {"frames": Frames("random", 1)},
     {"num_frames": 8},
 )
-FEWER = {"frames", "num_frames"}  # of a clip, a reward on the whole of it would be given another clip, or none
+FEWER = {
+    "frames",
+    "num_frames",
+}  # of a clip, a reward on the whole of it would be given another clip, or none
 
 
 @dataclass
@@ -315,7 +337,9 @@ class Memory:
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, GiB, remark), stages first, then GPUs."""
         worst = max(self.stages, key=self.stages.get)
-        rows = [(s, f"{b / GIB:.2f}", "the peak" if s == worst else "") for s, b in self.stages.items()]
+        rows = [
+            (s, f"{b / GIB:.2f}", "the peak" if s == worst else "") for s, b in self.stages.items()
+        ]
         for gpu, size in GPUS.items():
             remark = "fits" if self.fits[gpu] else "too small"
             if gpu in self.remedies:
@@ -324,8 +348,13 @@ class Memory:
         return rows
 
     def __str__(self) -> str:
-        lines = [f"{what:<12}{amount:>7} GiB  {remark}".rstrip() for what, amount, remark in self.rows()]
-        lines.insert(len(self.stages), f"needed      {self.bytes / GIB + MARGIN:7.2f} GiB  with {MARGIN:g} GiB {SPARE}")
+        lines = [
+            f"{what:<12}{amount:>7} GiB  {remark}".rstrip() for what, amount, remark in self.rows()
+        ]
+        lines.insert(
+            len(self.stages),
+            f"needed      {self.bytes / GIB + MARGIN:7.2f} GiB  with {MARGIN:g} GiB {SPARE}",
+        )
         return "\n".join([self.title, *lines])
 
     __repr__ = __str__
@@ -333,7 +362,9 @@ class Memory:
     @property
     def title(self) -> str:
         how = "measured on this GPU" if self.measured else "simulated"
-        return f"{self.setting.model} + {self.setting.reward}, {how}: peak {self.bytes / GIB:.2f} GiB"
+        return (
+            f"{self.setting.model} + {self.setting.reward}, {how}: peak {self.bytes / GIB:.2f} GiB"
+        )
 
     def _repr_html_(self) -> str:
         cells = (
@@ -397,7 +428,12 @@ def trying(setting: Setting, gpu: str) -> Generator[Setting, None, dict | None]:
 
 
 def memory(
-    model: str | Path = "modelscope", reward: str = "hps", *, gpu: str | None = None, measured: bool = False, **settings
+    model: str | Path = "modelscope",
+    reward: str = "hps",
+    *,
+    gpu: str | None = None,
+    measured: bool = False,
+    **settings,
 ) -> Memory:
     """Peak memory of one training step, by stage, and which GPUs it fits on; if it does not, what to change.
 

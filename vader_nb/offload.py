@@ -16,7 +16,9 @@ class Turns:
 
     def __init__(self, device: torch.device, home: torch.device):
         self.device, self.home = device, home
-        self.copies = WeakKeyDictionary()  # of a module: where its tensors belong, and the copies at home
+        self.copies = (
+            WeakKeyDictionary()
+        )  # of a module: where its tensors belong, and the copies at home
         self.present: list[nn.Module] = []
 
     def __call__(self, *modules: nn.Module) -> None:
@@ -33,7 +35,9 @@ class Turns:
 
     def place(self, module: nn.Module, device: torch.device) -> None:
         if module not in self.copies:
-            self.copies[module] = [(*slot, at(tensor, self.home)) for *slot, tensor in frozen(module)]
+            self.copies[module] = [
+                (*slot, at(tensor, self.home)) for *slot, tensor in frozen(module)
+            ]
         for table, name, tensor in self.copies[module]:
             table[name] = at(tensor, device)
 
@@ -42,7 +46,11 @@ def frozen(module: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
     """(table, name, tensor) of what does not learn: tables are those in which `nn.Module` keeps its tensors."""
     for part in module.modules():
         for table in (part._parameters, part._buffers):
-            yield from ((table, name, x) for name, x in table.items() if x is not None and not x.requires_grad)
+            yield from (
+                (table, name, x)
+                for name, x in table.items()
+                if x is not None and not x.requires_grad
+            )
 
 
 def at(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

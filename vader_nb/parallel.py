@@ -24,7 +24,9 @@ from .models import VideoModel, alone
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # accelerate's name -> what to install
 
 
-def accelerator_for(device: torch.device, mixed_precision: str | None, log_with: str | None, folder) -> Accelerator:
+def accelerator_for(
+    device: torch.device, mixed_precision: str | None, log_with: str | None, folder
+) -> Accelerator:
     """The accelerator of a run; a notebook's next run may want another one. mixed_precision: None for the launcher's."""
     AcceleratorState._reset_state()
     if log_with is not None:
@@ -33,8 +35,12 @@ def accelerator_for(device: torch.device, mixed_precision: str | None, log_with:
         from accelerate.tracking import get_available_trackers
 
         if log_with not in [str(name) for name in get_available_trackers()]:
-            raise ValueError(f"log_with={log_with} needs a package: pip install {TRACKERS[log_with]}")
-    engine = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP"))
+            raise ValueError(
+                f"log_with={log_with} needs a package: pip install {TRACKERS[log_with]}"
+            )
+    engine = any(
+        os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")
+    )
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=device.type == "cpu" and not engine,
@@ -47,7 +53,11 @@ def accelerator_for(device: torch.device, mixed_precision: str | None, log_with:
             f"load(device=…) out, or give it that one"
         )
     lonely = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
-    if lonely and accelerator.num_processes == 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+    if (
+        lonely
+        and accelerator.num_processes == 1
+        and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    ):
         warnings.warn(
             "`accelerate launch --cpu` starts one process, whatever --num_processes says; for several on a CPU: "
             "torchrun --nproc-per-node 2 -m vader_nb align …",
@@ -67,7 +77,11 @@ class Met:
 
 
 def meet(
-    parameters: list[torch.nn.Parameter], accelerator: Accelerator, reward: float, non_finite: bool, stop: bool
+    parameters: list[torch.nn.Parameter],
+    accelerator: Accelerator,
+    reward: float,
+    non_finite: bool,
+    stop: bool,
 ) -> Met:
     """Average the gradients over processes, in place, before anything clips them; and agree, in the same all-reduce, on
     what to do next: a process that skipped or stopped on its own would leave the others waiting for ever."""
@@ -78,7 +92,9 @@ def meet(
             p.grad = torch.zeros_like(p)
     told = parameters[0].new_tensor([0.0 if non_finite else reward, float(non_finite), float(stop)])
     with torch.no_grad():
-        flat = accelerator.reduce(torch.cat([*(p.grad.flatten() for p in parameters), told]), "mean")
+        flat = accelerator.reduce(
+            torch.cat([*(p.grad.flatten() for p in parameters), told]), "mean"
+        )
         *gradients, told = flat.split([*(p.numel() for p in parameters), 3])
         for p, gradient in zip(parameters, gradients):
             p.grad.copy_(gradient.view_as(p))
@@ -91,12 +107,16 @@ def checksum(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     total = torch.zeros(1, dtype=torch.int64, device=parameters[0].device)
     for p in parameters:
         bits = p.detach().view({4: torch.int32, 8: torch.int64}[p.element_size()]).flatten().long()
-        weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd, so that no bit is multiplied away
+        weights = torch.arange(
+            1, 2 * len(bits), 2, device=bits.device
+        )  # odd, so that no bit is multiplied away
         total = total * 31 + (bits * weights).sum()
     return total
 
 
-def same_everywhere(parameters: list[torch.nn.Parameter], accelerator: Accelerator, step: int) -> None:
+def same_everywhere(
+    parameters: list[torch.nn.Parameter], accelerator: Accelerator, step: int
+) -> None:
     """Raises RuntimeError, in every process, unless all hold the same adapter to the last bit. 8 bytes a process."""
     if accelerator.num_processes == 1:
         return
@@ -114,7 +134,7 @@ def of_all(value, accelerator: Accelerator) -> list:
     return gather_object([value]) if accelerator.num_processes > 1 else [value]
 
 
-def from_main(make: Callable, accelerator: Accelerator):
+def broadcast_from_main(make: Callable, accelerator: Accelerator):
     """What the main process makes (or the error it meets), in every process: files need not be shared."""
     if accelerator.num_processes == 1:
         return make()
@@ -130,7 +150,10 @@ def from_main(make: Callable, accelerator: Accelerator):
     return value
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the stop button or Ctrl-C; a cluster's warning before it kills
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+)  # the stop button or Ctrl-C; a cluster's warning before it kills
 
 
 @contextlib.contextmanager
@@ -195,16 +218,24 @@ def shard(model: VideoModel, accelerator: Accelerator) -> None:
     """Let the engine cut up the frozen denoiser, before it gets an adapter. The adapter, which comes later, is whole in
     every process, and trains as without an engine; the engine gathers the weights around it, block by block."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # it wants to know; unused
+        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
+            1  # it wants to know; unused
+        )
         accelerator.prepare(model.denoiser)
     else:
         from torch.distributed.fsdp import fully_shard
 
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
-            raise ValueError("fsdp_version must be 2: version 1 flattens an adapter and frozen weights into one tensor")
+            raise ValueError(
+                "fsdp_version must be 2: version 1 flattens an adapter and frozen weights into one tensor"
+            )
         for block in model.blocks():
-            fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, offload_policy=plugin.cpu_offload)
+            fully_shard(
+                block,
+                reshard_after_forward=plugin.reshard_after_forward,
+                offload_policy=plugin.cpu_offload,
+            )
         fully_shard(model.denoiser, offload_policy=plugin.cpu_offload)
 
 
@@ -219,7 +250,9 @@ def launch(function: Callable, *args, num_processes: int = 2) -> None:
     """
     from accelerate import debug_launcher, notebook_launcher
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this notebook was one process
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # an earlier run of this notebook was one process
     if torch.cuda.device_count() < num_processes:
         debug_launcher(_child, (1, function, *args), num_processes=num_processes)
         return

@@ -16,7 +16,7 @@ from .video import Video, grid
 
 SHOWN = 12  # clips of each group
 INK = "#7d8590"  # of axes and their texts: readable on white and on black
-COLOURS = ("#3b82c4", "#d97706")
+COLORS = ("#3b82c4", "#d97706")
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8883; --soft: #8881; --good: #1a7f37; --bad: #b3261e; --note: #666 }
@@ -45,33 +45,44 @@ pre { background: var(--soft); padding: 1rem; overflow-x: auto; font-size: .8rem
 def render(evaluation: Evaluation, run: Run | None = None, choice=None) -> str:
     """The report as HTML; every text that a user wrote is escaped."""
     escape, names = html.escape, [BASE, *evaluation.adapters]
-    title = " against ".join(["Base", *([escape(", ".join(evaluation.adapters))] if evaluation.adapters else [])])
+    title = " against ".join(
+        ["Base", *([escape(", ".join(evaluation.adapters))] if evaluation.adapters else [])]
+    )
     body = [f"<h1>{title}</h1>"]
     if run is not None:
         body.append(f"<p>Run <b>{escape(run.folder.name)}</b>, {len(run.metrics)} steps.</p>")
     body.append(in_short(evaluation))
-    order = [*reversed(evaluation.clips)]  # the held-out prompts, which count, come last in a call and first here
+    order = [
+        *reversed(evaluation.clips)
+    ]  # the held-out prompts, which count, come last in a call and first here
     for group in order:
         prompts, *clips = evaluation.clips[group]
         body.append(
             f"<h2>{escape(group)} prompts</h2><p class=note>Side by side: the same prompt and the same seed.</p>"
         )
         body.append(f"<div class=clips style='--width:{max(160, 130 * len(names))}px'>")
-        body += [figure(prompt, side, names, evaluation.fps) for prompt, *side in list(zip(prompts, *clips))[:SHOWN]]
+        body += [
+            figure(prompt, side, names, evaluation.fps)
+            for prompt, *side in list(zip(prompts, *clips))[:SHOWN]
+        ]
         body.append("</div>")
-    body.append("<h2>Numbers</h2>" + table(sorted(evaluation.rows, key=lambda row: order.index(row.group))))
+    body.append(
+        "<h2>Numbers</h2>" + table(sorted(evaluation.rows, key=lambda row: order.index(row.group)))
+    )
     if run is not None and len(run.rewards) > 1:
         body.append("<h2>Training</h2>" + curves(run.metrics))
     if choice is not None:
         said = escape(choice.verdict[:1].upper() + choice.verdict[1:])
-        body.append(f"<h2>Which checkpoint?</h2><p>{said}.</p><div class=chart>{svg(choice.plot())}</div>")
+        body.append(
+            f"<h2>Which checkpoint?</h2><p>{said}.</p><div class=chart>{svg(choice.plot())}</div>"
+        )
     if run is not None and (run.folder / "config.json").exists():
-        body.append(f"<h2>Configuration</h2><pre>{escape((run.folder / 'config.json').read_text())}</pre>")
+        body.append(
+            f"<h2>Configuration</h2><pre>{escape((run.folder / 'config.json').read_text())}</pre>"
+        )
     body.append(f"<h2>Versions</h2><pre>{escape(json.dumps(versions(), indent=2))}</pre>")
     head = "<meta charset=utf-8><meta name=viewport content='width=device-width'><title>vader_nb report</title>"
-    return (
-        f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
+    return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
 
 
 def in_short(evaluation: Evaluation) -> str:
@@ -81,18 +92,32 @@ def in_short(evaluation: Evaluation) -> str:
     for name in evaluation.adapters:
         rows = [row for row in evaluation.rows if (row.group, row.name) == (group, name)]
         found = {
-            "<span class=up>higher</span>": [row for row in rows if row.clear and row.difference > 0],
-            "<span class=down>lower</span>": [row for row in rows if row.clear and row.difference < 0],
+            "<span class=up>higher</span>": [
+                row for row in rows if row.clear and row.difference > 0
+            ],
+            "<span class=down>lower</span>": [
+                row for row in rows if row.clear and row.difference < 0
+            ],
             "no clear difference": [row for row in rows if not row.clear],
         }
-        said = [f"{how}: {', '.join(html.escape(r.metric) for r in some)}" for how, some in found.items() if some]
-        lines.append(f"<li><b>{html.escape(name)}</b>, on {html.escape(group)} prompts. {'; '.join(said)}.</li>")
+        said = [
+            f"{how}: {', '.join(html.escape(r.metric) for r in some)}"
+            for how, some in found.items()
+            if some
+        ]
+        lines.append(
+            f"<li><b>{html.escape(name)}</b>, on {html.escape(group)} prompts. {'; '.join(said)}.</li>"
+        )
     return f"<ul>{''.join(lines)}</ul>" if lines else ""
 
 
 def figure(prompt: str, clips: Sequence[torch.Tensor], names: list[str], fps: int) -> str:
     """The clips of one prompt side by side, as one picture: so they play in step."""
-    video = Video(grid(torch.stack(clips), len(clips), gap=3, background=0.25), fps, f"{', '.join(names)}: {prompt}")
+    video = Video(
+        grid(torch.stack(clips), len(clips), gap=3, background=0.25),
+        fps,
+        f"{', '.join(names)}: {prompt}",
+    )
     who = "".join(f"<span>{html.escape(name)}</span>" for name in names)
     picture = video.to_html(width=256 * len(clips))
     return f"<figure><div class=who>{who}</div>{picture}<figcaption>{html.escape(prompt)}</figcaption></figure>"
@@ -102,26 +127,40 @@ def table(rows: list[Row]) -> str:
     """Rows under their group; a metric's cells are shared by its adapters."""
     several = len({row.name for row in rows}) > 1
     named = "<th class=text>adapter" if several else ""
-    heads = "<th>base", "<th>adapter" if not several else "<th>mean", "<th>difference", "<th>95 % interval", "<th>wins"
+    heads = (
+        "<th>base",
+        "<th>adapter" if not several else "<th>mean",
+        "<th>difference",
+        "<th>95 % interval",
+        "<th>wins",
+    )
     lines = [f"<tr><th class=text>metric{heads[0]}{named}{''.join(heads[1:])}"]
     columns = 6 + several
     for group, of_group in groupby(rows, key=lambda row: row.group):
         of_group = list(of_group)
         count = f"{of_group[0].prompts} prompt{'s' * (of_group[0].prompts != 1)}"
-        lines.append(f"<tr class=group><td class=text colspan={columns}>{html.escape(group)} <span class=note>{count}")
+        lines.append(
+            f"<tr class=group><td class=text colspan={columns}>{html.escape(group)} <span class=note>{count}"
+        )
         for metric, some in groupby(of_group, key=lambda row: row.metric):
             some = list(some)
             badge = " <span class=badge>not trained on</span>" if some[0].held_out else ""
             for i, row in enumerate(some):
                 base, *numbers = row.texts()
                 span = f" rowspan={len(some)}"
-                shared = f"<td class=text{span}>{html.escape(metric)}{badge}<td{span}>{base}" if i == 0 else ""
+                shared = (
+                    f"<td class=text{span}>{html.escape(metric)}{badge}<td{span}>{base}"
+                    if i == 0
+                    else ""
+                )
                 name = f"<td class=text>{html.escape(row.name)}" if several else ""
                 mark = "" if not row.clear else " class=up" if row.difference > 0 else " class=down"
-                cells = "".join(f"<td{mark if i in (1, 2) else ''}>{text}" for i, text in enumerate(numbers))
+                cells = "".join(
+                    f"<td{mark if i in (1, 2) else ''}>{text}" for i, text in enumerate(numbers)
+                )
                 lines.append(f"<tr>{shared}{name}{cells}")
     note = (
-        f"<p class=note>Differences are paired: same prompt, same seed. Intervals: bootstrap over prompts. Coloured: the "
+        f"<p class=note>Differences are paired: same prompt, same seed. Intervals: bootstrap over prompts. Colored: the "
         f"interval excludes zero, on at least {FEWEST} prompts; of twenty rows in which nothing changed, one will be. "
         f"Wins: clips on which the adapter is higher than the base, ties half.</p>"
     )
@@ -137,8 +176,10 @@ def curves(metrics: list[dict]) -> str:
         picture = Figure(figsize=(5, 2.8), layout="constrained")
         axis, values = picture.subplots(), torch.tensor([row[key] for row in done])
         steps, window = [row["step"] for row in done], min(8, len(done))
-        axis.plot(steps, values, alpha=0.35, color=COLOURS[0])
-        axis.plot(steps[window - 1 :], values.unfold(0, window, 1).mean(1), color=COLOURS[0], linewidth=2)
+        axis.plot(steps, values, alpha=0.35, color=COLORS[0])
+        axis.plot(
+            steps[window - 1 :], values.unfold(0, window, 1).mean(1), color=COLORS[0], linewidth=2
+        )
         axis.set(title=title, xlabel="step")
         pictures.append(svg(picture))
     return f"<div class=curves>{''.join(pictures)}</div>"
@@ -164,7 +205,15 @@ def svg(figure) -> str:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("vader-nb", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch"):
+    for package in (
+        "vader-nb",
+        "torch",
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "open_clip_torch",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -33,7 +33,10 @@ from .memory import Peak, Setting, measure, simulate, step
 from .models import VideoModel, load
 from .rewards import Reward, parse
 
-PROMPTS, SEEDS = ["a red star spinning on a white background", "a blue circle growing on a black background"], [0, 1]
+PROMPTS, SEEDS = (
+    ["a red star spinning on a white background", "a blue circle growing on a black background"],
+    [0, 1],
+)
 SMALL = Sampling(num_inference_steps=3, num_frames=4, height=32, width=32)
 WINDOW, SCORED = 2, (0, 3)  # of SMALL: the last steps that learn, and the frames that are scored
 OK, FAILED = "ok", "FAILED"
@@ -52,11 +55,17 @@ class Row:
     def __str__(self) -> str:
         cells = (self.check, self.measured, self.figure, self.limit, self.verdict)
         cells = (" ".join(cell.split()).replace("|", r"\|") for cell in cells)
-        return "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(cells, (20, 48, 22, 10, 12))) + " |"
+        return (
+            "| "
+            + " | ".join(f"{cell:<{width}}" for cell, width in zip(cells, (20, 48, 22, 10, 12)))
+            + " |"
+        )
 
 
 def at_most(check: str, measured: str, value: float, limit: float) -> Row:
-    return Row(check, measured, f"{value:.2g}", f"<= {limit:.2g}", OK if value <= limit else FAILED)  # NaN fails
+    return Row(
+        check, measured, f"{value:.2g}", f"<= {limit:.2g}", OK if value <= limit else FAILED
+    )  # NaN fails
 
 
 def at_least(check: str, measured: str, value: float, limit: float) -> Row:
@@ -83,7 +92,14 @@ def taken(adapter: lora.Adapter) -> torch.Tensor:
     return gradient
 
 
-def staged(model: VideoModel, adapter: lora.Adapter, reward: Reward, sampling=SMALL, K=WINDOW, frames=SCORED):
+def staged(
+    model: VideoModel,
+    adapter: lora.Adapter,
+    reward: Reward,
+    sampling=SMALL,
+    K=WINDOW,
+    frames=SCORED,
+):
     reward_gradient(
         model,
         adapter,
@@ -101,10 +117,15 @@ def plain(model: VideoModel, adapter: lora.Adapter, reward: Reward) -> torch.Ten
     """The same by autograd alone, all of it in one graph."""
     sampling = SMALL.filled(model)
     latents, generators = initial_noise(model, SEEDS, sampling)
-    conditioning, scheduler = model.encode(PROMPTS), model.new_scheduler(sampling.num_inference_steps)
+    conditioning, scheduler = (
+        model.encode(PROMPTS),
+        model.new_scheduler(sampling.num_inference_steps),
+    )
     for i, t in enumerate(scheduler.timesteps):
         with torch.set_grad_enabled(i >= sampling.num_inference_steps - WINDOW):
-            output = model.predict(scheduler.scale_model_input(latents, t), t, conditioning, sampling.guidance_scale)
+            output = model.predict(
+                scheduler.scale_model_input(latents, t), t, conditioning, sampling.guidance_scale
+            )
             latents = model.step(scheduler, output, t, latents, generators=generators)
     (-reward(model.decode(latents, list(SCORED)), PROMPTS).mean()).backward()
     return taken(adapter)
@@ -131,7 +152,9 @@ def half_precision(options) -> Iterator[Row]:
     for dtype in (torch.float32, *COSINES):
         model = load("tiny", dtype=dtype)
         draw = load("tiny", dtype=torch.float32).initial_latents
-        model.initial_latents = lambda *how, draw=draw, dtype=dtype: draw(*how).to(dtype)  # else other noise
+        model.initial_latents = lambda *how, draw=draw, dtype=dtype: draw(*how).to(
+            dtype
+        )  # else other noise
         found[dtype] = staged(model, adapted(model), parse("hps", tiny=True).to(model.device))
     for dtype, limit in COSINES.items():
         name = str(dtype).removeprefix("torch.")
@@ -151,7 +174,10 @@ WITHIN = 0.1  # of the measured peak
 def counted(setting: Setting) -> dict[str, int]:
     """Peak bytes by stage on a CPU, which has no count of its own: every storage that lives is counted."""
     with Peak() as peak:
-        model, reward = load(setting.model, dtype=setting.dtype), parse(setting.reward, tiny=setting.model == "tiny")
+        model, reward = (
+            load(setting.model, dtype=setting.dtype),
+            parse(setting.reward, tiny=setting.model == "tiny"),
+        )
         for network in [*model.modules(), *reward.networks]:
             for tensor in [*network.parameters(), *network.buffers()]:
                 if tensor.untyped_storage()._cdata not in peak.known:
@@ -173,7 +199,9 @@ def allocated(setting: Setting) -> dict[str, int]:
 def peak_memory(options) -> Iterator[Row]:
     cuda = torch.cuda.is_available()
     dtype, count = (torch.float16, allocated) if cuda else (torch.float32, counted)
-    settings = [Setting("tiny", "hps", batch_size=8 if cuda else 1, num_inference_steps=3, dtype=dtype)]
+    settings = [
+        Setting("tiny", "hps", batch_size=8 if cuda else 1, num_inference_steps=3, dtype=dtype)
+    ]
     if cuda and options.model != "tiny":
         settings.append(Setting(options.model, "hps", dtype=dtype))
     for setting in settings:
@@ -192,7 +220,13 @@ RUN = {"batch_size": 1, "rank": 2, "sampling": SMALL, "checkpoint_every": 2, "pr
 def trained(folder: Path, dtype: torch.dtype, steps: int, **options):
     """A short run; the adapter's tensors afterwards as one vector on the CPU, and the run."""
     run = align(
-        load("tiny", dtype=dtype), parse("hps", tiny=True), PROMPTS, steps=steps, output_dir=folder, **RUN, **options
+        load("tiny", dtype=dtype),
+        parse("hps", tiny=True),
+        PROMPTS,
+        steps=steps,
+        output_dir=folder,
+        **RUN,
+        **options,
     )
     return torch.cat([p.detach().flatten().cpu() for p in run.adapter.parameters()]), run
 
@@ -200,7 +234,10 @@ def trained(folder: Path, dtype: torch.dtype, steps: int, **options):
 @contextlib.contextmanager
 def repeatable() -> Iterator[None]:
     """Inside, torch takes kernels that give the same bits each time, where it has such."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of each kernel that it has not
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -213,11 +250,15 @@ def repeatable() -> Iterator[None]:
 def resume(options) -> Iterator[Row]:
     """On a machine that repeats itself to the bit, so must a resumed run; else it may differ as two runs do."""
     with tempfile.TemporaryDirectory() as folder, repeatable():
-        whole, again = (trained(Path(folder, name), torch.float32, 3)[0] for name in ("whole", "again"))
+        whole, again = (
+            trained(Path(folder, name), torch.float32, 3)[0] for name in ("whole", "again")
+        )
         trained(Path(folder, "parts"), torch.float32, 2)
         parts, _ = trained(Path(folder, "parts"), torch.float32, 3, resume=True)
     spread = (whole - again).abs().max().item()
-    what = "2 steps + 1 resumed against 3: largest difference" + (" (3 against 3: the limit)" if spread else "")
+    what = "2 steps + 1 resumed against 3: largest difference" + (
+        " (3 against 3: the limit)" if spread else ""
+    )
     yield at_most("resume", what, (whole - parts).abs().max().item(), spread)
 
 
@@ -226,25 +267,56 @@ def loss_scaling(options) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         adapter, run = trained(Path(folder), torch.float16, 4, mixed_precision="fp16")
     finite = [
-        row for row in run.metrics if math.isfinite(row.get("grad_norm", math.nan)) and math.isfinite(row["reward"])
+        row
+        for row in run.metrics
+        if math.isfinite(row.get("grad_norm", math.nan)) and math.isfinite(row["reward"])
     ]
     good = len(finite) if adapter.isfinite().all() else 0
     yield at_least("loss scaling", "finite steps of 4, fp16, of a float16 model", good, 1)
 
 
-TOGETHER = {"model": "tiny", "reward": "hps", "prompts": "tiny", "steps": 2, "batch_size": 1, "rank": 2, "name": "two"}
-TOGETHER |= {"num_inference_steps": 3, "num_frames": 4, "height": 32, "width": 32, "evaluation": "false"}
+TOGETHER = {
+    "model": "tiny",
+    "reward": "hps",
+    "prompts": "tiny",
+    "steps": 2,
+    "batch_size": 1,
+    "rank": 2,
+    "name": "two",
+}
+TOGETHER |= {
+    "num_inference_steps": 3,
+    "num_frames": 4,
+    "height": 32,
+    "width": 32,
+    "evaluation": "false",
+}
 
 
 def two_processes(options) -> Iterator[Row]:
     """In processes of their own: this one has used CUDA, and could not be forked. `align` itself stops with an error
     after a step that left its processes with different adapters."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vader_nb"]
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "vader_nb",
+    ]
     run += ["align", *(f"{key}={value}" for key, value in TOGETHER.items())]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*run, f"output_dir={folder}"], capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [*run, f"output_dir={folder}"], capture_output=True, text=True, timeout=600
+        )
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("vader-nb:") or "Error" in line]
+            lines = [
+                line
+                for line in done.stderr.splitlines()
+                if line.startswith("vader-nb:") or "Error" in line
+            ]
             raise RuntimeError(lines[0] if lines else f"exit code {done.returncode}")
         steps = len(Path(folder, "two", "metrics.jsonl").read_text().splitlines())
     yield at_least("two processes", "steps after which both had the same adapter", steps, 2)
@@ -299,9 +371,17 @@ def switches(options) -> Iterator[Row]:
     chance = ratios["none, again"]
     limit = max(WORTH, chance, 1 / chance)
     for name, ratio in ratios.items():
-        text = f"{options.model}, median of {rounds}: {statistics.median(seconds[name]):.3f} s a step"
+        text = (
+            f"{options.model}, median of {rounds}: {statistics.median(seconds[name]):.3f} s a step"
+        )
         verdict = ("use it" if ratio > limit else "leave it off") if ready[name] else ""
-        yield Row(title(name), text, f"{ratio:.2f} times as fast", f"> {limit:.2f}" if ready[name] else "", verdict)
+        yield Row(
+            title(name),
+            text,
+            f"{ratio:.2f} times as fast",
+            f"> {limit:.2f}" if ready[name] else "",
+            verdict,
+        )
 
 
 def wait(model: VideoModel) -> None:
@@ -349,9 +429,13 @@ def machine() -> dict[str, str]:
     there["CPU"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
-        there[f"GPU {i}"] = f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute {card.major}.{card.minor}"
+        there[f"GPU {i}"] = (
+            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute {card.major}.{card.minor}"
+        )
     if torch.cuda.is_available():
-        there["driver"] = f"{driver()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        there["driver"] = (
+            f"{driver()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        )
     else:
         there["GPU"] = "none"
     there["torch"] = torch.__version__
@@ -374,23 +458,38 @@ def installed(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; returns 1 if a check failed, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m vader_nb.selfcheck", description=__doc__.partition("\n\n")[2])
-    parser.add_argument("--quick", action="store_true", help="small clips, few rounds, no compiling: a minute or two")
-    parser.add_argument("--model", default="tiny", help="for speed and, on CUDA, memory; the other checks take tiny")
+    parser = argparse.ArgumentParser(
+        prog="python -m vader_nb.selfcheck", description=__doc__.partition("\n\n")[2]
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small clips, few rounds, no compiling: a minute or two",
+    )
+    parser.add_argument(
+        "--model", default="tiny", help="for speed and, on CUDA, memory; the other checks take tiny"
+    )
     options = parser.parse_args(argv)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; `repeatable` needs it
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # read when CUDA starts; `repeatable` needs it
     diffusers.utils.logging.disable_progress_bar()  # they would stand among the table's rows
     transformers.utils.logging.disable_progress_bar()
     began, failed = time.perf_counter(), 0
     print("| machine | |\n|---|---|")
     for name, value in machine().items():
         print(f"| {name} | {value} |")
-    print(f"\n{Row('check', 'measured', 'figure', 'limit', 'verdict')}\n|---|---|---|---|---|", flush=True)
+    print(
+        f"\n{Row('check', 'measured', 'figure', 'limit', 'verdict')}\n|---|---|---|---|---|",
+        flush=True,
+    )
     for name, (check, gpus) in CHECKS.items():
         for row in checked(name, check, gpus, options):
             print(row, flush=True)
             failed += row.verdict == FAILED
-    print(f"\n{failed or 'No'} check{'s' * (failed != 1)} failed; {time.perf_counter() - began:.0f} s.")
+    print(
+        f"\n{failed or 'No'} check{'s' * (failed != 1)} failed; {time.perf_counter() - began:.0f} s."
+    )
     return min(failed, 1)
 
 

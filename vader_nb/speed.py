@@ -39,7 +39,11 @@ class Switch:
 def no_tf32(model: VideoModel) -> str:
     if model.device.type != "cuda":
         return "only CUDA devices have TF32"
-    return "" if torch.cuda.get_device_capability(model.device) >= (8, 0) else "this GPU is older than TF32 (Ampere)"
+    return (
+        ""
+        if torch.cuda.get_device_capability(model.device) >= (8, 0)
+        else "this GPU is older than TF32 (Ampere)"
+    )
 
 
 def tf32(model: VideoModel) -> Undo:
@@ -54,7 +58,11 @@ LAYOUTS = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
 
 
 def offloaded(model: VideoModel) -> str:
-    return "" if model.turns is None else "weights that are offloaded keep their layout; switch it before the offload"
+    return (
+        ""
+        if model.turns is None
+        else "weights that are offloaded keep their layout; switch it before the offload"
+    )
 
 
 def channels_last(model: VideoModel) -> Undo:
@@ -65,7 +73,9 @@ def channels_last(model: VideoModel) -> Undo:
         for module in network.modules():
             if type(module) in LAYOUTS:
                 before.append((module.weight, module.weight.data))
-                module.weight.data = module.weight.data.contiguous(memory_format=LAYOUTS[type(module)])
+                module.weight.data = module.weight.data.contiguous(
+                    memory_format=LAYOUTS[type(module)]
+                )
 
     def undo():
         for weight, data in before:
@@ -80,7 +90,11 @@ def channels_last(model: VideoModel) -> Undo:
 def no_compiler(model: VideoModel) -> str:
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "torch.compile needs a C++ compiler, and there is none on the PATH"
-    return "torch.compile needs Triton on CUDA" if model.device.type == "cuda" and not has_triton() else ""
+    return (
+        "torch.compile needs Triton on CUDA"
+        if model.device.type == "cuda" and not has_triton()
+        else ""
+    )
 
 
 VARIANTS = 64  # of one block: widths, sizes, with and without a graph, adapter fused and not; torch gives up at 8
@@ -129,7 +143,11 @@ def unfit(kernel: str, model: VideoModel) -> str:
         return ""
     if torch.cuda.get_device_capability(model.device) < (8, 0):
         return f"{kernel} attention needs a GPU of the generation Ampere or newer"
-    return f"{kernel} attention knows no {model.dtype}" if model.dtype not in (torch.float16, torch.bfloat16) else ""
+    return (
+        f"{kernel} attention knows no {model.dtype}"
+        if model.dtype not in (torch.float16, torch.bfloat16)
+        else ""
+    )
 
 
 def attend(kernel: str, model: VideoModel) -> Undo:
@@ -151,15 +169,27 @@ def attention(kernel: str, line: str) -> Switch:
 # ------------------------------------------------------------------------------------------ the switches
 
 SWITCHES = {
-    "tf32": Switch("float32 products with 10 bits of mantissa: the float32 parts of a model on CUDA", no_tf32, tf32),
-    "channels_last": Switch("convolutions on pixels whose channels lie together in memory", offloaded, channels_last),
+    "tf32": Switch(
+        "float32 products with 10 bits of mantissa: the float32 parts of a model on CUDA",
+        no_tf32,
+        tf32,
+    ),
+    "channels_last": Switch(
+        "convolutions on pixels whose channels lie together in memory", offloaded, channels_last
+    ),
     "compile": Switch(
-        "torch.compile of the denoiser's blocks; the first step takes minutes", no_compiler, compile_blocks
+        "torch.compile of the denoiser's blocks; the first step takes minutes",
+        no_compiler,
+        compile_blocks,
     ),
     "sdpa_flash": attention("flash", "attention by FlashAttention"),
-    "sdpa_efficient": attention("mem_efficient", "attention by xFormers' memory-efficient kernel, on any GPU"),
+    "sdpa_efficient": attention(
+        "mem_efficient", "attention by xFormers' memory-efficient kernel, on any GPU"
+    ),
     "sdpa_cudnn": attention("cudnn", "attention by cuDNN, made for Hopper and newer"),
-    "sdpa_math": attention("math", "attention as plain products, all weights in memory: for comparison, or tiny sizes"),
+    "sdpa_math": attention(
+        "math", "attention as plain products, all weights in memory: for comparison, or tiny sizes"
+    ),
 }
 
 

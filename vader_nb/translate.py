@@ -25,11 +25,15 @@ REWARD, STEPS = "(reward)", "(strategy)"  # put together from several arguments
 
 VADER = {
     # launch and loop
-    "gradient_accumulation_steps": To("gradient_accumulation_steps", "VADER's ModelScope script counts it twice"),
+    "gradient_accumulation_steps": To(
+        "gradient_accumulation_steps", "VADER's ModelScope script counts it twice"
+    ),
     "train_batch_size": To("batch_size"),
     "batch_size": To("batch_size"),
     "max_train_steps": To("steps", "VADER goes on for one more step in every epoch that is left"),
-    "num_train_epochs": To(None, "there are no epochs, as there is no dataset: steps says how long"),
+    "num_train_epochs": To(
+        None, "there are no epochs, as there is no dataset: steps says how long"
+    ),
     "learning_rate": To("learning_rate"),
     "lr": To("learning_rate"),
     "lr_scheduler": To("lr_scheduler"),
@@ -87,7 +91,9 @@ VADER = {
     "cpu_step_cutoff": To(None, "no activations are kept for steps outside of the window"),
     "ddim_eta": To(None, "the model's scheduler decides; in Python: Sampling(eta=1.0)"),
     "decode_og": To(None, "strategy=refl scores the clean video predicted at a step"),
-    "use_text_lora": To(None, "VADER's text encoder adapter gets no gradient; only the denoiser learns here"),
+    "use_text_lora": To(
+        None, "VADER's text encoder adapter gets no gradient; only the denoiser learns here"
+    ),
     "use_unet_lora": To(None, "always"),
     "scale_lr": To(None, "VADER computes it and drops it"),
     "scheduler_type": To(None, "the model's own, DPM++ for modelscope as in VADER"),
@@ -107,18 +113,28 @@ VADER = {
     "train_text_encoder": To(None, "only the denoiser's attention learns"),
     "extra_unet_params": To(None, "only the denoiser's attention learns"),
     "extra_text_encoder_params": To(None, "only the denoiser's attention learns"),
-    "load_videodataset": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "load_videodataset": To(
+        None, "there is no data set: training makes its clips of prompts alone"
+    ),
     "dataset_types": To(None, "there is no data set: training makes its clips of prompts alone"),
     "extend_dataset": To(None, "there is no data set: training makes its clips of prompts alone"),
     "cache_latents": To(None, "there is no data set: training makes its clips of prompts alone"),
-    "cached_latent_dir": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "cached_latent_dir": To(
+        None, "there is no data set: training makes its clips of prompts alone"
+    ),
     "n_sample_frames": To(None, "there is no data set: training makes its clips of prompts alone"),
     "sample_start_idx": To(None, "there is no data set: training makes its clips of prompts alone"),
     "frame_step": To(None, "there is no data set: training makes its clips of prompts alone"),
     "use_bucketing": To(None, "there is no data set: training makes its clips of prompts alone"),
-    "single_video_path": To(None, "there is no data set: training makes its clips of prompts alone"),
-    "single_video_prompt": To(None, "there is no data set: training makes its clips of prompts alone"),
-    "single_img_prompt": To(None, "there is no data set: training makes its clips of prompts alone"),
+    "single_video_path": To(
+        None, "there is no data set: training makes its clips of prompts alone"
+    ),
+    "single_video_prompt": To(
+        None, "there is no data set: training makes its clips of prompts alone"
+    ),
+    "single_img_prompt": To(
+        None, "there is no data set: training makes its clips of prompts alone"
+    ),
     "fallback_prompt": To(None, "there is no data set: training makes its clips of prompts alone"),
     "json_path": To(None, "there is no data set: training makes its clips of prompts alone"),
     "image_dir": To(None, "there is no data set: training makes its clips of prompts alone"),
@@ -177,7 +193,9 @@ VADER = {
 }
 
 VIDEOX = {
-    "pretrained_model_name_or_path": To("model", "Wan and CogVideoX are not offered here: choose modelscope"),
+    "pretrained_model_name_or_path": To(
+        "model", "Wan and CogVideoX are not offered here: choose modelscope"
+    ),
     "train_batch_size": To("batch_size"),
     "max_train_steps": To("steps"),
     "num_train_epochs": To(None, "steps says how long"),
@@ -213,10 +231,14 @@ VIDEOX = {
     "backprop_random_end_step": To(STEPS),
     "backprop_step_list": To(STEPS),
     "stop_latent_model_input_gradient": To(STEPS),
-    "num_decoded_latents": To("frames", "it decodes the first so many latents; here frames are named one by one"),
+    "num_decoded_latents": To(
+        "frames", "it decodes the first so many latents; here frames are named one by one"
+    ),
     "num_sampled_frames": To("frames", "evenly spread frames; here random ones"),
     "gradient_checkpointing": To(None, "always on a GPU"),
-    "vae_gradient_checkpointing": To(None, "frames are decoded a few at a time, with exact gradients"),
+    "vae_gradient_checkpointing": To(
+        None, "frames are decoded a few at a time, with exact gradients"
+    ),
     "low_vram": To(None, "see `vader-nb memory` for what to change"),
     "allow_tf32": To(None, "in Python: torch.set_float32_matmul_precision('high')"),
     "output_dir": To("output_dir"),
@@ -254,7 +276,9 @@ TRL = {
     "allow_tf32": To(None, "in Python: torch.set_float32_matmul_precision('high')"),
     "log_image_freq": To(None, "the report has clips"),
     "logdir": To("output_dir"),
-    "push_to_hub": To(None, "the adapter is one safetensors file: upload it with the hub's own tool"),
+    "push_to_hub": To(
+        None, "the adapter is one safetensors file: upload it with the hub's own tool"
+    ),
 }
 
 NAMES = {"vader": VADER, "videox_fun": VIDEOX, "trl": TRL}
@@ -262,8 +286,17 @@ NAMES = {"vader": VADER, "videox_fun": VIDEOX, "trl": TRL}
 # Values that are written in another way here: our name -> theirs -> ours.
 VALUES: dict[str, dict] = {
     "frames": {"-1": "random:1", "fml": "ends", "alt": "nth:2"},
-    "log_with": {"True": "wandb", "true": "wandb", "False": None, "false": None, "all": "tensorboard"},
-    "model": {"damo-vilab/text-to-video-ms-1.7b": "modelscope", "ali-vilab/text-to-video-ms-1.7b": "modelscope"},
+    "log_with": {
+        "True": "wandb",
+        "true": "wandb",
+        "False": None,
+        "false": None,
+        "all": "tensorboard",
+    },
+    "model": {
+        "damo-vilab/text-to-video-ms-1.7b": "modelscope",
+        "ali-vilab/text-to-video-ms-1.7b": "modelscope",
+    },
     "adapter": {"": None},
     "resume": {"": "false"},
 }
@@ -275,7 +308,11 @@ VADER_REWARDS = {
     "rainy": "rainy('rainy_reward.pt')",  # its file in VADER's assets
     "snowy": "snowy('snowy_reward.pt')",
 }
-VIDEOX_REWARDS = {"AestheticReward": "aesthetic", "HPSReward": "hps", "PickScoreReward": "pickscore"}
+VIDEOX_REWARDS = {
+    "AestheticReward": "aesthetic",
+    "HPSReward": "hps",
+    "PickScoreReward": "pickscore",
+}
 
 
 def vader_reward(given: dict) -> tuple[dict, list[str]]:
@@ -286,7 +323,9 @@ def vader_reward(given: dict) -> tuple[dict, list[str]]:
     if name == "objectDetection":
         return {"reward": f"object_removal({str(given.get('target_object', 'book'))!r})"}, []
     if name in ("compression", "compression_score"):
-        return {"reward": f"compression({str(given.get('compression_model_path', 'compression_reward.pt'))!r})"}, []
+        return {
+            "reward": f"compression({str(given.get('compression_model_path', 'compression_reward.pt'))!r})"
+        }, []
     if name == "actpred":  # VADER's runs with decode_frame=alt only
         return {"reward": "action"} | ({} if "decode_frame" in given else {"frames": "nth:2"}), []
     if name not in VADER_REWARDS:  # an expression of ours
@@ -299,10 +338,19 @@ def to_ours(name: str) -> str | None:
 
 
 def vader_steps(given: dict) -> tuple[dict, list[str]]:
-    counts = [value for name, value in given.items() if to_ours(name) == "num_inference_steps" and value is not None]
-    mode, steps = str(given["backprop_mode"]), int(counts[-1] if counts else 25)  # of two names, the later one's
+    counts = [
+        value
+        for name, value in given.items()
+        if to_ours(name) == "num_inference_steps" and value is not None
+    ]
+    mode, steps = (
+        str(given["backprop_mode"]),
+        int(counts[-1] if counts else 25),
+    )  # of two names, the later one's
     if mode == "specific":  # from step index 15 on, whatever the number of steps
-        return {"strategy": "last", "K": max(1, steps - 15)}, [f"backprop_mode=specific: the last {steps - 15} steps"]
+        return {"strategy": "last", "K": max(1, steps - 15)}, [
+            f"backprop_mode=specific: the last {steps - 15} steps"
+        ]
     names = {"last": {"strategy": "last", "K": 1}, "rand": {"strategy": "random", "K": None}}
     if mode not in names:
         raise ValueError(f"unknown backprop_mode {mode!r}: VADER knows last, rand and specific")
@@ -320,9 +368,14 @@ def videox_reward(given: dict) -> tuple[dict, list[str]]:
 
 
 def videox_steps(given: dict) -> tuple[dict, list[str]]:
-    how, count = str(given.get("backprop_strategy", "last")), int(given.get("backprop_num_steps", 5))
+    how, count = (
+        str(given.get("backprop_strategy", "last")),
+        int(given.get("backprop_num_steps", 5)),
+    )
     if given.get("backprop_step_list"):
-        return {}, ["backprop_step_list: one step is strategy=step K=i, counted from the end; lists are not offered"]
+        return {}, [
+            "backprop_step_list: one step is strategy=step K=i, counted from the end; lists are not offered"
+        ]
     if how in ("last", "tail"):
         ours = {"strategy": "last", "K": 1 if how == "last" else count}
         skip = ["stop_latent_model_input_gradient with it: see strategy=drtune"]
@@ -339,7 +392,9 @@ def trl_steps(given: dict) -> tuple[dict, list[str]]:
         return {"strategy": "random", "K": max(1, steps - low)}, [note]
     at = int(given.get("truncated_backprop_timestep", 49))
     if at >= steps:
-        return {"strategy": "last", "K": 1}, [f"truncated_backprop_timestep={at} of {steps} steps leaves no gradient"]
+        return {"strategy": "last", "K": 1}, [
+            f"truncated_backprop_timestep={at} of {steps} steps leaves no gradient"
+        ]
     return {"strategy": "last", "K": steps - at}, []
 
 
@@ -356,7 +411,10 @@ TOGETHER: dict[tuple[str, str], Callable[[dict], tuple[dict, list[str]]]] = {
 }
 
 
-OTHERS = {"ckpt_path", "mode", "savefps", "unconditional_guidance_scale_temporal"}, {"resolution", "aspect_ratio"}
+OTHERS = (
+    {"ckpt_path", "mode", "savefps", "unconditional_guidance_scale_temporal"},
+    {"resolution", "aspect_ratio"},
+)
 FAMILIES = dict(zip(("VideoCrafter's", "Open-Sora's"), OTHERS))
 
 
@@ -368,7 +426,13 @@ def unmet(ours: dict, given: dict) -> Iterator[str]:
     if not re.fullmatch(r"\d*|None", str(ours.get("num_frames", ""))):
         yield f"num_frames={ours.pop('num_frames')}: a duration, left out; give a number of frames: num_frames=16"
     name = ours.get("prompts")
-    if name and name not in SETS and Path(name).name == name and not Path(name).suffix and not Path(name).is_file():
+    if (
+        name
+        and name not in SETS
+        and Path(name).name == name
+        and not Path(name).suffix
+        and not Path(name).is_file()
+    ):
         del ours["prompts"]
         yield f"no prompts are named {name!r} here, left out; give prompts=FILE, or a set: {', '.join(SETS)}"
     for whose, marks in FAMILIES.items():
@@ -432,9 +496,17 @@ def read(path: str | Path) -> dict:
         raise ValueError(
             f"{path} is Python, which is not run here; write its settings as key=value lines in a .sh file"
         )
-    variables = dict(re.findall(r"^\s*(?:export\s+)?(\w+)=(['\"]?[^\s'\"]*['\"]?)\s*$", text, re.MULTILINE))
-    text = re.sub(r"\$\{?(\w+)\}?", lambda m: variables.get(m[1], m[0]).strip("'\""), text.replace("\\\n", " "))
-    text = re.sub(r"^\s*#.*$", "", text, flags=re.MULTILINE)  # a comment may hold one quotation mark
+    variables = dict(
+        re.findall(r"^\s*(?:export\s+)?(\w+)=(['\"]?[^\s'\"]*['\"]?)\s*$", text, re.MULTILINE)
+    )
+    text = re.sub(
+        r"\$\{?(\w+)\}?",
+        lambda m: variables.get(m[1], m[0]).strip("'\""),
+        text.replace("\\\n", " "),
+    )
+    text = re.sub(
+        r"^\s*#.*$", "", text, flags=re.MULTILINE
+    )  # a comment may hold one quotation mark
     words = [
         word
         for line in text.splitlines()
@@ -450,7 +522,9 @@ def read(path: str | Path) -> dict:
         elif word.startswith("--"):
             found[name] = "True" if following.startswith("--") else following
     if not found:
-        raise ValueError(f"no arguments found in {path}: give a YAML file, or the script with its launch command")
+        raise ValueError(
+            f"no arguments found in {path}: give a YAML file, or the script with its launch command"
+        )
     return found
 
 
@@ -463,7 +537,13 @@ def leaves(tree: dict):
             yield name, value
 
 
-LAUNCH = {"num_processes", "multi_gpu", "main_process_port", "config_file", "num_machines"}  # accelerate's own
+LAUNCH = {
+    "num_processes",
+    "multi_gpu",
+    "main_process_port",
+    "config_file",
+    "num_machines",
+}  # accelerate's own
 
 
 def as_yaml(path: str | Path, source: str | None = None) -> tuple[str, list[str]]:
@@ -499,11 +579,16 @@ def markdown() -> str:
     lines += [
         "`vader-nb align` and `evaluate` read VADER's names as they are; `vader-nb translate-config FILE` turns a"
     ]
-    lines += ["configuration or launch script of any of these tools into ours and says what differs.", ""]
+    lines += [
+        "configuration or launch script of any of these tools into ours and says what differs.",
+        "",
+    ]
     for source, table in NAMES.items():
         lines += [f"## {TITLES[source]}", "", "| argument | here | |", "|---|---|---|"]
         for name, to in table.items():
-            ours = {REWARD: "`reward`", STEPS: "`strategy`, `K`"}.get(to.ours, f"`{to.ours}`" if to.ours else "none")
+            ours = {REWARD: "`reward`", STEPS: "`strategy`, `K`"}.get(
+                to.ours, f"`{to.ours}`" if to.ours else "none"
+            )
             lines.append(f"| `{name}` | {ours} | {to.note} |")
         lines.append("")
     return "\n".join(lines)

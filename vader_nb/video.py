@@ -21,7 +21,9 @@ class Video:
 
     def __post_init__(self):
         if self.frames.ndim != 4 or self.frames.shape[1] != 3:
-            raise ValueError(f"a video's frames have shape (F, 3, H, W), got {tuple(self.frames.shape)}")
+            raise ValueError(
+                f"a video's frames have shape (F, 3, H, W), got {tuple(self.frames.shape)}"
+            )
         self.frames = self.frames.detach().float().cpu()
 
     def images(self, width: int | None = None) -> list:
@@ -31,7 +33,10 @@ class Video:
         pixels = (self.frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
         images = [Image.fromarray(frame) for frame in pixels]
         factor = max(1, (width or 0) // images[0].width)
-        return [image.resize((image.width * factor, image.height * factor), Image.NEAREST) for image in images]
+        return [
+            image.resize((image.width * factor, image.height * factor), Image.NEAREST)
+            for image in images
+        ]
 
     def encoded(self, suffix: str = ".gif", width: int | None = None) -> bytes:
         """The clip as an endless gif or a lossless webp."""
@@ -44,15 +49,27 @@ class Video:
                 sheet.paste(image, (0, i * image.height))
             palette = sheet.quantize(255, method=Image.Quantize.MEDIANCUT, kmeans=2)
             images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-        options = {"save_all": True, "append_images": images[1:], "duration": round(1000 / self.fps), "loop": 0}
-        images[0].save(buffer, suffix[1:].upper(), **options, **({"lossless": True} if suffix == ".webp" else {}))
+        options = {
+            "save_all": True,
+            "append_images": images[1:],
+            "duration": round(1000 / self.fps),
+            "loop": 0,
+        }
+        images[0].save(
+            buffer,
+            suffix[1:].upper(),
+            **options,
+            **({"lossless": True} if suffix == ".webp" else {}),
+        )
         return buffer.getvalue()
 
     def save(self, path: str | Path, width: int | None = None) -> Path:
         """Write a gif, webp or mp4, by the name's ending; widths as in `images`."""
         path = Path(path)
         if path.suffix not in SUFFIXES:
-            raise ValueError(f"cannot save a video as {path.name!r}: the name must end in {', '.join(SUFFIXES)}")
+            raise ValueError(
+                f"cannot save a video as {path.name!r}: the name must end in {', '.join(SUFFIXES)}"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".mp4":
             import imageio_ffmpeg
@@ -60,7 +77,9 @@ class Video:
             import numpy as np
 
             mediapy.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
-            mediapy.write_video(path, np.stack([np.asarray(image) for image in self.images(width)]), fps=self.fps)
+            mediapy.write_video(
+                path, np.stack([np.asarray(image) for image in self.images(width)]), fps=self.fps
+            )
         else:
             path.write_bytes(self.encoded(path.suffix, width))
         return path
@@ -85,7 +104,9 @@ class Gallery:
     def __init__(self, rows: dict[str, list[Video]], width: int = 128):
         lengths = {label: len(videos) for label, videos in rows.items()}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"a gallery's rows must hold equally many clips, at least one row; got {lengths}")
+            raise ValueError(
+                f"a gallery's rows must hold equally many clips, at least one row; got {lengths}"
+            )
         self.rows, self.width = rows, width
 
     def column(self, videos: tuple[Video, ...]) -> Video:
@@ -93,10 +114,14 @@ class Gallery:
         first = videos[0]
         shapes = {tuple(video.frames.shape) for video in videos}
         if len(shapes) > 1:
-            raise ValueError(f"clips under each other must have one shape (F, 3, H, W), got {sorted(shapes)}")
+            raise ValueError(
+                f"clips under each other must have one shape (F, 3, H, W), got {sorted(shapes)}"
+            )
         labels = ", below it ".join(self.rows)
         text = f"{labels}: {first.caption}" if first.caption else labels
-        return Video(grid(torch.stack([video.frames for video in videos]), columns=1), first.fps, text)
+        return Video(
+            grid(torch.stack([video.frames for video in videos]), columns=1), first.fps, text
+        )
 
     def to_html(self) -> str:
         columns = [self.column(videos) for videos in zip(*self.rows.values())]
@@ -106,8 +131,12 @@ class Gallery:
             f"overflow-wrap:anywhere;max-width:{self.width}px'>{html.escape(caption)}</td>"
             for caption in captions
         )
-        labels = "".join(f"<div style='padding-right:8px'>{html.escape(label)}</div>" for label in self.rows)
-        pictures = "".join(f"<td style='padding:4px'>{video.to_html(self.width)}</td>" for video in columns)
+        labels = "".join(
+            f"<div style='padding-right:8px'>{html.escape(label)}</div>" for label in self.rows
+        )
+        pictures = "".join(
+            f"<td style='padding:4px'>{video.to_html(self.width)}</td>" for video in columns
+        )
         # The labels share the pictures' height evenly, whatever width the page leaves for them.
         return (
             f"<table style='border-collapse:collapse'><tr><td></td>{heads}</tr><tr>"
@@ -122,7 +151,9 @@ def grid(clips: torch.Tensor, columns: int, gap: int = 4, background: float = 1.
     """Clips (N, F, 3, H, W) side by side as the frames (F, 3, H', W') of one video, row by row."""
     count, length, _, height, width = clips.shape
     rows = -(-count // columns)
-    sheet = torch.full((length, 3, rows * (height + gap) - gap, columns * (width + gap) - gap), background)
+    sheet = torch.full(
+        (length, 3, rows * (height + gap) - gap, columns * (width + gap) - gap), background
+    )
     for i, clip in enumerate(clips.detach().float().cpu()):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[:, :, top : top + height, left : left + width] = clip

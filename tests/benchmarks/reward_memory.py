@@ -41,7 +41,9 @@ def measure(name: str, plain: bool = False) -> tuple[float, float]:
             network.frames_at_once = FRAMES[1]
             for part in network.networks:
                 for module in part.modules():
-                    module.__dict__.pop("forward", None)  # the checkpointed one hides the class's own
+                    module.__dict__.pop(
+                        "forward", None
+                    )  # the checkpointed one hides the class's own
         frames = torch.empty(FRAMES, dtype=torch.float16).fill_(0.5).requires_grad_()
         weights = sum(p.nbytes for part in network.networks for p in part.parameters())
         reward.scores(wide(frames.detach()), [PROMPT])
@@ -51,7 +53,9 @@ def measure(name: str, plain: bool = False) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    print(f"{'reward':<22}{'weights':>9}{'beside':>9}{'plain':>9}   GB, float16, 16 frames of 256 x 256")
+    print(
+        f"{'reward':<22}{'weights':>9}{'beside':>9}{'plain':>9}   GB, float16, 16 frames of 256 x 256"
+    )
     for name in sys.argv[1:] or BUILD:
         weights, beside = measure(name)
         print(f"{name:<22}{weights:9.2f}{beside:9.2f}", end="", flush=True)

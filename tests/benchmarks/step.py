@@ -69,17 +69,27 @@ def main() -> None:
             generator=generator,
         )
 
-    rows = {name: [] for name in ("forwards", "K forward+backward", "decode", "reward", "step", "ratio")}
+    rows = {
+        name: [] for name in ("forwards", "K forward+backward", "decode", "reward", "step", "ratio")
+    }
     for round_ in range(options.rounds + 1):
         bare = seconds(forwards)
         adapter = lora.add(model, rank=8)
-        times = [bare, seconds(forward_and_backward), seconds(decode), seconds(score), seconds(step)]
+        times = [
+            bare,
+            seconds(forward_and_backward),
+            seconds(decode),
+            seconds(score),
+            seconds(step),
+        ]
         adapter.remove()
         if round_:  # the first warms up
             for name, value in zip(rows, [*times, times[-1] / sum(times[:-1])]):
                 rows[name].append(value)
     for name, values in rows.items():
-        print(f"{name:<20}{statistics.median(values):8.3f}   [{min(values):.3f}, {max(values):.3f}]")
+        print(
+            f"{name:<20}{statistics.median(values):8.3f}   [{min(values):.3f}, {max(values):.3f}]"
+        )
 
 
 if __name__ == "__main__":

@@ -7,9 +7,18 @@ from pathlib import Path
 import torch
 
 from ..hub import reachable
-from .base import AT_WORK, Conditioning, VideoModel, alone
+from .base import MODEL_LOCK, Conditioning, VideoModel, alone
 
-__all__ = ["AT_WORK", "CHECKPOINTS", "Checkpoint", "Conditioning", "VideoModel", "alone", "load", "outline"]
+__all__ = [
+    "MODEL_LOCK",
+    "CHECKPOINTS",
+    "Checkpoint",
+    "Conditioning",
+    "VideoModel",
+    "alone",
+    "load",
+    "outline",
+]
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,7 @@ class Checkpoint:
 
     source: str  # hub id, or a directory inside the package
     size: str  # of the download
-    licence: str
+    license: str
     scheduler: str  # diffusers class
     defaults: dict
     hub: dict = field(default_factory=dict)  # more arguments of from_pretrained
@@ -47,7 +56,14 @@ CHECKPOINTS = {
         "7 GB",
         "CC-BY-NC-4.0",
         "DPMSolverMultistepScheduler",
-        {"num_inference_steps": 25, "guidance_scale": 9.0, "num_frames": 24, "fps": 8, "height": 320, "width": 576},
+        {
+            "num_inference_steps": 25,
+            "guidance_scale": 9.0,
+            "num_frames": 24,
+            "fps": 8,
+            "height": 320,
+            "width": 576,
+        },
     ),
 }
 
@@ -94,7 +110,7 @@ def load(
             raise
         raise FileNotFoundError(
             f"the weights of {name!r} are not on this machine and the hub cannot be reached: "
-            f"{checkpoint.source} ({checkpoint.size}, {checkpoint.licence}).\n"
+            f"{checkpoint.source} ({checkpoint.size}, {checkpoint.license}).\n"
             f"  with a network:  hf download {checkpoint.source}\n"
             f"  with a copy:     vader_nb.load('/path/to/the/pipeline/directory')\n"
             f"  without either:  vader_nb.load('tiny'), embedded in this package"
@@ -120,7 +136,9 @@ def outline(name: str | Path = "tiny") -> VideoModel:
     checkpoint = checkpoint_of(name)
     folder, scheduler = Path(checkpoint.source), getattr(diffusers, checkpoint.scheduler)
     local = folder if folder.is_dir() else None
-    return ModelScope.outline(local, name=str(name), scheduler=scheduler, defaults=checkpoint.defaults)
+    return ModelScope.outline(
+        local, name=str(name), scheduler=scheduler, defaults=checkpoint.defaults
+    )
 
 
 def checkpoint_of(name: str | Path) -> Checkpoint:
@@ -131,6 +149,10 @@ def checkpoint_of(name: str | Path) -> Checkpoint:
     if (folder / "model_index.json").is_file():
         return Checkpoint(str(folder), "", "", "DDIMScheduler", CHECKPOINTS["modelscope"].defaults)
     if folder.is_dir():
-        raise FileNotFoundError(f"{folder} has no model_index.json: not a diffusers pipeline directory")
+        raise FileNotFoundError(
+            f"{folder} has no model_index.json: not a diffusers pipeline directory"
+        )
     known = ", ".join(CHECKPOINTS)
-    raise ValueError(f"unknown model {str(name)!r}: choose one of {known}, or give a pipeline directory")
+    raise ValueError(
+        f"unknown model {str(name)!r}: choose one of {known}, or give a pipeline directory"
+    )

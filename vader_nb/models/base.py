@@ -13,7 +13,7 @@ from torch import nn
 
 from ..offload import Turns
 
-AT_WORK = threading.RLock()
+MODEL_LOCK = threading.RLock()
 
 
 def alone(function: Callable) -> Callable:
@@ -22,7 +22,7 @@ def alone(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        with AT_WORK:
+        with MODEL_LOCK:
             return function(*args, **kwargs)
 
     return run
@@ -65,7 +65,9 @@ class VideoModel(ABC):
         """Text embeddings, without a graph."""
 
     @abstractmethod
-    def initial_latents(self, num_frames: int, height: int, width: int, generators: list) -> torch.Tensor:
+    def initial_latents(
+        self, num_frames: int, height: int, width: int, generators: list
+    ) -> torch.Tensor:
         """Noise of unit variance (B, C, F, H, W), one clip a generator; sizes in pixels."""
 
     @abstractmethod
@@ -81,7 +83,9 @@ class VideoModel(ABC):
     def blocks(self) -> list[nn.Module]:
         """The denoiser's parts that activation checkpointing wraps, one by one."""
 
-    def branches(self, conditioning: Conditioning, guidance_scale: float) -> list[tuple[float, Conditioning]]:
+    def branches(
+        self, conditioning: Conditioning, guidance_scale: float
+    ) -> list[tuple[float, Conditioning]]:
         """Guidance as a sum: (weight, conditioning) of calls without guidance, the prompt's first."""
         nothing = Conditioning(conditioning.empty, conditioning.empty)
         return [(guidance_scale, conditioning), (1 - guidance_scale, nothing)]
@@ -118,7 +122,9 @@ class VideoModel(ABC):
         scheduler.set_timesteps(num_inference_steps, device=self.device)
         return scheduler
 
-    def step(self, scheduler, output, t, latents, *, eta: float = 0.0, generators=None) -> torch.Tensor:
+    def step(
+        self, scheduler, output, t, latents, *, eta: float = 0.0, generators=None
+    ) -> torch.Tensor:
         """The scheduler's next latents. Its `step` is differentiable; only diffusers' pipelines are not."""
         accepted = inspect.signature(scheduler.step).parameters
         extra = {"eta": eta} if "eta" in accepted else {}
@@ -129,7 +135,10 @@ class VideoModel(ABC):
     def predict_x0(self, scheduler, output, t, latents) -> torch.Tensor:
         """The clean latents that this output predicts from these latents, in one go."""
         if hasattr(scheduler, "convert_model_output"):  # multistep solvers
-            if scheduler.config.get("algorithm_type", "dpmsolver++") not in ("dpmsolver++", "sde-dpmsolver++"):
+            if scheduler.config.get("algorithm_type", "dpmsolver++") not in (
+                "dpmsolver++",
+                "sde-dpmsolver++",
+            ):
                 raise ValueError(
                     f"{scheduler.config.algorithm_type} predicts noise, not the clean video; use dpmsolver++"
                 )
@@ -142,5 +151,9 @@ class VideoModel(ABC):
         """Clean latents noised to the level of timestep t."""
         from diffusers.utils.torch_utils import randn_tensor
 
-        noise = randn_tensor(latents.shape, generator=generators, device=latents.device, dtype=latents.dtype)
-        return scheduler.add_noise(latents, noise, torch.as_tensor(t, device=latents.device).expand(len(latents)))
+        noise = randn_tensor(
+            latents.shape, generator=generators, device=latents.device, dtype=latents.dtype
+        )
+        return scheduler.add_noise(
+            latents, noise, torch.as_tensor(t, device=latents.device).expand(len(latents))
+        )

@@ -62,7 +62,9 @@ class ModelScope(VideoModel):
             module.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, name: str, scheduler, defaults: dict, dtype: torch.dtype, **hub):
+    def from_pretrained(
+        cls, path: str | Path, *, name: str, scheduler, defaults: dict, dtype: torch.dtype, **hub
+    ):
         """Load the parts of a pipeline directory or hub repository. `hub`: revision, variant, cache_dir, …"""
         return cls(
             name,
@@ -100,7 +102,9 @@ class ModelScope(VideoModel):
 
     def to(self, *args, **kwargs) -> "ModelScope":
         if self.turns is not None:
-            raise RuntimeError(f"{self.name!r} offloads its networks already; move or convert it before that")
+            raise RuntimeError(
+                f"{self.name!r} offloads its networks already; move or convert it before that"
+            )
         for module in self.modules():
             module.to(*args, **kwargs)
         self.texts.clear()
@@ -128,12 +132,20 @@ class ModelScope(VideoModel):
             truncation=True,
             return_tensors="pt",
         )
-        return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0].to("cpu", self.dtype)
+        return (
+            self.text_encoder(tokens.input_ids.to(self.device))
+            .last_hidden_state[0]
+            .to("cpu", self.dtype)
+        )
 
-    def initial_latents(self, num_frames: int, height: int, width: int, generators: list) -> torch.Tensor:
+    def initial_latents(
+        self, num_frames: int, height: int, width: int, generators: list
+    ) -> torch.Tensor:
         for name, value in {"height": height, "width": width}.items():
             if value < self.scale or value % self.scale:
-                raise ValueError(f"{name}={value} must be a positive multiple of {self.scale} pixels for {self.name}")
+                raise ValueError(
+                    f"{name}={value} must be a positive multiple of {self.scale} pixels for {self.name}"
+                )
         if num_frames < 1:
             raise ValueError(f"num_frames={num_frames} must be at least 1")
         channels = self.denoiser.config.in_channels
@@ -146,7 +158,8 @@ class ModelScope(VideoModel):
             return self.denoiser(latents, t, conditioning.prompt).sample
         if sequential:
             empty, prompt = (
-                self.denoiser(latents, t, text).sample for text in (conditioning.empty, conditioning.prompt)
+                self.denoiser(latents, t, text).sample
+                for text in (conditioning.empty, conditioning.prompt)
             )
         else:
             text = torch.cat([conditioning.empty, conditioning.prompt])
@@ -161,9 +174,18 @@ class ModelScope(VideoModel):
         return (pixels / 2 + 0.5).clamp(0, 1).unflatten(0, chosen.shape[:2])
 
     def blocks(self) -> list[nn.Module]:
-        wrapped = {"ResnetBlock2D", "TemporalConvLayer", "Transformer2DModel", "TransformerTemporalModel"}
+        wrapped = {
+            "ResnetBlock2D",
+            "TemporalConvLayer",
+            "Transformer2DModel",
+            "TransformerTemporalModel",
+        }
         # By the names of all its classes: an engine (FSDP) or a compiler makes a class of its own of a block's.
-        return [m for m in self.denoiser.modules() if wrapped & {kind.__name__ for kind in type(m).__mro__}]
+        return [
+            m
+            for m in self.denoiser.modules()
+            if wrapped & {kind.__name__ for kind in type(m).__mro__}
+        ]
 
 
 class Tokens:
@@ -176,7 +198,11 @@ class Tokens:
 
 
 def read_config(folder: Path) -> dict:
-    file = next(file for file in (folder / "config.json", folder / "scheduler_config.json") if file.is_file())
+    file = next(
+        file
+        for file in (folder / "config.json", folder / "scheduler_config.json")
+        if file.is_file()
+    )
     return json.loads(file.read_text())
 
 

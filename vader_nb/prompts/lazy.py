@@ -97,8 +97,12 @@ def line_starts(path: Path) -> array:
                 try:
                     text = part.decode()
                 except UnicodeDecodeError as error:
-                    raise ValueError(f"{path} is not UTF-8 text: {error.reason} in line {number}") from error
-                if place == 0 and text.startswith("\ufeff"):  # the byte order mark of some editors, three bytes
+                    raise ValueError(
+                        f"{path} is not UTF-8 text: {error.reason} in line {number}"
+                    ) from error
+                if place == 0 and text.startswith(
+                    "\ufeff"
+                ):  # the byte order mark of some editors, three bytes
                     text, part, place = text[1:], part[3:], 3
                 if text.strip():
                     starts.append(place)
@@ -124,5 +128,7 @@ def with_article(noun: str) -> str:
     """The noun after "a" or "an", by its first sound as far as spelling tells it."""
     if HAS_ARTICLE.match(noun):
         return noun
-    vowel = VOWEL_SOUND.match(noun) or (noun[:1].lower() in "aeiou" and not CONSONANT_SOUND.match(noun))
+    vowel = VOWEL_SOUND.match(noun) or (
+        noun[:1].lower() in "aeiou" and not CONSONANT_SOUND.match(noun)
+    )
     return f"{'an' if vowel else 'a'} {noun}"

@@ -9,7 +9,7 @@ _REWARDS = {
     "aesthetic_hps": "heads",
     "brightness": "pixels",
     "clip_score": "clip",
-    "colourfulness": "pixels",
+    "colorfulness": "pixels",
     "compressibility": "pixels",
     "compression": "heads",
     "flow_smoothness": "flow",
@@ -27,13 +27,28 @@ _REWARDS = {
 }
 _HOMES = _REWARDS | {"check": "check", "table": "gallery"}
 NAMES = sorted(_REWARDS)
-EMBEDDED = ("action", "aesthetic", "aesthetic_hps", "hps")  # those of which the package holds a tiny one
-__all__ = ["EMBEDDED", "NAMES", "Reward", "as_reward", "conflict", "parse", "reward", "statistics", *sorted(_HOMES)]
+EMBEDDED = (
+    "action",
+    "aesthetic",
+    "aesthetic_hps",
+    "hps",
+)  # those of which the package holds a tiny one
+__all__ = [
+    "EMBEDDED",
+    "NAMES",
+    "Reward",
+    "as_reward",
+    "conflict",
+    "parse",
+    "reward",
+    "statistics",
+    *sorted(_HOMES),
+]
 
 
 install(__name__, _HOMES, ("outline",))
 
-METHODS = ("towards", "capped", "normalised")  # of a reward, in an expression
+METHODS = ("towards", "capped", "normalized")  # of a reward, in an expression
 
 
 def parse(expression: str, tiny: bool = False, outline: bool = False) -> Reward:
@@ -62,7 +77,9 @@ def parse(expression: str, tiny: bool = False, outline: bool = False) -> Reward:
         try:
             return function(*args, **{k.arg: build(k.value) for k in getattr(node, "keywords", [])})
         except TypeError as error:  # an argument that lacks, or that it does not take
-            raise ValueError(f"in {ast.unparse(node)!r} of the reward {expression!r}: {error}") from error
+            raise ValueError(
+                f"in {ast.unparse(node)!r} of the reward {expression!r}: {error}"
+            ) from error
 
     def build(node):
         match node:
@@ -84,7 +101,9 @@ def parse(expression: str, tiny: bool = False, outline: bool = False) -> Reward:
 
     result = build(syntax(expression))
     if not isinstance(result, Reward):
-        raise ValueError(f"{expression!r} is a number, not a reward; known rewards: {', '.join(NAMES)}")
+        raise ValueError(
+            f"{expression!r} is a number, not a reward; known rewards: {', '.join(NAMES)}"
+        )
     return result
 
 
@@ -100,5 +119,7 @@ def syntax(expression: str):
         raise ValueError(f"cannot read the reward {expression!r}: {error.msg}; {way}") from error
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id not in NAMES:
-            raise ValueError(f"unknown reward {node.id!r} in {expression!r}; known rewards: {', '.join(NAMES)}")
+            raise ValueError(
+                f"unknown reward {node.id!r} in {expression!r}; known rewards: {', '.join(NAMES)}"
+            )
     return tree

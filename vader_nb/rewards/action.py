@@ -1,4 +1,4 @@
-"""VADER's action reward: a VideoMAE classifier (arXiv 2203.12602) recognises what the prompt asks for."""
+"""VADER's action reward: a VideoMAE classifier (arXiv 2203.12602) recognizes what the prompt asks for."""
 
 import contextlib
 import re
@@ -33,7 +33,10 @@ class Action(Network):
         super().__init__([classifier], classifier.videomae.encoder.layer)
         self.classifier = classifier
         self.labels = {plain(name): i for name, i in classifier.config.label2id.items()}
-        self.typical = (-torch.tensor(len(self.labels)).log().item(), 0.0)  # from a blind guess to certainty
+        self.typical = (
+            -torch.tensor(len(self.labels)).log().item(),
+            0.0,
+        )  # from a blind guess to certainty
         self.label = label
         if label is not None:
             self.index(label)  # an unknown label is an error now, not after the first roll-out
@@ -59,7 +62,9 @@ class Action(Network):
             self.index(self.label or prompt)
 
     def scores(self, frames, prompts):
-        wanted = torch.tensor([self.index(self.label or prompt) for prompt in prompts], device=frames.device)
+        wanted = torch.tensor(
+            [self.index(self.label or prompt) for prompt in prompts], device=frames.device
+        )
         pixels = self.pixels(frames)
         with position_table(self.classifier, pixels.shape[1]):
             log_probability = wide(self.classifier(pixels).logits).log_softmax(dim=-1)
@@ -69,7 +74,9 @@ class Action(Network):
         """The classifier's input: a whole number of tubelets, a frame of the end repeated if need be."""
         config = self.classifier.config
         if frames.shape[1] < 2:
-            raise ValueError(f"the action reward needs at least 2 frames, got {frames.shape[1]}; score all frames")
+            raise ValueError(
+                f"the action reward needs at least 2 frames, got {frames.shape[1]}; score all frames"
+            )
         missing = -frames.shape[1] % config.tubelet_size
         frames = torch.cat([frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
         pixels = preprocess(frames.flatten(0, 1), config.image_size, IMAGENET_MEAN, IMAGENET_STD)
@@ -104,7 +111,10 @@ def position_table(classifier: VideoMAEForVideoClassification, num_frames: int):
 
 
 def action(
-    checkpoint: str | Path = "published", label: str | None = None, *, dtype: torch.dtype = torch.float32
+    checkpoint: str | Path = "published",
+    label: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Reward:
     """Recognition of the action in the prompt, or always of `label`: log-probability, 0 is certainty.
 

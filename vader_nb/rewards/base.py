@@ -50,20 +50,29 @@ class Reward:
 
     def towards(self, target: float) -> "Reward":
         """Minus the distance to the target: the pull stops, and turns, once the target is reached."""
-        return Mapped(f"({self.name} towards {target:g})", lambda scores: -(scores - target).abs(), self)
+        return Mapped(
+            f"({self.name} towards {target:g})", lambda scores: -(scores - target).abs(), self
+        )
 
     def capped(self, limit: float) -> "Reward":
         """No more than `limit`: what is good enough pulls no further. ReFL's relu(2 - r) is this one's loss, at 2."""
         name = f"({self.name} capped at {limit:g})"
-        return Mapped(name, lambda scores: scores.clamp(max=limit), self, (self.range[0], min(self.range[1], limit)))
+        return Mapped(
+            name,
+            lambda scores: scores.clamp(max=limit),
+            self,
+            (self.range[0], min(self.range[1], limit)),
+        )
 
-    def normalised(self, mean: float, std: float) -> "Reward":
+    def normalized(self, mean: float, std: float) -> "Reward":
         """In standard deviations from the mean, so that rewards of different units can be weighed against each other.
         `statistics` measures mean and std on clips of the base model."""
         if not std > 0:
-            raise ValueError(f"the standard deviation must be positive, got {std}; were the clips all alike?")
+            raise ValueError(
+                f"the standard deviation must be positive, got {std}; were the clips all alike?"
+            )
         bounds = tuple((bound - mean) / std for bound in self.range)
-        name = f"normalised {self.name}"
+        name = f"normalized {self.name}"
         return Mapped(name, lambda scores: (scores - mean) / std, self, bounds, "std", (-2.0, 2.0))
 
     def __add__(self, other: "Reward | Callable") -> "Reward":
@@ -71,7 +80,9 @@ class Reward:
 
     def __mul__(self, weight: float) -> "Reward":
         low, high = sorted(weight * bound if weight else 0.0 for bound in self.range)
-        typical = self.typical and tuple(sorted(weight * bound + 0.0 for bound in self.typical))  # no minus zero
+        typical = self.typical and tuple(
+            sorted(weight * bound + 0.0 for bound in self.typical)
+        )  # no minus zero
         name = f"{weight:g} × {self.name}"
         return Mapped(name, lambda scores: weight * scores, self, (low, high), self.unit, typical)
 
@@ -90,7 +101,15 @@ class Reward:
 class Mapped(Reward):
     """A function of another reward's scores, score by score."""
 
-    def __init__(self, name: str, function: Callable, inner: Reward, range=Reward.range, unit="", typical=None):
+    def __init__(
+        self,
+        name: str,
+        function: Callable,
+        inner: Reward,
+        range=Reward.range,
+        unit="",
+        typical=None,
+    ):
         self.name, self.function, self.inner = name, function, inner
         self.range, self.unit, self.typical = range, unit, typical
         self.per_frame, self.networks = inner.per_frame, inner.networks
@@ -115,7 +134,10 @@ class Sum(Reward):
     def __init__(self, left: Reward, right: Reward):
         self.left, self.right = left, right
         self.name = f"{left.name} + {right.name}"
-        self.per_frame, self.networks = left.per_frame and right.per_frame, [*left.networks, *right.networks]
+        self.per_frame, self.networks = (
+            left.per_frame and right.per_frame,
+            [*left.networks, *right.networks],
+        )
         self.range = (left.range[0] + right.range[0], left.range[1] + right.range[1])
 
     def scores(self, frames, prompts):
@@ -142,7 +164,9 @@ class Function(Reward):
     def scores(self, frames, prompts):
         if not self.per_frame:
             return as_column(self.function(frames, prompts))
-        columns = [as_column(self.function(frames[:, i : i + 1], prompts)) for i in range(frames.shape[1])]
+        columns = [
+            as_column(self.function(frames[:, i : i + 1], prompts)) for i in range(frames.shape[1])
+        ]
         return torch.cat(columns, dim=1)
 
     def __call__(self, frames, prompts):
@@ -164,20 +188,28 @@ def inspect(frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         got = tuple(frames.shape) if isinstance(frames, torch.Tensor) else type(frames).__name__
         raise ValueError(f"frames must be a tensor (B, F, 3, H, W), got {got}")
     if not frames.is_floating_point():
-        raise ValueError(f"frames must be floats in [0, 1], got {frames.dtype}; write frames.float() / 255")
+        raise ValueError(
+            f"frames must be floats in [0, 1], got {frames.dtype}; write frames.float() / 255"
+        )
     if not len(prompts) or len(prompts) != len(frames) or isinstance(prompts, str):
         got = f"the string {prompts!r}" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise ValueError(f"{len(frames)} clips need a list of as many prompts, got {got}")
     low, high = (bound.item() for bound in frames.detach().aminmax())
-    if not (low >= -0.01 and high <= 1.01):  # a rounding error may stick out; another convention, or NaN, may not
-        raise ValueError(f"frames must lie in [0, 1], got {low:.3g} to {high:.3g}; from [-1, 1] write frames / 2 + 0.5")
+    if not (
+        low >= -0.01 and high <= 1.01
+    ):  # a rounding error may stick out; another convention, or NaN, may not
+        raise ValueError(
+            f"frames must lie in [0, 1], got {low:.3g} to {high:.3g}; from [-1, 1] write frames / 2 + 0.5"
+        )
     return wide(frames)
 
 
 def as_column(value: torch.Tensor) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or value.ndim != 1:
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ValueError(f"a reward function must return one score a clip, shape (B,); it returned {got}")
+        raise ValueError(
+            f"a reward function must return one score a clip, shape (B,); it returned {got}"
+        )
     return value.unsqueeze(1)
 
 
@@ -192,19 +224,25 @@ def as_reward(value: Reward | Callable) -> Reward:
         return value
     if callable(value):
         return Function(value)
-    raise TypeError(f"a reward is a Reward or a function (frames, prompts) -> (B,), not {type(value).__name__}")
+    raise TypeError(
+        f"a reward is a Reward or a function (frames, prompts) -> (B,), not {type(value).__name__}"
+    )
 
 
 @torch.no_grad()
-def statistics(reward: Reward | Callable, frames: torch.Tensor, prompts: list[str]) -> tuple[float, float]:
-    """Mean and standard deviation of a reward over clips (B >= 2), for `reward.normalised(mean, std)`."""
+def statistics(
+    reward: Reward | Callable, frames: torch.Tensor, prompts: list[str]
+) -> tuple[float, float]:
+    """Mean and standard deviation of a reward over clips (B >= 2), for `reward.normalized(mean, std)`."""
     scores = as_reward(reward)(frames, prompts)
     if len(scores) < 2:
         raise ValueError("the spread of a reward needs at least 2 clips, got 1")
     return scores.mean().item(), scores.std().item()
 
 
-def conflict(first: Reward | Callable, second: Reward | Callable, frames: torch.Tensor, prompts: list[str]):
+def conflict(
+    first: Reward | Callable, second: Reward | Callable, frames: torch.Tensor, prompts: list[str]
+):
     """The cosine between two rewards' gradients on the pixels of each clip, (B,): 1 they agree, 0 they do not care
     about each other, -1 what one gains the other loses. frames (B, F, 3, H, W)."""
     directions = []
@@ -212,7 +250,9 @@ def conflict(first: Reward | Callable, second: Reward | Callable, frames: torch.
         leaf = wide(frames.detach()).clone().requires_grad_()
         score = reward(leaf, prompts).sum()
         if not score.requires_grad:
-            raise ValueError(f"reward {reward.name!r} has no gradient; vader_nb.check(reward) shows why")
+            raise ValueError(
+                f"reward {reward.name!r} has no gradient; vader_nb.check(reward) shows why"
+            )
         (gradient,) = torch.autograd.grad(score, leaf)
         directions.append(gradient.flatten(1).double())  # sums over all pixels of a clip
     return torch.cosine_similarity(*directions, dim=1).to(leaf.dtype)

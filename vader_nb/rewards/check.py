@@ -28,8 +28,15 @@ class Report:
 
     def __str__(self) -> str:
         width = max(len(finding.test) for finding in self.findings)
-        lines = [f"{'ok  ' if f.passed else 'FAIL'} {f.test:<{width}}  {f.detail}" for f in self.findings]
-        return "\n".join([f"check of reward {self.name!r}: {'fit' if self.passed else 'NOT FIT'} for training", *lines])
+        lines = [
+            f"{'ok  ' if f.passed else 'FAIL'} {f.test:<{width}}  {f.detail}" for f in self.findings
+        ]
+        return "\n".join(
+            [
+                f"check of reward {self.name!r}: {'fit' if self.passed else 'NOT FIT'} for training",
+                *lines,
+            ]
+        )
 
     __repr__ = __str__
 
@@ -51,7 +58,10 @@ def check(
     if frames is None:
         from ..zoo import world
 
-        specs = [world.Spec("red", "star", "moving left", "gray"), world.Spec("blue", "circle", "growing", "sand")]
+        specs = [
+            world.Spec("red", "star", "moving left", "gray"),
+            world.Spec("blue", "circle", "growing", "sand"),
+        ]
         frames, prompts = world.render(specs, generator), [spec.caption for spec in specs]
     if prompts is None or len(prompts) != len(frames):
         raise ValueError(f"{len(frames)} clips need as many prompts, got {len(prompts or [])}")
@@ -73,13 +83,17 @@ def check(
         add("runs", False, f"{type(error).__name__}: {error}")
         return report()
     shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-    if not add("one score a clip", shape == (len(frames),), f"returned {shape}, expected ({len(frames)},)"):
+    if not add(
+        "one score a clip", shape == (len(frames),), f"returned {shape}, expected ({len(frames)},)"
+    ):
         return report()
     add("finite", value.isfinite().all(), ", ".join(f"{v:.4g}" for v in value.tolist()))
     if not add(
         "differentiable",
         value.requires_grad,
-        "has a graph" if value.requires_grad else "left the graph: no_grad, uint8, PIL, numpy or argmax",
+        "has a graph"
+        if value.requires_grad
+        else "left the graph: no_grad, uint8, PIL, numpy or argmax",
     ):
         return report()
     (gradient,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
@@ -94,11 +108,20 @@ def check(
         # As small as float32 allows: a network is straight only over a short way. No pixel moves by over 0.01.
         small = 2e-3 * max(value.abs().sum().item(), 1e-2) / gradient.norm().clamp(min=1e-20)
         size = min(small.item(), 0.01 / direction.abs().max().clamp(min=1e-20).item())
-        ahead, behind = reward(frames + size * direction, prompts), reward(frames - size * direction, prompts)
+        ahead, behind = (
+            reward(frames + size * direction, prompts),
+            reward(frames - size * direction, prompts),
+        )
         measured, promised = ((ahead - behind).sum() / (2 * size)).item(), gradient.norm().item()
         gap = abs(measured - promised) / max(abs(promised), 1e-12)
-        add("matches finite differences", gap < 0.2, f"slope {measured:.3g} measured, {promised:.3g} by the gradient")
-        alone = torch.cat([reward(frames[i : i + 1], prompts[i : i + 1]) for i in range(len(frames))])
+        add(
+            "matches finite differences",
+            gap < 0.2,
+            f"slope {measured:.3g} measured, {promised:.3g} by the gradient",
+        )
+        alone = torch.cat(
+            [reward(frames[i : i + 1], prompts[i : i + 1]) for i in range(len(frames))]
+        )
         spread = (alone - value).abs().max().item()
         add(
             "batch equals one by one",
@@ -107,9 +130,16 @@ def check(
         )
         try:
             wide = reward(
-                torch.nn.functional.interpolate(frames.flatten(0, 1), (48, 80)).unflatten(0, frames.shape[:2]), prompts
+                torch.nn.functional.interpolate(frames.flatten(0, 1), (48, 80)).unflatten(
+                    0, frames.shape[:2]
+                ),
+                prompts,
             )
-            add("takes 48 x 80 pixels", wide.shape == value.shape and wide.isfinite().all(), "scored")
+            add(
+                "takes 48 x 80 pixels",
+                wide.shape == value.shape and wide.isfinite().all(),
+                "scored",
+            )
         except Exception as error:
             add("takes 48 x 80 pixels", False, f"{type(error).__name__}: {error}")
     return report()

@@ -42,7 +42,13 @@ class CLIP(Frozen):
         super().__init__([network], blocks)
         self.network, self.encode_image, self.encode_text = network, encode_image, encode_text
         interpolation = "bilinear" if resize == "squash" else "bicubic"
-        self.look = {"size": size, "mean": mean, "std": std, "resize": resize, "interpolation": interpolation}
+        self.look = {
+            "size": size,
+            "mean": mean,
+            "std": std,
+            "resize": resize,
+            "interpolation": interpolation,
+        }
         preprocess(torch.zeros(1, 3, 8, 8), **self.look)  # an unknown resize is an error now
         # exp() would turn the rounding of half precision into a per cent of every score.
         self.logit_scale = wide(network.logit_scale.detach().clone()) if encode_text else None
@@ -59,7 +65,9 @@ class CLIP(Frozen):
 
     def text(self, prompts: list[str]) -> torch.Tensor:
         """Unit vectors (B, D) of prompts, each computed once."""
-        return remembered(self.texts, prompts, lambda new: F.normalize(wide(self.encode_text(new)), dim=-1))
+        return remembered(
+            self.texts, prompts, lambda new: F.normalize(wide(self.encode_text(new)), dim=-1)
+        )
 
     def cosine(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """(B, F): each frame with its own clip's prompt."""
@@ -90,8 +98,12 @@ def open_clip_directory(folder: str | Path, dtype: torch.dtype, **look) -> CLIP:
     """Of a local directory in open_clip's layout (`open_clip_config.json`, weights, tokenizer)."""
     folder = Path(folder)
     if not (folder / "open_clip_config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not an open_clip directory: it has no open_clip_config.json")
-    statistics = json.loads((folder / "open_clip_config.json").read_text()).get("preprocess_cfg", {})
+        raise FileNotFoundError(
+            f"{folder} is not an open_clip directory: it has no open_clip_config.json"
+        )
+    statistics = json.loads((folder / "open_clip_config.json").read_text()).get(
+        "preprocess_cfg", {}
+    )
     look |= {key: tuple(statistics[key]) for key in ("mean", "std") if key in statistics}
     with quiet():
         model = open_clip.create_model(f"local-dir:{folder}", device="cpu").to(dtype)
@@ -101,7 +113,9 @@ def open_clip_directory(folder: str | Path, dtype: torch.dtype, **look) -> CLIP:
 OTHERWISE = "checkpoint='/path/to/the/CLIP/directory'"
 
 
-def transformers_towers(checkpoint: str, local: str | Path | None, dtype: torch.dtype, **look) -> CLIP:
+def transformers_towers(
+    checkpoint: str, local: str | Path | None, dtype: torch.dtype, **look
+) -> CLIP:
     """Of a `CLIPModel` and its tokenizer: the published one of that name in `SOURCES`, or a local directory."""
     source = SOURCES[checkpoint]
     model = hub.network(CLIPModel, source, local, otherwise=OTHERWISE, dtype=torch.float32)
@@ -117,7 +131,9 @@ def towers_of(model: CLIPModel, tokenizer: Callable, **look) -> CLIP:
         return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
 
     def encode_text(prompts):
-        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        tokens = tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
         return model.text_projection(model.text_model(**tokens.to(model.device)).pooler_output)
 
     size, blocks = model.config.vision_config.image_size, [*model.vision_model.encoder.layers]
@@ -126,7 +142,9 @@ def towers_of(model: CLIPModel, tokenizer: Callable, **look) -> CLIP:
 
 def picture_tower(checkpoint: str, local: str | Path | None, dtype: torch.dtype, **look) -> CLIP:
     """The picture half of a `CLIPModel` only, for heads that read no prompt."""
-    model = hub.network(CLIPVisionModelWithProjection, SOURCES[checkpoint], local, otherwise=OTHERWISE, dtype=dtype)
+    model = hub.network(
+        CLIPVisionModelWithProjection, SOURCES[checkpoint], local, otherwise=OTHERWISE, dtype=dtype
+    )
     return picture_tower_of(model, **look)
 
 
@@ -134,7 +152,14 @@ def picture_tower_of(model: CLIPVisionModelWithProjection, **look) -> CLIP:
     def encode_image(pixels):
         return model(pixel_values=pixels).image_embeds
 
-    return CLIP(model, encode_image, None, model.config.image_size, [*model.vision_model.encoder.layers], **look)
+    return CLIP(
+        model,
+        encode_image,
+        None,
+        model.config.image_size,
+        [*model.vision_model.encoder.layers],
+        **look,
+    )
 
 
 @contextlib.contextmanager
@@ -195,9 +220,16 @@ def hps(
 
 
 def hps_file(checkpoint: str | Path, version: str | None, verify: bool) -> Path:
-    versions = {name.removeprefix("hps-"): source for name, source in SOURCES.items() if name.startswith("hps-")}
+    versions = {
+        name.removeprefix("hps-"): source
+        for name, source in SOURCES.items()
+        if name.startswith("hps-")
+    }
     versions["published"] = versions["v2.1"]
-    otherwise = f"vader_nb.rewards.hps('/path/to/{SOURCES['hps-v2.1'].filename}')" + hub.EMBEDDED.format("hps")
+    otherwise = (
+        f"vader_nb.rewards.hps('/path/to/{SOURCES['hps-v2.1'].filename}')"
+        + hub.EMBEDDED.format("hps")
+    )
     if str(checkpoint) in versions:
         return hub.single_file(versions[str(checkpoint)], otherwise=otherwise)
     if not Path(checkpoint).is_file():
@@ -222,7 +254,9 @@ def filled(empty: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> nn
     try:
         empty.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold an open_clip ViT-H-14: {str(error)[:300]}") from error
+        raise ValueError(
+            f"{path} does not hold an open_clip ViT-H-14: {str(error)[:300]}"
+        ) from error
     # The one tensor that no file holds: a word sees those before it.
     causal = torch.full((empty.context_length, empty.context_length), -torch.inf).triu(1)
     empty.register_buffer("attn_mask", causal, persistent=False)
@@ -230,7 +264,10 @@ def filled(empty: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> nn
 
 
 def pickscore(
-    checkpoint: str | Path = "published", *, resize: str = "squash", dtype: torch.dtype = torch.float32
+    checkpoint: str | Path = "published",
+    *,
+    resize: str = "squash",
+    dtype: torch.dtype = torch.float32,
 ) -> Reward:
     """PickScore of (frame, prompt) (arXiv 2305.01569): exp(logit scale) times the cosine, 18 to 24 is usual.
 
@@ -242,7 +279,10 @@ def pickscore(
 
 
 def clip_score(
-    checkpoint: str | Path = "published", *, resize: str = "crop", dtype: torch.dtype = torch.float32
+    checkpoint: str | Path = "published",
+    *,
+    resize: str = "crop",
+    dtype: torch.dtype = torch.float32,
 ) -> Reward:
     """The cosine between frame and prompt in OpenAI's CLIP (arXiv 2103.00020).
 

@@ -25,8 +25,12 @@ def scaled(frames: torch.Tensor, step: int) -> torch.Tensor:
     height, width = frames.shape[-2:]
     size = (HEIGHT, max(1, round(HEIGHT * width / height / step)) * step)
     if size != (height, width):
-        frames = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return (frames - frames.new_tensor(IMAGENET_MEAN)[:, None, None]) / frames.new_tensor(IMAGENET_STD)[:, None, None]
+        frames = F.interpolate(
+            frames, size=size, mode="bilinear", antialias=True, align_corners=False
+        )
+    return (frames - frames.new_tensor(IMAGENET_MEAN)[:, None, None]) / frames.new_tensor(
+        IMAGENET_STD
+    )[:, None, None]
 
 
 class Yolos:
@@ -37,15 +41,21 @@ class Yolos:
     def __init__(self, model: YolosForObjectDetection, target: str):
         self.model = model
         self.blocks = model.vit.encoder.layer
-        self.step = model.config.patch_size  # or else the last columns, part of a patch, would not be looked at
+        self.step = (
+            model.config.patch_size
+        )  # or else the last columns, part of a patch, would not be looked at
         self.target = self.index(target)
 
     def index(self, target: str) -> int:
         # The published checkpoints name ids that COCO leaves out "N/A".
-        labels = {name.lower(): i for i, name in self.model.config.id2label.items() if name != "N/A"}
+        labels = {
+            name.lower(): i for i, name in self.model.config.id2label.items() if name != "N/A"
+        }
         if target not in labels:
             near = get_close_matches(target, labels, n=3, cutoff=0)
-            raise ValueError(f"the detector knows no {target!r}; the nearest of its labels are {', '.join(near)}")
+            raise ValueError(
+                f"the detector knows no {target!r}; the nearest of its labels are {', '.join(near)}"
+            )
         return labels[target]
 
     def log_odds(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -66,18 +76,30 @@ class GroundingDino:
         self.text = tokenizer(f"{target}.", return_tensors="pt")
         ids = self.text["input_ids"][0]
         if tokenizer.unk_token_id in ids:
-            raise ValueError(f"the detector's vocabulary (tokenizer.json or vocab.txt) has no tokens for {target!r}")
+            raise ValueError(
+                f"the detector's vocabulary (tokenizer.json or vocab.txt) has no tokens for {target!r}"
+            )
         # These delimit phrases in the text and belong to none.
-        delimiters = torch.tensor([*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids([".", "?"])])
+        delimiters = torch.tensor(
+            [*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids([".", "?"])]
+        )
         self.phrase = (~torch.isin(ids, delimiters)).nonzero()[:, 0]
         if len(self.phrase) != len(ids) - 3:
-            raise ValueError(f"a target is one phrase without . or ?, such as 'red book', not {target!r}")
-        backbone = [module for module in model.model.backbone.modules() if isinstance(module, SwinLayer)]
+            raise ValueError(
+                f"a target is one phrase without . or ?, such as 'red book', not {target!r}"
+            )
+        backbone = [
+            module for module in model.model.backbone.modules() if isinstance(module, SwinLayer)
+        ]
         self.blocks = [*backbone, *model.model.encoder.layers, *model.model.decoder.layers]
 
     def log_odds(self, pixels: torch.Tensor) -> torch.Tensor:
-        text = {name: ids.to(pixels.device).expand(len(pixels), -1) for name, ids in self.text.items()}
-        logits = wide(self.model(pixel_values=pixels, **text).logits)[..., self.phrase.to(pixels.device)]
+        text = {
+            name: ids.to(pixels.device).expand(len(pixels), -1) for name, ids in self.text.items()
+        }
+        logits = wide(self.model(pixel_values=pixels, **text).logits)[
+            ..., self.phrase.to(pixels.device)
+        ]
         # The number of tokens, by which both means divide, cancels.
         return F.logsigmoid(logits).logsumexp(dim=-1) - F.logsigmoid(-logits).logsumexp(dim=-1)
 
@@ -125,7 +147,9 @@ class ObjectPresence(ObjectRemoval):
     sign = 1
 
 
-def _load(detector: str | Path, target: str, reward: str, dtype: torch.dtype) -> Yolos | GroundingDino:
+def _load(
+    detector: str | Path, target: str, reward: str, dtype: torch.dtype
+) -> Yolos | GroundingDino:
     local = None if detector in DETECTORS else Path(detector)
     if local is None:
         family = str(detector).rpartition("-")[0]
@@ -134,17 +158,28 @@ def _load(detector: str | Path, target: str, reward: str, dtype: torch.dtype) ->
             raise FileNotFoundError(f"{local} is not a checkpoint directory: it has no config.json")
         family = json.loads((local / "config.json").read_text()).get("model_type")
     else:
-        raise ValueError(f"unknown detector {str(detector)!r}; choose {', '.join(DETECTORS)}, or a directory of one")
-    target = target.lower().strip(" .")  # VADER's full stop for Grounding DINO is put there for whoever leaves it out
+        raise ValueError(
+            f"unknown detector {str(detector)!r}; choose {', '.join(DETECTORS)}, or a directory of one"
+        )
+    target = target.lower().strip(
+        " ."
+    )  # VADER's full stop for Grounding DINO is put there for whoever leaves it out
     if not target:
         raise ValueError("the target must name an object, such as 'book'")
     source = SOURCES.get(str(detector))
     otherwise = f"vader_nb.rewards.{reward}({target!r}, detector='/path/to/{detector}')"
     if family == "yolos":
-        return Yolos(hub.network(YolosForObjectDetection, source, local, otherwise=otherwise, dtype=dtype), target)
+        return Yolos(
+            hub.network(YolosForObjectDetection, source, local, otherwise=otherwise, dtype=dtype),
+            target,
+        )
     if family == "grounding-dino":
-        model = hub.network(GroundingDinoForObjectDetection, source, local, otherwise=otherwise, dtype=dtype)
-        tokenizer = hub.pretrained(AutoTokenizer.from_pretrained, source, local, otherwise=otherwise)
+        model = hub.network(
+            GroundingDinoForObjectDetection, source, local, otherwise=otherwise, dtype=dtype
+        )
+        tokenizer = hub.pretrained(
+            AutoTokenizer.from_pretrained, source, local, otherwise=otherwise
+        )
         return GroundingDino(model, tokenizer, target)
     raise ValueError(f"{local} holds a {family!r} model, not a yolos or grounding-dino one")
 
@@ -167,6 +202,8 @@ def object_removal(
     return ObjectRemoval(_load(detector, target, "object_removal", dtype))
 
 
-def object_presence(target: str, detector: str | Path = "yolos-tiny", *, dtype: torch.dtype = torch.float32) -> Reward:
+def object_presence(
+    target: str, detector: str | Path = "yolos-tiny", *, dtype: torch.dtype = torch.float32
+) -> Reward:
     """How sure a detector is that a `target` is in a frame: 1 - `object_removal`, with the same arguments and errors."""
     return ObjectPresence(_load(detector, target, "object_presence", dtype))

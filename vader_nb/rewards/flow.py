@@ -38,13 +38,19 @@ class FlowSmoothness(Network):
         (B, F - 1, 2, h, w), across and down, of the size at which RAFT saw them."""
         height, width = frames.shape[-2:]
         grown = max(1.0, SMALLEST / min(height, width))
-        size = [max(SMALLEST, MULTIPLE * round(side * grown / MULTIPLE)) for side in (height, width)]
-        unit = frames.new_tensor([width / size[1], height / size[0]], dtype=self.dtype) / math.hypot(height, width)
+        size = [
+            max(SMALLEST, MULTIPLE * round(side * grown / MULTIPLE)) for side in (height, width)
+        ]
+        unit = frames.new_tensor(
+            [width / size[1], height / size[0]], dtype=self.dtype
+        ) / math.hypot(height, width)
 
         def between(pairs):
             pictures = wide(pairs.unflatten(1, (2, 3)).flatten(0, 1))
             if size != [height, width]:
-                pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True, align_corners=False)
+                pictures = F.interpolate(
+                    pictures, size, mode="bilinear", antialias=True, align_corners=False
+                )
             first, second = (pictures * 2 - 1).to(self.dtype).unflatten(0, (-1, 2)).unbind(1)
             return estimate(self.raft, first, second) * unit[:, None, None]
 
@@ -52,7 +58,9 @@ class FlowSmoothness(Network):
 
     def scores(self, frames, prompts):
         if frames.shape[1] < 3:
-            raise ValueError(f"flow smoothness needs at least 3 frames, got {frames.shape[1]}; score more frames")
+            raise ValueError(
+                f"flow smoothness needs at least 3 frames, got {frames.shape[1]}; score more frames"
+            )
         flow = self.flow(frames)
         change = flow.diff(dim=1).norm(dim=2).mean(dim=(1, 2, 3))
         missing = (self.floor - flow.norm(dim=2).mean(dim=(1, 2, 3))).relu()
@@ -76,11 +84,15 @@ def estimate(raft: RAFT, first: torch.Tensor, second: torch.Tensor) -> torch.Ten
     width = raft.update_block.hidden_state_size
     state, context = raft.context_encoder(first).tensor_split([width], dim=1)
     state, context = state.tanh(), context.relu()
-    down, across = (torch.arange(side, device=one.device, dtype=one.dtype) for side in one.shape[-2:])
+    down, across = (
+        torch.arange(side, device=one.device, dtype=one.dtype) for side in one.shape[-2:]
+    )
     start = torch.stack(torch.meshgrid(across, down, indexing="xy")).expand(len(one), -1, -1, -1)
     flow = torch.zeros_like(start)
     for _ in range(UPDATES):
-        state, step = raft.update_block(state, context, raft.corr_block.index_pyramid(start + flow), flow)
+        state, step = raft.update_block(
+            state, context, raft.corr_block.index_pyramid(start + flow), flow
+        )
         flow = flow + step
     raft.corr_block.corr_pyramid = []  # else the last pair's comparisons, and their graph, would stay in memory
     scale = first.shape[-1] // one.shape[-1]
@@ -95,7 +107,7 @@ def flow_smoothness(
 
     frames (B, F, 3, H, W), F at least 3 (ValueError otherwise); sides that RAFT cannot take are resized to the nearest
     multiples of 8, at least 128. floor: the least mean flow, in diagonals of the picture a frame, that is not
-    penalised: above 0, standing still no longer wins. checkpoint: "published" (torchvision's
+    penalized: above 0, standing still no longer wins. checkpoint: "published" (torchvision's
     raft_small_C_T_V2-01064c6d.pth, 1 M parameters, BSD-3-Clause), or a local file of such weights. The network runs
     in float32 even when `dtype`, or a later `.to`, asks for less.
 
@@ -115,5 +127,7 @@ def flow_smoothness(
     try:
         raft.load_state_dict(hub.state_dict(path), assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold raft_small's weights: {str(error)[:300]}") from error
+        raise ValueError(
+            f"{path} does not hold raft_small's weights: {str(error)[:300]}"
+        ) from error
     return FlowSmoothness(raft, floor).to(dtype)

@@ -28,11 +28,19 @@ class Rated(Reward):
         between: Callable | None = None,
         after: Callable | None = None,
     ):
-        self.clip, self.name, self.range, self.unit, self.networks = clip, name, range, unit, clip.networks
+        self.clip, self.name, self.range, self.unit, self.networks = (
+            clip,
+            name,
+            range,
+            unit,
+            clip.networks,
+        )
         self.typical = CARDS[name].typical if name in CARDS else None
         self.between, self.after = between, after
         numbers = sorted({int(key.split(".")[1]) for key in head})
-        self.layers = [(head[f"layers.{n}.weight"].float(), head[f"layers.{n}.bias"].float()) for n in numbers]
+        self.layers = [
+            (head[f"layers.{n}.weight"].float(), head[f"layers.{n}.bias"].float()) for n in numbers
+        ]
 
     def scores(self, frames, prompts):
         value = self.clip.image(frames)
@@ -51,7 +59,9 @@ class Rated(Reward):
 def head_layers(path: str | Path, sizes: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """The tensors of a head whose layers have these sizes. Raises ValueError for a file of another layout."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not a file: a head with layers {' -> '.join(map(str, sizes))} is wanted")
+        raise FileNotFoundError(
+            f"{path} is not a file: a head with layers {' -> '.join(map(str, sizes))} is wanted"
+        )
     head = hub.state_dict(path)
     shapes = [tuple(value.shape) for key, value in head.items() if key.endswith("weight")]
     wanted = [(outside, inside) for inside, outside in pairwise(sizes)]
@@ -94,13 +104,18 @@ def aesthetic(
             "vader_nb.rewards.aesthetic(head='/path/to/sac+logos+ava1-l14-linearMSE.pth')"
             + hub.EMBEDDED.format("aesthetic")
         )
-        layers = head_layers(head or hub.single_file(SOURCES["laion-v2"], otherwise=otherwise), LAION_SIZES)
+        layers = head_layers(
+            head or hub.single_file(SOURCES["laion-v2"], otherwise=otherwise), LAION_SIZES
+        )
         clip = large(checkpoint, dtype, resize)
     return Rated(clip, layers, "aesthetic", (1.0, 10.0), unit="rating")
 
 
 def aesthetic_hps(
-    checkpoint: str | Path = "published", *, resize: str = "squash", dtype: torch.dtype = torch.float32
+    checkpoint: str | Path = "published",
+    *,
+    resize: str = "squash",
+    dtype: torch.dtype = torch.float32,
 ) -> Reward:
     """VADER's mix, as it trains on it: minus (0.15 |aesthetic - 10| + |1 - hps|) / 2. (The figure that VADER logs is
     (aesthetic + 15 hps) / 2, other weights than its loss has; `parts()` gives both terms.)
@@ -116,7 +131,7 @@ def compression(
 ) -> Reward:
     """VADER's compression reward: minus the size in kB that a head predicts for a frame saved as JPEG at quality 95.
 
-    head: compression_reward.pt, your own copy: the file has no licence that would let us ship it. (VADER's own class
+    head: compression_reward.pt, your own copy: the file has no license that would let us ship it. (VADER's own class
     does not fit this file; the layers 768, 512, 128, 32, 1 with ReLU do.) `compressibility` needs no weights."""
     layers = head_layers(head, COMPRESSION_SIZES)
     clip = large(checkpoint, dtype, "squash")
@@ -124,13 +139,21 @@ def compression(
     return (-size).named("compression")
 
 
-def rainy(head: str | Path, checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32) -> Reward:
-    """How much it rains in each frame, 0 to 1. head: rainy_reward.pt of VADER, your own copy (it has no licence)."""
+def rainy(
+    head: str | Path, checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32
+) -> Reward:
+    """How much it rains in each frame, 0 to 1. head: rainy_reward.pt of VADER, your own copy (it has no license)."""
     layers = head_layers(head, LAION_SIZES)
-    return Rated(large(checkpoint, dtype, "squash"), layers, "rainy", (0.0, 1.0), after=torch.sigmoid)
+    return Rated(
+        large(checkpoint, dtype, "squash"), layers, "rainy", (0.0, 1.0), after=torch.sigmoid
+    )
 
 
-def snowy(head: str | Path, checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32) -> Reward:
-    """How much it snows in each frame, 0 to 1. head: snowy_reward.pt of VADER, your own copy (it has no licence)."""
+def snowy(
+    head: str | Path, checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32
+) -> Reward:
+    """How much it snows in each frame, 0 to 1. head: snowy_reward.pt of VADER, your own copy (it has no license)."""
     layers = head_layers(head, LAION_SIZES)
-    return Rated(large(checkpoint, dtype, "squash"), layers, "snowy", (0.0, 1.0), after=torch.sigmoid)
+    return Rated(
+        large(checkpoint, dtype, "squash"), layers, "snowy", (0.0, 1.0), after=torch.sigmoid
+    )

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import BertTokenizer
-from transformers.models.blip import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers.models.blip import (
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+)
 
 from .. import hub
 from .base import Reward, wide
@@ -15,7 +20,10 @@ from .gallery import SOURCES
 from .networks import CLIP_MEAN, CLIP_STD, Network, preprocess
 
 FILE, VOCABULARY = SOURCES["image-reward"].filename, "vocab.txt"
-ADDED_TOKENS = ("[DEC]", "[ENC]")  # BLIP's, after BERT's 30,522; the first token of a prompt stays BERT's [CLS]
+ADDED_TOKENS = (
+    "[DEC]",
+    "[ENC]",
+)  # BLIP's, after BERT's 30,522; the first token of a prompt stays BERT's [CLS]
 TEXT_LENGTH = 35
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # of raw scores, as published
 HEAD_WIDTH = 64  # of an attention head, in every size of BERT and of the ViTs
@@ -34,7 +42,11 @@ VISION_NAMES = (  # the text encoder's names are transformers' own
 )
 IGNORED = (  # a constant, and the projections of BLIP's contrastive training, which the score does not use
     "blip.text_encoder.embeddings.position_ids",
-    *(f"blip.{name}.{kind}" for name in ("vision_proj", "text_proj") for kind in ("weight", "bias")),
+    *(
+        f"blip.{name}.{kind}"
+        for name in ("vision_proj", "text_proj")
+        for kind in ("weight", "bias")
+    ),
 )
 
 
@@ -45,20 +57,32 @@ class ImageReward(Network):
 
     name, unit, typical = "image reward", "standard deviations", (-2.0, 2.0)
 
-    def __init__(self, vision: BlipVisionModel, text: BlipTextModel, head: nn.Linear, tokenizer: BertTokenizer):
+    def __init__(
+        self,
+        vision: BlipVisionModel,
+        text: BlipTextModel,
+        head: nn.Linear,
+        tokenizer: BertTokenizer,
+    ):
         super().__init__([vision, text, head], [*vision.encoder.layers, *text.encoder.layer])
         self.vision, self.text, self.head, self.tokenizer = vision, text, head, tokenizer
 
     def scores(self, frames, prompts):
         words = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=TEXT_LENGTH,
+            return_tensors="pt",
         ).to(frames.device)
         return self.picture_scores(self.rate, frames, words["input_ids"], words["attention_mask"])
 
     def rate(self, pictures: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(N,) of pictures (N, 3, H, W) and their prompts' tokens and attention masks, (N, 35)."""
         size = self.vision.config.image_size
-        pixels = preprocess(pictures, size, CLIP_MEAN, CLIP_STD, resize="crop", interpolation="bicubic")
+        pixels = preprocess(
+            pictures, size, CLIP_MEAN, CLIP_STD, resize="crop", interpolation="bicubic"
+        )
         patches = self.vision(pixels.to(self.dtype)).last_hidden_state
         states = self.text(ids, mask, encoder_hidden_states=patches).last_hidden_state  # (N, 35, D)
         raw = F.linear(wide(states[:, 0]), wide(self.head.weight), wide(self.head.bias))
@@ -69,22 +93,37 @@ def networks_of(state: dict[str, torch.Tensor]) -> tuple[BlipVisionModel, BlipTe
     """The networks whose weights a state dict in the published layout holds, of the size that its tensors have.
 
     Raises ValueError for a key that is missing, or neither used nor known to be useless, and for a wrong shape."""
-    unknown = [key for key in state if key not in IGNORED and not key.startswith((VISION, TEXT, MLP))]
+    unknown = [
+        key for key in state if key not in IGNORED and not key.startswith((VISION, TEXT, MLP))
+    ]
     if unknown:
-        raise ValueError(f"not a state dict in ImageReward's layout: unknown {', '.join(unknown[:5])}")
+        raise ValueError(
+            f"not a state dict in ImageReward's layout: unknown {', '.join(unknown[:5])}"
+        )
     seen, read, rated = (
-        {key.removeprefix(prefix): state[key] for key in state.keys() - set(IGNORED) if key.startswith(prefix)}
+        {
+            key.removeprefix(prefix): state[key]
+            for key in state.keys() - set(IGNORED)
+            if key.startswith(prefix)
+        }
         for prefix in (VISION, TEXT, MLP)
     )
     try:
         with torch.device("meta"):  # no memory and no random numbers for what is replaced
-            vision, text = BlipVisionModel(vision_config(seen)), BlipTextModel(text_config(read), False)
+            vision, text = (
+                BlipVisionModel(vision_config(seen)),
+                BlipTextModel(text_config(read), False),
+            )
         vision.load_state_dict({rename(key): value for key, value in seen.items()}, assign=True)
         text.load_state_dict(read, assign=True)
-        text.embeddings.position_ids = torch.arange(text.config.max_position_embeddings)[None]  # in no file
+        text.embeddings.position_ids = torch.arange(text.config.max_position_embeddings)[
+            None
+        ]  # in no file
         return vision, text, affine(rated)
     except KeyError as error:
-        raise ValueError(f"not a state dict in ImageReward's layout: no key that ends in {error}") from error
+        raise ValueError(
+            f"not a state dict in ImageReward's layout: no key that ends in {error}"
+        ) from error
     except RuntimeError as error:  # torch's, which lists keys and shapes
         raise ValueError(f"not a state dict in ImageReward's layout: {str(error)[:300]}") from error
 
@@ -115,7 +154,9 @@ def text_config(weights: dict[str, torch.Tensor]) -> BlipTextConfig:
         hidden_size=width,
         encoder_hidden_size=weights["encoder.layer.0.crossattention.self.key.weight"].shape[1],
         intermediate_size=len(weights["encoder.layer.0.intermediate.dense.weight"]),
-        num_hidden_layers=len({key.split(".")[2] for key in weights if key.startswith("encoder.layer.")}),
+        num_hidden_layers=len(
+            {key.split(".")[2] for key in weights if key.startswith("encoder.layer.")}
+        ),
         num_attention_heads=width // HEAD_WIDTH,  # transformers' default is 8, BLIP has 12
         max_position_embeddings=len(weights["embeddings.position_embeddings.weight"]),
         is_decoder=True,  # this only makes the cross-attention: whether to look ahead is said when it is called
@@ -127,7 +168,9 @@ def affine(layers: dict[str, torch.Tensor]) -> nn.Linear:
     weights = [layers[f"{n}.weight"].double() for n in MLP_LAYERS]
     biases = [layers[f"{n}.bias"].double() for n in MLP_LAYERS]
     if len(layers) != len(weights) + len(biases):
-        raise ValueError(f"the head has other keys than those of the layers {MLP_LAYERS}: {', '.join(sorted(layers))}")
+        raise ValueError(
+            f"the head has other keys than those of the layers {MLP_LAYERS}: {', '.join(sorted(layers))}"
+        )
     weight, bias = weights[0], biases[0]
     for matrix, shift in zip(weights[1:], biases[1:]):
         weight, bias = matrix @ weight, matrix @ bias + shift
@@ -136,11 +179,13 @@ def affine(layers: dict[str, torch.Tensor]) -> nn.Linear:
     return head
 
 
-def image_reward(checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32) -> Reward:
+def image_reward(
+    checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32
+) -> Reward:
     """Human preference for (frame, prompt) as ImageReward learned it from 137,000 comparisons (Xu et al., arXiv
     2304.05977): frames (B, F, 3, H, W) in [0, 1] to (B,), unbounded, for most pictures between -2 and 2.
 
-    A frame is scaled to a shorter side of 224 (bicubic) and cropped to its centre; a prompt is cut after 35 tokens.
+    A frame is scaled to a shorter side of 224 (bicubic) and cropped to its center; a prompt is cut after 35 tokens.
     checkpoint: "published", or a directory that holds the published `ImageReward.pt` and the `vocab.txt` of
     bert-base-uncased.
 
@@ -148,8 +193,12 @@ def image_reward(checkpoint: str | Path = "published", *, dtype: torch.dtype = t
     """
     folder = None if str(checkpoint) in ("published", "image-reward") else Path(checkpoint)
     if folder and not folder.is_dir():
-        raise FileNotFoundError(f"{checkpoint} is neither 'image-reward' nor a directory with {FILE} and {VOCABULARY}")
-    otherwise = f"vader_nb.rewards.image_reward('/path/to/a/directory/with/{FILE}/and/{VOCABULARY}')"
+        raise FileNotFoundError(
+            f"{checkpoint} is neither 'image-reward' nor a directory with {FILE} and {VOCABULARY}"
+        )
+    otherwise = (
+        f"vader_nb.rewards.image_reward('/path/to/a/directory/with/{FILE}/and/{VOCABULARY}')"
+    )
     path, vocabulary = (
         hub.single_file(source, folder and folder / source.filename, otherwise=otherwise)
         for source in (SOURCES["image-reward"], SOURCES["bert-vocabulary"])
@@ -158,5 +207,7 @@ def image_reward(checkpoint: str | Path = "published", *, dtype: torch.dtype = t
     tokenizer = BertTokenizer.from_pretrained(str(vocabulary.parent), do_lower_case=True)
     tokenizer.add_tokens(list(ADDED_TOKENS), special_tokens=True)
     if len(tokenizer) != text.config.vocab_size:
-        raise ValueError(f"{vocabulary} makes {len(tokenizer)} tokens, {path} has {text.config.vocab_size}")
+        raise ValueError(
+            f"{vocabulary} makes {len(tokenizer)} tokens, {path} has {text.config.vocab_size}"
+        )
     return ImageReward(vision.to(dtype), text.to(dtype), head.to(dtype), tokenizer)

@@ -29,8 +29,8 @@ def preprocess(
     """Frames (N, 3, H, W) in [0, 1] to a network's input (N, 3, size, size), without leaving the graph.
 
     resize: "squash" both sides to `size` (VADER's way); "crop": the shorter side to `shorter` (default `size`), then
-    the centre (the way of CLIP and VideoMAE); "pad": the longer side to `size`, centred on black, which is then
-    normalised like the picture (HPSv2's way). interpolation: "bilinear" or "bicubic", whose overshoot past 0 and 1 is
+    the center (the way of CLIP and VideoMAE); "pad": the longer side to `size`, centered on black, which is then
+    normalized like the picture (HPSv2's way). interpolation: "bilinear" or "bicubic", whose overshoot past 0 and 1 is
     kept, as the processors keep it on float tensors (on 8-bit pictures they cut it off).
     """
     if resize not in RESIZES:
@@ -44,7 +44,9 @@ def preprocess(
         cut = int if resize == "crop" else round
         target = tuple(max(1, cut(side * ratio + 1e-6)) for side in (height, width))
     if target != (height, width):
-        frames = F.interpolate(frames, size=target, mode=interpolation, antialias=antialias, align_corners=False)
+        frames = F.interpolate(
+            frames, size=target, mode=interpolation, antialias=antialias, align_corners=False
+        )
     if resize == "crop":
         # An odd margin as transformers cuts it; torchvision rounds, and may be a pixel further.
         top, left = (target[0] - size) // 2, (target[1] - size) // 2
@@ -55,7 +57,9 @@ def preprocess(
     return (frames - frames.new_tensor(mean)[:, None, None]) / frames.new_tensor(std)[:, None, None]
 
 
-def remembered(known: dict[str, torch.Tensor], prompts: list[str], compute: Callable) -> torch.Tensor:
+def remembered(
+    known: dict[str, torch.Tensor], prompts: list[str], compute: Callable
+) -> torch.Tensor:
     """Vectors (B, …) of prompts, each computed once, without a graph, by compute(list of prompts) and kept in `known`."""
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
     if len(known) + len(new) > REMEMBERED:
@@ -83,7 +87,9 @@ def _checkpointed(function: Callable) -> Callable:
     return run
 
 
-def by_groups(function: Callable, frames: torch.Tensor, at_once: int, *along: torch.Tensor) -> torch.Tensor:
+def by_groups(
+    function: Callable, frames: torch.Tensor, at_once: int, *along: torch.Tensor
+) -> torch.Tensor:
     """function((N, 3, H, W), …) -> (N, …) on all pictures of frames (B, F, 3, H, W), `at_once` at a time; returns
     (B, F, …). `along`: tensors (B, …) that belong to the clips and go with their pictures. The graph of each group is
     forgotten, and made again in the backward pass."""
@@ -109,7 +115,9 @@ class Frozen:
     def dtype(self) -> torch.dtype:
         return next(self.networks[0].parameters()).dtype
 
-    def picture_scores(self, function: Callable, frames: torch.Tensor, *along: torch.Tensor) -> torch.Tensor:
+    def picture_scores(
+        self, function: Callable, frames: torch.Tensor, *along: torch.Tensor
+    ) -> torch.Tensor:
         return by_groups(function, frames, self.frames_at_once, *along)
 
     def to(self, *args, **kwargs):

@@ -21,13 +21,28 @@ from .action import TINY as TINY_ACTION
 from .action import Action
 from .base import Reward
 from .image_reward import ImageReward
-from .pixels import brightness, colourfulness, compressibility, incompressibility, motion_smoothness  # noqa: F401
+from .pixels import brightness, colorfulness, compressibility, incompressibility, motion_smoothness  # noqa: F401
 from .text_video import TextVideo
 
-LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-HUGE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+HUGE = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+}
 TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-HUGE_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+HUGE_TEXT = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
 CLIPS = {
     "clip-vit-base-patch32": {"projection_dim": 512},
     "clip-vit-large-patch14": {
@@ -60,7 +75,9 @@ def open_clip_towers(folder: Path | None, **look) -> clip.CLIP:
     configs = Path(open_clip.__file__).parent / "model_configs"
     file = folder / "open_clip_config.json" if folder else configs / "ViT-H-14.json"
     config = json.loads(file.read_text())
-    config = {key: value for key, value in config.get("model_cfg", config).items() if key != "custom_text"}
+    config = {
+        key: value for key, value in config.get("model_cfg", config).items() if key != "custom_text"
+    }
     with clip.quiet():
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}" if folder else "ViT-H-14")
     return clip.open_clip_towers(open_clip.CLIP(**config), tokenizer, **look)
@@ -68,25 +85,38 @@ def open_clip_towers(folder: Path | None, **look) -> clip.CLIP:
 
 def hps(checkpoint="published", *, version=None, resize="squash", verify=True) -> Reward:
     folder = clip.TINY if checkpoint == "tiny" else Path(checkpoint)
-    return clip.Comparison(open_clip_towers(folder if folder.is_dir() else None, resize=resize), "hps")
+    return clip.Comparison(
+        open_clip_towers(folder if folder.is_dir() else None, resize=resize), "hps"
+    )
 
 
 def pickscore(checkpoint="published", *, resize="squash") -> Reward:
     config = in_directory(checkpoint, hf.CLIPConfig, **CLIPS["pickscore-v1"])
-    return clip.Comparison(clip.towers_of(hf.CLIPModel(config), Tokens(), resize=resize), "pickscore", tempered=True)
+    return clip.Comparison(
+        clip.towers_of(hf.CLIPModel(config), Tokens(), resize=resize), "pickscore", tempered=True
+    )
 
 
 def clip_score(checkpoint="published", *, resize="crop") -> Reward:
     published = CLIPS.get(str(checkpoint), CLIPS["clip-vit-base-patch32"])
     config = in_directory(checkpoint, hf.CLIPConfig, **published)
-    return clip.Comparison(clip.towers_of(hf.CLIPModel(config), Tokens(), resize=resize), "clip_score")
+    return clip.Comparison(
+        clip.towers_of(hf.CLIPModel(config), Tokens(), resize=resize), "clip_score"
+    )
 
 
-def rated(checkpoint, sizes: tuple[int, ...], name: str, resize: str = "squash", **options) -> Reward:
-    config = in_directory(checkpoint, hf.CLIPVisionConfig, **LARGE, patch_size=14, projection_dim=768)
+def rated(
+    checkpoint, sizes: tuple[int, ...], name: str, resize: str = "squash", **options
+) -> Reward:
+    config = in_directory(
+        checkpoint, hf.CLIPVisionConfig, **LARGE, patch_size=14, projection_dim=768
+    )
     head = {}
     for n, (inside, outside) in enumerate(zip(sizes, sizes[1:])):
-        head |= {f"layers.{n}.weight": torch.zeros(outside, inside), f"layers.{n}.bias": torch.zeros(outside)}
+        head |= {
+            f"layers.{n}.weight": torch.zeros(outside, inside),
+            f"layers.{n}.bias": torch.zeros(outside),
+        }
     towers = clip.picture_tower_of(hf.CLIPVisionModelWithProjection(config), resize=resize)
     return heads.Rated(towers, head, name, (0.0, 1.0), **options)
 
@@ -121,7 +151,11 @@ def snowy(head, checkpoint="published") -> Reward:
 def action(checkpoint="published", label=None) -> Reward:
     folder = TINY_ACTION if checkpoint == "tiny" else checkpoint
     names = {f"action {i}": i for i in range(400)}
-    published = {"label2id": names, "id2label": {i: name for name, i in names.items()}, "use_mean_pooling": True}
+    published = {
+        "label2id": names,
+        "id2label": {i: name for name, i in names.items()},
+        "use_mean_pooling": True,
+    }
     config = in_directory(folder, hf.VideoMAEConfig, **published)
     return Action(hf.VideoMAEForVideoClassification(config), label or next(iter(config.label2id)))
 
@@ -132,7 +166,12 @@ def text_video(checkpoint="published") -> Reward:
 
 def image_reward(checkpoint="published") -> Reward:
     vision = hf.BlipVisionConfig(**LARGE, image_size=224, patch_size=16)
-    words = {"vocab_size": 30524, "encoder_hidden_size": 1024, "max_position_embeddings": 512, "is_decoder": True}
+    words = {
+        "vocab_size": 30524,
+        "encoder_hidden_size": 1024,
+        "max_position_embeddings": 512,
+        "is_decoder": True,
+    }
     text = hf.BlipTextModel(hf.BlipTextConfig(**TEXT, num_hidden_layers=12, **words), False)
     return ImageReward(hf.BlipVisionModel(vision), text, torch.nn.Linear(768, 1), Tokens())
 
@@ -149,9 +188,16 @@ def flow_smoothness(checkpoint="published", *, floor=0.0) -> Reward:
 
 
 def yolos(target: str, detector: str | Path) -> detection.Yolos:
-    shape = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "image_size": [800, 1333]}
+    shape = {
+        "hidden_size": 192,
+        "num_attention_heads": 3,
+        "intermediate_size": 768,
+        "image_size": [800, 1333],
+    }
     if detector != "yolos-tiny":
-        raise ValueError(f"the memory of detector {str(detector)!r} cannot be simulated, only that of yolos-tiny")
+        raise ValueError(
+            f"the memory of detector {str(detector)!r} cannot be simulated, only that of yolos-tiny"
+        )
     target = target.lower().strip(" .")
     labels = {i: f"thing {i}" for i in range(90)} | {90: target}
     names = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from .base import Reward
 from .gallery import CARDS
 
-# JPEG's luminance quantisation at quality 50 (ITU-T T.81, table K.1).
+# JPEG's luminance quantization at quality 50 (ITU-T T.81, table K.1).
 LUMINANCE = torch.tensor(
     [
         [16, 11, 10, 16, 24, 40, 51, 61],
@@ -33,15 +33,17 @@ class Brightness(Reward):
         return frames.mean(dim=(2, 3, 4))
 
 
-class Colourfulness(Reward):
-    """Hasler and Süsstrunk's metric (2003) of each frame, for channels in [0, 1]: about 0 for grey
-    pictures, 0.2 for colourful ones (theirs is 255 times that)."""
+class Colorfulness(Reward):
+    """Hasler and Süsstrunk's metric (2003) of each frame, for channels in [0, 1]: about 0 for gray
+    pictures, 0.2 for colorful ones (theirs is 255 times that)."""
 
-    name, typical, range = "colourfulness", CARDS["colourfulness"].typical, (0.0, 1.5)
+    name, typical, range = "colorfulness", CARDS["colorfulness"].typical, (0.0, 1.5)
 
     def scores(self, frames, prompts):
         red, green, blue = frames.unbind(dim=2)
-        opponents = torch.stack([red - green, (red + green) / 2 - blue], dim=2).flatten(3)  # (B, F, 2, H*W)
+        opponents = torch.stack([red - green, (red + green) / 2 - blue], dim=2).flatten(
+            3
+        )  # (B, F, 2, H*W)
         tiny = 1e-8  # the root of zero has no gradient
         spread = (opponents.var(dim=3, unbiased=False).sum(2) + tiny).sqrt()
         shift = (opponents.mean(dim=3).square().sum(2) + tiny).sqrt()
@@ -51,7 +53,7 @@ class Colourfulness(Reward):
 class Compressibility(Reward):
     """How well each frame compresses as JPEG: minus an estimate of its bits a pixel.
 
-    An 8x8 block's transform coefficients c, divided by the quantisation table q, cost about
+    An 8x8 block's transform coefficients c, divided by the quantization table q, cost about
     log2(1 + |c / q|) bits each; rounding, which has no gradient, is left out. `incompressibility` is its
     opposite. Against real JPEG files of the same quality the estimate's rank correlation is tested.
     """
@@ -64,13 +66,23 @@ class Compressibility(Reward):
             raise ValueError(f"JPEG quality must lie in 1..100, got {quality}")
         scale = 50 / quality if quality < 50 else 2 - quality / 50
         self.table = (LUMINANCE * scale).round().clamp(min=1)
-        k, n = torch.arange(8.0, dtype=torch.float64)[:, None], torch.arange(8.0, dtype=torch.float64)
-        self.transform = torch.cos(math.pi / 8 * (n + 0.5) * k) * torch.where(k == 0, math.sqrt(1 / 8), 0.5)
+        k, n = (
+            torch.arange(8.0, dtype=torch.float64)[:, None],
+            torch.arange(8.0, dtype=torch.float64),
+        )
+        self.transform = torch.cos(math.pi / 8 * (n + 0.5) * k) * torch.where(
+            k == 0, math.sqrt(1 / 8), 0.5
+        )
 
     def scores(self, frames, prompts):
         height, width = frames.shape[-2:]
-        planes = F.pad(frames.flatten(0, 1), (0, -width % 8, 0, -height % 8), mode="replicate") * 255 - 128
-        weights = frames.new_tensor([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]])
+        planes = (
+            F.pad(frames.flatten(0, 1), (0, -width % 8, 0, -height % 8), mode="replicate") * 255
+            - 128
+        )
+        weights = frames.new_tensor(
+            [[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]]
+        )
         planes = torch.einsum("nchw,dc->ndhw", planes, weights)  # luma and two chroma planes
         transform, table = self.transform.to(planes), self.table.to(planes)
         blocks = planes.unfold(2, 8, 8).unfold(3, 8, 8)  # (N, 3, H/8, W/8, 8, 8)
@@ -91,7 +103,9 @@ class MotionSmoothness(Reward):
 
     def scores(self, frames, prompts):
         if frames.shape[1] < 3:
-            raise ValueError(f"motion smoothness needs at least 3 frames, got {frames.shape[1]}; score more frames")
+            raise ValueError(
+                f"motion smoothness needs at least 3 frames, got {frames.shape[1]}; score more frames"
+            )
         change = frames.diff(dim=1)
         acceleration = change.diff(dim=1).abs().mean(dim=(1, 2, 3, 4))
         missing = (self.floor - change.abs().mean(dim=(1, 2, 3, 4))).relu()
@@ -103,9 +117,9 @@ def brightness() -> Reward:
     return Brightness()
 
 
-def colourfulness() -> Reward:
-    """Hasler and Süsstrunk's colourfulness of each frame."""
-    return Colourfulness()
+def colorfulness() -> Reward:
+    """Hasler and Süsstrunk's colorfulness of each frame."""
+    return Colorfulness()
 
 
 def compressibility(quality: int = 75) -> Reward:

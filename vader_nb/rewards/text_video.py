@@ -25,7 +25,11 @@ class TextVideo(Network):
     name, range, unit, per_frame = "text video", (-1.0, 1.0), "cosine", False
 
     def __init__(self, model: XCLIPModel, tokenizer):
-        blocks = [*model.vision_model.encoder.layers, *model.mit.encoder.layers, *model.prompts_generator.decoder]
+        blocks = [
+            *model.vision_model.encoder.layers,
+            *model.mit.encoder.layers,
+            *model.prompts_generator.decoder,
+        ]
         super().__init__([model], blocks)
         self.model, self.tokenizer = model, tokenizer
         self.sentences: dict[str, torch.Tensor] = {}
@@ -33,19 +37,26 @@ class TextVideo(Network):
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """The model's input (B, N, 3, size, size): as many frames as it takes, the middles of N equal stretches of the
         clip, as in X-CLIP's evaluation; of fewer frames some are repeated. The shorter side to `size`, then the
-        centre; ImageNet's statistics, not CLIP's, as in the checkpoint's preprocessor_config.json."""
+        center; ImageNet's statistics, not CLIP's, as in the checkpoint's preprocessor_config.json."""
         config = self.model.config.vision_config
         place = (torch.arange(config.num_frames) + 0.5) * frames.shape[1] / config.num_frames
         chosen = frames[:, place.long().to(frames.device)]
-        pixels = preprocess(chosen.flatten(0, 1), config.image_size, IMAGENET_MEAN, IMAGENET_STD, resize="crop")
+        pixels = preprocess(
+            chosen.flatten(0, 1), config.image_size, IMAGENET_MEAN, IMAGENET_STD, resize="crop"
+        )
         return pixels.to(self.dtype).unflatten(0, chosen.shape[:2])
 
     def video(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of pixels (B, N, 3, size, size): a vector of each clip (B, D), and of each of its patches (B, P, D)."""
         model, shape = self.model, pixels.shape[:2]
         seen = model.vision_model(pixel_values=pixels.flatten(0, 1))
-        clip = model.mit(model.visual_projection(seen.pooler_output).unflatten(0, shape)).pooler_output
-        patches = model.prompts_visual_layernorm(seen.last_hidden_state[:, 1:]) @ model.prompts_visual_projection
+        clip = model.mit(
+            model.visual_projection(seen.pooler_output).unflatten(0, shape)
+        ).pooler_output
+        patches = (
+            model.prompts_visual_layernorm(seen.last_hidden_state[:, 1:])
+            @ model.prompts_visual_projection
+        )
         return clip, patches.unflatten(0, shape).mean(dim=1)
 
     def sentence(self, prompts: list[str]) -> torch.Tensor:
@@ -54,8 +65,12 @@ class TextVideo(Network):
 
     def read(self, prompts: list[str]) -> torch.Tensor:
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return self.model.text_projection(self.model.text_model(**tokens.to(self.model.device)).pooler_output)
+        tokens = self.tokenizer(
+            prompts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
+        return self.model.text_projection(
+            self.model.text_model(**tokens.to(self.model.device)).pooler_output
+        )
 
     def scores(self, frames, prompts):
         clip, patches = self.video(self.pixels(frames))
@@ -68,7 +83,9 @@ class TextVideo(Network):
         return super().to(*args, **kwargs)
 
 
-def text_video(checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32) -> Reward:
+def text_video(
+    checkpoint: str | Path = "published", *, dtype: torch.dtype = torch.float32
+) -> Reward:
     """How well a clip fits its prompt, -1 to 1, in X-CLIP (arXiv 2208.02816): motion counts, not just single frames.
 
     frames (B, F, 3, H, W) of any size and number; the central square of 8 of them, evenly spread, is seen (and gets a
@@ -76,7 +93,7 @@ def text_video(checkpoint: str | Path = "published", *, dtype: torch.dtype = tor
     checkpoint: "published" (microsoft/xclip-base-patch32, 197 M parameters, MIT), or a local `XCLIPModel`
     directory with its tokenizer, of whatever size and number of frames its config says.
 
-    VADER's site shows ViCLIP here, whose published files need remote code and whose licence is disputed; X-CLIP loads
+    VADER's site shows ViCLIP here, whose published files need remote code and whose license is disputed; X-CLIP loads
     without either. This checkpoint learned from the names of Kinetics-400's actions, so it knows what people do better
     than how things look; a zero-shot one, such as microsoft/xclip-base-patch16-zero-shot, loads the same way.
 
@@ -84,8 +101,12 @@ def text_video(checkpoint: str | Path = "published", *, dtype: torch.dtype = tor
     """
     local = None if checkpoint in ("published", PUBLISHED) else Path(checkpoint)
     if local and not local.exists():
-        raise FileNotFoundError(f"no checkpoint {str(checkpoint)!r}: give {PUBLISHED!r} or an XCLIPModel directory")
+        raise FileNotFoundError(
+            f"no checkpoint {str(checkpoint)!r}: give {PUBLISHED!r} or an XCLIPModel directory"
+        )
     otherwise = "vader_nb.rewards.text_video(checkpoint='/path/to/the/XCLIPModel/directory')"
     source = SOURCES[PUBLISHED]
     model = hub.network(XCLIPModel, source, local, otherwise=otherwise, dtype=dtype)
-    return TextVideo(model, hub.pretrained(AutoTokenizer.from_pretrained, source, local, otherwise=otherwise))
+    return TextVideo(
+        model, hub.pretrained(AutoTokenizer.from_pretrained, source, local, otherwise=otherwise)
+    )

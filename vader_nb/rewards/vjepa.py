@@ -30,7 +30,9 @@ def block_masks(grid: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tens
     def draw(count: int, share: float) -> torch.Tensor:
         aspect = ASPECTS[0] + torch.rand((), generator=generator).item() * (ASPECTS[1] - ASPECTS[0])
         area = int(grid * grid * share)
-        height, width = (min(grid, round(math.sqrt(area * ratio))) for ratio in (aspect, 1 / aspect))
+        height, width = (
+            min(grid, round(math.sqrt(area * ratio))) for ratio in (aspect, 1 / aspect)
+        )
         hidden = torch.zeros(grid, grid, dtype=torch.bool)
         for _ in range(count):
             top = torch.randint(grid - height + 1, (), generator=generator)
@@ -41,9 +43,13 @@ def block_masks(grid: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tens
     masks = []
     for count, share in FAMILIES:
         # Two large blocks may cover the picture; V-JEPA, too, draws again then.
-        hidden = next((h for h in (draw(count, share) for _ in range(100)) if h.any() and not h.all()), None)
+        hidden = next(
+            (h for h in (draw(count, share) for _ in range(100)) if h.any() and not h.all()), None
+        )
         if hidden is None:
-            raise ValueError(f"a grid of {grid} x {grid} patches is too coarse for blocks of {share:.0%} of a picture")
+            raise ValueError(
+                f"a grid of {grid} x {grid} patches is too coarse for blocks of {share:.0%} of a picture"
+            )
         masks.append(((~hidden).nonzero().squeeze(1), hidden.nonzero().squeeze(1)))
     return masks
 
@@ -54,14 +60,19 @@ class TemporalConsistency(Network):
     In this order: every tubelet (two frames of a 16 x 16 patch) is embedded; of the context only the visible tokens
     enter the encoder's layers, with the rotary positions they have in the clip; the encoder's LayerNorm; the
     predictor's input layer; the mask token once for each hidden place; the predictor's layers, LayerNorm and output
-    layer. The target is the encoder's output for all tokens, at the hidden places, normalised over its features
+    layer. The target is the encoder's output for all tokens, at the hidden places, normalized over its features
     without an affine map. The loss is mean |prediction - target|, the mean of both families of masks.
 
     (transformers' own forward shows the encoder all tokens and hides some of its outputs, which by then know what
     they should predict. And it always fills in mask token 1, for which see `mask_token`.)
     """
 
-    name, range, unit, per_frame = "temporal consistency", (-float("inf"), 0.0), "-|feature error|", False
+    name, range, unit, per_frame = (
+        "temporal consistency",
+        (-float("inf"), 0.0),
+        "-|feature error|",
+        False,
+    )
 
     def __init__(self, model: VJEPA2Model, seed: int = 0):
         super().__init__([model], [*model.encoder.layer, *model.predictor.layer])
@@ -71,7 +82,7 @@ class TemporalConsistency(Network):
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """The model's input (B, F, 3, size, size): as its processor does, the shorter side to 8/7 of the size, then
-        the centre. What lies further out is not seen."""
+        the center. What lies further out is not seen."""
         size = self.config.crop_size
         look = {"resize": "crop", "shorter": int(size * 256 / 224)}
         pixels = preprocess(frames.flatten(0, 1), size, IMAGENET_MEAN, IMAGENET_STD, **look)
@@ -83,13 +94,17 @@ class TemporalConsistency(Network):
             tokens = layer(tokens, places[None])[0]
         return self.model.encoder.layernorm(tokens)
 
-    def predict(self, context: torch.Tensor, visible: torch.Tensor, hidden: torch.Tensor, token: int) -> torch.Tensor:
+    def predict(
+        self, context: torch.Tensor, visible: torch.Tensor, hidden: torch.Tensor, token: int
+    ) -> torch.Tensor:
         """The features at the places `hidden` (M,), from the encoded context (B, N, D) at the places `visible` (N,):
         (B, M, D). token: which of the predictor's mask tokens stands for what is to be predicted."""
         predictor = self.model.predictor
         blank = predictor.embeddings.mask_tokens[token].expand(len(context), len(hidden), -1)
         tokens = torch.cat([predictor.embeddings.predictor_embeddings(context), blank], dim=1)
-        places = torch.cat([visible, hidden])[None]  # unsorted: attention with rotary positions knows no other order
+        places = torch.cat([visible, hidden])[
+            None
+        ]  # unsorted: attention with rotary positions knows no other order
         for layer in predictor.layer:
             tokens = layer(tokens, places)[0]
         return predictor.proj(predictor.layernorm(tokens[:, len(visible) :]))
@@ -102,7 +117,11 @@ class TemporalConsistency(Network):
     def scores(self, frames, prompts):
         step, count = self.config.tubelet_size, frames.shape[1]
         if count < step or count % step:
-            way = f"drop {count % step}, as in frames[:, :{count - count % step}]" if count >= step else "score more"
+            way = (
+                f"drop {count % step}, as in frames[:, :{count - count % step}]"
+                if count >= step
+                else "score more"
+            )
             raise ValueError(
                 f"temporal consistency needs a multiple of {step} frames, got {count}: {way}, or repeat the last one"
             )
@@ -140,7 +159,11 @@ def temporal_consistency(
     """
     local = None if checkpoint in ("published", PUBLISHED) else Path(checkpoint)
     if local and not local.exists():
-        raise FileNotFoundError(f"no checkpoint {str(checkpoint)!r}: give {PUBLISHED!r} or a VJEPA2Model directory")
-    otherwise = "vader_nb.rewards.temporal_consistency(checkpoint='/path/to/the/VJEPA2Model/directory')"
+        raise FileNotFoundError(
+            f"no checkpoint {str(checkpoint)!r}: give {PUBLISHED!r} or a VJEPA2Model directory"
+        )
+    otherwise = (
+        "vader_nb.rewards.temporal_consistency(checkpoint='/path/to/the/VJEPA2Model/directory')"
+    )
     model = hub.network(VJEPA2Model, SOURCES[PUBLISHED], local, otherwise=otherwise, dtype=dtype)
     return TemporalConsistency(model, seed)

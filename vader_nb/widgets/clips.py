@@ -32,12 +32,20 @@ def denoising(
         latents, generators = initial_noise(model, list(seeds), sampling)
         conditioning, scheduler = model.encode(list(prompts)), model.new_scheduler(steps)
     with ExitStack() as stack:
-        after = stack.enter_context(lora.acting(adapter, start, end, num_inference_steps=steps)) if adapter else None
+        after = (
+            stack.enter_context(lora.acting(adapter, start, end, num_inference_steps=steps))
+            if adapter
+            else None
+        )
         for i, t in enumerate(scheduler.timesteps):
             with torch.no_grad(), lora.wearing(model, adapter):
                 scaled = scheduler.scale_model_input(latents, t)
-                output = model.predict(scaled, t, conditioning, sampling.guidance_scale, sampling.sequential_guidance)
-                latents = model.step(scheduler, output, t, latents, eta=sampling.eta, generators=generators)
+                output = model.predict(
+                    scaled, t, conditioning, sampling.guidance_scale, sampling.sequential_guidance
+                )
+                latents = model.step(
+                    scheduler, output, t, latents, eta=sampling.eta, generators=generators
+                )
             if after is not None:
                 after(i)
             yield (i + 1) / (steps + 1)

@@ -24,7 +24,17 @@ from .comparison_page import document
 from .contest import Contest, chosen, judges, part_of
 from .panel import LABEL, ROW, WIDE, Panel, disable, escape
 from .player import EMPTY, Player, moving, still
-from .side_by_side import composed, curve, halves, heated, legend, number, score_rows, table, under_names
+from .side_by_side import (
+    composed,
+    curve,
+    halves,
+    heated,
+    legend,
+    number,
+    score_rows,
+    table,
+    under_names,
+)
 from .voting import Pair, Tally, Vote, Votes
 
 GIVEN, HELPS, HURTS = "as given", "helps most first", "hurts most first"
@@ -62,7 +72,9 @@ class RewardComparison(Panel):
         rewards = judges(model, rewards)
         self.prompts = chosen(model, prompts, rewards)
         adapters = clips.fitting(model, None if adapters is None else named(adapters))
-        self.contest = Contest(model, adapters, rewards, (sampling or Sampling()).filled(model), seed)
+        self.contest = Contest(
+            model, adapters, rewards, (sampling or Sampling()).filled(model), seed
+        )
         self.pair: Pair | None = None  # that waits for a vote
         self._picture: Video | None = None  # that is shown
         self._pages = (None, [])  # the picture's frames as <img>, and what they were made of
@@ -81,22 +93,37 @@ class RewardComparison(Panel):
         )
         self.ballot_box = HBox([*self.ballot.values(), self.tally_button], layout=ROW)
         last = HBox([self.blind, self.export_button, self.saved], layout=ROW)
-        self.assemble(self.open_box, self.player.box, self.caption, self.ballot_box, self.counts, last)
+        self.assemble(
+            self.open_box, self.player.box, self.caption, self.ballot_box, self.counts, last
+        )
         self._explain()
 
     def _controls(self) -> None:
         names, width = self.contest.names[1:], {"width": "250px"}
         self.prompt = Dropdown(options=self.prompts, description="prompt", style=LABEL, layout=WIDE)
-        self.reward = Dropdown(options=[*self.contest.rewards], description="reward", style=LABEL, layout=width)
-        self.heat = Checkbox(False, description="gradient heat map", indent=False, layout={"width": "auto"})
-        self.all_button = Button(description="compare all prompts", icon="play", layout=Layout(width="170px"))
+        self.reward = Dropdown(
+            options=[*self.contest.rewards], description="reward", style=LABEL, layout=width
+        )
+        self.heat = Checkbox(
+            False, description="gradient heat map", indent=False, layout={"width": "auto"}
+        )
+        self.all_button = Button(
+            description="compare all prompts", icon="play", layout=Layout(width="170px")
+        )
         self.stop_button = Button(description="stop", icon="stop", layout=Layout(width="80px"))
-        self.order = Dropdown(options=[GIVEN, HELPS, HURTS], description="sort prompts", style=LABEL, layout=width)
+        self.order = Dropdown(
+            options=[GIVEN, HELPS, HURTS], description="sort prompts", style=LABEL, layout=width
+        )
         self.adapter = Dropdown(options=names, description="by adapter", style=LABEL, layout=width)
         self.blind = ToggleButton(icon="eye-slash", layout=Layout(width="auto"))
         self.tally_button = Button(description="show tally", layout=Layout(width="110px"))
-        self.export_button = Button(description="export as HTML", icon="download", layout=Layout(width="150px"))
-        self.ballot = {choice: Button(description=text, layout={"width": "120px"}) for choice, text in BALLOT.items()}
+        self.export_button = Button(
+            description="export as HTML", icon="download", layout=Layout(width="150px")
+        )
+        self.ballot = {
+            choice: Button(description=text, layout={"width": "120px"})
+            for choice, text in BALLOT.items()
+        }
         self.on(self._looked, self.prompt, self.reward, self.heat, self.adapter)
         self.on(lambda: self._looked(jump=True), self.order)
         self.on(lambda: self.jobs.submit(self._all, settle=0), self.all_button)
@@ -105,28 +132,43 @@ class RewardComparison(Panel):
         self.on(self._count, self.tally_button)
         self.on(self.export, self.export_button)
         for choice, button in self.ballot.items():
-            self.on(lambda choice=choice: self.pair and self.vote(choice), button)  # a second click comes too late
+            self.on(
+                lambda choice=choice: self.pair and self.vote(choice), button
+            )  # a second click comes too late
 
     def _explain(self) -> None:
         """Show what can act now; disable the rest, and say why."""
         alone = (
-            "" if self.contest.adapters else "there is no adapter: RewardComparison(model, adapters={'name': 'runs/…'})"
+            ""
+            if self.contest.adapters
+            else "there is no adapter: RewardComparison(model, adapters={'name': 'runs/…'})"
         )
         missing = sum(not self.contest.scored(prompt) for prompt in self.prompts)
-        unsorted = f"compare all prompts first, {missing} of {len(self.prompts)} are missing" if missing else ""
+        unsorted = (
+            f"compare all prompts first, {missing} of {len(self.prompts)} are missing"
+            if missing
+            else ""
+        )
         hidden = "blind vote: leave it first" if self.blind.value else ""
         finished = "" if missing else "all prompts are compared"
         disable(hidden, self.prompt, self.reward, self.heat)
         disable(hidden or alone, self.adapter)
         disable(hidden or alone or unsorted, self.order)
-        disable(hidden or finished or ("it is under way" if self._sweeping else ""), self.all_button)
+        disable(
+            hidden or finished or ("it is under way" if self._sweeping else ""), self.all_button
+        )
         disable("" if self._sweeping else "nothing is under way", self.stop_button)
-        disable(hidden or ("" if self.contest.scores else "there is nothing to export yet"), self.export_button)
+        disable(
+            hidden or ("" if self.contest.scores else "there is nothing to export yet"),
+            self.export_button,
+        )
         disable(alone, self.blind)
         disable("" if self.pair else "the next pair is being made", *self.ballot.values())
         reason = alone or (unsorted and f"sorting: {unsorted}")
         self.why.value = f"<div class=vader-note>{escape(reason)}</div>" if reason else ""
-        self.blind.description = "leave the blind vote" if hidden else f"blind vote: base or {self.adapter.value}?"
+        self.blind.description = (
+            "leave the blind vote" if hidden else f"blind vote: base or {self.adapter.value}?"
+        )
         self.open_box.layout.display = "none" if hidden else "flex"
         self.ballot_box.layout.display = "flex" if hidden else "none"
 
@@ -138,12 +180,17 @@ class RewardComparison(Panel):
             (prompt, name)
             for prompt in prompts
             for name in names
-            if name not in (self.contest.shelf if prompt == self.prompt.value else self.contest.scores_of)(prompt)
+            if name
+            not in (self.contest.shelf if prompt == self.prompt.value else self.contest.scores_of)(
+                prompt
+            )
         ]
         for i, (prompt, name) in enumerate(work):
             yield from part_of(self.contest.compare(prompt, name), i / len(work), 1 / len(work))
             self._explain()
-            there = len(self.contest.shelf(self.prompt.value))  # last used, so that these clips stay
+            there = len(
+                self.contest.shelf(self.prompt.value)
+            )  # last used, so that these clips stay
             if prompt == self.prompt.value and there in (2, len(self.contest.names)):
                 self._show()
 
@@ -162,7 +209,9 @@ class RewardComparison(Panel):
         self._sweeping = True
         try:
             self._explain()
-            yield from self._complete(dict.fromkeys([self.prompt.value, *self.prompts]), self.contest.names)
+            yield from self._complete(
+                dict.fromkeys([self.prompt.value, *self.prompts]), self.contest.names
+            )
             yield from self._one()
         finally:  # stopped or done
             self._sweeping = False
@@ -171,18 +220,25 @@ class RewardComparison(Panel):
     def _stop(self) -> None:
         self.jobs.give_up()
         done = sum(map(self.contest.scored, self.prompts))
-        self.say(f"stopped: {done} of {len(self.prompts)} prompts are compared; the same button goes on from there")
+        self.say(
+            f"stopped: {done} of {len(self.prompts)} prompts are compared; the same button goes on from there"
+        )
 
     def run(self, prompt: str | None = None) -> dict[str, dict[str, float]]:
         """Compare on a prompt (default: the one that is chosen) now, and wait. Returns scores by contestant and reward.
         Raises ValueError for a prompt that is not among `prompts`."""
         if prompt is not None and prompt not in self.prompts:
-            raise ValueError(f"unknown prompt {prompt!r}; there are {', '.join(map(repr, self.prompts))}")
+            raise ValueError(
+                f"unknown prompt {prompt!r}; there are {', '.join(map(repr, self.prompts))}"
+            )
         with self._quietly():
             self.prompt.value = prompt or self.prompt.value
         self.jobs.finish(self._one)
         rewards, prompt = self.contest.rewards, self.prompt.value
-        return {name: {r: self.contest.mean(prompt, name, r) for r in rewards} for name in self.contest.names}
+        return {
+            name: {r: self.contest.mean(prompt, name, r) for r in rewards}
+            for name in self.contest.names
+        }
 
     def run_all(self) -> None:
         """Compare on all prompts now, and wait."""
@@ -211,8 +267,13 @@ class RewardComparison(Panel):
             if missing:
                 with self._quietly():
                     self.order.value = GIVEN
-                raise ValueError(f"sorting needs all prompts: compare all first, {len(missing)} are missing")
-            change = {p: self.contest.difference(p, self.adapter.value, self.reward.value) for p in self.prompts}
+                raise ValueError(
+                    f"sorting needs all prompts: compare all first, {len(missing)} are missing"
+                )
+            change = {
+                p: self.contest.difference(p, self.adapter.value, self.reward.value)
+                for p in self.prompts
+            }
             ranked = sorted(self.prompts, key=change.get, reverse=self.order.value == HELPS)
             options = [(f"{number(change[prompt], '+')} · {prompt}", prompt) for prompt in ranked]
         stay = options[0][1] if jump else self.prompt.value
@@ -235,12 +296,18 @@ class RewardComparison(Panel):
         if self.blind.value or not shelf:
             return
         hot = reward if self.heat.value and not self._cold() else None
-        frames = [heated(shelf[n], hot) if hot else shelf[n].pixels() if n in shelf else None for n in contest.names]
+        frames = [
+            heated(shelf[n], hot) if hot else shelf[n].pixels() if n in shelf else None
+            for n in contest.names
+        ]
         text = f"{', '.join(contest.names)}: {prompt}" + (f", heat maps of {hot}" if hot else "")
         pictures = self._draw((prompt, *shelf, hot), frames, text)
         rows, below = score_rows(contest, prompt), legend(hot) if hot else ""
         self._turn(
-            halves(under_names(contest.names, picture, *rows) + below, curve(contest, prompt, reward, frame))
+            halves(
+                under_names(contest.names, picture, *rows) + below,
+                curve(contest, prompt, reward, frame),
+            )
             for picture, frame in zip(pictures, [None, *range(len(pictures) - 1)])
         )
         s = contest.sampling
@@ -280,11 +347,15 @@ class RewardComparison(Panel):
         contest, made = self.contest, {}
         pair = self.votes.next(self.adapter.value, self.prompts, contest.seed)
         for start, name in ((0.0, BASE), (0.5, pair.adapter)):
-            made[name] = yield from part_of(contest.sample(name, pair.prompt, pair.seed), start, 0.5)
+            made[name] = yield from part_of(
+                contest.sample(name, pair.prompt, pair.seed), start, 0.5
+            )
         text = f"A and B: {pair.prompt}"
         pictures = self._draw(pair, [made[name].float().cpu() for name in pair.sides], text)
         self._turn(under_names("AB", picture) for picture in pictures)
-        self.caption.value = f"<b>{escape(pair.prompt)}</b> <span class=vader-note>which clip is better?</span>"
+        self.caption.value = (
+            f"<b>{escape(pair.prompt)}</b> <span class=vader-note>which clip is better?</span>"
+        )
         self.pair = pair
         self._explain()
 
@@ -313,11 +384,15 @@ class RewardComparison(Panel):
         looked at last; default `comparison.html` in the folder.
         Raises ValueError if nothing was compared yet."""
         path = Path(path or self.folder / "comparison.html")
-        page = document(self.contest, self.prompts, [self.votes.tally(name) for name in self.contest.adapters])
+        page = document(
+            self.contest, self.prompts, [self.votes.tally(name) for name in self.contest.adapters]
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, page)
         data = base64.b64encode(page.encode()).decode()
-        link = f' · <a download="{escape(path.name)}" href="data:text/html;base64,{data}">download</a>'
+        link = (
+            f' · <a download="{escape(path.name)}" href="data:text/html;base64,{data}">download</a>'
+        )
         link = link if len(data) < LINKED else ""
         self.saved.value = f"<span class=vader-note>exported to {escape(str(path))}{link}</span>"
         return path

@@ -49,12 +49,20 @@ class RewardComposer(Panel):
         super().__init__()
         self.model = model
         self.prompts = list(
-            clips.examples(model, CLIPS) if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+            clips.examples(model, CLIPS)
+            if prompts is None
+            else [prompts]
+            if isinstance(prompts, str)
+            else prompts
         )
         self.seeds = list(range(seed, seed + len(self.prompts)))
         if len(self.prompts) < 2 or not all(prompt.strip() for prompt in self.prompts):
-            raise ValueError(f"rewards are compared on 2 or more clips, none with an empty prompt; got {self.prompts}")
-        self.rewards, self.sources, self.own = read(REWARDS if rewards is None else rewards, model.name == "tiny")
+            raise ValueError(
+                f"rewards are compared on 2 or more clips, none with an empty prompt; got {self.prompts}"
+            )
+        self.rewards, self.sources, self.own = read(
+            REWARDS if rewards is None else rewards, model.name == "tiny"
+        )
         for reward in self.rewards.values():
             reward.check_prompts(self.prompts)
             reward.to(model.device)
@@ -70,13 +78,17 @@ class RewardComposer(Panel):
             layout=Layout(flex="1 1 330px", max_width="520px", min_width="0"),
         )
         pairs = VBox([self.pairs], layout=Layout(flex="1 1 300px", min_width="0"))
-        strip = HBox([slot.box for slot in self._slots], layout={**SIDE, "justify_content": "flex-start"})
+        strip = HBox(
+            [slot.box for slot in self._slots], layout={**SIDE, "justify_content": "flex-start"}
+        )
         self.assemble(HBox([sliders, pairs], layout=SIDE), strip, self.code)
         self._show()
 
     def _controls(self) -> None:
         self.weights = {
-            name: FloatSlider(1.0, min=-2, max=2, step=0.05, description=plain(name), style=LABEL, layout=WIDE)
+            name: FloatSlider(
+                1.0, min=-2, max=2, step=0.05, description=plain(name), style=LABEL, layout=WIDE
+            )
             for name in self.rewards
         }
         self.standardised = Checkbox(
@@ -109,7 +121,7 @@ class RewardComposer(Panel):
         if not self.standardised.value:
             return self.sources[name]
         mean, std = self.statistics[name]
-        return f"{self.sources[name]}.normalised({mean!r}, {std!r})"
+        return f"{self.sources[name]}.normalized({mean!r}, {std!r})"
 
     @property
     def reward(self) -> Reward:
@@ -118,7 +130,10 @@ class RewardComposer(Panel):
         terms = []
         for name, weight in self.used.items():
             reward = self.rewards[name]
-            terms.append(weight * (reward.normalised(*self.statistics[name]) if self.standardised.value else reward))
+            terms.append(
+                weight
+                * (reward.normalized(*self.statistics[name]) if self.standardised.value else reward)
+            )
         total = terms[0]
         for term in terms[1:]:
             total = total + term
@@ -147,10 +162,14 @@ class RewardComposer(Panel):
             with torch.no_grad():
                 self.scores[name] = reward(frames, self.prompts).float().cpu()
             # Rounded, so that the sum and its expression have the same numbers.
-            self.statistics[name] = tuple(float(f"{x:.4g}") for x in statistics(reward, frames, self.prompts))
+            self.statistics[name] = tuple(
+                float(f"{x:.4g}") for x in statistics(reward, frames, self.prompts)
+            )
         self.frames = frames
         for slot, clip, prompt in zip(self._slots, frames, self.prompts):
-            slot.picture.value = moving(Video(clip, self.model.defaults["fps"], prompt), f"clip of: {prompt}")
+            slot.picture.value = moving(
+                Video(clip, self.model.defaults["fps"], prompt), f"clip of: {prompt}"
+            )
         if self._alike:
             self.standardised.value = False
         self._show()
@@ -179,7 +198,9 @@ class RewardComposer(Panel):
                 for i in range(count):
                     yield (done + i / count) / len(missing)
                     rewards = (self.rewards[name] for name in pair)
-                    total += conflict(*rewards, self.frames[i : i + 1], self.prompts[i : i + 1]).item()
+                    total += conflict(
+                        *rewards, self.frames[i : i + 1], self.prompts[i : i + 1]
+                    ).item()
                 self.cosines[pair] = total / count
         finally:
             self._conflicts()
@@ -206,7 +227,11 @@ class RewardComposer(Panel):
 
     def _show(self) -> None:
         alike = ", ".join(self._alike)
-        why = f"{alike} says the same of all clips: there is no standard deviation to count in." if alike else ""
+        why = (
+            f"{alike} says the same of all clips: there is no standard deviation to count in."
+            if alike
+            else ""
+        )
         disable(why, self.standardised, remark=self.why)
         self._conflicts()
         if self.frames is None:
@@ -287,10 +312,15 @@ class Slot:
 
     def __init__(self):
         self.picture, self.text = HTML(), HTML()
-        self.box = VBox([self.picture, self.text], layout=Layout(flex="1 1 150px", max_width="230px", min_width="0"))
+        self.box = VBox(
+            [self.picture, self.text],
+            layout=Layout(flex="1 1 150px", max_width="230px", min_width="0"),
+        )
 
 
-def read(given: Mapping | Sequence[str], tiny: bool) -> tuple[dict[str, Reward], dict[str, str], list[str]]:
+def read(
+    given: Mapping | Sequence[str], tiny: bool
+) -> tuple[dict[str, Reward], dict[str, str], list[str]]:
     """Rewards and their spelling in an expression, by name; and the names of those that were given as objects."""
     if isinstance(given, str):
         given = [given]
@@ -303,8 +333,12 @@ def read(given: Mapping | Sequence[str], tiny: bool) -> tuple[dict[str, Reward],
     own = [name for name, value in given.items() if not isinstance(value, str)]
     for name in own:
         if not name.isidentifier():
-            raise ValueError(f"a reward of your own needs a Python name to stand in the expression, got {name!r}")
-    rewards = {n: as_reward(value) if n in own else parse(value, tiny=tiny) for n, value in given.items()}
+            raise ValueError(
+                f"a reward of your own needs a Python name to stand in the expression, got {name!r}"
+            )
+    rewards = {
+        n: as_reward(value) if n in own else parse(value, tiny=tiny) for n, value in given.items()
+    }
     return rewards, {n: n if n in own else grouped(value) for n, value in given.items()}, own
 
 
@@ -320,4 +354,6 @@ def plain(name: str) -> str:
 
 
 def verdict(cosine: float) -> str:
-    return "agree" if cosine > CARE else "work against each other" if cosine < -CARE else "do not care"
+    return (
+        "agree" if cosine > CARE else "work against each other" if cosine < -CARE else "do not care"
+    )

@@ -56,7 +56,9 @@ class Contest:
         """A contestant's clip (F, 3, H, W) in [0, 1]; yields the part that is done."""
         if name != BASE and name not in self._worn:
             self._worn[name] = clips.blended(self.model, {self.adapters[name]: 1.0})
-        made = yield from clips.denoising(self.model, [prompt], [seed], self.sampling, self._worn.get(name))
+        made = yield from clips.denoising(
+            self.model, [prompt], [seed], self.sampling, self._worn.get(name)
+        )
         return made[0]
 
     def compare(self, prompt: str, name: str) -> Generator[float, None, None]:
@@ -97,7 +99,9 @@ class Contest:
 
     def cold(self, prompt: str, reward: str) -> list[str]:
         """Contestants whose clip is there, but no heat map of it."""
-        return [name for name, clip in self.clips.get(prompt, {}).items() if reward not in clip.heat]
+        return [
+            name for name, clip in self.clips.get(prompt, {}).items() if reward not in clip.heat
+        ]
 
     def scored(self, prompt: str) -> bool:
         return len(self.scores_of(prompt)) == len(self.names)
@@ -110,7 +114,9 @@ class Contest:
         return self.mean(prompt, name, reward) - self.mean(prompt, BASE, reward)
 
 
-def part_of(job: Generator[float, None, torch.Tensor | None], start: float, length: float) -> Generator:
+def part_of(
+    job: Generator[float, None, torch.Tensor | None], start: float, length: float
+) -> Generator:
     """A job's steps as those of a longer one's part; returns what the job returns."""
     while True:
         try:
@@ -154,20 +160,28 @@ def judges(model: VideoModel, rewards: Sequence | None) -> dict[str, Reward]:
         rewards = [hps("tiny"), aesthetic("tiny"), action("tiny")]
     listed = [as_reward(reward) for reward in ([rewards] if callable(rewards) else rewards or [])]
     if not listed:
-        raise ValueError(f"no rewards to compare by: RewardComparison(model, rewards=[hps()]) for {model.name!r}")
+        raise ValueError(
+            f"no rewards to compare by: RewardComparison(model, rewards=[hps()]) for {model.name!r}"
+        )
     named = {reward.name: reward for reward in listed}
     if len(named) < len(listed):
-        raise ValueError(f"rewards need different names, got {[r.name for r in listed]}; reward.named('…') gives one")
+        raise ValueError(
+            f"rewards need different names, got {[r.name for r in listed]}; reward.named('…') gives one"
+        )
     for reward in listed:
         reward.to(model.device)
     return named
 
 
-def chosen(model: VideoModel, prompts: Sequence[str] | None, rewards: dict[str, Reward]) -> list[str]:
+def chosen(
+    model: VideoModel, prompts: Sequence[str] | None, rewards: dict[str, Reward]
+) -> list[str]:
     """The prompts, each once. Raises ValueError for none, too many, or one that a reward cannot judge."""
     prompts = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
     if len(prompts) > MOST:
-        raise ValueError(f"a comparison takes up to {MOST} prompts, got {len(prompts)}: give it some of them")
+        raise ValueError(
+            f"a comparison takes up to {MOST} prompts, got {len(prompts)}: give it some of them"
+        )
     listed = [*dict.fromkeys(prompt for prompt in prompts if prompt.strip())]
     for reward in rewards.values():
         reward.check_prompts(listed)

@@ -1,4 +1,4 @@
-"""Boxes, words and arrows as SVG, in the page's own colour: a light page and a dark one both show them."""
+"""Boxes, words and arrows as SVG, in the page's own color: a light page and a dark one both show them."""
 
 import base64
 
@@ -6,7 +6,7 @@ from .panel import escape
 
 WIDTH = 480  # units; a phone shows them at three quarters, where size 12 can still be read
 GRADIENT = "#e0573e"  # legible on white and on black
-GREY = "#808080"  # likewise
+GRAY = "#808080"  # likewise
 
 
 def svg(height: float, parts: list[str], alt: str) -> str:
@@ -20,13 +20,15 @@ def svg(height: float, parts: list[str], alt: str) -> str:
 
 def image(drawing: str, alt: str) -> str:
     """The drawing as an <img>, for readers without a kernel: viewers of saved notebooks throw inline SVG away. A page's
-    colour does not reach into an image, so it is drawn in grey."""
-    grey = drawing.replace("font-family:inherit", f"font-family:sans-serif;color:{GREY}", 1)
-    data = base64.b64encode(grey.encode()).decode()
+    color does not reach into an image, so it is drawn in gray."""
+    gray = drawing.replace("font-family:inherit", f"font-family:sans-serif;color:{GRAY}", 1)
+    data = base64.b64encode(gray.encode()).decode()
     return f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(alt)}" style="width:100%;max-width:560px">'
 
 
-def box(x: float, y: float, width: float, height: float, kind: str = "", filled: bool = False) -> str:
+def box(
+    x: float, y: float, width: float, height: float, kind: str = "", filled: bool = False
+) -> str:
     """A rectangle; kind is its class, by which a test finds it."""
     fill = 0.3 if filled else 0.05
     return (
@@ -35,7 +37,9 @@ def box(x: float, y: float, width: float, height: float, kind: str = "", filled:
     )
 
 
-def words(x: float, y: float, text: str, size: float = 12, anchor: str = "start", bold: bool = False) -> str:
+def words(
+    x: float, y: float, text: str, size: float = 12, anchor: str = "start", bold: bool = False
+) -> str:
     weight = ' font-weight="600"' if bold else ""
     return f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
 
@@ -46,10 +50,12 @@ def arrow(x: float, y: float, to_x: float, to_y: float, gradient: bool = False) 
     size = 6 if gradient else 4
     base_x, base_y = to_x - size * along[0], to_y - size * along[1]
     across = size * 0.7 * along[1], size * 0.7 * along[0]
-    corners = (
-        f"{to_x:g},{to_y:g} {base_x + across[0]:g},{base_y + across[1]:g} {base_x - across[0]:g},{base_y - across[1]:g}"
+    corners = f"{to_x:g},{to_y:g} {base_x + across[0]:g},{base_y + across[1]:g} {base_x - across[0]:g},{base_y - across[1]:g}"
+    look = (
+        f'stroke="{GRADIENT}" stroke-width="3"'
+        if gradient
+        else 'stroke="currentColor" stroke-opacity=".5"'
     )
-    look = f'stroke="{GRADIENT}" stroke-width="3"' if gradient else 'stroke="currentColor" stroke-opacity=".5"'
     fill = GRADIENT if gradient else "currentColor"
     kind = "gradient" if gradient else "forward"
     return (

@@ -8,7 +8,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterator
 
-from ..models import AT_WORK
+from ..models import MODEL_LOCK
 
 SETTLE = 0.3  # seconds that a control must rest before work starts
 LISTEN = 0.005  # seconds between two steps in which messages of the page come in
@@ -46,7 +46,7 @@ class Jobs:
         """All of a job at once, in the place of what is being done. Raises what it raises, after it was shown."""
         self.newest += 1
         try:
-            with AT_WORK:
+            with MODEL_LOCK:
                 self.close()
                 for fraction in make():
                     self.busy(fraction)
@@ -59,7 +59,7 @@ class Jobs:
     def close(self) -> None:
         """End the job that waits between two steps: it puts back what it had changed."""
         if self.job is not None:
-            with AT_WORK:
+            with MODEL_LOCK:
                 self.job.close()
             self.job = None
 
@@ -74,7 +74,7 @@ class Jobs:
         self.close()
         try:
             while number == self.newest:
-                if not AT_WORK.acquire(blocking=False):
+                if not MODEL_LOCK.acquire(blocking=False):
                     self.waiting(True)
                     await asyncio.sleep(RETRY)
                     continue
@@ -85,7 +85,7 @@ class Jobs:
                 except StopIteration:
                     break
                 finally:
-                    AT_WORK.release()
+                    MODEL_LOCK.release()
                 await asyncio.sleep(LISTEN)
         except Exception as error:  # nobody awaits this task: the panel is where it can be seen
             self.failed(error)

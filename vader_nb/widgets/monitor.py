@@ -68,10 +68,18 @@ class TrainingMonitor(Panel):
     ):
         super().__init__()
         self.folder = run.folder if isinstance(run, Run) else Path(run)
-        self.held_out = [as_reward(r) for r in (held_out if isinstance(held_out, (list, tuple)) else [held_out])]
+        self.held_out = [
+            as_reward(r) for r in (held_out if isinstance(held_out, (list, tuple)) else [held_out])
+        ]
         if model is None:
             self.hint = "Follows the run in this folder, whoever trains it, until it ends."
-        self.model, self.prompts, self.sampling, self.every, self.seed = model, list(prompts), sampling, every, seed
+        self.model, self.prompts, self.sampling, self.every, self.seed = (
+            model,
+            list(prompts),
+            sampling,
+            every,
+            seed,
+        )
         if (model is None) != (not self.prompts) or (self.held_out and model is None):
             raise ValueError(
                 "clips need the model and prompts: TrainingMonitor(folder, model, held_out=…, prompts=[…])"
@@ -88,9 +96,15 @@ class TrainingMonitor(Panel):
 
     def _controls(self) -> None:
         self.state, self.curves, self.why = HTML(), HTML(), HTML()
-        self.stop_button = Button(description="stop and keep", icon="stop", layout=Layout(width="150px"))
-        self.refresh_button = Button(description="refresh", icon="refresh", layout=Layout(width="100px"))
-        self.step = SelectionSlider(options=[NONE], description="clips of step", style=LABEL, layout=WIDE)
+        self.stop_button = Button(
+            description="stop and keep", icon="stop", layout=Layout(width="150px")
+        )
+        self.refresh_button = Button(
+            description="refresh", icon="refresh", layout=Layout(width="100px")
+        )
+        self.step = SelectionSlider(
+            options=[NONE], description="clips of step", style=LABEL, layout=WIDE
+        )
         self.player = Player(self.model.defaults["num_frames"] if self.model else 1)
         self.caption = HTML()
         self.on(self.stop, self.stop_button)
@@ -100,7 +114,9 @@ class TrainingMonitor(Panel):
             [self.step, self.player.box, self.caption],
             layout=Layout(flex="1 1 300px", max_width="480px", min_width="0"),
         )
-        curves = VBox([self.curves], layout=Layout(flex="2 1 300px", max_width="560px", min_width="0"))
+        curves = VBox(
+            [self.curves], layout=Layout(flex="2 1 300px", max_width="560px", min_width="0")
+        )
         self.assemble(
             self.state,
             HBox([self.stop_button, self.refresh_button, self.why], layout=ROW),
@@ -115,7 +131,11 @@ class TrainingMonitor(Panel):
         """What `align` needs to be told: align(…, output_dir=monitor.folder, **monitor.hooks)."""
         if self.model is None:
             return {"callback": self.follow_step}
-        return {"callback": self.follow_step, "validate": self.validate, "validation_steps": self.every}
+        return {
+            "callback": self.follow_step,
+            "validate": self.validate,
+            "validation_steps": self.every,
+        }
 
     def follow_step(self, row: dict) -> None:
         """align's callback: keep the clips of this step, and redraw, at most `PER_SECOND` times a second. What goes wrong
@@ -140,7 +160,10 @@ class TrainingMonitor(Panel):
         texts = [prompt for prompt in self.prompts for _ in range(SEEDS)]
         with torch.random.fork_rng():  # a reward that draws must not change what training draws
             frames = sample(
-                self.model, texts, seeds=[self.seed + i for i in range(len(texts))], sampling=self.sampling
+                self.model,
+                texts,
+                seeds=[self.seed + i for i in range(len(texts))],
+                sampling=self.sampling,
             ).float()
             scores = {}
             for reward in self.held_out:
@@ -193,7 +216,9 @@ class TrainingMonitor(Panel):
             return "waiting"
         if self.rows[-1]["step"] >= self._asked_steps():
             return "finished"
-        if (self.folder / "adapter.safetensors").exists() and self._newer("adapter.safetensors", "metrics.jsonl"):
+        if (self.folder / "adapter.safetensors").exists() and self._newer(
+            "adapter.safetensors", "metrics.jsonl"
+        ):
             return "stopped"
         if self._silent() > SILENT:
             return "silent"
@@ -210,7 +235,9 @@ class TrainingMonitor(Panel):
     def refresh(self) -> None:
         """Read the folder again, and show it."""
         self.rows = self._read()
-        self.shown = self.status  # once, for all that is told: another process may change it meanwhile
+        self.shown = (
+            self.status
+        )  # once, for all that is told: another process may change it meanwhile
         steps, asked = (self.rows[-1]["step"] if self.rows else 0), self._asked_steps()
         self.busy(steps / asked if asked and self.shown in ("running", "stopping") else None)
         self.state.value = f"<div>{self._state(self.folder)}</div>"
@@ -235,7 +262,9 @@ class TrainingMonitor(Panel):
         if best:
             text += f" · best held-out at step {best}"
         if status == "silent":
-            text += f"<br>no step for {self._silent():.0f} seconds: it was killed, or a step takes long"
+            text += (
+                f"<br>no step for {self._silent():.0f} seconds: it was killed, or a step takes long"
+            )
         kept = self._kept()
         if status in ("stopped", "finished", "silent") and kept:
             text += f"<br>kept: {escape(str(Path(place) / kept))}"
@@ -247,11 +276,16 @@ class TrainingMonitor(Panel):
         """What there is to load, inside the folder."""
         if self.shown != "silent" and (self.folder / "adapter.safetensors").exists():
             return "adapter.safetensors"
-        return max((f"checkpoints/{path.name}" for path in checkpoints.steps_of(self.folder).values()), default="")
+        return max(
+            (f"checkpoints/{path.name}" for path in checkpoints.steps_of(self.folder).values()),
+            default="",
+        )
 
     def _charts(self) -> dict[str, str]:
         """The curves by what they tell."""
-        measured = dict.fromkeys(key for row in self.rows for key in row if key.startswith("validation/"))
+        measured = dict.fromkeys(
+            key for row in self.rows for key in row if key.startswith("validation/")
+        )
         titles = {"reward": "reward, trained on"}
         for key in measured:
             name = key.removeprefix("validation/")
@@ -259,7 +293,9 @@ class TrainingMonitor(Panel):
         titles["grad_norm"] = "gradient norm"
         across = (0, self.rows[-1]["step"]) if self.rows else (0, 1)
         return {
-            title: chart(title, [(row["step"], row[key]) for row in self.rows if key in row], across)
+            title: chart(
+                title, [(row["step"], row[key]) for row in self.rows if key in row], across
+            )
             for key, title in titles.items()
         }
 
@@ -269,12 +305,18 @@ class TrainingMonitor(Panel):
         path = self.folder / WATCHED / f"step-{int(self.step.value):06d}.webp"
         prompts = json.loads((self.folder / WATCHED / "prompts.json").read_text(encoding="utf-8"))
         video, alt = opened(path), f"clips of step {self.step.value}: {', '.join(prompts)}"
-        self.player.show(moving(video, alt), [still(video, i, alt) for i in range(len(video.frames))])
+        self.player.show(
+            moving(video, alt), [still(video, i, alt) for i in range(len(video.frames))]
+        )
         listed = " · ".join(escape(prompt) for prompt in prompts)
-        self.caption.value = f"<div class=vader-note>from left to right, {SEEDS} seeds each: {listed}</div>"
+        self.caption.value = (
+            f"<div class=vader-note>from left to right, {SEEDS} seeds each: {listed}</div>"
+        )
 
     def _explain(self) -> None:
-        here = bool(self.rows) and self.rows[-1]["step"] == self.told  # else another process went on
+        here = (
+            bool(self.rows) and self.rows[-1]["step"] == self.told
+        )  # else another process went on
         reason = {
             "waiting": "There is nothing to stop yet.",
             "finished": "The run is over.",
@@ -319,7 +361,11 @@ class TrainingMonitor(Panel):
         self.box.close()
 
     def to_html(self) -> str:
-        curves = [diagram.image(drawing, title) for title, drawing in self._charts().items()] if self.rows else []
+        curves = (
+            [diagram.image(drawing, title) for title, drawing in self._charts().items()]
+            if self.rows
+            else []
+        )
         clips = self.player.pages.children[0].value if self.step.value != NONE else ""
         return (
             f"<div>{self._state(self.folder.name)}</div>{arranged(curves)}"
@@ -336,6 +382,9 @@ def arranged(drawings: Iterable[str]) -> str:
 def opened(path: Path) -> Video:
     """A clip from a file that `Video.save` wrote as webp."""
     with Image.open(path) as image:
-        frames = [torch.from_numpy(np.array(frame.convert("RGB"))) for frame in ImageSequence.Iterator(image)]
+        frames = [
+            torch.from_numpy(np.array(frame.convert("RGB")))
+            for frame in ImageSequence.Iterator(image)
+        ]
         rate = round(1000 / (image.info.get("duration") or 1000))  # a clip of one frame has none
         return Video(torch.stack(frames).permute(0, 3, 1, 2) / 255, fps=rate)

@@ -10,7 +10,7 @@ from ipywidgets import HTML, Layout, VBox
 
 from .jobs import Jobs
 
-# Colours are the page's own, thinned, so that they go with a light theme and a dark one.
+# Colors are the page's own, thinned, so that they go with a light theme and a dark one.
 STYLE = """<style>
 .vader { max-width: 1000px; box-sizing: border-box; padding: 4px }
 .vader .widget-html-content, .vader .widget-html, .vader .jupyter-widgets { max-width: 100% }
@@ -61,17 +61,19 @@ class Panel:
     def __init__(self):
         self.error: Exception | None = None
         self.remark = HTML()
-        self.progress = ipywidgets.FloatProgress(min=0, max=1, description="working", style=LABEL, layout=WIDE)
+        self.progress = ipywidgets.FloatProgress(
+            min=0, max=1, description="working", style=LABEL, layout=WIDE
+        )
         self.progress.layout.visibility = "hidden"
         self.jobs = Jobs(self.busy, self.waiting, self.failed)
         self.box = None
 
     def assemble(self, *children) -> None:
         """Put the panel together, once its parts are made."""
-        head = (
-            f"{STYLE}<div class=vader-title>{escape(self.title)}</div><div class=vader-note>{escape(self.hint)}</div>"
+        head = f"{STYLE}<div class=vader-title>{escape(self.title)}</div><div class=vader-note>{escape(self.hint)}</div>"
+        self.box = VBox(
+            [HTML(head), *children, self.progress, self.remark], layout=Layout(width="100%")
         )
-        self.box = VBox([HTML(head), *children, self.progress, self.remark], layout=Layout(width="100%"))
         self.box.add_class("vader")
 
     # ------------------------------------------------------------------------------------ what the user is told
@@ -81,7 +83,11 @@ class Panel:
 
     def failed(self, error: Exception) -> None:
         self.error = error
-        what = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        what = (
+            str(error)
+            if isinstance(error, (ValueError, OSError))
+            else f"{type(error).__name__}: {error}"
+        )
         self.remark.value = f"<div class=vader-error role=alert>{escape(what)}</div>"
 
     def busy(self, fraction: float | None) -> None:
@@ -138,7 +144,9 @@ class Panel:
             picture = self.remark.value
         if "google.colab" not in sys.modules:  # which might take the picture for the better choice
             bundle["text/html"] = picture
-        return bundle | {VIEW: {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}}
+        return bundle | {
+            VIEW: {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
+        }
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.hint}"
@@ -149,6 +157,8 @@ def disable(why: str, *controls, remark: HTML | None = None) -> None:
     reason: they can."""
     for control in controls:
         control.disabled = bool(why)
-        setattr(control, "tooltip" if control.has_trait("tooltip") else "description_tooltip", why)  # ipywidgets 8, 7
+        setattr(
+            control, "tooltip" if control.has_trait("tooltip") else "description_tooltip", why
+        )  # ipywidgets 8, 7
     if remark is not None:
         remark.value = f"<span class=vader-note>{escape(why)}</span>"

@@ -20,9 +20,22 @@ from .panel import LABEL, ROW, SIDE, WIDE, Panel, disable, escape
 OWN = "the model’s own"  # as a value 0: None would be to a Dropdown that nothing is chosen
 SIZES = (64, 128, 192, 256, 320, 384, 448, 512, 576, 768, 1024)
 LENGTHS = (1, 4, 8, 12, 16, 24, 32, 48, 64)
-FRAMES = {"1 random": Frames(), "ends": Frames("ends"), "every 2nd": Frames("nth", 2), "all": Frames("all")}
-COMMAND = {Frames(): "random:1", Frames("ends"): "ends", Frames("nth", 2): "nth:2", Frames("all"): "all"}
-CODE = {frames: f"Frames({frames.how!r}{f', {frames.k}' if frames.how == 'nth' else ''})" for frames in COMMAND}
+FRAMES = {
+    "1 random": Frames(),
+    "ends": Frames("ends"),
+    "every 2nd": Frames("nth", 2),
+    "all": Frames("all"),
+}
+COMMAND = {
+    Frames(): "random:1",
+    Frames("ends"): "ends",
+    Frames("nth", 2): "nth:2",
+    Frames("all"): "all",
+}
+CODE = {
+    frames: f"Frames({frames.how!r}{f', {frames.k}' if frames.how == 'nth' else ''})"
+    for frames in COMMAND
+}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KEPT = 100  # simulations whose figures are kept
 WAITS = "“Simulate” waits for a reward that can be read."
@@ -51,7 +64,9 @@ class MemoryPlanner(Panel):
         if gpu not in GPUS:
             raise ValueError(f"unknown GPU {gpu!r}; choose one of {', '.join(GPUS)}")
         self.stages: dict[Setting, dict[str, int]] = {}  # bytes by stage of what was simulated
-        self.remedies: dict[tuple[Setting, str], dict | None] = {}  # what to change, where it was looked for
+        self.remedies: dict[
+            tuple[Setting, str], dict | None
+        ] = {}  # what to change, where it was looked for
         self._filling = False
         self._controls(str(model), reward, gpu)
         self.drawing, self.verdict, self.code = HTML(), HTML(), HTML()
@@ -60,7 +75,8 @@ class MemoryPlanner(Panel):
         controls = VBox([first, second, self.gpu, *rest, self.why], layout=half)
         buttons = HBox([self.button, self.change], layout=ROW)
         answer = VBox(
-            [buttons, self.drawing, self.verdict], layout=Layout(flex="2 1 330px", max_width="560px", min_width="0")
+            [buttons, self.drawing, self.verdict],
+            layout=Layout(flex="2 1 330px", max_width="560px", min_width="0"),
         )
         self.assemble(HBox([controls, answer], layout=SIDE), self.code)
         self._moved()
@@ -79,9 +95,15 @@ class MemoryPlanner(Panel):
         self.K = IntSlider(1, min=1, max=50, description="K, steps", **look)
         self.frames = Dropdown(options=list(FRAMES), description="frames", **look)
         self.dtype = Dropdown(options=list(DTYPES), description="dtype", **look)
-        self.checkpoint_blocks = Checkbox(True, description="checkpoint_blocks: compute blocks again", indent=False)
-        self.sequential_guidance = Checkbox(False, description="sequential_guidance: its halves in turn", indent=False)
-        self.model_cpu_offload = Checkbox(False, description="model_cpu_offload: idle networks wait", indent=False)
+        self.checkpoint_blocks = Checkbox(
+            True, description="checkpoint_blocks: compute blocks again", indent=False
+        )
+        self.sequential_guidance = Checkbox(
+            False, description="sequential_guidance: its halves in turn", indent=False
+        )
+        self.model_cpu_offload = Checkbox(
+            False, description="model_cpu_offload: idle networks wait", indent=False
+        )
         for switch in (self.checkpoint_blocks, self.sequential_guidance, self.model_cpu_offload):
             switch.layout.width = "auto"
         names = "model reward height width num_frames batch_size K frames dtype"
@@ -89,7 +111,12 @@ class MemoryPlanner(Panel):
         self.settings = {name: getattr(self, name) for name in names.split()}
         gpus = [(f"{name}, {size:g} GiB", name) for name, size in GPUS.items()]
         self.gpu = Dropdown(options=gpus, value=gpu, description="GPU", **look)
-        self.button = Button(description="simulate", icon="play", button_style="primary", layout=Layout(width="110px"))
+        self.button = Button(
+            description="simulate",
+            icon="play",
+            button_style="primary",
+            layout=Layout(width="110px"),
+        )
         self.change = Button(description="make it fit", icon="wrench", layout=Layout(width="120px"))
         self.why = HTML()
         self.on(self._moved, *self.settings.values(), self.gpu)
@@ -112,9 +139,13 @@ class MemoryPlanner(Panel):
         known = self.settings | {"gpu": self.gpu}
         self._filling = True
         try:
-            for name in sorted(changes, key=lambda name: name != "model"):  # which decides how many steps there are
+            for name in sorted(
+                changes, key=lambda name: name != "model"
+            ):  # which decides how many steps there are
                 if name not in known:
-                    raise ValueError(f"unknown setting {name!r}; the planner has {', '.join(known)}")
+                    raise ValueError(
+                        f"unknown setting {name!r}; the planner has {', '.join(known)}"
+                    )
                 known[name].value = possible(name, known[name], changes[name])
                 self._limit()
         finally:
@@ -170,7 +201,10 @@ class MemoryPlanner(Panel):
         for old in list(self.stages)[:-KEPT]:
             del self.stages[old]
         self._show()
-        if not fits(max(self.stages[setting].values()), gpu) and (setting, gpu) not in self.remedies:
+        if (
+            not fits(max(self.stages[setting].values()), gpu)
+            and (setting, gpu) not in self.remedies
+        ):
             self.remedies[setting, gpu] = yield from self._search(setting, gpu, whole)
             for old in list(self.remedies)[:-KEPT]:
                 del self.remedies[old]
@@ -186,7 +220,9 @@ class MemoryPlanner(Panel):
             except StopIteration as found:
                 return found.value
             tried += 1
-            self.say(f"Too small for a {gpu}. Looking for what to change, simulation {tried}. {whole}")
+            self.say(
+                f"Too small for a {gpu}. Looking for what to change, simulation {tried}. {whole}"
+            )
             yield min(0.95, 0.3 + 0.1 * tried)
 
     def make_it_fit(self) -> None:
@@ -195,7 +231,12 @@ class MemoryPlanner(Panel):
         if not change:
             raise ValueError("nothing was found that would make it fit: press “simulate” first")
         spelling = {frames: name for name, frames in FRAMES.items()}
-        self.set(**{name: spelling[value] if name == "frames" else value for name, value in change.items()})
+        self.set(
+            **{
+                name: spelling[value] if name == "frames" else value
+                for name, value in change.items()
+            }
+        )
         self.jobs.submit(self._job, settle=0)
 
     # --------------------------------------------------------------------------------------------- showing
@@ -223,7 +264,9 @@ class MemoryPlanner(Panel):
         if gpu not in memory.remedies:
             return f"<b>Too small:</b> {escape(need)}. What to change is not known yet: press “simulate”."
         change = memory.remedies[gpu]
-        way = f"It fits {spelled(change)}." if change else f"N{spelled(change)[1:]}."  # "no setting of ours …"
+        way = (
+            f"It fits {spelled(change)}." if change else f"N{spelled(change)[1:]}."
+        )  # "no setting of ours …"
         return f"<b>Too small:</b> {escape(need)}. {escape(way)}"
 
     @property
@@ -255,11 +298,18 @@ class MemoryPlanner(Panel):
             value = getattr(setting, name)
             if value != getattr(usual, name):
                 asked |= {"K": value.K} if name == "strategy" else {name: value}
-        asked["frames"] = COMMAND[setting.frames]  # always said: the command's default depends on the reward
-        return " ".join(["vader-nb memory", *(shlex.quote(f"{name}={value}") for name, value in asked.items())])
+        asked["frames"] = COMMAND[
+            setting.frames
+        ]  # always said: the command's default depends on the reward
+        return " ".join(
+            ["vader-nb memory", *(shlex.quote(f"{name}={value}") for name, value in asked.items())]
+        )
 
     def _code(self) -> str:
-        shell = self.shell or f"# the command always takes float16; {self.dtype.value} needs the call from Python"
+        shell = (
+            self.shell
+            or f"# the command always takes float16; {self.dtype.value} needs the call from Python"
+        )
         return (
             "<div class=vader-note>The same question from Python, and from a shell:</div>"
             f"<div class=vader-code>{escape(self.python)}</div><div class=vader-code>{escape(shell)}</div>"
@@ -314,11 +364,18 @@ def bars(stages: dict[str, int] | None, gpu: str) -> tuple[str, str]:
         f'<path d="M{limit:g} {TOP - 4}V{bottom + 2}" stroke="{GRADIENT}" stroke-width="2" fill="none"/>',
         words(limit, TOP - 10, f"{gpu}: {size:g} GiB", 12, "end", True),
         words(WIDTH - 2, TOP - 10, "GiB", 11, "end"),
-        words(LEFT, bottom + 16, f"dashed: {MARGIN:g} GiB to spare for what is not a tensor" if stages else "", 11),
+        words(
+            LEFT,
+            bottom + 16,
+            f"dashed: {MARGIN:g} GiB to spare for what is not a tensor" if stages else "",
+            11,
+        ),
     ]
     if not stages:
         parts.append(words(LEFT + 6, (TOP + bottom) / 2 + 4, "not simulated yet", 12))
-        return svg(bottom + 22, parts, f"Not simulated yet; a {gpu} has {size:g} GiB."), f"A {gpu} has {size:g} GiB."
+        return svg(
+            bottom + 22, parts, f"Not simulated yet; a {gpu} has {size:g} GiB."
+        ), f"A {gpu} has {size:g} GiB."
     told = ", ".join(f"{stage} {amount / GIB:.2f}" for stage, amount in stages.items())
     alt = f"Peak memory by stage in GiB: {told}; a {gpu} has {size:g}."
     return svg(bottom + 22, parts, alt), alt

@@ -38,7 +38,9 @@ class Player:
     """`box` shows one of several pages: the first plays, page i shows frame i. `scrubber.index` is the page."""
 
     def __init__(self, num_frames: int):
-        self.scrubber = SelectionSlider(options=self.stops(num_frames), description="frame", style=LABEL, layout=WIDE)
+        self.scrubber = SelectionSlider(
+            options=self.stops(num_frames), description="frame", style=LABEL, layout=WIDE
+        )
         self.pages = Tab(layout={"width": "100%"})
         self.pages.add_class("vader-frames")
         self.pages.children = [HTML(EMPTY) for _ in range(num_frames + 1)]
@@ -66,7 +68,9 @@ class Player:
         pages = list(self.pages.children)
         spare = pages[num_frames + 1 :]
         self.scrubber.index = 0
-        self.pages.children = (pages + [HTML(EMPTY) for _ in range(num_frames + 1 - len(pages))])[: num_frames + 1]
+        self.pages.children = (pages + [HTML(EMPTY) for _ in range(num_frames + 1 - len(pages))])[
+            : num_frames + 1
+        ]
         self.scrubber.options = self.stops(num_frames)
         for page in spare:
             for part in (page.style, page.layout, page):

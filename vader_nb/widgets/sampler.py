@@ -64,7 +64,9 @@ class Request:
         return {name: weight for name, weight in chosen.items() if weight}
 
     def __str__(self) -> str:
-        mix = " + ".join(f"{weight:g} × {name}" for name, weight in self.weights().items()) or "base"
+        mix = (
+            " + ".join(f"{weight:g} × {name}" for name, weight in self.weights().items()) or "base"
+        )
         part = (
             f", acting {self.start:.0%} to {self.end:.0%}"
             if self.weights() and (self.start, self.end) != (0, 1)
@@ -116,7 +118,10 @@ class Sampler(Panel):
             ],
             layout=Layout(flex="2 1 330px", max_width="600px", min_width="0"),
         )
-        clip = VBox([self.player.box, self.caption], layout=Layout(flex="1 1 260px", max_width="340px", min_width="0"))
+        clip = VBox(
+            [self.player.box, self.caption],
+            layout=Layout(flex="1 1 260px", max_width="340px", min_width="0"),
+        )
         self.assemble(
             HBox([controls, clip], layout=SIDE),
             HBox([self.format, self.save_button, self.saved], layout=ROW),
@@ -128,12 +133,19 @@ class Sampler(Panel):
     def _controls(self, prompt: str) -> None:
         defaults = self.model.defaults
         names = [NONE, *self.adapters]
-        self.prompt = Text(prompt, description="prompt", continuous_update=False, style=LABEL, layout=WIDE)
+        self.prompt = Text(
+            prompt, description="prompt", continuous_update=False, style=LABEL, layout=WIDE
+        )
         self.seed = IntText(0, description="seed", style=LABEL, layout=Layout(width="220px"))
         self.dice = Button(
-            description="new seed", icon="random", tooltip="draw another seed", layout=Layout(width="110px")
+            description="new seed",
+            icon="random",
+            tooltip="draw another seed",
+            layout=Layout(width="110px"),
         )
-        self.lock = Checkbox(True, description="keep the seed when the prompt changes", indent=False)
+        self.lock = Checkbox(
+            True, description="keep the seed when the prompt changes", indent=False
+        )
         self.lock.layout.width = "auto"
         slider = {"continuous_update": False, "style": LABEL, "layout": WIDE}
         most = max(50, defaults["num_inference_steps"])
@@ -144,11 +156,19 @@ class Sampler(Panel):
             defaults["guidance_scale"], min=1, max=15, step=0.5, description="guidance", **slider
         )
         self.adapter = Dropdown(
-            options=names, value=names[min(1, len(names) - 1)], description="adapter", style=LABEL, layout=WIDE
+            options=names,
+            value=names[min(1, len(names) - 1)],
+            description="adapter",
+            style=LABEL,
+            layout=WIDE,
         )
-        self.second = Dropdown(options=names, value=NONE, description="mixed with", style=LABEL, layout=WIDE)
+        self.second = Dropdown(
+            options=names, value=NONE, description="mixed with", style=LABEL, layout=WIDE
+        )
         self.scale = FloatSlider(1.0, min=0, max=1.5, step=0.05, description="scale", **slider)
-        self.second_scale = FloatSlider(0.5, min=0, max=1.5, step=0.05, description="its scale", **slider)
+        self.second_scale = FloatSlider(
+            0.5, min=0, max=1.5, step=0.05, description="its scale", **slider
+        )
         self.part = FloatRangeSlider(
             value=(0.0, 1.0),
             min=0,
@@ -159,7 +179,9 @@ class Sampler(Panel):
             **slider,
         )
         self.why = HTML()
-        self.format = Dropdown(options=[".mp4", ".gif", ".webp"], description="save as", style=LABEL)
+        self.format = Dropdown(
+            options=[".mp4", ".gif", ".webp"], description="save as", style=LABEL
+        )
         self.format.layout = Layout(width="210px")
         self.save_button = Button(description="save", icon="download", layout=Layout(width="90px"))
         self.on(self._moved, self.seed, self.num_inference_steps, self.guidance_scale)
@@ -194,16 +216,22 @@ class Sampler(Panel):
                 raise ValueError(f"unknown setting {name!r}; a clip has {', '.join(known)}")
         ends = [changes.pop(name, now) for name, now in zip(("start", "end"), self.part.value)]
         if not 0 <= ends[0] < ends[1] <= 1:
-            raise ValueError(f"an adapter acts from a start to a later end within 0..1, got {ends[0]:g} to {ends[1]:g}")
+            raise ValueError(
+                f"an adapter acts from a start to a later end within 0..1, got {ends[0]:g} to {ends[1]:g}"
+            )
         self._filling = True
         try:
             self.part.value = ends
             for name, value in changes.items():
                 control = getattr(self, name)
                 if name in ("adapter", "second") and value not in control.options:
-                    raise ValueError(f"unknown adapter {value!r}; there are {', '.join(control.options)}")
+                    raise ValueError(
+                        f"unknown adapter {value!r}; there are {', '.join(control.options)}"
+                    )
                 if not getattr(control, "min", value) <= value <= getattr(control, "max", value):
-                    raise ValueError(f"{name} must lie in {control.min:g}..{control.max:g}, got {value}")
+                    raise ValueError(
+                        f"{name} must lie in {control.min:g}..{control.max:g}, got {value}"
+                    )
                 control.value = value
         finally:
             self._filling = False
@@ -235,17 +263,29 @@ class Sampler(Panel):
                 reasons.append(why)
 
         if not self.adapters:
-            rule("No adapters were given: Sampler(model, adapters={'name': 'runs/…'}).", self.adapter, self.second)
+            rule(
+                "No adapters were given: Sampler(model, adapters={'name': 'runs/…'}).",
+                self.adapter,
+                self.second,
+            )
         rule(
-            "" if first else "Without an adapter there is nothing to scale or to mix." if self.adapters else "",
+            ""
+            if first
+            else "Without an adapter there is nothing to scale or to mix."
+            if self.adapters
+            else "",
             self.scale,
         )
         disable("" if first else "choose an adapter first", self.second, self.scale)
         same = second and self.second.value == self.adapter.value
         rule("Mixing needs two different adapters." if first and same else "", self.second_scale)
-        disable("" if first and second and not same else "choose a second adapter", self.second_scale)
+        disable(
+            "" if first and second and not same else "choose a second adapter", self.second_scale
+        )
         disable("" if first else "without an adapter nothing acts", self.part)
-        self.why.value = f"<div class=vader-note>{escape(' '.join(reasons))}</div>" if reasons else ""
+        self.why.value = (
+            f"<div class=vader-note>{escape(' '.join(reasons))}</div>" if reasons else ""
+        )
 
     # ------------------------------------------------------------------------------------------------ the clip
 
@@ -272,16 +312,18 @@ class Sampler(Panel):
         frames = yield from clips.denoising(
             self.model, [request.prompt], [request.seed], sampling, self._blend[1], *part
         )
-        self.history.appendleft((request, Video(frames[0], self.model.defaults["fps"], request.prompt)))
+        self.history.appendleft(
+            (request, Video(frames[0], self.model.defaults["fps"], request.prompt))
+        )
         self._show()
 
     def _show(self) -> None:
         (request, video), *_ = self.history
         alt = f"clip of: {request.prompt}"
-        self.player.show(moving(video, alt), [still(video, i, alt) for i in range(len(video.frames))])
-        self.caption.value = (
-            f"<div><b>{escape(request.prompt)}</b><br><span class=vader-note>{escape(str(request))}</span></div>"
+        self.player.show(
+            moving(video, alt), [still(video, i, alt) for i in range(len(video.frames))]
         )
+        self.caption.value = f"<div><b>{escape(request.prompt)}</b><br><span class=vader-note>{escape(str(request))}</span></div>"
         self.listing.value = (
             "<details><summary>as code</summary><div class=vader-note>one click selects all of it</div>"
             f"<div class=vader-code>{escape(self.code)}</div></details>"
@@ -294,19 +336,22 @@ class Sampler(Panel):
     def code(self) -> str:
         """Python that makes the clip that is shown, without this panel."""
         request = self.history[0][0] if self.history else self.request
-        sampling = (
-            f"Sampling(num_inference_steps={request.num_inference_steps}, guidance_scale={request.guidance_scale:g})"
-        )
+        sampling = f"Sampling(num_inference_steps={request.num_inference_steps}, guidance_scale={request.guidance_scale:g})"
         lines = ["import vader_nb", "from vader_nb import Sampling, Video, lora, zoo", ""]
         lines += [f"model = vader_nb.load({self.model.name!r})", f"sampling = {sampling}"]
         call = f"vader_nb.sample(model, {request.prompt!r}, seeds={request.seed}, sampling=sampling"
         weights = request.weights()
         if weights:
-            parts = ", ".join(f"{self._spelled(name)}: {weight:g}" for name, weight in weights.items())
+            parts = ", ".join(
+                f"{self._spelled(name)}: {weight:g}" for name, weight in weights.items()
+            )
             lines.append(f"adapter = lora.blend(model, {{{parts}}})")
         if weights and (request.start, request.end) != (0, 1):
             part = f"{request.start:g}, {request.end:g}, num_inference_steps={request.num_inference_steps}"
-            lines += [f"with lora.acting(adapter, {part}) as callback:", f"    frames = {call}, callback=callback)"]
+            lines += [
+                f"with lora.acting(adapter, {part}) as callback:",
+                f"    frames = {call}, callback=callback)",
+            ]
         else:
             lines.append(f"frames = {call}{', adapter=adapter' if weights else ''})")
         return "\n".join([*lines, f"Video(frames[0], fps={self.model.defaults['fps']})"])
@@ -342,7 +387,9 @@ class Sampler(Panel):
         while any(self.folder.glob(f"clip-{number:03d}.*")):
             number += 1
         path = video.save(self.folder / f"clip-{number:03d}{suffix}", width=256)
-        path.with_suffix(".txt").write_text(f"{request.prompt}\n{request}\n\n{self.code}\n", encoding="utf-8")
+        path.with_suffix(".txt").write_text(
+            f"{request.prompt}\n{request}\n\n{self.code}\n", encoding="utf-8"
+        )
         kind = {".mp4": "video/mp4", ".gif": "image/gif", ".webp": "image/webp"}[suffix]
         data = base64.b64encode(path.read_bytes()).decode()
         link = f'<a download="{path.name}" href="data:{kind};base64,{data}">download</a>'
@@ -364,11 +411,18 @@ class Slot:
     """A place in the history strip: made once and filled again and again, so that nothing piles up."""
 
     def __init__(self):
-        self.picture, self.button = HTML(), Button(description="back to this", layout=Layout(width="120px"))
-        self.box = VBox([self.picture, self.button], layout=Layout(width="130px", display="none", margin="4px"))
+        self.picture, self.button = (
+            HTML(),
+            Button(description="back to this", layout=Layout(width="120px")),
+        )
+        self.box = VBox(
+            [self.picture, self.button], layout=Layout(width="130px", display="none", margin="4px")
+        )
 
     def fill(self, request: Request, video: Video) -> None:
         text = f"{request.prompt} · {request}"
-        self.picture.value = f"<figure>{moving(video, text)}<figcaption>{escape(str(request))}</figcaption></figure>"
+        self.picture.value = (
+            f"<figure>{moving(video, text)}<figcaption>{escape(str(request))}</figcaption></figure>"
+        )
         self.button.tooltip = f"show this clip again: {text}"
         self.box.layout.display = "flex"

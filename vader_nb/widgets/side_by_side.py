@@ -9,12 +9,23 @@ from ..video import Video, grid
 from .contest import Clip, Contest
 from .panel import escape
 
-# Told apart by colour and by dashes; the base is grey. Readable on white and on black.
-LINES = (("#7d8590", "2 3"), ("#3b82c4", ""), ("#d97706", "7 3"), ("#2f9e6e", "7 2 2 2"), ("#a855c7", "4 2"))
+# Told apart by color and by dashes; the base is gray. Readable on white and on black.
+LINES = (
+    ("#7d8590", "2 3"),
+    ("#3b82c4", ""),
+    ("#d97706", "7 3"),
+    ("#2f9e6e", "7 2 2 2"),
+    ("#a855c7", "4 2"),
+)
 INK = "#7d8590"  # of axes and their texts
-GAP, GROUND = 4, 0.25  # pixels between clips, and their grey: seen beside white clips, grey ones and black ones
+GAP, GROUND = (
+    4,
+    0.25,
+)  # pixels between clips, and their gray: seen beside white clips, gray ones and black ones
 NARROW = 64  # pixels a column needs on a phone; more columns than fit are reached by scrolling
-HEAT = torch.tensor([[0.85, 0.0, 0.1], [1.0, 0.55, 0.0], [1.0, 1.0, 0.4]])  # weak, middling and strong: red to yellow
+HEAT = torch.tensor(
+    [[0.85, 0.0, 0.1], [1.0, 0.55, 0.0], [1.0, 1.0, 0.4]]
+)  # weak, middling and strong: red to yellow
 
 
 def composed(clips: Sequence[torch.Tensor | None], fps: int, text: str) -> Video:
@@ -25,14 +36,14 @@ def composed(clips: Sequence[torch.Tensor | None], fps: int, text: str) -> Video
 
 
 def heated(clip: Clip, reward: str) -> torch.Tensor:
-    """The frames in grey, dimmed, and on them the heat map in colour, the stronger the less transparent. Square roots of
+    """The frames in gray, dimmed, and on them the heat map in color, the stronger the less transparent. Square roots of
     it: most gradients are far below the largest, and one would see a point."""
-    grey = 0.1 + 0.5 * clip.pixels().mean(1, keepdim=True)
+    gray = 0.1 + 0.5 * clip.pixels().mean(1, keepdim=True)
     strength = clip.heat[reward].float().sqrt()[:, None]
     place = (strength * (len(HEAT) - 1)).clamp(max=len(HEAT) - 1 - 1e-4)
     below, ramp = place.long()[:, 0], HEAT.T
-    colour = torch.lerp(ramp[:, below], ramp[:, below + 1], place.frac()[:, 0]).movedim(0, 1)
-    return torch.lerp(grey.expand_as(colour), colour, (1.6 * strength).clamp(max=1))
+    color = torch.lerp(ramp[:, below], ramp[:, below + 1], place.frac()[:, 0]).movedim(0, 1)
+    return torch.lerp(gray.expand_as(color), color, (1.6 * strength).clamp(max=1))
 
 
 def columns(cells: Sequence[str]) -> str:
@@ -45,7 +56,9 @@ def under_names(names: Sequence[str], picture: str, *rows: str) -> str:
     """A picture with its columns' names above and rows of columns below it."""
     heads = columns([f"<b style='font-size:.85em'>{escape(name)}</b>" for name in names])
     width = f"max-width:{256 * len(names)}px;min-width:{NARROW * len(names)}px"
-    return f"<div class=vader-scroll><div style='{width}'>{heads}{picture}{''.join(rows)}</div></div>"
+    return (
+        f"<div class=vader-scroll><div style='{width}'>{heads}{picture}{''.join(rows)}</div></div>"
+    )
 
 
 def halves(left: str, right: str) -> str:
@@ -59,7 +72,7 @@ def number(value: float, sign: str = "") -> str:
 
 
 def signed(difference: float, up: str = "vader-up", down: str = "vader-down") -> str:
-    """A difference with its sign, and a colour for it."""
+    """A difference with its sign, and a color for it."""
     if round(difference, 3) == 0:
         return "±0.000"
     return f"<span class={up if difference > 0 else down}>{number(difference, '+')}</span>"
@@ -72,7 +85,11 @@ def score_rows(contest: Contest, prompt: str) -> list[str]:
         cells = []
         for name in contest.names:
             value = number(contest.mean(prompt, name, reward)) if name in known else "…"
-            change = signed(contest.difference(prompt, name, reward)) if name != BASE and name in known else ""
+            change = (
+                signed(contest.difference(prompt, name, reward))
+                if name != BASE and name in known
+                else ""
+            )
             cells.append(f"<span class=vader-note>{escape(reward)}</span><br>{value} {change}")
         rows.append(columns(cells))
     return rows
@@ -87,7 +104,9 @@ def table(contest: Contest, prompt: str, up: str = "vader-up", down: str = "vade
         for i, name in enumerate(known):
             if name != BASE:
                 cells[i] += f" ({signed(contest.difference(prompt, name, reward), up, down)})"
-        lines.append(f"<tr><th>{escape(reward)}</th>{''.join(cell + '</td>' for cell in cells)}</tr>")
+        lines.append(
+            f"<tr><th>{escape(reward)}</th>{''.join(cell + '</td>' for cell in cells)}</tr>"
+        )
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -104,8 +123,8 @@ def curve(contest: Contest, prompt: str, reward: str, frame: int | None = None) 
 
 
 def entry(index: int, name: str, values: list[float], frame: int | None) -> str:
-    colour, dash = LINES[index % len(LINES)]
-    line = f"<path d='M0 5H22' stroke='{colour}' stroke-width=2 stroke-dasharray='{dash}'/>"
+    color, dash = LINES[index % len(LINES)]
+    line = f"<path d='M0 5H22' stroke='{color}' stroke-width=2 stroke-dasharray='{dash}'/>"
     value = f"mean {number(sum(values) / len(values))}" if frame is None else number(values[frame])
     return (
         f"<span style='display:inline-block;margin-right:12px'><svg width=22 height=10 aria-hidden=true>{line}</svg> "
@@ -134,15 +153,19 @@ def plot(series: list[tuple[str, list[float]]], reward: str, frame: int | None) 
     for i in range(0, count, -(-count // 8)):
         parts.append(f"<text x={x(i):.1f} y=146 text-anchor=middle>{i + 1}</text>")
     if frame is not None:
-        parts.append(f"<path class=vader-marker d='M{x(frame):.1f} 4V132' stroke='{INK}' stroke-width=2 />")
+        parts.append(
+            f"<path class=vader-marker d='M{x(frame):.1f} 4V132' stroke='{INK}' stroke-width=2 />"
+        )
     for i, (_, values) in enumerate(series):
-        colour, dash = LINES[i % len(LINES)]
+        color, dash = LINES[i % len(LINES)]
         points = " ".join(f"{x(j):.1f},{y(value):.1f}" for j, value in enumerate(values))
         parts.append(
-            f"<polyline points='{points}' fill=none stroke='{colour}' stroke-width=2 stroke-dasharray='{dash}'/>"
+            f"<polyline points='{points}' fill=none stroke='{color}' stroke-width=2 stroke-dasharray='{dash}'/>"
         )
         if frame is not None:
-            parts.append(f"<circle cx={x(frame):.1f} cy={y(values[frame]):.1f} r=3.5 fill='{colour}'/>")
+            parts.append(
+                f"<circle cx={x(frame):.1f} cy={y(values[frame]):.1f} r=3.5 fill='{color}'/>"
+            )
     ends = "; ".join(f"{name} from {values[0]:.3g} to {values[-1]:.3g}" for name, values in series)
     return (
         f"<svg viewBox='0 0 360 150' role=img aria-label='{escape(reward)} over {count} frames: {escape(ends)}' "
@@ -152,7 +175,9 @@ def plot(series: list[tuple[str, list[float]]], reward: str, frame: int | None) 
 
 def legend(reward: str) -> str:
     """What the heat map means."""
-    ramp = ",".join(f"rgb({', '.join(str(round(255 * part)) for part in colour)})" for colour in HEAT.tolist())
+    ramp = ",".join(
+        f"rgb({', '.join(str(round(255 * part)) for part in color)})" for color in HEAT.tolist()
+    )
     bar = f"<span style='display:inline-block;width:60px;height:9px;background:linear-gradient(90deg,#333,{ramp})'></span>"
     return (
         f"<div class=vader-note>Heat map: {bar} weak to strong: how much {escape(reward)} changes with the "

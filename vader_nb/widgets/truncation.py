@@ -22,7 +22,12 @@ from . import clips
 from .diagram import WIDTH, arrow, box, image, svg, words
 from .panel import LABEL, ROW, SIDE, WIDE, Panel, disable, escape
 
-FRAMES = {"1 random": Frames("random", 1), "ends": Frames("ends"), "every 2nd": Frames("nth", 2), "all": Frames("all")}
+FRAMES = {
+    "1 random": Frames("random", 1),
+    "ends": Frames("ends"),
+    "every 2nd": Frames("nth", 2),
+    "all": Frames("all"),
+}
 ROWS = 12  # settings that are kept in the table
 STRENGTH = 0.05  # standard deviation of the adapter's B
 EMPTY = "Nothing measured yet: press “measure”."
@@ -82,7 +87,9 @@ class TruncationExplorer(Panel):
         self.reward.check_prompts([self.prompt])
         self.reward.to(model.device)
         self.adapter = random_adapter(model, rank, seed)
-        self.exact: torch.Tensor | None = None  # the exact gradient, (N,) over all of the adapter's numbers
+        self.exact: torch.Tensor | None = (
+            None  # the exact gradient, (N,) over all of the adapter's numbers
+        )
         self.measured: dict[Truncation, Measured] = {}  # the newest last
         self._filling = False
         self._controls()
@@ -99,7 +106,9 @@ class TruncationExplorer(Panel):
             ],
             layout=Layout(flex="1 1 300px", max_width="400px", min_width="0"),
         )
-        drawing = VBox([self.drawing], layout=Layout(flex="2 1 330px", max_width="560px", min_width="0"))
+        drawing = VBox(
+            [self.drawing], layout=Layout(flex="2 1 330px", max_width="560px", min_width="0")
+        )
         self.assemble(HBox([controls, drawing], layout=SIDE), self.table)
         self._moved()
         self._show()
@@ -108,13 +117,23 @@ class TruncationExplorer(Panel):
         steps, whole = self.sampling.num_inference_steps, not self.reward.per_frame
         self.K = IntSlider(1, min=1, max=steps, description="K, steps", style=LABEL, layout=WIDE)
         self.frames = Dropdown(
-            options=list(FRAMES), value="all" if whole else "1 random", description="frames", style=LABEL, layout=WIDE
+            options=list(FRAMES),
+            value="all" if whole else "1 random",
+            description="frames",
+            style=LABEL,
+            layout=WIDE,
         )
-        self.checkpointing = Checkbox(True, description="checkpointing: compute blocks again", indent=False)
-        self.streaming = Checkbox(True, description="streaming: one frame after the other", indent=False)
+        self.checkpointing = Checkbox(
+            True, description="checkpointing: compute blocks again", indent=False
+        )
+        self.streaming = Checkbox(
+            True, description="streaming: one frame after the other", indent=False
+        )
         for switch in (self.checkpointing, self.streaming):
             switch.layout.width = "auto"
-        self.button = Button(description="measure", icon="play", button_style="primary", layout=Layout(width="110px"))
+        self.button = Button(
+            description="measure", icon="play", button_style="primary", layout=Layout(width="110px")
+        )
         self.why = HTML()
         self.on(self._moved, self.K, self.frames, self.checkpointing, self.streaming)
         self.on(lambda: self.jobs.submit(self._job), self.button)
@@ -132,7 +151,9 @@ class TruncationExplorer(Panel):
     @property
     def setting(self) -> Truncation:
         one = len(self.chosen) == 1  # which is streaming, whatever the switch says
-        return Truncation(self.K.value, self.frames.value, self.checkpointing.value, one or self.streaming.value)
+        return Truncation(
+            self.K.value, self.frames.value, self.checkpointing.value, one or self.streaming.value
+        )
 
     @property
     def chosen(self) -> list[int]:
@@ -149,13 +170,19 @@ class TruncationExplorer(Panel):
         try:
             for name, value in changes.items():
                 if name not in known:
-                    raise ValueError(f"unknown setting {name!r}; a truncation has {', '.join(known)}")
+                    raise ValueError(
+                        f"unknown setting {name!r}; a truncation has {', '.join(known)}"
+                    )
                 if name == "K" and not 1 <= value <= self.K.max:
-                    raise ValueError(f"K must lie in 1..{self.K.max}, the steps of the chain; got {value}")
+                    raise ValueError(
+                        f"K must lie in 1..{self.K.max}, the steps of the chain; got {value}"
+                    )
                 if name == "frames" and value not in FRAMES:
                     raise ValueError(f"unknown frames {value!r}; choose one of {', '.join(FRAMES)}")
                 if name == "frames" and not self.reward.per_frame and value != "all":
-                    raise ValueError(f"the reward {self.reward.name} judges the whole clip: frames must be 'all'")
+                    raise ValueError(
+                        f"the reward {self.reward.name} judges the whole clip: frames must be 'all'"
+                    )
                 known[name].value = value
         finally:
             self._filling = False
@@ -164,11 +191,17 @@ class TruncationExplorer(Panel):
     def _moved(self) -> None:
         if self._filling:
             return
-        whole = "" if self.reward.per_frame else f"“{self.reward.name}” judges the whole clip: it needs all frames."
+        whole = (
+            ""
+            if self.reward.per_frame
+            else f"“{self.reward.name}” judges the whole clip: it needs all frames."
+        )
         one = "With one frame there is nothing to stream." if len(self.chosen) == 1 else ""
         disable(whole, self.frames)
         disable(one, self.streaming)
-        self.why.value = f"<div class=vader-note>{escape(whole or one)}</div>" if whole or one else ""
+        self.why.value = (
+            f"<div class=vader-note>{escape(whole or one)}</div>" if whole or one else ""
+        )
         drawing, alt = self.chain
         self.drawing.value = f"{drawing}<div class=vader-note>{escape(alt)}</div>"
 
@@ -176,7 +209,13 @@ class TruncationExplorer(Panel):
     def chain(self) -> tuple[str, str]:
         """The drawing of the current setting, and what it shows in words."""
         names = self.reward.name, f"adapter, rank {self.adapter.rank}"
-        return chain(self.setting, self.sampling.num_inference_steps, self.sampling.num_frames, self.chosen, *names)
+        return chain(
+            self.setting,
+            self.sampling.num_inference_steps,
+            self.sampling.num_frames,
+            self.chosen,
+            *names,
+        )
 
     # ------------------------------------------------------------------------------------------- measuring
 
@@ -186,7 +225,9 @@ class TruncationExplorer(Panel):
         self.jobs.finish(self._job)
         return self.measured[self.setting]
 
-    def gradient(self, setting: Truncation, meter: contextlib.AbstractContextManager | None = None) -> torch.Tensor:
+    def gradient(
+        self, setting: Truncation, meter: contextlib.AbstractContextManager | None = None
+    ) -> torch.Tensor:
         """The adapter's gradient as one vector (N,) in float64; `meter` surrounds the call. The model is left as it was."""
         parameters = self.adapter.parameters()
         try:
@@ -310,7 +351,9 @@ def chain(
     """The chain from top to bottom, the gradient's way back in thick arrows; and the same in words."""
     how = "one at a time" if setting.streaming else "all at once"
     inside = (
-        "only the inputs of blocks are kept, the rest is computed again" if setting.checkpointing else "all is kept"
+        "only the inputs of blocks are kept, the rest is computed again"
+        if setting.checkpointing
+        else "all is kept"
     )
     through = f"all {steps}" if steps == setting.K else f"the last {setting.K} of {steps}"
     alt = (
@@ -322,11 +365,18 @@ def chain(
         *denoising(setting, steps, adapter),
         box(LEFT, DECODER, RIGHT - LEFT, 26),
         words(WIDTH / 2, DECODER + 17, "decoder", bold=True, anchor="middle"),
-        words(RIGHT - 8, DECODER + 17, f"frames {how}" if len(chosen) > 1 else "one frame", 11, "end"),
+        words(
+            RIGHT - 8, DECODER + 17, f"frames {how}" if len(chosen) > 1 else "one frame", 11, "end"
+        ),
         *decoded(num_frames, chosen),
         box(LEFT, JUDGE, RIGHT - LEFT, 26),
         words(WIDTH / 2, JUDGE + 17, f"reward: {reward}", bold=True, anchor="middle"),
-        words(LEFT, JUDGE + 44, "thick arrows: the gradient, backwards · filled: what it passes through", 11),
+        words(
+            LEFT,
+            JUDGE + 44,
+            "thick arrows: the gradient, backwards · filled: what it passes through",
+            11,
+        ),
     ]
     return svg(JUDGE + 52, parts, alt), alt
 
@@ -337,16 +387,30 @@ def denoising(setting: Truncation, steps: int, adapter: str) -> list[str]:
     window, last = RIGHT - setting.K * width, RIGHT - width / 2
     inside = RIGHT - window > 8 * len(adapter)  # room for its name
     place = ((window + RIGHT) / 2, "middle") if inside else (window - 8, "end")
-    parts = [box(window, 4, RIGHT - window, 24), words(place[0], 20, adapter, anchor=place[1], bold=True)]
+    parts = [
+        box(window, 4, RIGHT - window, 24),
+        words(place[0], 20, adapter, anchor=place[1], bold=True),
+    ]
     for i in range(1, steps + 1):  # counted from the end
         x, learns = RIGHT - i * width, i <= setting.K
-        parts.append(box(x + width * 0.03, STEPS, width * 0.94, 30, "step learns" if learns else "step", learns))
+        parts.append(
+            box(
+                x + width * 0.03,
+                STEPS,
+                width * 0.94,
+                30,
+                "step learns" if learns else "step",
+                learns,
+            )
+        )
         parts += number(x + width / 2, STEPS + 19, i, steps, learns)
         if learns:
             parts.append(arrow(x + width / 2, STEPS - 2, x + width / 2, 30, True))
     if setting.K > 1:
         parts.append(arrow(last, STEPS + 36, window + width / 2, STEPS + 36, True))
-    kept = "their blocks computed again" if setting.checkpointing else "all that they compute is kept"
+    kept = (
+        "their blocks computed again" if setting.checkpointing else "all that they compute is kept"
+    )
     return [
         *parts,
         words(LEFT, STEPS + 52, "noise → denoising steps, counted from the end", 11),
@@ -362,7 +426,16 @@ def decoded(num_frames: int, chosen: list[int]) -> list[str]:
     for i in range(num_frames):
         x, scored = LEFT + i * width, i in chosen
         middle = x + width / 2
-        parts.append(box(x + width * 0.05, SCORED, width * 0.9, 26, "frame scored" if scored else "frame", scored))
+        parts.append(
+            box(
+                x + width * 0.05,
+                SCORED,
+                width * 0.9,
+                26,
+                "frame scored" if scored else "frame",
+                scored,
+            )
+        )
         parts += number(middle, SCORED + 17, i + 1, num_frames, scored)
         if scored:
             parts.append(arrow(middle, SCORED - 2, middle, DECODER + 28, True))
@@ -375,7 +448,16 @@ def number(x: float, y: float, value: int, count: int, marked: bool) -> list[str
     if count > NUMBERED and value % 5:
         return []
     wide = count <= WIDE_BOXES
-    return [words(x, y, f"{value} ✓" if marked and wide else str(value), 12 if wide else 9, "middle", marked)]
+    return [
+        words(
+            x,
+            y,
+            f"{value} ✓" if marked and wide else str(value),
+            12 if wide else 9,
+            "middle",
+            marked,
+        )
+    ]
 
 
 def of(part: int, whole: int, name: str) -> str:

@@ -40,7 +40,11 @@ class Vote(Pair):
     @property
     def worth(self) -> float:
         """1 for the adapter, 0 for the base, 0.5 for neither."""
-        return 0.5 if self.choice == "=" else float(self.sides[CHOICES.index(self.choice)] == self.adapter)
+        return (
+            0.5
+            if self.choice == "="
+            else float(self.sides[CHOICES.index(self.choice)] == self.adapter)
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class Tally:
         return self.wins + self.losses + self.ties
 
     def __str__(self) -> str:
-        counts = f"{self.adapter}: {self.wins} won, {self.losses} lost, {self.ties} without difference"
+        counts = (
+            f"{self.adapter}: {self.wins} won, {self.losses} lost, {self.ties} without difference"
+        )
         if not self.votes:
             return f"{self.adapter}: no votes yet"
         verdict = "better" if self.low > 0.5 else "worse" if self.high < 0.5 else "not clear yet"
@@ -84,7 +90,9 @@ class Votes:
             try:
                 votes.append(Vote(**json.loads(line)))
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{self.path}, line {number} is not a vote ({error}); take it out") from error
+                raise ValueError(
+                    f"{self.path}, line {number} is not a vote ({error}); take it out"
+                ) from error
         return votes
 
     def add(self, pair: Pair, choice: str) -> Vote:
@@ -114,6 +122,6 @@ def wilson(rate: float, votes: int) -> tuple[float, float]:
     if not votes:
         return 0.0, 1.0
     share = Z**2 / votes
-    centre = (rate + share / 2) / (1 + share)
+    center = (rate + share / 2) / (1 + share)
     half = math.sqrt(share * (rate * (1 - rate) + share / 4)) / (1 + share)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)

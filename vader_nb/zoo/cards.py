@@ -12,17 +12,28 @@ import torch
 from .. import rewards
 from ..gradient import sample
 from ..models import load
-from . import WEIGHTS, oracles, tokenizer, train_clip, train_generator, train_vae, train_videomae, world
+from . import (
+    WEIGHTS,
+    oracles,
+    tokenizer,
+    train_clip,
+    train_generator,
+    train_vae,
+    train_videomae,
+    world,
+)
 
 WORLD = f"""## Data
-Synthetic clips of one coloured shape on a plain background, rendered by `vader_nb/zoo/world.py`:
-{len(world.COLOURS)} colours × {len(world.SHAPES)} shapes × {len(world.MOTIONS)} motions × {len(world.GROUNDS)} backgrounds
+Synthetic clips of one colored shape on a plain background, rendered by `vader_nb/zoo/world.py`:
+{len(world.COLORS)} colors × {len(world.SHAPES)} shapes × {len(world.MOTIONS)} motions × {len(world.GROUNDS)} backgrounds
 ({len(world.specs())} captions, since a circle cannot be seen to spin), {world.NUM_FRAMES} frames of {world.SIZE}×{world.SIZE}.
 200 captions, drawn with a fixed seed, are held out of every training.
 """
 
 
-def card(title: str, text: str, recipe: str, seed: int, quality: dict[str, float], note: str) -> str:
+def card(
+    title: str, text: str, recipe: str, seed: int, quality: dict[str, float], note: str
+) -> str:
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in quality.items())
     return f"""---
 license: apache-2.0
@@ -42,7 +53,7 @@ license: apache-2.0
 
 {note}
 
-## Licence
+## License
 Apache-2.0, weights and data alike. Nothing here was taken from another model.
 """
 
@@ -51,19 +62,29 @@ def generator_quality(model, batch: int = 20) -> dict[str, float]:
     """Oracle accuracy of clips of the 200 held-out captions at default settings, seeds 0 to 199, and the
     seconds that 4 clips take."""
     captions = [spec.caption for spec in world.split()[1]]
-    clips = torch.cat([sample(model, captions[i : i + batch], seeds=i) for i in range(0, len(captions), batch)])
-    quality = {f"{name}, oracle": value.mean().item() for name, value in oracles.grade(clips, captions).items()}
+    clips = torch.cat(
+        [sample(model, captions[i : i + batch], seeds=i) for i in range(0, len(captions), batch)]
+    )
+    quality = {
+        f"{name}, oracle": value.mean().item()
+        for name, value in oracles.grade(clips, captions).items()
+    }
     scheduler = model.new_scheduler(model.defaults["num_inference_steps"])
     gain = (1 - scheduler.alphas_cumprod[int(scheduler.timesteps[-1])]).sqrt().item()
     began = time.time()
     sample(model, captions[:4], seeds=0)
-    return quality | {"gain of the last step": gain, "seconds for 4 clips (2 CPU cores)": time.time() - began}
+    return quality | {
+        "gain of the last step": gain,
+        "seconds for 4 clips (2 CPU cores)": time.time() - began,
+    }
 
 
 def tiny() -> None:
     model = load("tiny")
     reconstructed = train_vae.report(model.vae)
-    quality = {f"{name}, reconstructed by the autoencoder": value for name, value in reconstructed.items()}
+    quality = {
+        f"{name}, reconstructed by the autoencoder": value for name, value in reconstructed.items()
+    }
     quality |= generator_quality(model)
     write(
         "tiny",
@@ -79,8 +100,8 @@ def tiny() -> None:
             train_generator.SEED,
             quality,
             "Accuracies on the 200 held-out captions, read by the oracles of `vader_nb/zoo/oracles.py`. Training stops before\n"
-            "the model is perfect, on purpose: it mixes up some colours, above all at a higher guidance,\n"
-            "so that alignment has something to mend. The shipped autoencoder saw an eighth colour, orange, in\n"
+            "the model is perfect, on purpose: it mixes up some colors, above all at a higher guidance,\n"
+            "so that alignment has something to mend. The shipped autoencoder saw an eighth color, orange, in\n"
             "its first 1,700 steps; it was then dropped from the world.",
         ),
     )
@@ -91,7 +112,9 @@ def tiny_clip() -> None:
     picked = train_clip.right_of_16(clip, tokenizer.build())
     held_out = world.render(world.split()[1], torch.Generator().manual_seed(5))
     rated = rewards.aesthetic("tiny").scores(held_out, [""] * len(held_out)).flatten()
-    agreement = torch.corrcoef(torch.stack([rated, train_clip.beauty(held_out.flatten(0, 1))]))[0, 1].item()
+    agreement = torch.corrcoef(torch.stack([rated, train_clip.beauty(held_out.flatten(0, 1))]))[
+        0, 1
+    ].item()
     write(
         "tiny-clip",
         card(
@@ -102,7 +125,10 @@ def tiny_clip() -> None:
             f"`vader_nb/zoo/train_clip.py`, {train_clip.STEPS} steps of {train_clip.BATCH} frames, clean, blurred, noisy, and\n"
             "through the autoencoder; the head by ridge regression.",
             train_clip.SEED,
-            {"right caption of 16": picked, "correlation of the rating with what it states": agreement},
+            {
+                "right caption of 16": picked,
+                "correlation of the rating with what it states": agreement,
+            },
             "On rendered clips of the 200 held-out captions. The 15 others differ in what one frame can show.",
         ),
     )

@@ -1,12 +1,12 @@
-"""Oracles: plain code that reads colour, shape, motion and background off a clip of the tiny world.
+"""Oracles: plain code that reads color, shape, motion and background off a clip of the tiny world.
 
 No network is involved, so an oracle cannot be fooled the way a learned reward can: it is the judge
 that no model of the zoo has been trained against. An attribute that cannot be read is None, and
 None counts as wrong.
 
 How each is read. The background is the median of the border pixels. The object is what differs from
-it. Its colour is the mean over its inside, named by the nearest of the palette. Its shape is the
-template (of four shapes at 24 angles each, scaled to the object's area and moved to its centre) with
+it. Its color is the mean over its inside, named by the nearest of the palette. Its shape is the
+template (of four shapes at 24 angles each, scaled to the object's area and moved to its center) with
 the largest overlap. Its motion is the largest of the changes in place, area and angle over the clip.
 """
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from . import world
 
 VISIBLE = 0.2  # an object must differ this much from its background, as a distance in RGB
-SAME_COLOUR = 0.3  # no palette colour nearer than this: unreadable
+SAME_COLOR = 0.3  # no palette color nearer than this: unreadable
 MIN_AREA = 30.0  # pixels
 MIN_OVERLAP = 0.70  # intersection over union with the best template
 MIN_MOTION = 0.35  # of what the world's own clips move
@@ -29,7 +29,7 @@ PATCH, REACH, ANGLES = 32, 1.15, 24
 class Reading(NamedTuple):
     """What the oracles see in one clip; None where nothing can be read."""
 
-    colour: str | None
+    color: str | None
     shape: str | None
     motion: str | None
     ground: str | None
@@ -42,7 +42,7 @@ def _nearest(rgb: torch.Tensor, palette: dict[str, tuple], limit: float) -> list
 
 
 def _object(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Background colour (B, 3) and how much each pixel belongs to the object (B, F, H, W) in [0, 1]."""
+    """Background color (B, 3) and how much each pixel belongs to the object (B, F, H, W) in [0, 1]."""
     border = torch.cat([frames[..., :2, :].flatten(-2), frames[..., -2:, :].flatten(-2)], dim=-1)
     ground = border.transpose(1, 2).flatten(2).median(dim=-1).values  # (B, 3)
     difference = (frames - ground[:, None, :, None, None]).norm(dim=2)  # (B, F, H, W)
@@ -67,15 +67,15 @@ def _templates() -> torch.Tensor:
     return torch.stack(rows)
 
 
-def _overlap(mask: torch.Tensor, centre: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+def _overlap(mask: torch.Tensor, center: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
     """Intersection over union of each object with each template, (N, 4, ANGLES).
 
-    mask (N, H, W), centre (N, 2) and area (N,) in pixels.
+    mask (N, H, W), center (N, 2) and area (N,) in pixels.
     """
     height, width = mask.shape[-2:]
     axis = (torch.arange(PATCH) + 0.5) / PATCH * 2 * REACH - REACH
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # (P, P, 2)
-    place = centre[:, None, None] + grid * area.clamp(min=1).sqrt()[:, None, None, None]
+    place = center[:, None, None] + grid * area.clamp(min=1).sqrt()[:, None, None, None]
     place = place / torch.tensor([width, height]) * 2 - 1
     patch = F.grid_sample(mask.unsqueeze(1), place, align_corners=False).flatten(1)  # (N, P*P)
     templates = _templates().flatten(0, 1)
@@ -94,13 +94,13 @@ def _turned(overlap: torch.Tensor, shape: str) -> float:
     return step.sum().item()
 
 
-def _motion(centre: torch.Tensor, area: torch.Tensor, turned: float) -> str | None:
-    """Name the largest change over a clip: centre (F, 2) and area (F,) in pixels, turned in degrees."""
+def _motion(center: torch.Tensor, area: torch.Tensor, turned: float) -> str | None:
+    """Name the largest change over a clip: center (F, 2) and area (F,) in pixels, turned in degrees."""
     ends = slice(0, 2), slice(-2, None)
-    first, last = centre[ends[0]].mean(0), centre[ends[1]].mean(0)
+    first, last = center[ends[0]].mean(0), center[ends[1]].mean(0)
     dx, dy = ((last - first) / (world.TRAVEL * 6 / 7)).tolist()
     growth = (area[ends[1]].mean() / area[ends[0]].mean()).log().item() / (2 * 0.9 * 6 / 7)
-    fall = (centre[3:5, 1].mean() - (first[1] + last[1]) / 2).item() / (world.TRAVEL * 0.7)
+    fall = (center[3:5, 1].mean() - (first[1] + last[1]) / 2).item() / (world.TRAVEL * 0.7)
     spin = abs(turned) / (world.SPIN * (world.NUM_FRAMES - 1))
     amount = {
         "moving left": -dx,
@@ -125,14 +125,18 @@ def read(frames: torch.Tensor) -> list[Reading]:
     area = mask.sum(dim=(2, 3))  # (B, F)
     pixel_x, pixel_y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
     safe = area.clamp(min=1e-6)
-    centre = torch.stack([(mask.sum(2) * pixel_x).sum(-1) / safe, (mask.sum(3) * pixel_y).sum(-1) / safe], dim=-1)
+    center = torch.stack(
+        [(mask.sum(2) * pixel_x).sum(-1) / safe, (mask.sum(3) * pixel_y).sum(-1) / safe], dim=-1
+    )
     inside = (mask >= 0.99).unsqueeze(2)
-    colour = (frames * inside).sum(dim=(1, 3, 4)) / inside.sum(dim=(1, 3, 4)).clamp(min=1)
-    overlap = _overlap(mask.flatten(0, 1), centre.flatten(0, 1), area.flatten()).unflatten(0, (batch, count))
+    color = (frames * inside).sum(dim=(1, 3, 4)) / inside.sum(dim=(1, 3, 4)).clamp(min=1)
+    overlap = _overlap(mask.flatten(0, 1), center.flatten(0, 1), area.flatten()).unflatten(
+        0, (batch, count)
+    )
     best = overlap.amax(dim=3).mean(dim=1)  # (B, 4)
 
-    colours = _nearest(colour, world.COLOURS, SAME_COLOUR)
-    grounds = _nearest(ground, world.GROUNDS, SAME_COLOUR)
+    colors = _nearest(color, world.COLORS, SAME_COLOR)
+    grounds = _nearest(ground, world.GROUNDS, SAME_COLOR)
     readings = []
     for i in range(batch):
         if area[i].min() < MIN_AREA:
@@ -141,14 +145,14 @@ def read(frames: torch.Tensor) -> list[Reading]:
         index = int(best[i].argmax())
         turned = _turned(overlap[i, :, index], world.SHAPES[index])
         shape = world.SHAPES[index] if best[i, index] > MIN_OVERLAP else None
-        readings.append(Reading(colours[i], shape, _motion(centre[i], area[i], turned), grounds[i]))
+        readings.append(Reading(colors[i], shape, _motion(center[i], area[i], turned), grounds[i]))
     return readings
 
 
 def grade(frames: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
     """Which attributes of each prompt the clip shows: name -> (B,) of 0. or 1.
 
-    Keys: colour, shape, motion, ground, and `colour and shape` for both at once.
+    Keys: color, shape, motion, ground, and `color and shape` for both at once.
     Raises ValueError for a prompt that is not a caption of the tiny world: it cannot be graded.
     """
     wanted = [world.parse(prompt) for prompt in prompts]
@@ -159,7 +163,9 @@ def grade(frames: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
         )
     seen = read(frames)
     right = {
-        name: torch.tensor([float(getattr(s, name) == getattr(w, name)) for s, w in zip(seen, wanted)])
+        name: torch.tensor(
+            [float(getattr(s, name) == getattr(w, name)) for s, w in zip(seen, wanted)]
+        )
         for name in Reading._fields
     }
-    return right | {"colour and shape": right["colour"] * right["shape"]}
+    return right | {"color and shape": right["color"] * right["shape"]}

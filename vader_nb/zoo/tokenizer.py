@@ -26,7 +26,7 @@ def _bytes() -> list[str]:
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding's training: join the most frequent neighbours, until every word is one token."""
+    """Byte-pair encoding's training: join the most frequent neighbors, until every word is one token."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while pairs := Counter(pair for word in pieces for pair in pairwise(word)):

@@ -39,7 +39,9 @@ def train(name: str) -> None:
         output_dir=RUNS / name,
         resume="latest",
     )
-    run.adapter.save(WEIGHTS / "tiny-adapters" / f"{name}.safetensors", reward=name, steps=STEPS, seed=SEED)
+    run.adapter.save(
+        WEIGHTS / "tiny-adapters" / f"{name}.safetensors", reward=name, steps=STEPS, seed=SEED
+    )
 
 
 def quality() -> dict[str, float]:
@@ -47,7 +49,10 @@ def quality() -> dict[str, float]:
     judges = [make("tiny") for make in REWARDS.values()]
     captions = {"held-out": prompts.get("tiny_held_out")[:JUDGED]}
     result = evaluate(load("tiny"), adapters(), judges, captions, seeds_per_prompt=1)
-    return {f"{row.name}: {row.metric}, {row.base:.3f} changes by": row.difference for row in result.rows}
+    return {
+        f"{row.name}: {row.metric}, {row.base:.3f} changes by": row.difference
+        for row in result.rows
+    }
 
 
 def main(names: list[str]) -> None:

@@ -25,7 +25,13 @@ STEPS, BATCH, SEED = 900, 64, 1
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CONFIG = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": world.SIZE, "layers": 3, "width": 128, "head_width": 32, "patch_size": 8},
+    "vision_cfg": {
+        "image_size": world.SIZE,
+        "layers": 3,
+        "width": 128,
+        "head_width": 32,
+        "patch_size": 8,
+    },
     "text_cfg": {
         "context_length": CONTEXT_LENGTH,
         "vocab_size": len(build_tokenizer()),
@@ -53,23 +59,23 @@ def corrupt(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return frames + 0.04 * (torch.rand(len(frames), 1, 1, 1, generator=generator) - 0.5)
 
 
-def normalise(frames: torch.Tensor) -> torch.Tensor:
+def normalize(frames: torch.Tensor) -> torch.Tensor:
     return (frames - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 @torch.no_grad()
 def right_of_16(clip: open_clip.CLIP, tokenizer) -> float:
     """How often a frame of a held-out caption prefers its caption to 15 others that differ from it, and
-    from each other, in what one frame can show (colour, shape, ground)."""
+    from each other, in what one frame can show (color, shape, ground)."""
     generator = torch.Generator().manual_seed(2)
     held_out = world.split()[1]
     frames = world.render(held_out, generator)[:, world.NUM_FRAMES // 2]
-    images = clip.encode_image(normalise(frames), normalize=True)
+    images = clip.encode_image(normalize(frames), normalize=True)
     right = 0
     for spec, image in zip(held_out, images):
         others = [held_out[i] for i in torch.randperm(len(held_out), generator=generator).tolist()]
-        visible = {(s.colour, s.shape, s.ground): s.caption for s in reversed(others)}
-        visible.pop((spec.colour, spec.shape, spec.ground))
+        visible = {(s.color, s.shape, s.ground): s.caption for s in reversed(others)}
+        visible.pop((spec.color, spec.shape, spec.ground))
         captions = [spec.caption, *list(visible.values())[:15]]
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
         right += (clip.encode_text(tokens, normalize=True) @ image).argmax().item() == 0
@@ -83,9 +89,9 @@ def beauty(frames: torch.Tensor) -> torch.Tensor:
     difference = (frames - ground).norm(dim=1)  # (N, H, W)
     mask = (difference / difference.flatten(1).amax(1).clamp(min=1e-3)[:, None, None] > 0.5).float()
     area = mask.sum((1, 2)).clamp(min=1)
-    colour = (frames * mask.unsqueeze(1)).sum((2, 3)) / area[:, None]
-    saturation = (colour.amax(1) - colour.amin(1)) / colour.amax(1).clamp(min=1e-3)
-    contrast = (colour - ground[:, :, 0, 0]).norm(dim=1) / 1.2
+    color = (frames * mask.unsqueeze(1)).sum((2, 3)) / area[:, None]
+    saturation = (color.amax(1) - color.amin(1)) / color.amax(1).clamp(min=1e-3)
+    contrast = (color - ground[:, :, 0, 0]).norm(dim=1) / 1.2
     axis = torch.linspace(-1, 1, frames.shape[-1])
     away = ((mask.sum(1) * axis).sum(1) / area) ** 2 + ((mask.sum(2) * axis).sum(1) / area) ** 2
     centring = (1 - 2 * away.sqrt()).clamp(0, 1)
@@ -94,20 +100,20 @@ def beauty(frames: torch.Tensor) -> torch.Tensor:
 
 
 def vary(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Frames paler, fainter and off centre, so that the rating is fitted on all that it speaks of; the world
-    itself knows seven colours and hardly leaves the middle."""
-    grey, ground = frames.mean(dim=1, keepdim=True), frames[:, :, :1, :1]
+    """Frames paler, fainter and off center, so that the rating is fitted on all that it speaks of; the world
+    itself knows seven colors and hardly leaves the middle."""
+    gray, ground = frames.mean(dim=1, keepdim=True), frames[:, :, :1, :1]
     pale, faint = torch.rand(2, len(frames), 1, 1, 1, generator=generator)
-    frames = ground + (frames + 0.8 * pale * (grey - frames) - ground) * (1 - 0.6 * faint)
+    frames = ground + (frames + 0.8 * pale * (gray - frames) - ground) * (1 - 0.6 * faint)
     shifts = torch.randint(-14, 15, (len(frames), 2), generator=generator).tolist()
     return torch.stack([frame.roll(shift, dims=(1, 2)) for frame, shift in zip(frames, shifts)])
 
 
 def fit_head(clip: open_clip.CLIP, frames: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
-    """Ridge regression of `beauty` on normalised image embeddings, as one linear layer, and its
+    """Ridge regression of `beauty` on normalized image embeddings, as one linear layer, and its
     correlation with the truth on frames it has not seen."""
     with torch.no_grad():
-        features = clip.encode_image(normalise(frames), normalize=True).double()
+        features = clip.encode_image(normalize(frames), normalize=True).double()
     target = beauty(frames).double()
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(SEED))
     features, target = features[order], target[order]
@@ -117,7 +123,10 @@ def fit_head(clip: open_clip.CLIP, frames: torch.Tensor) -> tuple[dict[str, torc
     solution = torch.linalg.solve(design.T @ design + penalty, design.T @ target[::2])
     predicted = test_x @ solution[:-1] + solution[-1]
     correlation = torch.corrcoef(torch.stack([predicted, target[1::2]]))[0, 1].item()
-    return {"layers.0.weight": solution[None, :-1].half(), "layers.0.bias": solution[-1:].half()}, correlation
+    return {
+        "layers.0.weight": solution[None, :-1].half(),
+        "layers.0.bias": solution[-1:].half(),
+    }, correlation
 
 
 def main() -> None:
@@ -125,10 +134,14 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "tiny" / "vae").requires_grad_(False)
     generator = torch.Generator().manual_seed(SEED)
     clips, specs = world.sample(1500, generator, world.split()[0])
-    tokens = tokenizer([spec.caption for spec in specs], padding="max_length", return_tensors="pt").input_ids
+    tokens = tokenizer(
+        [spec.caption for spec in specs], padding="max_length", return_tensors="pt"
+    ).input_ids
     # Identical up to the motion, which no frame shows: such a pair is no mistake, so it is no negative either.
     sight = {}
-    looks = torch.tensor([sight.setdefault((s.colour, s.shape, s.ground), len(sight)) for s in specs])
+    looks = torch.tensor(
+        [sight.setdefault((s.color, s.shape, s.ground), len(sight)) for s in specs]
+    )
     through_vae = torch.rand(len(clips), generator=generator) < 0.4
     with torch.no_grad():
         for i in torch.arange(len(clips))[through_vae]:
@@ -142,7 +155,7 @@ def main() -> None:
         frame = torch.randint(world.NUM_FRAMES, (BATCH,), generator=generator)
         images = corrupt(clips[chosen, frame], generator)
         mine = share(torch.arange(BATCH))
-        image = clip.encode_image(normalise(images[mine]), normalize=True)
+        image = clip.encode_image(normalize(images[mine]), normalize=True)
         text = clip.encode_text(tokens[chosen[mine]], normalize=True)
         same = looks[chosen[mine]][:, None] == looks[chosen[mine]]
         target = same.float() / same.sum(1, keepdim=True)
@@ -154,7 +167,16 @@ def main() -> None:
             print(step, {"right of 16": right_of_16(clip.eval(), tokenizer)}, flush=True)
             clip.train()
 
-    train("clip", clip, loss, steps=STEPS, learning_rate=1e-3, seed=SEED, average=0.99, on_save=on_save)
+    train(
+        "clip",
+        clip,
+        loss,
+        steps=STEPS,
+        learning_rate=1e-3,
+        seed=SEED,
+        average=0.99,
+        on_save=on_save,
+    )
     if rank_and_world()[0] == 0:
         shown = clips[~through_vae, ::2].flatten(0, 1)
         head, correlation = fit_head(clip.eval(), torch.cat([shown, vary(shown, generator)]))
@@ -162,9 +184,15 @@ def main() -> None:
         folder = WEIGHTS / "tiny-clip"
         save_tokenizer(folder)
         save_file(
-            {k: v.half().contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors"
+            {k: v.half().contiguous() for k, v in clip.state_dict().items()},
+            folder / "open_clip_model.safetensors",
         )
-        preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash"}
+        preprocess = {
+            "mean": MEAN,
+            "std": STD,
+            "interpolation": "bilinear",
+            "resize_mode": "squash",
+        }
         config = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(head, folder / "aesthetic_head.safetensors")

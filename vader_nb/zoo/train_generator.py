@@ -25,7 +25,9 @@ STEPS, BATCH, CLIPS, SEED = 1600, 12, 3000, 2
 SCHEDULE = 5500  # stopped before it is perfect, on purpose: alignment shall have something to mend
 NOISY_STEPS = 700  # the first ones see nearly pure noise only, where the text alone decides
 TEXT_STEPS, CODE_SCALE = 200, 4.0
-EMPTY = 0.1  # share of captions left out, so that classifier-free guidance has an unconditional half
+EMPTY = (
+    0.1  # share of captions left out, so that classifier-free guidance has an unconditional half
+)
 FOLDER = WEIGHTS / "tiny"
 
 
@@ -70,14 +72,20 @@ def teach_words(text_encoder: CLIPTextModel, tokenizer) -> float:
     """Give the text encoder what the big models' encoders bring along: states in which meanings are far apart.
 
     It learns (40 s) to write the caption's four attributes, one dimension for each word, into every token from
-    the caption's end on. From a random encoder, whose captions all look alike, the UNet had learnt colours
+    the caption's end on. From a random encoder, whose captions all look alike, the UNet had learnt colors
     and grounds after 1,900 steps, but neither shape nor motion. Returns the mean squared error that is left.
     """
     specs = world.split()[0]
-    tokens = tokenizer([*(spec.caption for spec in specs), ""], padding="max_length", return_tensors="pt").input_ids
+    tokens = tokenizer(
+        [*(spec.caption for spec in specs), ""], padding="max_length", return_tensors="pt"
+    ).input_ids
     words = [sorted({spec[i] for spec in specs}) for i in range(4)]
-    said = torch.tensor([[float(word == spec[i]) for i in range(4) for word in words[i]] for spec in specs])
-    code = torch.cat([said - said.mean(dim=0), torch.zeros(1, said.shape[1])])  # the empty caption says nothing
+    said = torch.tensor(
+        [[float(word == spec[i]) for i in range(4) for word in words[i]] for spec in specs]
+    )
+    code = torch.cat(
+        [said - said.mean(dim=0), torch.zeros(1, said.shape[1])]
+    )  # the empty caption says nothing
     ended = (tokens == tokenizer.eos_token_id).cumsum(dim=1) > 0
     optimizer = torch.optim.AdamW(text_encoder.parameters(), lr=2e-3)
     for _ in range(TEXT_STEPS):
@@ -112,7 +120,9 @@ def encode_world(vae: AutoencoderKL) -> tuple[torch.Tensor, list[world.Spec]]:
     generator, rows, specs = torch.Generator().manual_seed(SEED), [], []
     for _ in range(CLIPS // 100):
         clips, drawn = world.sample(100, generator, world.split()[0])
-        latents = vae.encode(clips.flatten(0, 1) * 2 - 1).latent_dist.mean * vae.config.scaling_factor
+        latents = (
+            vae.encode(clips.flatten(0, 1) * 2 - 1).latent_dist.mean * vae.config.scaling_factor
+        )
         rows.append(latents.unflatten(0, (100, world.NUM_FRAMES)).transpose(1, 2))
         specs += drawn
     save_atomically({"latents": torch.cat(rows), "specs": [tuple(spec) for spec in specs]}, path)
@@ -122,15 +132,21 @@ def encode_world(vae: AutoencoderKL) -> tuple[torch.Tensor, list[world.Spec]]:
 def draw_timesteps(generator: torch.Generator, step: int, count: int) -> torch.Tensor:
     """Timesteps (BATCH,), stratified (a steadier loss than free draws): at first all from the noisiest tenth,
     later half of them from the noisiest third and half from everywhere."""
-    half = (torch.arange(BATCH // 2) + torch.rand(2, BATCH // 2, generator=generator)) / (BATCH // 2)
-    share_of_noise = 0.9 + 0.1 * half if step < NOISY_STEPS else torch.stack([0.7 + 0.3 * half[0], half[1]])
+    half = (torch.arange(BATCH // 2) + torch.rand(2, BATCH // 2, generator=generator)) / (
+        BATCH // 2
+    )
+    share_of_noise = (
+        0.9 + 0.1 * half if step < NOISY_STEPS else torch.stack([0.7 + 0.3 * half[0], half[1]])
+    )
     return (share_of_noise.flatten() * count).long()[torch.randperm(BATCH, generator=generator)]
 
 
 def main() -> None:
     torch.manual_seed(SEED)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    vae = AutoencoderKL.from_pretrained(FOLDER / "vae", torch_dtype=torch.float32).requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(FOLDER / "vae", torch_dtype=torch.float32).requires_grad_(
+        False
+    )
     unet, text_encoder = build_unet().eval(), build_text_encoder(tokenizer).eval()
     print(f"text encoder: error {teach_words(text_encoder, tokenizer):.4f}", flush=True)
     latents, specs = encode_world(vae)

@@ -1,7 +1,7 @@
 """Train the tiny autoencoder: 64x64 frames to 4x8x8 latents. `python -m vader_nb.zoo.train_vae`
 
 Why the loss is weighted. The shapes cover a tenth of the pixels, so with a plain mean the grounds
-dominate: such a model reached a fine whole-frame PSNR and had lost every colour and shape. Here the
+dominate: such a model reached a fine whole-frame PSNR and had lost every color and shape. Here the
 object (what differs from the corner pixel, and a margin around it) and the ground weigh the same.
 """
 
@@ -35,7 +35,9 @@ def build() -> AutoencoderKL:
     return vae
 
 
-def reconstruction_loss(vae: AutoencoderKL, frames: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def reconstruction_loss(
+    vae: AutoencoderKL, frames: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
     """frames (N, 3, H, W) in [0, 1], noise like the latents (N, 4, H/8, W/8)."""
     mean = vae.encode(frames * 2 - 1).latent_dist.mean
     error = vae.decode(mean + LATENT_NOISE * noise).sample - (frames * 2 - 1)
@@ -72,7 +74,9 @@ def main() -> None:
         if rank_and_world()[0] == 0 and step % 300 == 0:
             print(step, {name: round(value, 4) for name, value in report(vae).items()}, flush=True)
 
-    train("vae", vae, loss, steps=STEPS, learning_rate=2e-3, seed=SEED, average=0.99, on_save=on_save)
+    train(
+        "vae", vae, loss, steps=STEPS, learning_rate=2e-3, seed=SEED, average=0.99, on_save=on_save
+    )
     if rank_and_world()[0] == 0:
         with torch.no_grad():  # unit variance is what the noise schedule of the generator expects
             spread = vae.encode(frames[::10] / 127.5 - 1).latent_dist.mean.std().item()

@@ -35,7 +35,9 @@ def build() -> VideoMAEForVideoClassification:
 
 
 def logits(classifier: VideoMAEForVideoClassification, clips: torch.Tensor) -> torch.Tensor:
-    pixels = preprocess(clips.flatten(0, 1), world.SIZE, IMAGENET_MEAN, IMAGENET_STD).unflatten(0, clips.shape[:2])
+    pixels = preprocess(clips.flatten(0, 1), world.SIZE, IMAGENET_MEAN, IMAGENET_STD).unflatten(
+        0, clips.shape[:2]
+    )
     return classifier(pixels).logits
 
 
@@ -49,7 +51,9 @@ def main() -> None:
         chosen = share(torch.randint(len(clips), (BATCH,), generator=generator))
         noise = torch.randn(len(chosen), *clips.shape[1:], generator=generator)
         amount = 0.08 * torch.rand(len(chosen), 1, 1, 1, 1, generator=generator)
-        shift = torch.randint(-4, 5, (2,), generator=generator).tolist()  # where it happens is not what happens
+        shift = torch.randint(
+            -4, 5, (2,), generator=generator
+        ).tolist()  # where it happens is not what happens
         moved = clips[chosen].roll(shift, dims=(-2, -1)) / 255 + amount * noise
         return F.cross_entropy(logits(classifier, moved), motions[chosen])
 
@@ -57,7 +61,16 @@ def main() -> None:
         if rank_and_world()[0] == 0:
             print(step, {"right": accuracy(classifier)}, flush=True)
 
-    train("videomae", classifier, loss, steps=STEPS, learning_rate=1e-3, seed=SEED, average=0.99, on_save=on_save)
+    train(
+        "videomae",
+        classifier,
+        loss,
+        steps=STEPS,
+        learning_rate=1e-3,
+        seed=SEED,
+        average=0.99,
+        on_save=on_save,
+    )
     if rank_and_world()[0] == 0:
         save_half(classifier, WEIGHTS / "tiny-videomae")
 

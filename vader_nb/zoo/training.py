@@ -69,7 +69,9 @@ def train(
         dist.init_process_group("gloo")
     path = folder / f"{name}.pt"
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(
+        weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+    )
     mean = [p.detach().clone() for p in weights]
     start = 0
     if path.exists():
@@ -107,7 +109,10 @@ def train(
         done = step + 1
         if rank == 0 and done % 20 == 0:
             seconds = (time.time() - began) / (done - start)
-            print(f"{name} {done}/{steps} loss {sum(recent) / len(recent):.4f} {seconds:.2f} s/step", flush=True)
+            print(
+                f"{name} {done}/{steps} loss {sum(recent) / len(recent):.4f} {seconds:.2f} s/step",
+                flush=True,
+            )
             recent = []
         if done % save_every == 0 or done == steps:
             if rank == 0:

@@ -1,4 +1,4 @@
-"""A tiny world of captioned clips: one coloured shape that moves on a plain background.
+"""A tiny world of captioned clips: one colored shape that moves on a plain background.
 
 Everything about a clip that a caption mentions is one of the words below, so that plain code
 (`vader_nb.zoo.oracles`) can read it back off the pixels and grade any generator honestly.
@@ -19,7 +19,7 @@ import torch
 
 NUM_FRAMES, SIZE, FPS = 8, 64, 8
 
-COLOURS = {
+COLORS = {
     "red": (0.86, 0.14, 0.16),
     "yellow": (0.96, 0.87, 0.14),
     "green": (0.14, 0.66, 0.26),
@@ -46,7 +46,9 @@ MOTIONS = (
     "spinning",
 )
 TRAVEL = 20.0  # pixels from the first frame to the last, also the height of a bounce
-SPIN = 16.0  # degrees a frame: less than half the 72 degrees after which a star looks the same again
+SPIN = (
+    16.0  # degrees a frame: less than half the 72 degrees after which a star looks the same again
+)
 
 # Circumradius of a polygon with area 1, and how many turns of it look alike.
 STAR_INNER = 0.42
@@ -61,19 +63,19 @@ SYMMETRY = {"circle": None, "square": 90.0, "triangle": 120.0, "star": 72.0}
 class Spec(NamedTuple):
     """What a caption says of a clip."""
 
-    colour: str
+    color: str
     shape: str
     motion: str
     ground: str
 
     @property
     def caption(self) -> str:
-        return f"a {self.colour} {self.shape} {self.motion} on a {self.ground} background"
+        return f"a {self.color} {self.shape} {self.motion} on a {self.ground} background"
 
 
 def specs() -> list[Spec]:
     """All 868 clips that can be told apart: a circle looks the same however it turns, so none spins."""
-    every = (Spec(*words) for words in product(COLOURS, SHAPES, MOTIONS, GROUNDS))
+    every = (Spec(*words) for words in product(COLORS, SHAPES, MOTIONS, GROUNDS))
     return [spec for spec in every if (spec.shape, spec.motion) != ("circle", "spinning")]
 
 
@@ -95,7 +97,7 @@ _BY_CAPTION = {spec.caption: spec for spec in specs()}
 
 
 def polygon(shape: str) -> torch.Tensor:
-    """Vertices (V, 2) of a shape with area 1, centred on its centroid, y pointing down."""
+    """Vertices (V, 2) of a shape with area 1, centered on its centroid, y pointing down."""
     corners = {"square": 4, "triangle": 3, "star": 10}[shape]
     angle = torch.arange(corners) * (2 * math.pi / corners) - math.pi / 2
     if shape == "square":
@@ -111,7 +113,10 @@ def signed_distance(points: torch.Tensor, shape: str) -> torch.Tensor:
     if shape == "circle":
         return points.norm(dim=-1) - math.sqrt(1 / math.pi)
     corners = polygon(shape)
-    nearest, inside = torch.full(points.shape[:-1], torch.inf), torch.zeros(points.shape[:-1], dtype=torch.bool)
+    nearest, inside = (
+        torch.full(points.shape[:-1], torch.inf),
+        torch.zeros(points.shape[:-1], dtype=torch.bool),
+    )
     for start, end in zip(corners, corners.roll(-1, 0)):
         edge = end - start
         x, y = (points - start).unbind(-1)
@@ -124,7 +129,7 @@ def signed_distance(points: torch.Tensor, shape: str) -> torch.Tensor:
 
 
 def _paths(specs: list[Spec], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Centre (B, F, 2), size (B, F) and angle (B, F) of each clip's shape, with a little freedom in
+    """Center (B, F, 2), size (B, F) and angle (B, F) of each clip's shape, with a little freedom in
     all of them that the caption does not mention."""
     batch = len(specs)
     time = torch.linspace(0, 1, NUM_FRAMES)  # 0 in the first frame, 1 in the last
@@ -143,20 +148,26 @@ def _paths(specs: list[Spec], generator: torch.Generator) -> dict[str, torch.Ten
     y = y + TRAVEL * (0.5 - (math.pi * time).cos().abs()) * where("bouncing")
     size = size * torch.exp(0.9 * (time - 0.5) * (where("growing") - where("shrinking")))
     angle = angle + SPIN * (NUM_FRAMES - 1) * time * where("spinning")
-    return {"centre": torch.stack([x, y], dim=-1), "size": size, "angle": angle}
+    return {"center": torch.stack([x, y], dim=-1), "size": size, "angle": angle}
 
 
-def coverage(shape: str, centre: torch.Tensor, size: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+def coverage(
+    shape: str, center: torch.Tensor, size: torch.Tensor, angle: torch.Tensor
+) -> torch.Tensor:
     """How much of each pixel the shape covers, (N, SIZE, SIZE) in [0, 1].
 
-    centre (N, 2) and size (N,), the square root of the area, in pixels; angle (N,) in degrees.
+    center (N, 2) and size (N,), the square root of the area, in pixels; angle (N,) in degrees.
     """
     pixel = torch.arange(SIZE) + 0.5
     grid = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy"), dim=-1)  # (H, W, 2) as x, y
-    offset = (grid - centre[:, None, None]) / size[:, None, None, None]
-    cos, sin = (angle * math.pi / 180).cos()[:, None, None], (angle * math.pi / 180).sin()[:, None, None]
+    offset = (grid - center[:, None, None]) / size[:, None, None, None]
+    cos, sin = (
+        (angle * math.pi / 180).cos()[:, None, None],
+        (angle * math.pi / 180).sin()[:, None, None],
+    )
     turned = torch.stack(
-        [cos * offset[..., 0] + sin * offset[..., 1], cos * offset[..., 1] - sin * offset[..., 0]], dim=-1
+        [cos * offset[..., 0] + sin * offset[..., 1], cos * offset[..., 1] - sin * offset[..., 0]],
+        dim=-1,
     )
     return (0.5 - signed_distance(turned, shape) * size[:, None, None]).clamp(0, 1)
 
@@ -168,15 +179,17 @@ def render(specs: list[Spec], generator: torch.Generator) -> torch.Tensor:
     for shape in SHAPES:
         rows = [i for i, spec in enumerate(specs) if spec.shape == shape]
         if rows:
-            flat = [path[name][rows].flatten(0, 1) for name in ("centre", "size", "angle")]
+            flat = [path[name][rows].flatten(0, 1) for name in ("center", "size", "angle")]
             mask[rows] = coverage(shape, *flat).unflatten(0, (len(rows), NUM_FRAMES))
     mask = mask.unsqueeze(2)  # (B, F, 1, H, W)
-    colour = torch.tensor([COLOURS[spec.colour] for spec in specs])[:, None, :, None, None]
+    color = torch.tensor([COLORS[spec.color] for spec in specs])[:, None, :, None, None]
     ground = torch.tensor([GROUNDS[spec.ground] for spec in specs])[:, None, :, None, None]
-    return ground + mask * (colour - ground)
+    return ground + mask * (color - ground)
 
 
-def sample(count: int, generator: torch.Generator, among: list[Spec] | None = None) -> tuple[torch.Tensor, list[Spec]]:
+def sample(
+    count: int, generator: torch.Generator, among: list[Spec] | None = None
+) -> tuple[torch.Tensor, list[Spec]]:
     """`count` random clips (count, 8, 3, 64, 64) with their specs, drawn from `among` (default: all)."""
     among = specs() if among is None else among
     chosen = [among[i] for i in torch.randint(len(among), (count,), generator=generator).tolist()]
