@@ -5,7 +5,6 @@ comparison.run(prompt="…")                    the same from Python: scores by 
 comparison.run_all(); comparison.export()     every prompt's scores, and the last clips, as one HTML file
 """
 
-import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,20 +17,11 @@ from ..models import VideoModel
 from ..rewards import Reward
 from ..sampling import Sampling
 from ..video import Video
-from . import clips
+from . import clips, comparison_html
 from .comparison_data import Comparison, choose_prompts, metrics
-from .comparison_html import (
-    columns,
-    curve,
-    heat_legend,
-    heat_overlay,
-    joined,
-    number,
-    render,
-    score_rows,
-)
-from .controls import button, choice, row, switch
-from .panel import FULL, Panel, disable, download_link, escape, note
+from .comparison_html import columns, number, score_rows
+from .controls import SettingsPanel, button, choice, row, switch
+from .panel import FULL, disable, download_link, escape, note
 from .player import EMPTY, Player, moving, still
 from .voting import Pair, Tally, Vote, Votes
 
@@ -40,7 +30,7 @@ BALLOT = {"A": "A is better", "=": "no difference", "B": "B is better"}
 MAX_LINK = 4_000_000  # bytes of an export up to which the panel has a link that holds it
 
 
-class RewardComparison(Panel):
+class RewardComparison(SettingsPanel):
     """Clips of the base and of each adapter, from the same noise, side by side.
 
     The first picture waits for two contestants only; `run()` before it is shown makes all.
@@ -86,36 +76,37 @@ class RewardComparison(Panel):
         self.data = Comparison(model, adapters, by_name, sampling, seed)
         self.pair: Pair | None = None  # waits for a vote
         self._picture: Video | None = None  # what the player shows
-        self._images = (None, [])  # what the picture was made of, and its <img>s
-        self._filling = self._sweeping = False
+        self._images = ((), [])  # what the picture was made of, and its <img>s
+        self._sweeping = False  # whether all prompts are being compared
         self.player = Player(sampling.num_frames)
         self.caption, self.why, self.counts, self.saved = HTML(), HTML(), HTML(), HTML()
         self._controls()
-        lines = [row(self.reward, self.heat)]
-        lines += [row(self.all_button, self.stop_button, self.order, self.adapter), self.why]
-        self.open_box = VBox([self.prompt, *lines], layout=FULL)
+        sweep = row(self.all_button, self.stop_button, self.order, self.adapter)
+        lines = [self.prompt, row(self.reward, self.heat), sweep, self.why]
+        self.open_box = VBox(lines, layout=FULL)
         self.ballot_box = row(*self.ballot.values(), self.tally_button)
-        last = row(self.blind, self.export_button, self.saved)
         views = [self.open_box, self.player.box, self.caption, self.ballot_box, self.counts]
-        self.assemble(*views, last)
-        self._explain()
+        self.assemble(*views, row(self.blind, self.export_button, self.saved))
+        self.changed()
 
     def _controls(self) -> None:
         self.prompt = choice("prompt", self.prompts)
         self.reward = choice("reward", [*self.data.rewards])
         self.heat = switch("gradient heat map", False)
-        self.all_button = button("compare all prompts", "play", 170)
-        self.stop_button = button("stop", "stop", 80)
         self.order = choice("sort prompts", [GIVEN, HELPS, HURTS])
         self.adapter = choice("by adapter", self.data.names[1:])
         for narrow in (self.reward, self.order, self.adapter):
             narrow.layout.width = "250px"
-        self.blind = ToggleButton(icon="eye-slash", layout={"width": "auto"})
+        self.settings = {"prompt": self.prompt, "reward": self.reward, "heat": self.heat}
+        self.settings |= {"order": self.order, "adapter": self.adapter}
+        self.all_button = button("compare all prompts", "play", 170)
+        self.stop_button = button("stop", "stop", 80)
         self.tally_button = button("show tally", "", 110)
         self.export_button = button("export as HTML", "download", 150)
+        self.blind = ToggleButton(icon="eye-slash", layout={"width": "auto"})
         self.ballot = {side: button(text, "", 120) for side, text in BALLOT.items()}
-        self.on(self._changed, self.prompt, self.reward, self.heat, self.adapter)
-        self.on(lambda: self._changed(jump=True), self.order)
+        self.on(self._update, self.prompt, self.reward, self.heat, self.adapter)
+        self.on(lambda: self._update(jump=True), self.order)
         self.on(lambda: self.jobs.submit(self._all, 0), self.all_button)
         self.on(self._stop, self.stop_button)
         self.on(self._switch_view, self.blind)
@@ -124,7 +115,7 @@ class RewardComparison(Panel):
         for side, widget in self.ballot.items():  # a second click can come too late
             self.on(lambda side=side: self.pair and self.vote(side), widget)
 
-    def _explain(self) -> None:
+    def changed(self) -> None:
         """Show what can act now; disable the rest, and say why."""
         data = self.data
         alone = unsorted = blind = ""
@@ -137,12 +128,13 @@ class RewardComparison(Panel):
             blind = "blind vote: leave it first"
         finished = "" if missing else "all prompts are compared"
         sweeping = "it is under way" if self._sweeping else ""
+        unscored = "" if data.scores else "there is nothing to export yet"
         disable(blind, self.prompt, self.reward, self.heat)
         disable(blind or alone, self.adapter)
         disable(blind or alone or unsorted, self.order)
         disable(blind or finished or sweeping, self.all_button)
         disable("" if sweeping else "nothing is under way", self.stop_button)
-        disable(blind or ("" if data.scores else "nothing to export yet"), self.export_button)
+        disable(blind or unscored, self.export_button)
         disable(alone, self.blind)
         disable("" if self.pair else "the next pair is being made", *self.ballot.values())
         self.why.value = note(alone or unsorted and f"sorting: {unsorted}")
@@ -150,8 +142,6 @@ class RewardComparison(Panel):
         self.blind.description = "leave the blind vote" if blind else vote
         self.open_box.layout.display = "none" if blind else "flex"
         self.ballot_box.layout.display = "flex" if blind else "none"
-
-    # --------------------------------------------------------------------------------------- jobs
 
     def _complete(self, prompts: Iterable[str], names: Sequence[str]) -> Iterator[float]:
         """Score what has no scores; for the chosen prompt, make also clips that were dropped."""
@@ -162,7 +152,7 @@ class RewardComparison(Panel):
             work += [(prompt, name) for name in names if name not in known]
         for i, (prompt, name) in enumerate(work):
             yield from _scaled(self.data.add(prompt, name), i / len(work), 1 / len(work))
-            self._explain()
+            self.changed()
             # Marks the chosen prompt as used last, so that its clips stay.
             made = len(self.data.clips_of(self.prompt.value))
             if prompt == self.prompt.value and made in (2, len(self.data.names)):
@@ -170,37 +160,32 @@ class RewardComparison(Panel):
 
     def _one(self) -> Iterator[float]:
         """Make what the controls ask for."""
-        prompt, reward = self.prompt.value, self.reward.value
-        yield from self._complete([prompt], self.data.names)
-        for name in self.data.missing_heat_maps(prompt, reward) if self.heat.value else []:
-            self.data.add_heat_map(prompt, name, reward)
+        yield from self._complete([self.prompt.value], self.data.names)
+        for name in self._missing_heat_maps():
+            self.data.add_heat_map(self.prompt.value, name, self.reward.value)
             yield 0.95
-        self._explain()
+        self.changed()
         self._show()
 
     def _all(self) -> Iterator[float]:
         """Compare on every prompt, the chosen one first."""
         self._sweeping = True
         try:
-            self._explain()
+            self.changed()
             prompts = dict.fromkeys([self.prompt.value, *self.prompts])
             yield from self._complete(prompts, self.data.names)
             yield from self._one()
         finally:  # stopped or done
             self._sweeping = False
-            self._explain()
+            self.changed()
 
     def _stop(self) -> None:
         self.jobs.give_up()
-        done = sum(map(self.data.is_scored, self.prompts))
-        total = len(self.prompts)
+        done, total = sum(map(self.data.is_scored, self.prompts)), len(self.prompts)
         self.say(f"stopped: {done} of {total} prompts are compared; the same button continues")
 
     def run(self, prompt: str | None = None) -> dict[str, dict[str, float]]:
-        """Compare on a prompt now.
-
-        Args:
-            prompt: One of `prompts`; default: the chosen one.
+        """Compare on a prompt now, default: the chosen one.
 
         Returns:
             Mean scores, contestant -> reward -> score.
@@ -208,86 +193,64 @@ class RewardComparison(Panel):
         Raises:
             ValueError: The prompt is not among `prompts`.
         """
-        if prompt is not None and prompt not in self.prompts:
-            known = ", ".join(map(repr, self.prompts))
-            raise ValueError(f"unknown prompt {prompt!r}; there are {known}")
-        with self._quietly():
-            self.prompt.value = prompt or self.prompt.value
+        self.set(prompt=self.prompt.value if prompt is None else prompt)
         self.jobs.finish(self._one)
         data, prompt = self.data, self.prompt.value
-        return {
-            name: {reward: data.mean(prompt, name, reward) for reward in data.rewards}
-            for name in data.names
-        }
+        return {n: {r: data.mean(prompt, n, r) for r in data.rewards} for n in data.names}
 
     def run_all(self) -> None:
         """Compare on all prompts now."""
         self.jobs.finish(self._all)
 
-    # ---------------------------------------------------------------------------------- open view
-
-    def _changed(self, jump: bool = False) -> None:
-        if self._filling or self.blind.value:
+    def _update(self, jump: bool = False) -> None:
+        """Show what the controls ask for, after making what is missing. jump: to the first prompt."""
+        if self._setting or self.blind.value:
             return
         self._sort(jump)
-        self._explain()
-        if self.data.missing_clips(self.prompt.value) or (self.heat.value and self._without_heat()):
+        self.changed()
+        if self.data.missing_clips(self.prompt.value) or self._missing_heat_maps():
             self.jobs.submit(self._one)
         else:
             self._show()
 
-    def _without_heat(self) -> list[str]:
+    def _missing_heat_maps(self) -> list[str]:
+        """Contestants whose heat map is asked for, but not computed."""
+        if not self.heat.value:
+            return []
         return self.data.missing_heat_maps(self.prompt.value, self.reward.value)
 
     def _sort(self, jump: bool) -> None:
-        """Sort the prompts. jump: choose the first; else the choice stays."""
         options = [(prompt, prompt) for prompt in self.prompts]
         if self.order.value != GIVEN:
             missing = sum(not self.data.is_scored(prompt) for prompt in self.prompts)
             if missing:
-                with self._quietly():
-                    self.order.value = GIVEN
-                raise ValueError(
-                    f"sorting needs all prompts: compare all first, {missing} are missing"
-                )
+                self.set(order=GIVEN)
+                raise ValueError(f"sorting: compare all prompts first, {missing} are missing")
             adapter, reward = self.adapter.value, self.reward.value
             change = {p: self.data.difference(p, adapter, reward) for p in self.prompts}
             ranked = sorted(self.prompts, key=change.__getitem__, reverse=self.order.value == HELPS)
             options = [(f"{number(change[prompt], '+')} · {prompt}", prompt) for prompt in ranked]
         chosen = options[0][1] if jump else self.prompt.value
-        with self._quietly():
-            self.prompt.options = options
-            self.prompt.value = chosen
-
-    @contextlib.contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Inside, controls are set without starting a job."""
-        self._filling = True
-        try:
-            yield
-        finally:
-            self._filling = False
+        self._setting = True
+        self.prompt.options = options
+        self.prompt.value = chosen
+        self._setting = False
 
     def _show(self) -> None:
         prompt, reward, data = self.prompt.value, self.reward.value, self.data
         made = data.clips_of(prompt)
         if self.blind.value or not made:
             return
-        heat = self.heat.value and not self._without_heat()
         frames = [made[name].pixels() if name in made else None for name in data.names]
-        text, legend = f"{', '.join(data.names)}: {prompt}", ""
-        if heat:
-            frames = [heat_overlay(made[name], reward) for name in data.names]
-            text, legend = f"{text}, heat maps of {reward}", heat_legend(reward)
-        rows = score_rows(data, prompt)
-        pages = []
+        text, below = f"{', '.join(data.names)}: {prompt}", ""
+        if self.heat.value and not self._missing_heat_maps():
+            frames = [comparison_html.heat_overlay(clip, reward) for clip in made.values()]
+            text, below = f"{text}, heat maps of {reward}", comparison_html.heat_legend(reward)
+        rows, pages = score_rows(data, prompt), []
         for page, image in enumerate(self._draw((text, *made), frames, text)):
-            left = columns(data.names, image, *rows) + legend
-            right = curve(data, prompt, reward, page - 1 if page else None)
-            pages.append(
-                f"<div class=vader-side><div style='flex:3 1 320px;min-width:0'>{left}</div>"
-                f"<div style='flex:2 1 260px;min-width:0'>{right}</div></div>"
-            )
+            left = columns(data.names, image, *rows) + below
+            right = comparison_html.curve(data, prompt, reward, page - 1 if page else None)
+            pages.append(comparison_html.beside(left, right))
         self.player.show(pages[0], pages[1:])
         s = data.sampling
         how = f"seed {data.seed} · {s.num_inference_steps} steps · guidance {s.guidance_scale:g}"
@@ -296,26 +259,24 @@ class RewardComparison(Panel):
     def _draw(self, key: tuple, frames: Sequence[torch.Tensor | None], text: str) -> list[str]:
         """Return the clips side by side as <img>s, playing and frame by frame; cached by `key`."""
         if self._images[0] != key:
-            self._picture = joined(frames, self.data.model.defaults["fps"], text)
+            self._picture = comparison_html.joined(frames, self.data.model.defaults["fps"], text)
             singles = [still(self._picture, i, text) for i in range(len(self._picture.frames))]
             self._images = key, [moving(self._picture, text), *singles]
         return self._images[1]
-
-    # -------------------------------------------------------------------------------- blind votes
 
     def _switch_view(self) -> None:
         """Enter or leave blind mode: nothing of the other view stays on the page or goes on."""
         self.jobs.give_up()
         self.pair = self._picture = None
-        self._images = (None, [])
+        self._images = ((), [])
         self.player.show(EMPTY, [EMPTY] * self.player.num_frames)
         self.caption.value = self.saved.value = self.counts.value = ""
-        self._explain()
+        self.changed()
         if self.blind.value:
             self.jobs.submit(self._next_pair, 0)
         else:
             self._show_tally()
-            self._changed()
+            self._update()
 
     def _next_pair(self) -> Iterator[float]:
         """Make the next pair. The base is always first: the order would tell which side it is."""
@@ -330,10 +291,10 @@ class RewardComparison(Panel):
         self.player.show(pages[0], pages[1:])
         self.caption.value = f"<b>{escape(pair.prompt)}</b> {note('which clip is better?')}"
         self.pair = pair
-        self._explain()
+        self.changed()
 
     def vote(self, choice: str) -> Vote:
-        """Vote on the pair that is shown, save the vote and show the next pair.
+        """Vote on the pair that is shown, save the vote, and make the next pair.
 
         Args:
             choice: "A", "B" or "=" for no difference.
@@ -345,7 +306,7 @@ class RewardComparison(Panel):
             raise ValueError("no pair waits for a vote; comparison.blind.value = True shows one")
         vote = self.votes.add(self.pair, choice)
         self.pair, self.counts.value = None, ""
-        self._explain()
+        self.changed()
         self.jobs.submit(self._next_pair, 0)
         return vote
 
@@ -355,8 +316,6 @@ class RewardComparison(Panel):
 
     def _show_tally(self) -> None:
         self.counts.value = f"<div>{escape(str(self.tally()))}</div>"
-
-    # ------------------------------------------------------------------------------------ display
 
     def export(self, path: str | Path | None = None) -> Path:
         """Write one HTML file: scores of all compared prompts, clips of the last 24 used, votes.
@@ -369,7 +328,7 @@ class RewardComparison(Panel):
         """
         path = Path(path or self.folder / "comparison.html")
         tallies = [self.votes.tally(name) for name in self.data.adapters]
-        page = render(self.data, self.prompts, tallies)
+        page = comparison_html.render(self.data, self.prompts, tallies)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page)
         link = download_link(path) if path.stat().st_size < MAX_LINK else ""
@@ -385,10 +344,9 @@ class RewardComparison(Panel):
     def to_html(self) -> str:
         if self._picture is None:
             return "<p>nothing is compared yet</p>"
+        names, rows = self.data.names, score_rows(self.data, self.prompt.value)
         if self.blind.value:
-            return self._picture.to_html(512)
-        rows = score_rows(self.data, self.prompt.value)
-        names = self.data.names
+            names, rows = "AB", []
         return columns(names, self._picture.to_html(256 * len(names)), *rows)
 
 
