@@ -6,17 +6,13 @@ ten times as heavy, and too slow to follow a run.
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 BLUE, RED, GRAY = "#3b82c4", "#e0573e", "#808080"  # legible on white and on black
-WIDTH = (
-    480  # units of bars and chain; a phone shows them at three quarters, where size 12 is legible
-)
-
-
-# --------------------------------------------------------------------------------------- elements
+WIDTH, LEFT, RIGHT = 480, 10, 470  # of bars and chain; a phone shows them at three quarters
+ADAPTER, STEPS, DECODER, FRAMES, REWARD = 4, 52, 128, 180, 232  # tops of the chain's rows
 
 
 def element(kind: str, text: str = "", **attributes) -> str:
@@ -33,15 +29,31 @@ def words(x: float, y: float, text: str, size: float = 12, anchor: str = "start"
 
 
 def path(points: Sequence[tuple[float, float]], **attributes) -> str:
-    """A line through points; one that is not finite interrupts it."""
-    written, command = "", "M"
+    """A line through points, with a gap where y is not finite."""
+    written, gap = "", True
     for x, y in points:
         if math.isfinite(y):
-            written += f"{command}{x:.1f} {y:.1f}"
-            command = "L"
-        else:
-            command = "M"
+            # h0 makes a dot of a point without neighbors.
+            written += f"M{x:.1f} {y:.1f}h0" if gap else f"L{x:.1f} {y:.1f}"
+        gap = not math.isfinite(y)
     return element("path", d=written, fill="none", **attributes)
+
+
+def box(x: float, y: float, width: float, height: float, kind: str = "", filled=False) -> str:
+    """A rectangle; `kind` is its class."""
+    opacity, stroke = (0.3, 0.9) if filled else (0.05, 0.35)
+    size = {"x": x, "y": y, "width": width, "height": height, "rx": 4, "fill_opacity": opacity}
+    return element("rect", class_=kind, **size, stroke="currentColor", stroke_opacity=stroke)
+
+
+def arrow(x: float, y: float, to_x: float, to_y: float, gradient: bool = True) -> str:
+    """A thick arrow for the gradient, a thin one for what is computed forwards."""
+    length, angle = math.dist((x, y), (to_x, to_y)), math.degrees(math.atan2(to_y - y, to_x - x))
+    size, width, color = (6, 3, RED) if gradient else (4, 1, "currentColor")
+    look = {"fill": color, "stroke": color, "stroke_width": width, "stroke_linejoin": "round"}
+    shape = f"M{-length:.1f} 0H{-size}v{size / 2}L-1 0L{-size} {-size / 2}V0"
+    place = f"translate({to_x:.1f} {to_y:.1f}) rotate({angle:.0f})"
+    return element("path", class_="gradient" if gradient else "", d=shape, transform=place, **look)
 
 
 def svg(width: float, height: float, parts: Sequence[str], label: str, max_width: int = 560) -> str:
@@ -61,9 +73,6 @@ def image(drawing: str, alt: str) -> str:
     gray = drawing.replace("font-family:inherit", f"font-family:sans-serif;color:{GRAY}", 1)
     source = f"data:image/svg+xml;base64,{base64.b64encode(gray.encode()).decode()}"
     return f'<img src="{source}" alt="{escape(alt)}" style="width:100%;max-width:560px">'
-
-
-# ----------------------------------------------------------------------------------------- curves
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def chart(
         series: the curves; without any finite point the drawing says "nothing yet".
         label: what is drawn. It stands above the curves and, with both ends of each, in the
             alternative text.
-        x_label: the unit of x, below the axis.
+        x_label: the unit of x, to the left of the ticks.
         y_label: the unit of y, above the axis on the right.
         x_range: the ends of the x axis; by default those of the points.
         x_ticks: where numbers stand below the axis; by default at its ends.
@@ -129,7 +138,7 @@ def chart(
         parts.append(words(38, y + 4, f"{value:.3g}", 10, "end", **faint))
     for x in dict.fromkeys((left, right) if x_ticks is None else x_ticks):
         parts.append(words(place(x, low)[0], height - 3, f"{x:g}", 10, "middle", **faint))
-    parts.append(words(width / 2, height - 3, x_label, 10, "middle", **faint))
+    parts.append(words(4, height - 3, x_label, 10, **faint))
     if marker is not None:
         x = place(marker, low)[0]
         line = path([(x, 18), (x, bottom)], class_="vader-marker", stroke=GRAY, stroke_width=2)
@@ -147,3 +156,134 @@ def chart(
         if known
     ]
     return svg(width, height, parts, f"{label}: {'; '.join(ends)}", 460)
+
+
+def bars(
+    values: Mapping[str, float],
+    *,
+    limit: float,
+    limit_label: str,
+    unit: str,
+    margin: float,
+    margin_label: str,
+    label: str,
+) -> str:
+    """Draws a bar per value, each a <rect class="bar">, against a limit.
+
+    Args:
+        values: of each bar, by name; those that are NaN are not known yet.
+        limit: where a vertical line stands, with `limit_label` above it.
+        limit_label: the name of the limit.
+        unit: of the values, above them.
+        margin: what is added to the longest bar, dashed.
+        margin_label: what the dashes mean.
+        label: the alternative text.
+
+    Returns:
+        An <svg> element.
+    """
+    left, right, top, height = 74, WIDTH - 64, 34, 24
+    most = max(values.values())  # NaN if the values are not known
+    known = math.isfinite(most)
+    scale = (right - left) / max(limit * 1.08, most + margin if known else 0)
+    bottom, end = top + height * len(values), left + limit * scale
+    parts = [
+        path([(end, top - 4), (end, bottom + 2)], stroke=RED, stroke_width=2),
+        words(end, top - 10, limit_label, anchor="end", font_weight=600),
+        words(WIDTH - 2, top - 10, unit, 11, "end"),
+        words(left, bottom + 16, f"dashed: {margin_label}" if known else "not known yet", 11),
+    ]
+    for place, (name, value) in enumerate(values.items()):
+        y, weight = top + height * place, 600 if value == most else 400
+        parts.append(words(left - 6, y + 15, name, anchor="end", font_weight=weight))
+        if not known:
+            continue
+        length = value * scale
+        parts.append(box(left, y + 2, max(1, length), height - 6, "bar", filled=True))
+        parts.append(words(WIDTH - 2, y + 15, f"{value:.2f}", anchor="end", font_weight=weight))
+        if value == most:
+            size = {"width": margin * scale, "height": height - 6}
+            dashed = {"fill": "none", "stroke": "currentColor", "stroke_dasharray": "3 2"}
+            parts.append(element("rect", x=left + length, y=y + 2, **size, **dashed))
+    return svg(WIDTH, bottom + 22, parts, label)
+
+
+def chain(
+    steps: int,
+    window: int,
+    num_frames: int,
+    scored: Collection[int],
+    *,
+    adapter: str,
+    reward: str,
+    recompute: bool,
+    stream: bool,
+    label: str,
+) -> str:
+    """Draws adapter, denoising steps, decoder, frames and reward, and the way of the gradient in thick arrows.
+
+    Args:
+        steps: denoising steps; they are numbered from the end.
+        window: how many of them learn, the last ones.
+        num_frames: frames of the clip.
+        scored: indices of the frames that the reward scores.
+        adapter: its name.
+        reward: its name.
+        recompute: whether blocks are computed again in the backward pass.
+        stream: whether frames are decoded and scored one by one.
+        label: the alternative text.
+
+    Returns:
+        An <svg> element, where steps that learn and frames that are scored are of the class "marked".
+    """
+    first, *_, last = centers(steps)[-window:] * 2  # of the steps that learn
+    start = RIGHT - window * (RIGHT - LEFT) / steps
+    inside = RIGHT - start > 8 * len(adapter)  # room for its name
+    x, anchor = ((start + RIGHT) / 2, "middle") if inside else (start - 8, "end")
+    kept = "their blocks computed again" if recompute else "all that they compute is kept"
+    decoded = f"frames {'one by one' if stream else 'all at once'}"
+    scored_centers = [centers(num_frames)[i] for i in scored]
+    parts = [
+        box(start, ADAPTER, RIGHT - start, 24),
+        words(x, ADAPTER + 16, adapter, anchor=anchor, font_weight=600),
+        *numbered_boxes(STEPS, range(steps, 0, -1), range(1, window + 1), "step"),
+        *(arrow(x, STEPS - 2, x, ADAPTER + 27) for x in centers(steps)[-window:]),
+        arrow(last, STEPS + 34, first, STEPS + 34) if window > 1 else "",
+        words(LEFT, STEPS + 52, "noise → denoising steps, counted from the end", 11),
+        words(LEFT, STEPS + 66, f"in the gradient: {window} of {steps}, {kept}", 11),
+        arrow(last + 6, STEPS + 30, last + 6, DECODER - 2, gradient=False),
+        arrow(last - 6, DECODER - 2, last - 6, STEPS + 30),
+        box(LEFT, DECODER, RIGHT - LEFT, 26),
+        words(WIDTH / 2, DECODER + 17, "decoder", anchor="middle", font_weight=600),
+        words(RIGHT - 8, DECODER + 17, decoded if len(scored) > 1 else "one frame", 11, "end"),
+        *numbered_boxes(FRAMES, range(1, num_frames + 1), [i + 1 for i in scored], "frame"),
+        *(arrow(x, FRAMES - 2, x, DECODER + 29) for x in scored_centers),
+        *(arrow(x, REWARD - 2, x, FRAMES + 29) for x in scored_centers),
+        box(LEFT, REWARD, RIGHT - LEFT, 26),
+        words(WIDTH / 2, REWARD + 17, f"reward: {reward}", anchor="middle", font_weight=600),
+        words(LEFT, REWARD + 44, "thick arrows: the gradient; filled: what it passes through", 11),
+    ]
+    return svg(WIDTH, REWARD + 52, parts, label)
+
+
+def centers(count: int) -> list[float]:
+    """The x of so many boxes in a row."""
+    return [LEFT + (i + 0.5) * (RIGHT - LEFT) / count for i in range(count)]
+
+
+def numbered_boxes(
+    y: float, numbers: Sequence[int], marked: Collection[int], kind: str
+) -> list[str]:
+    """A row of boxes with as many of their numbers as there is room for.
+
+    A marked one is filled and has a tick, since a shade alone is easily missed."""
+    parts, width, roomy = [], (RIGHT - LEFT) / len(numbers), len(numbers) <= 15
+    for x, number in zip(centers(len(numbers)), numbers):
+        on = number in marked
+        of_kind = f"{kind} marked" if on else kind
+        parts.append(box(x - 0.46 * width, y, 0.92 * width, 26, of_kind, filled=on))
+        if len(numbers) <= 26 or number % 5 == 0:
+            text = f"{number} ✓" if on and roomy else str(number)
+            look = {"anchor": "middle", "font_weight": 600 if on else 400}
+            parts.append(words(x, y + 17, text, 12 if roomy else 9, **look))
+    return parts
