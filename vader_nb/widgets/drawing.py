@@ -1,7 +1,7 @@
-"""Drawings as SVG text: curves, bars against a limit, and the chain that a gradient follows.
+"""Drawings as text: curves, bars against a limit, and the chain that a gradient follows.
 
-They take the text color of the page, so light and dark themes both show them. A figure of a plotting library would be
-ten times as heavy, and too slow to follow a run.
+They take the text color of the page, so light and dark themes both show them. A figure of a plotting
+library would be ten times as heavy, and too slow to follow a run.
 """
 
 import base64
@@ -10,13 +10,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from .controls import template
+
 BLUE, RED, GRAY = "#3b82c4", "#e0573e", "#808080"  # legible on white and on black
-WIDTH, LEFT, RIGHT = 480, 10, 470  # of bars and chain; a phone shows them at three quarters
-ADAPTER, STEPS, DECODER, FRAMES, REWARD = 4, 52, 128, 180, 232  # tops of the chain's rows
+WIDTH, LEFT, RIGHT = 480, 10, 470  # of the chain; a phone shows it at three quarters
+ADAPTER, STEPS, DECODER, FRAMES, REWARD = 4, 52, 128, 180, 232  # tops of its rows
 
 
 def element(kind: str, text: str = "", **attributes) -> str:
-    """An SVG element. `fill_opacity` becomes fill-opacity, `class_` class; numbers are rounded."""
+    """An SVG element; `fill_opacity` becomes fill-opacity, and `class_` class."""
     written = ""
     for name, value in attributes.items():
         shown = f"{round(value, 2):g}" if isinstance(value, (int, float)) else escape(value)
@@ -28,36 +30,19 @@ def words(x: float, y: float, text: str, size: float = 12, anchor: str = "start"
     return element("text", text, x=x, y=y, font_size=size, text_anchor=anchor, **more)
 
 
-def path(points: Sequence[tuple[float, float]], **attributes) -> str:
+def line(points: Sequence[tuple[float, float]], **attributes) -> str:
     """A line through points, with a gap where y is not finite."""
-    written, gap = "", True
+    shape, gap = "", True
     for x, y in points:
         if math.isfinite(y):
             # h0 makes a dot of a point without neighbors.
-            written += f"M{x:.1f} {y:.1f}h0" if gap else f"L{x:.1f} {y:.1f}"
+            shape += f"M{x:.1f} {y:.1f}h0" if gap else f"L{x:.1f} {y:.1f}"
         gap = not math.isfinite(y)
-    return element("path", d=written, fill="none", **attributes)
-
-
-def box(x: float, y: float, width: float, height: float, kind: str = "", filled=False) -> str:
-    """A rectangle; `kind` is its class."""
-    opacity, stroke = (0.3, 0.9) if filled else (0.05, 0.35)
-    size = {"x": x, "y": y, "width": width, "height": height, "rx": 4, "fill_opacity": opacity}
-    return element("rect", class_=kind, **size, stroke="currentColor", stroke_opacity=stroke)
-
-
-def arrow(x: float, y: float, to_x: float, to_y: float, gradient: bool = True) -> str:
-    """A thick arrow for the gradient, a thin one for what is computed forwards."""
-    length, angle = math.dist((x, y), (to_x, to_y)), math.degrees(math.atan2(to_y - y, to_x - x))
-    size, width, color = (6, 3, RED) if gradient else (4, 1, "currentColor")
-    look = {"fill": color, "stroke": color, "stroke_width": width, "stroke_linejoin": "round"}
-    shape = f"M{-length:.1f} 0H{-size}v{size / 2}L-1 0L{-size} {-size / 2}V0"
-    place = f"translate({to_x:.1f} {to_y:.1f}) rotate({angle:.0f})"
-    return element("path", class_="gradient" if gradient else "", d=shape, transform=place, **look)
+    return element("path", d=shape, fill="none", **attributes)
 
 
 def svg(width: float, height: float, parts: Sequence[str], label: str, max_width: int = 560) -> str:
-    """A drawing for a page; `label` says in words what it shows."""
+    """A drawing for a page; `label` is its alternative text."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
         f'aria-label="{escape(label)}" fill="currentColor" stroke-linecap="round" '
@@ -67,7 +52,7 @@ def svg(width: float, height: float, parts: Sequence[str], label: str, max_width
 
 
 def image(drawing: str, alt: str) -> str:
-    """The drawing as an <img>, for readers without a kernel: viewers of saved notebooks remove inline SVG.
+    """The drawing as an <img>, since viewers of saved notebooks remove inline SVG.
 
     The color of a page does not reach into an image, so it is drawn in gray."""
     gray = drawing.replace("font-family:inherit", f"font-family:sans-serif;color:{GRAY}", 1)
@@ -77,7 +62,7 @@ def image(drawing: str, alt: str) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """A curve through `points` (x, y). Where y is not finite, the curve has a gap."""
+    """A curve through `points` (x, y). Where y is not finite, it has a gap."""
 
     points: Sequence[tuple[float, float]]
     name: str = ""
@@ -97,115 +82,102 @@ def chart(
     width: int = 360,
     height: int = 150,
 ) -> str:
-    """Draws curves over one x axis, each a <path class="curve">.
+    """Draws curves over one x axis, each a <path class="curve">, as an <svg>.
 
     Args:
         series: the curves; without any finite point the drawing says "nothing yet".
-        label: what is drawn. It stands above the curves and, with both ends of each, in the
-            alternative text.
+        label: what is drawn; it stands above the curves and in the alternative text.
         x_label: the unit of x, to the left of the ticks.
-        y_label: the unit of y, above the axis on the right.
+        y_label: the unit of y, above the curves on the right.
         x_range: the ends of the x axis; by default those of the points.
         x_ticks: where numbers stand below the axis; by default at its ends.
         marker: an x with a vertical line, <path class="vader-marker">, and a dot on each curve;
             without it the dot is at the end of the curve.
-        width: units; a phone shows 360 at about their size.
-        height: units.
-
-    Returns:
-        An <svg> element.
+        width: in units; a phone shows 360 at about their size.
+        height: in units.
     """
     finite = [[point for point in curve.points if math.isfinite(point[1])] for curve in series]
     points = [point for part in finite for point in part]
-    heading = words(4, 12, label, 11, font_weight=600)
+    parts = [words(4, 12, label, 11, font_weight=600)]
+    parts.append(words(width - 8, 12, y_label, 10, "end", opacity=0.75))
     if not points:
-        parts = [heading, words(width / 2, height / 2, "nothing yet", 10, "middle", opacity=0.7)]
+        parts.append(words(width / 2, height / 2, "nothing yet", 10, "middle", opacity=0.75))
         return svg(width, height, parts, f"{label}: nothing yet", 460)
     left, right = x_range or (min(points)[0], max(points)[0])
     low, high = (pick(y for _, y in points) for pick in (min, max))
-    bottom = height - 16
 
     def place(x: float, y: float) -> tuple[float, float]:
         along = (x - left) / (right - left) if right > left else 0.5
         up = (y - low) / (high - low) if high > low else 0.5
-        return 42 + along * (width - 52), bottom - 4 - up * (bottom - 26)
+        return 42 + along * (width - 52), height - 20 - up * (height - 42)
 
-    faint = {"opacity": 0.75}
-    parts = [heading, words(width - 8, 12, y_label, 10, "end", **faint)]
     for value in dict.fromkeys((low, (low + high) / 2, high)):
         y = place(left, value)[1]
-        parts.append(path([(42, y), (width - 10, y)], stroke="currentColor", opacity=0.2))
-        parts.append(words(38, y + 4, f"{value:.3g}", 10, "end", **faint))
+        parts.append(line([(42, y), (width - 10, y)], stroke="currentColor", opacity=0.2))
+        parts.append(words(38, y + 4, f"{value:.3g}", 10, "end", opacity=0.75))
+    parts.append(words(4, height - 3, x_label, 10, opacity=0.75))
     for x in dict.fromkeys((left, right) if x_ticks is None else x_ticks):
-        parts.append(words(place(x, low)[0], height - 3, f"{x:g}", 10, "middle", **faint))
-    parts.append(words(4, height - 3, x_label, 10, **faint))
+        parts.append(words(place(x, low)[0], height - 3, f"{x:g}", 10, "middle", opacity=0.75))
     if marker is not None:
         x = place(marker, low)[0]
-        line = path([(x, 18), (x, bottom)], class_="vader-marker", stroke=GRAY, stroke_width=2)
-        parts.append(line)
-    for curve, known in zip(series, finite):
-        stroke = {"stroke": curve.color, "stroke_width": 2, "stroke_dasharray": curve.dashes}
-        placed = [place(x, y) for x, y in curve.points]
-        parts.append(path(placed, class_="curve", **stroke))
+        ends = [(x, 18), (x, height - 16)]
+        parts.append(line(ends, class_="vader-marker", stroke=GRAY, stroke_width=2))
+    return svg(width, height, parts + _curves(series, marker, place), _spoken(label, series), 460)
+
+
+def _curves(series: Sequence[Series], marker: float | None, place) -> list[str]:
+    parts = []
+    for curve in series:
+        look = {"stroke": curve.color, "stroke_width": 2, "stroke_dasharray": curve.dashes}
+        parts.append(line([place(*point) for point in curve.points], class_="curve", **look))
+        known = [point for point in curve.points if math.isfinite(point[1])]
         dots = known[-1:] if marker is None else [point for point in known if point[0] == marker]
         for x, y in (place(*dot) for dot in dots):
             parts.append(element("circle", cx=x, cy=y, r=3, fill=curve.color))
-    ends = [
-        f"{curve.name} from {known[0][1]:.3g} to {known[-1][1]:.3g}".strip()
-        for curve, known in zip(series, finite)
-        if known
-    ]
-    return svg(width, height, parts, f"{label}: {'; '.join(ends)}", 460)
+    return parts
 
 
-def bars(
-    values: Mapping[str, float],
-    *,
-    limit: float,
-    limit_label: str,
-    unit: str,
-    margin: float,
-    margin_label: str,
-    label: str,
-) -> str:
-    """Draws a bar per value, each a <rect class="bar">, against a limit.
+def _spoken(label: str, series: Sequence[Series]) -> str:
+    """The curves in words: their finite ends."""
+    texts = []
+    for curve in series:
+        known = [y for _, y in curve.points if math.isfinite(y)]
+        if known:
+            texts.append(f"{curve.name} from {known[0]:.3g} to {known[-1]:.3g}".strip())
+    return f"{label}: {'; '.join(texts)}"
+
+
+BARS = """
+<table aria-label="{{ label }}" style="width:100%;max-width:560px">
+<tr><th></th><th style="padding-right:{{ 100 - limit }}%">{{ limit_label }}</th><th>GiB</th></tr>
+{% for name, value, end, margin in rows %}
+<tr><td>{{ name }}</td><td class="bar" style="width:75%;background:
+linear-gradient(90deg,transparent {{ limit }}%,#e0573e 0 calc({{ limit }}% + 2px),transparent 0),
+linear-gradient(90deg,#8888 {{ end }}%,#8883 0 {{ end + margin }}%,transparent 0)"></td>
+<td>{{ value }}</td></tr>
+{% endfor %}
+</table>
+<div class=vader-note>{{ remark }}</div>
+"""
+
+
+def bars(values: Mapping[str, float], limit: float, margin: float, **texts: str) -> str:
+    """A bar per value in GiB, and a line at the limit, as an HTML table.
 
     Args:
-        values: of each bar, by name; those that are NaN are not known yet.
-        limit: where a vertical line stands, with `limit_label` above it.
-        limit_label: the name of the limit.
-        unit: of the values, above them.
-        margin: what is added to the longest bar, dashed.
-        margin_label: what the dashes mean.
-        label: the alternative text.
-
-    Returns:
-        An <svg> element.
+        values: by name; all are NaN while they are not known.
+        limit: where the line is.
+        margin: is added to the largest value, in a lighter shade.
+        **texts: `label`, what the bars say in words; `limit_label`, above the line; `remark`.
     """
-    left, right, top, height = 74, WIDTH - 64, 34, 24
-    most = max(values.values())  # NaN if the values are not known
-    known = math.isfinite(most)
-    scale = (right - left) / max(limit * 1.08, most + margin if known else 0)
-    bottom, end = top + height * len(values), left + limit * scale
-    parts = [
-        path([(end, top - 4), (end, bottom + 2)], stroke=RED, stroke_width=2),
-        words(end, top - 10, limit_label, anchor="end", font_weight=600),
-        words(WIDTH - 2, top - 10, unit, 11, "end"),
-        words(left, bottom + 16, f"dashed: {margin_label}" if known else "not known yet", 11),
+    known, most = math.isfinite(max(values.values())), max(values.values())
+    scale = 100 / (max(limit * 1.08, most + margin) if known else limit * 1.08)
+    rows = [
+        (name, f"{value:.2f}", value * scale, margin * scale * (value == most))
+        for name, value in values.items()
     ]
-    for place, (name, value) in enumerate(values.items()):
-        y, weight = top + height * place, 600 if value == most else 400
-        parts.append(words(left - 6, y + 15, name, anchor="end", font_weight=weight))
-        if not known:
-            continue
-        length = value * scale
-        parts.append(box(left, y + 2, max(1, length), height - 6, "bar", filled=True))
-        parts.append(words(WIDTH - 2, y + 15, f"{value:.2f}", anchor="end", font_weight=weight))
-        if value == most:
-            size = {"width": margin * scale, "height": height - 6}
-            dashed = {"fill": "none", "stroke": "currentColor", "stroke_dasharray": "3 2"}
-            parts.append(element("rect", x=left + length, y=y + 2, **size, **dashed))
-    return svg(WIDTH, bottom + 22, parts, label)
+    rows = rows if known else [(name, "", 0, 0) for name in values]
+    return template(BARS).render(rows=rows, limit=limit * scale, **texts)
 
 
 def chain(
@@ -220,35 +192,31 @@ def chain(
     stream: bool,
     label: str,
 ) -> str:
-    """Draws adapter, denoising steps, decoder, frames and reward, and the way of the gradient in thick arrows.
+    """Draws the way of a gradient from the reward to the adapter in thick arrows, as an <svg>.
 
     Args:
         steps: denoising steps; they are numbered from the end.
-        window: how many of them learn, the last ones.
+        window: how many of them learn; they are of the class "marked".
         num_frames: frames of the clip.
-        scored: indices of the frames that the reward scores.
+        scored: indices of the scored frames; they are of the class "marked".
         adapter: its name.
         reward: its name.
         recompute: whether blocks are computed again in the backward pass.
         stream: whether frames are decoded and scored one by one.
         label: the alternative text.
-
-    Returns:
-        An <svg> element, where steps that learn and frames that are scored are of the class "marked".
     """
-    first, *_, last = centers(steps)[-window:] * 2  # of the steps that learn
-    start = RIGHT - window * (RIGHT - LEFT) / steps
+    learning, scored_x = centers(steps)[-window:], [centers(num_frames)[i] for i in scored]
+    start, last = RIGHT - window * (RIGHT - LEFT) / steps, learning[-1]
     inside = RIGHT - start > 8 * len(adapter)  # room for its name
-    x, anchor = ((start + RIGHT) / 2, "middle") if inside else (start - 8, "end")
+    name_x, anchor = ((start + RIGHT) / 2, "middle") if inside else (start - 8, "end")
     kept = "their blocks computed again" if recompute else "all that they compute is kept"
     decoded = f"frames {'one by one' if stream else 'all at once'}"
-    scored_centers = [centers(num_frames)[i] for i in scored]
     parts = [
         box(start, ADAPTER, RIGHT - start, 24),
-        words(x, ADAPTER + 16, adapter, anchor=anchor, font_weight=600),
+        words(name_x, ADAPTER + 16, adapter, anchor=anchor, font_weight=600),
         *numbered_boxes(STEPS, range(steps, 0, -1), range(1, window + 1), "step"),
-        *(arrow(x, STEPS - 2, x, ADAPTER + 27) for x in centers(steps)[-window:]),
-        arrow(last, STEPS + 34, first, STEPS + 34) if window > 1 else "",
+        *(arrow(x, STEPS - 2, x, ADAPTER + 27) for x in learning),
+        arrow(last, STEPS + 34, learning[0], STEPS + 34) if window > 1 else "",
         words(LEFT, STEPS + 52, "noise → denoising steps, counted from the end", 11),
         words(LEFT, STEPS + 66, f"in the gradient: {window} of {steps}, {kept}", 11),
         arrow(last + 6, STEPS + 30, last + 6, DECODER - 2, gradient=False),
@@ -257,8 +225,8 @@ def chain(
         words(WIDTH / 2, DECODER + 17, "decoder", anchor="middle", font_weight=600),
         words(RIGHT - 8, DECODER + 17, decoded if len(scored) > 1 else "one frame", 11, "end"),
         *numbered_boxes(FRAMES, range(1, num_frames + 1), [i + 1 for i in scored], "frame"),
-        *(arrow(x, FRAMES - 2, x, DECODER + 29) for x in scored_centers),
-        *(arrow(x, REWARD - 2, x, FRAMES + 29) for x in scored_centers),
+        *(arrow(x, FRAMES - 2, x, DECODER + 29) for x in scored_x),
+        *(arrow(x, REWARD - 2, x, FRAMES + 29) for x in scored_x),
         box(LEFT, REWARD, RIGHT - LEFT, 26),
         words(WIDTH / 2, REWARD + 17, f"reward: {reward}", anchor="middle", font_weight=600),
         words(LEFT, REWARD + 44, "thick arrows: the gradient; filled: what it passes through", 11),
@@ -271,19 +239,30 @@ def centers(count: int) -> list[float]:
     return [LEFT + (i + 0.5) * (RIGHT - LEFT) / count for i in range(count)]
 
 
-def numbered_boxes(
-    y: float, numbers: Sequence[int], marked: Collection[int], kind: str
-) -> list[str]:
-    """A row of boxes with as many of their numbers as there is room for.
-
-    A marked one is filled and has a tick, since a shade alone is easily missed."""
+def numbered_boxes(y: float, numbers: Sequence[int], marked: Collection[int], kind: str) -> list:
+    """A row of boxes with their numbers where there is room; marked ones are filled and ticked."""
     parts, width, roomy = [], (RIGHT - LEFT) / len(numbers), len(numbers) <= 15
     for x, number in zip(centers(len(numbers)), numbers):
         on = number in marked
-        of_kind = f"{kind} marked" if on else kind
-        parts.append(box(x - 0.46 * width, y, 0.92 * width, 26, of_kind, filled=on))
+        parts.append(box(x - 0.46 * width, y, 0.92 * width, 26, kind + " marked" * on, filled=on))
         if len(numbers) <= 26 or number % 5 == 0:
-            text = f"{number} ✓" if on and roomy else str(number)
-            look = {"anchor": "middle", "font_weight": 600 if on else 400}
-            parts.append(words(x, y + 17, text, 12 if roomy else 9, **look))
+            text, size = f"{number}{' ✓' * (on and roomy)}", 12 if roomy else 9
+            parts.append(words(x, y + 17, text, size, "middle", font_weight=600 if on else 400))
     return parts
+
+
+def box(x: float, y: float, width: float, height: float, kind: str = "", filled=False) -> str:
+    opacity, stroke = (0.3, 0.9) if filled else (0.05, 0.35)
+    size = {"x": x, "y": y, "width": width, "height": height, "rx": 4, "fill_opacity": opacity}
+    return element("rect", class_=kind, **size, stroke="currentColor", stroke_opacity=stroke)
+
+
+def arrow(x: float, y: float, to_x: float, to_y: float, gradient: bool = True) -> str:
+    """A thick arrow for the gradient, a thin one for what is computed forwards."""
+    length, angle = math.dist((x, y), (to_x, to_y)), math.degrees(math.atan2(to_y - y, to_x - x))
+    size, width, color = (6, 3, RED) if gradient else (4, 1, "currentColor")
+    look = {"fill": color, "stroke": color, "stroke_width": width, "stroke_linejoin": "round"}
+    shape = f"M{-length:.1f} 0H{-size}v{size / 2}L-1 0L{-size} {-size / 2}V0"
+    return element(
+        "path", d=shape, transform=f"translate({to_x:.1f} {to_y:.1f}) rotate({angle:.0f})", **look
+    )
