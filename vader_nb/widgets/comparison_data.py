@@ -35,36 +35,33 @@ class Clip:
         return self.frames.float() / 255
 
 
+@dataclass
 class Comparison:
-    """Contestants on prompts, each from the same noise.
+    """Contestants on prompts, each from the noise of `seed`: the base, then the adapters.
 
-    Attributes:
-        names: The contestants: the base, then the adapters.
-        scores: prompt -> contestant -> `Scores`.
-        clips: prompt -> contestant -> `Clip`, for the prompts that were used last.
+    scores: prompt -> contestant -> `Scores`. clips: prompt -> contestant -> `Clip`, for the prompts
+    that were used last.
     """
 
-    def __init__(
-        self,
-        model: VideoModel,
-        adapters: dict[str, str | Path],
-        rewards: dict[str, Reward],
-        sampling: Sampling,
-        seed: int,
-    ):
-        self.model, self.adapters, self.rewards = model, adapters, rewards
-        self.sampling, self.seed, self.names = sampling, seed, [BASE, *adapters]
-        self.scores: dict[str, dict[str, Scores]] = {}
-        self.clips: OrderedDict[str, dict[str, Clip]] = OrderedDict()
-        self._loaded: dict[str, Adapter | None] = {BASE: None}
+    model: VideoModel
+    adapters: dict[str, str | Path]
+    rewards: dict[str, Reward]
+    sampling: Sampling
+    seed: int
+    scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
+    clips: OrderedDict[str, dict[str, Clip]] = field(default_factory=OrderedDict)
+    merged: dict[str, Adapter | None] = field(default_factory=lambda: {BASE: None})
+
+    @property
+    def names(self) -> list[str]:
+        return [BASE, *self.adapters]
 
     def sample(self, name: str, prompt: str, seed: int) -> Generator[float, None, torch.Tensor]:
         """Sample a contestant's clip (F, 3, H, W); yield the fraction that is done."""
-        if name not in self._loaded:
-            self._loaded[name] = clips.merged(self.model, {self.adapters[name]: 1.0})
-        frames = yield from clips.denoising(
-            self.model, [prompt], [seed], self.sampling, self._loaded[name]
-        )
+        if name not in self.merged:
+            self.merged[name] = clips.merged(self.model, {self.adapters[name]: 1.0})
+        adapter = self.merged[name]
+        frames = yield from clips.denoising(self.model, [prompt], [seed], self.sampling, adapter)
         return frames[0]
 
     def add(self, prompt: str, name: str) -> Generator[float, None, None]:
@@ -122,16 +119,8 @@ class Comparison:
 def heat_map(reward: Reward, frames: torch.Tensor, prompt: str) -> torch.Tensor:
     """Return |∂ reward / ∂ pixel|, summed over channels, relative to the clip's largest.
 
-    Args:
-        reward: Any reward.
-        frames: One clip, (F, 3, H, W) in [0, 1].
-        prompt: The clip's prompt.
-
-    Returns:
-        (F, H, W) in [0, 1]; all zero if the reward is constant.
-
-    Raises:
-        ValueError: The reward has no gradient.
+    For a clip (F, 3, H, W) it is (F, H, W) in [0, 1], all zero for a constant reward. Raises
+    ValueError for a reward without a gradient.
     """
     with torch.enable_grad():
         leaf = at_least_float32(frames.detach())[None].requires_grad_()
@@ -158,24 +147,25 @@ def _errors_named(reward: Reward) -> Iterator[None]:
 def metrics(model: VideoModel, rewards: Sequence | None) -> dict[str, Reward]:
     """Return the rewards by name, on the model's device; default: those of the tiny world.
 
-    Raises:
-        ValueError: There are none, or two have the same name.
+    Raises ValueError for none, or two of the same name.
     """
     if rewards is None and model.world == "tiny":
         from ..rewards import action, aesthetic, hps
 
         rewards = [hps("tiny"), aesthetic("tiny"), action("tiny")]
-    listed = [as_reward(reward) for reward in ([rewards] if callable(rewards) else rewards or [])]
+    if callable(rewards):
+        rewards = [rewards]
+    listed = [as_reward(reward) for reward in rewards or []]
     if not listed:
         raise ValueError(
             f"no rewards to compare by: RewardComparison(model, rewards=[hps()]) for {model.name!r}"
         )
-    by_name = {reward.name: reward for reward in listed}
+    by_name = {reward.name: reward.to(model.device) for reward in listed}
     if len(by_name) < len(listed):
         names = [reward.name for reward in listed]
-        raise ValueError(f"rewards need different names, got {names}; reward.renamed('…') gives one")
-    for reward in listed:
-        reward.to(model.device)
+        raise ValueError(
+            f"rewards need different names, got {names}; reward.renamed('…') gives one"
+        )
     return by_name
 
 
@@ -184,8 +174,7 @@ def choose_prompts(
 ) -> list[str]:
     """Return the prompts, each once; default: six examples.
 
-    Raises:
-        ValueError: There are none, or too many, or a reward cannot score one.
+    Raises ValueError for none, too many, or one that a reward cannot score.
     """
     prompts = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
     if len(prompts) > MAX_PROMPTS:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-import ipywidgets
-from ipywidgets import HTML, Button, Layout, VBox
+from ipywidgets import HTML, Button, FloatProgress, VBox
 
 from .jobs import Jobs
 
@@ -28,7 +27,9 @@ STYLE = """<style>
 .vader-side > figure { flex: 1 1 130px; max-width: 256px; min-width: 0 }
 .vader img.vader-frame { image-rendering: pixelated; border-radius: 6px; width: 100%; display: block }
 .vader table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-.vader td, .vader th { padding: 1px 8px 1px 0; text-align: right } .vader td:first-child, .vader th:first-child { text-align: left }
+.vader td, .vader th { padding: 1px 8px 1px 0; text-align: right }
+.vader td:first-child, .vader th:first-child, .vader .vader-columns :is(td, th) { text-align: left }
+.vader-columns { table-layout: fixed } .vader-columns td { overflow-wrap: anywhere }
 .vader-up { color: #1f9d4d } .vader-down { color: #e0573e }
 .vader-scroll { overflow-x: auto; max-width: 100% }
 .vader-frames > .p-TabBar, .vader-frames > .lm-TabBar { display: none !important }
@@ -42,18 +43,6 @@ ROW = FULL | {"flex_flow": "row wrap", "align_items": "center"}
 SIDE = FULL | {"flex_flow": "row wrap", "align_items": "flex-start", "grid_gap": "4px 16px"}
 LABEL = {"description_width": "96px"}
 VIEW = "application/vnd.jupyter.widget-view+json"
-
-
-def control(kind: type, description: str, value, layout: dict = WIDE, **options):
-    """Make a labeled control; one with a text or a slider reports a value when it is final."""
-    if "continuous_update" in kind.class_trait_names():
-        options["continuous_update"] = False
-    return kind(value=value, description=description, style=LABEL, layout=layout, **options)
-
-
-def button(description: str, icon: str = "", width: str = "auto", tooltip: str = "") -> Button:
-    """Make a button."""
-    return Button(description=description, icon=icon, tooltip=tooltip, layout={"width": width})
 
 
 def note(text: str) -> str:
@@ -89,7 +78,8 @@ class Panel:
     def __init__(self):
         self.error: Exception | None = None
         self.remark = HTML()
-        self.progress = control(ipywidgets.FloatProgress, "working", 0.0, min=0, max=1)
+        look = {"description": "working", "style": LABEL, "layout": WIDE}
+        self.progress = FloatProgress(min=0, max=1, **look)
         self.progress.layout.visibility = "hidden"
         self.jobs = Jobs(self.busy, self.waiting, self.failed)
         self.box: VBox | None = None

@@ -6,29 +6,19 @@ sampler.run(prompt="…", seed=3, scale=0.7)            the same from Python: a 
 
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ipywidgets import (
-    HTML,
-    Checkbox,
-    Dropdown,
-    FloatRangeSlider,
-    FloatSlider,
-    HBox,
-    IntSlider,
-    IntText,
-    Text,
-    VBox,
-)
+from ipywidgets import HTML, FloatRangeSlider, IntText, Text, VBox
 
 from .. import zoo
 from ..models import VideoModel
 from ..sampling import Sampling
 from ..video import Video
 from . import clips
-from .panel import ROW, SIDE, Panel, button, control, disable, download_link, escape, note
+from .controls import SettingsPanel, beside, button, choice, column, row, slider, switch
+from .panel import LABEL, WIDE, disable, download_link, escape, note
 from .player import Player, moving, still
 
 NONE = "none (base model)"
@@ -58,26 +48,19 @@ class Request:
         """Return the adapters that act, by name. A second one acts only beside a first."""
         if self.adapter == NONE:
             return {}
-        chosen = {self.adapter: self.scale}
-        if self.second not in (NONE, self.adapter):
-            chosen[self.second] = self.second_scale
-        return {name: weight for name, weight in chosen.items() if weight}
+        chosen = {self.second: self.second_scale, self.adapter: self.scale}
+        return {n: chosen[n] for n in (self.adapter, self.second) if n != NONE and chosen[n]}
 
     def __str__(self) -> str:
         weights = self.weights()
         text = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items()) or "base"
         if weights and (self.start, self.end) != (0, 1):
             text += f", acting {self.start:.0%} to {self.end:.0%}"
-        return (
-            f"{text} · seed {self.seed} · {self.num_inference_steps} steps"
-            f" · guidance {self.guidance_scale:g}"
-        )
+        steps, guidance = self.num_inference_steps, self.guidance_scale
+        return f"{text} · seed {self.seed} · {steps} steps · guidance {guidance:g}"
 
 
-SETTINGS = [field.name for field in fields(Request)]
-
-
-class Sampler(Panel):
+class Sampler(SettingsPanel):
     """A clip of a prompt, sampled again whenever a control changes.
 
     Args:
@@ -105,55 +88,53 @@ class Sampler(Panel):
         self.model, self.folder = model, Path(folder)
         self.adapters = clips.validate_adapters(model, adapters)
         self.history: deque[tuple[Request, Video]] = deque(maxlen=HISTORY)
-        self._filling = False
-        self._merged = (None, None)  # weights by path, and their merged adapter
-        settings = self._controls(prompt or clips.examples(model, 1)[0])
+        self._merged = (None, None)  # weights by path, and the adapter that is their sum
+        self._controls(prompt or clips.examples(model, 1)[0])
         self.player = Player(model.defaults["num_frames"])
         self.caption, self.listing, self.saved = HTML(), HTML(), HTML()
         self._slots = [self._slot(index) for index in range(HISTORY)]
-        settings = VBox(settings, layout={"flex": "2 1 330px", "max_width": "600px"})
-        clip = [self.player.box, self.caption]
-        clip = VBox(clip, layout={"flex": "1 1 260px", "max_width": "340px"})
-        settings.layout.min_width = clip.layout.min_width = "0"
+        prompt_, seed, *others = self.settings.values()
+        controls = [prompt_, row(seed, self.dice), self.lock, *others, self.part, self.why]
+        clip = column(self.player.box, self.caption, flex="1 1 260px", max_width="340px")
+        strip = row(*self._slots)
+        strip.layout.align_items = "flex-start"
         self.assemble(
-            HBox([settings, clip], layout=SIDE),
-            HBox([self.format, self.save_button, self.saved], layout=ROW),
+            beside(column(*controls, flex="2 1 330px", max_width="600px"), clip),
+            row(self.format, self.save_button, self.saved),
             self.listing,
-            HBox(self._slots, layout=ROW | {"align_items": "flex-start"}),
+            strip,
         )
-        self._explain()
+        self.changed()
 
-    def _controls(self, prompt: str) -> list:
-        """Make the controls. Returns those that set the clip, from top to bottom."""
-        defaults = self.model.defaults
-        steps, guidance = defaults["num_inference_steps"], defaults["guidance_scale"]
+    def _controls(self, prompt: str) -> None:
+        steps = self.model.defaults["num_inference_steps"]
+        guidance = float(self.model.defaults["guidance_scale"])
         names = [NONE, *self.adapters]
-        scales = {"min": 0, "max": 1.5, "step": 0.05}
-        parts = {"min": 0, "max": 1, "step": 0.05, "readout_format": ".0%"}
-        self.prompt = control(Text, "prompt", prompt)
-        self.seed = control(IntText, "seed", 0, {"width": "220px"})
-        self.dice = button("new seed", "random", "110px", "draw another seed")
-        self.lock = Checkbox(True, description="keep the seed when the prompt changes")
-        self.lock.indent, self.lock.layout.width = False, "auto"
-        self.num_inference_steps = control(IntSlider, "steps", steps, min=1, max=max(50, steps))
-        self.guidance_scale = control(FloatSlider, "guidance", guidance, min=1, max=15, step=0.5)
-        self.adapter = control(Dropdown, "adapter", names[:2][-1], options=names)
-        self.scale = control(FloatSlider, "scale", 1.0, **scales)
-        self.second = control(Dropdown, "mixed with", NONE, options=names)
-        self.second_scale = control(FloatSlider, "its scale", 0.5, **scales)
-        self.part = control(FloatRangeSlider, "adapter acts", (0.0, 1.0), **parts)
+        look = {"continuous_update": False, "style": LABEL, "layout": WIDE}
+        fine = {"continuous_update": False, "step": 0.05}
+        self.prompt = Text(prompt, description="prompt", **look)
+        self.seed = IntText(0, description="seed", style=LABEL, layout={"width": "220px"})
+        self.dice = button("new seed", "random", 110)
+        self.lock = switch("keep the seed when the prompt changes", True)
+        most = max(50, steps)
+        self.num_inference_steps = slider("steps", steps, 1, most, continuous_update=False)
+        self.guidance_scale = slider("guidance", guidance, 1, 15, **fine | {"step": 0.5})
+        self.adapter = choice("adapter", names, names[:2][-1])
+        self.scale = slider("scale", 1.0, 0, 1.5, **fine)
+        self.second = choice("mixed with", names)
+        self.second_scale = slider("its scale", 0.5, 0, 1.5, **fine)
+        part = {"min": 0, "max": 1, "step": 0.05, "readout_format": ".0%"}
+        self.part = FloatRangeSlider(value=(0, 1), description="adapter acts", **look, **part)
         self.why = HTML()
-        formats = [".mp4", ".gif", ".webp"]
-        self.format = control(Dropdown, "save as", ".mp4", {"width": "210px"}, options=formats)
-        self.save_button = button("save", "download", "90px")
-        sliders = [self.num_inference_steps, self.guidance_scale]
-        adapters = [self.adapter, self.scale, self.second, self.second_scale, self.part]
-        self.on(self._changed, self.seed, *sliders, *adapters)
+        self.format = choice("save as", [".mp4", ".gif", ".webp"])
+        self.format.layout.width = "210px"
+        self.save_button = button("save", "download", 90)
+        names = [field.name for field in fields(Request)][:-2]
+        self.settings = {name: getattr(self, name) for name in names}
         self.on(self._new_prompt, self.prompt)
+        self.on(self._sample, *list(self.settings.values())[1:], self.part)
         self.on(self.roll, self.dice)
         self.on(self.save, self.save_button)
-        seed = HBox([self.seed, self.dice], layout=ROW)
-        return [self.prompt, seed, self.lock, *sliders, *adapters, self.why]
 
     # ----------------------------------------------------------------------------------- settings
 
@@ -161,8 +142,7 @@ class Sampler(Panel):
     def request(self) -> Request:
         """The settings in the controls."""
         start, end = self.part.value
-        values = {name: getattr(self, name).value for name in SETTINGS[:-2]}
-        values |= {"start": start, "end": end}
+        values = self.values() | {"start": start, "end": end}
         for name, value in values.items():
             if isinstance(value, float):
                 values[name] = round(value, 4)  # a slider's steps add up to 0.30000000000000004
@@ -177,39 +157,33 @@ class Sampler(Panel):
         Raises:
             ValueError: An unknown name, or a value out of range.
         """
-        for name in changes:
-            if name not in SETTINGS:
-                raise ValueError(f"unknown setting {name!r}; a clip has {', '.join(SETTINGS)}")
-        start, end = (changes.pop(n, now) for n, now in zip(SETTINGS[-2:], self.part.value))
+        now = self.part.value
+        start, end = changes.pop("start", now[0]), changes.pop("end", now[1])
         if not 0 <= start < end <= 1:
             raise ValueError(
-                f"an adapter acts from a start to a later end within 0..1, got {start:g} to {end:g}"
+                f"an adapter acts from start to end, 0 <= start < end <= 1; got {start:g}, {end:g}"
             )
-        self._filling = True
-        try:
-            self.part.value = (start, end)
-            for name, value in changes.items():
-                _set_value(getattr(self, name), name, value)
-        finally:
-            self._filling = False
-        self._explain()
+        super().set(**changes)
+        self._setting = True
+        self.part.value = (start, end)
+        self._setting = False
 
     def roll(self) -> None:
         """Draw another seed."""
         self.seed.value = random.SystemRandom().randrange(10_000)
 
     def _new_prompt(self) -> None:
-        if self._filling or self.lock.value:
-            self._changed()
+        if self._setting or self.lock.value:
+            self._sample()
         else:
             self.roll()
 
-    def _changed(self) -> None:
-        self._explain()
-        if not self._filling:
+    def _sample(self) -> None:
+        if not self._setting:
+            self.changed()
             self.jobs.submit(self._job)
 
-    def _explain(self) -> None:
+    def changed(self) -> None:
         """Disable what has no effect now, and say why."""
         first, second = self.adapter.value, self.second.value
         why = ""
@@ -220,8 +194,8 @@ class Sampler(Panel):
         elif first == second:
             why = "Mixing needs two different adapters."
         mixing = first != NONE and second not in (NONE, first)
-        choose = "choose an adapter first" if first == NONE else ""
         disable("" if self.adapters else why, self.adapter)
+        choose = "choose an adapter first" if first == NONE else ""
         disable(choose, self.scale, self.second, self.part)
         disable("" if mixing else "choose a second adapter", self.second_scale)
         self.why.value = note(why)
@@ -239,21 +213,17 @@ class Sampler(Panel):
         """The clip that is shown."""
         return self.history[0][1] if self.history else None
 
-    def _job(self):
+    def _job(self) -> Iterator[float]:
         request = self.request
         if not request.prompt.strip():
             raise ValueError("the prompt is empty: type what the clip should show")
         weights = {self.adapters[name]: weight for name, weight in request.weights().items()}
         if self._merged[0] != weights:
             self._merged = weights, clips.merged(self.model, weights)
+        sampling = Sampling(request.num_inference_steps, request.guidance_scale)
+        part = (request.start, request.end)
         frames = yield from clips.denoising(
-            self.model,
-            [request.prompt],
-            [request.seed],
-            Sampling(request.num_inference_steps, request.guidance_scale),
-            self._merged[1],
-            request.start,
-            request.end,
+            self.model, [request.prompt], [request.seed], sampling, self._merged[1], *part
         )
         video = Video(frames[0], self.model.defaults["fps"], request.prompt)
         self.history.appendleft((request, video))
@@ -270,29 +240,31 @@ class Sampler(Panel):
             f"<div class=vader-code>{escape(self.code)}</div></details>"
         )
         self.saved.value = ""
-        for slot, entry in zip(self._slots, self.history):
-            _fill(slot, *entry)
+        for slot, (request, video) in zip(self._slots, self.history):
+            picture, again = slot.children
+            text = f"{request.prompt} · {request}"
+            caption = f"<figcaption>{escape(str(request))}</figcaption>"
+            picture.value = f"<figure>{moving(video, text)}{caption}</figure>"
+            again.tooltip = f"show this clip again: {text}"
+            slot.layout.display = "flex"
 
     @property
     def code(self) -> str:
         """Python that samples the clip that is shown, without this panel."""
         request = self.history[0][0] if self.history else self.request
-        sampling = (
-            f"Sampling(num_inference_steps={request.num_inference_steps}, "
-            f"guidance_scale={request.guidance_scale:g})"
-        )
+        steps, guidance = request.num_inference_steps, request.guidance_scale
         call = [repr(request.prompt), f"seeds={request.seed}", "sampling=sampling"]
         weights = request.weights()
         if weights:
-            parts = [f"{self._path_code(name)}: {weight:g}" for name, weight in weights.items()]
-            call.append(f"adapter={{{', '.join(parts)}}}")
+            adapters = [f"{self._path_code(name)}: {weight:g}" for name, weight in weights.items()]
+            call.append(f"adapter={{{', '.join(adapters)}}}")
             if (request.start, request.end) != (0, 1):
                 call.append(f"adapter_start={request.start:g}, adapter_end={request.end:g}")
         return (
             "import vader_nb\n"
             "from vader_nb import Sampling, Video, zoo\n\n"
             f"model = vader_nb.load({self.model.name!r})\n"
-            f"sampling = {sampling}\n"
+            f"sampling = Sampling(num_inference_steps={steps}, guidance_scale={guidance:g})\n"
             f"frames = vader_nb.sample(model, {', '.join(call)})\n"
             f"Video(frames[0], fps={self.model.defaults['fps']})"
         )
@@ -315,16 +287,13 @@ class Sampler(Panel):
 
     def _slot(self, index: int) -> VBox:
         """A place in the history strip, made once and filled again, so that nothing piles up."""
-        again = button("back to this", width="120px")
+        again = button("back to this", "", 120)
         self.on(lambda: self.back(index), again)
         layout = {"width": "130px", "display": "none", "margin": "4px"}
         return VBox([HTML(), again], layout=layout)
 
     def save(self) -> Path:
-        """Save the clip that is shown in the chosen format, with its settings in a text file.
-
-        Returns:
-            The clip's file.
+        """Save the clip that is shown in the chosen format, and its settings in a text file.
 
         Raises:
             ValueError: There is no clip yet.
@@ -339,8 +308,7 @@ class Sampler(Panel):
         path = video.save(self.folder / f"clip-{number:03d}{self.format.value}", width=256)
         text = f"{request.prompt}\n{request}\n\n{self.code}\n"
         path.with_suffix(".txt").write_text(text, encoding="utf-8")
-        link = download_link(path)
-        self.saved.value = f"<span class=vader-note>saved as {escape(str(path))}{link}</span>"
+        self.saved.value = f"{note(f'saved as {path}')}{download_link(path)}"
         return path
 
     # ------------------------------------------------------------------------------------ display
@@ -353,22 +321,3 @@ class Sampler(Panel):
         request, video = self.history[0]
         caption = f"<figcaption>{escape(str(request))}</figcaption>"
         return f"<figure style='margin:0'>{video.to_html(256)}{caption}</figure>"
-
-
-def _set_value(widget, name: str, value) -> None:
-    """Set a control. Raises ValueError for a value that it cannot have."""
-    if name in ("adapter", "second") and value not in widget.options:
-        raise ValueError(f"unknown adapter {value!r}; there are {', '.join(widget.options)}")
-    if not getattr(widget, "min", value) <= value <= getattr(widget, "max", value):
-        raise ValueError(f"{name} must lie in {widget.min:g}..{widget.max:g}, got {value}")
-    widget.value = value
-
-
-def _fill(slot: VBox, request: Request, video: Video) -> None:
-    """Show a clip in a place of the history strip."""
-    picture, again = slot.children
-    text = f"{request.prompt} · {request}"
-    caption = f"<figcaption>{escape(str(request))}</figcaption>"
-    picture.value = f"<figure>{moving(video, text)}{caption}</figure>"
-    again.tooltip = f"show this clip again: {text}"
-    slot.layout.display = "flex"
