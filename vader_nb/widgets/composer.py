@@ -12,14 +12,14 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from ipywidgets import HTML, FloatSlider, HBox
+from ipywidgets import HTML, HBox
 
 from ..models import VideoModel
 from ..rewards import Reward, as_reward, conflict, parse, statistics
 from ..video import Video
 from . import clips
-from .controls import column, columns, switch, template
-from .panel import SIDE, Panel, control, disable, note
+from .controls import beside, column, slider, switch, template
+from .panel import SIDE, Panel, disable, note
 from .player import moving
 
 REWARDS = ("hps", "aesthetic", "action")
@@ -126,24 +126,21 @@ class RewardComposer(Panel):
         self._show()
 
     def _build(self) -> None:
-        limits = {"min": -2, "max": 2, "step": 0.05}
-        self.weights = {n: control(FloatSlider, plain(n), 1.0, **limits) for n in self.rewards}
-        for slider in self.weights.values():
-            slider.continuous_update = True  # sorting is quick
+        self.weights = {n: slider(plain(n), 1.0, -2, 2, step=0.05) for n in self.rewards}
         self.standardized = switch("in standard deviations, so that units do not matter", True)
         self.why, self.pairs, self.code = HTML(), HTML(), HTML()
         self.on(self._show, *self.weights.values(), self.standardized)
         self._slots = [Slot() for _ in self.prompts]
-        sliders = column([*self.weights.values(), self.standardized, self.why], "1 1 330px", 520)
+        sliders = column(*self.weights.values(), self.standardized, self.why, max_width="520px")
         strip = HBox([slot.box for slot in self._slots], layout=SIDE)
-        self.assemble(columns(sliders, column([self.pairs])), strip, self.code)
+        self.assemble(beside(sliders, column(self.pairs)), strip, self.code)
 
     # --------------------------------------------------------------------------------- the reward
 
     @property
     def used(self) -> dict[str, float]:
         """The weights that are not 0."""
-        values = {name: round(slider.value, 2) for name, slider in self.weights.items()}
+        values = {name: round(item.value, 2) for name, item in self.weights.items()}
         return {name: weight for name, weight in values.items() if weight}
 
     @property
@@ -270,7 +267,7 @@ class RewardComposer(Panel):
 
     def _table(self, unknown: str = UNKNOWN) -> str:
         """Whether the weighted rewards conflict: one with a negative weight pulls the other way."""
-        negative = {name for name, slider in self.weights.items() if slider.value < 0}
+        negative = {name for name, item in self.weights.items() if item.value < 0}
         rows = []
         for pair in itertools.combinations(self.rewards, 2):
             names = " and ".join(f"−{name}" if name in negative else name for name in pair)
@@ -294,7 +291,7 @@ class RewardComposer(Panel):
 
     def to_html(self) -> str:
         self._sample()
-        weights = ", ".join(f"{name} {slider.value:g}" for name, slider in self.weights.items())
+        weights = ", ".join(f"{name} {item.value:g}" for name, item in self.weights.items())
         clips = [(self._slots[i].picture.value, self._slots[i].text.value) for i in self.order]
         page = template(STILL).render(weights=weights, figures=clips)
         return f"{page}{self._table()}{self._code()}"
@@ -305,7 +302,7 @@ class Slot:
 
     def __init__(self):
         self.picture, self.text = HTML(), HTML()
-        self.box = column([self.picture, self.text], "1 1 150px", 230)
+        self.box = column(self.picture, self.text, flex="1 1 150px", max_width="230px")
 
 
 def by_name(rewards: Mapping | Sequence[str] | str) -> dict:

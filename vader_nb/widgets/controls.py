@@ -4,9 +4,19 @@ import functools
 from collections.abc import Sequence
 
 import jinja2
-from ipywidgets import Checkbox, Dropdown, HBox, Layout, VBox, Widget
+from ipywidgets import (
+    Button,
+    Checkbox,
+    Dropdown,
+    FloatSlider,
+    HBox,
+    IntSlider,
+    Layout,
+    VBox,
+    Widget,
+)
 
-from .panel import ROW, SIDE, Panel
+from .panel import LABEL, ROW, SIDE, WIDE, Panel
 
 FRAMES = ("random:1", "ends", "every:2", "all")  # choices of the frames that are scored
 
@@ -19,22 +29,41 @@ def template(source: str) -> jinja2.Template:
     return _ENVIRONMENT.from_string(source)
 
 
+def slider(description: str, value: float, low: float, high: float, **options) -> Widget:
+    """A slider, of whole numbers if `value` is one."""
+    kind = IntSlider if isinstance(value, int) else FloatSlider
+    look = {"description": description, "style": LABEL, "layout": WIDE}
+    return kind(value, min=low, max=high, **look, **options)
+
+
+def choice(description: str, options: Sequence, value=None) -> Dropdown:
+    """A list to choose from; by default its first entry is chosen."""
+    look = {"description": description, "style": LABEL, "layout": WIDE}
+    chosen = {} if value is None else {"value": value}
+    return Dropdown(options=options, **chosen, **look)
+
+
 def switch(description: str, value: bool) -> Checkbox:
     return Checkbox(value, description=description, indent=False, layout={"width": "auto"})
+
+
+def button(description: str, icon: str, width: int, primary: bool = False) -> Button:
+    look = {"icon": icon, "button_style": "primary" if primary else ""}
+    return Button(description=description, layout={"width": f"{width}px"}, **look)
 
 
 def row(*children: Widget) -> HBox:
     return HBox(children, layout=ROW)
 
 
-def column(children: Sequence[Widget], flex: str = "1 1 300px", max_width: int = 560) -> VBox:
-    """Widgets below each other, for `columns`."""
-    return VBox(children, layout=Layout(flex=flex, max_width=f"{max_width}px", min_width="0"))
+def column(*children: Widget, flex: str = "1 1 300px", max_width: str = "560px") -> VBox:
+    """Widgets below each other, for `beside`."""
+    return VBox(children, layout=Layout(flex=flex, max_width=max_width, min_width="0"))
 
 
-def columns(*children: Widget) -> HBox:
+def beside(*columns: Widget) -> HBox:
     """Columns beside each other; on a phone they are below each other."""
-    return HBox(children, layout=SIDE)
+    return HBox(columns, layout=SIDE)
 
 
 class SettingsPanel(Panel):

@@ -30,7 +30,7 @@ def words(x: float, y: float, text: str, size: float = 12, anchor: str = "start"
     return element("text", text, x=x, y=y, font_size=size, text_anchor=anchor, **more)
 
 
-def line(points: Sequence[tuple[float, float]], **attributes) -> str:
+def path(points: Sequence[tuple[float, float]], **attributes) -> str:
     """A line through points, with a gap where y is not finite."""
     shape, gap = "", True
     for x, y in points:
@@ -113,7 +113,7 @@ def chart(
 
     for value in dict.fromkeys((low, (low + high) / 2, high)):
         y = place(left, value)[1]
-        parts.append(line([(42, y), (width - 10, y)], stroke="currentColor", opacity=0.2))
+        parts.append(path([(42, y), (width - 10, y)], stroke="currentColor", opacity=0.2))
         parts.append(words(38, y + 4, f"{value:.3g}", 10, "end", opacity=0.75))
     parts.append(words(4, height - 3, x_label, 10, opacity=0.75))
     for x in dict.fromkeys((left, right) if x_ticks is None else x_ticks):
@@ -121,7 +121,7 @@ def chart(
     if marker is not None:
         x = place(marker, low)[0]
         ends = [(x, 18), (x, height - 16)]
-        parts.append(line(ends, class_="vader-marker", stroke=GRAY, stroke_width=2))
+        parts.append(path(ends, class_="vader-marker", stroke=GRAY, stroke_width=2))
     return svg(width, height, parts + _curves(series, marker, place), _spoken(label, series), 460)
 
 
@@ -129,7 +129,7 @@ def _curves(series: Sequence[Series], marker: float | None, place) -> list[str]:
     parts = []
     for curve in series:
         look = {"stroke": curve.color, "stroke_width": 2, "stroke_dasharray": curve.dashes}
-        parts.append(line([place(*point) for point in curve.points], class_="curve", **look))
+        parts.append(path([place(*point) for point in curve.points], class_="curve", **look))
         known = [point for point in curve.points if math.isfinite(point[1])]
         dots = known[-1:] if marker is None else [point for point in known if point[0] == marker]
         for x, y in (place(*dot) for dot in dots):

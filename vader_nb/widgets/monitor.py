@@ -30,10 +30,10 @@ from ..rewards import Reward, as_reward
 from ..sampling import Sampling, sample
 from ..trainer import Run, best_step
 from ..video import Video, grid
-from .controls import column, columns, row, template
+from .controls import beside, button, column, row, template
 from .drawing import Series, chart, image
 from .jobs import running
-from .panel import Panel, button, control, disable, note
+from .panel import LABEL, WIDE, Panel, disable, note
 from .player import Player, moving, still
 
 REDRAWS = 4  # per second while a cell trains: some pages cannot take more
@@ -117,16 +117,18 @@ class TrainingMonitor(Panel):
 
     def _build(self) -> None:
         self.state, self.curves, self.why, self.caption = HTML(), HTML(), HTML(), HTML()
-        self.stop_button = button("stop and keep", "stop", "150px")
-        self.refresh_button = button("refresh", "refresh", "100px")
-        self.step = control(SelectionSlider, "clips of step", NONE, options=[NONE])
+        self.stop_button = button("stop and keep", "stop", 150)
+        self.refresh_button = button("refresh", "refresh", 100)
+        self.step = SelectionSlider(
+            options=[NONE], description="clips of step", style=LABEL, layout=WIDE
+        )
         self.player = Player(self.model.defaults["num_frames"] if self.model else 1)
         self.on(self.stop, self.stop_button)
         self.on(self.refresh, self.refresh_button)
         self.on(self._show_clips, self.step)
-        clips = column([self.step, self.player.box, self.caption], max_width=480)
+        clips = column(self.step, self.player.box, self.caption, max_width="480px")
         buttons = row(self.stop_button, self.refresh_button, self.why)
-        self.assemble(self.state, buttons, columns(column([self.curves], "2 1 300px"), clips))
+        self.assemble(self.state, buttons, beside(column(self.curves, flex="2 1 300px"), clips))
         self.progress.description = "steps"
 
     # ----------------------------------------------------------- while a cell of this kernel trains

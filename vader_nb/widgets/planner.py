@@ -6,14 +6,25 @@ planner.simulate(height=320, width=576)                         the same from Py
 
 import shlex
 
-from ipywidgets import HTML, Dropdown, IntSlider, Text
+from ipywidgets import HTML, Text
 
 from ..memory import GIB, GPUS, MARGIN, STAGES, Memory, describe, search_settings, simulate
 from ..models import CHECKPOINTS, checkpoint_of
 from ..rewards import syntax
-from .controls import FRAMES, SettingsPanel, column, columns, row, switch, template
+from .controls import (
+    FRAMES,
+    SettingsPanel,
+    beside,
+    button,
+    choice,
+    column,
+    row,
+    slider,
+    switch,
+    template,
+)
 from .drawing import bars
-from .panel import button, control, disable, note
+from .panel import LABEL, WIDE, disable, note
 
 DEFAULT = ("default of the model", 0)  # of a size
 PIXELS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 768, 1024)
@@ -76,36 +87,35 @@ class MemoryPlanner(SettingsPanel):
         gpus = [(f"{name}, {size:g} GiB", name) for name, size in GPUS.items()]
         pixels = [DEFAULT, *((f"{n} pixels", n) for n in PIXELS)]
         lengths = [DEFAULT, *((str(n), n) for n in LENGTHS)]
-        dtypes = ("float16", "bfloat16", "float32")
+        look = {"continuous_update": False, "style": LABEL, "layout": WIDE}
         self.settings = {
-            "model": control(Dropdown, "model", model, options=models),
-            "reward": control(Text, "reward", reward),
-            "gpu_memory": control(Dropdown, "GPU", gpu, options=gpus),
-            "height": control(Dropdown, "height", 0, options=pixels),
-            "width": control(Dropdown, "width", 0, options=pixels),
-            "num_frames": control(Dropdown, "num_frames", 0, options=lengths),
-            "batch_size": control(IntSlider, "batch_size", 1, min=1, max=16),
-            "K": control(IntSlider, "K, steps", 1, min=1, max=50),
-            "frames": control(Dropdown, "frames", FRAMES[0], options=FRAMES),
-            "dtype": control(Dropdown, "dtype", dtypes[0], options=dtypes),
+            "model": choice("model", models, model),
+            "reward": Text(reward, description="reward", **look),
+            "gpu_memory": choice("GPU", gpus, gpu),
+            "height": choice("height", pixels),
+            "width": choice("width", pixels),
+            "num_frames": choice("num_frames", lengths),
+            "batch_size": slider("batch_size", 1, 1, 16),
+            "K": slider("K, steps", 1, 1, 50),
+            "frames": choice("frames", FRAMES),
+            "dtype": choice("dtype", ("float16", "bfloat16", "float32")),
             "gradient_checkpointing": switch("gradient_checkpointing: compute blocks again", True),
             "sequential_guidance": switch("sequential_guidance: its halves one by one", False),
             "model_cpu_offload": switch("model_cpu_offload: idle networks wait on the CPU", False),
         }
         vars(self).update(self.settings)
         self._defaults = self.values()
-        self.simulate_button = button("simulate", "play", "110px")
-        self.simulate_button.button_style = "primary"
-        self.fit_button = button("make it fit", "wrench", "120px")
+        self.simulate_button = button("simulate", "play", 110, primary=True)
+        self.fit_button = button("make it fit", "wrench", 120)
         self.why, self.drawing, self.verdict, self.code = HTML(), HTML(), HTML(), HTML()
         self.on(self._limit_steps, self.model)
         self.watch_settings()
         self.on(lambda: self.jobs.submit(self._job), self.simulate_button)
         self.on(self.make_it_fit, self.fit_button)
         buttons = row(self.simulate_button, self.fit_button)
-        answer = column([buttons, self.drawing, self.verdict], "2 1 330px")
-        controls = column([*self.settings.values(), self.why], max_width=440)
-        self.assemble(columns(controls, answer), self.code)
+        answer = column(buttons, self.drawing, self.verdict, flex="2 1 330px")
+        controls = column(*self.settings.values(), self.why, max_width="440px")
+        self.assemble(beside(controls, answer), self.code)
 
     def _limit_steps(self) -> None:
         self.K.max = checkpoint_of(self.model.value).defaults["num_inference_steps"]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from ipywidgets import HTML, Dropdown, IntSlider
+from ipywidgets import HTML
 
 from .. import lora
 from ..gradient import reward_gradient
@@ -21,9 +21,20 @@ from ..rewards import Reward, as_reward, parse
 from ..sampling import Sampling
 from ..strategies import Last, parse_frames
 from . import clips
-from .controls import FRAMES, SettingsPanel, column, columns, row, switch, template
+from .controls import (
+    FRAMES,
+    SettingsPanel,
+    beside,
+    button,
+    choice,
+    column,
+    row,
+    slider,
+    switch,
+    template,
+)
 from .drawing import chain, image
-from .panel import button, control, disable, note
+from .panel import disable, note
 
 ROWS = 12  # settings that are kept in the table
 B_STD = 0.05  # of the adapter's B
@@ -139,20 +150,18 @@ class TruncationExplorer(SettingsPanel):
 
     def _build(self) -> None:
         steps = self.sampling.num_inference_steps
-        self.K = control(IntSlider, "K, steps", 1, min=1, max=steps)
-        frames = FRAMES if self.reward.per_frame else ("all",)
-        self.frames = control(Dropdown, "frames", frames[0], options=frames)
+        self.K = slider("K, steps", 1, 1, steps)
+        self.frames = choice("frames", FRAMES if self.reward.per_frame else ["all"])
         self.gradient_checkpointing = switch("gradient checkpointing: compute blocks again", True)
         self.streaming = switch("streaming: decode and score frames one by one", True)
-        self.measure_button = button("measure", "play", "110px")
-        self.measure_button.button_style = "primary"
+        self.measure_button = button("measure", "play", 110, primary=True)
         self.why, self.drawing, self.table = HTML(), HTML(), HTML()
         self.settings = {name: getattr(self, name) for name in Truncation.__annotations__}
         self.watch_settings()
         self.on(lambda: self.jobs.submit(self._job), self.measure_button)
         buttons = [self.why, row(self.measure_button), HTML(note(self.given))]
-        controls = column([*self.settings.values(), *buttons], max_width=400)
-        self.assemble(columns(controls, column([self.drawing], "2 1 330px")), self.table)
+        controls = column(*self.settings.values(), *buttons, max_width="400px")
+        self.assemble(beside(controls, column(self.drawing, flex="2 1 330px")), self.table)
 
     @property
     def given(self) -> str:
