@@ -6,7 +6,7 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..evaluate import BASE
+from ..evaluation import BASE
 
 CHOICES = ("A", "B", "=")
 
