@@ -1,11 +1,14 @@
-"""Offloading to CPU memory: of the networks that are not at work, and of saved activations."""
+"""What keeps memory small: networks and saved activations in CPU memory, and recomputed activations."""
 
-from collections.abc import Iterator
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 
 class CPUOffloader:
@@ -93,3 +96,50 @@ def offload_saved_tensors(device: torch.device, network: nn.Module) -> saved_ten
         return tensor.to(original_device)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+@contextlib.contextmanager
+def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+    """Inside, these blocks keep their inputs only, and compute the rest again in the backward pass.
+
+    The instances' `forward` is replaced for the duration, and what an instance had of its own (a hook, a
+    compiled one) is put back. (A wrapper module would hide LoRA weights from `state_dict`, and
+    `UNet3DConditionModel` has no checkpointing of its own.)
+    """
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def recomputation(
+    model, gradient_checkpointing: bool, activation_offload: bool
+) -> Callable[[], contextlib.AbstractContextManager]:
+    """The context in which a denoiser call is computed again, in a backward pass.
+
+    Under autocast as it is now, which autograd's own threads do not inherit; with its blocks
+    checkpointed, and what it saves offloaded, as asked for.
+    """
+    device = model.device.type
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    @contextlib.contextmanager
+    def context():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            if gradient_checkpointing:
+                stack.enter_context(checkpointed(model.blocks()))
+            if activation_offload:
+                network = nn.ModuleList(model.denoisers.values())
+                stack.enter_context(offload_saved_tensors(model.offload_device, network))
+            yield
+
+    return context
