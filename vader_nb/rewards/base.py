@@ -7,18 +7,36 @@ Frames are (B, F, 3, H, W) in [0, 1]. Rewards can be added, scaled and aimed:
     reward(lambda frames, prompts: frames.mean(dim=(1, 2, 3, 4)), name="brightness")
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import CodeType
 
 import torch
 
 from ..hub import Source, identity
+
+_RECORD: ContextVar[dict[str, list[torch.Tensor]] | None] = ContextVar("parts", default=None)
+
+
+@contextlib.contextmanager
+def record_parts() -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Inside, the scores of every part of a mixed reward are noted, at no cost.
+
+    Yields:
+        Name of the part -> its scores (B, F) or (B, 1), one tensor per call.
+    """
+    token = _RECORD.set({})
+    try:
+        yield _RECORD.get()
+    finally:
+        _RECORD.reset(token)
 
 
 class Reward:
@@ -150,7 +168,11 @@ class Combined(Reward):
         self.name, self.fingerprint = template.format(*names), template.format(*exact)
 
     def scores(self, frames, prompts):
-        return self.function(*(child.scores(frames, prompts) for child in self.children))
+        scores, record = [child.scores(frames, prompts) for child in self.children], _RECORD.get()
+        for child, values in zip(self.children, scores):
+            if record is not None and not child.children:
+                record.setdefault(child.name, []).append(values.detach())
+        return self.function(*scores)
 
 
 class FunctionReward(Reward):
@@ -255,6 +277,26 @@ def as_reward(value: Reward | Callable) -> Reward:
     raise TypeError(
         f"a reward is a Reward or a function (frames, prompts) -> (B,), not {type(value).__name__}"
     )
+
+
+def validate_scores(reward: Reward, frames: torch.Tensor, prompts: list) -> torch.Tensor:
+    """The reward's scores (B,) of frames, with a graph.
+
+    Raises:
+        ValueError: the reward returns something else.
+    """
+    value = reward(frames, prompts)
+    if not isinstance(value, torch.Tensor) or value.shape != (len(prompts),):
+        raise ValueError(
+            f"reward {reward.name!r} must return one score per clip, shape ({len(prompts)},); "
+            f"it returned {_shape(value)}"
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            f"reward {reward.name!r} has no gradient: somewhere it leaves the graph (no_grad, "
+            "uint8, PIL, numpy, argmax). vader_nb.check(reward) shows more"
+        )
+    return value
 
 
 @torch.no_grad()
