@@ -14,8 +14,8 @@ import torch
 from vader_nb import Sampling, align, lora, prompts, rewards, sample, zoo
 from vader_nb.models import MODEL_LOCK
 from vader_nb.widgets import Sampler, TrainingMonitor, clips, jobs
-from vader_nb.widgets.drawing import chart
-from vader_nb.widgets.monitor import opened
+from vader_nb.widgets.drawing import Series, chart
+from vader_nb.widgets.monitor import load_clip
 from vader_nb.widgets.panel import VIEW, Panel, disable
 from vader_nb.widgets.player import Player
 from vader_nb.widgets.sampler import HISTORY, NONE, Request
@@ -301,13 +301,30 @@ def test_a_player_takes_clips_of_another_length_and_closes_what_it_does_not_need
 
 
 def test_a_chart_has_its_points_and_says_what_it_shows():
-    drawn = chart("reward <x>", [(0, 1.0), (1, 2.0), (2, float("nan"))], (0, 2))
-    (points,) = re.findall(r'<polyline points="([^"]*)"', drawn)
-    assert points == "40.0,88.0 131.0,20.0"  # left at the bottom; in the middle on top
-    assert 'aria-label="reward &lt;x&gt;: reward &lt;x&gt; ends at 2"' in drawn
-    assert "nan" not in drawn
-    assert "nothing yet" in chart("empty", [], (0, 1))
-    assert "<polyline" in chart("one point", [(1, 1.0)], (0, 1))
+    def drawn(points, **options):
+        return chart([Series(points)], width=230, height=104, **options)
+
+    rising = drawn([(0, 1.0), (1, 2.0), (2, float("nan"))], label="reward <x>", x_range=(0, 2))
+    (points,) = re.findall(r'd="([^"]*)" fill="none" class="curve"', rising)
+    assert points == "M42.0 84.0h0L131.0 22.0"  # left at the bottom; in the middle on top
+    assert 'aria-label="reward &lt;x&gt;: from 1 to 2"' in rising
+    assert "nan" not in rising
+    assert "nothing yet" in drawn([], label="empty", x_range=(0, 1))
+    assert 'class="curve"' in drawn([(1, 1.0)], label="one point", x_range=(0, 1))
+
+
+def test_a_chart_has_gaps_dashes_and_a_marker():
+    gap = [(1, 1.0), (2, float("nan")), (3, 3.0), (4, 2.0)]
+    drawn = chart([Series(gap, "a"), Series([(1, 0.0), (4, 1.0)], "b", "red", "2 3")], label="two")
+    first, second = re.findall(r'd="([^"]*)" fill="none" class="curve"', drawn)
+    assert (first.count("M"), second.count("M")) == (2, 1)  # a line begins anew after the gap
+    assert 'stroke-dasharray="2 3"' in drawn
+    assert 'aria-label="two: a from 1 to 2; b from 0 to 1"' in drawn
+    assert "vader-marker" not in drawn
+    assert drawn.count("<circle") == 2
+    marked = chart([Series(gap)], label="one", marker=2)
+    assert "vader-marker" in marked
+    assert "<circle" not in marked  # there is nothing at 2
 
 
 # ------------------------------------------------------------------------------------------------------ the sampler
@@ -574,19 +591,16 @@ def test_a_monitor_follows_a_run(trained):
 
 def test_its_numbers_are_those_of_the_clips_that_it_keeps(trained, tiny):
     monitor, run, _ = trained
-    adapter = lora.load(tiny, run.folder / "adapter.safetensors")
-    try:
-        texts = [prompt for prompt in monitor.prompts for _ in range(2)]
-        frames = sample(tiny, texts, seeds=[10_000, 10_001, 10_002, 10_003], sampling=Sampling(2))
-    finally:
-        adapter.remove()
+    texts = [prompt for prompt in monitor.prompts for _ in range(2)]
+    seeds = [10_000, 10_001, 10_002, 10_003]
+    frames = sample(tiny, texts, seeds=seeds, adapter=run.folder, sampling=Sampling(2))
     row = run.metrics[-1]
     assert row["validation/motion"] == pytest.approx(
         frames.diff(dim=1).abs().mean().item(), rel=1e-4
     )
     (held_out,) = [value for key, value in row.items() if "hps" in key]
     assert held_out == pytest.approx(rewards.hps("tiny")(frames, texts).mean().item(), rel=1e-4)
-    kept = opened(run.folder / "watched" / "step-000004.webp").frames
+    kept = load_clip(run.folder / "watched" / "step-000004.webp").frames
     assert kept.shape == (8, 3, 132, 132)
     # prompts from left to right, seeds below each other
     torch.testing.assert_close(kept[:, :, :64, 68:], frames[2], rtol=0, atol=1 / 255)
@@ -753,17 +767,17 @@ def test_when_a_run_goes_back_to_a_checkpoint_its_clips_do_too(tiny, tmp_path):
             "output_dir": tmp_path,
             "progress": False,
         }
-        settings |= {"checkpoint_every": 2, "steps": steps}
+        settings |= {"checkpointing_steps": 2, "steps": steps}
         run = align(
             tiny, rewards.aesthetic("tiny"), ["a"], **settings, **options, **watched().hooks
         )
         run.adapter.remove()
 
     train(5)
-    assert watched()._recorded() == [1, 2, 3, 4, 5]
+    assert watched()._saved_steps() == [1, 2, 3, 4, 5]
     old = (tmp_path / "watched" / "step-000003.webp").stat().st_mtime_ns
     train(4, resume=tmp_path / "checkpoints" / "step-000002")
-    assert watched()._recorded() == [1, 2, 3, 4]
+    assert watched()._saved_steps() == [1, 2, 3, 4]
     assert (tmp_path / "watched" / "step-000003.webp").stat().st_mtime_ns > old
 
 

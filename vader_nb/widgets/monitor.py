@@ -22,7 +22,7 @@ from PIL import Image, ImageSequence
 
 from .. import checkpoints
 from .. import prompts as prompt_sets
-from ..evaluate import motion, thumbnails
+from ..evaluation import motion, thumbnails
 from ..lora import Adapter
 from ..models import VideoModel
 from ..prompts import Prompt

@@ -8,7 +8,7 @@ import shlex
 
 from ipywidgets import HTML, Text
 
-from ..memory import GIB, GPUS, MARGIN, STAGES, Memory, describe, search_settings, simulate
+from ..memory_planner import GIB, GPUS, MARGIN, STAGES, Memory, describe, search_settings, simulate
 from ..models import CHECKPOINTS, checkpoint_of
 from ..rewards import syntax
 from .controls import (
@@ -29,6 +29,7 @@ from .panel import LABEL, WIDE, disable, note
 DEFAULT = ("default of the model", 0)  # of a size
 PIXELS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 768, 1024)
 LENGTHS = (1, 4, 8, 12, 16, 24, 32, 48, 64)
+MAX_STEPS = 50  # of a directory that does not say how many are usual
 KEPT = 100  # answers that are kept
 UNREADABLE = "“Simulate” waits for a reward that can be read."
 UNKNOWN = (
@@ -39,8 +40,7 @@ ATOMIC = "A simulation takes seconds to half a minute and cannot be stopped midw
 VERDICT = """
 <div role=status>
 {% if not memory %}{{ unknown }}{% else %}
-<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b>
-{{ "%.2f"|format(need) }} GiB and {{ margin }} GiB to spare, of {{ size }} GiB on a {{ gpu }}.
+<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b> {{ "%.2f"|format(need) }} GiB and {{ margin }} GiB to spare, of {{ size }} GiB on a {{ gpu }}.
 {% if gpu in memory.suggestions %}{{ "It fits " if suggestion }}{{ describe(suggestion) }}.
 {% elif not memory.fits[gpu] %}Press “simulate” to search for settings that fit.{% endif %}
 {% endif %}
@@ -118,7 +118,8 @@ class MemoryPlanner(SettingsPanel):
         self.assemble(beside(controls, answer), self.code)
 
     def _limit_steps(self) -> None:
-        self.K.max = checkpoint_of(self.model.value).defaults["num_inference_steps"]
+        defaults = checkpoint_of(self.model.value).defaults
+        self.K.max = defaults.get("num_inference_steps", MAX_STEPS)
 
     @property
     def changes(self) -> dict:

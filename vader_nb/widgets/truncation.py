@@ -15,7 +15,7 @@ from ipywidgets import HTML
 
 from .. import lora
 from ..gradient import reward_gradient
-from ..memory import MemoryTracker
+from ..memory_planner import MemoryTracker
 from ..models import VideoModel
 from ..rewards import Reward, as_reward, parse
 from ..sampling import Sampling
