@@ -297,10 +297,7 @@ class RewardComparison(SettingsPanel):
         self.changed()
 
     def vote(self, choice: str) -> Vote:
-        """Vote on the pair that is shown, save the vote, and make the next pair.
-
-        Args:
-            choice: "A", "B" or "=" for no difference.
+        """Vote on the pair that is shown: "A", "B" or "=" for no difference; then make the next pair.
 
         Raises:
             ValueError: Another choice, or there is no pair.
@@ -323,8 +320,7 @@ class RewardComparison(SettingsPanel):
     def export(self, path: str | Path | None = None) -> Path:
         """Write one HTML file: scores of all compared prompts, clips of the last 24 used, votes.
 
-        Args:
-            path: Default: `comparison.html` in the folder.
+        Its default path is `comparison.html` in the folder.
 
         Raises:
             ValueError: Nothing is compared yet.
