@@ -1,15 +1,15 @@
-"""Train the tiny autoencoder: 64x64 frames to 4x8x8 latents. `python -m vader_nb.zoo.train_vae`
+"""Train the tiny autoencoder: 64x64 frames to 4x8x8 latents. `python -m vader_nb.zoo.scripts.train_vae`
 
-Why the loss is weighted. The shapes cover a tenth of the pixels, so with a plain mean the grounds
+Why the loss is weighted. The shapes cover a tenth of the pixels, so with a plain mean the backgrounds
 dominate: such a model reached a fine whole-frame PSNR and had lost every color and shape. Here the
-object (what differs from the corner pixel, and a margin around it) and the ground weigh the same.
+object (what differs from the corner pixel, and a margin around it) and the background weigh the same.
 """
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from . import WEIGHTS, oracles, world
+from .. import WEIGHTS, oracles, world
 from .training import rank_and_world, save_half, share, train
 
 STEPS, FRAMES, SEED = 2600, 24, 0
