@@ -1,4 +1,4 @@
-"""Shared models: a micro ModelScope directory of random weights, written in the real layout."""
+"""Shared models, among them a micro ModelScope directory of random weights in the real layout; and the order of tests."""
 
 import os
 
@@ -6,8 +6,44 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from filelock import FileLock
+
+from . import environments
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+
+# Files that take longest, first: the workers of `pytest -n 2` then end together. The others follow by name.
+LONGEST = ("test_browser", "test_widgets", "test_align", "test_evaluate", "test_memory")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """A worker takes a whole file, so that its fixtures are made once, or a single test that is marked `apart`."""
+
+    def turn(item):
+        apart = item.get_closest_marker("apart") is not None
+        file = item.path.stem
+        place = LONGEST.index(file) if file in LONGEST else len(LONGEST)
+        return (not apart, place, file)  # a stable sort: within a file the order stays
+
+    items.sort(key=turn)
+    for item in items:
+        if item.get_closest_marker("apart") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(scope="session")
+def from_wheel(tmp_path_factory):
+    """Environment variables under which another Python imports the package from its wheel, built once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    done = folder / "wheel" / "done"
+    with FileLock(folder / "wheel.lock"):
+        if not done.exists():
+            environments.install_wheel(folder / "wheel")
+            done.touch()
+    return os.environ | {"PYTHONPATH": str(folder / "wheel" / "installed")}
 
 
 @pytest.fixture(scope="session")

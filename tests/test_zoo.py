@@ -159,7 +159,6 @@ def test_the_autoencoder_keeps_colors_and_shapes(tiny):
 
 def test_clip_picks_the_caption():
     import open_clip
-
     from vader_nb.zoo.train_clip import right_of_16
 
     clip = open_clip.create_model(f"local-dir:{WEIGHTS / 'tiny-clip'}").eval()
@@ -167,8 +166,9 @@ def test_clip_picks_the_caption():
 
 
 def test_the_classifier_names_the_motion():
-    from vader_nb.rewards import action
     from vader_nb.zoo.train_videomae import accuracy
+
+    from vader_nb.rewards import action
 
     assert accuracy(action("tiny").classifier) >= 0.95
 
