@@ -9,7 +9,7 @@ import time
 import open_clip
 import torch
 
-from vader_nb import load, rewards, sample
+from vader_nb import Sampling, load, rewards, sample
 
 from .. import WEIGHTS, oracles, tokenizer, world
 from . import train_clip, train_generator, train_vae, train_videomae
@@ -60,7 +60,7 @@ def generator_quality(model, batch: int = 20) -> dict[str, float]:
         f"{name}, oracle": value.mean().item()
         for name, value in oracles.grade(clips, captions).items()
     }
-    scheduler = model.new_scheduler(model.defaults["num_inference_steps"])
+    scheduler = model.new_scheduler(Sampling().resolve(model))
     gain = (1 - scheduler.alphas_cumprod[int(scheduler.timesteps[-1])]).sqrt().item()
     began = time.time()
     sample(model, captions[:4], seeds=0)
@@ -103,9 +103,8 @@ def tiny_clip() -> None:
     picked = train_clip.right_of_16(clip, tokenizer.build())
     held_out = world.render(world.split()[1], torch.Generator().manual_seed(5))
     rated = rewards.aesthetic("tiny").scores(held_out, [""] * len(held_out)).flatten()
-    agreement = torch.corrcoef(torch.stack([rated, train_clip.beauty(held_out.flatten(0, 1))]))[
-        0, 1
-    ].item()
+    stated = train_clip.beauty(held_out.flatten(0, 1))
+    agreement = torch.corrcoef(torch.stack([rated, stated]))[0, 1].item()
     write(
         "tiny-clip",
         card(

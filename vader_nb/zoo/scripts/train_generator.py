@@ -29,6 +29,14 @@ EMPTY = (
     0.1  # share of captions left out, so that classifier-free guidance has an unconditional half
 )
 FOLDER = WEIGHTS / "tiny"
+# What `vader_nb.load` reads beside the pipeline: captions that the oracles can grade, and how to sample.
+DEFAULTS = {
+    "num_inference_steps": 10,
+    "guidance_scale": 2.0,
+    "num_frames": world.NUM_FRAMES,
+    "fps": world.FPS,
+}
+SETTINGS = {"world": "tiny", "defaults": DEFAULTS}
 
 
 def build_unet() -> UNet3DConditionModel:
@@ -200,6 +208,7 @@ def save(unet, text_encoder, scheduler) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (FOLDER / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (FOLDER / "vader_nb.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
 
 
 if __name__ == "__main__":
