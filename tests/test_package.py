@@ -17,9 +17,11 @@ BEHIND = {"torch", "torchvision"}  # too large to be installed twice
 # What the package imports from torch by path. torch 2.6 has all of it, looked up there: a new line is to be, too.
 IN_LOWEST_TORCH = """
 torch._dynamo.config
+torch._subclasses.fake_tensor.DataDependentOutputException
 torch._subclasses.fake_tensor.FakeTensor
 torch._subclasses.fake_tensor.FakeTensorMode
 torch._subclasses.fake_tensor.unset_fake_temporarily
+torch.autograd.graph.saved_tensors_hooks
 torch.distributed
 torch.distributed.fsdp.fully_shard
 torch.distributed.tensor.DTensor
