@@ -7,29 +7,48 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 from . import environments
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
 
-# Files that take longest, first: the workers of `pytest -n 2` then end together. The others follow by name.
+# With several workers (`pytest -n 2 --dist loadscope --no-loadscope-reorder`): what takes longest comes first, so that
+# they end together. Each of these tests may run anywhere; else a worker takes a whole file, whose fixtures are made once.
+APART = (
+    "test_every_cell_runs_and_every_exercise_is_solved",
+    "test_types",
+    "test_the_lowest_versions_do",
+)
 LONGEST = ("test_browser", "test_widgets", "test_align", "test_evaluate", "test_memory")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def name_of(nodeid: str) -> tuple[str, str]:
+    """File and name of a test, without its parameters."""
+    file, _, test = nodeid.partition("::")
+    return file, test.partition("[")[0]
+
+
 def pytest_collection_modifyitems(items):
-    """A worker takes a whole file, so that its fixtures are made once, or a single test that is marked `apart`."""
-
     def turn(item):
-        apart = item.get_closest_marker("apart") is not None
-        file = item.path.stem
+        file, test = item.path.stem, name_of(item.nodeid)[1]
         place = LONGEST.index(file) if file in LONGEST else len(LONGEST)
-        return (not apart, place, file)  # a stable sort: within a file the order stays
+        return (test not in APART, place, file)
 
-    items.sort(key=turn)
-    for item in items:
-        if item.get_closest_marker("apart") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=turn)  # stable: within a file the order stays
+
+
+class ByFile(LoadScopeScheduling):
+    """pytest-xdist's scheduler, with a file as the unit of work, or one test of `APART`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, test = name_of(nodeid)
+        return nodeid if test in APART else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -191,7 +191,6 @@ def test_the_environment_is_like_colabs(colab, from_wheel, tmp_path):
     assert str(ROOT) not in versions.split()[-1]
 
 
-@pytest.mark.apart
 def test_every_cell_runs_and_every_exercise_is_solved(pair, colab, from_wheel, tmp_path):
     """nbval runs the solved copy, from the wheel, in an empty folder, with Colab's versions and the fast setting; it
     compares what the checks and the tagged cells print."""

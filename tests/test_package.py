@@ -63,7 +63,6 @@ def test_every_dependency_has_a_lower_bound():
     assert [name for name, version in lowest().items() if not version and name != "ipykernel"] == []
 
 
-@pytest.mark.apart
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="the lowest numpy has no wheel for it")
 def test_the_lowest_versions_do(from_wheel, tmp_path):
     versions = {n: v for n, v in lowest().items() if v and n not in BEHIND}
@@ -106,7 +105,6 @@ def test_nothing_is_imported_from_torch_that_the_lowest_lacks():
     assert ours <= set(IN_LOWEST_TORCH.split())
 
 
-@pytest.mark.apart
 def test_types():
     """pyright, in the basic mode that pyproject.toml sets."""
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
