@@ -406,20 +406,27 @@ class Trainer:
 
     def make_adapter(self) -> lora.Adapter:
         """A fresh adapter, or the one to start from."""
-        config, start = self.config, self.start_adapter
+        config, start = self.config, getattr(self.start_adapter, "adapter", self.start_adapter)
         if start is None:
             return lora.add(self.model, config.rank, config.alpha, config.targets, config.seed)
-        start = getattr(start, "adapter", start)
         if isinstance(start, lora.Adapter):
             if not (start.model is self.model and start.attached):
                 raise ValueError(
                     "the adapter to start from is not on this model; give its file instead"
                 )
-            self.start_adapter = start
-            return start
-        if isinstance(start, dict):
-            return lora.combine(self.model, start)
-        return lora.load(self.model, start)
+            adapter = self.start_adapter = start
+        elif isinstance(start, dict):
+            adapter = lora.combine(self.model, start)
+        else:
+            adapter = lora.load(self.model, start)
+        if config.rank not in (TrainConfig.rank, adapter.rank):
+            if adapter is not start:
+                adapter.remove()
+            raise ValueError(
+                f"rank={config.rank} cannot be met: the adapter to start from has rank {adapter.rank}"
+            )
+        config.rank, config.alpha, config.targets = adapter.rank, adapter.alpha, adapter.targets
+        return adapter
 
     def make_optimizer(self) -> None:
         """AdamW, its learning rate schedule, and what accelerate wraps around them."""
@@ -518,9 +525,13 @@ class Trainer:
         if synced.non_finite:
             self.optimizer.zero_grad()  # some of the micro-batches are no gradient
             raise NonFiniteError(problem or "the numbers of another process were not finite")
-        norm = self.clip()
-        info = rows[-1].info if rows else {}
-        return {"step": self.state.step + 1, **synced.values, "grad_norm": norm, **info}
+        return {
+            "step": self.state.step + 1,
+            **synced.values,
+            "grad_norm": self.clip(),
+            "learning_rate": self.schedule.get_last_lr()[0],
+            **rows[-1].info,
+        }
 
     def clip(self) -> float:
         """Clip the gradient; returns its norm before that. Raises for one that is zero or not finite."""
@@ -552,7 +563,7 @@ class Trainer:
         distributed.check_synchronized(self.parameters, self.accelerator, self.state.step + 1)
 
     def costs(self, seconds: float) -> dict:
-        """What a step took: learning rate, time, clips per second in all processes, peak memory in bytes."""
+        """What a step took: time, clips per second in all processes, peak memory in bytes."""
         config, processes = self.config, self.accelerator.num_processes
         clips = config.batch_size * config.gradient_accumulation_steps * processes
         if self.model.device.type == "cuda":
@@ -560,7 +571,6 @@ class Trainer:
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
-            "learning_rate": self.schedule.get_last_lr()[0],
             "seconds": seconds,
             "clips_per_second": clips / seconds,
             "peak_memory": memory,
