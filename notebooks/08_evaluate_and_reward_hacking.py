@@ -45,6 +45,8 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # %pip install -q open_clip_torch mediapy
     pass
 
+from vader_nb import course
+
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny", "modelscope"]
 STEPS = 30  # @param {type:"integer"}
@@ -57,7 +59,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import vader_nb
-from vader_nb import Frames, Gallery, Sampling, Validation, Video, course, prompts, rewards
+from vader_nb import Frames, Gallery, Sampling, Validation, Video, prompts, rewards
 from vader_nb.evaluate import motion, videomae_features
 
 model = vader_nb.load(MODEL)

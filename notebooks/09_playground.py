@@ -45,6 +45,8 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # %pip install -q open_clip_torch mediapy
     pass
 
+from vader_nb import course
+
 # %% tags=["parameters", "app"]
 MODEL = "tiny"  # @param ["tiny", "modelscope"]
 STEPS = 12  # @param {type:"integer"}
@@ -64,7 +66,7 @@ import tempfile
 import torch
 
 import vader_nb
-from vader_nb import Gallery, Sampling, course, prompts, rewards
+from vader_nb import Gallery, Sampling, prompts, rewards
 from vader_nb.widgets import (
     MemoryPlanner,
     RewardComparison,
