@@ -66,7 +66,8 @@ prompts = [
     "a purple circle bouncing on a sand background",
 ]
 frames = vader_nb.sample(model, prompts, seeds=SEED)
-Gallery({"clips to score": [Video(clip, 8, text) for clip, text in zip(frames, prompts)]}, width=144)
+videos = [Video(clip, 8, text) for clip, text in zip(frames, prompts)]
+Gallery({"clips to score": videos}, width=144)
 
 # %% [markdown]
 # ## Two networks that look at pictures and sentences

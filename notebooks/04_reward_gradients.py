@@ -148,9 +148,7 @@ guess = None  # "a", "b" or "c"
 # %%
 def staged(strategy=Last(1), frames=Frames.all(), **options):
     options |= {"seeds": [SEED], "sampling": settings, "strategy": strategy, "frames": frames}
-    return gradient_of(
-        lambda: vader_nb.reward_gradient(model, adapter, reward, prompts, **options)
-    )
+    return gradient_of(lambda: vader_nb.reward_gradient(model, adapter, reward, prompts, **options))
 
 
 gap = (staged() - by_autograd).abs().max() / by_autograd.norm()
@@ -335,7 +333,7 @@ axis.plot(counts, cosines, marker="o")
 axis.set(xlabel="frames that are scored", ylabel="cosine to all frames", ylim=(0, 1.05))
 course.show(
     figure,
-    "The cosine to the all-frame gradient rises towards 1 as more frames are scored, fast at first.",
+    "The cosine to the all-frame gradient rises toward 1 as more frames are scored, fast at first.",
 )
 
 # %% [markdown]

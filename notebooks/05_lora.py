@@ -116,9 +116,8 @@ guess = None  # "a", "b" or "c"
 # %%
 adapted(x).square().mean().backward()
 print(f"gradient of A: {adapted.A.grad.norm():.4f}   of B: {adapted.B.grad.norm():.4f}")
-course.predict(
-    guess, "c", "A's gradient passes through B, which is zero. From the second step on, both change."
-)
+because = "A's gradient passes through B, which is zero. From the second step on, both change."
+course.predict(guess, "c", because)
 
 # %% [markdown]
 # If both were zero, neither would ever change. If neither were zero, the model would be disturbed before it has learned
@@ -313,7 +312,7 @@ weight = next(iter(dark.layers.values())).get_base_layer().weight
 kept = weight.detach().clone()
 with dark.fused():
     inside = (weight - kept).abs().max().item()
-print(f"inside: weights differ by {inside:.1e} · afterwards bit-equal: {torch.equal(weight, kept)}")
+print(f"inside: weights differ by {inside:.1e} · afterward bit-equal: {torch.equal(weight, kept)}")
 
 # %% [markdown]
 # ## Mix two
