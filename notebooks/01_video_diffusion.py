@@ -134,20 +134,10 @@ course.show(
 # %% tags=["nbval-check-output"]
 settings = Sampling().resolve(model)  # steps, guidance and size: the model's defaults
 latents, _ = initial_noise(model, [SEED], settings)
-print(
-    "frames: ",
-    tuple(clip.shape),
-    "=",
-    clip.numel(),
-    "numbers  (batch, frames, colors, height, width)",
-)
-print(
-    "latents:",
-    tuple(latents.shape),
-    " =",
-    latents.numel(),
-    "numbers   (batch, channels, frames, height, width)",
-)
+print(f"frames:  {tuple(clip.shape)} = {clip.numel()} numbers")
+print("         (batch, frames, colors, height, width)")
+print(f"latents: {tuple(latents.shape)} = {latents.numel()} numbers")
+print("         (batch, channels, frames, height, width)")
 
 # %% [markdown]
 # The two have their axes in a different order; that is convention. Everywhere in this package *frames* are
@@ -256,6 +246,8 @@ course.show(
     figure,
     "Bars for eight frames. With temporal layers off only frame 4 changes; with them on, every frame does.",
 )
+
+# %%
 course.predict(guess, "b", "only the temporal layers carry information between frames.")
 
 # %% [markdown]
@@ -365,6 +357,8 @@ course.show(
     figure,
     "The distance of each call's guess to the last one falls evenly, from about a half to nothing.",
 )
+
+# %%
 course.predict(
     guess,
     "c",

@@ -162,6 +162,8 @@ axis.set(xlabel="K, steps with a graph", ylabel="MB kept", ylim=(0, None))
 course.show(
     figure, "The kept megabytes grow in a straight line with the number of steps that have a graph."
 )
+
+# %%
 course.predict(
     guess,
     "b",
@@ -188,19 +190,12 @@ def gradient(strategy, reward=rewards.brightness()):
     """The adapter's gradient, as one long vector."""
     for p in adapter.parameters():
         p.grad = None
-    vader_nb.reward_gradient(
-        model,
-        adapter,
-        reward,
-        [prompt],
-        seeds=[SEED],
-        strategy=strategy,
-        frames=Frames.all(),
-        sampling=settings,
-    )
+    options = {"frames": Frames.all(), "sampling": settings, "strategy": strategy}
+    vader_nb.reward_gradient(model, adapter, reward, [prompt], seeds=[SEED], **options)
     return torch.cat([p.grad.flatten() for p in adapter.parameters()])
 
 
+# %%
 terms = [gradient(Step(i)) for i in range(1, STEPS + 1)]
 exact = gradient(Last(STEPS))
 print(
@@ -228,6 +223,8 @@ course.show(
     figure,
     "Two bar charts over the steps: the length of each step's gradient term, and its cosine to their sum.",
 )
+
+# %%
 course.predict(
     guess,
     {0: "a", STEPS - 1: "b"}.get(int(norms.argmax()), "c"),

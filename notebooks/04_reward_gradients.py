@@ -151,6 +151,7 @@ def staged(strategy=Last(1), frames=Frames.all(), **options):
     return gradient_of(lambda: vader_nb.reward_gradient(model, adapter, reward, prompts, **options))
 
 
+# %%
 gap = (staged() - by_autograd).abs().max() / by_autograd.norm()
 print(f"relative difference {gap:.1e}")
 course.predict(
@@ -296,6 +297,8 @@ course.show(
     figure,
     "Four bar charts over eight estimators: cosine to the exact gradient, relative length, noise and seconds.",
 )
+
+# %%
 candidates = {"a": "Last(1)", "b": "Last(5)", "c": "DRTune(5)"}
 best = max(candidates, key=lambda letter: rows[candidates[letter]][0])
 course.predict(

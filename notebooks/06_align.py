@@ -117,6 +117,7 @@ for label, scale in (("base", 0.0), ("after 8 steps", 1.0)):
     probe[label] = reward(clips, texts).cpu()
 adapter.remove()
 
+# %%
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.hist([values.numpy() for values in probe.values()], bins=12, label=list(probe))
 axis.set(xlabel="reward of single clips", ylabel="clips")
@@ -125,6 +126,8 @@ course.show(
     figure,
     "Histograms of the rewards of sixteen clips, base and after eight steps: wide, and almost on top of each other.",
 )
+
+# %%
 spread, change = probe["base"].std().item(), (probe["after 8 steps"] - probe["base"]).mean().item()
 course.predict(
     guess,
@@ -218,13 +221,8 @@ evaluation
 shown = [row for row in evaluation.rows if row.metric.startswith(("hps", "oracle"))]
 figure, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
 for place, row in enumerate(shown):
-    axis.errorbar(
-        row.difference,
-        place,
-        xerr=[[row.difference - row.low], [row.high - row.difference]],
-        fmt="o",
-        color="C0",
-    )
+    error = [[row.difference - row.low], [row.high - row.difference]]
+    axis.errorbar(row.difference, place, xerr=error, fmt="o", color="C0")
 axis.axvline(0, color="gray", linewidth=0.7)
 axis.set_yticks(range(len(shown)), [row.metric for row in shown], fontsize=8)
 axis.invert_yaxis()
@@ -234,6 +232,8 @@ course.show(
     figure,
     "For each metric the mean difference after minus before and its interval, against a line at zero.",
 )
+
+# %%
 spread = evaluation.row("held-out", "diversity")
 happened = "b" if spread.high < 0 else "a" if spread.low > 0 else "c"
 course.predict(
@@ -269,6 +269,7 @@ def trained(steps, name, **more):
     return weights
 
 
+# %%
 whole = trained(4, "whole")
 trained(2, "halves")
 halves = trained(4, "halves", resume=True)

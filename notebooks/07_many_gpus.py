@@ -88,6 +88,7 @@ Gallery({"one each": [Video(clip, 8, text) for clip, text in zip(clips, four)]},
 guess = None  # "a", "b" or "c"
 
 # %%
+options = {"strategy": Last(1), "frames": Frames.ends(), "sampling": QUICK}
 adapter = lora.add(model, rank=4, seed=SEED)
 for up in adapter.parameters()[1::2]:  # not at its start, where half of the gradient is zero
     torch.nn.init.normal_(up, std=0.02, generator=torch.Generator().manual_seed(SEED))
@@ -96,16 +97,7 @@ for up in adapter.parameters()[1::2]:  # not at its start, where half of the gra
 def gradient(texts, seeds):
     for p in adapter.parameters():
         p.grad = None
-    vader_nb.reward_gradient(
-        model,
-        adapter,
-        reward,
-        texts,
-        seeds=seeds,
-        sampling=QUICK,
-        strategy=Last(1),
-        frames=Frames.ends(),
-    )
+    vader_nb.reward_gradient(model, adapter, reward, texts, seeds=seeds, **options)
     return torch.cat([p.grad.flatten() for p in adapter.parameters()])
 
 
@@ -116,28 +108,19 @@ cosines = unit @ unit.T
 # %%
 figure, axis = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
 image = axis.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
-for i in range(4):
-    for j in range(4):
-        axis.text(
-            j,
-            i,
-            f"{cosines[i, j]:.2f}",
-            ha="center",
-            va="center",
-            color="white" if i == j else "black",
-        )
-axis.set(
-    xticks=range(4),
-    yticks=range(4),
-    xlabel="clip",
-    ylabel="clip",
-    title="cosine between their gradients",
-)
+for i, row in enumerate(cosines):
+    for j, value in enumerate(row):
+        shade = "white" if i == j else "black"
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=shade)
+axis.set(xticks=range(4), yticks=range(4), xlabel="clip", ylabel="clip")
+axis.set_title("cosine between their gradients")
 figure.colorbar(image)
 course.show(
     figure,
     "A matrix of cosines between the gradients of four clips: one on the diagonal, small elsewhere.",
 )
+
+# %%
 others = cosines[~torch.eye(4, dtype=bool)]
 course.predict(
     guess,
@@ -202,15 +185,8 @@ def train(path, sync_gradients):
     kept = []
     for step in range(STEPS):
         text = training[37 * (2 * step + rank)]  # different prompts in each process
-        vader_nb.reward_gradient(
-            mine,
-            adapter,
-            reward,
-            [text],
-            seeds=[2 * step + rank],
-            sampling=QUICK,
-            frames=Frames.ends(),
-        )
+        seed = 2 * step + rank
+        vader_nb.reward_gradient(mine, adapter, reward, [text], seeds=[seed], **options)
         sync_gradients(adapter.parameters())
         optimizer.step()
         optimizer.zero_grad()
@@ -218,6 +194,7 @@ def train(path, sync_gradients):
     torch.save(torch.stack(kept), path.with_name(f"{path.name}-{rank}.pt"))
 
 
+# %%
 def nothing(parameters):
     """What the broken loop does: trust the wrapper."""
 
@@ -254,6 +231,8 @@ course.show(
     figure,
     "The distance between the two processes' adapters, at every step as large as the distance they moved.",
 )
+
+# %%
 course.predict(
     guess,
     "c",
@@ -341,14 +320,8 @@ course.show(
 # that accumulates two.
 
 # %%
-OPTIONS = {
-    "steps": 3,
-    "batch_size": 1,
-    "rank": 4,
-    "seed": SEED,
-    "sampling": QUICK,
-    "progress": False,
-}
+OPTIONS = {"steps": 3, "batch_size": 1, "rank": 4, "seed": SEED}
+OPTIONS |= {"sampling": QUICK, "progress": False}
 
 
 def run(path, **more):
@@ -356,6 +329,7 @@ def run(path, **more):
     return vader_nb.align(mine, reward, training, output_dir=path, **(OPTIONS | more))
 
 
+# %%
 vader_nb.launch(run, folder / "two", num_processes=2)
 run(folder / "one", gradient_accumulation_steps=2)
 

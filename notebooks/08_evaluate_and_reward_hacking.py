@@ -97,9 +97,7 @@ scores = {"sampled": smooth(clips, ask), "frozen": smooth(frozen, ask)}
 for label, values in scores.items():
     print(f"{label:8}", [f"{value:.3f}" for value in values])
 course.predict(
-    guess,
-    "b",
-    "what does not move cannot jerk. The formula is right, but it is not what we meant.",
+    guess, "b", "what does not move cannot jerk. The formula is right, but it is not what we meant."
 )
 
 # %% [markdown]
