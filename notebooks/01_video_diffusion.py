@@ -377,8 +377,8 @@ course.predict(
 # |---|---|---|
 # | $c$, the text | `model.encode(prompts)["prompt"]["encoder_hidden_states"]` | (B, 24, 64) |
 # | $x_T$, noise | `initial_noise(model, seeds, settings)` | (B, 4, 8, 8, 8) |
-# | the denoiser's answer to each branch | `model.predict_branches(x, t, text, settings)` | as $x$, by branch |
-# | $\hat v$, with guidance | `model.combine(answers, t, settings)` | as $x$ |
+# | $v_\text{prompt}$, the denoiser's answer | `model.predict(x, t, text["prompt"])` | as $x$ |
+# | $\hat v$, with guidance | `model.guided(x, t, text, settings)` | as $x$ |
 # | $\hat x_0$, its guess | `model.x0(scheduler, v, t, x)` | as $x$ |
 # | $x_{t-1}$, one step on | `model.step(scheduler, v, t, x)` | as $x$ |
 # | $D(x_0)$, frames | `model.decode(x, frames)` | (B, F, 3, 64, 64) |

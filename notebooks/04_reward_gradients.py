@@ -66,7 +66,7 @@ import torch
 
 import vader_nb
 from vader_nb import Frames, Gallery, Last, Sampling, Video, gradient, lora, rewards, strategies
-from vader_nb.sampling import initial_noise
+from vader_nb.sampling import denoising_step, initial_noise
 
 model = vader_nb.load(MODEL, dtype=torch.float64)  # double precision: "equal" should mean equal
 settings = Sampling(num_inference_steps=STEPS, num_frames=FRAMES).resolve(model)
@@ -97,8 +97,7 @@ def plain(frames=range(FRAMES), K=1):
     scheduler, x, text = model.new_scheduler(settings), noise, model.encode(prompts)
     for i, t in enumerate(scheduler.timesteps):
         with torch.set_grad_enabled(i >= STEPS - K):
-            outputs = model.predict_branches(x, t, text, settings)
-            x = model.step(scheduler, model.combine(outputs, t, settings), t, x)
+            x = denoising_step(model, scheduler, x, t, text, settings)
     return -reward(model.decode(x, list(frames)), prompts).mean()
 
 

@@ -139,12 +139,10 @@ target.weight.requires_grad = True
 
 
 # %%
-noise, _ = sampling.initial_noise(model, [0, 1, 2, 3], settings)
-text = model.encode(ask)
-rollout = sampling.roll_out(model, text, noise, settings, window=1)  # stop before the last step
-x, t = rollout.start, rollout.timesteps[0]
-outputs = model.predict_branches(x, t, text, settings)
-x = model.step(model.new_scheduler(settings), model.combine(outputs, t, settings), t, x)
+rollout = sampling.roll_out(model, ask, [0, 1, 2, 3], settings, window=1)
+x, t = rollout.states[0], rollout.timesteps[0]  # the last step, once more and with a graph
+output = model.guided(x, t, rollout.conditioning, settings)
+x = model.step(rollout.scheduler, output, t, x)
 hps(model.decode(x, [4]), ask).sum().backward()
 
 
@@ -211,7 +209,7 @@ adapter.remove()
 
 # %%
 places = {
-    "attention (default)": model.targets,
+    "attention (default)": None,
     "values only": ("to_v",),
     "words only": tuple(
         f"attentions.{i}.transformer_blocks.0.attn2.to_{m}" for i in (0, 1) for m in "kv"
@@ -351,7 +349,8 @@ from contextlib import contextmanager
 @contextmanager
 def mixed(weights):
     """The denoiser with sum_i w_i B_i A_i added to its layers."""
-    layers = {name: model.denoiser.get_submodule(name) for name in first}
+    denoisers = nn.ModuleDict(model.denoisers)  # "unet"
+    layers = {name: denoisers.get_submodule(name) for name in first}
     kept = {name: layer.weight.data for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.weight.data = kept[name] + sum(
