@@ -10,6 +10,7 @@ streets without a word about the weather, which is the reward's to bring; `…_d
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,29 @@ from pathlib import Path
 from .lazy import NounsActivities, PromptFile, Prompts
 
 HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a clip is made of. Prints as its text; a plain `str` is a prompt, too.
+
+    Attributes:
+        text: what to show.
+        negative_prompt: what guidance leads away from.
+        image: (3, H, W) in [0, 1], for models that start from an image.
+    """
+
+    text: str
+    negative_prompt: str = ""
+    image: object = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def as_prompt(prompt: "str | Prompt") -> Prompt:
+    """A `Prompt` of a text; a `Prompt` as it is."""
+    return prompt if isinstance(prompt, Prompt) else Prompt(prompt)
 
 
 def read(path: str | PathLike) -> PromptFile:

@@ -1,7 +1,8 @@
 """Rewards. Names are imported on first use, so that one reward's libraries are not another's burden."""
 
-from .._face import install
-from .base import Reward, as_reward, conflict, reward, statistics
+import importlib
+
+from .base import Reward, as_reward, conflict, record_parts, reward, statistics, validate_scores
 
 _REWARDS = {
     "action": "action",
@@ -46,7 +47,11 @@ __all__ = [
 ]
 
 
-install(__name__, _HOMES, ("outline",))
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
 
 METHODS = ("towards", "capped", "normalized")  # of a reward, in an expression
 

@@ -7,9 +7,28 @@ Frames are (B, F, 3, H, W) in [0, 1]. Rewards add, scale and aim:
     reward(lambda frames, prompts: frames.mean(dim=(1, 2, 3, 4)), name="brightness")
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import contextlib
+from contextvars import ContextVar
 
 import torch
+
+_RECORD: ContextVar[dict[str, list[torch.Tensor]] | None] = ContextVar("parts", default=None)
+
+
+@contextlib.contextmanager
+def record_parts() -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Inside, the scores of every part of a mixed reward are noted, at no cost.
+
+    Yields:
+        Name of the part -> its scores (B, F) or (B, 1), one tensor per call.
+    """
+    token = _RECORD.set({})
+    try:
+        yield _RECORD.get()
+    finally:
+        _RECORD.reset(token)
 
 
 class Reward:
@@ -26,6 +45,11 @@ class Reward:
     typical: tuple[float, float] | None = None  # scores of usual pictures or clips, where known
     unit: str = ""
     networks: list = []  # the modules inside
+    differentiable: bool = True  # in the frames
+
+    @property
+    def fingerprint(self) -> str:
+        return self.name
 
     def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         raise NotImplementedError
@@ -98,6 +122,14 @@ class Reward:
         return self.name
 
 
+def part_scores(part: Reward, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """The scores of a part of a reward, noted if `record_parts` listens and the part has no parts itself."""
+    scores, record = part.scores(frames, prompts), _RECORD.get()
+    if record is not None and part.parts() == [part]:
+        record.setdefault(part.name, []).append(scores.detach())
+    return scores
+
+
 class Mapped(Reward):
     """A function of another reward's scores, score by score."""
 
@@ -115,7 +147,7 @@ class Mapped(Reward):
         self.per_frame, self.networks = inner.per_frame, inner.networks
 
     def scores(self, frames, prompts):
-        return self.function(self.inner.scores(frames, prompts))
+        return self.function(part_scores(self.inner, frames, prompts))
 
     def check_prompts(self, prompts):
         self.inner.check_prompts(prompts)
@@ -141,7 +173,7 @@ class Sum(Reward):
         self.range = (left.range[0] + right.range[0], left.range[1] + right.range[1])
 
     def scores(self, frames, prompts):
-        return self.left.scores(frames, prompts) + self.right.scores(frames, prompts)
+        return part_scores(self.left, frames, prompts) + part_scores(self.right, frames, prompts)
 
     def check_prompts(self, prompts):
         self.left.check_prompts(prompts), self.right.check_prompts(prompts)
@@ -256,3 +288,24 @@ def conflict(
         (gradient,) = torch.autograd.grad(score, leaf)
         directions.append(gradient.flatten(1).double())  # sums over all pixels of a clip
     return torch.cosine_similarity(*directions, dim=1).to(leaf.dtype)
+
+
+def validate_scores(reward: Reward, frames: torch.Tensor, prompts: Sequence) -> torch.Tensor:
+    """The reward's scores (B,) of frames, with a graph.
+
+    Raises:
+        ValueError: if the reward returns something else.
+    """
+    value = reward(frames, [str(prompt) for prompt in prompts])
+    if not isinstance(value, torch.Tensor) or value.shape != (len(prompts),):
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(
+            f"reward {reward.name!r} must return one score per clip, shape ({len(prompts)},); "
+            f"it returned {got}"
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            f"reward {reward.name!r} has no gradient: somewhere it leaves the graph (no_grad, uint8, "
+            f"PIL, numpy, argmax). vader_nb.check(reward) shows more"
+        )
+    return value
