@@ -180,7 +180,7 @@ def train(path, sync_gradients):
     mine = vader_nb.load(MODEL, device="cpu")
     adapter = lora.add(mine, rank=4, seed=SEED)  # the same start everywhere
     wrapper = DistributedDataParallel(mine.denoiser)
-    mine.denoiser = wrapper.module  # "so that the sampling loop can call it"
+    mine.denoisers["unet"] = wrapper.module  # "so that the sampling loop can call it"
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
     kept = []
     for step in range(STEPS):
@@ -347,15 +347,17 @@ print(f"the adapter moved by up to {moved:.1e}; two processes and one differ by 
 def sabotage(path):
     import torch.distributed as dist
 
+    mine = vader_nb.load(MODEL, device="cpu")
+    adapter = lora.add(mine, rank=4, seed=SEED)
+
     def nudge(row):
         if row["step"] == 1 and dist.get_rank() == 1:
             with torch.no_grad():
-                adapters[0].parameters()[0][0, 0] += 1e-7
+                adapter.parameters()[0][0, 0] += 1e-7
 
-    adapters, add = [], lora.add
-    lora.add = lambda *args, **options: adapters.append(add(*args, **options)) or adapters[0]
+    settings = OPTIONS | {"adapter": adapter, "output_dir": path, "callback": nudge}
     try:
-        run(path, callback=nudge)
+        vader_nb.align(mine, reward, training, **settings)
     except RuntimeError as error:
         path.with_name(f"error-{dist.get_rank()}").write_text(str(error))
 

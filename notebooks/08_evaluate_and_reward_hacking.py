@@ -64,7 +64,7 @@ import torch
 
 import vader_nb
 from vader_nb import Frames, Gallery, Sampling, Validation, Video, prompts, rewards
-from vader_nb.evaluate import motion, videomae_features
+from vader_nb.evaluation import motion, videomae_features
 
 model = vader_nb.load(MODEL)
 WEIGHTS = "tiny" if MODEL == "tiny" else "published"
@@ -296,7 +296,7 @@ print(f"motion of the same prompts, drawn: {motion(drawn).mean():.3f}")
 # are, thumbnails of 8 × 8 pixels.
 
 # %%
-from vader_nb.evaluate import thumbnails
+from vader_nb.evaluation import thumbnails
 
 names = ["base", *adapters]
 _, *shown = evaluation.clips["held-out"]
