@@ -112,9 +112,9 @@ course.predict(
 # %% [markdown]
 # ## In which steps is an adapter active?
 #
-# VADER trains through the *last* denoising step only (K = 1), and then the adapter is active in all of them. In the sampler you
-# can restrict it to a part of the chain: 0 % is noise, 100 % is the video. (In code: `sample(…, adapter_start=0.5,
-# adapter_end=1.0)`.)
+# VADER trains through the *last* denoising step only (K = 1), and then the adapter is active in all of them. With the slider
+# *adapter acts* you can restrict it to a part of the chain: 0 % is noise, 100 % is the video. (In code: `sample(…,
+# adapter_start=0.5, adapter_end=1.0)`.)
 #
 # > **Predict.** Where does most of the change happen?
 # > **(a)** in the first half, where the picture is laid out · **(b)** evenly · **(c)** in the second half
