@@ -188,7 +188,7 @@ explorer
 # downloaded.
 
 # %% tags=["app"]
-planner = MemoryPlanner()
+planner = MemoryPlanner(course.quick("modelscope", "tiny"))
 planner.simulate()  # its first answer, for a page without a kernel
 planner
 
