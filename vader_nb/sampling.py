@@ -122,7 +122,11 @@ class Rollout:
     states: list[torch.Tensor] = field(default_factory=list)
     outputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
     scheduler: object = None
-    window_generators: list[torch.Generator] | None = None
+    window_generators: list[torch.Generator] = field(default_factory=list)
+
+    def at_window(self) -> tuple[object, list[torch.Generator]]:
+        """Copies of the scheduler and the generators as they were at the beginning of the window."""
+        return copy.deepcopy(self.scheduler), clone(self.window_generators)
 
 
 def clone(generators: list[torch.Generator]) -> list[torch.Generator]:

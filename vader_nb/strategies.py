@@ -231,7 +231,7 @@ class Frames:
             return list(range(num_frames))
         if self.kind != "at":
             raise ValueError(
-                f"unknown choice of frames {self.kind!r}; use Frames.random(1), .ends(), …"
+                f"unknown frame choice {self.kind!r}; use Frames.random(1), .ends(), …"
             )
         if not self.indices:
             raise ValueError(
