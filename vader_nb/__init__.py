@@ -2,40 +2,95 @@
 
     import vader_nb
     model = vader_nb.load("tiny")
-    run = vader_nb.align(model, vader_nb.rewards.hps("tiny"), vader_nb.prompts.get("tiny"))
+    run = vader_nb.align(model, vader_nb.rewards.hps("tiny"), "tiny")
 
 Names are imported on first use: `import vader_nb` itself loads nothing heavy.
 """
 
-from ._face import install
+import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOMES = {
+if TYPE_CHECKING:
+    from . import (
+        distributed,
+        gradient,
+        lora,
+        models,
+        prompts,
+        rewards,
+        sampling,
+        speed,
+        strategies,
+        trainer,
+        video,
+        zoo,
+    )
+    from .distributed import launch
+    from .evaluation import Validation, best_checkpoint, evaluate
+    from .gradient import reward_gradient
+    from .lora import Adapter
+    from .memory_planner import memory
+    from .models import load
+    from .prompts import Prompt
+    from .rewards import check, reward
+    from .sampling import Sampling, sample
+    from .strategies import DRaFTLV, DRTune, Frames, Last, Random, ReFL, Step
+    from .trainer import TrainConfig, Trainer, align
+    from .video import Gallery, Video
+
+_MODULE_OF = {
     "Adapter": "lora",
-    "DRTune": "gradient",
-    "DRaFTLV": "gradient",
-    "Frames": "gradient",
+    "DRTune": "strategies",
+    "DRaFTLV": "strategies",
+    "Frames": "strategies",
     "Gallery": "video",
-    "Last": "gradient",
-    "Random": "gradient",
-    "ReFL": "gradient",
-    "Sampling": "gradient",
-    "Step": "gradient",
-    "Validation": "best",
+    "Last": "strategies",
+    "Prompt": "prompts",
+    "Random": "strategies",
+    "ReFL": "strategies",
+    "Sampling": "sampling",
+    "Step": "strategies",
+    "TrainConfig": "trainer",
+    "Trainer": "trainer",
+    "Validation": "evaluation",
     "Video": "video",
-    "align": "align",
-    "best_checkpoint": "best",
+    "align": "trainer",
+    "best_checkpoint": "evaluation",
     "check": "rewards",
-    "evaluate": "evaluate",
-    "launch": "parallel",
+    "evaluate": "evaluation",
+    "launch": "distributed",
     "load": "models",
-    "memory": "memory",
+    "memory": "memory_planner",
     "reward": "rewards",
     "reward_gradient": "gradient",
-    "sample": "gradient",
+    "sample": "sampling",
 }
-_MODULES = ("gradient", "lora", "models", "parallel", "prompts", "rewards", "speed", "video", "zoo")
-__all__ = ["__version__", *_HOMES, *_MODULES]
+_MODULES = (
+    "distributed",
+    "gradient",
+    "lora",
+    "models",
+    "prompts",
+    "rewards",
+    "sampling",
+    "speed",
+    "strategies",
+    "trainer",
+    "video",
+    "zoo",
+)
+__all__ = ["__version__", *_MODULE_OF, *_MODULES]
 
-install(__name__, _HOMES, _MODULES)
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,69 +1,90 @@
-"""Where published weights come from: a model hub, a web address, or a path on this machine. Never pickled code."""
+"""Where published weights come from: the model hub, a web address, or a path. Never pickled code."""
 
+import copy
 import hashlib
 import os
 import pickle
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
 
+import safetensors.torch
 import torch
-
-EMBEDDED = "\n  without either:  vader_nb.rewards.{}('tiny'), embedded in this package"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Published weights: a hub repository (`repo` is its id), or one file of it, or one file at an https address."""
+    """Published weights: a hub repository, or one file of it, or one file at a web address."""
 
-    repo: str
-    filename: str = ""  # of the one file; empty: the whole repository, for `from_pretrained`
+    repo: str  # the repository's id, or the https address
+    filename: str = ""  # empty: the whole repository, for `from_pretrained`
     size: str = ""  # of the download
     license: str = ""
-    sha256: str = ""  # or how it begins
+    sha256: str = ""  # or its first digits
     revision: str | None = None  # None: the newest
+    config: Mapping = field(default_factory=dict, hash=False)  # arguments of the config class
+    local: str = ""  # the call for a local copy, for error messages
 
     def __str__(self) -> str:
-        return f"{self.repo}{f', {self.filename}' if self.filename else ''} ({self.size}, {self.license})"
+        file = f", {self.filename}" if self.filename else ""
+        return f"{self.repo}{file} ({self.size}, {self.license})"
 
 
 def offline() -> bool:
-    """Whether the user wants no downloads: HF_HUB_OFFLINE, which we also take to mean other hosts."""
+    """Whether the user wants no downloads: HF_HUB_OFFLINE, here for other hosts too."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def reachable(timeout: float = 2.0) -> bool:
-    """Whether the model hub answers: asked briefly, since the hub's client retries for minutes."""
+    """Whether the hub answers within `timeout` seconds (its own client retries for minutes)."""
     if offline():
         return False
     address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = address.port or (443 if address.scheme == "https" else 80)
     try:
-        port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname, port), timeout=timeout).close()
     except OSError:
         return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
     return True
 
 
-def local(checkpoint: str | Path, *names: str) -> Path | None:
-    """None for a published checkpoint ("published", or one of `names`), else the path that it is. Raises ValueError
-    for what is neither."""
-    if checkpoint in ("published", *names):
-        return None
+def find(checkpoint: str | Path, known: Mapping[str, Source | Path]) -> Source | Path:
+    """What `known` has for a checkpoint's name, or the local path that it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if str(checkpoint) in known:
+        return known[str(checkpoint)]
     if not Path(checkpoint).exists():
-        known = ", ".join(["published", *names])
+        names = ", ".join(known)
         raise ValueError(
-            f"unknown checkpoint {str(checkpoint)!r}: choose one of {known}, or give the path of a copy"
+            f"unknown checkpoint {str(checkpoint)!r}: choose one of {names}, "
+            "or give the path of a local copy"
         )
     return Path(checkpoint)
 
 
-def missing(
-    source: Source, otherwise: str, cause: Exception | str = "HF_HUB_OFFLINE is set"
-) -> FileNotFoundError:
-    """The one error for weights that are neither here nor within reach. otherwise: how to give a local copy."""
+def identity(place: Source | Path) -> str:
+    """A text that differs for different weights: a source's version, or a digest of a local copy.
+
+    The digest is of the size and the first 4 MB of each file, which is fast for large ones.
+    """
+    if isinstance(place, Source):
+        version = place.sha256[:12] or place.revision or "main"
+        return "/".join(filter(None, [place.repo, place.filename])) + f"@{version}"
+    digest = hashlib.sha256()
+    for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest.update(f"{path.stat().st_size} ".encode() + file.read(1 << 22))
+    return f"digest:{digest.hexdigest()[:16]}"
+
+
+def missing(source: Source, cause: Exception | str) -> FileNotFoundError:
+    """The one error for weights that are neither here nor within reach."""
     if source.repo.startswith("https://"):
         fetch = f"fetch {source.repo}"
     else:
@@ -71,98 +92,91 @@ def missing(
     return FileNotFoundError(
         f"the weights are not on this machine and cannot be fetched: {source}.\n"
         f"  with a network:  {fetch}\n"
-        f"  with a copy:     {otherwise}\n"
+        f"  with a copy:     {source.local}\n"
         f"  what happened:   {' '.join(str(cause).split())[:200] or type(cause).__name__}"
     )
 
 
-def pretrained(
-    load: Callable, source: Source, local: str | Path | None = None, *, otherwise: str, **options
-):
-    """`load` is some class's `from_pretrained`. It is given the local directory, or the source's repository: from
-    the hub if it answers, else from the hub's cache on this machine (`HF_HOME`).
+def pretrained(load: Callable, place: Source | Path, **options):
+    """What `load`, some class's `from_pretrained`, makes of a directory or of a hub repository.
 
-    Raises FileNotFoundError for a path that is no checkpoint directory, and where the weights cannot be had.
+    Raises:
+        FileNotFoundError: the path is no checkpoint directory, or the weights are out of reach.
     """
-    if local is not None:
-        if not (Path(local) / "config.json").is_file():
-            raise FileNotFoundError(f"{local} is not a checkpoint directory: it has no config.json")
-        return load(str(local), **options)
+    if isinstance(place, Path):
+        if not (place / "config.json").is_file():
+            raise FileNotFoundError(f"{place} is not a checkpoint directory: it has no config.json")
+        return load(str(place), **options)
+    options |= {"revision": place.revision, "local_files_only": not reachable()}
     try:
-        return load(
-            source.repo, revision=source.revision, local_files_only=not reachable(), **options
-        )
+        return load(place.repo, **options)
     except OSError as error:
-        raise missing(source, otherwise, error) from error
+        raise missing(place, error) from error
 
 
 def network(
-    kind: type,
-    source: Source,
-    local: str | Path | None = None,
-    *,
-    otherwise: str,
-    dtype: torch.dtype,
-    zero: str = "",
-    **options,
+    kind: type, place: Source | Path, dtype=torch.float32, from_config=False, zero="", **options
 ):
-    """A transformers model of class `kind`, by `pretrained`. Raises ValueError for weights that lack some of the
-    model's tensors, which transformers would leave random; but those whose names end in `zero` may be left at zero."""
-    model, report = pretrained(
-        kind.from_pretrained,
-        source,
-        local,
-        otherwise=otherwise,
-        dtype=dtype,
-        output_loading_info=True,
-        **options,
-    )
-    missing_keys = [
-        key for key in sorted(report["missing_keys"]) if not (zero and key.endswith(zero))
-    ]
-    if missing_keys:
-        lacking = ", ".join(missing_keys[:3])
+    """A transformers model of class `kind`, from a directory or a hub repository.
+
+    Args:
+        from_config: make it from its configuration, in torch's default dtype, without weights.
+        zero: the end of the names of tensors that may be absent, and are 0 then.
+
+    Raises:
+        FileNotFoundError: as `pretrained`.
+        ValueError: the weights lack tensors, which transformers would leave random.
+    """
+    if from_config and isinstance(place, Source):
+        part = place.config.get(kind.config_class.base_config_key, place.config)
+        return kind(kind.config_class(**copy.deepcopy(part)))
+    if from_config:
+        return kind(pretrained(kind.config_class.from_pretrained, place))
+    options |= {"dtype": dtype, "output_loading_info": True}
+    model, report = pretrained(kind.from_pretrained, place, **options)
+    lacking = sorted(key for key in report["missing_keys"] if not (zero and key.endswith(zero)))
+    if lacking:
         raise ValueError(
-            f"{local or source} does not fit {kind.__name__}: it lacks {len(missing_keys)} tensors ({lacking}, …)"
+            f"{place} does not fit {kind.__name__}: it lacks {len(lacking)} tensors "
+            f"({', '.join(lacking[:3])}, …)"
         )
     for key in report["missing_keys"]:
         torch.nn.init.zeros_(model.get_parameter(key))
     return model
 
 
-def single_file(
-    source: Source, local: str | Path | None = None, *, otherwise: str, verify: bool = True
-) -> Path:
-    """The path of the source's file: `local`, or downloaded once. verify: its SHA-256 must be the known one, if one is.
+def single_file(place: Source | Path) -> Path:
+    """The path of a source's file, downloaded once and with the known SHA-256, or the local file.
 
-    Raises FileNotFoundError where it cannot be had, ValueError for a file with another hash.
+    Raises:
+        FileNotFoundError: it cannot be had.
+        ValueError: it has another hash.
     """
-    if local is not None:
-        path = Path(local)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file")
-    elif source.repo.startswith("https://"):
-        path = Path(torch.hub.get_dir()) / "checkpoints" / source.filename
-        if not path.is_file():
-            if offline():
-                raise missing(source, otherwise)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(
-                    source.repo, str(path), source.sha256 or None, progress=True
-                )
-            except OSError as error:
-                raise missing(source, otherwise, error) from error
-    else:
+    if isinstance(place, Path):
+        if not place.is_file():
+            raise FileNotFoundError(f"{place} is not a file")
+        return place
+    try:
+        path = _download(place)
+    except OSError as error:
+        raise missing(place, error) from error
+    if place.sha256 and not (found := sha256(path)).startswith(place.sha256):
+        raise ValueError(f"{path} is not {place}: its SHA-256 is {found}, not {place.sha256}")
+    return path
+
+
+def _download(source: Source) -> Path:
+    if not source.repo.startswith("https://"):
         from huggingface_hub import hf_hub_download
 
-        try:
-            cached = {"revision": source.revision, "local_files_only": not reachable()}
-            path = Path(hf_hub_download(source.repo, source.filename, **cached))
-        except OSError as error:
-            raise missing(source, otherwise, error) from error
-    if verify and source.sha256 and not (found := sha256(path)).startswith(source.sha256):
-        raise ValueError(f"{path} is not {source}: its SHA-256 is {found}, not {source.sha256}")
+        options = {"revision": source.revision, "local_files_only": not reachable()}
+        return Path(hf_hub_download(source.repo, source.filename, **options))
+    path = Path(torch.hub.get_dir()) / "checkpoints" / source.filename
+    if not path.is_file():
+        if offline():
+            raise OSError("HF_HUB_OFFLINE is set")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(source.repo, str(path), source.sha256 or None)
     return path
 
 
@@ -175,21 +189,21 @@ def sha256(path: str | Path) -> str:
 
 
 def state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or torch file, on the CPU, without running any code that it holds. Raises
-    ValueError for a file that is damaged, of another kind, or holds more than tensors."""
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """The tensors of a .safetensors or torch file, on the CPU, without running code that it holds.
 
-        return load_file(path)
+    Raises:
+        ValueError: the file is damaged, of another kind, or holds more than tensors.
+    """
+    if Path(path).suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a file of weights alone: {str(error).splitlines()[0][:200]}"
-        ) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(
-        isinstance(value, torch.Tensor) for value in content.values()
-    ):
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path} is not a file of weights alone: {reason}") from error
+    if isinstance(content, dict):
+        content = content.get("state_dict", content)
+    tensors = isinstance(content, dict) and [isinstance(x, torch.Tensor) for x in content.values()]
+    if not tensors or not all(tensors):
         raise ValueError(f"{path} does not hold tensors by name")
     return content

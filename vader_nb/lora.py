@@ -1,34 +1,37 @@
-"""Adapters: low-rank additions to the denoiser's linear layers, through peft (LoRA, arXiv 2106.09685).
+"""Adapters: low-rank additions to the denoisers' linear layers, through peft (LoRA, arXiv 2106.09685).
 
 `UNet3DConditionModel` has none of diffusers' adapter methods (`add_adapter`, `load_lora_adapter`), so the
-layers are injected with peft directly, and the files are written here in diffusers' own key layout:
-`unet.<layer>.lora_A.weight` (rank, in) and `unet.<layer>.lora_B.weight` (out, rank), as safetensors.
+layers are injected with peft directly. Their files are in diffusers' own key layout (`lora_files`).
 """
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
-from .models import MODEL_LOCK, VideoModel, alone
+from .lora_files import State, layers_of, rank_of, read, write
+from .models import MODEL_LOCK, VideoModel, exclusive
 
 NAME = "default"  # peft's name for the only adapter of a denoiser
 
 
 class Adapter:
-    """The adapter of a model's denoiser. Made by `add` or `load`; a model carries at most one.
+    """The adapter of a model's denoisers. Made by `add`, `load` or `combine`; a model has at most one on it.
 
-    Attributes: `rank`, `alpha` (the low-rank product is multiplied by alpha / rank), `targets`, and
-    `scale`, which multiplies it once more (0: the base model, 1: as trained, up to about 1.5).
+    Attributes:
+        model: the model that it was made for.
+        rank: of the low-rank product.
+        alpha: the product is multiplied by alpha / rank.
+        targets: names of layers, or their endings.
+        layers: name -> peft layer, with the denoiser's key in front: "unet.down_blocks.0…".
     """
 
     def __init__(self, model: VideoModel, rank: int, alpha: float, targets: tuple[str, ...]):
@@ -42,15 +45,12 @@ class Adapter:
 
     @property
     def scale(self) -> float:
+        """Multiplies the adapter's effect: 0 is the base model, 1 as trained, at most 10."""
         return self._scale
 
     @scale.setter
     def scale(self, value: float) -> None:
-        if not 0 <= value <= 10:
-            raise ValueError(
-                f"an adapter's scale must lie in 0 (off) to 10 (1: as trained), got {value}"
-            )
-        self._scale = float(value)
+        self._scale = validate_scale(value)
         for layer in self.layers.values():
             layer.scaling[NAME] = self.alpha / self.rank * self._scale
 
@@ -59,23 +59,23 @@ class Adapter:
         """Inside, the base weights hold the sum and the adapter costs nothing; for use without a graph.
 
         Afterwards the base weights are the very tensors they were: the sum is a new tensor put in their
-        place, never added to them and subtracted again, which would leave rounding behind. Where an engine
-        (FSDP, ZeRO-3) has cut them up over processes there is nothing to add to, and the adapter acts unfused.
+        place, never added and subtracted again, which would leave rounding errors. Where FSDP or ZeRO-3
+        shards the weights there is nothing to add to, and the adapter acts unfused.
         """
-        self.model.bring(self.model.denoiser)
-        kept = []
+        self.model.onload(*self.model.denoisers.values())
+        replaced = []
         try:
             with torch.no_grad():
                 for layer in self.layers.values():
                     weight = layer.get_base_layer().weight
                     if isinstance(weight, DTensor) or not weight.numel():
                         continue
-                    kept.append((layer, weight, weight.data))
+                    replaced.append((layer, weight, weight.data))
                     weight.data = weight.data + layer.get_delta_weight(NAME).to(weight.dtype)
                     layer._disable_adapters = True
             yield
         finally:
-            for layer, weight, data in kept:
+            for layer, weight, data in replaced:
                 weight.data, layer._disable_adapters = data, False
 
     @contextlib.contextmanager
@@ -103,24 +103,46 @@ class Adapter:
                 del matrix.weight
                 matrix._parameters["weight"] = weight
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    @contextlib.contextmanager
+    def scaled(self, gradient: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The gradient as the denoiser's precision can carry it.
+
+        For float16 it is scaled to about 1, and what reaches the adapter inside is scaled back; for
+        other precisions it is handed out as it is.
+        """
+        if self.model.dtype != torch.float16 or not gradient.any():
+            yield gradient
+            return
+        scale = 2.0 ** -math.floor(math.log2(gradient.abs().max().item()))
+        parameters = self.parameters()
+        before = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        yield gradient * scale
+        for p, grad in zip(parameters, before):
+            if p.grad is None:
+                p.grad = grad
+            else:
+                p.grad = p.grad / scale if grad is None else grad + p.grad / scale
+
+    def state_dict(self) -> State:
         """The tensors under diffusers' names."""
-        prefix = self.model.prefix
         return {
-            f"{prefix}.{name}.lora_{half}.weight": matrix.weight.detach()
+            f"{name}.lora_{half}.weight": matrix.weight.detach()
             for name, layer in self.layers.items()
             for half, matrix in zip("AB", _matrices(layer))
         }
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], source: str = "the file") -> None:
-        """Copy the tensors in; every name and shape must be the adapter's own."""
+    def load_state_dict(self, state: State, source: str = "the file") -> None:
+        """Copy tensors in. Raises ValueError unless every name and shape is the adapter's own."""
         own = self.state_dict()
-        missing, foreign = own.keys() - state.keys(), state.keys() - own.keys()
-        if missing or foreign:
-            example = sorted(missing or foreign)[0]
+        missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+        if missing or unknown:
+            example = min(missing or unknown)
             raise ValueError(
-                f"{source} does not fit {self.model.name!r}: {len(missing)} of its {len(own)} tensors are missing and "
-                f"{len(foreign)} are unknown, such as {example!r}. It was made for another model or other layers"
+                f"{source} does not fit {self.model.name!r}: {len(missing)} of its {len(own)} tensors are "
+                f"missing and {len(unknown)} are unknown, such as {example!r}. It was made for another "
+                f"model or other layers"
             )
         for name, value in state.items():
             if value.shape != own[name].shape:
@@ -132,129 +154,49 @@ class Adapter:
                 own[name].copy_(value)
 
     def save(self, path: str | Path, **metadata) -> Path:
-        """Write a safetensors file with metadata: base model, rank, alpha, targets, and what is given
-        here (reward, steps, …). Written beside and renamed, so that no half file is ever left."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write a safetensors file, whole or not at all.
+
+        Args:
+            path: of the file; its folder is made.
+            **metadata: stored beside base model, rank, alpha and targets (reward, steps, …).
+        """
         described = {
             "base_model": self.model.name,
             "rank": self.rank,
             "alpha": self.alpha,
             "targets": self.targets,
+            **metadata,
         }
         text = {
             key: value if isinstance(value, str) else json.dumps(value)
-            for key, value in (described | metadata).items()
+            for key, value in described.items()
         }
-        unfinished = path.with_name(path.name + ".part")
-        tensors = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
-        unfinished.write_bytes(in_order(serialize(tensors, text)))
-        unfinished.replace(path)
-        return path
+        return write(path, self.state_dict(), text)
 
-    @alone
+    @exclusive
     def remove(self) -> None:
-        """Take the adapter's layers out; the denoiser is then the base model's again."""
-        _put(self.model, {name: layer.get_base_layer() for name, layer in self.layers.items()})
+        """Take the adapter's layers off the model for good; the denoisers are then the base model's."""
+        if self.attached:
+            _detach(self.model)
         self.layers = {}
-        if hasattr(
-            self.model.denoiser, "peft_config"
-        ):  # or peft would warn of several adapters when the next comes
-            del self.model.denoiser.peft_config
+
+    @property
+    def attached(self) -> bool:
+        """The adapter is on its model now."""
+        return bool(self.layers) and _layers(self.model) == self.layers
 
 
-def in_order(data: bytes) -> bytes:
-    """A safetensors file with its header sorted: the library writes metadata in an order that changes from process to
-    process, and equal adapters shall be equal files."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.dumps(
-        json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")
-    ).encode()
-    header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+def validate_scale(value: float, what: str = "an adapter's scale") -> float:
+    """Raises ValueError unless 0 <= value <= 10."""
+    if not 0 <= value <= 10:
+        raise ValueError(f"{what} must lie in 0 (off) to 10 (1: as trained), got {value}")
+    return float(value)
 
 
-def _matrices(layer: LoraLayer) -> tuple[nn.Module, nn.Module]:
-    return layer.lora_A[NAME], layer.lora_B[NAME]
+# ---------------------------------------------------------------------------------- making adapters
 
 
-@contextlib.contextmanager
-def bare(model: VideoModel) -> Iterator[None]:
-    """Inside, the denoiser is without adapter, free for another one; afterwards the same layers are back, whatever came
-    meanwhile."""
-    with MODEL_LOCK:  # or another thread would take for its own what is here for a while
-        layers, attributes = _layers(model), vars(model.denoiser)
-        config = attributes.pop(
-            "peft_config", None
-        )  # peft's own note of an adapter; it would warn of a second one
-        _put(model, {name: layer.get_base_layer() for name, layer in layers.items()})
-        try:
-            yield
-        finally:
-            _put(
-                model,
-                {name: layer.get_base_layer() for name, layer in _layers(model).items()} | layers,
-            )
-            attributes.pop("peft_config", None)
-            attributes |= {} if config is None else {"peft_config": config}
-
-
-@contextlib.contextmanager
-def wearing(model: VideoModel, adapter: Adapter | None) -> Iterator[None]:
-    """Inside, the denoiser carries this adapter, made earlier inside `bare`, or none; afterwards what it carried before."""
-    with bare(model):
-        if adapter is not None:
-            _put(model, adapter.layers)
-        yield
-
-
-def _layers(model: VideoModel) -> dict[str, LoraLayer]:
-    return {
-        name: layer
-        for name, layer in model.denoiser.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
-
-
-def _put(model: VideoModel, modules: dict[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.denoiser.get_submodule(parent), child, module)
-
-
-@contextlib.contextmanager
-def acting(
-    adapter: Adapter, start: float = 0.0, end: float = 1.0, *, num_inference_steps: int
-) -> Iterator[Callable[..., None]]:
-    """Inside, a callback for `sample` that lets the adapter, on the model, act in a part of the denoising only, from
-    `start` to `end`, 0 the noise and 1 the video; as diffusers' `control_guidance_start` and `control_guidance_end`.
-
-        with lora.acting(adapter, 0.0, 0.5, num_inference_steps=8) as callback:
-            sample(model, prompt, sampling=Sampling(num_inference_steps=8), callback=callback)
-
-    Raises ValueError unless 0 <= start < end <= 1.
-    """
-    if not 0 <= start < end <= 1:
-        raise ValueError(
-            f"an adapter acts from a start to a later end within 0..1, got {start} to {end}"
-        )
-    scale = adapter.scale
-
-    def after(step: int, *_) -> None:
-        following = step + 1
-        outside = (
-            following / num_inference_steps < start or (following + 1) / num_inference_steps > end
-        )
-        adapter.scale = 0.0 if outside else scale
-
-    try:
-        after(-1)
-        yield after
-    finally:
-        adapter.scale = scale
-
-
-@alone
+@exclusive
 def add(
     model: VideoModel,
     rank: int = 8,
@@ -262,87 +204,96 @@ def add(
     targets: tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> Adapter:
-    """Give the model's denoiser a fresh adapter, which changes nothing yet: B starts at zero.
+    """Give the model a fresh adapter, which changes nothing yet: B starts at zero.
 
-    alpha: default the rank, so that the product is not scaled. targets: name endings of the layers,
-    default the model's attention projections.
-    Raises ValueError if no layer matches, or if there is an adapter already.
+    Args:
+        model: without an adapter on it.
+        rank: of the low-rank product.
+        alpha: the product is multiplied by alpha / rank; default: the rank.
+        targets: names of layers, or their endings; default: the family's attention projections. A name
+            that begins with a denoiser's key ("unet.") is that denoiser's alone.
+        seed: of A's random values.
+
+    Raises:
+        ValueError: if no layer matches, or if there is an adapter already.
     """
-    targets = tuple(targets or model.targets)
     if rank < 1:
         raise ValueError(f"an adapter's rank must be at least 1, got {rank}")
-    if any(isinstance(module, LoraLayer) for module in model.denoiser.modules()):
+    if _layers(model):
         raise ValueError(
             f"{model.name!r} carries an adapter already: adapter.remove() first, or load a second model"
         )
-    names = [name for name, _ in model.denoiser.named_modules()]
-    if not any(
-        name == target or name.endswith("." + target) for name in names for target in targets
-    ):
-        linear = sorted(
-            {
-                n.split(".")[-1]
-                for n, m in model.denoiser.named_modules()
-                if isinstance(m, nn.Linear)
-            }
-        )
-        raise ValueError(
-            f"no layer of {model.name!r} is named {' or '.join(targets)}; linear layers end in {', '.join(linear)}"
-        )
+    chosen = _targets_by_denoiser(model, targets)
     alpha = rank if alpha is None else alpha
-    # peft converts what it makes, which is not to be done to the fake tensors of `vader_nb.memory`.
+    # peft converts what it makes, which must not be done to the fake tensors of `vader_nb.memory`.
     with torch.random.fork_rng(devices=[]), unset_fake_temporarily():
         torch.manual_seed(seed)
-        inject_adapter_in_model(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), model.denoiser
-        )
-    adapter = Adapter(model, rank, alpha, targets)
+        for key, names in chosen.items():
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+            inject_adapter_in_model(config, model.denoisers[key])
+    names = tuple(targets or dict.fromkeys(name for names in chosen.values() for name in names))
+    adapter = Adapter(model, rank, alpha, names)
+    dtype = torch.promote_types(model.dtype, torch.float32)
     for layer in adapter.layers.values():
         for matrix in _matrices(layer):
-            dtype = torch.promote_types(model.dtype, torch.float32)
             matrix.weight = nn.Parameter(matrix.weight.detach().to(model.device, dtype, copy=True))
-    model.denoiser.eval()
+    for key in chosen:
+        model.denoisers[key].eval()
     return adapter
 
 
-def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of an adapter file.
-
-    Raises FileNotFoundError, or ValueError for a pickle (which could run code), a damaged file, or one
-    without LoRA tensors.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "adapter.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter file at {path}")
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+def _targets_by_denoiser(
+    model: VideoModel, targets: tuple[str, ...] | None
+) -> dict[str, list[str]]:
+    """Name endings for each denoiser that has a layer of them. Raises ValueError if none has."""
+    chosen = {}
+    for key, denoiser in model.denoisers.items():
+        endings = [name.removeprefix(f"{key}.") for name in targets or model.targets[key]]
+        names = [name for name, _ in denoiser.named_modules()]
+        found = [
+            ending
+            for ending in endings
+            if any(name == ending or name.endswith(f".{ending}") for name in names)
+        ]
+        if found:
+            chosen[key] = found
+    if not chosen:
+        linear = {
+            name.rpartition(".")[2]
+            for denoiser in model.denoisers.values()
+            for name, module in denoiser.named_modules()
+            if isinstance(module, nn.Linear)
+        }
         raise ValueError(
-            f"{path} is a pickle, which can run any code when it is opened; convert it to safetensors first"
+            f"no layer of {model.name!r} is named {' or '.join(targets or ())}; linear layers end in "
+            f"{', '.join(sorted(linear))}"
         )
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({error}); copy it again"
-        ) from error
-    if not any(".lora_A." in name for name in state):
-        raise ValueError(f"{path} holds no LoRA tensors (names like 'unet.….lora_A.weight')")
-    return state, metadata
+    return chosen
 
 
-@alone
+@exclusive
 def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
-    """Add the adapter of a file to the model: ours, or any in diffusers' key layout (alpha is then
-    taken as the rank, diffusers' own rule where a file does not tell)."""
+    """Put the adapter of a file on the model.
+
+    Args:
+        model: without an adapter on it.
+        path: a file in diffusers' key layout, ours or not; or a run's or a checkpoint's folder. Alpha is
+            taken as the rank, diffusers' own rule, where a file does not name it.
+        scale: of the adapter's effect, 0 to 10.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read`; ValueError for a file that does not fit the model. The
+            model is then as it was.
+    """
+    validate_scale(scale)
     state, metadata = read(path)
-    rank = _rank(state)
-    alpha = float(metadata.get("alpha", rank))
-    adapter = add(model, rank, alpha, _known_layers(model, state, metadata, path))
+    rank = rank_of(state)
+    adapter = add(
+        model,
+        rank,
+        float(metadata.get("alpha", rank)),
+        layers_of(model, state, metadata, path),
+    )
     try:
         adapter.load_state_dict(state, str(path))
     except ValueError:
@@ -354,68 +305,137 @@ def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
     return adapter
 
 
-@alone
-def blend(model: VideoModel, weights: dict[str | Path, float]) -> Adapter:
-    """Add several files' adapters to the model as one, which does the weighted sum of what each does.
+@exclusive
+def combine(model: VideoModel, weights: Mapping[str | Path, float]) -> Adapter:
+    """Put several files' adapters on the model as one, which does the weighted sum of what each does.
 
-    weights: file -> scale, 0 (off) to 10; 1 is as trained. The low-rank products add up exactly when their matrices are
-    put side by side, so the rank is the sum of the ranks. `save` keeps the blend as an adapter of its own.
-    Raises FileNotFoundError, or ValueError for no file, a weight out of range, or a file that does not fit the model.
+    The low-rank products add up exactly when their matrices are put side by side, so the rank is the sum
+    of the ranks (peft's combination type "cat"). `save` keeps the combination as an adapter of its own.
+
+    Args:
+        model: without an adapter on it.
+        weights: file -> scale, 0 to 10; 1 is as trained.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
     """
     if not weights:
-        raise ValueError("nothing to blend: name at least one adapter file and its weight")
+        raise ValueError("nothing to combine: name at least one adapter file and its weight")
     for path, weight in weights.items():
-        if not 0 <= weight <= 10:
-            raise ValueError(
-                f"{path}: an adapter's weight must lie in 0 (off) to 10 (1: as trained), got {weight}"
-            )
+        validate_scale(weight, f"{path}: an adapter's weight")
     files = [(*read(path), path, weight) for path, weight in weights.items()]
-    layers = {
-        layer: None
-        for state, metadata, path, _ in files
-        for layer in _known_layers(model, state, metadata, path)
-    }
-    rank = sum(_rank(state) for state, *_ in files)
+    layers = {}
+    for state, metadata, path, _ in files:
+        layers |= dict.fromkeys(layers_of(model, state, metadata, path))
+    rank = sum(rank_of(state) for state, *_ in files)
     adapter = add(model, rank, rank, tuple(layers))
-    joined = {}
+    combined = {}
     for name, own in adapter.state_dict().items():
-        half, parts = 0 if ".lora_A." in name else 1, []
+        rank_dim = 0 if ".lora_A." in name else 1
+        parts = []
         for state, metadata, _, weight in files:
-            width = _rank(state)
-            absent = own.new_zeros(
-                [width if i == half else size for i, size in enumerate(own.shape)]
-            )
-            part = state.get(name, absent).to(own)
-            parts.append(
-                part if half == 0 else part * (weight * float(metadata.get("alpha", width)) / width)
-            )
-        joined[name] = torch.cat(parts, dim=half)
+            rank = rank_of(state)
+            shape = [rank if dim == rank_dim else size for dim, size in enumerate(own.shape)]
+            part = state.get(name, own.new_zeros(shape)).to(own)
+            if rank_dim == 1:
+                part = part * (weight * float(metadata.get("alpha", rank)) / rank)
+            parts.append(part)
+        combined[name] = torch.cat(parts, dim=rank_dim)
     try:
-        adapter.load_state_dict(joined, " + ".join(map(str, weights)))
+        adapter.load_state_dict(combined, " + ".join(map(str, weights)))
     except ValueError:
         adapter.remove()
         raise
     return adapter
 
 
-def _rank(state: dict[str, torch.Tensor]) -> int:
-    return next(value.shape[0] for name, value in state.items() if ".lora_A." in name)
+# ------------------------------------------------------------------------- which adapter is on the model
 
 
-def _known_layers(
-    model: VideoModel, state: dict, metadata: dict, path: str | Path
-) -> tuple[str, ...]:
-    """The layers that a file is for. Raises ValueError if the model lacks one."""
-    layers = [
-        name.removeprefix(f"{model.prefix}.").rsplit(".lora_A.", 1)[0]
-        for name in state
-        if ".lora_A." in name
-    ]
-    known = dict(model.denoiser.named_modules())
-    strangers = [layer for layer in layers if layer not in known]
-    if strangers:
-        raise ValueError(
-            f"{path} does not fit {model.name!r}: it has no layer {strangers[0]!r}. The file "
-            f"says it was made for {metadata.get('base_model', 'an unnamed model')!r}"
+@contextlib.contextmanager
+def use_adapter(model: VideoModel, which) -> Iterator[Adapter | None]:
+    """Inside, exactly this adapter is on the model; afterwards the model is as it was.
+
+    Args:
+        model: with any adapter on it, or none.
+        which: None for the base model; an `Adapter` of this model, on it or not; a `Run`; a path of a
+            file, a run's folder or a checkpoint's; or several by weight, {"runs/a": 0.7, "runs/b": 0.3}.
+
+    Yields:
+        The adapter, or None.
+
+    Raises:
+        ValueError: for an adapter of another model, one that was removed, or a file that does not fit.
+        FileNotFoundError: for a path without an adapter.
+    """
+    which = getattr(which, "adapter", which)
+    if isinstance(which, Adapter) and (which.model is not model or not which.layers):
+        state = (
+            "was removed" if which.model is model else f"belongs to another {which.model.name!r}"
         )
-    return tuple(layers)
+        raise ValueError(f"the adapter {state}; give its file instead")
+    with MODEL_LOCK:  # another thread would take the adapter inside for the model's own
+        if isinstance(which, Adapter) and which.attached:
+            yield which
+            return
+        before = _detach(model)
+        adapter = None
+        try:
+            if isinstance(which, Adapter):
+                _attach(model, which.layers, {})
+                adapter = which
+            elif which is not None:
+                adapter = (
+                    combine(model, which) if isinstance(which, Mapping) else load(model, which)
+                )
+            yield adapter
+        finally:
+            _detach(model)
+            if adapter is not None and adapter is not which:
+                adapter.layers = {}
+            _attach(model, *before)
+
+
+def check_fits(model: VideoModel, which) -> None:
+    """Raise now what `use_adapter` would raise later; the model stays as it is."""
+    with use_adapter(model, which):
+        pass
+
+
+def _layers(model: VideoModel) -> dict[str, LoraLayer]:
+    return {
+        f"{key}.{name}": layer
+        for key, denoiser in model.denoisers.items()
+        for name, layer in denoiser.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def _matrices(layer: LoraLayer) -> tuple[nn.Module, nn.Module]:
+    return layer.lora_A[NAME], layer.lora_B[NAME]
+
+
+def _detach(model: VideoModel) -> tuple[dict[str, LoraLayer], dict[str, dict]]:
+    """Take whatever adapter is on the model off; returns what `_attach` needs to put it back."""
+    layers, configs = _layers(model), {}
+    _put(model, {name: layer.get_base_layer() for name, layer in layers.items()})
+    for (
+        key,
+        denoiser,
+    ) in model.denoisers.items():  # peft's own note; it would warn of a second adapter
+        if "peft_config" in vars(denoiser):
+            configs[key] = vars(denoiser).pop("peft_config")
+    return layers, configs
+
+
+def _attach(model: VideoModel, layers: dict[str, LoraLayer], configs: dict[str, dict]) -> None:
+    _put(model, layers)
+    for key, config in configs.items():
+        model.denoisers[key].peft_config = config
+
+
+def _put(model: VideoModel, modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        key, _, path = name.partition(".")
+        parent, _, child = path.rpartition(".")
+        setattr(model.denoisers[key].get_submodule(parent), child, module)

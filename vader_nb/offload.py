@@ -1,74 +1,145 @@
-"""Networks that take turns on an accelerator: only those at work have their weights there."""
+"""What keeps memory small: networks and saved activations in CPU memory, and recomputed activations."""
 
-from collections.abc import Iterator
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 
-class Turns:
-    """Calling it with modules brings them to `device`, and sends home whoever was there before them.
+class CPUOffloader:
+    """Keeps the networks at work on `device`, and the weights of all others on `offload_device`.
 
-    What moves are frozen weights and buffers. What is trained, a few MB of an adapter, stays where its optimizer found
-    it. Frozen weights do not change, so they keep a copy at home for good, and leaving costs nothing.
+    Only frozen weights and buffers move. Trained parameters stay where their optimizer has its
+    state. Frozen weights do not change, so a copy of them stays on `offload_device` for good, and
+    offloading transfers nothing. (The hooks of accelerate and diffusers move a whole module, copy
+    its weights back each time, and keep one module on the device, not the decoder and the reward
+    together.)
+
+    Args:
+        device: Where the work is done.
+        offload_device: Where idle networks wait, usually the CPU.
+
+    Attributes:
+        loaded: The networks whose weights are on `device`.
     """
 
-    def __init__(self, device: torch.device, home: torch.device):
-        self.device, self.home = device, home
-        self.copies = (
-            WeakKeyDictionary()
-        )  # of a module: where its tensors belong, and the copies at home
-        self.present: list[nn.Module] = []
+    def __init__(self, device: torch.device, offload_device: torch.device):
+        self.device = device
+        self.offload_device = offload_device
+        self.loaded: list[nn.Module] = []
+        self._copies: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()
 
-    def __call__(self, *modules: nn.Module) -> None:
-        """Where all of them are here already, nobody has to leave."""
-        if all(module in self.present for module in modules):
+    def onload(self, *modules: nn.Module) -> None:
+        """Move these to the device and all others off it, unless these are all there already."""
+        if all(module in self.loaded for module in modules):
             return
-        for module in self.present:
-            if module not in modules:
-                self.place(module, self.home)
+        self.offload(*(module for module in self.loaded if module not in modules))
         for module in modules:
-            if module not in self.present:
-                self.place(module, self.device)
-        self.present = list(modules)
+            if module not in self.loaded:
+                self._place(module, self.device)
+        self.loaded = list(modules)
 
-    def place(self, module: nn.Module, device: torch.device) -> None:
-        if module not in self.copies:
-            self.copies[module] = [
-                (*slot, at(tensor, self.home)) for *slot, tensor in frozen(module)
+    def offload(self, *modules: nn.Module) -> None:
+        """Move these off the device, until they are onloaded again."""
+        for module in modules:
+            self._place(module, self.offload_device)
+        self.loaded = [module for module in self.loaded if module not in modules]
+
+    def _place(self, module: nn.Module, device: torch.device) -> None:
+        if module not in self._copies:
+            self._copies[module] = [
+                (table, name, moved(tensor, self.offload_device))
+                for table, name, tensor in frozen_tensors(module)
             ]
-        for table, name, tensor in self.copies[module]:
-            table[name] = at(tensor, device)
+        for table, name, copy in self._copies[module]:
+            table[name] = moved(copy, device)
 
 
-def frozen(module: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
-    """(table, name, tensor) of what does not learn: tables are those in which `nn.Module` keeps its tensors."""
+def frozen_tensors(module: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
+    """(table, name, tensor); a table is a dict in which an `nn.Module` keeps its tensors."""
     for part in module.modules():
         for table in (part._parameters, part._buffers):
-            yield from (
-                (table, name, x)
-                for name, x in table.items()
-                if x is not None and not x.requires_grad
-            )
+            for name, tensor in table.items():
+                if tensor is not None and not tensor.requires_grad:
+                    yield table, name, tensor
 
 
-def at(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    moved = tensor.to(device)
-    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; a Parameter stays a Parameter."""
+    copy = tensor.to(device)
+    return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
 
-def saved_at(home: torch.device, network: nn.Module) -> torch.autograd.graph.saved_tensors_hooks:
-    """Inside, what autograd saves for the backward pass waits at home; not the network's own weights, which are saved
-    as well, but are there anyway. (torch's `save_on_cpu` would copy each of them.)"""
+def offload_saved_tensors(device: torch.device, network: nn.Module) -> saved_tensors_hooks:
+    """Context in which tensors that autograd saves for the backward pass wait on `device`.
+
+    The network's own weights, which autograd saves as well, stay where they are (torch's
+    `save_on_cpu` would copy each of them).
+
+    Args:
+        device: Where saved tensors wait, usually the CPU.
+        network: The network that runs inside.
+    """
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
 
     def pack(tensor):
-        own = tensor.untyped_storage()._cdata in weights
-        return tensor.device, tensor if own else tensor.to(home)
+        is_weight = tensor.untyped_storage()._cdata in weights
+        return tensor.device, tensor if is_weight else tensor.to(device)
 
     def unpack(packed):
-        device, tensor = packed
-        return tensor.to(device)
+        original_device, tensor = packed
+        return tensor.to(original_device)
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return saved_tensors_hooks(pack, unpack)
+
+
+@contextlib.contextmanager
+def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+    """Inside, these blocks keep their inputs only, and compute the rest again in the backward pass.
+
+    The instances' `forward` is replaced for the duration, and what an instance had of its own (a hook, a
+    compiled one) is put back. (A wrapper module would hide LoRA weights from `state_dict`, and
+    `UNet3DConditionModel` has no checkpointing of its own.)
+    """
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def recomputation(
+    model, gradient_checkpointing: bool, activation_offload: bool
+) -> Callable[[], contextlib.AbstractContextManager]:
+    """The context in which a denoiser call is computed again, in a backward pass.
+
+    Under autocast as it is now, which autograd's own threads do not inherit; with its blocks
+    checkpointed, and what it saves offloaded, as asked for.
+    """
+    device = model.device.type
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    @contextlib.contextmanager
+    def context():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            if gradient_checkpointing:
+                stack.enter_context(checkpointed(model.blocks()))
+            if activation_offload:
+                network = nn.ModuleList(model.denoisers.values())
+                stack.enter_context(offload_saved_tensors(model.offload_device, network))
+            yield
+
+    return context

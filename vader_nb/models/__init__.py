@@ -1,5 +1,7 @@
-"""Video models: `load("tiny")`, `load("modelscope")`, `load("zeroscope")`, or a directory of the same layout."""
+"""Video models: `load("tiny")`, `load("modelscope")`, `load("zeroscope")`, or a pipeline directory."""
 
+import importlib
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,63 +9,78 @@ from pathlib import Path
 import torch
 
 from ..hub import reachable
-from .base import MODEL_LOCK, Conditioning, VideoModel, alone
+from .base import MODEL_LOCK, Conditioning, VideoModel, exclusive
 
 __all__ = [
-    "MODEL_LOCK",
     "CHECKPOINTS",
+    "FAMILIES",
+    "MODEL_LOCK",
     "Checkpoint",
     "Conditioning",
     "VideoModel",
-    "alone",
+    "checkpoint_of",
+    "exclusive",
+    "from_config",
     "load",
-    "outline",
 ]
+
+# A family is found by the pipeline class that model_index.json names. Values are subclasses of
+# `VideoModel`, or where to import one from; add your own.
+FAMILIES: dict[str, type[VideoModel] | str] = {
+    "TextToVideoSDPipeline": "vader_nb.models.modelscope:ModelScope",
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model comes from and how it is sampled by default (diffusers' argument names)."""
+    """Where a model comes from and how it is sampled by default.
 
-    source: str  # hub id, or a directory inside the package
-    size: str  # of the download
-    license: str
-    scheduler: str  # diffusers class
-    defaults: dict
-    hub: dict = field(default_factory=dict)  # more arguments of from_pretrained
+    Attributes:
+        source: hub id, or a local directory.
+        family: key of `FAMILIES`.
+        scheduler: name of a diffusers scheduler class.
+        defaults: of sampling, under diffusers' argument names; what is missing is the family's.
+        world: see `VideoModel.world`.
+        size, license: of the download.
+        hub: more arguments of `from_pretrained`.
+    """
+
+    source: str
+    family: str
+    scheduler: str
+    defaults: dict = field(default_factory=dict)
+    world: str | None = None
+    size: str = ""
+    license: str = ""
+    hub: dict = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path | None:
+        """The local directory, if it is one."""
+        return Path(self.source) if Path(self.source).is_dir() else None
 
 
 TINY = Path(__file__).parent.parent / "zoo" / "weights" / "tiny"
+# DPM++ in 25 steps at guidance 9 is VADER's setting for ModelScope.
+VADER = {"num_inference_steps": 25, "guidance_scale": 9.0, "num_frames": 16, "fps": 8}
 CHECKPOINTS = {
-    "tiny": Checkpoint(
-        str(TINY),
-        "11 MB, embedded",
-        "Apache-2.0",
-        "DDIMScheduler",
-        {"num_inference_steps": 10, "guidance_scale": 2.0, "num_frames": 8, "fps": 8},
-    ),
-    # DPM++ in 25 steps at guidance 9 is VADER's setting for ModelScope.
+    "tiny": TINY,
     "modelscope": Checkpoint(
         "ali-vilab/text-to-video-ms-1.7b",
-        "3.7 GB (fp16)",
-        "CC-BY-NC-4.0",
+        "TextToVideoSDPipeline",
         "DPMSolverMultistepScheduler",
-        {"num_inference_steps": 25, "guidance_scale": 9.0, "num_frames": 16, "fps": 8},
-        {"variant": "fp16"},
+        VADER,
+        size="3.7 GB (fp16)",
+        license="CC-BY-NC-4.0",
+        hub={"variant": "fp16"},
     ),
     "zeroscope": Checkpoint(
         "cerspense/zeroscope_v2_576w",
-        "7 GB",
-        "CC-BY-NC-4.0",
+        "TextToVideoSDPipeline",
         "DPMSolverMultistepScheduler",
-        {
-            "num_inference_steps": 25,
-            "guidance_scale": 9.0,
-            "num_frames": 24,
-            "fps": 8,
-            "height": 320,
-            "width": 576,
-        },
+        VADER | {"num_frames": 24, "height": 320, "width": 576},
+        size="7 GB",
+        license="CC-BY-NC-4.0",
     ),
 }
 
@@ -72,41 +89,39 @@ def load(
     name: str | Path = "tiny",
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     local_files_only: bool = False,
     **hub,
 ) -> VideoModel:
     """Load a video model, frozen and in eval mode.
 
-    name: a key of `CHECKPOINTS`, or a directory in diffusers' `TextToVideoSDPipeline` layout.
-    device: default CUDA if there is one, and the launcher does not say CPU; in one of several processes, the GPU of its
-    own. dtype: default float16 on CUDA, float32 on the CPU.
-    hub: passed to `from_pretrained` (revision, cache_dir, token, …).
-    Raises ValueError for an unknown name and FileNotFoundError, which names the checkpoint, its size and
-    the way out, where the weights are neither here nor within reach.
+    Args:
+        name: a key of `CHECKPOINTS`, or a pipeline directory of a known family, which is loaded with
+            its own scheduler and defaults.
+        device: by default CUDA if there is one and the launcher does not say CPU; one of several
+            processes takes its own GPU.
+        dtype: by default float16 on CUDA, float32 on the CPU. A mapping such as
+            {"unet": torch.float16, "vae": torch.float32} gives parts their own; parts that it does not
+            name get its "default", or else the default.
+        local_files_only: download nothing.
+        **hub: arguments of `from_pretrained` (revision, cache_dir, token, …).
+
+    Raises:
+        ValueError: for an unknown name or family.
+        FileNotFoundError: where the weights are neither here nor within reach; it says how to get them.
     """
-    import diffusers
-
-    from .modelscope import ModelScope
-
     device = torch.device(device or default_device())
-    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    default = torch.float16 if device.type == "cuda" else torch.float32
+    dtypes = dtype if isinstance(dtype, dict) else {"default": dtype or default}
     checkpoint = checkpoint_of(name)
-    local = Path(checkpoint.source).is_dir()
-    if not local:
-        local_files_only = local_files_only or not reachable()
+    if checkpoint.directory is None:
+        hub = checkpoint.hub | {"local_files_only": local_files_only or not reachable()} | hub
     try:
-        model = ModelScope.from_pretrained(
-            checkpoint.source,
-            name=str(name),
-            scheduler=getattr(diffusers, checkpoint.scheduler),
-            defaults=checkpoint.defaults,
-            dtype=dtype,
-            **({} if local else {"local_files_only": local_files_only}),
-            **(checkpoint.hub | hub),
+        model = family_of(checkpoint).from_pretrained(
+            checkpoint, name=str(name), dtypes={"default": default} | dtypes, **hub
         )
     except OSError as error:
-        if local:
+        if checkpoint.directory:
             raise
         raise FileNotFoundError(
             f"the weights of {name!r} are not on this machine and the hub cannot be reached: "
@@ -118,41 +133,77 @@ def load(
     return model.to(device)
 
 
+def from_config(name: str | Path = "tiny") -> VideoModel:
+    """A model with the architecture of a checkpoint and no weights read, for fake or meta tensors.
+
+    What is made has torch's default dtype. Needs no download: for published checkpoints the family
+    knows the configuration.
+
+    Raises:
+        ValueError: for an unknown name or family.
+    """
+    checkpoint = checkpoint_of(name)
+    return family_of(checkpoint).from_config(checkpoint, name=str(name))
+
+
 def default_device() -> str:
-    """CUDA's if there is one, unless these processes were started for the CPU (`accelerate launch --cpu`, or
-    `parallel.launch` with fewer GPUs than processes)."""
+    """CUDA if there is one, unless these processes were started for the CPU."""
     from accelerate.utils import parse_flag_from_env
 
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     return "cpu" if on_cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
-def outline(name: str | Path = "tiny") -> VideoModel:
-    """The model without its weights, for fake tensors: see `ModelScope.outline`. Needs no download."""
-    import diffusers
-
-    from .modelscope import ModelScope
-
-    checkpoint = checkpoint_of(name)
-    folder, scheduler = Path(checkpoint.source), getattr(diffusers, checkpoint.scheduler)
-    local = folder if folder.is_dir() else None
-    return ModelScope.outline(
-        local, name=str(name), scheduler=scheduler, defaults=checkpoint.defaults
-    )
-
-
 def checkpoint_of(name: str | Path) -> Checkpoint:
-    """Raises ValueError for an unknown name, FileNotFoundError for a directory that is no pipeline's."""
-    folder = Path(name)
-    if str(name) in CHECKPOINTS:
-        return CHECKPOINTS[str(name)]
-    if (folder / "model_index.json").is_file():
-        return Checkpoint(str(folder), "", "", "DDIMScheduler", CHECKPOINTS["modelscope"].defaults)
-    if folder.is_dir():
+    """The checkpoint of a name, or of a pipeline directory.
+
+    Raises:
+        ValueError: for an unknown name.
+        FileNotFoundError: for a directory that is no pipeline's.
+    """
+    found = CHECKPOINTS.get(str(name), Path(name))
+    if isinstance(found, Checkpoint):
+        return found
+    if (found / "model_index.json").is_file():
+        return directory_checkpoint(found)
+    if found.is_dir():
         raise FileNotFoundError(
-            f"{folder} has no model_index.json: not a diffusers pipeline directory"
+            f"{found} has no model_index.json: not a diffusers pipeline directory"
         )
     known = ", ".join(CHECKPOINTS)
     raise ValueError(
         f"unknown model {str(name)!r}: choose one of {known}, or give a pipeline directory"
     )
+
+
+def directory_checkpoint(folder: Path) -> Checkpoint:
+    """A pipeline directory, with its own scheduler.
+
+    Defaults of sampling are the family's, unless the directory has a file `vader_nb.json` with
+    {"defaults": {"num_inference_steps": 10, …}, "world": "tiny" or null}.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    extra = {}
+    if (folder / "vader_nb.json").is_file():
+        extra = json.loads((folder / "vader_nb.json").read_text(encoding="utf-8"))
+    return Checkpoint(
+        str(folder),
+        index["_class_name"],
+        index["scheduler"][1],
+        extra.get("defaults", {}),
+        extra.get("world"),
+    )
+
+
+def family_of(checkpoint: Checkpoint) -> type[VideoModel]:
+    """The class that runs a checkpoint. Raises ValueError for a pipeline class that no family knows."""
+    if checkpoint.family not in FAMILIES:
+        raise ValueError(
+            f"{checkpoint.source} is a {checkpoint.family}, which no family here runs; "
+            f"known: {', '.join(FAMILIES)}. Register yours in vader_nb.models.FAMILIES"
+        )
+    family = FAMILIES[checkpoint.family]
+    if isinstance(family, str):
+        module, _, cls = family.partition(":")
+        family = getattr(importlib.import_module(module), cls)
+    return family

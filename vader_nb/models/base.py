@@ -1,56 +1,94 @@
-"""What every family of video models offers to the rest of the package."""
+"""What every family of video models offers to the rest of the package.
+
+A family is one file: a subclass of `VideoModel`, registered in `models.FAMILIES` under the pipeline class
+that its `model_index.json` names. Above a family everything is alike: latents are (B, C, F, H, W), frames
+are (B, F, 3, H, W) in [0, 1], and frames are counted in pixels, never in latents.
+"""
 
 import functools
 import inspect
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from ..offload import Turns
+from ..offload import CPUOffloader
+from ..prompts import Prompt
 
 MODEL_LOCK = threading.RLock()
 
 
-def alone(function: Callable) -> Callable:
-    """One thread at a time. A server's threads, or a notebook's (some answer a widget's controls in a thread of their own
-    while a cell runs), would use the same model and swap its adapter under each other."""
+def exclusive(function: Callable) -> Callable:
+    """Decorator: one thread at a time may use models.
+
+    The threads of a server, or those in which some notebooks answer a widget's controls while a cell
+    runs, would otherwise swap each other's adapters.
+    """
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def locked(*args, **kwargs):
         with MODEL_LOCK:
             return function(*args, **kwargs)
 
-    return run
+    return locked
 
 
-class Conditioning(NamedTuple):
-    """Text embeddings of the prompts and of the empty prompt, each (B, tokens, width)."""
+@dataclass
+class Conditioning:
+    """What the denoiser is conditioned on, by branch of the guidance.
 
-    prompt: torch.Tensor
-    empty: torch.Tensor
+    Attributes:
+        branches: name -> the denoiser's keyword tensors, each with the batch first. Families with
+            classifier-free guidance call their branches "negative" and "prompt".
+    """
+
+    branches: dict[str, dict[str, torch.Tensor]]
+
+    def __getitem__(self, branch: str) -> dict[str, torch.Tensor]:
+        return self.branches[branch]
+
+    def batched(self, branches: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The tensors of several branches, one after the other in the batch."""
+        first = self.branches[branches[0]]
+        return {key: torch.cat([self.branches[name][key] for name in branches]) for key in first}
 
 
 class VideoModel(ABC):
-    """A text-to-video diffusion model: latents (B, C, F, H, W), frames (B, F, 3, H, W) in [0, 1].
+    """A video diffusion model, frozen and in eval mode.
 
-    Attributes: `name`; `denoiser`, the module that gets the adapter; `scheduler`, any diffusers scheduler,
-    which may be replaced as in diffusers; `defaults`, of sampling, under diffusers' argument names, plus
-    `fps`; `targets`, the names of the denoiser's linear layers that an adapter attaches to.
+    Attributes:
+        name: what it was loaded as.
+        world: "tiny" for models of the embedded synthetic world, whose captions have oracles; else None.
+        denoisers: the networks that adapters attach to. Keys are diffusers' LoRA prefixes: "unet",
+            "transformer", "transformer_2".
+        targets: for each denoiser, name endings of the linear layers that an adapter takes by default.
+        scheduler: a diffusers scheduler; may be replaced, as in diffusers.
+        defaults: of sampling, under diffusers' argument names, plus `fps`.
+        sampling_options: the family's own entries of `Sampling.options`, with their defaults.
+        independent_frames: the decoder knows no time, so that frames decode, and may be scored, one by one.
+        exact: `decode` of some frames equals those frames of the whole clip's decode.
+        offloader: with model offload, what moves networks; else None.
+        offload_device: where networks wait that are not in use.
     """
 
     name: str
-    denoiser: nn.Module
+    world: str | None = None
+    denoisers: dict[str, nn.Module]
+    targets: dict[str, tuple[str, ...]]
     scheduler: object
     defaults: dict
-    targets: tuple[str, ...]
-    prefix: str  # of the denoiser's keys in a diffusers LoRA file: "unet" or "transformer"
-    home = torch.device("cpu")  # where waits what is not at work, if something is offloaded
-    turns: Turns | None = None  # without model offload all networks stay where they are
+    sampling_options: dict = {}
+    independent_frames = True
+    exact = True
+    offloader: CPUOffloader | None = None
+    offload_device = torch.device("cpu")
+
+    # ------------------------------------------------------------------ what a family writes
 
     @abstractmethod
     def modules(self) -> list[nn.Module]:
@@ -58,102 +96,244 @@ class VideoModel(ABC):
 
     @abstractmethod
     def decoders(self) -> list[nn.Module]:
-        """The networks, or their parts, that `decode` runs."""
-
-    @abstractmethod
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Text embeddings, without a graph."""
-
-    @abstractmethod
-    def initial_latents(
-        self, num_frames: int, height: int, width: int, generators: list
-    ) -> torch.Tensor:
-        """Noise of unit variance (B, C, F, H, W), one clip a generator; sizes in pixels."""
-
-    @abstractmethod
-    def predict(self, latents, t, conditioning, guidance_scale, sequential=False) -> torch.Tensor:
-        """The denoiser's output for scaled latents at timestep t, after classifier-free guidance, whose two branches
-        run as one batch, or, sequential, one after the other."""
-
-    @abstractmethod
-    def decode(self, latents: torch.Tensor, frames: list[int]) -> torch.Tensor:
-        """The clip's frames with these indices, (B, len(frames), 3, H, W) in [0, 1], differentiable."""
+        """The networks, or parts of networks, that `decode` runs."""
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The denoiser's parts that activation checkpointing wraps, one by one."""
+        """The denoisers' parts whose activations gradient checkpointing recomputes, one by one."""
 
-    def branches(
-        self, conditioning: Conditioning, guidance_scale: float
-    ) -> list[tuple[float, Conditioning]]:
-        """Guidance as a sum: (weight, conditioning) of calls without guidance, the prompt's first."""
-        nothing = Conditioning(conditioning.empty, conditioning.empty)
-        return [(guidance_scale, conditioning), (1 - guidance_scale, nothing)]
+    @abstractmethod
+    def latent_shape(self, sampling) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of one clip's latents. Raises ValueError for sizes that the model cannot make."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str | Prompt], sampling=None) -> Conditioning:
+        """The conditioning of B prompts, without a graph."""
+
+    @abstractmethod
+    def predict(
+        self, latents: torch.Tensor, t: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The denoiser's output for scaled latents (B, C, F, H, W) at timestep t, for one branch."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor, frames: list[int] | None = None) -> torch.Tensor:
+        """Differentiable frames (B, F, 3, H, W) in [0, 1] of latents (B, C, F, H, W).
+
+        Args:
+            latents: clean latents.
+            frames: indices of pixel frames, decoded together; None for the whole clip, in bounded memory.
+        """
+
+    # ------------------------------------------------------------------ guidance
+
+    def branches(self, sampling) -> list[str]:
+        """The branches that guidance needs, in the order of the batch."""
+        return ["prompt"] if sampling.guidance_scale == 1 else ["negative", "prompt"]
+
+    def learning_branches(self, sampling) -> list[str]:
+        """The branches through which the reward's gradient goes."""
+        names = self.branches(sampling)
+        return names if sampling.unconditional_gradient else names[-1:]
+
+    def predict_branches(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        conditioning: Conditioning,
+        branches: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """The denoiser's output for each of these branches, run as one batch."""
+        if len(branches) == 1:
+            return {branches[0]: self.predict(latents, t, conditioning[branches[0]])}
+        outputs = self.predict(
+            torch.cat([latents] * len(branches)), t, conditioning.batched(branches)
+        )
+        return dict(zip(branches, outputs.chunk(len(branches))))
+
+    def combine(
+        self, outputs: Mapping[str, torch.Tensor], t: torch.Tensor, sampling
+    ) -> torch.Tensor:
+        """Guidance: one output from the branches'. Differentiable and cheap, for the replay repeats it."""
+        if len(outputs) == 1:
+            return outputs["prompt"]
+        negative, prompt = outputs["negative"], outputs["prompt"]
+        return negative + sampling.guidance_scale * (prompt - negative)
+
+    def all_branches(
+        self, latents: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, sampling
+    ) -> dict[str, torch.Tensor]:
+        """The denoiser's output for every branch of the guidance, in one batch or one after the other."""
+        names = self.branches(sampling)
+        if not sampling.sequential_guidance:
+            return self.predict_branches(latents, t, conditioning, names)
+        outputs = {}
+        for name in names:
+            outputs |= self.predict_branches(latents, t, conditioning, [name])
+        return outputs
+
+    def guided(
+        self, latents: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, sampling
+    ) -> torch.Tensor:
+        """The denoiser's output after guidance, for scaled latents (B, C, F, H, W) at timestep t."""
+        return self.combine(self.all_branches(latents, t, conditioning, sampling), t, sampling)
+
+    def denoiser_at(self, t: torch.Tensor) -> nn.Module:
+        """The denoiser that is responsible for timestep t."""
+        return self.denoiser
+
+    # ------------------------------------------------------------------ schedules
+
+    def new_scheduler(self, sampling):
+        """A scheduler for one trajectory, its timesteps set: multistep solvers remember earlier outputs."""
+        scheduler = deepcopy(self.scheduler)
+        scheduler.set_timesteps(sampling.num_inference_steps, device=self.device)
+        return scheduler
+
+    def initial_latents(self, sampling, generators: list[torch.Generator]) -> torch.Tensor:
+        """Noise of unit variance (B, C, F, H, W), one generator per clip."""
+        shape = (len(generators), *self.latent_shape(sampling))
+        return randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
+
+    def start(self, noise: torch.Tensor, scheduler) -> torch.Tensor:
+        """The first latents of a trajectory; a sigma schedule begins at the scale of its first step."""
+        return noise * getattr(scheduler, "init_noise_sigma", 1.0)
+
+    def scale_input(self, scheduler, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Latents as the denoiser expects them at timestep t."""
+        if not hasattr(scheduler, "scale_model_input"):  # flow matching
+            return latents
+        return scheduler.scale_model_input(latents, t)
+
+    def step(
+        self,
+        scheduler,
+        output: torch.Tensor,
+        t,
+        latents: torch.Tensor,
+        *,
+        eta: float = 0.0,
+        generators=None,
+    ) -> torch.Tensor:
+        """The next latents. diffusers' `step` is differentiable; only its pipelines are not."""
+        accepted = inspect.signature(scheduler.step).parameters
+        options = {"eta": eta, "generator": generators}
+        options = {name: value for name, value in options.items() if name in accepted}
+        return scheduler.step(output, t, latents, **options).prev_sample
+
+    def signal_and_noise(self, scheduler, t) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha, sigma) of latents = alpha * clean + sigma * noise at timestep t of this scheduler."""
+        if not hasattr(scheduler, "sigmas"):
+            alpha_squared = scheduler.alphas_cumprod[int(t)]
+            return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
+        index = scheduler.step_index
+        sigma = scheduler.sigmas[scheduler.index_for_timestep(t) if index is None else index]
+        if is_flow(scheduler):
+            return 1 - sigma, sigma
+        if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # DPM++, UniPC, DEIS: variance preserving
+            return scheduler._sigma_to_alpha_sigma_t(sigma)
+        return torch.ones_like(sigma), sigma  # Euler, Heun, …: variance exploding
+
+    def x0(self, scheduler, output: torch.Tensor, t, latents: torch.Tensor) -> torch.Tensor:
+        """The clean latents that this output predicts from these latents, in one go.
+
+        Computed from the schedule and from what the model predicts (`prediction_type`). The
+        scheduler's own estimate may be clipped, missing, or the noise.
+        """
+        alpha, sigma = (x.to(latents.device) for x in self.signal_and_noise(scheduler, t))
+        if is_flow(scheduler):
+            return latents - sigma * output
+        if alpha == 1:  # from variance exploding to variance preserving
+            alpha = (1 + sigma**2) ** -0.5
+            latents, sigma = alpha * latents, alpha * sigma
+        predictions = {
+            "epsilon": lambda: (latents - sigma * output) / alpha,
+            "v_prediction": lambda: alpha * latents - sigma * output,
+            "sample": lambda: output,
+        }
+        prediction = scheduler.config.prediction_type
+        if prediction not in predictions:
+            raise ValueError(
+                f"unknown prediction_type {prediction!r}; known: {', '.join(predictions)}"
+            )
+        return predictions[prediction]()
+
+    def add_noise(self, scheduler, latents: torch.Tensor, t, generators: list) -> torch.Tensor:
+        """Clean latents noised to the level of timestep t."""
+        noise = randn_tensor(
+            latents.shape, generator=generators, device=latents.device, dtype=latents.dtype
+        )
+        t = torch.as_tensor(t, device=latents.device).expand(len(latents))
+        if hasattr(scheduler, "scale_noise"):  # flow matching
+            return scheduler.scale_noise(latents, t, noise)
+        return scheduler.add_noise(latents, noise, t)
+
+    # ------------------------------------------------------------------ the decoder's gradient
+
+    def decode_vjp(
+        self,
+        latents: torch.Tensor,
+        frames: list[int],
+        gradient: torch.Tensor,
+        decode_chunk_size: int = 1,
+    ) -> torch.Tensor:
+        """The gradient on the latents (B, C, F, H, W), given that on the decoded frames.
+
+        Args:
+            latents: clean latents.
+            frames: indices of pixel frames.
+            gradient: (B, len(frames), 3, H, W), with respect to `decode(latents, frames)`.
+            decode_chunk_size: frames decoded at once, with a graph; their number bounds the memory.
+        """
+        leaf = latents.detach().requires_grad_()
+        with torch.enable_grad():
+            for start in range(0, len(frames), decode_chunk_size):
+                part = slice(start, start + decode_chunk_size)
+                self.decode(leaf, frames[part]).backward(gradient[:, part])
+        return leaf.grad
+
+    # ------------------------------------------------------------------ where networks are
 
     def enable_model_cpu_offload(self) -> None:
-        """From now on only the networks of the current stage (text, denoiser, decoder and reward) are on the model's
-        device; the others wait in CPU memory. As in diffusers. It costs time: the denoiser comes twice a step."""
-        self.turns = Turns(self.device, self.home)
-        self.send_home(*self.modules())
+        """As in diffusers: only the networks of the current stage are on the model's device.
 
-    def send_home(self, *modules: nn.Module) -> None:
-        """With model offload: these wait from now on until they are brought, a reward's networks for instance."""
-        if self.turns is not None:
-            for module in modules:
-                self.turns.place(module, self.home)
+        The stages are text, denoiser, decoder and reward. It costs time: the denoiser is moved there
+        twice per training step.
+        """
+        self.offloader = CPUOffloader(self.device, self.offload_device)
+        self.offload(*self.modules())
 
-    def bring(self, *modules: nn.Module) -> None:
-        """With model offload: these have the device to themselves now."""
-        if self.turns is not None:
-            self.turns(*modules)
+    def offload(self, *modules: nn.Module) -> None:
+        """With model offload: these wait on the offload device, for instance a reward's networks."""
+        if self.offloader is not None:
+            self.offloader.offload(*modules)
+
+    def onload(self, *modules: nn.Module) -> None:
+        """With model offload: these have the device to themselves from now on."""
+        if self.offloader is not None:
+            self.offloader.onload(*modules)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The first of the denoisers; most families have one."""
+        return next(iter(self.denoisers.values()))
 
     @property
     def device(self) -> torch.device:
         """Where the work is done."""
-        return next(self.denoiser.parameters()).device if self.turns is None else self.turns.device
+        if self.offloader is not None:
+            return self.offloader.device
+        return next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The denoiser's."""
         return next(self.denoiser.parameters()).dtype
 
-    def new_scheduler(self, num_inference_steps: int):
-        """A scheduler of its own for one trajectory: multistep solvers remember earlier outputs."""
-        scheduler = deepcopy(self.scheduler)
-        scheduler.set_timesteps(num_inference_steps, device=self.device)
-        return scheduler
 
-    def step(
-        self, scheduler, output, t, latents, *, eta: float = 0.0, generators=None
-    ) -> torch.Tensor:
-        """The scheduler's next latents. Its `step` is differentiable; only diffusers' pipelines are not."""
-        accepted = inspect.signature(scheduler.step).parameters
-        extra = {"eta": eta} if "eta" in accepted else {}
-        if "generator" in accepted:
-            extra["generator"] = generators
-        return scheduler.step(output, t, latents, **extra).prev_sample
-
-    def predict_x0(self, scheduler, output, t, latents) -> torch.Tensor:
-        """The clean latents that this output predicts from these latents, in one go."""
-        if hasattr(scheduler, "convert_model_output"):  # multistep solvers
-            if scheduler.config.get("algorithm_type", "dpmsolver++") not in (
-                "dpmsolver++",
-                "sde-dpmsolver++",
-            ):
-                raise ValueError(
-                    f"{scheduler.config.algorithm_type} predicts noise, not the clean video; use dpmsolver++"
-                )
-            if scheduler.step_index is None:
-                scheduler._init_step_index(t)
-            return scheduler.convert_model_output(output, sample=latents)
-        return deepcopy(scheduler).step(output, t, latents).pred_original_sample
-
-    def add_noise(self, scheduler, latents: torch.Tensor, t, generators: list) -> torch.Tensor:
-        """Clean latents noised to the level of timestep t."""
-        from diffusers.utils.torch_utils import randn_tensor
-
-        noise = randn_tensor(
-            latents.shape, generator=generators, device=latents.device, dtype=latents.dtype
-        )
-        return scheduler.add_noise(
-            latents, noise, torch.as_tensor(t, device=latents.device).expand(len(latents))
-        )
+def is_flow(scheduler) -> bool:
+    """The schedule is a rectified flow's: latents are (1 - sigma) * clean + sigma * noise."""
+    return (
+        "FlowMatch" in type(scheduler).__name__
+        or scheduler.config.get("prediction_type") == "flow_prediction"
+    )

@@ -8,16 +8,17 @@ diffusers and samples without a gradient, so the parts are loaded one by one and
 import json
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import BatchEncoding, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..prompts import Prompt
 from .base import Conditioning, VideoModel
 
-# The published architecture, for `outline`; what is not said here is the classes' own default.
+# The published architecture, for `from_config`; what is missing here is the classes' own default.
 PUBLISHED = {
     "unet": {"cross_attention_dim": 1024, "attention_head_dim": 64, "sample_size": 32},
     "vae": {
@@ -42,20 +43,23 @@ PUBLISHED = {
         "set_alpha_to_one": False,
     },
 }
-REMEMBERED = 1000  # prompts whose embeddings a model keeps: 160 kB each for ModelScope
+CACHED_PROMPTS = 1000  # prompts whose embeddings a model keeps: 160 kB each for ModelScope
+DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 9.0, "num_frames": 16, "fps": 8}
 
 
 class ModelScope(VideoModel):
-    prefix = "unet"
-    targets = ("to_q", "to_k", "to_v", "to_out.0")
+    """A `UNet3DConditionModel` with CLIP's text encoder and a 2D autoencoder, which decodes frame by frame."""
 
-    def __init__(self, name, denoiser, vae, text_encoder, tokenizer, scheduler, defaults):
-        self.name, self.denoiser, self.vae = name, denoiser, vae
+    targets = {"unet": ("to_q", "to_k", "to_v", "to_out.0")}
+
+    def __init__(self, name, unet, vae, text_encoder, tokenizer, scheduler, defaults, world=None):
+        self.name, self.world, self.vae = name, world, vae
+        self.denoisers = {"unet": unet}
         self.text_encoder, self.tokenizer, self.scheduler = text_encoder, tokenizer, scheduler
-        self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels a latent, 8
-        size = denoiser.config.sample_size * self.scale
-        self.defaults = {"height": size, "width": size} | defaults
-        self.texts: dict[str, torch.Tensor] = {}  # what `encode` has computed, on the CPU
+        self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, 8
+        size = unet.config.sample_size * self.scale
+        self.defaults = DEFAULTS | {"height": size, "width": size} | defaults
+        self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
         for module in self.modules():
             # Eval mode for good: the temporal convolutions hold a dropout of 0.1. Frozen for good: only the
             # adapter, added later, asks for gradients.
@@ -63,27 +67,44 @@ class ModelScope(VideoModel):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, name: str, scheduler, defaults: dict, dtype: torch.dtype, **hub
-    ):
-        """Load the parts of a pipeline directory or hub repository. `hub`: revision, variant, cache_dir, …"""
+        cls, checkpoint, *, name: str, dtypes: dict[str, torch.dtype], **hub
+    ) -> "ModelScope":
+        """Load the parts of a pipeline directory or hub repository, see `models.load`."""
+
+        def dtype(part: str) -> torch.dtype:
+            return dtypes.get(part, dtypes["default"])
+
+        path = checkpoint.source
+        plain = {key: value for key, value in hub.items() if key != "variant"}
+        scheduler = getattr(diffusers, checkpoint.scheduler)
+        unet = UNet3DConditionModel.from_pretrained(
+            path, subfolder="unet", torch_dtype=dtype("unet"), **hub
+        )
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=dtype("vae"), **hub)
+        text_encoder = CLIPTextModel.from_pretrained(
+            path, subfolder="text_encoder", dtype=dtype("text_encoder"), **hub
+        )
         return cls(
             name,
-            UNet3DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=dtype, **hub),
-            AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=dtype, **hub),
-            CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **hub),
-            CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **without(hub, "variant")),
-            scheduler.from_pretrained(path, subfolder="scheduler", **without(hub, "variant")),
-            defaults,
+            unet,
+            vae,
+            text_encoder,
+            CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **plain),
+            scheduler.from_pretrained(path, subfolder="scheduler", **plain),
+            checkpoint.defaults,
+            checkpoint.world,
         )
 
     @classmethod
-    def outline(cls, folder: Path | None, *, name: str, scheduler, defaults: dict) -> "ModelScope":
-        """The architecture alone, of a pipeline directory or, without one, as published: no weights are read, and what
-        is made has torch's default dtype. For fake tensors (`vader_nb.memory`), which have sizes but no numbers."""
+    def from_config(cls, checkpoint, *, name: str) -> "ModelScope":
+        """The architecture of a directory's configuration, or the published one, see `models.from_config`."""
+        folder = checkpoint.directory
         config = {part: read_config(folder / part) for part in PUBLISHED} if folder else PUBLISHED
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer") if folder else Tokens()
-        with unset_fake_temporarily():  # its tables are read, not only their sizes
-            scheduler = scheduler.from_config(config["scheduler"])
+        tokenizer = (
+            CLIPTokenizer.from_pretrained(folder / "tokenizer") if folder else DummyTokenizer()
+        )
+        with unset_fake_temporarily():  # the values of its tables are read, not only their sizes
+            scheduler = getattr(diffusers, checkpoint.scheduler).from_config(config["scheduler"])
         return cls(
             name,
             UNet3DConditionModel.from_config(config["unet"]),
@@ -91,7 +112,8 @@ class ModelScope(VideoModel):
             CLIPTextModel(CLIPTextConfig(**config["text_encoder"])),
             tokenizer,
             scheduler,
-            defaults,
+            checkpoint.defaults,
+            checkpoint.world,
         )
 
     def modules(self) -> list[nn.Module]:
@@ -101,76 +123,78 @@ class ModelScope(VideoModel):
         return [self.vae.post_quant_conv, self.vae.decoder]
 
     def to(self, *args, **kwargs) -> "ModelScope":
-        if self.turns is not None:
+        """Move or convert all networks, as `torch.nn.Module.to`."""
+        if self.offloader is not None:
             raise RuntimeError(
                 f"{self.name!r} offloads its networks already; move or convert it before that"
             )
         for module in self.modules():
             module.to(*args, **kwargs)
-        self.texts.clear()
+        self._embeddings.clear()
         return self
 
-    def encode(self, prompts: list[str]) -> Conditioning:
-        prompts = [*prompts, ""]
-        if len(self.texts) + len(prompts) > REMEMBERED:
-            self.texts.clear()
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self.texts:
-                self.texts[prompt] = self.read(prompt)
-        embedding = torch.stack([self.texts[prompt] for prompt in prompts]).to(self.device)
-        return Conditioning(embedding[:-1], embedding[-1:].expand(len(embedding) - 1, -1, -1))
+    def encode(self, prompts, sampling=None) -> Conditioning:
+        prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+        if any(prompt.image is not None for prompt in prompts):
+            raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
+        texts = {
+            "negative": [prompt.negative_prompt for prompt in prompts],
+            "prompt": [prompt.text for prompt in prompts],
+        }
+        if len(self._embeddings) + 2 * len(prompts) > CACHED_PROMPTS:
+            self._embeddings.clear()
+        for text in dict.fromkeys(texts["prompt"] + texts["negative"]):
+            if text not in self._embeddings:
+                self._embeddings[text] = self._embed(text)
+        states = {
+            branch: torch.stack([self._embeddings[text] for text in column]).to(self.device)
+            for branch, column in texts.items()
+        }
+        return Conditioning({branch: {"encoder_hidden_states": x} for branch, x in states.items()})
 
     @torch.no_grad()
-    def read(self, prompt: str) -> torch.Tensor:
-        """The text encoder's states (tokens, width), on the CPU. A prompt by itself: its numbers should not depend, not
-        even in the last bit, on those beside which it was met first."""
-        self.bring(self.text_encoder)
+    def _embed(self, text: str) -> torch.Tensor:
+        """The text encoder's states (tokens, width), on the CPU.
+
+        One text at a time: the result must not depend, not even in the last bit, on the others that
+        it was first encoded with.
+        """
+        self.onload(self.text_encoder)
         tokens = self.tokenizer(
-            prompt,
+            text,
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        return (
-            self.text_encoder(tokens.input_ids.to(self.device))
-            .last_hidden_state[0]
-            .to("cpu", self.dtype)
-        )
+        states = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0]
+        return states.to("cpu", self.dtype)
 
-    def initial_latents(
-        self, num_frames: int, height: int, width: int, generators: list
-    ) -> torch.Tensor:
-        for name, value in {"height": height, "width": width}.items():
+    def latent_shape(self, sampling) -> tuple[int, int, int, int]:
+        for name in ("height", "width"):
+            value = getattr(sampling, name)
             if value < self.scale or value % self.scale:
                 raise ValueError(
                     f"{name}={value} must be a positive multiple of {self.scale} pixels for {self.name}"
                 )
-        if num_frames < 1:
-            raise ValueError(f"num_frames={num_frames} must be at least 1")
+        if sampling.num_frames < 1:
+            raise ValueError(f"num_frames={sampling.num_frames} must be at least 1")
         channels = self.denoiser.config.in_channels
-        shape = (len(generators), channels, num_frames, height // self.scale, width // self.scale)
-        return randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
+        height, width = sampling.height // self.scale, sampling.width // self.scale
+        return channels, sampling.num_frames, height, width
 
-    def predict(self, latents, t, conditioning, guidance_scale, sequential=False) -> torch.Tensor:
-        self.bring(self.denoiser)
-        if guidance_scale == 1:
-            return self.denoiser(latents, t, conditioning.prompt).sample
-        if sequential:
-            empty, prompt = (
-                self.denoiser(latents, t, text).sample
-                for text in (conditioning.empty, conditioning.prompt)
-            )
-        else:
-            text = torch.cat([conditioning.empty, conditioning.prompt])
-            empty, prompt = self.denoiser(torch.cat([latents] * 2), t, text).sample.chunk(2)
-        return empty + guidance_scale * (prompt - empty)
+    def predict(self, latents, t, inputs) -> torch.Tensor:
+        self.onload(self.denoiser)
+        return self.denoiser(latents, t, inputs["encoder_hidden_states"]).sample
 
-    def decode(self, latents: torch.Tensor, frames: list[int]) -> torch.Tensor:
-        self.bring(*self.decoders())
+    def decode(self, latents: torch.Tensor, frames: list[int] | None = None) -> torch.Tensor:
+        if frames is None:
+            return torch.cat([self.decode(latents, [i]) for i in range(latents.shape[2])], dim=1)
+        self.onload(*self.decoders())
         # The autoencoder knows no time, so any frame on its own is exact.
         chosen = latents[:, :, frames].transpose(1, 2)  # (B, f, C, H, W)
-        pixels = self.vae.decode(chosen.flatten(0, 1) / self.vae.config.scaling_factor).sample
+        scaled = chosen.flatten(0, 1) / self.vae.config.scaling_factor
+        pixels = self.vae.decode(scaled.to(self.vae.dtype)).sample
         return (pixels / 2 + 0.5).clamp(0, 1).unflatten(0, chosen.shape[:2])
 
     def blocks(self) -> list[nn.Module]:
@@ -182,13 +206,13 @@ class ModelScope(VideoModel):
         }
         # By the names of all its classes: an engine (FSDP) or a compiler makes a class of its own of a block's.
         return [
-            m
-            for m in self.denoiser.modules()
-            if wrapped & {kind.__name__ for kind in type(m).__mro__}
+            module
+            for module in self.denoiser.modules()
+            if wrapped & {cls.__name__ for cls in type(module).__mro__}
         ]
 
 
-class Tokens:
+class DummyTokenizer:
     """In place of a tokenizer whose vocabulary is not at hand: as many tokens, all of them 0."""
 
     model_max_length = 77
@@ -198,13 +222,6 @@ class Tokens:
 
 
 def read_config(folder: Path) -> dict:
-    file = next(
-        file
-        for file in (folder / "config.json", folder / "scheduler_config.json")
-        if file.is_file()
-    )
-    return json.loads(file.read_text())
-
-
-def without(mapping: dict, key: str) -> dict:
-    return {name: value for name, value in mapping.items() if name != key}
+    names = ("config.json", "scheduler_config.json")
+    file = next(folder / name for name in names if (folder / name).is_file())
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,90 +1,139 @@
 """Rewards: callables (frames, prompts) -> (B,), higher is better, differentiable in the frames.
 
-Frames are (B, F, 3, H, W) in [0, 1]. Rewards add, scale and aim:
+Frames are (B, F, 3, H, W) in [0, 1]. Rewards can be added, scaled and aimed:
 
     hps() + 0.1 * aesthetic()          a weighted sum
     aesthetic().towards(10)            minus the distance to 10, frame by frame
     reward(lambda frames, prompts: frames.mean(dim=(1, 2, 3, 4)), name="brightness")
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+import copy
+import functools
+import hashlib
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from types import CodeType
 
 import torch
+
+from ..hub import Source, identity
+
+_RECORD: ContextVar[dict[str, list[torch.Tensor]] | None] = ContextVar("parts", default=None)
+
+
+@contextlib.contextmanager
+def record_parts() -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Inside, the scores of every part of a mixed reward are noted, at no cost.
+
+    Yields:
+        Name of the part -> its scores (B, F) or (B, 1), one tensor per call.
+    """
+    token = _RECORD.set({})
+    try:
+        yield _RECORD.get()
+    finally:
+        _RECORD.reset(token)
 
 
 class Reward:
     """A score of each clip.
 
-    A subclass or `reward(...)` gives `scores(frames, prompts)`: (B, F) for a reward that looks at frames one
-    by one (`per_frame`, decoding can then stream), or (B, 1) for one on the whole clip. The reward is the
-    mean over dim 1. `range` and `unit` describe it for plots.
+    A subclass gives `scores(frames, prompts)`: (B, F) for a reward on single frames (`per_frame`,
+    decoding can then stream), or (B, 1) for one on the whole clip. The reward is the mean over
+    dim 1. `range`, `typical` and `unit` describe it for plots.
     """
 
     name: str = "reward"
     per_frame: bool = True
-    range: tuple[float, float] = (-float("inf"), float("inf"))
+    differentiable: bool = True
+    range: tuple[float, float] = (-math.inf, math.inf)
     typical: tuple[float, float] | None = None  # scores of usual pictures or clips, where known
     unit: str = ""
-    networks: list = []  # the modules inside
+    networks: list[torch.nn.Module] = []  # the modules inside
+    children: tuple["Reward", ...] = ()  # the rewards that it is computed from
 
     def scores(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         raise NotImplementedError
 
     def __call__(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        return self.scores(inspect(frames, prompts), prompts).mean(dim=1)
+        frames = validate_frames(frames, prompts)
+        return self.scores(frames, [str(prompt) for prompt in prompts]).mean(dim=1)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Which reward this is exactly, also in another process: weights, checkpoint, arguments."""
+        options = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str)}
+        return f"{type(self).__module__}.{type(self).__qualname__}{options or ''}"
+
+    def identified(self, *places: Source | Path, **options) -> "Reward":
+        """Sets the fingerprint: where the weights come from, and the options that matter."""
+        self.fingerprint = f"{self.name}{[*map(identity, places)]}{options or ''}"
+        return self
 
     def check_prompts(self, prompts: Iterable[str]) -> None:
-        """Raises ValueError for a prompt that this reward could not judge, before a run meets it at step 300."""
+        """Raises ValueError for a prompt that this reward cannot judge."""
+        for child in self.children:
+            child.check_prompts(prompts)
 
     def parts(self) -> list["Reward"]:
-        """The rewards this one is made of, for reporting each by itself."""
-        return [self]
+        """The rewards that this one is made of, each to be reported by itself."""
+        return [part for child in self.children for part in child.parts()] or [self]
 
     def to(self, *args, **kwargs) -> "Reward":
-        """Move the networks inside, if any, to a device or dtype."""
+        """Moves the networks inside, if any, to a device or dtype."""
+        for child in self.children:
+            child.to(*args, **kwargs)
         return self
 
-    def named(self, name: str) -> "Reward":
-        self.name = name
-        return self
+    def renamed(self, name: str) -> "Reward":
+        """A copy with another name; it shares the networks."""
+        twin = copy.copy(self)
+        twin.fingerprint, twin.name = self.fingerprint, name
+        return twin
 
     def towards(self, target: float) -> "Reward":
-        """Minus the distance to the target: the pull stops, and turns, once the target is reached."""
-        return Mapped(
-            f"({self.name} towards {target:g})", lambda scores: -(scores - target).abs(), self
-        )
+        """Minus the distance to the target: the pull ends, and turns, once it is reached."""
+        return Combined(lambda x: -(x - target).abs(), "({} towards {})", self, target)
 
     def capped(self, limit: float) -> "Reward":
-        """No more than `limit`: what is good enough pulls no further. ReFL's relu(2 - r) is this one's loss, at 2."""
-        name = f"({self.name} capped at {limit:g})"
-        return Mapped(
-            name,
-            lambda scores: scores.clamp(max=limit),
-            self,
-            (self.range[0], min(self.range[1], limit)),
-        )
+        """No more than `limit`: what is good enough pulls no further. (ReFL's relu(2 - r): 2.)"""
+        result = Combined(lambda x: x.clamp(max=limit), "({} capped at {})", self, limit)
+        result.range = (self.range[0], min(self.range[1], limit))
+        return result
 
     def normalized(self, mean: float, std: float) -> "Reward":
-        """In standard deviations from the mean, so that rewards of different units can be weighed against each other.
-        `statistics` measures mean and std on clips of the base model."""
+        """In standard deviations from the mean, to weigh rewards of different units.
+
+        `statistics` measures mean and std on clips of the base model.
+        """
         if not std > 0:
             raise ValueError(
                 f"the standard deviation must be positive, got {std}; were the clips all alike?"
             )
-        bounds = tuple((bound - mean) / std for bound in self.range)
-        name = f"normalized {self.name}"
-        return Mapped(name, lambda scores: (scores - mean) / std, self, bounds, "std", (-2.0, 2.0))
+        template = "({} normalized by {}, {})"
+        result = Combined(lambda x: (x - mean) / std, template, self, mean, std)
+        result.range = tuple((bound - mean) / std for bound in self.range)
+        result.name, result.unit, result.typical = f"normalized {self.name}", "std", (-2.0, 2.0)
+        return result
 
     def __add__(self, other: "Reward | Callable") -> "Reward":
-        return Sum(self, as_reward(other))
+        other = as_reward(other)
+        result = Combined(operator.add, "{} + {}", self, other)
+        result.range = tuple(map(operator.add, self.range, other.range))
+        return result
 
     def __mul__(self, weight: float) -> "Reward":
-        low, high = sorted(weight * bound if weight else 0.0 for bound in self.range)
-        typical = self.typical and tuple(
-            sorted(weight * bound + 0.0 for bound in self.typical)
-        )  # no minus zero
-        name = f"{weight:g} × {self.name}"
-        return Mapped(name, lambda scores: weight * scores, self, (low, high), self.unit, typical)
+        def scaled(bounds):  # 0 times infinity is 0 here, and there is no minus zero
+            return tuple(sorted(weight * bound + 0.0 if weight else 0.0 for bound in bounds))
+
+        result = Combined(lambda x: weight * x, "{} × {}", weight, self)
+        result.range, result.unit = scaled(self.range), self.unit
+        result.typical = self.typical and scaled(self.typical)
+        return result
 
     __rmul__ = __mul__
 
@@ -98,95 +147,86 @@ class Reward:
         return self.name
 
 
-class Mapped(Reward):
-    """A function of another reward's scores, score by score."""
+class Combined(Reward):
+    """A function of the scores of one or more rewards; frame scores broadcast over clip scores.
 
-    def __init__(
-        self,
-        name: str,
-        function: Callable,
-        inner: Reward,
-        range=Reward.range,
-        unit="",
-        typical=None,
-    ):
-        self.name, self.function, self.inner = name, function, inner
-        self.range, self.unit, self.typical = range, unit, typical
-        self.per_frame, self.networks = inner.per_frame, inner.networks
+    Args:
+        template: of the name.
+        operands: what to fill it with: rewards, and numbers that the function holds.
+    """
 
-    def scores(self, frames, prompts):
-        return self.function(self.inner.scores(frames, prompts))
-
-    def check_prompts(self, prompts):
-        self.inner.check_prompts(prompts)
-
-    def parts(self):
-        return self.inner.parts()
-
-    def to(self, *args, **kwargs):
-        self.inner.to(*args, **kwargs)
-        return self
-
-
-class Sum(Reward):
-    """The sum of two rewards; a frame-wise one is spread over a clip-wise one by broadcasting."""
-
-    def __init__(self, left: Reward, right: Reward):
-        self.left, self.right = left, right
-        self.name = f"{left.name} + {right.name}"
-        self.per_frame, self.networks = (
-            left.per_frame and right.per_frame,
-            [*left.networks, *right.networks],
+    def __init__(self, function: Callable, template: str, *operands: Reward | float):
+        self.function = function
+        self.children = tuple(x for x in operands if isinstance(x, Reward))
+        self.per_frame = all(child.per_frame for child in self.children)
+        self.differentiable = all(child.differentiable for child in self.children)
+        self.networks = [network for child in self.children for network in child.networks]
+        names = (x.name if isinstance(x, Reward) else f"{x:g}" for x in operands)
+        exact = (
+            f"({x.fingerprint})" if isinstance(x, Reward) else repr(float(x)) for x in operands
         )
-        self.range = (left.range[0] + right.range[0], left.range[1] + right.range[1])
+        self.name, self.fingerprint = template.format(*names), template.format(*exact)
 
     def scores(self, frames, prompts):
-        return self.left.scores(frames, prompts) + self.right.scores(frames, prompts)
-
-    def check_prompts(self, prompts):
-        self.left.check_prompts(prompts), self.right.check_prompts(prompts)
-
-    def parts(self):
-        return self.left.parts() + self.right.parts()
-
-    def to(self, *args, **kwargs):
-        self.left.to(*args, **kwargs), self.right.to(*args, **kwargs)
-        return self
+        scores, record = [child.scores(frames, prompts) for child in self.children], _RECORD.get()
+        for child, values in zip(self.children, scores):
+            if record is not None and not child.children:
+                record.setdefault(child.name, []).append(values.detach())
+        return self.function(*scores)
 
 
-class Function(Reward):
-    """A plain function (frames, prompts) -> (B,), taken to look at the whole clip unless told otherwise."""
+class FunctionReward(Reward):
+    """A plain function (frames, prompts) -> (B,), on the whole clip unless `per_frame`."""
 
-    def __init__(self, function: Callable, name: str | None = None, per_frame: bool = False):
+    def __init__(self, function: Callable, name: str | None, per_frame: bool, differentiable: bool):
         self.function, self.name = function, name or getattr(function, "__name__", "function")
-        self.per_frame = per_frame
+        self.per_frame, self.differentiable = per_frame, differentiable
+        self.fingerprint = describe(function) + (" per frame" if per_frame else "")
 
     def scores(self, frames, prompts):
-        if not self.per_frame:
-            return as_column(self.function(frames, prompts))
-        columns = [
-            as_column(self.function(frames[:, i : i + 1], prompts)) for i in range(frames.shape[1])
-        ]
-        return torch.cat(columns, dim=1)
+        clips = frames.split(1, dim=1) if self.per_frame else [frames]
+        return torch.cat([as_column(self.function(clip, prompts)) for clip in clips], dim=1)
 
     def __call__(self, frames, prompts):
         if self.per_frame:
             return super().__call__(frames, prompts)
-        return self.function(
-            inspect(frames, prompts), prompts
-        )  # of whatever shape: the caller checks it and names the reward
+        frames = validate_frames(frames, prompts)
+        # Of any shape: the caller checks it and names the reward.
+        return self.function(frames, [str(prompt) for prompt in prompts])
 
 
-def wide(values: torch.Tensor) -> torch.Tensor:
-    """At least float32: where half precision would overflow, or round away what matters."""
+def describe(value) -> str:
+    """A text that is the same in every process for a function of the same code and constants."""
+    if isinstance(value, CodeType):
+        parts = [value.co_code, value.co_names, *map(describe, value.co_consts)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+    if isinstance(value, frozenset):
+        return repr(sorted(map(describe, value)))
+    if isinstance(value, functools.partial):
+        return f"{describe(value.func)} of {value.args!r}, {value.keywords!r}"
+    if isinstance(value, Reward):
+        return value.fingerprint
+    if hasattr(value, "__code__"):
+        held = [*(value.__defaults__ or ()), *(c.cell_contents for c in value.__closure__ or ())]
+        code = ", ".join(map(describe, [value.__code__, *held]))
+        return f"{value.__module__}.{value.__qualname__}#{code}"
+    simple = (type(None), bool, int, float, str, bytes, tuple)
+    return repr(value) if isinstance(value, simple) else type(value).__qualname__
+
+
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """For what would overflow, or be rounded away, in half precision."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def inspect(frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """The frames in float32 at least. Raises ValueError for what no reward can judge, naming what it was given."""
+def validate_frames(frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """The frames in float32 at least.
+
+    Raises:
+        ValueError: no reward can judge these frames and prompts.
+    """
     if not isinstance(frames, torch.Tensor) or frames.ndim != 5 or frames.shape[2] != 3:
-        got = tuple(frames.shape) if isinstance(frames, torch.Tensor) else type(frames).__name__
-        raise ValueError(f"frames must be a tensor (B, F, 3, H, W), got {got}")
+        raise ValueError(f"frames must be a tensor (B, F, 3, H, W), got {_shape(frames)}")
     if not frames.is_floating_point():
         raise ValueError(
             f"frames must be floats in [0, 1], got {frames.dtype}; write frames.float() / 255"
@@ -195,45 +235,75 @@ def inspect(frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         got = f"the string {prompts!r}" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise ValueError(f"{len(frames)} clips need a list of as many prompts, got {got}")
     low, high = (bound.item() for bound in frames.detach().aminmax())
-    if not (
-        low >= -0.01 and high <= 1.01
-    ):  # a rounding error may stick out; another convention, or NaN, may not
-        raise ValueError(
-            f"frames must lie in [0, 1], got {low:.3g} to {high:.3g}; from [-1, 1] write frames / 2 + 0.5"
-        )
-    return wide(frames)
+    # A rounding error may stick out; another convention, or NaN, may not.
+    if not (low >= -0.01 and high <= 1.01):
+        hint = "; from [-1, 1] write frames / 2 + 0.5" if low < 0 else ""
+        raise ValueError(f"frames must lie in [0, 1], got {low:.3g} to {high:.3g}{hint}")
+    return at_least_float32(frames)
 
 
 def as_column(value: torch.Tensor) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or value.ndim != 1:
-        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(
-            f"a reward function must return one score a clip, shape (B,); it returned {got}"
+            f"a reward function must return one score per clip, shape (B,); got {_shape(value)}"
         )
     return value.unsqueeze(1)
 
 
-def reward(function: Callable, name: str | None = None, per_frame: bool = False) -> Reward:
-    """Make a reward of a function (frames, prompts) -> (B,). per_frame: it scores frames one by one, so
-    that decoding may stream; without it the function is given the whole clip."""
-    return Function(function, name, per_frame)
+def _shape(value) -> tuple | str:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def reward(
+    function: Callable, name: str | None = None, per_frame=False, differentiable=True
+) -> Reward:
+    """A reward from a function (frames, prompts) -> (B,).
+
+    Args:
+        name: to show; default the function's.
+        per_frame: the function scores frames one by one, so that decoding can stream. Otherwise
+            it gets the whole clip.
+        differentiable: its scores have a gradient in the frames.
+    """
+    return FunctionReward(function, name, per_frame, differentiable)
 
 
 def as_reward(value: Reward | Callable) -> Reward:
+    """The reward itself, or a reward of a function."""
     if isinstance(value, Reward):
         return value
     if callable(value):
-        return Function(value)
+        return reward(value)
     raise TypeError(
         f"a reward is a Reward or a function (frames, prompts) -> (B,), not {type(value).__name__}"
     )
+
+
+def validate_scores(reward: Reward, frames: torch.Tensor, prompts: list) -> torch.Tensor:
+    """The reward's scores (B,) of frames, with a graph.
+
+    Raises:
+        ValueError: the reward returns something else.
+    """
+    value = reward(frames, prompts)
+    if not isinstance(value, torch.Tensor) or value.shape != (len(prompts),):
+        raise ValueError(
+            f"reward {reward.name!r} must return one score per clip, shape ({len(prompts)},); "
+            f"it returned {_shape(value)}"
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            f"reward {reward.name!r} has no gradient: somewhere it leaves the graph (no_grad, "
+            "uint8, PIL, numpy, argmax). vader_nb.check(reward) shows more"
+        )
+    return value
 
 
 @torch.no_grad()
 def statistics(
     reward: Reward | Callable, frames: torch.Tensor, prompts: list[str]
 ) -> tuple[float, float]:
-    """Mean and standard deviation of a reward over clips (B >= 2), for `reward.normalized(mean, std)`."""
+    """Mean and standard deviation of a reward over clips (B >= 2), for `reward.normalized`."""
     scores = as_reward(reward)(frames, prompts)
     if len(scores) < 2:
         raise ValueError("the spread of a reward needs at least 2 clips, got 1")
@@ -242,12 +312,19 @@ def statistics(
 
 def conflict(
     first: Reward | Callable, second: Reward | Callable, frames: torch.Tensor, prompts: list[str]
-):
-    """The cosine between two rewards' gradients on the pixels of each clip, (B,): 1 they agree, 0 they do not care
-    about each other, -1 what one gains the other loses. frames (B, F, 3, H, W)."""
+) -> torch.Tensor:
+    """The cosine between two rewards' gradients on the pixels of each clip of (B, F, 3, H, W).
+
+    Returns:
+        (B,): 1 where the rewards agree, 0 where neither affects the other, -1 where what one
+        gains the other loses.
+
+    Raises:
+        ValueError: a reward has no gradient.
+    """
     directions = []
     for reward in map(as_reward, (first, second)):
-        leaf = wide(frames.detach()).clone().requires_grad_()
+        leaf = at_least_float32(frames.detach()).clone().requires_grad_()
         score = reward(leaf, prompts).sum()
         if not score.requires_grad:
             raise ValueError(

@@ -1,6 +1,7 @@
-"""CLIP, and the rewards that compare a frame with its prompt: HPS, PickScore, CLIP score. (`heads` rates frames alone.)"""
+"""CLIP, and rewards that compare a frame with its prompt: HPS, PickScore, CLIP score."""
 
 import contextlib
+import copy
 import json
 import logging
 from collections.abc import Callable
@@ -13,19 +14,22 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
 from .. import hub
-from .base import Reward, wide
+from .base import Reward, at_least_float32
 from .gallery import CARDS, SOURCES
-from .networks import CLIP_MEAN, CLIP_STD, Frozen, preprocess, remembered
+from .networks import CLIP_MEAN, CLIP_STD, ConstantTokens, FrozenNetworks, preprocess
 
 TINY = Path(__file__).parent.parent / "zoo" / "weights" / "tiny-clip"
 
 
-class CLIP(Frozen):
-    """Two frozen towers, one for pictures and one for sentences, whose unit vectors can be compared.
+class CLIP(FrozenNetworks):
+    """Two frozen towers, for pictures and for sentences, with unit vectors that can be compared.
 
-    encode_image (N, 3, size, size) -> (N, D), encode_text (list of B strings) -> (B, D), or None.
-    resize: how a picture becomes a square, see `preprocess`; what is not squashed is resized bicubically, as the
-    towers' authors do.
+    Args:
+        encode_image: (N, 3, size, size) -> (N, D).
+        encode_text: list of B strings -> (B, D), or None.
+        blocks: layers to checkpoint.
+        resize: how a picture becomes a square, see `preprocess`. Where it is not squashed it is
+            resized bicubically, as the towers' authors do.
     """
 
     def __init__(
@@ -42,88 +46,86 @@ class CLIP(Frozen):
         super().__init__([network], blocks)
         self.network, self.encode_image, self.encode_text = network, encode_image, encode_text
         interpolation = "bilinear" if resize == "squash" else "bicubic"
-        self.look = {
-            "size": size,
-            "mean": mean,
-            "std": std,
-            "resize": resize,
-            "interpolation": interpolation,
-        }
-        preprocess(torch.zeros(1, 3, 8, 8), **self.look)  # an unknown resize is an error now
-        # exp() would turn the rounding of half precision into a per cent of every score.
-        self.logit_scale = wide(network.logit_scale.detach().clone()) if encode_text else None
-        self.texts: dict[str, torch.Tensor] = {}
+        self.preprocessing = {"size": size, "mean": mean, "std": std, "resize": resize}
+        self.preprocessing["interpolation"] = interpolation
+        preprocess(torch.zeros(1, 3, 8, 8), **self.preprocessing)  # raises for an unknown resize
+        # exp() would turn the rounding of half precision into a percent of every score.
+        if encode_text:
+            self.logit_scale = at_least_float32(network.logit_scale.detach().clone())
 
     def image(self, frames: torch.Tensor) -> torch.Tensor:
         """Unit vectors (B, F, D) of frames (B, F, 3, H, W), in float32 at least."""
 
-        def unit(pictures):
-            pixels = preprocess(pictures, **self.look).to(self.dtype)
-            return F.normalize(wide(self.encode_image(pixels)), dim=-1)
+        def unit_vectors(pictures):
+            pixels = preprocess(pictures, **self.preprocessing).to(self.dtype)
+            return F.normalize(at_least_float32(self.encode_image(pixels)), dim=-1)
 
-        return self.picture_scores(unit, frames)
+        return self.per_picture(unit_vectors, frames)
 
     def text(self, prompts: list[str]) -> torch.Tensor:
-        """Unit vectors (B, D) of prompts, each computed once."""
-        return remembered(
-            self.texts, prompts, lambda new: F.normalize(wide(self.encode_text(new)), dim=-1)
-        )
+        """Unit vectors (B, D) of prompts."""
+
+        def unit_vectors(new):
+            return F.normalize(at_least_float32(self.encode_text(new)), dim=-1)
+
+        return self.cached_text(prompts, unit_vectors)
 
     def cosine(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """(B, F): each frame with its own clip's prompt."""
+        """(B, F): each frame with the prompt of its own clip."""
         return (self.image(frames) * self.text(prompts).unsqueeze(1)).sum(-1)
 
     def temperature(self) -> torch.Tensor:
         return self.logit_scale.exp()
 
-    def to(self, *args, **kwargs):
-        self.texts.clear()
-        return super().to(*args, **kwargs)
 
-
-def open_clip_towers(model: nn.Module, tokenizer: Callable, **look) -> CLIP:
-    """Of an open_clip model."""
+def open_clip_towers(model: nn.Module, tokenizer: Callable, **options) -> CLIP:
+    """The towers of an open_clip model."""
     size = model.visual.image_size
     return CLIP(
         model,
         model.encode_image,
         lambda prompts: model.encode_text(tokenizer(prompts).to(model.logit_scale.device)),
         size if isinstance(size, int) else size[0],
-        [*model.visual.transformer.resblocks],
-        **look,
+        model.visual.transformer.resblocks,
+        **options,
     )
 
 
-def open_clip_directory(folder: str | Path, dtype: torch.dtype, **look) -> CLIP:
-    """Of a local directory in open_clip's layout (`open_clip_config.json`, weights, tokenizer)."""
-    folder = Path(folder)
-    if not (folder / "open_clip_config.json").is_file():
+def open_clip_directory(
+    folder: str | Path, dtype: torch.dtype, from_config: bool = False, **options
+) -> CLIP:
+    """The towers of a directory with `open_clip_config.json`, weights, and a tokenizer."""
+    file = Path(folder) / "open_clip_config.json"
+    if not file.is_file():
         raise FileNotFoundError(
             f"{folder} is not an open_clip directory: it has no open_clip_config.json"
         )
-    statistics = json.loads((folder / "open_clip_config.json").read_text()).get(
-        "preprocess_cfg", {}
-    )
-    look |= {key: tuple(statistics[key]) for key in ("mean", "std") if key in statistics}
+    config = json.loads(file.read_text())
+    statistics = config.get("preprocess_cfg", {})
+    options |= {key: tuple(statistics[key]) for key in ("mean", "std") if key in statistics}
     with quiet():
-        model = open_clip.create_model(f"local-dir:{folder}", device="cpu").to(dtype)
-        return open_clip_towers(model, open_clip.get_tokenizer(f"local-dir:{folder}"), **look)
+        if from_config:
+            model = open_clip_model(config["model_cfg"])
+        else:
+            model = open_clip.create_model(f"local-dir:{folder}", device="cpu").to(dtype)
+        return open_clip_towers(model, open_clip.get_tokenizer(f"local-dir:{folder}"), **options)
 
 
-OTHERWISE = "checkpoint='/path/to/the/CLIP/directory'"
+def open_clip_model(config: dict) -> open_clip.CLIP:
+    """A model of random weights."""
+    config = {key: value for key, value in copy.deepcopy(config).items() if key != "custom_text"}
+    return open_clip.CLIP(**config)
 
 
-def transformers_towers(
-    checkpoint: str, local: str | Path | None, dtype: torch.dtype, **look
+def clip_towers(
+    place: hub.Source | Path, dtype: torch.dtype, from_config: bool = False, **options
 ) -> CLIP:
-    """Of a `CLIPModel` and its tokenizer: the published one of that name in `SOURCES`, or a local directory."""
-    source = SOURCES[checkpoint]
-    model = hub.network(CLIPModel, source, local, otherwise=OTHERWISE, dtype=torch.float32)
-    tokenizer = hub.pretrained(AutoTokenizer.from_pretrained, source, local, otherwise=OTHERWISE)
-    return towers_of(model, tokenizer, **look).to(dtype)
-
-
-def towers_of(model: CLIPModel, tokenizer: Callable, **look) -> CLIP:
+    """The towers of a `CLIPModel` with its tokenizer."""
+    model = hub.network(CLIPModel, place, from_config=from_config)
+    if from_config:
+        tokenizer = ConstantTokens()
+    else:
+        tokenizer = hub.pretrained(AutoTokenizer.from_pretrained, place)
     length = model.config.text_config.max_position_embeddings
 
     # The parts by hand: what get_image_features returns differs between transformers 4 and 5.
@@ -136,30 +138,23 @@ def towers_of(model: CLIPModel, tokenizer: Callable, **look) -> CLIP:
         )
         return model.text_projection(model.text_model(**tokens.to(model.device)).pooler_output)
 
-    size, blocks = model.config.vision_config.image_size, [*model.vision_model.encoder.layers]
-    return CLIP(model, encode_image, encode_text, size, blocks, **look)
+    size, blocks = model.config.vision_config.image_size, model.vision_model.encoder.layers
+    towers = CLIP(model, encode_image, encode_text, size, blocks, **options)
+    return towers if from_config else towers.to(dtype)  # afterwards: logit_scale is read exactly
 
 
-def picture_tower(checkpoint: str, local: str | Path | None, dtype: torch.dtype, **look) -> CLIP:
-    """The picture half of a `CLIPModel` only, for heads that read no prompt."""
-    model = hub.network(
-        CLIPVisionModelWithProjection, SOURCES[checkpoint], local, otherwise=OTHERWISE, dtype=dtype
-    )
-    return picture_tower_of(model, **look)
+def vision_tower(
+    place: hub.Source | Path, dtype: torch.dtype, from_config: bool = False, **options
+) -> CLIP:
+    """The picture half of a `CLIPModel`, for heads that read no prompt."""
+    kind = CLIPVisionModelWithProjection
+    model = hub.network(kind, place, dtype=dtype, from_config=from_config)
 
-
-def picture_tower_of(model: CLIPVisionModelWithProjection, **look) -> CLIP:
     def encode_image(pixels):
         return model(pixel_values=pixels).image_embeds
 
-    return CLIP(
-        model,
-        encode_image,
-        None,
-        model.config.image_size,
-        [*model.vision_model.encoder.layers],
-        **look,
-    )
+    size, blocks = model.config.image_size, model.vision_model.encoder.layers
+    return CLIP(model, encode_image, None, size, blocks, **options)
 
 
 @contextlib.contextmanager
@@ -173,121 +168,128 @@ def quiet():
         logging.disable(before)
 
 
-class Comparison(Reward):
-    """The cosine between a frame and its prompt, or, `tempered`, that times exp(CLIP's logit scale)."""
+class CLIPReward(Reward):
+    """A reward that is read from CLIP's vectors."""
 
-    def __init__(self, clip: CLIP, name: str, tempered: bool = False):
-        self.clip, self.name, self.tempered, self.networks = clip, name, tempered, clip.networks
-        self.typical = CARDS[name].typical
-        high = clip.temperature().item() if tempered else 1.0
-        self.range, self.unit = (-high, high), "logit" if tempered else "cosine"
-
-    def scores(self, frames, prompts):
-        cosine = self.clip.cosine(frames, prompts)
-        return cosine * self.clip.temperature().to(cosine) if self.tempered else cosine
+    def __init__(self, clip: CLIP, name: str):
+        self.clip, self.name, self.networks = clip, name, clip.networks
+        self.typical = CARDS[name].typical if name in CARDS else None
 
     def to(self, *args, **kwargs):
         self.clip.to(*args, **kwargs)
         return self
 
 
+class PromptSimilarity(CLIPReward):
+    """The cosine between a frame and its prompt, times exp(CLIP's logit scale) if `scaled`."""
+
+    def __init__(self, clip: CLIP, name: str, scaled: bool = False):
+        super().__init__(clip, name)
+        self.scaled = scaled
+        high = clip.temperature().item() if scaled else 1.0
+        self.range, self.unit = (-high, high), "logit" if scaled else "cosine"
+
+    def scores(self, frames, prompts):
+        cosine = self.clip.cosine(frames, prompts)
+        return cosine * self.clip.temperature().to(cosine) if self.scaled else cosine
+
+
 def hps(
     checkpoint: str | Path = "published",
     *,
     version: str | None = None,
-    resize: str = "squash",
-    verify: bool = True,
-    dtype: torch.dtype = torch.float32,
+    resize="squash",
+    verify=True,
+    dtype=torch.float32,
+    from_config=False,
 ) -> Reward:
-    """Human preference score of (frame, prompt) (arXiv 2306.09341): the cosine, not times CLIP's temperature, as
-    HPSv2 and VADER report it; 0.2 to 0.35 is usual. Scores compare only for one prompt and one version.
+    """Human preference score of (frame, prompt) (arXiv 2306.09341).
 
-    checkpoint: "v2.1" (which "published" means) or "v2.0", through open_clip's ViT-H-14 and the authors' files; the path
-    of such a file; "tiny", the embedded one; or an open_clip directory. resize: "squash" gives VADER's numbers and every pixel a
-    gradient, "pad" gives the benchmark's. verify: a file must have the SHA-256 of a known version; version: of this one
-    (files have been shared under the other's name).
+    The cosine, not times CLIP's temperature, as HPSv2 and VADER report it; 0.2 to 0.35 is usual.
+    Scores compare only for one prompt and one version.
+
+    Args:
+        checkpoint: "v2.1" (the same as "published") or "v2.0", through open_clip's ViT-H-14 and
+            the authors' files; the path of such a file; "tiny", the embedded one; or an open_clip
+            directory.
+        version: that the file must be of (files have been shared under the other's name).
+        resize: "squash" gives VADER's numbers and every pixel a gradient, "pad" the benchmark's.
+        verify: a file must have the SHA-256 of a known version.
     """
-    look = {"resize": resize}
-    if checkpoint == "tiny" or Path(checkpoint).is_dir():
-        clip = open_clip_directory(TINY if checkpoint == "tiny" else checkpoint, dtype, **look)
+    versions = {"v2.0": SOURCES["hps-v2.0"], "v2.1": SOURCES["hps-v2.1"]}
+    known = versions | {"published": versions["v2.1"], "tiny": TINY}
+    place = hub.find(checkpoint, known)
+    if isinstance(place, Path) and place.is_dir():
+        clip = open_clip_directory(place, dtype, from_config, resize=resize)
+        return PromptSimilarity(clip, "hps").identified(place, resize=resize)
+    config = open_clip.get_model_config("ViT-H-14")
+    if from_config:
+        model = open_clip_model(config)
     else:
-        path = hps_file(checkpoint, version, verify)
-        with quiet():
-            empty = open_clip.create_model("ViT-H-14", pretrained=None, device="meta")
-        model = filled(empty, hub.state_dict(path), path).to(dtype)
-        clip = open_clip_towers(model, open_clip.get_tokenizer("ViT-H-14"), **look)
-    return Comparison(clip, "hps")
+        path = hub.single_file(place)
+        if isinstance(place, Path) and verify:
+            check_version(path, version, versions)
+        with torch.device("meta"):  # no memory, no random numbers
+            model = open_clip_model(config)
+        model = fill(model, hub.state_dict(path), path).to(dtype)
+    clip = open_clip_towers(model, open_clip.get_tokenizer("ViT-H-14"), resize=resize)
+    return PromptSimilarity(clip, "hps").identified(place, resize=resize)
 
 
-def hps_file(checkpoint: str | Path, version: str | None, verify: bool) -> Path:
-    versions = {
-        name.removeprefix("hps-"): source
-        for name, source in SOURCES.items()
-        if name.startswith("hps-")
-    }
-    versions["published"] = versions["v2.1"]
-    otherwise = (
-        f"vader_nb.rewards.hps('/path/to/{SOURCES['hps-v2.1'].filename}')"
-        + hub.EMBEDDED.format("hps")
-    )
-    if str(checkpoint) in versions:
-        return hub.single_file(versions[str(checkpoint)], otherwise=otherwise)
-    if not Path(checkpoint).is_file():
+def check_version(path: Path, version: str | None, versions: dict[str, hub.Source]) -> None:
+    """Raises ValueError unless the file is a known version of HPS, and this one if it is given."""
+    digest = hub.sha256(path)
+    found = [name for name, source in versions.items() if source.sha256 == digest]
+    if not found:
         raise ValueError(
-            f"unknown HPS checkpoint {str(checkpoint)!r}: choose one of {', '.join(versions)}, tiny, or give the path "
-            f"of a file or an open_clip directory"
+            f"{path} has the SHA-256 of no published HPS file; if it is your own, say verify=False"
         )
-    if verify:
-        known = {source.sha256: name for name, source in versions.items() if name != "published"}
-        found = known.get(hub.sha256(checkpoint))
-        if found is None:
-            raise ValueError(
-                f"{checkpoint} has the SHA-256 of no published HPS file; if it is your own, say verify=False"
-            )
-        if version not in (None, found):
-            raise ValueError(f"{checkpoint} is HPS {found}, not {version}")
-    return Path(checkpoint)
+    if version not in (None, *found):
+        raise ValueError(f"{path} is HPS {found[0]}, not {version}")
 
 
-def filled(empty: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> nn.Module:
-    """A model that was made on the meta device (no memory, no random numbers), with these weights."""
+def fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> nn.Module:
+    """A model that was made on the meta device, with these weights."""
     try:
-        empty.load_state_dict(weights, strict=True, assign=True)
+        model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not hold an open_clip ViT-H-14: {str(error)[:300]}"
-        ) from error
+        reason = str(error)[:300]
+        raise ValueError(f"{path} does not hold an open_clip ViT-H-14: {reason}") from error
     # The one tensor that no file holds: a word sees those before it.
-    causal = torch.full((empty.context_length, empty.context_length), -torch.inf).triu(1)
-    empty.register_buffer("attn_mask", causal, persistent=False)
-    return empty
+    causal = torch.full((model.context_length, model.context_length), -torch.inf).triu(1)
+    model.register_buffer("attn_mask", causal, persistent=False)
+    return model
 
 
 def pickscore(
-    checkpoint: str | Path = "published",
-    *,
-    resize: str = "squash",
-    dtype: torch.dtype = torch.float32,
+    checkpoint: str | Path = "published", *, resize="squash", dtype=torch.float32, from_config=False
 ) -> Reward:
-    """PickScore of (frame, prompt) (arXiv 2305.01569): exp(logit scale) times the cosine, 18 to 24 is usual.
+    """PickScore of (frame, prompt) (arXiv 2305.01569): exp(logit scale) times the cosine.
 
-    checkpoint: "published" (yuvalkirstain/PickScore_v1), or a local `CLIPModel` directory with its tokenizer.
-    resize: "squash" as VADER, "crop" as the authors.
+    Usual scores are 18 to 24.
+
+    Args:
+        checkpoint: "published" (yuvalkirstain/PickScore_v1), or a local `CLIPModel` directory with
+            its tokenizer.
+        resize: "squash" as VADER, "crop" as the authors.
     """
-    clip = transformers_towers("pickscore-v1", hub.local(checkpoint), dtype, resize=resize)
-    return Comparison(clip, "pickscore", tempered=True)
+    place = hub.find(checkpoint, {"published": SOURCES["pickscore-v1"]})
+    clip = clip_towers(place, dtype, from_config, resize=resize)
+    return PromptSimilarity(clip, "pickscore", scaled=True).identified(place, resize=resize)
 
 
 def clip_score(
-    checkpoint: str | Path = "published",
-    *,
-    resize: str = "crop",
-    dtype: torch.dtype = torch.float32,
+    checkpoint: str | Path = "published", *, resize="crop", dtype=torch.float32, from_config=False
 ) -> Reward:
     """The cosine between frame and prompt in OpenAI's CLIP (arXiv 2103.00020).
 
-    checkpoint: "published" and "clip-vit-base-patch32" mean the same, "clip-vit-large-patch14", or a local `CLIPModel` directory."""
-    names = ("clip-vit-base-patch32", "clip-vit-large-patch14")
-    source = str(checkpoint) if checkpoint in names else names[0]
-    clip = transformers_towers(source, hub.local(checkpoint, *names), dtype, resize=resize)
-    return Comparison(clip, "clip_score")
+    Args:
+        checkpoint: "clip-vit-base-patch32" (the same as "published"), "clip-vit-large-patch14", or
+            a local `CLIPModel` directory with its tokenizer.
+        resize: as in `pickscore`.
+    """
+    known = {name: SOURCES[name] for name in ("clip-vit-base-patch32", "clip-vit-large-patch14")}
+    known = {"published": known["clip-vit-base-patch32"], **known}
+    place = hub.find(checkpoint, known)
+    clip = clip_towers(place, dtype, from_config, resize=resize)
+    return PromptSimilarity(clip, "clip_score").identified(place, resize=resize)

@@ -1,18 +1,22 @@
 """VADER's object removal, and its opposite, through YOLOS (arXiv 2106.00666) or Grounding DINO (arXiv 2303.05499)."""
 
-import json
 from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, GroundingDinoForObjectDetection, YolosForObjectDetection
+from transformers import (
+    AutoTokenizer,
+    GroundingDinoForObjectDetection,
+    PretrainedConfig,
+    YolosForObjectDetection,
+)
 from transformers.models.swin.modeling_swin import SwinLayer
 
 from .. import hub
-from .base import Reward, wide
+from .base import Reward, at_least_float32
 from .gallery import SOURCES
-from .networks import IMAGENET_MEAN, IMAGENET_STD, Network
+from .networks import IMAGENET_MEAN, IMAGENET_STD, NetworkReward, normalize
 
 DETECTORS = ("yolos-tiny", "yolos-base", "grounding-dino-tiny", "grounding-dino-base")
 HEIGHT = 512
@@ -20,17 +24,17 @@ SHARPNESS = 4.0  # of the smooth maximum over the queries
 
 
 def scaled(frames: torch.Tensor, step: int) -> torch.Tensor:
-    """Frames (N, 3, H, W) in [0, 1] to (N, 3, 512, W'): the width in proportion, to the nearest multiple of `step`.
-    Bilinear and antialiased, which VADER's own resize is not; ImageNet's statistics."""
+    """Frames (N, 3, H, W) in [0, 1] to (N, 3, 512, W'), normalized with ImageNet's statistics.
+
+    W' is in proportion, to the nearest multiple of `step`. Antialiased, unlike VADER's own resize.
+    """
     height, width = frames.shape[-2:]
     size = (HEIGHT, max(1, round(HEIGHT * width / height / step)) * step)
     if size != (height, width):
         frames = F.interpolate(
             frames, size=size, mode="bilinear", antialias=True, align_corners=False
         )
-    return (frames - frames.new_tensor(IMAGENET_MEAN)[:, None, None]) / frames.new_tensor(
-        IMAGENET_STD
-    )[:, None, None]
+    return normalize(frames, IMAGENET_MEAN, IMAGENET_STD)
 
 
 class Yolos:
@@ -39,18 +43,13 @@ class Yolos:
     at_once = 4  # pictures
 
     def __init__(self, model: YolosForObjectDetection, target: str):
-        self.model = model
-        self.blocks = model.vit.encoder.layer
-        self.step = (
-            model.config.patch_size
-        )  # or else the last columns, part of a patch, would not be looked at
+        self.model, self.blocks = model, model.vit.encoder.layer
+        self.step = model.config.patch_size  # otherwise the last columns would not be looked at
         self.target = self.index(target)
 
     def index(self, target: str) -> int:
-        # The published checkpoints name ids that COCO leaves out "N/A".
-        labels = {
-            name.lower(): i for i, name in self.model.config.id2label.items() if name != "N/A"
-        }
+        names = self.model.config.id2label.items()
+        labels = {name.lower(): i for i, name in names if name != "N/A"}  # ids not used by COCO
         if target not in labels:
             near = get_close_matches(target, labels, n=3, cutoff=0)
             raise ValueError(
@@ -59,14 +58,18 @@ class Yolos:
         return labels[target]
 
     def log_odds(self, pixels: torch.Tensor) -> torch.Tensor:
-        logits = wide(self.model(pixel_values=pixels).logits)  # (N, queries, classes + 1)
+        logits = at_least_float32(
+            self.model(pixel_values=pixels).logits
+        )  # (N, queries, classes + 1)
         others = torch.cat([logits[..., : self.target], logits[..., self.target + 1 :]], dim=-1)
         return logits[..., self.target] - others.logsumexp(dim=-1)
 
 
 class GroundingDino:
-    """p(target) of a query is the mean, over the tokens of the target phrase, of the sigmoid of its match with the
-    token: as in the authors' evaluation, all words of "red book" count. (A maximum would be content with any book.)"""
+    """p(target) of a query is the mean over the phrase's tokens of the sigmoid of its match.
+
+    As in the authors' evaluation, all words of "red book" count. (With a maximum any book would do.)
+    """
 
     step = 1
     at_once = 1  # 320 by 512 needs 0.7 GB in float32, backward pass included
@@ -79,27 +82,20 @@ class GroundingDino:
             raise ValueError(
                 f"the detector's vocabulary (tokenizer.json or vocab.txt) has no tokens for {target!r}"
             )
-        # These delimit phrases in the text and belong to none.
-        delimiters = torch.tensor(
-            [*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids([".", "?"])]
-        )
-        self.phrase = (~torch.isin(ids, delimiters)).nonzero()[:, 0]
+        delimiters = tokenizer.all_special_ids + tokenizer.convert_tokens_to_ids([".", "?"])
+        self.phrase = (~torch.isin(ids, torch.tensor(delimiters))).nonzero()[:, 0]
         if len(self.phrase) != len(ids) - 3:
             raise ValueError(
                 f"a target is one phrase without . or ?, such as 'red book', not {target!r}"
             )
-        backbone = [
-            module for module in model.model.backbone.modules() if isinstance(module, SwinLayer)
-        ]
+        backbone = [x for x in model.model.backbone.modules() if isinstance(x, SwinLayer)]
         self.blocks = [*backbone, *model.model.encoder.layers, *model.model.decoder.layers]
 
     def log_odds(self, pixels: torch.Tensor) -> torch.Tensor:
-        text = {
-            name: ids.to(pixels.device).expand(len(pixels), -1) for name, ids in self.text.items()
-        }
-        logits = wide(self.model(pixel_values=pixels, **text).logits)[
-            ..., self.phrase.to(pixels.device)
-        ]
+        device, count = pixels.device, len(pixels)
+        text = {name: ids.to(device).expand(count, -1) for name, ids in self.text.items()}
+        logits = at_least_float32(self.model(pixel_values=pixels, **text).logits)
+        logits = logits[..., self.phrase.to(device)]
         # The number of tokens, by which both means divide, cancels.
         return F.logsigmoid(logits).logsumexp(dim=-1) - F.logsigmoid(-logits).logsumexp(dim=-1)
 
@@ -109,19 +105,20 @@ def pooled(log_odds: torch.Tensor) -> torch.Tensor:
     return (SHARPNESS * log_odds).logsumexp(dim=-1) / SHARPNESS
 
 
-class ObjectRemoval(Network):
+class ObjectRemoval(NetworkReward):
     """1 minus the detector's confidence, frame by frame, that there is a target.
 
-    A detector gives a p(target) for each of N queries: N = 100 for YOLOS, 900 for Grounding DINO. The confidence is a
-    smooth maximum of them, taken of the log odds l = log p - log(1 - p):
+    A detector gives a p(target) for each of N queries: N = 100 for YOLOS, 900 for Grounding DINO.
+    The confidence is a smooth maximum of the log odds l = log p - log(1 - p):
 
         confidence = sigmoid( 1/4 log sum_i exp(4 l_i) )
 
-    Its gradient reaches every query, in proportion to exp(4 l_i), and never points the wrong way. For one sure query
-    it is that query's p. N equal ones multiply their odds by N^(1/4): a background of 100 times p = 1e-4 is taken for
-    3e-4, one of 900 times 0.01 for 0.05. The plainer 1 - prod(1 - p_i) would make them 0.01 and 0.9999; and where two
-    queries are sure of one object, as detectors without suppression of doubles often are, the gradient of either
-    would be multiplied by the other's 1 - p, so that what is plainly there could not be removed.
+    Its gradient reaches every query, in proportion to exp(4 l_i), and never points the wrong way.
+    For one sure query it is that query's p. N equal ones multiply their odds by N^(1/4): a
+    background of 100 times p = 1e-4 gives 3e-4, one of 900 times 0.01 gives 0.05. The plainer
+    1 - prod(1 - p_i) would give 0.01 and 0.9999; and where two queries are sure of one object, as
+    is common, each one's gradient would be multiplied by the other's 1 - p, so that an object in
+    plain view could not be removed.
     """
 
     name, range, unit = "object removal", (0.0, 1.0), "1 - confidence"
@@ -132,7 +129,7 @@ class ObjectRemoval(Network):
         self.detector, self.frames_at_once = detector, detector.at_once
 
     def scores(self, frames, prompts):
-        return self.picture_scores(self.judge, frames)
+        return self.per_picture(self.judge, frames)
 
     def judge(self, pictures: torch.Tensor) -> torch.Tensor:
         """(N,) of pictures (N, 3, H, W)."""
@@ -147,63 +144,58 @@ class ObjectPresence(ObjectRemoval):
     sign = 1
 
 
-def _load(
-    detector: str | Path, target: str, reward: str, dtype: torch.dtype
-) -> Yolos | GroundingDino:
-    local = None if detector in DETECTORS else Path(detector)
-    if local is None:
+def load_detector(
+    detector: str | Path, target: str, dtype: torch.dtype, from_config: bool
+) -> tuple[Yolos | GroundingDino, hub.Source | Path]:
+    place = hub.find(detector, {name: SOURCES[name] for name in DETECTORS})
+    if isinstance(place, hub.Source):
         family = str(detector).rpartition("-")[0]
-    elif local.is_dir():
-        if not (local / "config.json").is_file():
-            raise FileNotFoundError(f"{local} is not a checkpoint directory: it has no config.json")
-        family = json.loads((local / "config.json").read_text()).get("model_type")
     else:
-        raise ValueError(
-            f"unknown detector {str(detector)!r}; choose {', '.join(DETECTORS)}, or a directory of one"
-        )
-    target = target.lower().strip(
-        " ."
-    )  # VADER's full stop for Grounding DINO is put there for whoever leaves it out
+        family = hub.pretrained(PretrainedConfig.get_config_dict, place)[0].get("model_type")
+    target = target.lower().strip(" .")  # VADER's full stop for Grounding DINO is optional here
     if not target:
         raise ValueError("the target must name an object, such as 'book'")
-    source = SOURCES.get(str(detector))
-    otherwise = f"vader_nb.rewards.{reward}({target!r}, detector='/path/to/{detector}')"
     if family == "yolos":
-        return Yolos(
-            hub.network(YolosForObjectDetection, source, local, otherwise=otherwise, dtype=dtype),
-            target,
-        )
+        model = hub.network(YolosForObjectDetection, place, dtype, from_config)
+        if from_config and isinstance(place, hub.Source):
+            target = "label_0"  # any one: memory does not depend on it
+        return Yolos(model, target), place
+    if family == "grounding-dino" and from_config:
+        raise ValueError(f"detector {str(detector)!r} cannot be simulated, only yolos ones can")
     if family == "grounding-dino":
-        model = hub.network(
-            GroundingDinoForObjectDetection, source, local, otherwise=otherwise, dtype=dtype
-        )
-        tokenizer = hub.pretrained(
-            AutoTokenizer.from_pretrained, source, local, otherwise=otherwise
-        )
-        return GroundingDino(model, tokenizer, target)
-    raise ValueError(f"{local} holds a {family!r} model, not a yolos or grounding-dino one")
+        model = hub.network(GroundingDinoForObjectDetection, place, dtype)
+        tokenizer = hub.pretrained(AutoTokenizer.from_pretrained, place)
+        return GroundingDino(model, tokenizer, target), place
+    raise ValueError(f"{place} holds a {family!r} model, not a yolos or grounding-dino one")
 
 
 def object_removal(
-    target: str = "book", detector: str | Path = "yolos-tiny", *, dtype: torch.dtype = torch.float32
+    target: str = "book",
+    detector: str | Path = "yolos-tiny",
+    *,
+    dtype=torch.float32,
+    from_config=False,
 ) -> Reward:
-    """How sure a detector is that no `target` is in a frame: frames (B, F, 3, H, W) in [0, 1] to (B,), 0 to 1; the
-    prompts do not matter. VADER's reward (arXiv 2407.08737), but smooth: VADER counts only boxes above a threshold, so
-    that there is no gradient below it.
+    """How sure a detector is that no `target` is in a frame, 0 to 1; prompts are ignored.
 
-    target: for YOLOS one of its labels (COCO's 80 objects), for Grounding DINO any one phrase.
-    detector: "yolos-tiny", "yolos-base", "grounding-dino-tiny", "grounding-dino-base", or a directory of a
-    `YolosForObjectDetection`, or of a `GroundingDinoForObjectDetection` with its tokenizer. Pictures are scaled to a
-    height of 512, the width in proportion. Grounding DINO's gradient leaves out, as in its training, what a pixel does
-    to the choice and the place of its queries.
+    VADER's reward (arXiv 2407.08737), but smooth: VADER counts only boxes above a threshold, with
+    no gradient below it. Pictures are scaled to a height of 512, the width in proportion.
+    Grounding DINO's gradient leaves out, as in its training, what a pixel does to the choice and
+    the place of its queries.
 
-    Raises ValueError for an unknown detector or target, FileNotFoundError where the weights cannot be had.
+    Args:
+        target: for YOLOS one of its labels (COCO's 80 objects), for Grounding DINO any one phrase.
+        detector: "yolos-tiny", "yolos-base", "grounding-dino-tiny", "grounding-dino-base", or a
+            directory of a `YolosForObjectDetection`, or of a `GroundingDinoForObjectDetection`
+            with its tokenizer.
     """
-    return ObjectRemoval(_load(detector, target, "object_removal", dtype))
+    found, place = load_detector(detector, target, dtype, from_config)
+    return ObjectRemoval(found).identified(place, target=target)
 
 
 def object_presence(
-    target: str, detector: str | Path = "yolos-tiny", *, dtype: torch.dtype = torch.float32
+    target: str, detector: str | Path = "yolos-tiny", *, dtype=torch.float32, from_config=False
 ) -> Reward:
-    """How sure a detector is that a `target` is in a frame: 1 - `object_removal`, with the same arguments and errors."""
-    return ObjectPresence(_load(detector, target, "object_presence", dtype))
+    """How sure a detector is that a `target` is in a frame: 1 - `object_removal`."""
+    found, place = load_detector(detector, target, dtype, from_config)
+    return ObjectPresence(found).identified(place, target=target)

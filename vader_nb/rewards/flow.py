@@ -8,22 +8,21 @@ import torch.nn.functional as F
 from torchvision.models.optical_flow import RAFT, raft_small
 
 from .. import hub
-from .base import Reward, wide
+from .base import Reward, at_least_float32
 from .gallery import SOURCES
-from .networks import Network
+from .networks import NetworkReward, default_dtype
 
-PUBLISHED = "raft-small"
 SMALLEST, MULTIPLE = 128, 8  # of the sides that RAFT takes
 UPDATES = 12  # of the flow, as torchvision's default
 
 
-class FlowSmoothness(Network):
-    """Minus the mean change of the optical flow from one pair of frames to the next, and minus what the mean flow falls
-    short of `floor`: without the floor, a frozen clip would be perfect.
+class FlowSmoothness(NetworkReward):
+    """Minus the mean change of the optical flow between pairs of frames, with a floor under it.
 
-    Flows are vectors in fractions of the picture's diagonal a frame, so that neither the size of the frames nor their
-    resizing changes the score; both means are of their lengths, and compare flows at the same place of the picture
-    (not along the path of what moves there, so that an object's edge counts as change).
+    What the mean flow falls short of `floor` is subtracted: otherwise a frozen clip is perfect.
+    Flows are vectors in fractions of the picture's diagonal per frame, so that the size of the
+    frames does not matter; both means are of their lengths, and compare flows at the same place of
+    the picture (not along the path of what moves there, so that an object's edge counts as change).
     """
 
     name, range, unit, per_frame = "flow smoothness", (-float("inf"), 0.0), "diagonals/frame", False
@@ -34,27 +33,29 @@ class FlowSmoothness(Network):
         self.raft, self.floor = raft, floor
 
     def flow(self, frames: torch.Tensor) -> torch.Tensor:
-        """The flow from each frame to the next, in diagonals of the picture: frames (B, F, 3, H, W) to
-        (B, F - 1, 2, h, w), across and down, of the size at which RAFT saw them."""
+        """The flow from each frame of (B, F, 3, H, W) to the next, in diagonals of the picture.
+
+        Returns:
+            (B, F - 1, 2, h, w), across and down, of the size at which RAFT saw them.
+        """
         height, width = frames.shape[-2:]
         grown = max(1.0, SMALLEST / min(height, width))
         size = [
             max(SMALLEST, MULTIPLE * round(side * grown / MULTIPLE)) for side in (height, width)
         ]
-        unit = frames.new_tensor(
-            [width / size[1], height / size[0]], dtype=self.dtype
-        ) / math.hypot(height, width)
+        unit = frames.new_tensor([width / size[1], height / size[0]], dtype=self.dtype)
+        unit = (unit / math.hypot(height, width))[:, None, None]
 
         def between(pairs):
-            pictures = wide(pairs.unflatten(1, (2, 3)).flatten(0, 1))
+            pictures = at_least_float32(pairs.unflatten(1, (2, 3)).flatten(0, 1))
             if size != [height, width]:
                 pictures = F.interpolate(
                     pictures, size, mode="bilinear", antialias=True, align_corners=False
                 )
             first, second = (pictures * 2 - 1).to(self.dtype).unflatten(0, (-1, 2)).unbind(1)
-            return estimate(self.raft, first, second) * unit[:, None, None]
+            return estimate(self.raft, first, second) * unit
 
-        return self.picture_scores(between, torch.cat([frames[:, :-1], frames[:, 1:]], dim=2))
+        return self.per_picture(between, torch.cat([frames[:, :-1], frames[:, 1:]], dim=2))
 
     def scores(self, frames, prompts):
         if frames.shape[1] < 3:
@@ -67,17 +68,16 @@ class FlowSmoothness(Network):
         return -(change + missing).unsqueeze(1)
 
     def to(self, *args, **kwargs):
-        # Where a pixel goes is looked up to a fraction of it, which half precision cannot count: float32 at least.
-        # (And these are 1 M parameters.)
+        # Pixels are looked up at fractions of their places, which half precision cannot count.
         wanted = torch.empty(0, dtype=self.dtype).to(*args, **kwargs)
         return super().to(wanted.device, torch.promote_types(wanted.dtype, torch.float32))
 
 
 def estimate(raft: RAFT, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The flow (N, 2, h, w) in pixels from pictures to pictures (N, 3, h, w) in [-1, 1]: the last of RAFT's estimates.
+    """RAFT's last estimate of the flow (N, 2, h, w) in pixels between (N, 3, h, w) in [-1, 1].
 
-    As torchvision's forward, but for one thing: there each update starts from a flow that is cut off the graph, which
-    steadies RAFT's training, and leaves of the gradient only the last update's share. Here the gradient is whole.
+    As torchvision's forward, except that there each update starts from a detached flow, which
+    steadies RAFT's training but keeps only the last update's share of the gradient.
     """
     one, two = raft.feature_encoder(torch.cat([first, second])).chunk(2)
     raft.corr_block.build_pyramid(one, two)
@@ -94,40 +94,41 @@ def estimate(raft: RAFT, first: torch.Tensor, second: torch.Tensor) -> torch.Ten
             state, context, raft.corr_block.index_pyramid(start + flow), flow
         )
         flow = flow + step
-    raft.corr_block.corr_pyramid = []  # else the last pair's comparisons, and their graph, would stay in memory
+    raft.corr_block.corr_pyramid = []  # frees the last pair's comparisons, and their graph
     scale = first.shape[-1] // one.shape[-1]
     return scale * F.interpolate(flow, scale_factor=scale, mode="bilinear", align_corners=True)
 
 
 def flow_smoothness(
-    checkpoint: str | Path = "published", *, floor: float = 0.0, dtype: torch.dtype = torch.float32
+    checkpoint: str | Path = "published", *, floor=0.0, dtype=torch.float32, from_config=False
 ) -> Reward:
-    """Smooth motion of the whole clip, as RAFT (arXiv 2003.12039) sees it: 0 for motion that does not change from frame
-    to frame, less the more it does. Prompts are ignored.
+    """Smooth motion of the whole clip, as RAFT sees it: 0 for motion that does not change.
 
-    frames (B, F, 3, H, W), F at least 3 (ValueError otherwise); sides that RAFT cannot take are resized to the nearest
-    multiples of 8, at least 128. floor: the least mean flow, in diagonals of the picture a frame, that is not
-    penalized: above 0, standing still no longer wins. checkpoint: "published" (torchvision's
-    raft_small_C_T_V2-01064c6d.pth, 1 M parameters, BSD-3-Clause), or a local file of such weights. The network runs
-    in float32 even when `dtype`, or a later `.to`, asks for less.
+    Prompts are ignored. Clips have 3 frames or more (ValueError otherwise); sides that RAFT cannot
+    take are resized to the nearest multiples of 8, at least 128. The network runs in float32 even
+    when `dtype`, or a later `.to`, asks for less.
 
-    Raises FileNotFoundError where the weights cannot be had, ValueError for a file with others, or a negative floor.
+    Args:
+        checkpoint: "published" (torchvision's raft_small_C_T_V2-01064c6d.pth, 1 M parameters,
+            BSD-3-Clause), or a local file of such weights.
+        floor: the least mean flow, in diagonals of the picture per frame, without a penalty: above
+            0, standing still is no longer best.
     """
     if not floor >= 0:
         raise ValueError(f"the floor under the mean flow must be 0 or more, got {floor}")
-    local = None if checkpoint in ("published", PUBLISHED) else Path(checkpoint)
-    if local and not local.exists():
-        raise FileNotFoundError(
-            f"no checkpoint {str(checkpoint)!r}: give {PUBLISHED!r} or a file of raft_small's weights"
-        )
-    otherwise = f"vader_nb.rewards.flow_smoothness('/path/to/{SOURCES[PUBLISHED].filename}')"
-    path = hub.single_file(SOURCES[PUBLISHED], local, otherwise=otherwise, verify=local is None)
-    with torch.device("meta"):  # no memory, no random numbers
-        raft = raft_small(weights=None)
-    try:
-        raft.load_state_dict(hub.state_dict(path), assign=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not hold raft_small's weights: {str(error)[:300]}"
-        ) from error
-    return FlowSmoothness(raft, floor).to(dtype)
+    source = SOURCES["raft-small"]
+    place = hub.find(checkpoint, {"published": source, "raft-small": source})
+    if from_config:
+        with default_dtype(torch.float32):
+            raft = raft_small(weights=None)
+    else:
+        path = hub.single_file(place)
+        with torch.device("meta"):  # no memory, no random numbers
+            raft = raft_small(weights=None)
+        try:
+            raft.load_state_dict(hub.state_dict(path), assign=True)
+        except RuntimeError as error:
+            reason = str(error)[:300]
+            raise ValueError(f"{path} does not hold raft_small's weights: {reason}") from error
+    reward = FlowSmoothness(raft, floor).identified(place, floor=floor)
+    return reward if from_config else reward.to(dtype)

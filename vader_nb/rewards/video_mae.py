@@ -1,6 +1,7 @@
 """VADER's action reward: a VideoMAE classifier (arXiv 2203.12602) recognizes what the prompt asks for."""
 
 import contextlib
+import math
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,12 +11,12 @@ from transformers import VideoMAEForVideoClassification
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
 from .. import hub
-from .base import Reward, wide
+from .base import Reward, at_least_float32
 from .gallery import SOURCES
-from .networks import IMAGENET_MEAN, IMAGENET_STD, Network, preprocess
+from .networks import IMAGENET_MEAN, IMAGENET_STD, NetworkReward, preprocess
 
-# In the published files queries and values have a bias under their own names, and keys have none. transformers 5.15,
-# for one, looks for query.bias, key.bias and value.bias, and would go on with random ones.
+# In the published files queries and values have a bias under their own names, and keys have none.
+# transformers 5.15, for one, looks for query.bias, key.bias and value.bias: random ones otherwise.
 PUBLISHED_KEYS = {
     r"attention\.q_bias$": "attention.query.bias",
     r"attention\.v_bias$": "attention.value.bias",
@@ -23,9 +24,11 @@ PUBLISHED_KEYS = {
 TINY = Path(__file__).parent.parent / "zoo" / "weights" / "tiny-videomae"
 
 
-class Action(Network):
-    """Log-probability of the class that the prompt names, from the whole clip; exp of it is VADER's
-    reported reward. Through log-softmax, which cannot overflow in half precision."""
+class Action(NetworkReward):
+    """Log-probability of the class that the prompt names; exp of it is what VADER reports.
+
+    Through log-softmax, which cannot overflow in half precision.
+    """
 
     name, range, unit, per_frame = "action", (-float("inf"), 0.0), "log-probability", False
 
@@ -33,17 +36,17 @@ class Action(Network):
         super().__init__([classifier], classifier.videomae.encoder.layer)
         self.classifier = classifier
         self.labels = {plain(name): i for name, i in classifier.config.label2id.items()}
-        self.typical = (
-            -torch.tensor(len(self.labels)).log().item(),
-            0.0,
-        )  # from a blind guess to certainty
+        self.typical = (-math.log(len(self.labels)), 0.0)  # from a blind guess to certainty
         self.label = label
         if label is not None:
             self.index(label)  # an unknown label is an error now, not after the first roll-out
 
     def index(self, prompt: str) -> int:
-        """The class a prompt names: the label itself, else the longest label inside the prompt, else the longest
-        label all of whose words stand in the prompt in this order ("playing guitar": a cat is playing the guitar)."""
+        """The class that a prompt names.
+
+        That is the label itself, else the longest label inside the prompt, else the longest one
+        with all its words in the prompt in order ("playing guitar": a cat is playing the guitar).
+        """
         text = plain(prompt)
         if text in self.labels:
             return self.labels[text]
@@ -52,26 +55,25 @@ class Action(Network):
         if not inside:
             near = get_close_matches(text, self.labels, n=3, cutoff=0) or list(self.labels)[:3]
             raise ValueError(
-                f"no action of the classifier occurs in {prompt!r}; the nearest are {', '.join(near)}. "
-                f"For one action whatever the prompt, say action(label=…)"
+                f"no action of the classifier occurs in {prompt!r}; the nearest are "
+                f"{', '.join(near)}. For one action whatever the prompt, say action(label=…)"
             )
         return self.labels[max(inside, key=len)]
 
     def check_prompts(self, prompts):
         for prompt in prompts:
-            self.index(self.label or prompt)
+            self.index(self.label or str(prompt))
 
     def scores(self, frames, prompts):
-        wanted = torch.tensor(
-            [self.index(self.label or prompt) for prompt in prompts], device=frames.device
-        )
+        classes = [self.index(self.label or prompt) for prompt in prompts]
+        classes = torch.tensor(classes, device=frames.device)
         pixels = self.pixels(frames)
         with position_table(self.classifier, pixels.shape[1]):
-            log_probability = wide(self.classifier(pixels).logits).log_softmax(dim=-1)
-        return log_probability.gather(1, wanted[:, None])
+            log_probability = at_least_float32(self.classifier(pixels).logits).log_softmax(dim=-1)
+        return log_probability.gather(1, classes[:, None])
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
-        """The classifier's input: a whole number of tubelets, a frame of the end repeated if need be."""
+        """The classifier's input, with the last frame repeated to fill the last tubelet."""
         config = self.classifier.config
         if frames.shape[1] < 2:
             raise ValueError(
@@ -95,10 +97,11 @@ def in_order(words: list[str], text: list[str]) -> bool:
 
 @contextlib.contextmanager
 def position_table(classifier: VideoMAEForVideoClassification, num_frames: int):
-    """The classifier, for a while, with positions for another number of frames than its configuration's.
+    """Inside, the classifier has positions for another number of frames than its configuration's.
 
     VideoMAE's positions are sines of a token's place, not weights: the table is the one that
-    `from_pretrained(num_frames=…)`, VADER's way, would build."""
+    `from_pretrained(num_frames=…)`, VADER's way, would build.
+    """
     config, embeddings = classifier.config, classifier.videomae.embeddings
     places = (config.image_size // config.patch_size) ** 2 * (num_frames // config.tubelet_size)
     before = embeddings.position_embeddings
@@ -114,23 +117,30 @@ def action(
     checkpoint: str | Path = "published",
     label: str | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype=torch.float32,
+    from_config=False,
 ) -> Reward:
-    """Recognition of the action in the prompt, or always of `label`: log-probability, 0 is certainty.
+    """Recognition of the action in the prompt: its log-probability, 0 is certainty.
 
-    checkpoint: "published" (Kinetics-400's 400 actions; MCG-NJU/videomae-base-finetuned-kinetics, non-commercial),
-    "tiny" (the eight motions of the tiny world), or a local `VideoMAEForVideoClassification` directory. Any number of
-    frames from 2; an odd one is made even by repeating the last. Frames are squashed to a square, as in VADER.
+    Any number of frames from 2; an odd one is made even by repeating the last. Frames are squashed
+    to a square, as in VADER.
+
+    Args:
+        checkpoint: "published" (Kinetics-400's 400 actions, non-commercial;
+            MCG-NJU/videomae-base-finetuned-kinetics), "tiny" (the eight motions of the tiny
+            world), or a local `VideoMAEForVideoClassification` directory.
+        label: the action, whatever the prompt.
     """
-    local = TINY if checkpoint == "tiny" else hub.local(checkpoint, "tiny")
-    otherwise = "vader_nb.rewards.action('/path/to/the/directory')" + hub.EMBEDDED.format("action")
+    known = {"published": SOURCES["videomae-base-kinetics"], "tiny": TINY}
+    place = hub.find(checkpoint, known)
     classifier = hub.network(
         VideoMAEForVideoClassification,
-        SOURCES["videomae-base-kinetics"],
-        local,
-        otherwise=otherwise,
-        dtype=dtype,
+        place,
+        dtype,
+        from_config,
         zero="attention.key.bias",
         key_mapping=PUBLISHED_KEYS,
     )
-    return Action(classifier, label)
+    if from_config and (label is None or isinstance(place, hub.Source)):
+        label = next(iter(classifier.config.label2id))  # any one: memory does not depend on it
+    return Action(classifier, label).identified(place, label=label)

@@ -1,0 +1,336 @@
+"""Several processes that train one adapter, on accelerate.
+
+The denoiser is called several times per step, and without DDP's wrapper, whose reduction of gradients would
+silently not happen: in much code that backpropagates rewards under DDP, each process trains an adapter of its
+own, and the first one's is saved. Here the gradient of the adapter is averaged explicitly, in one all-reduce
+per optimizer step, and after the step a checksum verifies that all processes still hold the same adapter.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+
+from .models import VideoModel, exclusive
+
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # accelerate's name -> what to install
+
+
+def accelerator_for(
+    device: torch.device, mixed_precision: str | None, log_with: str | None, folder
+) -> Accelerator:
+    """The accelerator of a run; a notebook's next run may want another one.
+
+    Args:
+        device: of the model.
+        mixed_precision: "no", "fp16", "bf16"; None for what `accelerate launch` was given.
+        log_with: a key of `TRACKERS`, or None.
+        folder: of the run.
+
+    Raises:
+        ValueError: for an unknown tracker, one whose package is missing, or a model on another GPU.
+    """
+    AcceleratorState._reset_state()
+    if log_with is not None:
+        if log_with not in TRACKERS:
+            raise ValueError(f"unknown tracker {log_with!r}; choose one of {', '.join(TRACKERS)}")
+        from accelerate.tracking import get_available_trackers
+
+        if log_with not in [str(name) for name in get_available_trackers()]:
+            raise ValueError(
+                f"log_with={log_with} needs a package: pip install {TRACKERS[log_with]}"
+            )
+    engine = any(
+        os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")
+    )
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=device.type == "cpu" and not engine,
+        log_with=log_with,
+        project_dir=str(folder),
+    )
+    if accelerator.device.type == device.type == "cuda" and accelerator.device != device:
+        raise ValueError(
+            f"the model lies on {device}, but this process's GPU is {accelerator.device}: in several processes, leave "
+            f"load(device=…) out, or give it that one"
+        )
+    single_process = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if (
+        single_process
+        and accelerator.num_processes == 1
+        and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    ):
+        warnings.warn(
+            "`accelerate launch --cpu` starts one process, whatever --num_processes says; for several on a CPU: "
+            "torchrun --nproc-per-node 2 -m vader_nb align …",
+            stacklevel=2,
+        )
+    return accelerator
+
+
+@dataclass
+class SyncResult:
+    """What all processes know after `sync_gradients`.
+
+    Attributes:
+        values: means over the processes, by name.
+        non_finite: at least one process saw a number that was not finite.
+        stop: at least one process was asked to stop.
+    """
+
+    values: dict[str, float]
+    non_finite: bool
+    stop: bool
+
+
+def sync_gradients(
+    parameters: list[torch.nn.Parameter],
+    accelerator: Accelerator,
+    values: dict[str, float],
+    non_finite: bool,
+    stop: bool,
+) -> SyncResult:
+    """Average the gradients over processes, in place, in one all-reduce.
+
+    Comes before clipping. The same all-reduce lets all processes agree on what to do next: one that
+    skipped a step, or stopped, on its own would leave the others waiting.
+
+    Args:
+        parameters: whose `.grad` is averaged; None counts as zero.
+        accelerator: of the run.
+        values: to be averaged as well; the same names in every process.
+        non_finite: this process has no valid gradient for the step.
+        stop: this process was asked to stop.
+    """
+    if accelerator.num_processes == 1:
+        return SyncResult(values, non_finite, stop)
+    for p in parameters:
+        if p.grad is None or non_finite:
+            p.grad = torch.zeros_like(p)
+    numbers = [0.0 if non_finite else value for value in values.values()]
+    extra = parameters[0].new_tensor([*numbers, float(non_finite), float(stop)])
+    with torch.no_grad():
+        flat = torch.cat([*(p.grad.flatten() for p in parameters), extra])
+        sizes = [*(p.numel() for p in parameters), len(extra)]
+        *gradients, extra = accelerator.reduce(flat, "mean").split(sizes)
+        for p, gradient in zip(parameters, gradients):
+            p.grad.copy_(gradient.view_as(p))
+    *means, non_finite, stop = extra.tolist()
+    return SyncResult(dict(zip(values, means)), non_finite > 0, stop > 0)
+
+
+def checksum(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """A sum, (1,) int64, that changes with any bit of the parameters and with their order."""
+    total = torch.zeros(1, dtype=torch.int64, device=parameters[0].device)
+    for p in parameters:
+        bits = p.detach().view({4: torch.int32, 8: torch.int64}[p.element_size()]).flatten().long()
+        # Odd weights, so that no bit is multiplied away.
+        weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+        total = total * 31 + (bits * weights).sum()
+    return total
+
+
+def check_synchronized(
+    parameters: list[torch.nn.Parameter], accelerator: Accelerator, step: int
+) -> None:
+    """Raise RuntimeError, in every process, unless all hold the same adapter to the last bit."""
+    if accelerator.num_processes == 1:
+        return
+    sums = accelerator.gather(checksum(parameters)).tolist()
+    if len(set(sums)) > 1:
+        different = [rank for rank, value in enumerate(sums) if value != sums[0]]
+        raise RuntimeError(
+            f"after step {step} the processes hold different adapters: ranks {different} differ from rank 0. "
+            f"Something changes the adapter or its gradient outside of the training loop, or a device "
+            f"computes wrongly"
+        )
+
+
+def gather(value, accelerator: Accelerator) -> list:
+    """The values of all processes, in order."""
+    return gather_object([value]) if accelerator.num_processes > 1 else [value]
+
+
+def broadcast_from_main(make: Callable, accelerator: Accelerator):
+    """In every process, what `make()` returns in the main one; or raises there. Files need not be shared."""
+    if accelerator.num_processes == 1:
+        return make()
+    result = [None]
+    if accelerator.is_main_process:
+        try:
+            result = [make()]
+        except Exception as error:
+            result = [error]
+    (value,) = broadcast_object_list(result)
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks and writes for all. Also gives each process its own GPU."""
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+
+# ------------------------------------------------------------------------------------------- signals
+
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+)  # the stop button or Ctrl-C; a cluster's warning before it kills
+
+
+@contextlib.contextmanager
+def signal_handler(handler: Callable) -> Iterator[None]:
+    """Inside, both signals call the handler. Does nothing outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextlib.contextmanager
+def catch_signals(accelerator: Accelerator) -> Iterator[list]:
+    """Inside, a signal raises KeyboardInterrupt in a single process.
+
+    One of several processes only appends it to the list that is yielded, for `sync_gradients` to share.
+    """
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        if accelerator.num_processes == 1:
+            raise KeyboardInterrupt
+
+    with signal_handler(handler):
+        yield received
+
+
+@contextlib.contextmanager
+def delay_signals() -> Iterator[None]:
+    """Hold signals back until the block is done, so that a step is taken and recorded, or neither."""
+    delayed = []
+    with signal_handler(lambda number, frame: delayed.append(number)):
+        yield
+    for number in delayed:
+        signal.raise_signal(number)
+
+
+# ------------------------------------------------------------------------------------ FSDP and DeepSpeed
+
+
+def uses_engine(accelerator: Accelerator) -> bool:
+    """The processes were launched for FSDP or DeepSpeed.
+
+    An engine would take over the loop's backward pass and optimizer. Here it gets the frozen model at
+    most; the adapter, whole in every process, stays with the loop.
+    """
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def shards_weights(accelerator: Accelerator) -> bool:
+    """The engine shards the frozen model over processes: FSDP, or DeepSpeed ZeRO-3."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def is_sharded(network: torch.nn.Module) -> bool:
+    """Each process holds a part of this network's weights.
+
+    FSDP's are DTensors, ZeRO-3's have an attribute of DeepSpeed. All processes must then call the network
+    equally often, for each call is a collective.
+    """
+    return any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in network.parameters())
+
+
+def shard(model: VideoModel, accelerator: Accelerator) -> None:
+    """Let the engine shard the frozen denoisers, before they get an adapter.
+
+    The adapter, which comes later, is whole in every process and trains as without an engine; the engine
+    gathers the weights around it, block by block.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = 1  # required, and unused
+        for denoiser in model.denoisers.values():
+            accelerator.prepare(denoiser)
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "fsdp_version must be 2: version 1 flattens an adapter and frozen weights into one tensor"
+        )
+    for block in model.blocks():
+        fully_shard(
+            block,
+            reshard_after_forward=plugin.reshard_after_forward,
+            offload_policy=plugin.cpu_offload,
+        )
+    for denoiser in model.denoisers.values():
+        fully_shard(denoiser, offload_policy=plugin.cpu_offload)
+
+
+# -------------------------------------------------------------------------------------------- launching
+
+
+@exclusive
+def launch(function: Callable, *args, num_processes: int = 2) -> None:
+    """Run function(*args) in several processes, from a notebook.
+
+    There is one process per GPU or, with fewer GPUs than processes, all run on the CPU, to see how it
+    works. Everything heavy (`load`, rewards) belongs inside the function, and results belong in files: the
+    processes are forked, and what they change in memory is lost with them. A process that fails takes the
+    others with it.
+
+    Args:
+        function: what to run.
+        *args: its arguments.
+        num_processes: how many.
+
+    Raises:
+        RuntimeError: if CUDA is in use in this process already, which no forked process could then use.
+        Exception: what a process raised.
+    """
+    from accelerate import debug_launcher, notebook_launcher
+
+    # An earlier run of this notebook was one process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if torch.cuda.device_count() < num_processes:
+        debug_launcher(_run_forked, (1, function, *args), num_processes=num_processes)
+        return
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            "this notebook has used the GPU already, and processes forked from it cannot: restart the kernel "
+            "and run this cell before any other that touches the GPU (load the model inside the function)"
+        )
+    notebook_launcher(_run_forked, (None, function, *args), num_processes=num_processes)
+
+
+def _run_forked(threads: int | None, function: Callable, *args) -> None:
+    """A forked process does not inherit its parent's threads, and would wait for them; and a notebook's
+    progress bars, which are widgets, belong to the parent."""
+    import diffusers
+    import transformers
+
+    if threads:
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # or accelerate would set more again
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    function(*args)

@@ -1,0 +1,167 @@
+"""Estimators: what turns a batch of prompts into a gradient on the adapter.
+
+The trainer owns everything else: which prompts and seeds are drawn, accumulation, several processes,
+clipping, the optimizer, checkpoints, validation and the record. For one optimizer step it calls
+
+    collected = [estimator.collect(batch) for batch in its micro-batches]
+    estimator.advantages(collected, gather)                             rewards of all processes can meet here
+    rows = [estimator.accumulate(c, weight, backward) for c in collected]
+
+and repeats the last line `updates_per_rollout` times, with an optimizer update after each.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from . import gradient
+from .lora import Adapter
+from .models import VideoModel
+from .prompts import Prompt
+from .rewards import Reward, record_parts
+from .sampling import Rollout, Sampling, roll_out
+from .strategies import Frames, Last, Plan, Strategy
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one process.
+
+    Attributes:
+        prompts: one per clip.
+        seeds: one per clip.
+        generator: for what the estimator draws; seeded by (seed, step, micro-batch).
+    """
+
+    prompts: Sequence[str | Prompt]
+    seeds: list[int]
+    generator: torch.Generator
+
+
+@dataclass
+class Collected:
+    """A roll-out of one micro-batch, without a graph.
+
+    Attributes:
+        rollout: what was sampled; `states` and `outputs` hold the steps that the estimator learns from.
+        plan: the steps that learn.
+        frames: indices of the frames that are scored.
+        rewards: (B,), if they are known before the gradient is taken.
+        advantages: (B,), set by `advantages` where the estimator needs them.
+    """
+
+    rollout: Rollout
+    plan: Plan
+    frames: list[int]
+    rewards: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+
+
+@dataclass
+class Row:
+    """What one `accumulate` reports.
+
+    Attributes:
+        rewards: (B,).
+        parts: (B,) for every part of a mixed reward, by its name.
+        info: more, that is recorded as it is.
+    """
+
+    rewards: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    info: dict = field(default_factory=dict)
+
+
+class Estimator(ABC):
+    """Base class. `setup` is called once, before training.
+
+    Attributes:
+        updates_per_rollout: optimizer updates for each collected batch.
+        needs_reward_gradient: the reward must be differentiable in the frames.
+    """
+
+    updates_per_rollout = 1
+    needs_reward_gradient = False
+
+    def setup(self, model: VideoModel, adapter: Adapter, reward: Reward, config) -> None:
+        """Remember what to work with; `config` is the run's `TrainConfig`, sampling resolved."""
+        self.model, self.adapter, self.reward = model, adapter, reward
+        self.sampling: Sampling = config.sampling
+
+    @abstractmethod
+    def collect(self, batch: Batch) -> Collected:
+        """Sample a batch, without a graph."""
+
+    def advantages(self, collected: list[Collected], gather: Callable) -> None:  # noqa: B027
+        """Between roll-out and gradient: compare rewards; gather(value) lists those of all processes."""
+
+    @abstractmethod
+    def accumulate(
+        self,
+        collected: Collected,
+        weight: float,
+        backward: Callable[[torch.Tensor], None],
+    ) -> Row:
+        """Add  weight * gradient of a loss  to `.grad` of the adapter's parameters.
+
+        Args:
+            collected: from `collect`.
+            weight: 1 / the number of micro-batches.
+            backward: runs the backward pass of a scalar.
+        """
+
+
+class RewardGradient(Estimator):
+    """The reward's own gradient, backpropagated through the last denoising steps: VADER, DRaFT, ReFL, …
+
+    Args:
+        strategy: which steps learn; default: the configuration's.
+        frames: which frames are scored; default: the configuration's.
+    """
+
+    needs_reward_gradient = True
+
+    def __init__(self, strategy: Strategy | None = None, frames: Frames | None = None):
+        self.strategy, self.frames = strategy, frames
+
+    def setup(self, model, adapter, reward, config) -> None:
+        super().setup(model, adapter, reward, config)
+        self.strategy = self.strategy or config.strategy or Last(1)
+        self.frames = self.frames or config.frames
+        self.settings = {
+            "decode_chunk_size": config.decode_chunk_size,
+            "activation_offload": config.activation_offload,
+            "gradient_checkpointing": config.gradient_checkpointing,
+        }
+
+    def collect(self, batch: Batch) -> Collected:
+        plan = self.strategy.plan(self.sampling.num_inference_steps, batch.generator)
+        frames = self.frames.choose(self.sampling.num_frames, batch.generator)
+        rollout = roll_out(
+            self.model,
+            batch.prompts,
+            batch.seeds,
+            self.sampling,
+            adapter=self.adapter,
+            window=max(plan.active),
+            stop=plan.stop,
+        )
+        return Collected(rollout, plan, frames)
+
+    def accumulate(self, collected, weight, backward) -> Row:
+        with record_parts() as scores:
+            result = gradient.accumulate(
+                self.model,
+                self.adapter,
+                self.reward,
+                collected.rollout,
+                collected.plan,
+                collected.frames,
+                weight=weight,
+                backward=backward,
+                **self.settings,
+            )
+        parts = {name: torch.cat(values, dim=1).mean(dim=1) for name, values in scores.items()}
+        return Row(result.rewards, parts, {"frames": collected.frames})

@@ -1,0 +1,142 @@
+"""Rewards as text: `hps + 0.1 * aesthetic().towards(9)`, `my_rewards.py:blueness`."""
+
+import ast
+import importlib
+import importlib.util
+import operator
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .base import Reward, as_reward
+
+_REWARDS = {
+    "blip": "image_reward",
+    "clip": "clip_score hps pickscore",
+    "detection": "object_presence object_removal",
+    "flow": "flow_smoothness",
+    "heads": "aesthetic aesthetic_hps compression rainy snowy",
+    "pixels": "brightness colorfulness compressibility incompressibility motion_smoothness",
+    "video_mae": "action",
+    "vjepa": "temporal_consistency",
+    "xclip": "text_video",
+}
+MODULES = {name: module for module, names in _REWARDS.items() for name in names.split()}
+NAMES = sorted(MODULES)
+EMBEDDED = ("action", "aesthetic", "aesthetic_hps", "hps")  # the package holds a tiny one of these
+METHODS = ("towards", "capped", "normalized", "renamed")
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+_KNOWN = f"known rewards: {', '.join(NAMES)}"
+FILE_FUNCTION = re.compile(r"([^\s()*+,'\"]+\.py):(\w+)")
+
+
+def parse(expression: str, tiny: bool = False, from_config: bool = False) -> Reward:
+    """The reward that an expression describes.
+
+    An expression may hold names of `NAMES`, functions of files (`path/to/file.py:function`, or a
+    call of one that returns a reward), numbers, strings, + - *, calls, and the methods of
+    `METHODS`. Nothing else in the text can run.
+
+    Args:
+        tiny: a name without arguments means the embedded reward, where there is one.
+        from_config: make networks from their configuration, without weights, for fake tensors.
+
+    Raises:
+        ValueError: points at what was not understood.
+        FileNotFoundError: weights, or a file of functions, cannot be had.
+    """
+    result = _Parser(expression, tiny, from_config).parse()
+    if not isinstance(result, Reward):
+        raise ValueError(f"{expression!r} is a number, not a reward; {_KNOWN}")
+    return result
+
+
+class _Parser:
+    def __init__(self, expression: str, tiny: bool, from_config: bool):
+        self.expression, self.tiny, self.from_config = expression, tiny, from_config
+        self.files: dict[str, re.Match] = {}  # a name in the tree, and the function it stands for
+
+    def parse(self) -> Reward | float | str:
+        try:
+            text = FILE_FUNCTION.sub(self.placeholder, self.expression.strip())
+            tree = ast.parse(text, mode="eval").body
+        except SyntaxError as error:
+            hint = "write for instance hps + 0.1 * aesthetic"
+            raise ValueError(
+                f"cannot read the reward {self.expression!r}: {error.msg}; {hint}"
+            ) from error
+        for node in ast.walk(tree):  # before any weights are loaded
+            if isinstance(node, ast.Name) and node.id not in (*NAMES, *self.files):
+                raise ValueError(f"unknown reward {node.id!r} in {self.expression!r}; {_KNOWN}")
+        return self.build(tree)
+
+    def placeholder(self, match: re.Match) -> str:
+        name = f"function_{len(self.files)}_of_a_file"
+        self.files[name] = match
+        return name
+
+    def build(self, node: ast.expr) -> Reward | float | str:
+        match node:
+            case ast.Constant(value=int() | float() | str()):
+                return node.value
+            case ast.Name(id=name) if name in self.files:
+                return as_reward(load_function(*self.files[name].groups()))
+            case ast.Name():
+                return self.call(node, self.make, node.id)
+            case ast.Call(func=ast.Name(id=name)):
+                return self.call(node, self.make, name)
+            case ast.Call(func=ast.Attribute(value=inner, attr=method)) if method in METHODS:
+                return self.call(node, getattr(self.build(inner), method))
+            case ast.BinOp() if type(node.op) in OPERATORS:
+                return OPERATORS[type(node.op)](self.build(node.left), self.build(node.right))
+            case ast.UnaryOp(op=ast.USub()):
+                return -self.build(node.operand)
+        raise ValueError(f"cannot read {self.text(node)!r} in reward {self.expression!r}; {_KNOWN}")
+
+    def call(self, node: ast.expr, function: Callable, *args) -> Reward:
+        """The function's value for the arguments that the node has, if it is a call."""
+        args = [*args, *map(self.build, getattr(node, "args", []))]
+        options = {word.arg: self.build(word.value) for word in getattr(node, "keywords", [])}
+        try:
+            return function(*args, **options)
+        except TypeError as error:  # an argument that is absent, or that it does not take
+            text = self.text(node)
+            raise ValueError(f"in {text!r} of the reward {self.expression!r}: {error}") from error
+
+    def make(self, name: str, *args, **options) -> Reward:
+        if name in self.files:
+            return as_reward(load_function(*self.files[name].groups())(*args, **options))
+        if self.tiny and name in EMBEDDED and not args:
+            options = {"checkpoint": "tiny"} | options
+        if self.from_config and MODULES[name] != "pixels":
+            options["from_config"] = True
+        module = importlib.import_module(f".{MODULES[name]}", __package__)
+        return getattr(module, name)(*args, **options)
+
+    def text(self, node: ast.expr) -> str:
+        text = ast.unparse(node)
+        for name, match in self.files.items():
+            text = text.replace(name, match[0])
+        return text
+
+
+def load_function(path: str, name: str) -> Callable:
+    """What `name` is in the Python file at `path`, which is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no such function.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {path!r} in {Path.cwd()}, to load {name!r} from")
+    module_name = f"reward_file_{file.stem}"  # which cannot hide a library
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise ValueError(f"{path} has no function {name!r}; it has {', '.join(found) or 'none'}")
+    return function

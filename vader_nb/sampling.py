@@ -1,0 +1,331 @@
+"""Videos from noise: how they are made, the loop that makes them, and what it notes for a gradient.
+
+    clips = sample(model, ["a red star growing on a black background"], seeds=0, adapter="runs/mine")
+
+Shapes: latents (B, C, F, H, W), frames (B, F, 3, H, W) in [0, 1].
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+from . import lora
+from .lora import Adapter
+from .models import Conditioning, VideoModel, exclusive
+from .prompts import Prompt
+
+Callback = Callable[[int, torch.Tensor, torch.Tensor], None]  # (step index, timestep, latents)
+
+
+def setting(default, help: str, may_change: bool = False):
+    """A dataclass field with a help text. may_change: also when a run is resumed."""
+    metadata = {"help": help, "may_change": may_change}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Sampling:
+    """How videos are made. None means the model's own default. The names are diffusers'.
+
+    Attributes:
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 turns it off.
+        num_frames: frames per clip.
+        height, width: pixels.
+        eta: DDIM's noise: 0 is deterministic, 1 is like DDPM.
+        unconditional_gradient: False leaves the negative branch of the guidance without a gradient, which
+            halves the memory of a denoiser call.
+        sequential_guidance: run the branches of the guidance one after the other: the same gradient in
+            half the memory.
+        options: settings that only the model's family has, see `VideoModel.sampling_options`.
+    """
+
+    num_inference_steps: int | None = setting(None, "denoising steps; default: the model's")
+    guidance_scale: float | None = setting(
+        None, "classifier-free guidance, 1: off; default: the model's"
+    )
+    num_frames: int | None = setting(None, "frames per clip; default: the model's")
+    height: int | None = setting(None, "pixels; default: the model's")
+    width: int | None = setting(None, "pixels; default: the model's")
+    eta: float = setting(0.0, "DDIM's noise: 0 deterministic, 1 like DDPM")
+    unconditional_gradient: bool = setting(
+        True, "false: no gradient through the guidance's negative branch, half the memory"
+    )
+    sequential_guidance: bool = setting(
+        False, "the guidance's branches one after the other: half the memory, same result"
+    )
+    options: dict = setting({}, "settings that only the model's family has")
+
+    def resolve(self, model: VideoModel) -> "Sampling":
+        """A copy with the model's defaults in the place of None.
+
+        Raises:
+            ValueError: for less than one step, or an option that the model's family does not have.
+        """
+        unknown = self.options.keys() - model.sampling_options.keys()
+        if unknown:
+            known = ", ".join(model.sampling_options) or "none"
+            raise ValueError(
+                f"{model.name!r} has no sampling option {min(unknown)!r}; it has: {known}"
+            )
+        defaults = {
+            f.name: model.defaults[f.name]
+            for f in fields(self)
+            if getattr(self, f.name) is None and f.name in model.defaults
+        }
+        settings = replace(self, **defaults, options=model.sampling_options | self.options)
+        if settings.num_inference_steps < 1:
+            raise ValueError(
+                f"num_inference_steps must be at least 1, got {settings.num_inference_steps}"
+            )
+        return settings
+
+
+class NonFiniteError(ValueError):
+    """Latents, frames, a reward or a gradient hold NaN or infinity; training skips the step."""
+
+
+def finite(values: torch.Tensor, what: str) -> torch.Tensor:
+    """The values. Raises NonFiniteError if one is NaN or infinite."""
+    if not values.detach().isfinite().all():
+        shown = f": {values.tolist()}" if values.ndim == 1 else ""
+        raise NonFiniteError(f"the {what} are not finite{shown}")
+    return values
+
+
+@dataclass
+class Rollout:
+    """What sampling a batch notes. Lists run over the steps of the window, in sampling order.
+
+    Attributes:
+        prompts, conditioning, sampling: what was sampled, and how.
+        latents: the final ones, (B, C, F, H, W).
+        generators: of the sampler's noise, one per clip, as they are after the last step.
+        timesteps: of the window.
+        states: the latents before each step.
+        outputs: the denoiser's outputs at each step, by branch of the guidance.
+        scheduler: a copy from the beginning of the window, so that multistep solvers replay exactly.
+        window_generators: copies from there, so that the sampler's noise replays exactly.
+    """
+
+    prompts: Sequence[str | Prompt]
+    conditioning: Conditioning
+    sampling: Sampling
+    latents: torch.Tensor
+    generators: list[torch.Generator]
+    timesteps: list[torch.Tensor] = field(default_factory=list)
+    states: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    scheduler: object = None
+    window_generators: list[torch.Generator] = field(default_factory=list)
+
+    def at_window(self) -> tuple[object, list[torch.Generator]]:
+        """Copies of the scheduler and the generators as they were at the beginning of the window."""
+        return copy.deepcopy(self.scheduler), clone(self.window_generators)
+
+
+def clone(generators: list[torch.Generator]) -> list[torch.Generator]:
+    """Generators that will draw the same numbers as these."""
+    return [torch.Generator(g.device).set_state(g.get_state()) for g in generators]
+
+
+def initial_noise(
+    model: VideoModel, seeds: Sequence[int], sampling: Sampling
+) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """The latents that sampling starts from.
+
+    Args:
+        model: the model.
+        seeds: one per clip.
+        sampling: resolved, see `Sampling.resolve`.
+
+    Returns:
+        Latents (B, C, F, H, W), and the generators that go on to draw the sampler's noise. There is one
+        per clip, on the CPU, so that a clip depends on its seed alone and not on its batch or device.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = model.initial_latents(sampling, generators)
+    return model.start(noise, model.new_scheduler(sampling)), generators
+
+
+def denoising_step(
+    model: VideoModel,
+    scheduler,
+    latents: torch.Tensor,
+    t,
+    conditioning: Conditioning,
+    sampling: Sampling,
+    generators: list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """One step of sampling: the next latents (B, C, F, H, W)."""
+    output = model.guided(model.scale_input(scheduler, latents, t), t, conditioning, sampling)
+    return model.step(scheduler, output, t, latents, eta=sampling.eta, generators=generators)
+
+
+def adapter_active(step: int, num_inference_steps: int, start: float, end: float) -> bool:
+    """Whether an adapter acts in this step, counted from 0, of a chain.
+
+    `start` and `end` lie in 0 (the noise) to 1 (the video). The rule is that of diffusers'
+    `control_guidance_start` and `control_guidance_end`.
+    """
+    return step / num_inference_steps >= start and (step + 1) / num_inference_steps <= end
+
+
+@torch.no_grad()
+def roll_out(
+    model: VideoModel,
+    prompts: Sequence[str | Prompt],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    *,
+    adapter: Adapter | None = None,
+    adapter_range: tuple[float, float] = (0.0, 1.0),
+    window: int = 0,
+    stop: int = 0,
+    callback: Callback | None = None,
+) -> Rollout:
+    """Sample a batch without a graph, and note the last `window` steps.
+
+    Args:
+        model: the model.
+        prompts: one per clip.
+        seeds: one per clip.
+        sampling: resolved.
+        adapter: one that is on the model. Before the window it is fused into the weights, where it
+            costs nothing; None leaves whatever is on the model as it is.
+        adapter_range: the part of the chain in which the adapter acts, see `adapter_active`.
+        window: how many of the last steps to note.
+        stop: stop before this many last steps, at the clean latents predicted there.
+        callback: called after each step with (step index, timestep, latents).
+    """
+    conditioning = model.encode(prompts, sampling)
+    latents, generators = initial_noise(model, seeds, sampling)
+    rollout = Rollout(prompts, conditioning, sampling, latents, generators)
+    scheduler = model.new_scheduler(sampling)
+    timesteps = list(scheduler.timesteps)
+    cut, end, mode = len(timesteps) - window, len(timesteps) - stop, ""
+    with contextlib.ExitStack() as adapter_mode:
+        for i, t in enumerate(timesteps[:end]):
+            wanted = _adapter_mode(i, cut, len(timesteps), adapter_range) if adapter else ""
+            if wanted != mode:
+                adapter_mode.close()
+                if wanted:
+                    adapter_mode.enter_context(getattr(adapter, wanted)())
+                mode = wanted
+            if i == cut:  # from here on, exactly as it will be replayed
+                rollout.scheduler = copy.deepcopy(scheduler)
+                rollout.window_generators = clone(generators)
+            scaled = model.scale_input(scheduler, latents, t)
+            outputs = model.all_branches(scaled, t, conditioning, sampling)
+            if i >= cut:
+                rollout.timesteps.append(t)
+                rollout.states.append(latents)
+                rollout.outputs.append(outputs)
+            output = model.combine(outputs, t, sampling)
+            if i == end - 1 and stop:
+                latents = model.x0(scheduler, output, t, latents)
+            else:
+                latents = next_latents(model, scheduler, output, t, latents, rollout)
+            if callback is not None:
+                callback(i, t, latents)
+    rollout.latents = latents
+    return rollout
+
+
+@torch.no_grad()
+def renoise(model: VideoModel, rollout: Rollout) -> Rollout:
+    """The final latents noised to the last step's level, and that step taken again (DRaFT-LV)."""
+    t, sampling = rollout.timesteps[-1], rollout.sampling
+    # A fresh scheduler: a multistep solver's memory belongs to another trajectory than the new one.
+    scheduler = model.new_scheduler(sampling)
+    state = model.add_noise(scheduler, rollout.latents, t, rollout.generators)
+    again = replace(rollout, timesteps=[t], states=[state], scheduler=copy.deepcopy(scheduler))
+    again.window_generators = clone(rollout.generators)
+    scaled = model.scale_input(scheduler, state, t)
+    again.outputs = [model.all_branches(scaled, t, rollout.conditioning, sampling)]
+    output = model.combine(again.outputs[0], t, sampling)
+    again.latents = next_latents(model, scheduler, output, t, state, rollout)
+    return again
+
+
+def next_latents(model, scheduler, output, t, latents, rollout, generators=None) -> torch.Tensor:
+    """The scheduler's step, with the roll-out's noise or that of other generators."""
+    return model.step(
+        scheduler,
+        output,
+        t,
+        latents,
+        eta=rollout.sampling.eta,
+        generators=generators or rollout.generators,
+    )
+
+
+def _adapter_mode(step: int, cut: int, steps: int, adapter_range: tuple[float, float]) -> str:
+    """The adapter's context for a step: "fused", "disabled", or "" in the window, which is replayed."""
+    if not adapter_active(step, steps, *adapter_range):
+        return "disabled"
+    return "fused" if step < cut else ""
+
+
+@exclusive
+@torch.no_grad()
+def sample(
+    model: VideoModel,
+    prompts: Sequence[str | Prompt] | str | Prompt,
+    *,
+    seeds: Sequence[int] | int = 0,
+    adapter=None,
+    adapter_start: float = 0.0,
+    adapter_end: float = 1.0,
+    sampling: Sampling | None = None,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Make videos.
+
+    Args:
+        model: from `load`.
+        prompts: one per clip, or a single one.
+        seeds: one per clip, or the first of consecutive ones.
+        adapter: None for the base model, whatever adapter is on it; an `Adapter` or `Run` of this
+            model; a path of an adapter file, a run's folder or a checkpoint; or several with weights,
+            {"runs/a": 0.7, "runs/b": 0.3}.
+        adapter_start, adapter_end: the part of the denoising in which the adapter acts, 0 the noise and
+            1 the video.
+        sampling: how; by default the model's own settings.
+        callback: called after each step with (step index, timestep, latents).
+
+    Returns:
+        Frames (B, F, 3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: for as many seeds as there are not prompts, settings that cannot be met, or an
+            adapter that is another model's.
+        FileNotFoundError: for an adapter path that does not exist.
+    """
+    prompts = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
+    seeds = list(range(seeds, seeds + len(prompts))) if isinstance(seeds, int) else list(seeds)
+    if len(seeds) != len(prompts) or not prompts:
+        raise ValueError(
+            f"{len(prompts)} prompts need as many seeds, and at least one; got {len(seeds)} seeds"
+        )
+    if not 0 <= adapter_start < adapter_end <= 1:
+        raise ValueError(
+            f"an adapter acts from a start to a later end within 0..1, got {adapter_start} to {adapter_end}"
+        )
+    sampling = (sampling or Sampling()).resolve(model)
+    with lora.use_adapter(model, adapter) as active:
+        rollout = roll_out(
+            model,
+            prompts,
+            seeds,
+            sampling,
+            adapter=active,
+            adapter_range=(adapter_start, adapter_end),
+            callback=callback,
+        )
+        return model.decode(rollout.latents)

@@ -1,0 +1,268 @@
+"""Which denoising steps learn, and which frames are scored: the choices that name a reward-gradient method.
+
+The published estimators differ in four fields of a `Plan`. Steps are counted from the end wherever a user
+names them: step 1 is the last one, the one whose output is the video.
+"""
+
+import ast
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One iteration's choice, drawn by a strategy.
+
+    Attributes:
+        active: steps, counted from the end, whose adapter gradient is kept.
+        linear: the path from step to step is F(sg(x)) instead of F(x): DRTune's stop-gradient.
+        stop: stop before this many last steps and score the clean video predicted there.
+        renoise: DRaFT-LV: this many fresh noisings of the final latents instead of one replay.
+    """
+
+    active: frozenset[int]
+    linear: bool = False
+    stop: int = 0
+    renoise: int = 0
+
+
+class Strategy(Protocol):
+    """Draws a `Plan` for a chain of `steps` denoising steps."""
+
+    def plan(self, steps: int, generator: torch.Generator | None) -> Plan: ...
+
+
+@dataclass(frozen=True)
+class Last:
+    """DRaFT-K (arXiv 2309.17400): the last K steps learn. VADER's setting is K = 1."""
+
+    K: int = 1
+
+    def plan(self, steps: int, generator: torch.Generator | None) -> Plan:
+        return Plan(frozenset(range(1, _within(self.K, steps, "K") + 1)))
+
+
+@dataclass(frozen=True)
+class Random:
+    """AlignProp (arXiv 2310.03739): the last K steps, with K drawn from 1 to `max_K` each time.
+
+    `max_K=None` draws up to all steps.
+    """
+
+    max_K: int | None = None
+
+    def plan(self, steps: int, generator: torch.Generator | None) -> Plan:
+        max_K = steps if self.max_K is None else _within(self.max_K, steps, "max_K")
+        K = int(torch.randint(1, max_K + 1, (), generator=generator))
+        return Plan(frozenset(range(1, K + 1)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Only step i learns; the gradient reaches it through all later steps."""
+
+    i: int
+
+    def plan(self, steps: int, generator: torch.Generator | None) -> Plan:
+        return Plan(frozenset([_within(self.i, steps, "i")]))
+
+
+@dataclass(frozen=True)
+class DRaFTLV:
+    """DRaFT-LV (arXiv 2309.17400): K = 1 at a lower variance.
+
+    The final latents are noised n times to the last step's level and denoised once each; the gradients
+    are averaged.
+    """
+
+    n: int = 2
+
+    def plan(self, steps: int, generator: torch.Generator | None) -> Plan:
+        if self.n < 1:
+            raise ValueError(f"DRaFT-LV needs n >= 1 noisings, got n={self.n}")
+        return Plan(frozenset([1]), renoise=self.n)
+
+
+@dataclass(frozen=True)
+class ReFL:
+    """ReFL (arXiv 2304.05977): stop at a random late step and score the clean video predicted there.
+
+    `fraction` is the part of the chain to draw from. The paper draws among the last 10 of 40 steps.
+    """
+
+    fraction: float = 0.25
+
+    def plan(self, steps: int, generator: torch.Generator | None) -> Plan:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"ReFL's fraction must lie in (0, 1], got {self.fraction}")
+        late_steps = max(1, round(self.fraction * steps))
+        i = int(torch.randint(1, late_steps + 1, (), generator=generator))
+        return Plan(frozenset([i]), stop=i - 1)
+
+
+@dataclass(frozen=True)
+class DRTune:
+    """DRTune (arXiv 2405.00760): K steps evenly spread over the chain, from a random offset.
+
+    The gradient skips from step to step without passing through the denoiser, so it reaches early
+    steps without exploding. With `stop` > 0 the chain ends at a random one of the last `stop` + 1
+    steps, on the clean video predicted there.
+    """
+
+    K: int = 1
+    stop: int = 0
+
+    def plan(self, steps: int, generator: torch.Generator | None) -> Plan:
+        if not 0 <= self.stop < steps:
+            raise ValueError(
+                f"DRTune's stop must lie in 0..{steps - 1} for {steps} steps, got {self.stop}"
+            )
+        stop = int(torch.randint(self.stop + 1, (), generator=generator))
+        spacing = (steps - stop) // _within(self.K, steps - stop, "K")
+        offset = int(torch.randint(1, spacing + 1, (), generator=generator))
+        active = frozenset(stop + offset + spacing * k for k in range(self.K))
+        return Plan(active, linear=True, stop=stop)
+
+
+STRATEGIES = {
+    "Last": Last,
+    "Random": Random,
+    "Step": Step,
+    "DRaFTLV": DRaFTLV,
+    "ReFL": ReFL,
+    "DRTune": DRTune,
+}
+
+
+def _within(value: int, steps: int, name: str) -> int:
+    if not 1 <= value <= steps:
+        raise ValueError(
+            f"{name}={value} must lie in 1..{steps}: the sampler takes num_inference_steps={steps} steps"
+        )
+    return value
+
+
+def parse_strategy(text: "str | Strategy") -> Strategy:
+    """Read a strategy from text, as it is written in Python: `Last(2)`, `DRTune(2, stop=3)`, `ReFL`.
+
+    Args:
+        text: a constructor call with literal arguments, or a bare name for the defaults; upper or lower
+            case. A strategy is returned as it is.
+
+    Raises:
+        ValueError: for an unknown name or arguments that the strategy does not take.
+    """
+    if not isinstance(text, str):
+        return text
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        name = node.func.id if isinstance(node, ast.Call) else node.id
+        kinds = {key.lower(): kind for key, kind in STRATEGIES.items()}
+        args = [ast.literal_eval(arg) for arg in getattr(node, "args", [])]
+        options = {k.arg: ast.literal_eval(k.value) for k in getattr(node, "keywords", [])}
+        return kinds[name.lower().replace("_", "")](*args, **options)
+    except (SyntaxError, AttributeError, KeyError, ValueError, TypeError) as error:
+        examples = "Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3)"
+        detail = f" ({error})" if isinstance(error, TypeError) else ""
+        raise ValueError(
+            f"cannot read strategy {text!r}{detail}; write one of {examples}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Which frames of a clip the reward sees. Use the constructors: `Frames.random(1)`, `.all()`, …
+
+    `str(frames)` is the text that the shell and configuration files use: `random:1`, `ends`, `every:2`,
+    `all`, or indices such as `0,4,-1`.
+    """
+
+    kind: str = "random"
+    count: int = 1
+    indices: tuple[int, ...] = ()
+
+    @classmethod
+    def random(cls, k: int = 1) -> "Frames":
+        """k different frames, drawn anew for each batch. VADER takes 1."""
+        return cls("random", k)
+
+    @classmethod
+    def ends(cls) -> "Frames":
+        """The first, the middle and the last frame."""
+        return cls("ends")
+
+    @classmethod
+    def every(cls, n: int) -> "Frames":
+        """Every n-th frame, from the first."""
+        return cls("every", n)
+
+    @classmethod
+    def all(cls) -> "Frames":
+        """All frames."""
+        return cls("all")
+
+    @classmethod
+    def at(cls, *indices: int) -> "Frames":
+        """The frames with these indices; negative ones count from the end."""
+        return cls("at", indices=indices)
+
+    def __str__(self) -> str:
+        if self.kind == "at":
+            return ",".join(map(str, self.indices))
+        return f"{self.kind}:{self.count}" if self.kind in ("random", "every") else self.kind
+
+    def choose(self, num_frames: int, generator: torch.Generator | None) -> list[int]:
+        """Indices of the chosen frames, ascending. Raises ValueError if the clip is too short."""
+        if self.kind == "random":
+            if not 1 <= self.count <= num_frames:
+                raise ValueError(
+                    f"cannot choose {self.count} random frames: the clip has {num_frames}, "
+                    f"choose 1..{num_frames}"
+                )
+            return sorted(torch.randperm(num_frames, generator=generator)[: self.count].tolist())
+        if self.kind == "ends":
+            return sorted({0, num_frames // 2, num_frames - 1})
+        if self.kind == "every":
+            if self.count < 1:
+                raise ValueError(f"every n-th frame needs n >= 1, got {self.count}")
+            return list(range(0, num_frames, self.count))
+        if self.kind == "all":
+            return list(range(num_frames))
+        if self.kind != "at":
+            raise ValueError(
+                f"unknown frame choice {self.kind!r}; use Frames.random(1), .ends(), …"
+            )
+        if not self.indices:
+            raise ValueError(
+                "an empty list of frames leaves nothing to score; name at least one index"
+            )
+        outside = [i for i in self.indices if not -num_frames <= i < num_frames]
+        if outside:
+            raise ValueError(
+                f"frame index {outside[0]} is out of range: the clip has {num_frames} frames"
+            )
+        return sorted({i % num_frames for i in self.indices})
+
+
+def parse_frames(text: "str | Frames") -> Frames:
+    """Read a choice of frames from its text form; a `Frames` is returned as it is.
+
+    Raises:
+        ValueError: for text of another form.
+    """
+    if isinstance(text, Frames):
+        return text
+    text = str(text)
+    kind, colon, number = text.partition(":")
+    try:
+        if kind in ("random", "every") and number:
+            return Frames(kind, int(number))
+        if text in ("random", "ends", "all"):
+            return Frames(text)
+        return Frames.at(*(int(part) for part in text.strip("[]").split(",") if part.strip()))
+    except ValueError:
+        raise ValueError(
+            f"cannot read frames {text!r}; write random:2, ends, every:3, all, or indices like 0,4,7"
+        ) from None

@@ -1,0 +1,617 @@
+"""The training loop: gradients of a reward into an adapter, on accelerate.
+
+    run = align(load("tiny"), hps("tiny") + 0.02 * aesthetic("tiny"), "tiny", steps=40)
+
+One step of a run: draw prompts and seeds from a generator seeded with (seed, step), so that neither a
+resumed run nor another number of processes draws anything else; let the estimator collect and accumulate
+gradients; average them over processes (`distributed`); clip; AdamW. Everything a run has made lies in its
+folder, readable at any moment (`checkpoints`).
+"""
+
+import hashlib
+import math
+import resource
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from . import checkpoints, distributed, lora
+from . import prompts as prompt_sets
+from .estimators import Batch, Collected, Estimator, RewardGradient
+from .models import VideoModel, exclusive
+from .prompts import Prompt
+from .rewards import Reward, as_reward
+from .sampling import NonFiniteError
+from .strategies import Frames
+from .train_config import TrainConfig
+
+MAX_NON_FINITE = 3  # steps in a row
+MAX_NON_FINITE_SCALED = 20  # with fp16, whose loss scale comes down by such steps
+CHECKED_PROMPTS = (
+    1000  # that are checked before the work starts, and compared when a run is resumed
+)
+
+
+# -------------------------------------------------------------------------------------------- a run
+
+
+@dataclass
+class Run:
+    """What training returns.
+
+    Attributes:
+        adapter: trained, and on the model still.
+        metrics: one dict per step, the lines of metrics.jsonl.
+        folder: where everything lies.
+        stopped: by Ctrl-C, a notebook's stop button, SIGTERM or a stop file.
+    """
+
+    adapter: lora.Adapter
+    metrics: list[dict]
+    folder: Path
+    stopped: bool = False
+
+    @property
+    def rewards(self) -> list[float]:
+        """The mean reward of each step that was not skipped."""
+        return [row["reward"] for row in self.metrics if "reward" in row]
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint with the highest validation score, if the run validated."""
+        return checkpoints.list_checkpoints(self.folder).get(best_step(self.metrics))
+
+
+@dataclass
+class State:
+    """Where a run stands. `non_finite` counts skipped steps in a row."""
+
+    step: int = 0
+    metrics: list[dict] = field(default_factory=list)
+    non_finite: int = 0
+
+
+def align(
+    model: VideoModel,
+    reward: Reward | Callable,
+    prompts: Sequence[str | Prompt] | str,
+    *,
+    adapter=None,
+    estimator: Estimator | None = None,
+    validate: Callable[[lora.Adapter], dict[str, float]] | None = None,
+    callback: Callable[[dict], None] | None = None,
+    **settings,
+) -> Run:
+    """Align a model to a reward.
+
+    Args:
+        model: from `load`, without an adapter on it.
+        reward: what to raise; a `Reward` or a function (frames, prompts) -> (B,).
+        prompts: to train on: a list, the name of a set, or a file.
+        adapter: to start from: an `Adapter` on the model, a `Run`, a path, or several by weight. By
+            default a fresh one.
+        estimator: what turns a batch into a gradient; by default `RewardGradient`.
+        validate: called every `validation_steps` with the adapter on the model. Returns named scores, which
+            enter the metrics; the first one decides which checkpoint is best. See `Validation`.
+        callback: called with each step's metrics.
+        **settings: fields of `TrainConfig`: steps=40, batch_size=4, learning_rate=1e-3, rank=8,
+            strategy=Last(1), frames=Frames.random(1), sampling=Sampling(…), seed=0, output_dir="runs/mine",
+            resume=True, …
+
+    Returns:
+        The `Run`, with the trained adapter on the model.
+
+    Raises:
+        FileExistsError: before anything is changed, if the folder holds another run.
+        ValueError: before anything is changed, for settings that cannot be met.
+        OSError: before anything is changed, if the folder cannot be written.
+        RuntimeError: after 3 non-finite steps in a row, or if processes come to hold different adapters.
+            A KeyboardInterrupt, SIGTERM or stop file ends the run early and keeps everything up to the
+            last whole step. A full disk is a warning: the run goes on.
+    """
+    config = TrainConfig(**settings)
+    return Trainer(
+        model,
+        reward,
+        prompts,
+        config,
+        adapter=adapter,
+        estimator=estimator,
+        validate=validate,
+        callback=callback,
+    ).fit()
+
+
+class Trainer:
+    """A training run in pieces, each of which a subclass may replace.
+
+    `fit` runs the whole; one step is `batches` -> `collect` -> `gradients` -> `update` -> `record`, and
+    `record` calls `validate` and `save` when they are due.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        reward: Reward | Callable,
+        prompts: Sequence[str | Prompt] | str,
+        config: TrainConfig | None = None,
+        *,
+        adapter=None,
+        estimator: Estimator | None = None,
+        validate: Callable[[lora.Adapter], dict[str, float]] | None = None,
+        callback: Callable[[dict], None] | None = None,
+    ):
+        """Arguments as for `align`. Raises ValueError for settings that cannot be met."""
+        self.model, self.reward = model, as_reward(reward)
+        self.prompts = prompt_sets.get(prompts)
+        self.config = config = replace(config or TrainConfig())
+        self.start_adapter, self.validation, self.callback = adapter, validate, callback
+        self.estimator = estimator or RewardGradient()
+        self.state = State()
+        config.validate()
+        config.sampling = config.sampling.resolve(model)
+        if config.frames is None:
+            config.frames = Frames.random(1) if self.reward.per_frame else Frames.all()
+        if config.gradient_checkpointing is None:
+            config.gradient_checkpointing = model.device.type == "cuda"
+        self.reward.check_prompts([str(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]])
+        if self.estimator.needs_reward_gradient and not self.reward.differentiable:
+            raise ValueError(
+                f"reward {self.reward.name!r} is not differentiable, which this estimator needs"
+            )
+        # Draw once, so that a window or frames that do not fit are an error now.
+        generator = torch.Generator().manual_seed(config.seed)
+        config.strategy.plan(config.sampling.num_inference_steps, generator)
+        config.frames.choose(config.sampling.num_frames, generator)
+
+    # ------------------------------------------------------------------ the whole
+
+    @exclusive
+    def fit(self) -> Run:
+        """Train; see `align`."""
+        self.prepare()
+        config, state = self.config, self.state
+        hidden = not (config.progress and self.accelerator.is_main_process)
+        bar = tqdm(
+            total=config.steps, initial=state.step, desc="align", unit="step", disable=hidden
+        )
+        stopped = False
+        with distributed.catch_signals(self.accelerator) as self.signals:
+            try:
+                while state.step < config.steps:
+                    self.train_step(bar)
+            except KeyboardInterrupt:
+                stopped = True
+                self.optimizer.zero_grad()
+                bar.write(f"stopped after step {state.step}; kept in {config.output_dir}")
+                (config.output_dir / checkpoints.STOP).unlink(missing_ok=True)
+            except BaseException:
+                if self.accelerator.num_processes == 1 or state.non_finite >= self.max_non_finite:
+                    self.finish()  # else other processes may not come, and saving is a collective
+                if self.adapter is not self.start_adapter:
+                    self.adapter.remove()
+                raise
+            finally:
+                bar.close()
+        self.finish()
+        return Run(self.adapter, state.metrics, config.output_dir, stopped)
+
+    def train_step(self, bar: tqdm) -> None:
+        """One step: roll-outs, and as many optimizer updates on them as the estimator wants."""
+        began = time.perf_counter()
+        try:
+            collected = self.collect(self.state.step)
+            row = self.gradients(collected)
+        except NonFiniteError as error:
+            collected, row = [], self.skipped(error)
+            bar.write(f"step {self.state.step + 1} skipped: {error}")
+        with distributed.delay_signals():  # a step is taken and recorded, or neither
+            self.update(row)
+            for _ in range(self.estimator.updates_per_rollout - 1 if collected else 0):
+                row = self.gradients(collected)
+                self.update(row)
+            self.state.step += 1
+            self.record(row | self.costs(time.perf_counter() - began))
+            bar.update()
+            if "reward" in row:
+                bar.set_postfix(reward=f"{row['reward']:.4f}", grad=f"{row['grad_norm']:.2e}")
+        if self.callback is not None:
+            self.callback(self.state.metrics[-1])
+
+    # ------------------------------------------------------------------ before the first step
+
+    def prepare(self) -> None:
+        """Make the accelerator, the adapter and the optimizer, or restore them from a checkpoint.
+
+        Everything that can be refused is refused before the run's folder is changed.
+        """
+        config, model = self.config, self.model
+        self.accelerator = distributed.accelerator_for(
+            model.device, config.mixed_precision, config.log_with, config.output_dir
+        )
+        scaled = self.accelerator.scaler is not None
+        self.max_non_finite = MAX_NON_FINITE_SCALED if scaled else MAX_NON_FINITE
+        found = distributed.broadcast_from_main(self.find_checkpoint, self.accelerator)
+        if distributed.shards_weights(self.accelerator):
+            distributed.shard(model, self.accelerator)
+        self.adapter = self.make_adapter()
+        try:
+            self.make_optimizer()
+            if found:
+                self.restore(*found)
+            self.place_reward()
+            self.estimator.setup(model, self.adapter, self.reward, config)
+            distributed.broadcast_from_main(self.begin, self.accelerator)
+        except BaseException:
+            if self.adapter is not self.start_adapter:
+                self.adapter.remove()
+            raise
+        self.journal = checkpoints.Journal(config.output_dir / "metrics.jsonl", self.state.metrics)
+        if config.log_with:
+            settings = {name: _for_tracker(value) for name, value in self.description().items()}
+            options = {"wandb": {"dir": str(config.output_dir)}}
+            self.accelerator.init_trackers(config.output_dir.name, settings, options)
+
+    def find_checkpoint(self) -> tuple | None:
+        """In the main process: the tensors, the state and the metrics to go on from, if any."""
+        config = self.config
+        start = checkpoints.find_checkpoint(config.output_dir, config.resume)
+        if start is not None:
+            may_change = {f.name for f in fields(config) if f.metadata.get("may_change")}
+            if "constant" in config.lr_scheduler:  # other schedules stretch over all steps
+                may_change.add("steps")
+            checkpoints.check_same_run(config.output_dir, self.description(), may_change)
+        checkpoints.check_writable(config.output_dir)
+        if start is None:
+            return None
+        tensors, contents = checkpoints.read(start)
+        return tensors, contents, checkpoints.read_metrics(config.output_dir, contents["step"])
+
+    def begin(self) -> None:
+        """In the main process: the first change to the run's folder."""
+        checkpoints.begin(self.config.output_dir, self.description(), self.state.step)
+
+    def description(self) -> dict:
+        """What `config.json` holds."""
+        config = self.config
+        texts = [str(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]]
+        return {
+            "model": self.model.name,
+            "reward": self.reward.name,
+            "reward_fingerprint": self.reward.fingerprint,
+            "prompts": len(self.prompts),
+            "prompts_checksum": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
+            "estimator": type(self.estimator).__name__,
+            "num_processes": self.accelerator.num_processes,
+            **config.to_json(),
+            "alpha": config.rank if config.alpha is None else config.alpha,
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
+
+    def make_adapter(self) -> lora.Adapter:
+        """A fresh adapter, or the one to start from."""
+        config, start = self.config, getattr(self.start_adapter, "adapter", self.start_adapter)
+        if start is None:
+            return lora.add(self.model, config.rank, config.alpha, config.targets, config.seed)
+        if isinstance(start, lora.Adapter):
+            if not (start.model is self.model and start.attached):
+                raise ValueError(
+                    "the adapter to start from is not on this model; give its file instead"
+                )
+            adapter = self.start_adapter = start
+        elif isinstance(start, dict):
+            adapter = lora.combine(self.model, start)
+        else:
+            adapter = lora.load(self.model, start)
+        if config.rank not in (TrainConfig.rank, adapter.rank):
+            if adapter is not start:
+                adapter.remove()
+            raise ValueError(
+                f"rank={config.rank} cannot be met: the adapter to start from has rank {adapter.rank}"
+            )
+        config.rank, config.alpha, config.targets = adapter.rank, adapter.alpha, adapter.targets
+        return adapter
+
+    def make_optimizer(self) -> None:
+        """AdamW, its learning rate schedule, and what accelerate wraps around them."""
+        config = self.config
+        self.parameters = self.adapter.parameters()
+        self.optimizer = adamw(self.parameters, config)
+        self.schedule = lr_schedule(self.optimizer, config)
+        self.backward = torch.Tensor.backward
+        if not distributed.uses_engine(self.accelerator):
+            self.optimizer = self.accelerator.prepare(self.optimizer)
+            self.backward = self.accelerator.backward
+
+    def place_reward(self) -> None:
+        """Move the reward's networks to the model's device, in its half precision where it has one."""
+        half = self.model.dtype in (torch.float16, torch.bfloat16)  # `memory` counts with it
+        dtype = [self.model.dtype] if half else []
+        if self.model.offloader is None:
+            self.reward.to(self.model.device, *dtype)
+        else:
+            self.reward.to(*dtype or [self.model.offload_device])
+            self.model.offload(*self.reward.networks)
+
+    def restore(self, tensors: dict, contents: dict, metrics: list[dict]) -> None:
+        """Put everything back as it was at a checkpoint."""
+        self.adapter.load_state_dict(tensors, "the checkpoint")
+        self.optimizer.load_state_dict(contents["optimizer"])
+        self.schedule.load_state_dict(contents["schedule"])
+        # A process that was not there before takes the states of one that was.
+        states = contents["random"]
+        checkpoints.set_random_states(states[self.accelerator.process_index % len(states)])
+        if contents["scaler"] and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(contents["scaler"])
+        self.state = State(contents["step"], metrics, contents["non_finite"])
+
+    # ------------------------------------------------------------------ one step
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This process's share of the step's micro-batches.
+
+        What all processes together draw depends on the seed, the step and the number of micro-batches,
+        not on how these are divided.
+        """
+        config, accelerator = self.config, self.accelerator
+        count = accelerator.num_processes * config.gradient_accumulation_steps
+        base = config.seed * 1_000_003 + step
+        generators = [torch.Generator().manual_seed(base + (i << 40)) for i in range(count)]
+        # The first one also draws prompts and seeds for all.
+        size = (count * config.batch_size,)
+        chosen = torch.randint(len(self.prompts), size, generator=generators[0])
+        seeds = torch.randint(2**31, size, generator=generators[0])
+        # Processes that share weights must call the denoiser equally often, and so draw the same steps.
+        together = distributed.shards_weights(accelerator)
+        for i in range(accelerator.process_index, count, accelerator.num_processes):
+            part = slice(i * config.batch_size, (i + 1) * config.batch_size)
+            yield Batch(
+                [self.prompts[j] for j in chosen[part].tolist()],
+                seeds[part].tolist(),
+                generators[i - accelerator.process_index if together else i],
+            )
+
+    def collect(self, step: int) -> list[Collected]:
+        """Roll-outs of all micro-batches."""
+        with self.accelerator.autocast():
+            collected = [self.estimator.collect(batch) for batch in self.batches(step)]
+        self.estimator.advantages(
+            collected, lambda value: distributed.gather(value, self.accelerator)
+        )
+        return collected
+
+    def gradients(self, collected: list[Collected]) -> dict:
+        """Gradients of all micro-batches, averaged over processes and clipped; returns the step's row.
+
+        Raises:
+            NonFiniteError: in every process, if one of them saw a number that is not finite.
+            KeyboardInterrupt: in every process, if one of them was asked to stop.
+        """
+        rows, problem = [], ""
+        sharded = distributed.shards_weights(self.accelerator)
+        for part in collected:
+            try:
+                with self.accelerator.autocast():
+                    rows.append(self.estimator.accumulate(part, 1 / len(collected), self.backward))
+            except (
+                NonFiniteError
+            ) as error:  # the other processes must know before the step is skipped
+                problem = problem or str(error)
+                if not sharded:  # else they wait for this one at the next micro-batch, too
+                    break
+        means = mean_rewards(rows, self.reward)
+        stop = bool(self.signals) or (self.config.output_dir / checkpoints.STOP).exists()
+        synced = distributed.sync_gradients(
+            self.parameters, self.accelerator, means, bool(problem), stop
+        )
+        if synced.stop:
+            raise KeyboardInterrupt
+        if synced.non_finite:
+            self.optimizer.zero_grad()  # some of the micro-batches are no gradient
+            raise NonFiniteError(problem or "the numbers of another process were not finite")
+        return {
+            "step": self.state.step + 1,
+            **synced.values,
+            "grad_norm": self.clip(),
+            "learning_rate": self.schedule.get_last_lr()[0],
+            **rows[-1].info,
+        }
+
+    def clip(self) -> float:
+        """Clip the gradient; returns its norm before that. Raises for one that is zero or not finite."""
+        engine = distributed.uses_engine(self.accelerator)
+        clip = torch.nn.utils.clip_grad_norm_ if engine else self.accelerator.clip_grad_norm_
+        norm = float(clip(self.parameters, self.config.max_grad_norm))
+        if norm == 0 and self.state.step == 0:
+            raise ValueError(
+                f"the gradient of {self.reward.name!r} that reaches the adapter is zero: nothing to learn from"
+            )
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"gradient norm {norm}")
+        return norm
+
+    def skipped(self, error: Exception) -> dict:
+        """The row of a step that was not taken."""
+        return {"step": self.state.step + 1, "skipped": str(error)}
+
+    def update(self, row: dict) -> None:
+        """The optimizer's step, unless the row says that the step is skipped."""
+        taken = "reward" in row
+        scaler = self.accelerator.scaler
+        if taken or (scaler is not None and self.parameters[0].grad is not None):
+            self.optimizer.step()  # a loss scaler skips an overflow by itself, and lowers its scale
+        if taken and not self.accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        self.state.non_finite = 0 if taken else self.state.non_finite + 1
+        distributed.check_synchronized(self.parameters, self.accelerator, self.state.step + 1)
+
+    def costs(self, seconds: float) -> dict:
+        """What a step took: time, clips per second in all processes, peak memory in bytes."""
+        config, processes = self.config, self.accelerator.num_processes
+        clips = config.batch_size * config.gradient_accumulation_steps * processes
+        if self.model.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.model.device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "seconds": seconds,
+            "clips_per_second": clips / seconds,
+            "peak_memory": memory,
+        }
+
+    # ------------------------------------------------------------------ after a step
+
+    def record(self, row: dict) -> None:
+        """Write the row; validate, and save a checkpoint, where they are due."""
+        config, state = self.config, self.state
+        if self.accelerator.is_main_process:
+            self.journal.add(row)
+        else:
+            state.metrics.append(row)
+        if state.step % config.validation_steps == 0 or state.step == config.steps:
+            self.validate()
+        if state.non_finite >= self.max_non_finite:
+            raise RuntimeError(
+                f"{state.non_finite} steps in a row were not finite; the last one: {row['skipped']}"
+            )
+        if state.step % config.checkpointing_steps == 0 or best_step(state.metrics) == state.step:
+            self.save()
+        if config.log_with:
+            values = {name: value for name, value in row.items() if isinstance(value, float)}
+            track(self.accelerator.log, values, step=state.step)
+
+    def validate(self) -> None:
+        """Add validation scores to the step's row: the main process's, so that all decide alike."""
+        if self.validation is None:
+            return
+        scores = self.validation(self.adapter)
+        scores = distributed.broadcast_from_main(lambda: scores, self.accelerator)
+        named = {f"validation/{name}": value for name, value in scores.items()}
+        if self.accelerator.is_main_process:
+            self.journal.amend(named)
+        else:
+            self.state.metrics[-1].update(named)
+
+    def save(self) -> bool:
+        """A checkpoint of this moment: all processes bring their part, the main one writes."""
+        state, config, scaler = self.state, self.config, self.accelerator.scaler
+        contents = {
+            "step": state.step,
+            "non_finite": state.non_finite,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
+            "random": distributed.gather(checkpoints.random_states(), self.accelerator),
+        }
+        if not self.accelerator.is_main_process:
+            return True
+        saved = checkpoints.save(
+            config.output_dir, state.step, self.adapter, contents, **self.adapter_metadata()
+        )
+        if saved:
+            best = best_step(state.metrics)
+            checkpoints.prune(config.output_dir, config.checkpoints_total_limit, best)
+        return saved
+
+    def adapter_metadata(self) -> dict:
+        """What the adapter's file says beside rank and alpha."""
+        return {
+            "reward": self.reward.name,
+            "reward_fingerprint": self.reward.fingerprint,
+            "steps": self.state.step,
+        }
+
+    def finish(self) -> None:
+        """Keep what there is: a last checkpoint, and the adapter by itself."""
+        folder = self.config.output_dir
+        if self.state.step:
+            with distributed.delay_signals():
+                self.save()
+                if self.accelerator.is_main_process:
+                    self.journal.flush()
+                    try:
+                        self.adapter.save(folder / "adapter.safetensors", **self.adapter_metadata())
+                    except OSError as error:
+                        warnings.warn(
+                            f"the adapter could not be written to {folder} ({error}); it is on the model "
+                            f"still: run.adapter.save('another/place.safetensors')",
+                            stacklevel=3,
+                        )
+        for tracker in self.accelerator.trackers if self.config.log_with else []:
+            track(tracker.finish)
+
+
+# --------------------------------------------------------------------------------------------- helpers
+
+
+def mean_rewards(rows: list, reward: Reward) -> dict[str, float]:
+    """The mean reward, and that of every part of a mixed one; the same names whatever was scored."""
+    parts = [part.name for part in reward.parts()]
+    names = ["reward", *(f"reward/{name}" for name in parts if len(parts) > 1)]
+    if not rows:
+        return dict.fromkeys(names, 0.0)
+    means = {"reward": torch.cat([row.rewards for row in rows]).mean().item()}
+    for name in names[1:]:
+        values = [row.parts[name.removeprefix("reward/")] for row in rows]
+        means[name] = torch.cat(values).mean().item()
+    return means
+
+
+def track(call: Callable, *args, **options) -> None:
+    """Call a tracker; a full disk costs its record, not the run."""
+    try:
+        call(*args, **options)
+    except OSError as error:
+        warnings.warn(
+            f"the tracker could not write ({error}); metrics.jsonl has it all", stacklevel=3
+        )
+
+
+def _for_tracker(value):
+    return value if isinstance(value, (int, float, str)) else str(value)
+
+
+def adamw(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW as configured. Raises ValueError if its 8-bit form is wanted and not installed."""
+    kind = torch.optim.AdamW
+    if config.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as error:
+            raise ValueError(
+                "use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes"
+            ) from error
+    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig):
+    """One of diffusers' learning rate schedules. Raises ValueError for an unknown name."""
+    from diffusers.optimization import SchedulerType, get_scheduler
+
+    usable = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
+    if config.lr_scheduler not in usable:
+        raise ValueError(
+            f"unknown lr_scheduler {config.lr_scheduler!r}; choose one of {', '.join(usable)}"
+        )
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.steps,
+    )
+
+
+def best_step(metrics: list[dict]) -> int | None:
+    """The step with the highest validation score (the first one that `validate` names), if any."""
+    scored = [row for row in metrics if any(key.startswith("validation/") for key in row)]
+    if not scored:
+        return None
+    first = next(key for key in scored[0] if key.startswith("validation/"))
+    # NaN is never the best.
+    return max(scored, key=lambda row: -math.inf if math.isnan(row[first]) else row[first])["step"]
