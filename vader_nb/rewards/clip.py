@@ -186,7 +186,7 @@ class PromptSimilarity(CLIPReward):
     def __init__(self, clip: CLIP, name: str, scaled: bool = False):
         super().__init__(clip, name)
         self.scaled = scaled
-        high = clip.temperature().item() if scaled else 1.0
+        high = clip.temperature().item() if scaled and not clip.logit_scale.is_meta else 1.0
         self.range, self.unit = (-high, high), "logit" if scaled else "cosine"
 
     def scores(self, frames, prompts):

@@ -78,7 +78,7 @@ class TemporalConsistency(NetworkReward):
         self.model, self.config = model, model.config
         grid = self.config.crop_size // self.config.patch_size
         self.patches = grid * grid
-        with unset_fake_temporarily():  # masks are numbers, also where tensors are fake
+        with unset_fake_temporarily(), torch.device("cpu"):  # masks are numbers in any case
             self.masks = block_masks(grid, seed)
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
