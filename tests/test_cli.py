@@ -1,26 +1,43 @@
-"""The shell commands as a user types them: in processes of their own, exit codes and messages included."""
+"""The shell commands as a user types them: exit codes, output and messages included."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-import vader_nb.memory  # noqa: F401
 from vader_nb import cli, config
-from vader_nb.gradient import Frames
 from vader_nb.rewards import brightness
 
 FEW = ["num_inference_steps=2", "eval_prompts=2", "eval_training_prompts=1", "seeds_per_prompt=2"]
+QUICK = ["steps=1", "batch_size=1", "num_inference_steps=2", "evaluation=false"]
 
 
-def run(*arguments, cwd, **environment):
+@pytest.fixture
+def shell(tmp_path, monkeypatch, capsys):
+    """`vader-nb …` in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words) -> SimpleNamespace:
+        code = 0
+        try:
+            cli.main([str(word) for word in words])
+        except SystemExit as error:
+            code = error.code or 0
+        told = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=told.out, stderr=told.err)
+
+    return run
+
+
+def process(*arguments, cwd):
+    """The same in a process of its own."""
     command = [sys.executable, "-m", "vader_nb", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | environment
-    )
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def test_importing_is_instant_and_loads_no_torch():
@@ -33,11 +50,8 @@ def test_importing_is_instant_and_loads_no_torch():
 
 
 def test_every_public_name_is_there_in_any_order():
-    """`align` and `evaluate` are a module and a function of one name: the function wins."""
     code = """
 import vader_nb, types
-from vader_nb.align import best_step
-import vader_nb.evaluate
 for name in vader_nb.__all__:
     assert getattr(vader_nb, name) is not None
 for name in ("align", "evaluate", "check", "load", "sample"):
@@ -48,11 +62,11 @@ assert callable(vader_nb.rewards.check) and callable(vader_nb.rewards.action)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_align_evaluate_and_sample(tmp_path):
-    done = run("align", "steps=2", "batch_size=2", "name=first", *FEW, cwd=tmp_path)
+def test_align_evaluate_and_sample(shell, tmp_path):
+    done = shell("align", "steps=2", "batch_size=2", "name=first", *FEW)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "first"
-    assert "report.html" in done.stdout
+    assert "trained 2 steps" in done.stdout and "report.html" in done.stdout
     rows = json.loads((folder / "evaluation.json").read_text())
     assert {row["group"] for row in rows} == {"training", "held-out"}
     assert {"hps", "aesthetic", "motion", "diversity", "oracle: color and shape"} <= {
@@ -65,39 +79,73 @@ def test_align_evaluate_and_sample(tmp_path):
     for part in ("<svg", "data:image/gif;base64", "learning_rate", "transformers"):
         assert part in report
     links = re.findall(r'(?:src|href)="([^"]*)"', report)
-    assert links and all(
-        link.startswith(("data:", "#")) for link in links
-    )  # it needs no other file
+    # It needs no other file.
+    assert links and all(link.startswith(("data:", "#")) for link in links)
 
-    done = run("align", "steps=2", "name=first", *FEW, cwd=tmp_path)
+    done = shell("align", "steps=2", "name=first", *FEW)
     assert done.returncode == 2 and "holds another run" in done.stderr
     again = ["steps=3", "batch_size=2", "name=first", "resume=latest", "evaluation=false"]
-    done = run("align", *again, *FEW, cwd=tmp_path)
+    done = shell("align", *again, *FEW)
     assert done.returncode == 0, done.stderr
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
-    again = [
-        "steps=4",
-        "batch_size=2",
-        "resume=runs/first/checkpoints/step-000002",
-        "evaluation=false",
-    ]
-    done = run("align", *again, *FEW, cwd=tmp_path)  # a checkpoint knows its run
+    checkpoint = "runs/first/checkpoints/step-000002"
+    again = ["steps=4", "batch_size=2", f"resume={checkpoint}", "evaluation=false"]
+    done = shell("align", *again, *FEW)  # a checkpoint knows its run
     assert done.returncode == 0, done.stderr
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]
 
-    done = run("evaluate", "runs/first", *FEW, cwd=tmp_path)
+    done = shell("evaluate", "runs/first", *FEW)
     assert done.returncode == 0, done.stderr
     assert (folder / "evaluation" / "report.html").is_file()
 
     words = ["a red star <b>", "../x", "adapter=runs/first", "scale=1.5", "num_inference_steps=1"]
-    done = run("sample", *words, cwd=tmp_path)
+    done = shell("sample", *words)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "runs" / "samples").iterdir()) == [
+    assert sorted(path.name for path in Path("runs/samples").iterdir()) == [
         "seed-0.gif",
         "seed-1.gif",
     ]
+
+    done = shell("align", *QUICK, "name=second", "adapter=runs/first")
+    assert done.returncode == 0, done.stderr
+    assert Path("runs/second/adapter.safetensors").is_file()
+
+
+def test_training_as_in_python(shell, tmp_path):
+    """A reward from a file, a strategy with arguments, and settings that VADER's names do not have."""
+    Path("mine.py").write_text(
+        "def blue(frames, prompts):\n    return frames[:, :, 2].mean((1, 2, 3))\n"
+    )
+    words = ["reward=mine.py:blue", "strategy=DRTune(1, stop=1)", "frames=every:4", "eta=0.5"]
+    words += ["targets=[to_q]", "unconditional_gradient=false", "gradient_checkpointing=true"]
+    done = shell("align", *QUICK, *words, "name=blue")
+    assert done.returncode == 0, done.stderr
+    written = json.loads(Path("runs/blue/config.json").read_text())
+    assert written["reward"] == "blue" and written["strategy"] == "DRTune(K=1, stop=1)"
+    assert (written["frames"], written["targets"]) == ("every:4", ["to_q"])
+    assert written["sampling"]["eta"] == 0.5
+    assert written["sampling"]["unconditional_gradient"] is False
+
+
+def test_a_stop_before_the_first_step_is_said_as_it_is(shell, monkeypatch):
+    """Ctrl-C while the first step is computed."""
+    from vader_nb import rewards
+
+    def interrupted(frames, prompts):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rewards, "parse", lambda *arguments: rewards.reward(interrupted))
+    done = shell("align", *QUICK, "name=x")
+    assert done.returncode == 130
+    assert "stopped before the first step; nothing to keep" in done.stderr
+    assert "trained" not in done.stdout and "adapter.safetensors" not in done.stdout
+    assert "could not be written" not in done.stderr
+
+    monkeypatch.setattr(rewards, "parse", interrupted)  # while things are loaded
+    done = shell("check", "colorfulness")
+    assert done.returncode == 130 and "interrupted" in done.stderr
 
 
 def test_prompt_files_as_editors_write_them(tmp_path):
@@ -113,8 +161,8 @@ def test_prompt_files_as_editors_write_them(tmp_path):
 
 def test_a_report_escapes_what_users_wrote(tmp_path):
     import torch
-
     from vader_nb.evaluate import Evaluation, Row
+
     from vader_nb.video import Gallery, Video
 
     evil = "<script>alert(1)</script>"
@@ -137,8 +185,9 @@ def test_a_report_escapes_what_users_wrote(tmp_path):
         (["prompts=missing.txt"], "no prompt file at missing.txt"),
         (["prompts=empty.txt"], "holds no prompt"),
         (["prompts=binary.txt"], "not UTF-8"),
-        (["strategy=lst"], "unknown strategy 'lst'"),
-        (["K=99"], "K=99 must lie in 1..10"),
+        (["strategy=lst"], "cannot read strategy 'lst'"),
+        (["strategy=Last(99)"], "K=99 must lie in 1..10"),
+        (["--steps", "2"], "settings are key=value: steps="),
         (["frames=random:0"], "cannot choose 0"),
         (["frames=0,99"], "index 99 is out of range"),
         (["frames=some"], "cannot read frames"),
@@ -152,14 +201,21 @@ def test_a_report_escapes_what_users_wrote(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_line_and_a_failure(tmp_path, arguments, message):
+def test_mistakes_are_one_line_and_a_failure(shell, tmp_path, arguments, message):
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00bad")
-    done = run("align", "name=x", "--steps", 1, *arguments, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    done = shell("align", "name=x", "steps=1", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("adapter.safetensors"))
+
+
+def test_a_mistake_is_a_failed_process(tmp_path):
+    done = process("align", "reward=hsp", cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("vader-nb: unknown reward 'hsp'")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -182,101 +238,77 @@ def test_mistakes_are_one_line_and_a_failure(tmp_path, arguments, message):
         ("evaluate eval_batch_size=0", "eval_batch_size must be at least 1"),
     ],
 )
-def test_more_mistakes_found_before_anything_is_loaded(
-    tmp_path, monkeypatch, capsys, words, message
-):
-    monkeypatch.chdir(tmp_path)
+def test_more_mistakes_found_before_anything_is_loaded(shell, monkeypatch, words, message):
     monkeypatch.setattr("vader_nb.models.load", lambda *arguments, **options: pytest.fail("loaded"))
-    with pytest.raises(SystemExit):
-        cli.main([*words.split(), "reward=brightness"])
-    assert re.search(message, capsys.readouterr().err)
+    done = shell(*words.split(), "reward=brightness")
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
 
 
 def test_what_a_validation_looked_at_is_said(capsys, tiny):
     words = ["prompts=animals", "num_inference_steps=1", "validation_steps=1"]
-    arguments = config.read(config.Align, words)
-    cli.validation(
-        arguments, tiny, brightness(), cli.groups_of(arguments, cli.prompts_of(arguments))
-    )
-    assert "validation_steps measures training prompts" in capsys.readouterr().err
-    arguments = config.read(config.Align, [*words, "held_out=hps_custom"])
-    cli.validation(
-        arguments, tiny, brightness(), cli.groups_of(arguments, cli.prompts_of(arguments))
-    )
-    assert not capsys.readouterr().err
+    for more, told in ([], True), (["held_out=hps_custom"], False):
+        arguments = config.read(config.Align, [*words, *more])
+        groups = cli.evaluation_prompts(arguments, cli.training_prompts(arguments))
+        cli.validation(arguments, tiny, brightness(), groups)
+        err = capsys.readouterr().err
+        assert ("validation_steps measures training prompts" in err) == told and bool(err) == told
 
 
 @pytest.mark.parametrize(
-    ("words", "frames"),
+    ("reward", "frames"),
+    [("motion_smoothness", "all"), ("brightness", "random:1")],
+)
+def test_memory_takes_the_frames_that_align_would(shell, reward, frames):
+    words = ["memory", "model=tiny", f"reward={reward}", "gpu_memory=24"]
+    default = shell(*words)
+    assert default.returncode == 0 and re.search("24.* fits", default.stdout)
+    assert shell(*words, f"frames={frames}").stdout == default.stdout
+    assert shell(*words, "frames=ends").stdout != default.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
     [
-        (["reward=motion_smoothness"], Frames("all")),
-        (["reward=motion_smoothness", "frames=ends"], Frames("ends")),
-        (["reward=brightness"], Frames("random", 1)),
+        ("absent", "no adapter file"),
+        ("pickle", "is a pickle"),
+        ("truncated", "not a complete safetensors"),
     ],
 )
-def test_memory_takes_the_frames_that_align_would(monkeypatch, words, frames):
-    asked = {}
-    monkeypatch.setattr(
-        sys.modules["vader_nb.memory"], "memory", lambda **options: asked.update(options)
-    )
-    cli.main(["memory", "model=tiny", *words])
-    assert asked["frames"] == frames
-
-
-@pytest.mark.parametrize("kind", ["absent", "pickle", "truncated"])
-def test_bad_adapter_files(tmp_path, kind):
+def test_bad_adapter_files(shell, tmp_path, kind, message):
     path = tmp_path / "adapter.safetensors"
     if kind != "absent":
         path.write_bytes(b"\x80\x04K\x01." if kind == "pickle" else b"\x10\x00")
-    done = run("evaluate", path, *FEW, cwd=tmp_path)
+    done = shell("evaluate", path, *FEW)
     assert done.returncode == 2
-    assert {
-        "absent": "no adapter file",
-        "pickle": "is a pickle",
-        "truncated": "not a complete safetensors",
-    }[kind] in done.stderr
+    assert message in done.stderr
 
 
 def launch(*arguments, cwd, processes=1):
     """accelerate's own launcher, as VADER's README uses it."""
-    how = ["--cpu", "--num_processes", "1"]
-    if processes > 1:
-        how = [
-            "--config_file",
-            run("engine", "cpu", cwd=cwd).stdout.strip(),
-            "--num_processes",
-            str(processes),
-        ]
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *how,
-        "-m",
-        "vader_nb",
-        *map(str, arguments),
-    ]
+    engine = Path(cli.__file__).parent / "engines" / "cpu.yaml"
+    how = ["--config_file", engine] if processes > 1 else ["--cpu"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how]
+    command += ["--num_processes", processes, "-m", "vader_nb", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+        [*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
     )
-
-
-QUICK = ["steps=1", "batch_size=1", "num_inference_steps=2", "evaluation=false"]
 
 
 @pytest.mark.parametrize("reward", ["aesthetic", "hps", "actpred"])
-def test_vaders_training_commands(tmp_path, reward):
+def test_vaders_training_commands(shell, tmp_path, reward):
     words = ["gradient_accumulation_steps=4", "prompt_fn=hps_custom", f"reward_fn={reward}"]
-    done = launch("align", *words, *QUICK, "name=vader", cwd=tmp_path)
+    words += [*QUICK, "name=vader"]
+    # One of them through the launcher; in a process of their own the others would do the same.
+    done = launch("align", *words, cwd=tmp_path) if reward == "hps" else shell("align", *words)
     assert done.returncode == 0, done.stderr
-    config = json.loads((tmp_path / "runs" / "vader" / "config.json").read_text())
-    assert config["gradient_accumulation_steps"] == 4
+    written = json.loads((tmp_path / "runs" / "vader" / "config.json").read_text())
+    assert written["gradient_accumulation_steps"] == 4
     asked = {"aesthetic": "aesthetic towards 10", "hps": "hps", "actpred": "action"}[reward]
-    assert asked in config["reward"]
-    assert ("the embedded model" in done.stderr) and ("its captions are used" in done.stderr) == (
-        reward == "actpred"
-    )
+    assert asked in written["reward"]
+    assert "the embedded model" in done.stderr
+    assert ("its captions are used" in done.stderr) == (reward == "actpred")
 
 
 def test_two_processes_train_watch_and_evaluate(tmp_path):
@@ -285,7 +317,7 @@ def test_two_processes_train_watch_and_evaluate(tmp_path):
         "steps=4",
         "batch_size=1",
         "validation_steps=2",
-        "checkpoint_every=1",
+        "checkpointing_steps=1",
         "checkpoints_total_limit=1",
     ]
     words += ["held_out_reward=aesthetic", "reward=hps", "log_with=tensorboard", "name=two", *FEW]
@@ -323,6 +355,26 @@ def test_two_processes_train_watch_and_evaluate(tmp_path):
 
 
 def test_check_in_a_shell(tmp_path):
-    done = run("check", "colorfulness", cwd=tmp_path)
+    done = process("check", "colorfulness", cwd=tmp_path)
     assert done.returncode == 0
     assert "fit for training" in done.stdout
+
+
+def test_a_reward_that_is_unfit_fails(shell):
+    Path("mine.py").write_text(
+        "def flat(frames, prompts):\n    return 0 * frames.mean((1, 2, 3, 4))\n"
+    )
+    done = shell("check", "mine.py:flat")
+    assert done.returncode == 1
+    assert "NOT FIT" in done.stdout
+
+
+def test_help_and_unknown_commands(shell):
+    for words in ([], ["--help"], ["-h"]):
+        done = shell(*words)
+        assert done.returncode == 0
+        assert all(f"vader-nb {name}" in done.stdout for name in cli.COMMANDS)
+    done = shell("sample", "a star", "--help")
+    assert done.returncode == 0 and "guidance_scale" in done.stdout
+    done = shell("algin")
+    assert done.returncode == 2 and "unknown command 'algin'" in done.stderr

@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 
 from vader_nb import cli, config, translate
-from vader_nb.config import FOLDER, Align, Evaluate, Sample, read
-from vader_nb.gradient import Last, Random
+from vader_nb.config import (
+    FOLDER,
+    Align,
+    Evaluate,
+    Memory,
+    Sample,
+    read,
+    schema,
+)
+from vader_nb.strategies import Last, Random, parse_frames, parse_strategy
+from vader_nb.trainer import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,16 +33,65 @@ def test_defaults_then_file_then_words(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("command", "words", "message"),
     [
-        ["steps=3", "learning_rate=0.5", "evaluation=false", "resume=true"],
-        ["--steps", "3", "--learning-rate", "0.5", "--no-evaluation", "--resume"],
-        ["--steps=3", "--learning_rate=0.5", "--evaluation=False", "--resume=true"],
+        (Align, ["--steps", "3"], "'--steps': settings are key=value: steps="),
+        (Align, ["--learning-rate=2e-4"], "settings are key=value: learning_rate=2e-4"),
+        (Align, ["steps=3", "-o", "x"], "'-o': settings are key=value"),
+        (Sample, ["a star", "-o", "x"], "'-o': settings are key=value"),
+        (Sample, ["--sequential-guidance", "a star"], "are key=value: sequential_guidance="),
+        (Evaluate, ["runs/a", "runs/b"], "'runs/b': there is one adapter already"),
     ],
+    ids=str,
 )
-def test_three_ways_to_write_the_same(words):
+def test_there_is_one_way_to_write_a_setting(command, words, message):
+    with pytest.raises(ValueError, match=message):
+        read(command, words)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["E=mc2 on a blackboard", "???", "a ${shop} sign", "'=' in 'quotes'", "x=1", "- a dash"],
+)
+def test_any_text_can_be_a_prompt(prompt):
+    assert read(Sample, [prompt, "seed=3"]).prompts == [prompt]
+    assert read(Sample, [f"prompts={prompt}", "a star"]).prompts == [prompt, "a star"]
+
+
+def test_a_misspelled_key_is_no_prompt():
+    with pytest.raises(ValueError, match="unknown key 'adaptor'; did you mean adapter?"):
+        read(Sample, ["a star", "adaptor=runs/first"])
+    with pytest.raises(ValueError, match="unknown key 'sclae'; did you mean scale?"):
+        read(Sample, ["a star", "sclae=0.5"])
+
+
+def test_the_shell_reaches_what_python_reaches():
+    words = ["strategy=DRTune(2, stop=3)", "frames=every:2", "targets=[to_q,to_k]", "eta=0.5"]
+    words += ["unconditional_gradient=false", "gradient_checkpointing=true", "adapter=runs/first"]
     got = read(Align, words)
-    assert (got.steps, got.learning_rate, got.evaluation, got.resume) == (3, 0.5, False, "true")
+    assert (got.strategy, got.frames, got.targets) == (
+        "DRTune(2, stop=3)",
+        "every:2",
+        ["to_q", "to_k"],
+    )
+    assert (got.eta, got.unconditional_gradient, got.gradient_checkpointing) == (0.5, False, True)
+    assert got.adapter == "runs/first"
+    assert read(Align, ["targets=to_q"]).targets == ["to_q"]
+    keys = {f.name for f in fields(schema(Align))}
+    assert {f.name for f in TrainConfig.flat_fields()} <= keys
+    got = read(Memory, ["strategy=ReFL(0.5)", "gpu_memory=24", "activation_offload=true"])
+    assert (got.strategy, got.gpu_memory, got.activation_offload) == ("ReFL(0.5)", "24", True)
+
+
+def test_defaults_are_those_of_python():
+    """Where the shell differs: a run's name is one folder's below output_dir, validation is off."""
+    got, python = read(Align, []), TrainConfig()
+    own = {f.name for f in fields(Align)}
+    for f in fields(python):
+        if f.name not in own and f.name != "sampling":
+            value = getattr(python, f.name)
+            assert getattr(got, f.name) == (str(value) if f.name == "strategy" else value), f.name
+    assert parse_strategy(got.strategy) == parse_strategy(python.strategy) == Last(1)
 
 
 def test_values_keep_their_shape():
@@ -63,15 +121,16 @@ def test_braces_in_a_text_are_no_reference():
 
 
 def test_null_takes_a_files_value_back(tmp_path):
-    (tmp_path / "mine.yaml").write_text("K: 3\nname: mine\nprompts: nouns\n")
-    got = read(Align, [f"config={tmp_path}/mine.yaml", "K=null", "name=null", "prompts=null"])
-    assert (got.K, got.name) == (None, None)
+    (tmp_path / "mine.yaml").write_text("alpha: 3\nname: mine\nprompts: nouns\n")
+    got = read(Align, [f"config={tmp_path}/mine.yaml", "alpha=null", "name=null", "prompts=null"])
+    assert (got.alpha, got.name) == (None, None)
     assert got.prompts == "null"  # what cannot be empty is a text
 
 
 @pytest.mark.parametrize(
     ("words", "strategy"),
     [
+        (["strategy=Random()"], Random()),
         (["strategy=random"], Random()),
         (["backprop_mode=rand"], Random()),
         (["backprop_mode=last"], Last(1)),
@@ -79,13 +138,13 @@ def test_null_takes_a_files_value_back(tmp_path):
         (["backprop_mode=specific"], Last(10)),
         (["backprop_mode=specific", "num_inference_steps=50"], Last(35)),
         (["backprop_mode=specific", "ddim_steps=50"], Last(35)),
-        (["backprop_mode=specific", "strategy=random", "K=null"], Random()),
+        (["backprop_mode=specific", "strategy=Random()"], Random()),
     ],
     ids=str,
 )
 def test_the_steps_that_learn_with_a_shipped_configuration(words, strategy):
     got = read(Align, ["config=modelscope", *words])
-    assert cli.strategy_of(got.strategy, got.K) == strategy
+    assert parse_strategy(got.strategy) == strategy
 
 
 def test_vaders_names_in_a_file(tmp_path, capsys):
@@ -95,19 +154,19 @@ def test_vaders_names_in_a_file(tmp_path, capsys):
         "lora_rank: 3\nbackprop_mode: specific\nddim_steps: 20\nreward_fn: hps\nseed: 7\n"
     )
     got = read(Align, [f"config={path}"])
-    assert (got.rank, got.strategy, got.K, got.num_inference_steps, got.seed) == (
-        3,
-        "last",
-        5,
-        20,
-        7,
-    )
+    assert (got.rank, got.strategy, got.num_inference_steps, got.seed) == (3, "Last(5)", 20, 7)
     assert (
         "VADER's lora_rank, backprop_mode, ddim_steps, reward_fn read as: "
         in capsys.readouterr().err
     )
     got = read(Align, [f"config={path}", "num_inference_steps=30", "rank=4", "hps_version=v2.0"])
-    assert (got.rank, got.K, got.num_inference_steps, got.reward) == (4, 15, 30, "hps('v2.0')")
+    assert (got.rank, got.strategy, got.reward) == (4, "Last(15)", "hps('v2.0')")
+    assert got.num_inference_steps == 30
+
+
+def test_a_reference_in_a_file_is_to_the_final_value(tmp_path):
+    (tmp_path / "mine.yaml").write_text("name: run-${seed}\nseed: 1\n")
+    assert read(Align, [f"config={tmp_path}/mine.yaml", "seed=2"]).name == "run-2"
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
@@ -121,20 +180,20 @@ def test_a_file_that_cannot_be_read(tmp_path):
             read(Align, [f"config={tmp_path / name}"])
         assert "\n" not in str(error.value)
         with pytest.raises(ValueError, match=message):
-            translate.as_yaml(tmp_path / name)
+            config.translated(tmp_path / name)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["learnin_rate=3"], "unknown key 'learnin_rate'; did you mean learning_rate?"),
-        (["--stepps", "3"], "did you mean steps?"),
+        (["stepps=3"], "did you mean steps?"),
+        (["checkpoint_every=3"], "did you mean checkpoint"),
         (["reward_fm=hps"], "did you mean reward_fn?"),
         (["steps=many"], "steps: .*'many'"),
         (["steps=1.5"], "steps: .*1.5"),
         (["evaluation=maybe"], "evaluation: .*maybe"),
         (["steps"], "write key=value"),
-        (["--steps"], "--steps needs a value"),
         (["config=missing.yaml"], "no configuration at missing.yaml; .*modelscope"),
         (["backprop_mode=some"], "unknown backprop_mode 'some'"),
     ],
@@ -151,9 +210,10 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
 
 
 def test_every_key_is_in_the_help():
-    for name, (_, kind) in __import__("vader_nb.cli").cli.COMMANDS.items():
+    for name, (_, kind) in cli.COMMANDS.items():
         text = config.usage(name, kind)
-        assert all(re.search(rf"^  {f.name}\b", text, re.MULTILINE) for f in fields(kind)), name
+        for f in fields(schema(kind)):
+            assert re.search(rf"^  {f.name}\b.* \w", text, re.MULTILINE), (name, f.name)
 
 
 # ---------------------------------------------------------------------------------- VADER and others
@@ -179,7 +239,7 @@ def test_vaders_command_as_its_readme_writes_it(capsys):
     [
         ({"reward_fn": "hps", "hps_version": "v2.1"}, {"reward": "hps"}),
         ({"reward_fn": "hps", "hps_version": "v2.0"}, {"reward": "hps('v2.0')"}),
-        ({"reward_fn": "actpred"}, {"reward": "action", "frames": "nth:2"}),
+        ({"reward_fn": "actpred"}, {"reward": "action", "frames": "every:2"}),
         ({"reward_fn": "actpred", "decode_frame": "all"}, {"reward": "action", "frames": "all"}),
         (
             {"reward_fn": "objectDetection", "target_object": "cup"},
@@ -189,11 +249,15 @@ def test_vaders_command_as_its_readme_writes_it(capsys):
         ({"decode_frame": -1}, {"frames": "random:1"}),
         ({"decode_frame": "fml"}, {"frames": "ends"}),
         ({"decode_frame": "7"}, {"frames": "7"}),
-        ({"backprop_mode": "rand"}, {"strategy": "random", "K": None}),
+        ({"decode_frame": "alt"}, {"frames": "every:2"}),
+        ({"reward_fn": "compression"}, {"reward": "compression('compression_reward.pt')"}),
+        ({"reward_fn": "0.5 * hps"}, {"reward": "0.5 * hps"}),
+        ({"grad_checkpoint": "True"}, {"gradient_checkpointing": "True"}),
+        ({"backprop_mode": "rand"}, {"strategy": "Random()"}),
         # from the step with index 15 to the end
         (
             {"backprop_mode": "specific", "ddim_steps": 25},
-            {"strategy": "last", "K": 10, "num_inference_steps": 25},
+            {"strategy": "Last(10)", "num_inference_steps": 25},
         ),
         ({"use_wandb": "False", "logger_type": "wandb"}, {"log_with": None}),
         (
@@ -207,15 +271,49 @@ def test_vaders_arguments(given, ours):
     assert translate.translate("vader", given)[0] == ours
 
 
-def test_every_translated_name_is_one_of_ours():
-    known = {f.name for kind in (Align, Evaluate) for f in fields(kind)} | {
-        translate.REWARD,
-        translate.STEPS,
-    }
-    for source, table in translate.NAMES.items():
-        assert {to.ours for to in table.values() if to.ours} <= known, source
-        for name, to in table.items():
-            assert to.ours or to.note, name  # what is left out says why
+@pytest.mark.parametrize(
+    ("source", "given", "ours"),
+    [
+        ("videox_fun", {"reward_fn": "HPSReward"}, {"reward": "hps"}),
+        (
+            "videox_fun",
+            {"reward_fn": "HPSReward", "reward_fn_kwargs": '{"version": "v2.0"}'},
+            {"reward": "hps('v2.0')"},
+        ),
+        ("videox_fun", {"reward_fn": "MPSReward"}, {}),
+        ("videox_fun", {"backprop_strategy": "last"}, {"strategy": "Last(1)"}),
+        ("videox_fun", {"backprop_strategy": "random"}, {"strategy": "DRTune(5)"}),
+        ("videox_fun", {"num_sampled_frames": "4"}, {"frames": "random:4"}),
+        ("videox_fun", {"num_decoded_latents": "2"}, {"frames": "0,1"}),
+        ("trl", {"truncated_backprop_rand": True}, {"strategy": "Random(50)"}),
+        (
+            "trl",
+            {"truncated_backprop_rand": True, "truncated_rand_backprop_minmax": "(10, 50)"},
+            {"strategy": "Random(40)"},
+        ),
+        (
+            "trl",
+            {"truncated_backprop_rand": "false", "truncated_backprop_timestep": 99},
+            {"strategy": "Last(1)"},
+        ),
+    ],
+)
+def test_other_tools_arguments(source, given, ours):
+    assert translate.translate(source, given)[0] == ours
+    if "strategy" in ours:
+        parse_strategy(ours["strategy"])
+    if "frames" in ours:
+        parse_frames(ours["frames"])
+
+
+@pytest.mark.parametrize("source", translate.SOURCES)
+def test_every_translated_name_is_one_of_ours(source):
+    table = translate.tool(source)
+    known = {f.name for kind in (Align, Evaluate) for f in fields(schema(kind))}
+    assert set(table.names.values()) <= known
+    assert set(table.values) <= known and set(table.notes) <= set(table.names)
+    assert len(set(table.arguments)) == len(table.arguments)  # none is in two places
+    assert all(table.left_out)  # what is left out has a reason
 
 
 def test_the_table_that_is_read_is_the_one_that_is_used():
@@ -274,22 +372,25 @@ negative_prompts: ""
          "guidance_scale": 9.0, "learning_rate": 2e-4, "steps": 10000, "batch_size": 1, "mixed_precision": "fp16"},
          ["use_text_lora", "load_videodataset: left out; there is no data set", "alpha=8"]),
         ("train.sh", VIDEOX_SH, {"model": "models/Wan", "rank": 32, "alpha": 16.0, "learning_rate": 1e-5,
-         "max_grad_norm": 0.3, "height": 256, "reward": "hps", "strategy": "last", "K": 5, "mixed_precision": "bf16"},
+         "max_grad_norm": 0.3, "height": 256, "reward": "hps", "strategy": "Last(5)", "mixed_precision": "bf16"},
          ["Wan and CogVideoX", "low_vram", "backprop: left out"]),
         ("align.yaml", TRL_YAML, {"steps": 50, "learning_rate": 1e-3, "gradient_accumulation_steps": 4,
-         "num_inference_steps": 50, "strategy": "last", "K": 5}, ["negative_prompts"]),
+         "num_inference_steps": 50, "strategy": "Last(5)"}, ["negative_prompts"]),
     ],
     ids=["vader", "videox_fun", "trl"],
 )  # fmt: skip
-def test_translate_config(tmp_path, name, text, expected, warned):
+def test_translate_config(tmp_path, monkeypatch, capsys, name, text, expected, warned):
     """As a user: translate a file, look at what is said, and read the result back as a configuration."""
-    (tmp_path / name).write_text(text)
-    command = [sys.executable, "-m", "vader_nb", "translate-config", name, "output=ours.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    cli.main(["translate-config", name, "output=ours.yaml"])
+    told = capsys.readouterr()
     for words in warned:
-        assert words in done.stderr
-    got = read(Align, [f"config={tmp_path}/ours.yaml"])
+        assert words in told.err
+    got = read(Align, ["config=ours.yaml"])
     assert {key: getattr(got, key) for key in expected} == expected
+    cli.main(["translate-config", name])
+    assert capsys.readouterr().out == Path("ours.yaml").read_text()
 
 
 VIDEOCRAFTER_SH = """
@@ -309,8 +410,7 @@ OPEN_SORA_SH = (
             VIDEOCRAFTER_SH,
             {
                 "reward": "rainy('rainy_reward.pt')",
-                "strategy": "random",
-                "K": None,
+                "strategy": "Random()",
                 "prompts": "tiny",
             },
             [
@@ -330,7 +430,7 @@ def test_vaders_other_scripts(tmp_path, monkeypatch, text, expected, warned):
     from vader_nb import rewards
 
     (tmp_path / "train.sh").write_text(text)
-    written, notes = translate.as_yaml(tmp_path / "train.sh")
+    written, notes = config.translated(tmp_path / "train.sh")
     for words in warned:
         assert any(words in note for note in notes)
     assert not any("unknown" in note for note in notes)
@@ -346,11 +446,11 @@ def test_what_cannot_be_translated(tmp_path):
     (tmp_path / "train.py").write_text("lr = 1\n")
     (tmp_path / "empty.sh").write_text("echo hello\n")
     with pytest.raises(ValueError, match="is Python, which is not run here"):
-        translate.as_yaml(tmp_path / "train.py")
+        config.translated(tmp_path / "train.py")
     with pytest.raises(ValueError, match="no arguments found"):
-        translate.as_yaml(tmp_path / "empty.sh")
+        config.translated(tmp_path / "empty.sh")
     with pytest.raises(FileNotFoundError, match="no file at"):
-        translate.as_yaml(tmp_path / "absent.yaml")
+        config.translated(tmp_path / "absent.yaml")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -359,21 +459,17 @@ def test_shipped_configurations(path):
 
     got = read(Align, [f"config={path.stem}"])
     assert len(prompts.get(got.prompts))
-    assert cli.strategy_of(got.strategy, got.K) and cli.frames_of(got.frames)
+    assert parse_strategy(got.strategy) and parse_frames(got.frames)
 
 
 # ---------------------------------------------------------------------------------------- engines
 
 
 @pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp", "zero2", "zero3"])
-def test_engines_are_read_by_accelerate_and_build_their_plugins(name, tmp_path):
-    """accelerate's own launcher reads the file and hands the environment to a script, which builds the plugin of it."""
-    path = subprocess.run(
-        [sys.executable, "-m", "vader_nb", "engine", name],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+def test_engines_are_read_by_accelerate_and_build_their_plugins(name, tmp_path, capsys):
+    """accelerate's own launcher reads the file and hands the environment to a script, which builds the plugin."""
+    cli.main(["engine", name])
+    path = capsys.readouterr().out.strip()
     code = f"""
 import os
 from accelerate.commands.launch import launch_command_parser, _validate_launch_command

@@ -7,25 +7,10 @@ import pytest
 import torch
 
 from vader_nb import lora
-from vader_nb.gradient import (
-    DRaFTLV,
-    DRTune,
-    Frames,
-    Last,
-    NonFinite,
-    Random,
-    ReFL,
-    Sampling,
-    Step,
-    initial_noise,
-    reward_gradient,
-    roll_out,
-    sample,
-    score,
-)
-from vader_nb.memory import Peak
-from vader_nb.models import Conditioning
+from vader_nb.gradient import reward_gradient, score
 from vader_nb.rewards import as_reward, hps, reward
+from vader_nb.sampling import NonFiniteError, Sampling, initial_noise, roll_out, sample
+from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last, Random, ReFL, Step
 
 PROMPTS, SEEDS = ["a red star", "a blue circle growing"], [3, 8]
 SCHEDULERS = {
@@ -80,7 +65,7 @@ def plain_autograd(model, adapter, reward, sampling, strategy, frames):
     """The same estimators written out with autograd alone: every step in one graph, nothing staged.
 
     Follows the papers' definitions, not the package's plan: each branch detaches what its paper detaches."""
-    sampling = sampling.filled(model)
+    sampling = sampling.resolve(model)
     generator = torch.Generator().manual_seed(0)
     plan = strategy.plan(
         sampling.num_inference_steps, generator
@@ -88,25 +73,25 @@ def plain_autograd(model, adapter, reward, sampling, strategy, frames):
     chosen = frames.choose(sampling.num_frames, generator)
     conditioning = model.encode(PROMPTS)
     latents, generators = initial_noise(model, SEEDS, sampling)
-    scheduler = model.new_scheduler(sampling.num_inference_steps)
+    scheduler = model.new_scheduler(sampling)
     T = len(scheduler.timesteps)
 
     def denoise(x, t):
         if sampling.unconditional_gradient or sampling.guidance_scale == 1:
-            return model.predict(x, t, conditioning, sampling.guidance_scale)
+            return model.guided(x, t, conditioning, sampling)
         with torch.no_grad():
-            empty = model.predict(x, t, Conditioning(conditioning.empty, conditioning.empty), 1)
-        prompt = model.predict(x, t, conditioning, 1)
-        return empty + sampling.guidance_scale * (prompt - empty)
+            negative = model.predict(x, t, conditioning["negative"])
+        prompt = model.predict(x, t, conditioning["prompt"])
+        return negative + sampling.guidance_scale * (prompt - negative)
 
     for i, t in enumerate(scheduler.timesteps):
         n = T - i  # counted from the end
         if isinstance(strategy, (Last, Random)):
             first = strategy.K if isinstance(strategy, Last) else max(plan.active)
             with torch.set_grad_enabled(n <= first):
-                output = denoise(scheduler.scale_model_input(latents, t), t)
+                output = denoise(model.scale_input(scheduler, latents, t), t)
         elif isinstance(strategy, Step):
-            scaled = scheduler.scale_model_input(latents, t)
+            scaled = model.scale_input(scheduler, latents, t)
             if n > strategy.i:
                 with torch.no_grad():
                     output = denoise(scaled, t)
@@ -122,22 +107,22 @@ def plain_autograd(model, adapter, reward, sampling, strategy, frames):
         elif isinstance(strategy, (ReFL, DRTune)):
             # sg(x) into the network; only the chosen steps' outputs keep their graph
             with torch.set_grad_enabled(n in plan.active):
-                output = denoise(scheduler.scale_model_input(latents, t).detach(), t)
+                output = denoise(model.scale_input(scheduler, latents, t).detach(), t)
             if n == plan.stop + 1 and plan.stop:
-                latents = model.predict_x0(scheduler, output, t, latents)
+                latents = model.x0(scheduler, output, t, latents)
                 break
         else:
             with torch.no_grad():
-                output = denoise(scheduler.scale_model_input(latents, t), t)
+                output = denoise(model.scale_input(scheduler, latents, t), t)
         latents = model.step(scheduler, output, t, latents, eta=sampling.eta, generators=generators)
 
     finals = [latents]
     if isinstance(strategy, DRaFTLV):
         finals, clean = [], latents.detach()
         for _ in range(strategy.n):
-            fresh, t = model.new_scheduler(sampling.num_inference_steps), scheduler.timesteps[-1]
+            fresh, t = model.new_scheduler(sampling), scheduler.timesteps[-1]
             noised = model.add_noise(fresh, clean, t, generators)
-            output = denoise(fresh.scale_model_input(noised, t), t)
+            output = denoise(model.scale_input(fresh, noised, t), t)
             finals.append(
                 model.step(fresh, output, t, noised, eta=sampling.eta, generators=generators)
             )
@@ -191,19 +176,19 @@ def test_every_strategy_and_scheduler_equals_plain_autograd(micro, kind, strateg
     micro.scheduler = cls.from_config(micro.scheduler.config)
     adapter, sampling = adapted(micro), Sampling(eta=eta)
     for name in REWARDS:
-        setup = micro, adapter, REWARDS[name], sampling, strategy, Frames("all")
+        setup = micro, adapter, REWARDS[name], sampling, strategy, Frames.all()
         assert_equal(staged(*setup), plain_autograd(*setup))
 
 
 @pytest.mark.parametrize(
     "frames",
     [
-        Frames("random", 1),
-        Frames("random", 2),
-        Frames("ends"),
-        Frames("nth", 2),
-        Frames("all"),
-        Frames("list", indices=(0, -1)),
+        Frames.random(1),
+        Frames.random(2),
+        Frames.ends(),
+        Frames.every(2),
+        Frames.all(),
+        Frames.at(0, -1),
     ],
     ids=str,
 )
@@ -217,18 +202,18 @@ def test_every_frame_choice_equals_plain_autograd(micro, name, frames):
     "options",
     [
         {"fuse": False},
-        {"checkpoint_blocks": False},
-        {"fuse": False, "checkpoint_blocks": False},
-        {"offload": True},
-        {"chunk": 2},
-        {"chunk": 3, "offload": True, "checkpoint_blocks": False},
+        {"gradient_checkpointing": False},
+        {"fuse": False, "gradient_checkpointing": False},
+        {"activation_offload": True},
+        {"decode_chunk_size": 2},
+        {"decode_chunk_size": 3, "activation_offload": True, "gradient_checkpointing": False},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("strategy", [Last(2), Step(2)], ids=str)
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_setting_gives_the_same_gradient(micro, name, strategy, options):
-    setup = micro, adapted(micro), REWARDS[name], Sampling(), strategy, Frames("all")
+    setup = micro, adapted(micro), REWARDS[name], Sampling(), strategy, Frames.all()
     assert_equal(staged(*setup, **options), plain_autograd(*setup))
 
 
@@ -252,13 +237,13 @@ def test_every_setting_gives_the_same_gradient(micro, name, strategy, options):
     ],
 )
 def test_guidance_in_training(micro, sampling):
-    setup = micro, adapted(micro), REWARDS["frames"], sampling, Last(2), Frames("all")
+    setup = micro, adapted(micro), REWARDS["frames"], sampling, Last(2), Frames.all()
     assert_equal(staged(*setup), plain_autograd(*setup))
 
 
 @pytest.mark.parametrize("strategy", [Last(1), Step(3), DRaFTLV(2)], ids=str)
 def test_sequential_guidance_gives_the_gradient_of_batched_guidance(micro, strategy):
-    setup, rest = (micro, adapted(micro), REWARDS["frames"]), (strategy, Frames("all"))
+    setup, rest = (micro, adapted(micro), REWARDS["frames"]), (strategy, Frames.all())
     batched, sequential = (
         staged(*setup, Sampling(sequential_guidance=flag), *rest)[1] for flag in (False, True)
     )
@@ -266,13 +251,13 @@ def test_sequential_guidance_gives_the_gradient_of_batched_guidance(micro, strat
 
 
 def test_model_offload_gives_the_same_gradient_and_leaves_the_adapter_its_optimizer(micro):
-    """On a CPU home and accelerator are one place, but the weights come and go as they do elsewhere."""
+    """On a CPU both devices are one, but the weights move as they do elsewhere."""
     adapter = adapted(micro)
     ours, weights = (
         adapter.parameters(),
         {n: p.clone() for n, p in micro.denoiser.named_parameters()},
     )
-    setup = adapter, REWARDS["frames"], Sampling(), Last(2), Frames("all")
+    setup = adapter, REWARDS["frames"], Sampling(), Last(2), Frames.all()
     before = staged(micro, *setup)
     micro.enable_model_cpu_offload()
     assert_equal(staged(micro, *setup), before)
@@ -291,7 +276,7 @@ def test_guidance_without_the_unconditional_gradient_is_another_gradient(micro):
             REWARDS["frames"],
             Sampling(unconditional_gradient=flag),
             Last(1),
-            Frames("all"),
+            Frames.all(),
         )[1]
         for flag in (True, False)
     )
@@ -300,7 +285,7 @@ def test_guidance_without_the_unconditional_gradient_is_another_gradient(micro):
 
 def test_a_mixed_sum_of_rewards(micro):
     mixed = REWARDS["frames"] + 0.5 * REWARDS["clip"] + REWARDS["frames"].towards(0.3)
-    setup = micro, adapted(micro), mixed, Sampling(), Last(1), Frames("all")
+    setup = micro, adapted(micro), mixed, Sampling(), Last(1), Frames.all()
     assert_equal(staged(*setup), plain_autograd(*setup))
     assert not mixed.per_frame
 
@@ -308,7 +293,7 @@ def test_a_mixed_sum_of_rewards(micro):
 def test_full_backpropagation_matches_finite_differences(micro):
     """No autograd in the reference at all: the reward's slope along the gradient, by moving the adapter."""
     adapter, sampling = adapted(micro), Sampling()
-    _, gradient = staged(micro, adapter, REWARDS["clip"], sampling, Last(5), Frames("all"))
+    _, gradient = staged(micro, adapter, REWARDS["clip"], sampling, Last(5), Frames.all())
     direction = (gradient / gradient.norm()).split([p.numel() for p in adapter.parameters()])
 
     def value(size):
@@ -330,8 +315,8 @@ def test_last_of_all_steps_is_step_plus_the_rest(micro):
     """The exact gradient is the sum over steps of each step's own part."""
     adapter = adapted(micro)
     setup = micro, adapter, REWARDS["frames"], Sampling()
-    whole = staged(*setup, Last(5), Frames("all"))[1]
-    parts = sum(staged(*setup, Step(i), Frames("all"))[1] for i in range(1, 6))
+    whole = staged(*setup, Last(5), Frames.all())[1]
+    parts = sum(staged(*setup, Step(i), Frames.all())[1] for i in range(1, 6))
     assert (whole - parts).norm() <= 1e-9 * whole.norm()
 
 
@@ -343,7 +328,7 @@ def test_base_weights_are_untouched_and_ask_for_nothing(micro):
     flags = {n: p.requires_grad for n, p in micro.denoiser.named_parameters()}
     assert not any(flags.values())
     adapter = adapted(micro)
-    staged(micro, adapter, REWARDS["frames"], Sampling(), Last(2), Frames("all"))
+    staged(micro, adapter, REWARDS["frames"], Sampling(), Last(2), Frames.all())
     own = dict(micro.denoiser.named_parameters())
     for name, value in before.items():
         found = own.get(name)
@@ -359,41 +344,30 @@ def test_no_graph_before_the_cut(micro):
     adapter, calls = adapted(micro), []
     predict = micro.predict
     micro.predict = lambda *a, **k: (calls.append(torch.is_grad_enabled()), predict(*a, **k))[1]
-    staged(micro, adapter, REWARDS["frames"], Sampling(), Last(2), Frames("all"))
+    staged(micro, adapter, REWARDS["frames"], Sampling(), Last(2), Frames.all())
     assert calls.count(True) == 2
     assert calls.count(False) == 5
 
 
 def test_replayed_latents_are_the_rolled_out_ones(micro):
     """Bit for bit, noise included: what was scored is what is differentiated."""
-    from vader_nb.gradient import Plan, replay
+    from vader_nb.gradient import replay
+    from vader_nb.strategies import Plan
 
     micro.scheduler = diffusers.DDIMScheduler.from_config(micro.scheduler.config)
-    adapter, sampling = adapted(micro), Sampling(eta=1.0).filled(micro)
-    latents, generators = initial_noise(micro, SEEDS, sampling)
-    conditioning = micro.encode(PROMPTS)
-    rollout = roll_out(
-        micro, conditioning, latents, sampling, generators=generators, adapter=adapter, window=3
-    )
-    again = replay(
-        micro,
-        conditioning,
-        rollout,
-        Plan(frozenset([1, 2, 3])),
-        sampling,
-        lambda active: torch.enable_grad(),
-    )
+    adapter, sampling = adapted(micro), Sampling(eta=1.0).resolve(micro)
+    rollout = roll_out(micro, PROMPTS, SEEDS, sampling, adapter=adapter, window=3)
+    plan = Plan(frozenset([1, 2, 3]))
+    again = replay(micro, rollout, plan, lambda active: torch.enable_grad())
     assert torch.equal(again, rollout.latents)
     # and recomputing the calls gives the noted outputs
-    scheduler, x = copy.deepcopy(rollout.scheduler), rollout.start
+    scheduler, x, t = copy.deepcopy(rollout.scheduler), rollout.states[0], rollout.timesteps[0]
     with torch.no_grad():
-        output = micro.predict(
-            scheduler.scale_model_input(x, rollout.timesteps[0]),
-            rollout.timesteps[0],
-            conditioning,
-            3.0,
+        outputs = micro.all_branches(
+            micro.scale_input(scheduler, x, t), t, rollout.conditioning, sampling
         )
-    assert torch.equal(output, rollout.outputs[0])
+    assert outputs.keys() == rollout.outputs[0].keys() == {"negative", "prompt"}
+    assert all(torch.equal(outputs[name], rollout.outputs[0][name]) for name in outputs)
 
 
 def test_a_clip_depends_on_its_seed_and_not_on_its_batch(micro):
@@ -405,11 +379,13 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(micro):
 @pytest.mark.parametrize("kind", ["frames", "clip"])
 def test_memory_of_scoring_does_not_grow_with_frames(tiny, kind):
     """The bytes that live at the worst moment of decoding, scoring and going back, 1 or 8 frames."""
+    from vader_nb.memory_planner import MemoryTracker
+
     latents = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     reward = hps("tiny") if kind == "frames" else as_reward(bright)
 
     def peak(frames):
-        with Peak() as peak:
+        with MemoryTracker() as peak:
             score(tiny, latents, reward, PROMPTS[:1], frames)
         return peak.bytes
 
@@ -448,9 +424,7 @@ def test_half_precision_carries_gradients_that_are_too_small_for_it(micro_direct
         with torch.no_grad():
             for p, value in zip(adapter.parameters(), adapter_values):
                 p.copy_(value)
-        found[dtype] = staged(model, adapter, faint, Sampling(), strategy, Frames("all"))[
-            1
-        ].double()
+        found[dtype] = staged(model, adapter, faint, Sampling(), strategy, Frames.all())[1].double()
     half, exact = found.values()
     assert half @ exact > 0.99 * half.norm() * exact.norm()
     assert half.norm() == pytest.approx(exact.norm().item(), rel=0.05)
@@ -468,18 +442,18 @@ def test_windows_that_do_not_fit_are_refused_before_any_work(micro, strategy):
     micro.predict = None  # any work would fail otherwise
     adapter = adapted(micro)
     with pytest.raises(ValueError, match=r"must lie|>= 1"):
-        staged(micro, adapter, REWARDS["frames"], Sampling(), strategy, Frames("all"))
+        staged(micro, adapter, REWARDS["frames"], Sampling(), strategy, Frames.all())
 
 
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (Frames("random", 0), "cannot choose 0"),
-        (Frames("random", 4), "cannot choose 4"),
-        (Frames("list", indices=()), "nothing to score"),
-        (Frames("list", indices=(3,)), "index 3 is out of range"),
-        (Frames("list", indices=(-4,)), "index -4 is out of range"),
-        (Frames("nth", 0), "n >= 1"),
+        (Frames.random(0), "cannot choose 0"),
+        (Frames.random(4), "cannot choose 4"),
+        (Frames.at(), "nothing to score"),
+        (Frames.at(3), "index 3 is out of range"),
+        (Frames.at(-4), "index -4 is out of range"),
+        (Frames.every(0), "n >= 1"),
         (Frames("some"), "unknown frame choice"),
     ],
     ids=str,
@@ -493,13 +467,13 @@ def test_frames_that_do_not_exist_are_refused(micro, frames, message):
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [
-        (lambda frames, prompts: frames.mean(), ValueError, "one score a clip"),
-        (lambda frames, prompts: frames.mean(dim=(2, 3, 4)), ValueError, "one score a clip"),
-        (lambda frames, prompts: 1.0, ValueError, "one score a clip"),
+        (lambda frames, prompts: frames.mean(), ValueError, "one score per clip"),
+        (lambda frames, prompts: frames.mean(dim=(2, 3, 4)), ValueError, "one score per clip"),
+        (lambda frames, prompts: 1.0, ValueError, "one score per clip"),
         (lambda frames, prompts: frames.detach().mean(dim=(1, 2, 3, 4)), ValueError, "no gradient"),
         (
             lambda frames, prompts: frames.mean(dim=(1, 2, 3, 4)) * float("nan"),
-            NonFinite,
+            NonFiniteError,
             "not finite",
         ),
     ],
@@ -508,7 +482,7 @@ def test_frames_that_do_not_exist_are_refused(micro, frames, message):
 def test_bad_rewards_are_named(micro, function, error, message):
     adapter = adapted(micro)
     with pytest.raises(error, match=message):
-        staged(micro, adapter, function, Sampling(), Last(1), Frames("all"))
+        staged(micro, adapter, function, Sampling(), Last(1), Frames.all())
 
 
 def test_the_strategies_draw_what_their_papers_say():

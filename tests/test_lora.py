@@ -1,5 +1,6 @@
 """Adapters: bit-exact fusing, files that others can read, and files that must be refused."""
 
+import copy
 import json
 import pickle
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vader_nb import lora
-from vader_nb.gradient import sample
+from vader_nb.sampling import Sampling, roll_out, sample
 
 from .test_gradient import PROMPTS, SEEDS, adapted
 
@@ -24,7 +25,7 @@ def weights(model):
 def test_a_fresh_adapter_changes_nothing(micro):
     before = sample(micro, PROMPTS, seeds=SEEDS)
     adapter = lora.add(micro, rank=4)
-    assert torch.equal(sample(micro, PROMPTS, seeds=SEEDS), before)
+    assert torch.equal(sample(micro, PROMPTS, seeds=SEEDS, adapter=adapter), before)
     assert all(p.requires_grad for p in adapter.parameters())
     assert len(adapter.parameters()) == 2 * len(adapter.layers) > 0
 
@@ -42,15 +43,16 @@ def test_same_seed_same_adapter_and_no_trace_in_the_global_generator(micro):
 
 def test_fused_is_the_adapter_and_leaves_the_base_bit_exact(micro):
     adapter, before = adapted(micro), weights(micro)
-    apart = sample(micro, PROMPTS, seeds=SEEDS)
-    together = sample(micro, PROMPTS, seeds=SEEDS, adapter=adapter)
+    apart = roll_out(micro, PROMPTS, SEEDS, Sampling().resolve(micro)).latents
+    together = roll_out(micro, PROMPTS, SEEDS, Sampling().resolve(micro), adapter=adapter).latents
     torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-9)
     after = weights(micro)
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(RuntimeError), adapter.fused():
         raise RuntimeError("in the middle")
     assert all(torch.equal(before[name], value) for name, value in weights(micro).items())
-    assert torch.equal(sample(micro, PROMPTS, seeds=SEEDS), apart)
+    again = roll_out(micro, PROMPTS, SEEDS, Sampling().resolve(micro)).latents
+    assert torch.equal(again, apart)
 
 
 def test_half_precision_base_is_restored_bit_exactly(micro_directory):
@@ -69,8 +71,10 @@ def test_half_precision_base_is_restored_bit_exactly(micro_directory):
 def test_scale_goes_from_the_base_through_the_adapter_and_beyond(micro):
     adapter = adapted(micro)
     full = sample(micro, PROMPTS, seeds=SEEDS, adapter=adapter)
+    base = sample(micro, PROMPTS, seeds=SEEDS)
     with adapter.disabled():
-        base = sample(micro, PROMPTS, seeds=SEEDS)
+        disabled = micro.decode(roll_out(micro, PROMPTS, SEEDS, Sampling().resolve(micro)).latents)
+    assert torch.equal(disabled, base)
     adapter.scale = 0.0
     torch.testing.assert_close(
         sample(micro, PROMPTS, seeds=SEEDS, adapter=adapter), base, rtol=1e-12, atol=1e-12
@@ -95,7 +99,7 @@ def test_a_file_comes_back_equal_with_its_story(micro, tmp_path):
     state, metadata = lora.read(path)
     assert metadata["reward"] == "hps + 0.02 × aesthetic"
     assert (metadata["rank"], metadata["alpha"], metadata["steps"]) == ("2", "2", "40")
-    assert json.loads(metadata["targets"]) == list(micro.targets)
+    assert json.loads(metadata["targets"]) == list(micro.targets["unet"])
     adapter.remove()
     again = lora.load(micro, path)
     assert again.state_dict().keys() == state.keys()
@@ -221,9 +225,9 @@ def delta(model, path, scale):
     return found
 
 
-def test_a_blend_is_the_weighted_sum_of_what_its_adapters_do(micro, two_files):
+def test_a_combination_is_the_weighted_sum_of_what_its_adapters_do(micro, two_files):
     first, second = (delta(micro, path, scale) for path, scale in zip(two_files, (0.7, 1.2)))
-    adapter = lora.blend(micro, dict(zip(two_files, (0.7, 1.2))))
+    adapter = lora.combine(micro, dict(zip(two_files, (0.7, 1.2))))
     assert adapter.rank == 5
     for name, layer in adapter.layers.items():
         torch.testing.assert_close(
@@ -231,9 +235,9 @@ def test_a_blend_is_the_weighted_sum_of_what_its_adapters_do(micro, two_files):
         )
 
 
-def test_a_blend_of_one_is_that_adapter_at_its_scale(micro, two_files, tmp_path):
+def test_a_combination_of_one_is_that_adapter_at_its_scale(micro, two_files, tmp_path):
     expected = delta(micro, two_files[0], 0.5)
-    adapter = lora.blend(micro, {two_files[0]: 0.5})
+    adapter = lora.combine(micro, {two_files[0]: 0.5})
     adapter.save(tmp_path / "kept.safetensors")
     for name, layer in adapter.layers.items():
         torch.testing.assert_close(layer.get_delta_weight(lora.NAME).detach(), expected[name])
@@ -243,58 +247,91 @@ def test_a_blend_of_one_is_that_adapter_at_its_scale(micro, two_files, tmp_path)
         torch.testing.assert_close(again[name], expected[name])
 
 
-def test_a_blend_of_adapters_for_different_layers_acts_on_all_of_them(micro, tmp_path, two_files):
+def test_a_combination_of_adapters_for_different_layers_acts_on_all_of_them(
+    micro, tmp_path, two_files
+):
     adapter = lora.add(micro, 1, targets=("to_out.0",))
     for parameter in adapter.parameters():
         torch.nn.init.ones_(parameter)
     other = adapter.save(tmp_path / "other.safetensors")
     adapter.remove()
-    both = lora.blend(micro, {two_files[0]: 1.0, other: 1.0})
+    both = lora.combine(micro, {two_files[0]: 1.0, other: 1.0})
     assert all(layer.get_delta_weight(lora.NAME).any() for layer in both.layers.values())
 
 
-def test_a_blend_names_what_it_cannot_blend(micro, two_files):
-    with pytest.raises(ValueError, match="nothing to blend"):
-        lora.blend(micro, {})
+def test_a_combination_names_what_it_cannot_combine(micro, two_files):
+    with pytest.raises(ValueError, match="nothing to combine"):
+        lora.combine(micro, {})
     with pytest.raises(ValueError, match=r"2\.safetensors: an adapter's weight .* got -1"):
-        lora.blend(micro, {two_files[0]: -1})
+        lora.combine(micro, {two_files[0]: -1})
     lora.add(micro).remove()  # nothing was left behind
 
 
-def test_what_is_worn_for_a_while_leaves_the_models_own_adapter_in_place(micro, two_files):
+def test_an_adapter_used_for_a_while_leaves_the_models_own_in_place(micro, two_files):
     mine = lora.load(micro, two_files[0])
-    with lora.bare(micro):
-        base = sample(micro, "a cat")
-        other = lora.blend(micro, {two_files[1]: 1.0})
-        expected = sample(micro, "a cat")
-    before = sample(micro, "a cat")
-    assert not torch.equal(before, expected)
-    with lora.wearing(micro, other):
-        torch.testing.assert_close(sample(micro, "a cat"), expected, rtol=0, atol=0)
-    with lora.wearing(micro, None):
-        torch.testing.assert_close(sample(micro, "a cat"), base, rtol=0, atol=0)
-    torch.testing.assert_close(sample(micro, "a cat"), before, rtol=0, atol=0)
-    mine.remove()
-    torch.testing.assert_close(sample(micro, "a cat"), base, rtol=0, atol=0)
+    with lora.use_adapter(micro, None):
+        other = lora.combine(micro, {two_files[1]: 1.0})
+    layers = lora._layers(micro)
+    with lora.use_adapter(micro, other) as active:
+        assert active is other and other.attached and not mine.attached
+    assert lora._layers(micro) == layers and mine.attached
+    with pytest.raises(RuntimeError), lora.use_adapter(micro, two_files[1]):
+        raise RuntimeError("in the middle")
+    assert lora._layers(micro) == layers and mine.attached
+
+
+def test_sample_takes_exactly_the_adapter_it_is_given(micro, two_files):
+    """None is the base model, whatever is on it; a path or weights need nothing on it."""
+    base = sample(micro, "a cat")
+    from_file = sample(micro, "a cat", adapter=two_files[0])
+    mixed = sample(micro, "a cat", adapter={two_files[0]: 0.7, two_files[1]: 0.3})
+    mine = lora.load(micro, two_files[0])
+    assert torch.equal(sample(micro, "a cat", adapter=mine), from_file)
+    assert torch.equal(sample(micro, "a cat", adapter=str(two_files[0])), from_file)
+    assert torch.equal(sample(micro, "a cat"), base)
+    assert mine.attached
+    assert len({tuple(x.flatten().tolist()) for x in (base, from_file, mixed)}) == 3, (
+        "three different clips"
+    )
+
+
+def test_an_adapter_of_another_model_or_a_removed_one_is_an_error(
+    micro, micro_directory, two_files
+):
+    from vader_nb import load
+
+    other = load(micro_directory, dtype=torch.float64)
+    with pytest.raises(ValueError, match="belongs to another"):
+        sample(micro, "a cat", adapter=lora.load(other, two_files[0]))
+    removed = lora.load(micro, two_files[0])
+    removed.remove()
+    with pytest.raises(ValueError, match="was removed"):
+        sample(micro, "a cat", adapter=removed)
 
 
 @pytest.mark.parametrize("start, end, acts", [(0, 1, 5), (0, 0.4, 2), (0.6, 1, 2), (0.2, 0.6, 2)])
 def test_an_adapter_acts_in_its_part_of_the_chain_only(micro, two_files, start, end, acts):
-    adapter, scales = lora.load(micro, two_files[0], scale=0.8), []
+    """Whether each step is the adapter's or the base model's is read off its own output."""
+    adapter, seen = lora.load(micro, two_files[0], scale=0.8), []
     predict = micro.predict
-    micro.predict = lambda *args: scales.append(adapter.scale) or predict(*args)
-    with lora.acting(adapter, start, end, num_inference_steps=5) as callback:
-        sample(micro, "a cat", callback=callback)
-    assert len(scales) == 5
-    assert scales == [0.8 if start * 5 <= i and i + 1 <= end * 5 else 0.0 for i in range(5)]
-    assert scales.count(0.8) == acts
-    assert adapter.scale == 0.8
+
+    def spied(latents, t, inputs):
+        """The base weights hold the sum while fused, so compare with a copy from before."""
+        output = predict(latents, t, inputs)
+        seen.append(not torch.equal(output, untouched.predict(latents, t, inputs)))
+        return output
+
+    with lora.use_adapter(micro, None):
+        untouched = copy.deepcopy(micro)
+    micro.predict = spied
+    clip = sample(micro, "a cat", adapter=adapter, adapter_start=start, adapter_end=end)
+    assert seen == [start * 5 <= i and i + 1 <= end * 5 for i in range(5)]
+    assert seen.count(True) == acts
+    assert adapter.scale == 0.8 and adapter.attached
+    del micro.predict
+    assert torch.equal(clip, sample(micro, "a cat", adapter=adapter)) == (acts == 5)
 
 
 def test_an_adapter_that_acts_backwards_is_an_error(micro, two_files):
-    adapter = lora.load(micro, two_files[0])
-    with (
-        pytest.raises(ValueError, match=r"got 0\.5 to 0\.2"),
-        lora.acting(adapter, 0.5, 0.2, num_inference_steps=5),
-    ):
-        pass
+    with pytest.raises(ValueError, match=r"got 0\.5 to 0\.2"):
+        sample(micro, "a cat", adapter=two_files[0], adapter_start=0.5, adapter_end=0.2)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vader_nb import load
-from vader_nb.gradient import Sampling, sample
 from vader_nb.models import CHECKPOINTS
+from vader_nb.sampling import Sampling, sample
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_our_loop_makes_what_diffusers_pipeline_makes(micro_directory, scheduler
 
 
 def test_plain_diffusers_loads_and_samples_the_tiny_model(tiny):
-    source = CHECKPOINTS["tiny"].source
+    source = CHECKPOINTS["tiny"]
     pipeline = diffusers.DiffusionPipeline.from_pretrained(source)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.eval()
@@ -187,27 +187,29 @@ def test_long_and_strange_prompts_are_only_text(tiny):
 
 
 def test_a_prompt_is_read_once_and_whatever_stands_beside_it(tiny, monkeypatch):
-    tiny.texts.clear()
+    tiny._embeddings.clear()
     alone = tiny.encode(["a red star"])
-    read, asked = tiny.read, []
-    monkeypatch.setattr(tiny, "read", lambda prompt: asked.append(prompt) or read(prompt))
+    embed, asked = tiny._embed, []
+    monkeypatch.setattr(tiny, "_embed", lambda prompt: asked.append(prompt) or embed(prompt))
     among = tiny.encode(["a blue circle", "a red star", "a blue circle"])
     assert asked == ["a blue circle"]
-    assert torch.equal(among.prompt[1], alone.prompt[0])
-    assert torch.equal(among.empty[2], alone.empty[0])
+    key = "encoder_hidden_states"
+    assert torch.equal(among["prompt"][key][1], alone["prompt"][key][0])
+    assert torch.equal(among["negative"][key][2], alone["negative"][key][0])
     together = tiny.text_encoder(
         tiny.tokenizer(["a red star", ""], padding="max_length", return_tensors="pt").input_ids
     ).last_hidden_state
     torch.testing.assert_close(
-        together, torch.cat([alone.prompt, alone.empty]), rtol=1e-4, atol=1e-5
+        together, alone.batched(["prompt", "negative"])[key], rtol=1e-4, atol=1e-5
     )
 
 
 def test_prompts_are_kept_within_bounds(tiny, monkeypatch):
-    monkeypatch.setattr("vader_nb.models.modelscope.REMEMBERED", 4)
+    monkeypatch.setattr("vader_nb.models.modelscope.CACHED_PROMPTS", 4)
     for i in range(10):
-        assert len(tiny.encode([f"{i} red stars", "a star"]).prompt) == 2
-        assert len(tiny.texts) <= 4
+        states = tiny.encode([f"{i} red stars", "a star"])["prompt"]["encoder_hidden_states"]
+        assert len(states) == 2
+        assert len(tiny._embeddings) <= 4
 
 
 def test_a_model_that_offloads_is_moved_before_not_after(micro):

@@ -12,13 +12,15 @@ import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from vader_nb import lora, parallel
-from vader_nb.align import align
-from vader_nb.checkpoints import steps_of
-from vader_nb.evaluate import evaluate
-from vader_nb.gradient import DRaFTLV, Frames, Last, Random, reward_gradient
-from vader_nb.parallel import checksum, launch, meet, shard
+from vader_nb import distributed, evaluate, lora
+from vader_nb.checkpoints import list_checkpoints
+from vader_nb.distributed import checksum, launch, shard, sync_gradients
+from vader_nb.gradient import reward_gradient
 from vader_nb.rewards import brightness, reward
+from vader_nb.strategies import DRaFTLV, Frames, Last, Random
+from vader_nb.trainer import align
+
+from .test_align import recorded, untimed
 
 PROMPTS = ["a red star", "a blue circle", "a green square growing"]
 
@@ -77,23 +79,22 @@ def assert_same(a, b, **tolerance):
         )
 
 
-def test_two_processes_are_one_with_twice_the_accumulation(micro_directory, tmp_path):
+RANDOM = {"strategy": Random(2), "frames": Frames.random(1)}
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(two, micro_directory, tmp_path):
     """The same prompts, seeds, steps and frames, though steps and frames are drawn for each micro-batch."""
-    options = {"strategy": Random(2), "frames": Frames("random", 1)}
-    launch(train, micro_directory, tmp_path / "two", options | {"gradient_accumulation_steps": 1})
-    train(micro_directory, tmp_path / "one", options | {"gradient_accumulation_steps": 2})
-    assert_same(left(tmp_path / "two", 0), left(tmp_path / "two", 1))
-    assert_same(left(tmp_path / "two"), left(tmp_path / "one"), rtol=1e-10, atol=1e-10)
-    rewards = [
-        [row["reward"] for row in left(tmp_path / name)["metrics"]] for name in ("two", "one")
-    ]
+    train(micro_directory, tmp_path / "one", RANDOM | {"gradient_accumulation_steps": 2})
+    both, one = two / "random", tmp_path / "one"
+    assert_same(left(both, 0), left(both, 1))
+    assert_same(left(both), left(one), rtol=1e-10, atol=1e-10)
+    rewards = [[row["reward"] for row in left(run)["metrics"]] for run in (both, one)]
     assert rewards[0] == pytest.approx(rewards[1], rel=1e-6)
 
 
-def test_two_processes_are_one_with_twice_the_batch(micro_directory, tmp_path):
-    launch(train, micro_directory, tmp_path / "two", {"frames": Frames("all"), "batch_size": 2})
-    train(micro_directory, tmp_path / "one", {"frames": Frames("all"), "batch_size": 4})
-    assert_same(left(tmp_path / "two"), left(tmp_path / "one"), rtol=1e-10, atol=1e-10)
+def test_two_processes_are_one_with_twice_the_batch(two, micro_directory, tmp_path):
+    train(micro_directory, tmp_path / "one", {"frames": Frames.all(), "batch_size": 4})
+    assert_same(left(two / "batch"), left(tmp_path / "one"), rtol=1e-10, atol=1e-10)
 
 
 def gradients_before_and_after(directory, folder):
@@ -102,52 +103,47 @@ def gradients_before_and_after(directory, folder):
     model = build(directory)
     accelerator, adapter = Accelerator(cpu=True), lora.add(model, 2)
     reward_gradient(
-        model, adapter, brightness(), [PROMPTS[rank()]], seeds=[rank()], frames=Frames("all")
+        model, adapter, brightness(), [PROMPTS[rank()]], seeds=[rank()], frames=Frames.all()
     )
     before = [p.grad.clone() for p in adapter.parameters()]
-    met = meet(adapter.parameters(), accelerator, float(rank()), False, rank() == 1)
+    values = {"reward": float(rank())}
+    synced = sync_gradients(adapter.parameters(), accelerator, values, False, rank() == 1)
     after = [p.grad for p in adapter.parameters()]
-    torch.save({"before": before, "after": after, "met": vars(met)}, f"{folder}-{rank()}.pt")
+    torch.save({"before": before, "after": after, "synced": vars(synced)}, f"{folder}-{rank()}.pt")
 
 
-def test_gradients_differ_before_they_meet_and_agree_after(micro_directory, tmp_path):
-    launch(gradients_before_and_after, micro_directory, tmp_path / "g")
-    first, second = left(tmp_path / "g", 0), left(tmp_path / "g", 1)
+def test_gradients_differ_before_they_are_averaged_and_agree_after(two):
+    first, second = left(two / "averaged", 0), left(two / "averaged", 1)
     for a, b, x, y in zip(
         first["before"], second["before"], first["after"], second["after"], strict=True
     ):
         assert torch.equal(x, y)
         torch.testing.assert_close(x, (a + b) / 2)
     assert any(not torch.equal(a, b) for a, b in zip(first["before"], second["before"]))
-    # one of them wanted to stop: both know
-    assert first["met"] == second["met"] == {"reward": 0.5, "non_finite": False, "stop": True}
+    # one of them wanted to stop: both are informed
+    assert first["synced"] == second["synced"]
+    assert first["synced"] == {"values": {"reward": 0.5}, "non_finite": False, "stop": True}
 
 
 def drift(directory, folder):
     def nudge(row):
         if row["step"] == 2 and rank() == 1:
             with torch.no_grad():
-                adapter = nudge.adapter[0]
-                adapter[0, 0] = torch.nextafter(adapter[0, 0], adapter.new_tensor(9.0))
+                matrix = trained[0].parameters()[0]
+                matrix[0, 0] = torch.nextafter(matrix[0, 0], matrix.new_tensor(9.0))
 
-    add = lora.add
-
-    def remember(*args, **options):
-        adapter = add(*args, **options)
-        nudge.adapter = adapter.parameters()
-        return adapter
-
-    lora.add = remember  # in this process only: it is a fork
-    try:
-        train(directory, folder, {"steps": 5}, callback=nudge)
-    except RuntimeError as error:
-        torch.save(str(error), f"{folder}-{rank()}.pt")
+    trained, add = [], lora.add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "add", lambda *a, **o: trained.append(add(*a, **o)) or trained[0])
+        try:
+            train(directory, folder, {"steps": 5}, callback=nudge)
+        except RuntimeError as error:
+            torch.save(str(error), f"{folder}-{rank()}.pt")
 
 
-def test_a_process_that_drifts_by_one_bit_is_found(micro_directory, tmp_path):
-    launch(drift, micro_directory, tmp_path / "d")
+def test_a_process_that_drifts_by_one_bit_is_found(two):
     for process in (0, 1):
-        assert left(tmp_path / "d", process).startswith(
+        assert left(two / "drift", process).startswith(
             "after step 3 the processes hold different adapters: ranks [1]"
         )
 
@@ -174,11 +170,8 @@ def moody(directory, folder):
     train(directory, folder, {"steps": 4}, scorer=reward(scorer))
 
 
-def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(
-    micro_directory, tmp_path
-):
-    launch(moody, micro_directory, tmp_path / "m")
-    first, second = left(tmp_path / "m", 0), left(tmp_path / "m", 1)
+def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(two):
+    first, second = left(two / "nan", 0), left(two / "nan", 1)
     assert_same(first, second)
     assert ["skipped" in row for row in first["metrics"]] == [False, True, False, False]
     assert "another process" in first["metrics"][1]["skipped"]
@@ -193,19 +186,18 @@ def interrupted(directory, folder, number):
             os.kill(os.getpid(), number)
         return frames.mean(dim=(1, 2, 3, 4))
 
-    train(directory, folder, {"steps": 6, "checkpoint_every": 50}, scorer=reward(scorer))
+    train(directory, folder, {"steps": 6, "checkpointing_steps": 50}, scorer=reward(scorer))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_one_process_stops_all_at_the_same_step(micro_directory, tmp_path, number):
-    launch(interrupted, micro_directory, tmp_path / "s", number)
-    first, second = left(tmp_path / "s", 0), left(tmp_path / "s", 1)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(two, name):
+    first, second = left(two / name, 0), left(two / name, 1)
     assert (
         first["stopped"]
         and second["stopped"]
         and len(first["metrics"]) == len(second["metrics"]) == 2
     )
-    assert list(steps_of(tmp_path / "s")) == [2]
+    assert list(list_checkpoints(two / name)) == [2]
 
 
 def mortal(directory, folder, steps, victim):
@@ -216,22 +208,22 @@ def mortal(directory, folder, steps, victim):
     train(
         directory,
         folder,
-        {"steps": steps, "checkpoint_every": 2, "resume": "latest"},
+        {"steps": steps, "checkpointing_steps": 2, "resume": "latest"},
         callback=perish,
     )
 
 
-def test_a_run_whose_process_was_killed_goes_on_as_if_nothing_had_been(micro_directory, tmp_path):
-    launch(mortal, micro_directory, tmp_path / "whole", 5, None)
+def test_a_run_whose_process_was_killed_goes_on_as_if_nothing_had_been(
+    two, micro_directory, tmp_path
+):
+    whole = two / "whole"
     with pytest.raises(Exception, match="SIGKILL"):
         launch(mortal, micro_directory, tmp_path / "run", 5, 1)
-    assert list(steps_of(tmp_path / "run")) == [2]
+    assert list(list_checkpoints(tmp_path / "run")) == [2]
     launch(mortal, micro_directory, tmp_path / "run", 5, None)
     for process in (0, 1):
-        assert_same(left(tmp_path / "run", process), left(tmp_path / "whole", process))
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (
-        tmp_path / "whole" / "metrics.jsonl"
-    ).read_text()
+        assert_same(left(tmp_path / "run", process), left(whole, process))
+    assert untimed(recorded(tmp_path / "run")) == untimed(recorded(whole))
     # on one process, with the same number of clips a step: said to be equal in distribution only; here nearly equal
     with pytest.warns(UserWarning, match="the 4 clips of a step are divided in another way"):
         train(
@@ -250,22 +242,22 @@ def fsdp():
     return SimpleNamespace(distributed_type="FSDP", state=state)
 
 
-def cut_up(directory, folder):
-    """The gradient with the frozen weights cut up over both processes, as `fsdp` does it, and with whole ones."""
+def sharded_gradient(directory, folder):
+    """The gradient with the frozen weights sharded over both processes, as `fsdp` does it, and with whole ones."""
     from accelerate import Accelerator
 
     results = {}
-    for how in ("whole", "cut up"):
+    for how in ("whole", "sharded"):
         model = build(directory)
         accelerator = Accelerator(cpu=True)
-        if how == "cut up":
+        if how == "sharded":
             shard(model, fsdp())
             results["blocks"] = len(model.blocks())
             results["held"] = sum(p.to_local().numel() for p in model.denoiser.parameters())
         adapter = lora.add(model, 2)
         for p in adapter.parameters()[1::2]:
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
-        options = {"strategy": Last(2), "frames": Frames("all"), "checkpoint_blocks": True}
+        options = {"strategy": Last(2), "frames": Frames.all(), "gradient_checkpointing": True}
         result = reward_gradient(
             model,
             adapter,
@@ -281,53 +273,44 @@ def cut_up(directory, folder):
     torch.save(results, f"{folder}-{rank()}.pt")
 
 
-def test_a_denoiser_that_is_cut_up_gives_the_same_gradient(micro_directory, tmp_path):
-    launch(cut_up, micro_directory, tmp_path / "f")
+def test_a_sharded_denoiser_gives_the_same_gradient(two, micro_directory):
     total = sum(p.numel() for p in build(micro_directory).denoiser.parameters())
-    held = [left(tmp_path / "f", process)["held"] for process in (0, 1)]
-    assert left(tmp_path / "f")["blocks"] == len(
+    held = [left(two / "sharded", process)["held"] for process in (0, 1)]
+    assert left(two / "sharded")["blocks"] == len(
         build(micro_directory).blocks()
     )  # they can still be checkpointed
     assert sum(held) == total and max(held) <= total / 2 + 100
     for process in (0, 1):
-        got = left(tmp_path / "f", process)
-        assert_same(got["whole"], got["cut up"], rtol=1e-9, atol=1e-12)
+        got = left(two / "sharded", process)
+        assert_same(got["whole"], got["sharded"], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(
-            got["whole"]["rewards"], got["cut up"]["rewards"], rtol=1e-9, atol=0
+            got["whole"]["rewards"], got["sharded"]["rewards"], rtol=1e-9, atol=0
         )
 
 
 def evaluated(directory, folder):
-    """Three batches for two processes, with the weights cut up and with whole ones. A process that waits for a meeting
-    that never comes dies, instead of hanging."""
+    """Three batches for two processes, with the weights sharded and with whole ones."""
     from accelerate import Accelerator
 
-    faulthandler.dump_traceback_later(40, exit=True)
     rows = {}
-    for how in ("whole", "cut up"):
+    for how in ("whole", "sharded"):
         model, _ = build(directory), Accelerator(cpu=True)
-        if how == "cut up":
+        if how == "sharded":
             shard(model, fsdp())
         options = {"seeds_per_prompt": 1, "batch_size": 1, "progress": False}
         found = evaluate(model, None, brightness(), {"all": PROMPTS}, **options)
         rows[how] = {row.metric: row.base for row in found.rows}
-    faulthandler.cancel_dump_traceback_later()
     torch.save(rows, f"{folder}-{rank()}.pt")
 
 
-def test_a_denoiser_that_is_cut_up_is_evaluated_on_any_number_of_batches(micro_directory, tmp_path):
-    launch(evaluated, micro_directory, tmp_path / "e")
-    first, second = left(tmp_path / "e", 0), left(tmp_path / "e", 1)
+def test_a_sharded_denoiser_is_evaluated_on_any_number_of_batches(two):
+    first, second = left(two / "evaluated", 0), left(two / "evaluated", 1)
     assert first == second and set(first["whole"]) == {"brightness", "motion"}
-    assert first["cut up"] == pytest.approx(first["whole"], rel=1e-6)
+    assert first["sharded"] == pytest.approx(first["whole"], rel=1e-6)
 
 
-def moody_and_cut_up(directory, folder):
+def moody_and_sharded(directory, folder):
     """In the second step one process sees a NaN, in the first noising of the first of its two micro-batches."""
-    faulthandler.dump_traceback_later(40, exit=True)
-    # in this process only: it is a fork
-    parallel.sharded = lambda accelerator: True
-    parallel.shard = lambda model, accelerator: shard(model, fsdp())
     calls = []
 
     def scorer(frames, prompts):
@@ -336,17 +319,35 @@ def moody_and_cut_up(directory, folder):
         return value * float("nan") if len(calls) == 5 and rank() == 1 else value
 
     options = {"strategy": DRaFTLV(2), "gradient_accumulation_steps": 2, "batch_size": 1}
-    train(directory, folder, options, scorer=reward(scorer, per_frame=True))
-    faulthandler.cancel_dump_traceback_later()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "shards_weights", lambda accelerator: True)
+        patch.setattr(distributed, "shard", lambda model, accelerator: shard(model, fsdp()))
+        train(directory, folder, options, scorer=reward(scorer, per_frame=True))
 
 
-def test_a_number_that_is_not_finite_holds_nobody_up_where_the_weights_are_cut_up(
-    micro_directory, tmp_path
-):
-    launch(moody_and_cut_up, micro_directory, tmp_path / "n")
-    first, second = left(tmp_path / "n", 0), left(tmp_path / "n", 1)
+def test_a_number_that_is_not_finite_does_not_block_others_where_the_weights_are_sharded(two):
+    first, second = left(two / "sharded nan", 0), left(two / "sharded nan", 1)
     assert_same(first, second)
     assert ["skipped" in row for row in first["metrics"]] == [False, True, False]
+
+
+def disagreeing(directory, folder):
+    """A validation whose scores differ between the processes, as two GPUs' may in the last bit."""
+    calls = []
+
+    def validate(adapter):
+        calls.append(1)
+        return {"score": float(len(calls) if rank() == 0 else -len(calls))}
+
+    options = {"validate": validate, "validation_steps": 1, "checkpoints_total_limit": 1}
+    train(directory, folder, options)
+
+
+def test_processes_whose_validations_differ_decide_alike(two):
+    """Whether to save is decided by the main process's scores; each by its own, they would wait for ever."""
+    first, second = left(two / "disagreeing", 0), left(two / "disagreeing", 1)
+    assert [row["validation/score"] for row in first["metrics"]] == [1.0, 2.0, 3.0]
+    assert [row["validation/score"] for row in second["metrics"]] == [1.0, 2.0, 3.0]
 
 
 def counted(directory, folder):
@@ -363,7 +364,7 @@ def counted(directory, folder):
 
         return call
 
-    names = (
+    names = (  # of torch.distributed
         "all_reduce",
         "all_gather",
         "all_gather_into_tensor",
@@ -372,21 +373,54 @@ def counted(directory, folder):
         "gather",
         "all_to_all",
     )
-    for name in names:
-        setattr(dist, name, counting(getattr(dist, name), name))
     steps = []
-    train(directory, folder, {"steps": 3}, callback=lambda row: steps.append(len(crossed)))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(dist, name, counting(getattr(dist, name), name))
+        train(directory, folder, {"steps": 3}, callback=lambda row: steps.append(len(crossed)))
     torch.save([crossed[a:b] for a, b in zip(steps, steps[1:])], f"{folder}-{rank()}.pt")
 
 
-def test_only_the_adapter_crosses_between_processes(micro_directory, tmp_path):
-    launch(counted, micro_directory, tmp_path / "c")
+def test_only_the_adapter_crosses_between_processes(two, micro_directory):
     model = build(micro_directory)
     size = sum(p.nbytes for p in lora.add(model, 2).parameters())
     weights = sum(p.nbytes for p in model.denoiser.parameters())
-    for step in left(tmp_path / "c", 0):
+    for step in left(two / "counted", 0):
         assert [name for name, _ in step].count("all_reduce") == 1
         assert size < sum(count for _, count in step) <= size + 64 < weights / 2
+
+
+SCENARIOS = {
+    "random": (train, RANDOM),
+    "batch": (train, {"frames": Frames.all(), "batch_size": 2}),
+    "averaged": (gradients_before_and_after,),
+    "drift": (drift,),
+    "nan": (moody,),
+    "SIGINT": (interrupted, signal.SIGINT),
+    "SIGTERM": (interrupted, signal.SIGTERM),
+    "whole": (mortal, 5, None),
+    "sharded": (sharded_gradient,),
+    "evaluated": (evaluated,),
+    "sharded nan": (moody_and_sharded,),
+    "disagreeing": (disagreeing,),
+    "counted": (counted,),
+}
+
+
+def every_scenario(directory, folder):
+    """A process that waits for a collective that never comes dies, instead of hanging."""
+    for name, (function, *args) in SCENARIOS.items():
+        faulthandler.dump_traceback_later(60, exit=True)
+        function(directory, folder / name, *args)
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="module")
+def two(micro_directory, tmp_path_factory):
+    """The folder in which two processes, launched once, left the results of all scenarios."""
+    folder = tmp_path_factory.mktemp("two")
+    launch(every_scenario, micro_directory, folder)
+    return folder
 
 
 def test_processes_may_be_forked_from_one_that_has_used_its_threads(micro_directory, tmp_path):

@@ -1,28 +1,18 @@
-"""Prompt sets read well, and files of any size are never in memory."""
+"""Prompt sets read well; files are read as editors write them."""
 
-import pickle
-import tracemalloc
+import time
 
 import pytest
 
 from vader_nb import prompts
-from vader_nb.prompts.lazy import with_article
+from vader_nb.prompts import Prompt, with_article
 
-VADERS = ["hps_custom", "nouns_activities", "simple_animals", "chatgpt_custom"] + [
-    f"chatgpt_custom_{kind}"
-    for kind in (
-        *("instruments", "instruments_unseen", "human", "human_activity", "actpred"),
-        *(
-            "animal",
-            "animal_sport",
-            "animal_clothes",
-            "animal_technology",
-            "animal_housework",
-            "animal_action",
-        ),
-        *("outdoor", "rainy", "snowy", "dog", "forest", "book_cup", "ice", "cute"),
-    )
-]
+KINDS = (
+    "instruments instruments_unseen human human_activity actpred animal animal_sport animal_clothes "
+    "animal_technology animal_housework animal_action outdoor rainy snowy dog forest book_cup ice cute"
+)
+VADERS = ["hps_custom", "nouns_activities", "simple_animals", "chatgpt_custom"]
+VADERS += [f"chatgpt_custom_{kind}" for kind in KINDS.split()]
 
 
 @pytest.mark.parametrize("name", [*VADERS, "animals"])
@@ -55,7 +45,7 @@ def test_weather_is_left_to_the_reward():
 def test_an_unknown_name_says_which_there_are_and_the_nearest():
     with pytest.raises(
         FileNotFoundError,
-        match=r"nearest is 'chatgpt_custom_animal.*one prompt a line.*simple_animals",
+        match=r"nearest is 'chatgpt_custom_animal.*one prompt per line.*simple_animals",
     ):
         prompts.get("chatgpt_custom_animals_sport")
     with pytest.raises(FileNotFoundError, match="no prompt file at missing.txt"):
@@ -81,27 +71,33 @@ def test_lines_as_editors_write_them(tmp_path, end):
     assert prompts.get(path) == ["first", "last without an end"]
 
 
-def test_a_slice_is_a_view(tmp_path):
+def test_only_line_endings_end_a_prompt(tmp_path):
+    """`str.splitlines` would also split at these, which belong to a prompt."""
     path = tmp_path / "prompts.txt"
-    path.write_text("".join(f"prompt {i}\n" for i in range(100)))
-    texts, expected = prompts.get(path), [f"prompt {i}" for i in range(100)]
-    for cut in (
-        slice(10),
-        slice(None, None, 7),
-        slice(-3, None),
-        slice(None, None, -1),
-        slice(50, 40),
-    ):
-        assert texts[cut] == expected[cut]
-        assert list(texts[cut][::2]) == expected[cut][::2]
-    assert (
-        texts[10:20][-1] == "prompt 19" and "prompt 42" in texts and texts.index("prompt 42") == 42
-    )
-    with pytest.raises(IndexError, match="prompt 100 of 100"):
-        texts[100]
-    assert texts != expected[:99] and texts != "prompt"
-    assert prompts.get(texts[:5]) == expected[:5]
-    assert "prompt 0" in repr(texts) and repr(texts[:0]) == "<0 prompts>"
+    path.write_text("a star\x0bon\x1ca\u2028plain\u0085field\n", encoding="utf-8")
+    assert prompts.get(path) == ["a star\x0bon\x1ca\u2028plain\u0085field"]
+
+
+def test_a_run_keeps_its_prompts_when_their_file_changes(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\ntwo\n")
+    texts = prompts.get(path)
+    path.write_text("zero\none\ntwo\n")
+    assert texts == ["one", "two"]
+    texts.append("three")  # a list of the caller's own
+    assert prompts.get(path) == ["zero", "one", "two"]
+
+
+def test_prompts_with_more_than_their_text():
+    star = Prompt("a red star", negative_prompt="blurry")
+    assert str(star) == "a red star" and (star.negative_prompt, star.image) == ("blurry", None)
+    assert prompts.get(star) == [star]
+    assert prompts.get([star, "a blue circle"]) == [star, "a blue circle"]
+    assert star == Prompt("a red star", "blurry") != Prompt("a red star")
+    with pytest.raises(AttributeError):
+        star.text = "other"
+    with pytest.raises(ValueError, match="no prompts given"):
+        prompts.get([Prompt(" ")])
 
 
 def test_what_is_not_text_is_refused_with_its_line(tmp_path):
@@ -116,42 +112,13 @@ def test_what_is_not_text_is_refused_with_its_line(tmp_path):
         prompts.get(["", " "])
 
 
-def test_a_file_that_changed_under_a_run_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "prompts.txt"
-    path.write_text("one\ntwo\n")
-    texts = prompts.get("prompts.txt")
-    again = pickle.loads(pickle.dumps(texts))
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert again == ["one", "two"] == texts
-    path.write_text("zero\none\ntwo\n")
-    for use in (lambda: texts[1], lambda: list(texts), lambda: again[0]):
-        with pytest.raises(RuntimeError, match="8 bytes then, 13 now"):
-            use()
-
-
-def test_fifty_megabytes_stay_on_disk(tmp_path):
-    path, line = (
-        tmp_path / "large.txt",
-        "a very long story about a red star, told for the {:07d}th time " + "and on " * 20,
-    )
-    with path.open("w") as file:
-        for i in range(250_000):
-            file.write(line.format(i) + "\n")
-    assert path.stat().st_size > 50e6
-    tracemalloc.start()
-    try:
-        texts = prompts.get(path)
-        assert len(texts) == 250_000
-        for i in (0, 249_999, 123_456):
-            assert texts[i] == line.format(i).strip()
-        assert any(text.strip() for text in texts) and len(texts[::1000]) == 250
-        assert (
-            tracemalloc.get_traced_memory()[1] < 8e6
-        )  # 2 MB of line starts, and an array grows in leaps
-    finally:
-        tracemalloc.stop()
+def test_a_million_prompts_are_read_quickly(tmp_path):
+    path = tmp_path / "large.txt"
+    path.write_text("".join(f"a star for the {i:07d}th time\n" for i in range(1_000_000)))
+    began = time.perf_counter()
+    texts = prompts.get(path)
+    assert time.perf_counter() - began < 20
+    assert len(texts) == 1_000_000 and texts[123_456] == "a star for the 0123456th time"
 
 
 # ------------------------------------------------------------------------------------------- nouns × activities
@@ -171,32 +138,14 @@ def test_nouns_and_activities_from_files(tmp_path):
     assert len(prompts.nouns_activities(nouns_file=nouns)) == 2 * 14
 
 
-@pytest.mark.parametrize(
-    "phrase",
-    [
-        *(
-            "a cat",
-            "an owl",
-            "a horse",
-            "an ibex",
-            "an old dog",
-            "the moon",
-            "two dogs",
-            "an umbrella",
-            "an uncle",
-        ),
-        *(
-            "a unicorn",
-            "a European bison",
-            "a ewe",
-            "a ukulele",
-            "a user",
-            "a one-eyed dog",
-            "an unimpressed cat",
-        ),
-        *("an hour hand", "an honest man", "an emu", "an usher"),
-    ],
+PHRASES = (
+    "a cat, an owl, a horse, an ibex, an old dog, the moon, two dogs, an umbrella, an uncle, a unicorn, "
+    "a European bison, a ewe, a ukulele, a user, a one-eyed dog, an unimpressed cat, an hour hand, "
+    "an honest man, an emu, an usher"
 )
+
+
+@pytest.mark.parametrize("phrase", PHRASES.split(", "))
 def test_articles(phrase):
     noun = phrase.removeprefix("a ").removeprefix("an ")
     assert with_article(noun) == with_article(phrase) == phrase

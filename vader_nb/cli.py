@@ -4,7 +4,7 @@ vader-nb align reward="hps + 0.02 * aesthetic" prompts=tiny held_out=tiny_held_o
 accelerate launch --num_processes 4 -m vader_nb align config=modelscope prompt_fn=hps_custom reward_fn=aesthetic
 vader-nb evaluate runs/NAME
 vader-nb sample "a red star spinning on a white background" adapter=runs/NAME
-vader-nb memory model=modelscope reward=hps gpu=T4
+vader-nb memory model=modelscope reward=hps gpu_memory=T4
 vader-nb check colorfulness
 vader-nb rewards
 vader-nb translate-config config.yaml
@@ -13,273 +13,213 @@ vader-nb translate-config config.yaml
 import os
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import Field, fields
 from pathlib import Path
 
 from . import config
 
-EPILOG = "Errors that you can mend are one line and exit code 2; anything else is a bug, with its traceback."
+EPILOG = "Errors that you can fix are one line and exit code 2; others are bugs, with a traceback."
+INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
+
+# The least that a number of prompts or clips may be.
+LEAST = {"seeds_per_prompt": 1, "eval_batch_size": 1, "clips": 1}
+LEAST |= {"eval_prompts": 0, "eval_training_prompts": 0}
+
+
+def settings_of(arguments, names: Iterable[Field]) -> dict:
+    return {f.name: getattr(arguments, f.name) for f in names}
 
 
 def sampling_of(arguments):
-    from .gradient import Sampling
+    from .sampling import Sampling
 
-    names = (
-        "num_inference_steps",
-        "guidance_scale",
-        "num_frames",
-        "height",
-        "width",
-        "sequential_guidance",
-    )
-    return Sampling(**{name: getattr(arguments, name) for name in names})
+    return Sampling(**settings_of(arguments, fields(Sampling)))
 
 
-def strategy_of(name: str, K: int | None):
-    from .gradient import STRATEGIES
+def say(text: str) -> None:
+    """Print a remark beside a command's output, once for all processes."""
+    from .distributed import is_main_process
 
-    if name not in STRATEGIES:
-        raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
-    if name == "step" and K is None:
-        raise ValueError(
-            "strategy=step needs K, the step that learns, counted from the end: K=1 is the last"
-        )
-    return STRATEGIES[name]() if K is None or name == "refl" else STRATEGIES[name](K)
+    if is_main_process():
+        print(f"vader-nb: {text}", file=sys.stderr)
 
 
-def frames_of(text: str):
-    """`random:2`, `ends`, `nth:3`, `all`, or indices: `0,4,-1`."""
-    from .gradient import Frames
-
-    how, _, number = text.partition(":")
-    try:
-        if how in ("random", "nth", "ends", "all"):
-            return Frames(how, int(number or 1))
-        return Frames("list", indices=tuple(int(part) for part in text.split(",") if part.strip()))
-    except ValueError:
-        raise ValueError(
-            f"cannot read frames {text!r}; write random:K, ends, nth:N, all, or indices like 0,4,7"
-        ) from None
+# ------------------------------------------------------------------------------------------- prompts
 
 
-def prompts_of(arguments):
+def training_prompts(arguments) -> list:
     from . import prompts
 
-    files = {name: getattr(arguments, name) for name in ("nouns_file", "activities_file")}
-    files = {name: path for name, path in files.items() if path}
+    paths = {name: getattr(arguments, name) for name in ("nouns_file", "activities_file")}
+    files = {name: path for name, path in paths.items() if path}
     if files and arguments.prompts != "nouns_activities":
-        raise ValueError(
-            f"{' and '.join(files)} go with prompts=nouns_activities, not with {arguments.prompts!r}"
-        )
+        names = " and ".join(files)
+        raise ValueError(f"{names} go with prompts=nouns_activities, not {arguments.prompts!r}")
     return prompts.nouns_activities(**files) if files else prompts.get(arguments.prompts)
 
 
-def within_its_world(arguments, reward, prompts):
-    """The embedded model knows a few hundred words. Other prompts make it draw something, which is enough to try a
-    command; but a reward that cannot judge them at all gets the captions of its own world instead."""
-    from . import prompts as sets
-
-    if arguments.prompts not in sets.SETS or arguments.prompts in ("tiny", "tiny_held_out"):
-        return prompts
-    try:
-        reward.check_prompts(prompts[:1000])
-        note = f"the embedded model does not know the words of {arguments.prompts}: its clips will not show them"
-    except ValueError as error:
-        note = f"{error}\nvader-nb: the embedded model and its rewards know one world only; its captions are used: prompts=tiny"
-        prompts = sets.get("tiny")
-    if alone():
-        print(f"vader-nb: {note}", file=sys.stderr)
-    return prompts
+def spread(prompts: list, count: int) -> list:
+    """Evenly spread picks."""
+    count = min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
-def alone() -> bool:
-    """This process is the first, which speaks and writes for all. Also gives each process its own GPU."""
-    import torch
-    from accelerate import PartialState
+def evaluation_prompts(arguments, prompts: list) -> dict[str, list]:
+    """Groups of training and held-out prompts, or one group for a given number of clips."""
+    from .prompts import get
 
-    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
-
-
-def resume_of(text: str) -> bool | str:
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-def place_of(arguments) -> Path:
-    """The run's folder. A name that is the time of the start would never find an earlier run."""
-    from . import checkpoints
-
-    resume, name = resume_of(arguments.resume), arguments.name
-    if name is None and resume in (True, "latest"):
-        raise ValueError(
-            f"resume={arguments.resume} goes on with the run of a name, and there is none: write name=…, the same at "
-            f"every start, or resume={arguments.output_dir}/NAME/checkpoints/step-000020"
-        )
-    if name is None and resume:
-        return checkpoints.run_of(checkpoints.named(resume))
-    name = name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if name != Path(name).name or name in ("", ".", ".."):
-        raise ValueError(
-            f"a run's name is one folder's name, not {name!r}; the place is output_dir"
-        )
-    return Path(arguments.output_dir) / name
-
-
-def run_align(arguments):
-    from .align import align
-    from .models import load
-    from .rewards import parse
-
-    if arguments.speed:
-        from . import speed
-
-        speed.read(arguments.speed)  # an unknown switch is an error before anything is loaded
-    first, tiny = alone(), arguments.model == "tiny"
-    # Everything that can be wrong with the words is found before anything is loaded.
-    folder = place_of(arguments)
-    strategy, frames = (
-        strategy_of(arguments.strategy, arguments.K),
-        frames_of(arguments.frames or "random:1"),
-    )
-    prompts = prompts_of(arguments)
-    groups = (
-        groups_of(arguments, prompts) if arguments.evaluation or arguments.validation_steps else {}
-    )
-    reward = parse(arguments.reward, tiny)
-    judge = parse(arguments.held_out_reward, tiny) if arguments.held_out_reward else None
-    if arguments.frames is None and not reward.per_frame:
-        frames = frames_of("all")
-    if tiny:
-        prompts = within_its_world(arguments, reward, prompts)
-        groups = groups and groups_of(arguments, prompts)
-    model = load(arguments.model)
-    if arguments.speed:
-        speed.apply(model, arguments.speed)
-    if arguments.model_cpu_offload:
-        model.enable_model_cpu_offload()
-    began = time.time()
-    options = (
-        "steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps weight_decay "
-        "max_grad_norm use_8bit_adam rank alpha chunk offload mixed_precision seed checkpoint_every checkpoints_total_limit "
-        "log_with"
-    )
-    options = {option: getattr(arguments, option) for option in options.split()}
-    if arguments.validation_steps:
-        options |= validation(arguments, model, judge or reward, groups)
-    run = align(
-        model,
-        reward,
-        prompts,
-        strategy=strategy,
-        frames=frames,
-        sampling=sampling_of(arguments),
-        output_dir=folder,
-        resume=resume_of(arguments.resume),
-        **options,
-    )
-    if first:
-        print(
-            f"trained {len(run.metrics)} steps in {time.time() - began:.0f} s: {run.folder / 'adapter.safetensors'}"
-        )
-    if first and run.best:
-        print(f"best by the validation, on {validated_on(groups)} prompts: {run.best}")
-    if not (run.folder / "adapter.safetensors").exists() and first:
-        raise OSError(f"the adapter could not be written to {run.folder}: see the warning above")
-    if run.stopped:
-        if first:
-            print(
-                f"stopped; go on with: vader-nb align resume=true name={folder.name} output_dir={folder.parent} …"
-            )
-        return
-    if arguments.evaluation and groups:
-        compare(
-            model,
-            run.adapter,
-            [reward, *([judge] if judge else [])],
-            groups,
-            arguments,
-            run.folder,
-            run,
-        )
-
-
-def validated_on(groups) -> str:
-    return "held-out" if "held-out" in groups else "training"
-
-
-def validation(arguments, model, reward, groups) -> dict:
-    from .best import Validation
-
-    texts = groups[validated_on(groups)]
-    if "held-out" not in groups and alone():
-        print(
-            "vader-nb: no held_out prompts are given: validation_steps measures training prompts",
-            file=sys.stderr,
-        )
-    sampling, batch_size = sampling_of(arguments), arguments.eval_batch_size
-    check = Validation(model, reward, texts, sampling=sampling, batch_size=batch_size)
-    return {"validate": check, "validation_steps": arguments.validation_steps}
-
-
-def run_evaluate(arguments):
-    from . import lora
-    from .models import load
-    from .rewards import parse
-
-    alone()
-    tiny = arguments.model == "tiny"
-    rewards = [parse(text, tiny) for text in (arguments.reward, arguments.held_out_reward) if text]
-    groups = groups_of(arguments, prompts_of(arguments))
-    path = Path(arguments.adapter) if arguments.adapter else None
-    if path:
-        lora.read(path)  # a wrong file is an error before a model is loaded
-    model = load(arguments.model)
-    adapter = lora.load(model, path, arguments.scale) if path else None
-    beside = path if path is None or path.is_dir() else path.parent
-    folder = Path(arguments.output_dir or (beside / "evaluation" if beside else "runs/evaluation"))
-    folder.mkdir(parents=True, exist_ok=True)
-    compare(model, adapter, rewards, groups, arguments, folder)
-
-
-def groups_of(arguments, prompts) -> dict[str, list[str]]:
-    """Evenly spread picks of the training and the held-out prompts."""
-    from . import prompts as prompt_sets
-
-    least = {
-        "seeds_per_prompt": 1,
-        "eval_batch_size": 1,
-        "clips": 1,
-        "eval_prompts": 0,
-        "eval_training_prompts": 0,
-    }
-    for name, limit in least.items():
+    for name, least in LEAST.items():
         value = getattr(arguments, name, None)
-        if value is not None and value < limit:
-            raise ValueError(f"{name} must be at least {limit}, got {value}")
-
-    def spread(texts, count):
-        count = min(count, len(texts))
-        return [texts[i * len(texts) // count] for i in range(count)]
-
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     if getattr(arguments, "clips", None) is not None:
         texts = spread(prompts, arguments.clips)
         arguments.seeds_per_prompt = -(-arguments.clips // len(texts))
         return {"prompts": texts}
     groups = {"training": spread(prompts, arguments.eval_training_prompts)}
-    if arguments.held_out or arguments.prompts == "tiny":
-        groups["held-out"] = spread(
-            prompt_sets.get(arguments.held_out or "tiny_held_out"), arguments.eval_prompts
-        )
+    held_out = arguments.held_out or ("tiny_held_out" if arguments.prompts == "tiny" else None)
+    if held_out:
+        groups["held-out"] = spread(get(held_out), arguments.eval_prompts)
     groups = {name: texts for name, texts in groups.items() if texts}
     if not groups:
-        raise ValueError(
-            "no prompts to evaluate: eval_training_prompts=0, and no held-out ones; set it to 1 or more, or name some: "
-            "held_out=my_prompts.txt"
-        )
+        hint = "set eval_training_prompts to 1 or more, or name some: held_out=my_prompts.txt"
+        raise ValueError(f"no prompts to evaluate: {hint}")
     return groups
 
 
-def compare(model, adapter, rewards, groups, arguments, folder: Path, run=None):
-    """rewards: what was trained on, and after it what was not, if anything."""
-    from .evaluate import evaluate, videomae_features
+def in_its_world(arguments, reward, prompts: list) -> list:
+    """The prompts, or the tiny world's captions if the tiny rewards cannot score them.
+
+    The embedded model knows a few hundred words. Other prompts make it draw something, which is
+    enough to try a command.
+    """
+    from .prompts import SETS, get
+
+    if arguments.prompts not in SETS or arguments.prompts.startswith("tiny"):
+        return prompts
+    try:
+        reward.check_prompts(prompts[:1000])
+    except ValueError as error:
+        say(str(error))
+        say("the embedded model knows one world only; its captions are used: prompts=tiny")
+        return get("tiny")
+    say(
+        f"the embedded model does not know the words of {arguments.prompts}, and will not show them"
+    )
+    return prompts
+
+
+# --------------------------------------------------------------------------------------------- align
+
+
+def run_folder(arguments) -> Path:
+    """The run's folder. A name made of the time could not be found again by a resumed run."""
+    from . import checkpoints
+
+    resume, name, folder = resume_of(arguments), arguments.name, Path(arguments.output_dir)
+    if name is None and resume in (True, "latest"):
+        raise ValueError(
+            f"resume={arguments.resume} continues the run of a name, and there is none: write name=…, "
+            f"the same at every start, or resume={folder}/NAME/checkpoints/step-000020"
+        )
+    if name is None and resume:
+        return checkpoints.run_folder(checkpoints.checkpoint_at(resume))
+    name = name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ValueError(f"a run's name is one folder's name, not {name!r}; see output_dir")
+    return folder / name
+
+
+def resume_of(arguments) -> bool | str:
+    return {"true": True, "false": False}.get(arguments.resume.lower(), arguments.resume)
+
+
+def run_align(arguments):
+    from . import speed
+    from .models import load
+    from .trainer import TrainConfig, align
+
+    # Everything that can be wrong with the words is found before anything is loaded.
+    speed.read(arguments.speed or "")
+    settings = settings_of(arguments, TrainConfig.flat_fields())
+    settings |= {"output_dir": run_folder(arguments), "resume": resume_of(arguments)}
+    if arguments.validation_steps is None:
+        del settings["validation_steps"]
+    training = TrainConfig.from_flat(settings)
+    prompts = training_prompts(arguments)
+    groups = {}
+    if arguments.evaluation or arguments.validation_steps:
+        groups = evaluation_prompts(arguments, prompts)
+    reward, *others = parse_rewards(arguments)
+    if arguments.model == "tiny":
+        prompts = in_its_world(arguments, reward, prompts)
+        groups = groups and evaluation_prompts(arguments, prompts)
+    model = load(arguments.model)
+    speed.apply(model, arguments.speed or "")
+    if arguments.model_cpu_offload:
+        model.enable_model_cpu_offload()
+    validate = None
+    if arguments.validation_steps:
+        validate = validation(arguments, model, [*others, reward][0], groups)
+    began = time.time()
+    run = align(
+        model, reward, prompts, adapter=arguments.adapter, validate=validate, **vars(training)
+    )
+    report_run(run, groups, time.time() - began)
+    if arguments.evaluation and groups and not run.stopped:
+        compare(arguments, model, run.adapter, [reward, *others], groups, run.folder, run)
+
+
+def report_run(run, groups: dict, seconds: float) -> None:
+    """Say what a run made. Ends the process with an error if it kept nothing."""
+    from .distributed import is_main_process
+
+    if run.stopped and not run.metrics:
+        say("stopped before the first step; nothing to keep")
+        sys.exit(INTERRUPTED)
+    if not is_main_process():
+        return
+    file = run.folder / "adapter.safetensors"
+    print(f"trained {len(run.metrics)} steps in {seconds:.0f} s: {file}")
+    if run.best:
+        print(f"best by the validation, on {validation_group(groups)} prompts: {run.best}")
+    if not file.exists():
+        raise OSError(f"the adapter could not be written to {run.folder}: see the warning above")
+    if run.stopped:
+        place = f"name={run.folder.name} output_dir={run.folder.parent}"
+        print(f"stopped; continue with: vader-nb align resume=true {place} …")
+
+
+def validation_group(groups: dict) -> str:
+    return "held-out" if "held-out" in groups else "training"
+
+
+def validation(arguments, model, reward, groups: dict):
+    from .evaluation import Validation
+
+    name, size = validation_group(groups), arguments.eval_batch_size
+    if name == "training":
+        say("no held_out prompts are given: validation_steps measures training prompts")
+    sampling = sampling_of(arguments)
+    return Validation(model, reward, groups[name], sampling=sampling, batch_size=size)
+
+
+def parse_rewards(arguments) -> list:
+    """The reward, and after it the held-out one if there is one."""
+    from .rewards import parse
+
+    texts = [arguments.reward, arguments.held_out_reward]
+    return [parse(text, arguments.model == "tiny") for text in texts if text]
+
+
+# ---------------------------------------------------------------------------- the other commands
+
+
+def compare(arguments, model, adapter, rewards: list, groups: dict, folder: Path, run=None) -> None:
+    """Evaluate base and adapter by the rewards, of which the first was trained on; write a report."""
+    from .distributed import is_main_process
+    from .evaluation import evaluate, videomae_features
 
     evaluation = evaluate(
         model,
@@ -290,37 +230,56 @@ def compare(model, adapter, rewards, groups, arguments, folder: Path, run=None):
         seeds_per_prompt=arguments.seeds_per_prompt,
         batch_size=arguments.eval_batch_size,
         sampling=sampling_of(arguments),
-        **({"features": videomae_features("tiny")} if model.name == "tiny" else {}),
+        **({"features": videomae_features("tiny")} if model.world == "tiny" else {}),
     )
-    if alone():
+    if is_main_process():
         evaluation.save(folder)
         evaluation.report(folder / "report.html", run)
         print(evaluation)
         print(f"look at: {folder / 'report.html'}")
 
 
-def run_sample(arguments):
+def run_evaluate(arguments):
     from . import lora
-    from .gradient import sample
     from .models import load
+
+    rewards = parse_rewards(arguments)
+    groups = evaluation_prompts(arguments, training_prompts(arguments))
+    folder, adapter = Path("runs/evaluation"), None
+    if arguments.adapter:
+        path = Path(arguments.adapter)
+        lora.read(path)  # a wrong file is an error before a model is loaded
+        folder = (path if path.is_dir() else path.parent) / "evaluation"
+    folder = Path(arguments.output_dir or folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = load(arguments.model)
+    if arguments.adapter:
+        adapter = lora.load(model, arguments.adapter, arguments.scale)
+    compare(arguments, model, adapter, rewards, groups, folder)
+
+
+def run_sample(arguments):
+    from .models import load
+    from .sampling import sample
     from .video import Video
 
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model = load(arguments.model)
-    adapter = lora.load(model, arguments.adapter, arguments.scale) if arguments.adapter else None
-    clips = sample(
-        model,
-        arguments.prompts,
-        seeds=arguments.seed,
-        sampling=sampling_of(arguments),
-        adapter=adapter,
-    )
-    for i, (prompt, clip) in enumerate(zip(arguments.prompts, clips)):
-        path = (
-            folder / f"seed-{arguments.seed + i}.{arguments.format}"
-        )  # never named after the prompt
-        print(f"{Video(clip, model.defaults['fps'], prompt).save(path, width=256)}  {prompt[:80]}")
+    adapter = {arguments.adapter: arguments.scale} if arguments.adapter else None
+    texts, seed = arguments.prompts, arguments.seed
+    clips = sample(model, texts, seeds=seed, sampling=sampling_of(arguments), adapter=adapter)
+    for i, (text, clip) in enumerate(zip(texts, clips)):
+        path = folder / f"seed-{seed + i}.{arguments.format}"  # never named after the prompt
+        print(f"{Video(clip, model.defaults['fps'], text).save(path, width=256)}  {text[:80]}")
+
+
+def run_memory(arguments):
+    from .memory_planner import memory
+
+    common = {f.name for f in fields(config.Common)}
+    wanted = [f for f in fields(arguments) if f.name not in common]
+    print(memory(**settings_of(arguments, wanted)))
 
 
 def run_check(arguments):
@@ -340,25 +299,10 @@ def run_rewards(arguments):
     print(table())
 
 
-def run_memory(arguments):
-    from .memory import memory, sees_frames
-
-    names = "model reward batch_size num_inference_steps num_frames height width guidance_scale rank gpu offload chunk"
-    names += " checkpoint_blocks sequential_guidance model_cpu_offload measured"
-    options = {name: getattr(arguments, name) for name in names.split()}
-    strategy = strategy_of(arguments.strategy, arguments.K)
-    per_frame = sees_frames(arguments.model, arguments.reward)
-    frames = frames_of(arguments.frames or ("random:1" if per_frame else "all"))  # as align does
-    print(memory(**options, strategy=strategy, frames=frames))
-
-
 def run_translate(arguments):
-    from .checkpoints import write
-    from .translate import as_yaml
-
-    text, notes = as_yaml(arguments.file, arguments.source)
+    text, notes = config.translated(arguments.file, arguments.source)
     if arguments.output:
-        write(Path(arguments.output), text)
+        Path(arguments.output).write_text(text, encoding="utf-8")
     else:
         print(text, end="")
     for note in notes:
@@ -366,13 +310,11 @@ def run_translate(arguments):
 
 
 def run_engine(arguments):
-    folder = Path(__file__).parent / "engines"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if arguments.name not in known:
-        raise ValueError(
-            f"no configuration of accelerate named {arguments.name!r}; choose one of {', '.join(known)}"
-        )
-    print(folder / f"{arguments.name}.yaml")
+    engines = {path.stem: path for path in (Path(__file__).parent / "engines").glob("*.yaml")}
+    if arguments.name not in engines:
+        names = ", ".join(sorted(engines))
+        raise ValueError(f"no accelerate configuration {arguments.name!r}; choose one of {names}")
+    print(engines[arguments.name])
 
 
 COMMANDS = {
@@ -381,7 +323,7 @@ COMMANDS = {
     "sample": (run_sample, config.Sample),
     "memory": (run_memory, config.Memory),
     "check": (run_check, config.Check),
-    "rewards": (run_rewards, config.Nothing),
+    "rewards": (run_rewards, config.Rewards),
     "engine": (run_engine, config.Engine),
     "translate-config": (run_translate, config.TranslateConfig),
 }
@@ -394,36 +336,43 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run a command. Exits with 1 if a check fails, 2 after an error that its user can fix."""
     words = sys.argv[1:] if argv is None else argv
     name = words[0] if words else "--help"
     if name in ("-h", "--help"):
         print(usage())
         return
     if name not in COMMANDS:
-        print(
-            f"vader-nb: unknown command {name!r}; choose one of {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        sys.exit(failed(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}"))
     function, kind = COMMANDS[name]
     if {"-h", "--help"} & set(words):
         print(config.usage(name, kind))
         return
-    # Nothing is fetched in the background, and progress bars of loading would bury ours.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import torch
-
     try:
         arguments = config.read(kind, words[1:])
         if arguments.threads:
+            import torch
+
             torch.set_num_threads(arguments.threads)
         function(arguments)
+    except KeyboardInterrupt:
+        sys.exit(failed("interrupted", INTERRUPTED))
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("VADER_NB_DEBUG"):
             raise
-        print(f"vader-nb: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(failed(error))
     finally:
+        leave_process_group()
+
+
+def failed(error: object, code: int = 2) -> int:
+    print(f"vader-nb: {error}", file=sys.stderr)
+    return code
+
+
+def leave_process_group() -> None:
+    if "torch" in sys.modules:
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():

@@ -1,121 +1,77 @@
-"""What a command is asked to do: a dataclass, filled by OmegaConf from defaults < YAML file < key=value.
+"""What a command is asked to do: defaults < YAML file < key=value, by OmegaConf.
 
     vader-nb align model=tiny steps=40 reward="hps + 0.02 * aesthetic"
     vader-nb align config=mine.yaml learning_rate=2e-4
 
-`--learning-rate 2e-4` and `--resume` (for resume=true) are read as well, and so are VADER's own names (`translate`).
-In a file, too. A key that nobody knows is an error that names the nearest one.
+The settings of training and sampling are the fields of `TrainConfig` and `Sampling`, help texts included;
+the classes here add what only a shell needs. VADER's own names are read as well (`translate`), in a file too.
 """
 
 import difflib
+import functools
+import os
 import re
-from dataclasses import MISSING, dataclass, field, fields
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Optional, Union, get_args, get_origin
+
+from . import translate
 
 FOLDER = Path(__file__).parent / "configs"  # settings of published runs: config=modelscope
 
 
-FRAMES = "that are scored: random:K, ends, nth:N, all, or 0,4,7; default: random:1, or all for a reward on the clip"
-
-
-def option(default: Any, text: str = "", positional: bool = False):
-    told = {"help": text, "positional": positional}
-    return (
-        field(default_factory=list, metadata=told)
-        if default == []
-        else field(default=default, metadata=told)
-    )
+def option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class Common:
-    config: str | None = option(
-        None, "a YAML file of these keys, or the name of a shipped one: modelscope"
-    )
+    """The keys of every command. `settings` names the fields of TrainConfig that a command has beside
+    its own ("training", "memory", "sampling" or none), `positional` the key of words without one."""
+
+    settings = ""
+    positional = ""
+
+    config: str | None = option(None, "a YAML file, or the name of a shipped one: modelscope")
     threads: int | None = option(None, "CPU threads; default: torch's choice")
 
 
 @dataclass
-class Sampled(Common):
+class Modeled(Common):
     model: str = option("tiny", "tiny, modelscope, zeroscope, or a pipeline directory")
-    num_inference_steps: int | None = option(None, "denoising steps; default: the model's")
-    guidance_scale: float | None = option(None, "classifier-free guidance; default: the model's")
-    num_frames: int | None = option(None, "default: the model's")
-    height: int | None = option(None, "pixels; default: the model's")
-    width: int | None = option(None, "pixels; default: the model's")
-    sequential_guidance: bool = option(
-        False, "guidance's two branches one after the other: half the memory, same result"
-    )
 
 
 @dataclass
-class Judged(Sampled):
-    reward: str = option(
-        "hps + 0.02 * aesthetic", "an expression of rewards; see: vader-nb rewards"
-    )
-    prompts: str = option("tiny", "training prompts: a named set, or a file with one a line")
+class Judged(Modeled):
+    reward: str = option("hps + 0.02 * aesthetic", "an expression of rewards, or file.py:function")
+    prompts: str = option("tiny", "training prompts: a named set, or a file with one per line")
     nouns_file: str | None = option(None, "with prompts=nouns_activities: your own nouns")
     activities_file: str | None = option(None, "with prompts=nouns_activities: your own activities")
     held_out: str | None = option(
-        None, "prompts that training does not see: a set or a file; default: tiny_held_out"
+        None, "prompts that training does not see; for tiny: tiny_held_out"
     )
-    held_out_reward: str | None = option(None, "a reward that training does not see, to judge by")
+    held_out_reward: str | None = option(None, "a reward that training does not see")
     eval_prompts: int = option(32, "how many of the held-out prompts are evaluated")
     eval_training_prompts: int = option(8, "how many of the training prompts are evaluated")
-    seeds_per_prompt: int = 2
-    eval_batch_size: int = option(8, "clips made at once in an evaluation")
+    seeds_per_prompt: int = option(2, "clips of each prompt in an evaluation")
+    eval_batch_size: int = option(8, "clips generated at once in an evaluation")
 
 
 @dataclass
 class Align(Judged):
     """Train an adapter with reward gradients, evaluate it, write a report."""
 
-    steps: int = option(40, "optimizer steps")
-    batch_size: int = option(4, "clips at once, in each process")
-    gradient_accumulation_steps: int = option(1, "batches a step")
-    learning_rate: float = 1e-3
-    lr_scheduler: str = option(
-        "constant", "constant, constant_with_warmup, linear, cosine, … as in diffusers"
-    )
-    lr_warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    use_8bit_adam: bool = option(False, "with the package bitsandbytes")
-    rank: int = option(8, "of the adapter")
-    alpha: float | None = option(None, "of the adapter; default: its rank")
-    strategy: str = option("last", "last, random, step, draft_lv, refl, drtune")
-    K: int | None = option(
-        None, "steps that learn (last, random, drtune), the step (step), noisings (draft_lv)"
-    )
-    frames: str | None = option(None, FRAMES)
-    chunk: int = option(1, "frames decoded at once")
-    offload: bool = option(
-        False, "what the denoiser keeps for the backward pass waits in CPU memory"
-    )
-    model_cpu_offload: bool = option(False, "only the networks of the current stage are on the GPU")
-    mixed_precision: str | None = option(
-        None, "no, fp16, bf16; default: accelerate launch's, or no"
-    )
-    speed: str | None = option(
-        None, "switches, such as channels_last,compile; python -m vader_nb.selfcheck measures them"
-    )
-    seed: int = 0
+    settings = "training"
+    adapter: str | None = option(None, "an adapter file, or a run's folder, to start from")
     name: str | None = option(None, "the run's name; default: the model's and the time")
-    output_dir: str = option("runs", "where runs are kept")
-    checkpoint_every: int = 20
-    checkpoints_total_limit: int | None = option(
-        None, "keep so many of the newest, and the best; default: all"
-    )
-    validation_steps: int | None = option(
-        None,
-        "measure the held_out prompts (without: training ones) every so many steps; needed for a best one",
-    )
-    resume: str = option(
-        "false",
-        "with name=…: true: its newest checkpoint; latest: or a new run; or a checkpoint's path",
-    )
-    log_with: str | None = option(None, "tensorboard or wandb, beside metrics.jsonl")
+    output_dir: str = option("runs", "the folder of runs")
+    validation_steps: int | None = option(None, "steps between validations, which find the best")
+    resume: str = option("false", "true: from the newest checkpoint; latest: or anew; or a path")
+    model_cpu_offload: bool = option(False, "only the networks of the current stage on the GPU")
+    speed: str | None = option(None, "switches, such as channels_last,compile (vader_nb.selfcheck)")
     evaluation: bool = option(True, "compare base and adapter at the end")
 
 
@@ -123,216 +79,263 @@ class Align(Judged):
 class Evaluate(Judged):
     """Compare base and adapter; write a report."""
 
-    adapter: str | None = option(
-        None, "an adapter file, or a run's folder; without one, the base alone", True
-    )
+    settings, positional = "sampling", "adapter"
+    adapter: str | None = option(None, "a file, or a run's folder; default: the base alone")
     scale: float = option(1.0, "of the adapter, 0 to 1.5")
-    clips: int | None = option(
-        None, "so many of the training prompts' clips, in place of the three numbers above"
-    )
+    clips: int | None = option(None, "evaluate this many clips of training prompts, and no others")
     output_dir: str | None = option(None, "default: `evaluation` beside the adapter")
 
 
 @dataclass
-class Sample(Sampled):
-    """Make clips of prompts."""
+class Sample(Modeled):
+    """Generate clips of prompts."""
 
-    prompts: list[str] = option([], "one clip each", True)
+    settings, positional = "sampling", "prompts"
+    prompts: list[str] = field(default_factory=list, metadata={"help": "one clip each"})
     adapter: str | None = option(None, "an adapter file, or a run's folder")
     scale: float = option(1.0, "of the adapter, 0 to 1.5")
-    seed: int = option(0, "of the first clip; the next have the next")
-    output_dir: str = "runs/samples"
+    seed: int = option(0, "of the first clip; each next clip has the next seed")
+    output_dir: str = option("runs/samples", "where the clips go")
     format: str = option("gif", "gif, mp4, webp")
+
+
+@dataclass
+class Memory(Common):
+    """Will it fit? Peak memory of a configuration, without a GPU and without weights."""
+
+    settings = "memory"
+    model: str = option("modelscope", "tiny, modelscope, zeroscope, or a pipeline directory")
+    reward: str = option("hps", "an expression of rewards")
+    batch_size: int = option(1, "clips at once")
+    gradient_checkpointing: bool = option(True, "compute the denoiser's blocks again backwards")
+    model_cpu_offload: bool = option(False, "only the networks of the current stage on the GPU")
+    dtype: str = option("float16", "of weights; float32, bfloat16")
+    gpu_memory: str | None = option(None, "GiB, or a card: T4, H100, …; default: all cards")
+    measured: bool = option(False, "on this machine's GPU, with real weights, not simulated")
 
 
 @dataclass
 class Check(Common):
     """Is a reward fit for training?"""
 
-    reward: str = option("", "an expression; the embedded ones are hps('tiny') and so on", True)
+    positional = "reward"
+    reward: str = option("", "an expression, such as hps('tiny'), or file.py:function")
 
 
 @dataclass
-class Memory(Sampled):
-    """Will it fit? Peak memory of a configuration, without a GPU and without weights."""
-
-    model: str = "modelscope"
-    reward: str = option("hps", "an expression of rewards")
-    batch_size: int = 1
-    rank: int = 8
-    strategy: str = option("last", "last, random, step, draft_lv, refl, drtune")
-    K: int | None = option(None, "as for align")
-    frames: str | None = option(None, "as for align, and its default")
-    chunk: int = option(1, "frames decoded at once")
-    checkpoint_blocks: bool = option(
-        True, "the denoiser's blocks are computed again in the backward pass"
-    )
-    offload: bool = option(
-        False, "what the denoiser keeps for the backward pass waits in CPU memory"
-    )
-    model_cpu_offload: bool = option(False, "only the networks of the current stage are on the GPU")
-    gpu: str | None = option(None, "T4, L4, A100 40 GB or A100 80 GB; default: all of them")
-    measured: bool = option(False, "on this machine's GPU, with real weights, instead of simulated")
-
-
-@dataclass
-class TranslateConfig(Common):
-    """Another tool's configuration in our words, with what differs."""
-
-    file: str = option("", "its YAML file, or the shell script that starts it", True)
-    source: str | None = option(None, "vader, videox_fun or trl; default: guessed from its names")
-    output: str | None = option(None, "the YAML file to write; default: printed")
+class Rewards(Common):
+    """All rewards: what they see, cost, and when they fail."""
 
 
 @dataclass
 class Engine(Common):
-    """Where accelerate's configuration for an engine lies: accelerate launch --config_file "$(vader-nb engine fsdp)" …"""
+    """Path of accelerate's configuration: accelerate launch --config_file "$(vader-nb engine fsdp)" …"""
 
-    name: str = option("", "cpu, ddp, fsdp, zero2, zero3", True)
+    positional = "name"
+    name: str = option("", "cpu, ddp, fsdp, zero2, zero3")
 
 
 @dataclass
-class Nothing(Common):
-    """All rewards: what they see, cost, and when they fail."""
+class TranslateConfig(Common):
+    """Another tool's configuration as ours, with what differs."""
+
+    positional = "file"
+    file: str = option("", "its YAML file, or the shell script that starts it")
+    source: str | None = option(None, "vader, videox_fun or trl; default: guessed from its names")
+    output: str | None = option(None, "the YAML file to write; default: printed")
 
 
-def pairs(words: list[str], kind: type) -> list[tuple[str, str]]:
-    """Command line words as (key, value): `key=value`, `--key value`, `--key=value`, `--switch`, `--no-switch`."""
-    known = {f.name: f for f in fields(kind)}
-    switches = {name for name, f in known.items() if f.type is bool} | {"resume"}
-    places = [name for name, f in known.items() if f.metadata.get("positional")]
-    found, words = [], list(words)
-    while words:
-        word = words.pop(0)
-        if word.startswith("--"):
-            key, given, value = word[2:].partition("=")
-            key = key.replace("-", "_")
-            if not given and key.removeprefix("no_") in switches and key not in switches:
-                key, value = key.removeprefix("no_"), "false"
-            elif not given:
-                bare = key in switches and (
-                    not words or words[0].startswith("--") or "=" in words[0]
-                )
-                if not bare and not words:
-                    raise ValueError(f"{word} needs a value")
-                value = "true" if bare else words.pop(0)
-            found.append((key, value))
-        elif "=" in word and word.partition("=")[0].isidentifier():
-            found.append(tuple(word.split("=", 1)))
-        elif places:
-            found.append((places[0], word))
+# Of TrainConfig's fields, beside Sampling's, those on which memory depends.
+MEMORY = {"rank", "alpha", "targets", "strategy", "frames", "decode_chunk_size"}
+MEMORY |= {"activation_offload", "mixed_precision"}
+
+
+# ------------------------------------------------------------------------------------ a command's keys
+
+
+@functools.cache
+def schema(command: type[Common]) -> Any:
+    """A dataclass of all keys of a command: its own, then the settings, then those of every command."""
+    own = {f.name: f for f in fields(command)}
+    common = {f.name: own.pop(f.name) for f in fields(Common)}
+    shared = {f.name: f for f in settings(command.settings) if f.name not in own}
+    return make_dataclass(command.__name__, map(entry, (own | shared | common).values()))
+
+
+def settings(group: str) -> list[Field]:
+    """The fields of TrainConfig that a command has."""
+    if not group:
+        return []
+    from .sampling import Sampling
+    from .trainer import TrainConfig
+
+    wanted = {f.name for f in fields(Sampling)} | (MEMORY if group == "memory" else set())
+    return [f for f in TrainConfig.flat_fields() if group == "training" or f.name in wanted]
+
+
+def entry(f: Field) -> tuple[str, Any, Any]:
+    """A field as OmegaConf can read it: plain types, lists and mappings; anything else from its text."""
+    union = get_origin(f.type) in (Union, UnionType)
+    members = [kind for kind in get_args(f.type) if kind is not NoneType] if union else [f.type]
+    kind = members[0] if len(members) == 1 else str
+    container = get_origin(kind) or kind
+    if container is dict:
+        kind = dict[str, Any]
+    elif container in (list, tuple, Sequence):
+        kind = list[str]
+    elif kind not in (bool, int, float):
+        kind = str
+    optional = union and NoneType in get_args(f.type)
+    default = f.default
+    if kind is str and default not in (None, MISSING):
+        default = str(default)
+    made = field(default=default, default_factory=f.default_factory, metadata=f.metadata)
+    return f.name, Optional[kind] if optional else kind, made  # noqa: UP045
+
+
+def usage(name: str, command: type[Common]) -> str:
+    """The help text of a command."""
+    lines = [f"vader-nb {name} key=value …", "", command.__doc__ or "", ""]
+    for f in fields(schema(command)):
+        default = "" if f.default in (None, MISSING, "") else f"={f.default}"
+        lines.append(f"  {f.name + default:<34} {f.metadata.get('help', '')}".rstrip())
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------- reading words
+
+
+def read(command: type[Common], words: Sequence[str]) -> Any:
+    """The configuration that the words of a command line ask for.
+
+    Args:
+        command: One of the classes above.
+        words: `key=value`, or values of the command's positional key.
+
+    Returns:
+        An instance of `schema(command)`.
+
+    Raises:
+        ValueError: An unknown key, a value of the wrong type, or a word that cannot be read.
+        FileNotFoundError: There is no such configuration file.
+    """
+    known = {f.name: f.type for f in fields(schema(command))}
+    positional = command.positional
+    given: dict[str, Any] = {}
+    texts: list[str] = []  # kept out of OmegaConf, to which ??? and ${…} mean something
+    for key, value in pairs(words, known, positional):
+        if key == positional and known[key] == list[str]:
+            texts.append(value)
         else:
+            given[key] = parsed(key, value, known.get(key))
+    file = from_file(given["config"]) if given.get("config") else {}
+    check_keys(file, known, f" in {given.get('config')}")
+    check_keys(given, known)
+    layers = []
+    for source in (file, given):  # our own names win over VADER's beside them
+        layers += [foreign(source, known, file | given)]
+        layers += [{key: value for key, value in source.items() if key in known}]
+    result = merged(command, layers)
+    if texts:
+        setattr(result, positional, texts)
+    return result
+
+
+def pairs(words: Sequence[str], known: dict, positional: str) -> Iterator[tuple[str, str]]:
+    """The words as (key, value)."""
+    free_text = bool(positional) and known[positional] == list[str]
+    seen = False
+    for word in words:
+        key, equals, value = word.partition("=")
+        if re.match(r"--|-[A-Za-z]", word):
+            name = key.strip("-").replace("-", "_")
+            raise ValueError(f"cannot read {word!r}: settings are key=value: {name}={value or '…'}")
+        if equals and key.isidentifier() and not (free_text and is_text(key, known)):
+            yield key, value
+        elif not positional:
             raise ValueError(f"cannot read {word!r}: write key=value, as in steps=40")
-    return found
+        elif seen and not free_text:
+            raise ValueError(f"cannot read {word!r}: there is one {positional} already")
+        else:
+            seen = True
+            yield positional, word
 
 
-def read(kind: type, words: list[str]) -> Any:
-    """The configuration that these words ask for. Raises ValueError for an unknown key or a value of the wrong type."""
+def is_text(key: str, known: dict) -> bool:
+    """In a prompt such as "E=mc2 on a blackboard", what stands before = is no key, nor close to one."""
+    return not difflib.get_close_matches(key, all_keys(known), 1, cutoff=0.75)
+
+
+def all_keys(known: dict) -> list[str]:
+    return [*known, *translate.tool("vader").arguments]
+
+
+def check_keys(given: dict, known: dict, where: str = "") -> None:
+    keys = all_keys(known)
+    for key in given:
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown key {key!r}{where}{hint} (--help lists all)")
+
+
+def parsed(key: str, text: str, kind: Any) -> Any:
+    """A value for OmegaConf, which converts numbers and switches itself."""
     from omegaconf import OmegaConf
 
-    known = {f.name for f in fields(kind)}
-    lists = {f.name for f in fields(kind) if f.type == list[str]}
-    optional = {f.name for f in fields(kind) if type(None) in get_args(f.type)}
-    given: dict[str, Any] = {}
-    for key, value in pairs(words, kind):
-        if key in lists:
-            given.setdefault(key, []).append(literal(value))
-        else:
-            given[key] = None if value == "null" and key in optional else literal(value)
-    file = from_file(given["config"]) if given.get("config") else {}
-    unknown(file, known, f" in {given.get('config')}")
-    unknown(given, known)
-    layers = [OmegaConf.structured(kind)]
-    for source in (
-        file,
-        given,
-    ):  # our own names win over VADER's beside them, whose meaning depends on all keys
-        layers += [
-            foreign(source, known, file | given),
-            {key: source[key] for key in source if key in known},
-        ]
-    return merged(layers, kind)
-
-
-def literal(text: str) -> str:
-    """As OmegaConf must be told it: `${shop}` in a prompt is no reference to another key."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-
-
-def foreign(source: dict, known: set[str], everything: dict) -> dict:
-    """What a source says in VADER's names, in ours."""
-    from . import translate
-
-    theirs = {key: value for key, value in source.items() if key not in known}
-    if not theirs:
-        return {}
-    ours, notes = translate.translate("vader", theirs, known, everything)
-    report(theirs, ours, notes)
-    return ours
+    kinds = {kind, *get_args(kind)}
+    if text == "null" and NoneType in kinds:
+        return None
+    if {list[str], dict[str, Any]} & kinds:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]))[key]
+        return [value] if isinstance(value, str) else value
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # ${shop} in a text is no reference to a key
 
 
 def from_file(name: str) -> dict:
     path = next((p for p in (Path(name), FOLDER / f"{name}.yaml") if p.is_file()), None)
     if path is None:
         shipped = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
-        raise FileNotFoundError(
-            f"no configuration at {name}; give a YAML file, or one of: {shipped}"
-        )
-    return yaml_of(path)
+        raise FileNotFoundError(f"no configuration at {name}; give a YAML file, or: {shipped}")
+    return translate.read_yaml(path)
 
 
-def yaml_of(path: Path) -> dict:
-    """The keys of a YAML file."""
-    from omegaconf import DictConfig, OmegaConf
-    from yaml import YAMLError
-
-    try:
-        loaded = OmegaConf.load(path)
-    except YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ValueError(f"{path} holds no keys: write lines such as steps: 40")
-    return OmegaConf.to_container(loaded)
-
-
-def unknown(given, known: set[str], where: str = "") -> None:
-    from . import translate
-
-    for key in given:
-        if key not in known and key not in translate.NAMES["vader"]:
-            near = difflib.get_close_matches(key, [*known, *translate.NAMES["vader"]], 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown key {key!r}{where}{hint} (--help lists all)")
+def foreign(source: dict, known: dict, everything: dict) -> dict:
+    """What a source sets under VADER's names, as our settings; reports how they were read."""
+    theirs = {key: value for key, value in source.items() if key not in known}
+    if not theirs:
+        return {}
+    ours, notes = translate.translate("vader", theirs, known, everything)
+    if os.environ.get("RANK", "0") == "0":
+        meant = ", ".join(f"{key}={value}" for key, value in ours.items())
+        for line in (f"VADER's {', '.join(theirs)} read as: {meant}", *notes):
+            print(f"vader-nb: {line}", file=sys.stderr)
+    return ours
 
 
-def merged(layers: list, kind: type):
+def merged(command: type[Common], layers: list[dict]) -> Any:
+    """The command's keys, set by layers of which later ones win."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return OmegaConf.to_object(OmegaConf.merge(*layers))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema(command)), *layers))
     except OmegaConfBaseException as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{getattr(error, 'full_key', None) or kind.__name__}: {first}") from error
+        key = getattr(error, "full_key", None) or command.__name__
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
 
 
-def report(foreign: dict, ours: dict, notes: list[str]) -> None:
-    """Say once how another tool's names were read."""
-    import os
-    import sys
+def to_yaml(command: type[Common], ours: dict) -> str:
+    """These settings as a YAML file, with the types that the command gives them."""
+    from omegaconf import OmegaConf
 
-    if os.environ.get("RANK", "0") == "0":
-        told = ", ".join(f"{key}={value}" for key, value in ours.items())
-        print(f"vader-nb: VADER's {', '.join(foreign)} read as: {told}", file=sys.stderr)
-        for note in notes:
-            print(f"vader-nb: {note}", file=sys.stderr)
+    typed = merged(command, [ours])
+    return OmegaConf.to_yaml(OmegaConf.create({name: getattr(typed, name) for name in ours}))
 
 
-def usage(name: str, kind: type) -> str:
-    """The help text of a command."""
-    shown = [f for f in fields(kind) if f.name not in ("config", "threads")]
-    lines = [f"vader-nb {name} key=value …", "", (kind.__doc__ or "").strip(), ""]
-    for f in [*shown, *fields(Common)]:
-        default = "" if f.default in (None, MISSING) else f"={f.default}"
-        lines.append(f"  {f.name + default:<34} {f.metadata.get('help', '')}".rstrip())
-    return "\n".join(lines)
+def translated(path: str | Path, source: str | None = None) -> tuple[str, list[str]]:
+    """Another tool's file as YAML of `align`'s keys, and notes on what differs."""
+    known = {f.name for f in fields(schema(Align))}
+    source, ours, notes = translate.translate_file(path, source, known)
+    head = f"# {source} arguments of {Path(path).name}, as settings of vader_nb\n"
+    return head + to_yaml(Align, ours), notes

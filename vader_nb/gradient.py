@@ -18,9 +18,7 @@ the end wherever a user names them: step 1 is the last one, the one whose output
 """
 
 import contextlib
-import copy
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,14 +26,13 @@ import torch
 
 from .lora import Adapter
 from .models import VideoModel, exclusive
-from .offload import checkpointed, offload_saved_tensors
+from .offload import recomputation
 from .prompts import Prompt
 from .rewards import Reward, as_reward, validate_scores
 from .sampling import (
     NonFiniteError,
     Rollout,
     Sampling,
-    clone,
     finite,
     next_latents,
     renoise,
@@ -43,19 +40,10 @@ from .sampling import (
 )
 from .strategies import Frames, Last, Plan, Strategy
 
-# --------------------------------------------------------------------------------- all three stages
-
 
 @dataclass
 class Result:
-    """What a gradient was taken of.
-
-    Attributes:
-        rewards: (B,).
-        latents: the final ones, (B, C, F, H, W).
-        frames: indices of the frames that were scored.
-        plan: the steps that learned.
-    """
+    """Rewards (B,), final latents (B, C, F, H, W), indices of the scored frames, and the drawn plan."""
 
     rewards: torch.Tensor
     latents: torch.Tensor
@@ -84,8 +72,7 @@ def reward_gradient(
         model: from `load`.
         adapter: the one on the model.
         reward: differentiable in the frames.
-        prompts: one per clip.
-        seeds: one per clip.
+        prompts, seeds: one per clip.
         strategy: which steps learn.
         frames: which frames are scored.
         sampling: how clips are made; by default the model's own settings.
@@ -126,33 +113,18 @@ def accumulate(
 
     Args:
         model, adapter, reward: as for `reward_gradient`.
-        rollout: from stage 1, with a window as long as the plan's.
-        plan: the steps that learn.
-        frames: indices of the frames to score.
+        rollout, plan, frames: from stage 1; indices of the frames to score.
         decode_chunk_size: frames decoded at once.
         gradient_checkpointing: recompute the denoiser's blocks in the backward pass.
         activation_offload: keep what the denoiser saves for the backward pass in CPU memory.
         weight: scales the gradient.
-        backward: gets a scalar whose gradient is the adapter's (`accelerator.backward`, for loss scaling).
+        backward: gets a scalar whose gradient is the adapter's, such as `accelerator.backward`.
     """
-    device = rollout.latents.device.type
-    autocast = {
-        "dtype": torch.get_autocast_dtype(device),
-        "enabled": torch.is_autocast_enabled(device),
-    }
+    recomputed = recomputation(model, gradient_checkpointing, activation_offload)
 
     @contextlib.contextmanager
     def denoiser_call(active: bool):
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                torch.autocast(device, **autocast)
-            )  # autograd's threads do not inherit it
-            if gradient_checkpointing:
-                stack.enter_context(checkpointed(model.blocks()))
-            if activation_offload:
-                stack.enter_context(offload_saved_tensors(model.offload_device, model.denoiser))
-            if not active:
-                stack.enter_context(adapter.frozen())
+        with recomputed(), contextlib.nullcontext() if active else adapter.frozen():
             yield
 
     rewards, problem, count = [], None, max(1, plan.renoise)
@@ -167,10 +139,8 @@ def accumulate(
             # Replayed all the same: where FSDP shards the weights, the other processes wait for this one.
             problem, gradient = error, torch.zeros_like(scored.latents)
         latents = replay(model, scored, plan, denoiser_call)
-        half = model.dtype == torch.float16 and gradient.any()
-        scale = 2.0 ** -math.floor(math.log2(gradient.abs().max().item())) if half else 1.0
-        with adapter.gradients_divided_by(scale):
-            backward((latents * gradient * scale).sum() * (-weight / (len(scored.prompts) * count)))
+        with adapter.scaled(gradient) as direction:
+            backward((latents * direction).sum() * (-weight / (len(scored.prompts) * count)))
     if problem:
         raise problem
     return Result(torch.stack(rewards).mean(0), rollout.latents, frames, plan)
@@ -259,7 +229,7 @@ def replay(
 
     `context(active)` surrounds each denoiser call that is computed again.
     """
-    scheduler, generators = copy.deepcopy(rollout.scheduler), clone(rollout.window_generators)
+    scheduler, generators = rollout.at_window()
     sampling, latents = rollout.sampling, rollout.states[0]
     anchor = torch.zeros((), device=latents.device, requires_grad=True)
     learning = model.learning_branches(sampling)

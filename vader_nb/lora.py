@@ -1,29 +1,26 @@
 """Adapters: low-rank additions to the denoisers' linear layers, through peft (LoRA, arXiv 2106.09685).
 
 `UNet3DConditionModel` has none of diffusers' adapter methods (`add_adapter`, `load_lora_adapter`), so the
-layers are injected with peft directly, and the files are written here in diffusers' own key layout:
-`unet.<layer>.lora_A.weight` (rank, in) and `unet.<layer>.lora_B.weight` (out, rank), as safetensors.
+layers are injected with peft directly. Their files are in diffusers' own key layout (`lora_files`).
 """
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
+from .lora_files import State, layers_of, rank_of, read, write
 from .models import MODEL_LOCK, VideoModel, exclusive
 
 NAME = "default"  # peft's name for the only adapter of a denoiser
-
-State = dict[str, torch.Tensor]
 
 
 class Adapter:
@@ -107,16 +104,21 @@ class Adapter:
                 matrix._parameters["weight"] = weight
 
     @contextlib.contextmanager
-    def gradients_divided_by(self, scale: float) -> Iterator[None]:
-        """What is added to `.grad` inside is divided by `scale` afterwards, for scaled float16 gradients."""
-        if scale == 1.0:
-            yield
+    def scaled(self, gradient: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The gradient as the denoiser's precision can carry it.
+
+        For float16 it is scaled to about 1, and what reaches the adapter inside is scaled back; for
+        other precisions it is handed out as it is.
+        """
+        if self.model.dtype != torch.float16 or not gradient.any():
+            yield gradient
             return
+        scale = 2.0 ** -math.floor(math.log2(gradient.abs().max().item()))
         parameters = self.parameters()
         before = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
-        yield
+        yield gradient * scale
         for p, grad in zip(parameters, before):
             if p.grad is None:
                 p.grad = grad
@@ -158,8 +160,6 @@ class Adapter:
             path: of the file; its folder is made.
             **metadata: stored beside base model, rank, alpha and targets (reward, steps, …).
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         described = {
             "base_model": self.model.name,
             "rank": self.rank,
@@ -171,11 +171,7 @@ class Adapter:
             key: value if isinstance(value, str) else json.dumps(value)
             for key, value in described.items()
         }
-        unfinished = path.with_name(path.name + ".part")
-        tensors = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
-        unfinished.write_bytes(with_sorted_header(serialize(tensors, text)))
-        unfinished.replace(path)
-        return path
+        return write(path, self.state_dict(), text)
 
     @exclusive
     def remove(self) -> None:
@@ -188,16 +184,6 @@ class Adapter:
     def attached(self) -> bool:
         """The adapter is on its model now."""
         return bool(self.layers) and _layers(self.model) == self.layers
-
-
-def with_sorted_header(data: bytes) -> bytes:
-    """A safetensors file with its header sorted: equal adapters shall be equal files, and the library
-    writes metadata in an order that changes from process to process."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def validate_scale(value: float, what: str = "an adapter's scale") -> float:
@@ -285,40 +271,6 @@ def _targets_by_denoiser(
     return chosen
 
 
-def read(path: str | Path) -> tuple[State, dict[str, str]]:
-    """Tensors and metadata of an adapter file.
-
-    Args:
-        path: of the file, or of a run's or checkpoint's folder that holds `adapter.safetensors`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for a pickle (which could run code), a damaged file, or one without LoRA tensors.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "adapter.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter file at {path}")
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
-        raise ValueError(
-            f"{path} is a pickle, which can run any code when it is opened; convert it to safetensors first"
-        )
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({error}); copy it again"
-        ) from error
-    if not any(".lora_A." in name for name in state):
-        raise ValueError(f"{path} holds no LoRA tensors (names like 'unet.….lora_A.weight')")
-    return state, metadata
-
-
 @exclusive
 def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
     """Put the adapter of a file on the model.
@@ -335,12 +287,12 @@ def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
     """
     validate_scale(scale)
     state, metadata = read(path)
-    rank = _rank(state)
+    rank = rank_of(state)
     adapter = add(
         model,
         rank,
         float(metadata.get("alpha", rank)),
-        _known_layers(model, state, metadata, path),
+        layers_of(model, state, metadata, path),
     )
     try:
         adapter.load_state_dict(state, str(path))
@@ -374,15 +326,15 @@ def combine(model: VideoModel, weights: Mapping[str | Path, float]) -> Adapter:
     files = [(*read(path), path, weight) for path, weight in weights.items()]
     layers = {}
     for state, metadata, path, _ in files:
-        layers |= dict.fromkeys(_known_layers(model, state, metadata, path))
-    rank = sum(_rank(state) for state, *_ in files)
+        layers |= dict.fromkeys(layers_of(model, state, metadata, path))
+    rank = sum(rank_of(state) for state, *_ in files)
     adapter = add(model, rank, rank, tuple(layers))
     combined = {}
     for name, own in adapter.state_dict().items():
         rank_dim = 0 if ".lora_A." in name else 1
         parts = []
         for state, metadata, _, weight in files:
-            rank = _rank(state)
+            rank = rank_of(state)
             shape = [rank if dim == rank_dim else size for dim, size in enumerate(own.shape)]
             part = state.get(name, own.new_zeros(shape)).to(own)
             if rank_dim == 1:
@@ -395,29 +347,6 @@ def combine(model: VideoModel, weights: Mapping[str | Path, float]) -> Adapter:
         adapter.remove()
         raise
     return adapter
-
-
-def _rank(state: State) -> int:
-    return next(value.shape[0] for name, value in state.items() if ".lora_A." in name)
-
-
-def _known_layers(
-    model: VideoModel, state: State, metadata: dict, path: str | Path
-) -> tuple[str, ...]:
-    """The layers that a file is for. Raises ValueError if the model lacks one."""
-    layers = [name.rsplit(".lora_A.", 1)[0] for name in state if ".lora_A." in name]
-    known = {
-        f"{key}.{name}"
-        for key, denoiser in model.denoisers.items()
-        for name, _ in denoiser.named_modules()
-    }
-    unknown = [layer for layer in layers if layer not in known]
-    if unknown:
-        raise ValueError(
-            f"{path} does not fit {model.name!r}: it has no layer {unknown[0]!r}. The file "
-            f"says it was made for {metadata.get('base_model', 'an unnamed model')!r}"
-        )
-    return tuple(layers)
 
 
 # ------------------------------------------------------------------------- which adapter is on the model

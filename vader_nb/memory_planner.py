@@ -1,18 +1,19 @@
 """Will it fit? The peak memory of a training step, stage by stage, without a GPU and without weights.
 
-`memory("modelscope", "hps")` runs the very code of training (encode, roll out, decode, score, replay, optimizer step)
-on fake tensors, which have shapes and types but no numbers, with the full-size networks, and counts the bytes that live
-at each moment. What is run is no formula: a setting of `reward_gradient` acts here because it acts there.
+`memory("modelscope", "hps")` runs the code of training (encode, roll out, decode, score, replay, optimizer
+step) with the full-size networks on fake tensors, which have shapes but no numbers, and counts the bytes
+that are alive at each moment. There is no formula: a setting acts here because it acts in training.
 """
 
-import copy
+import contextlib
 import functools
-import html
+import warnings
 import weakref
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import jinja2
 import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -23,308 +24,360 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import lora, models
-from .gradient import Frames, Last, Plan, Sampling, Strategy, reward_gradient
+from .gradient import accumulate
 from .models import VideoModel
-from .rewards import Reward, outline, parse
+from .rewards import Reward, parse
+from .sampling import roll_out
+from .strategies import Frames
+from .trainer import TrainConfig
 
-STAGES = ("weights", "text", "roll-out", "decode", "reward", "replay", "optimizer")
 GIB = 2**30
-GPUS = {
+STAGES = ("weights", "text", "roll-out", "decode", "reward", "replay", "optimizer")
+GPUS = {  # GiB, as torch reports their total memory
     "T4": 14.6,
+    "V100 16 GB": 15.8,
     "L4": 22.0,
+    "RTX 4090": 23.6,
+    "RTX 3090": 23.7,
+    "V100 32 GB": 31.7,
     "A100 40 GB": 39.4,
     "A100 80 GB": 79.1,
-}  # GiB, as torch reports their total memory
-MARGIN = (
-    1.0  # GiB for what is not a tensor: CUDA's context, kernels' workspaces, gaps between tensors
+    "H100": 79.1,
+    "H200": 139.7,
+    "B200": 178.3,
+}
+MARGIN = 1.0  # GiB for what is not a tensor
+MARGIN_HELP = "for CUDA's context, kernels' workspaces and gaps between tensors"
+# Big models are trained one clip at a time, with blocks recomputed.
+DEFAULTS = {"batch_size": 1, "gradient_checkpointing": True}
+# What saves memory, the cheapest in time and in quality first.
+SAVINGS = (
+    {"gradient_checkpointing": True},
+    {"sequential_guidance": True},
+    {"model_cpu_offload": True},
+    {"decode_chunk_size": 1},
+    {"batch_size": 1},
+    {"frames": Frames.random(1)},
+    {"num_frames": 8},
 )
+FEWER_FRAMES = {"frames", "num_frames"}  # a reward on the whole clip would get another clip
 
 
-# ------------------------------------------------------------------------------------------- counting
+class MemoryTracker(TorchDispatchMode):
+    """Context that counts the memory of the tensors made inside, forward and backward.
 
+    Every storage made inside counts once, until its last tensor is gone; not what was there before, nor
+    what a kernel needs for itself. (torch's `MemTracker` is private and groups by module, not by stage.)
 
-class Peak(TorchDispatchMode):
-    """Inside `with Peak() as peak: …`, counts the tensors that torch makes, forwards and backwards, on any device or
-    only on those of the type `device`.
+    Args:
+        device: Count only tensors on devices of this type; None counts all.
 
-    `peak.bytes` is the most that lived at one moment, `peak.stages` the same for each stage that was entered. Counted is
-    every storage made inside, once, from its birth until its last tensor is gone; not what was there before, and not
-    what a kernel needs for itself.
+    Attributes:
+        bytes: The most that was alive at one moment.
+        stages: The same for each stage that was entered.
+        live: What is alive now.
     """
 
     def __init__(self, device: str | None = None):
         super().__init__()
-        self.device, self.live, self.bytes, self.known = device, 0, 0, set()
-        self.stage, self.stages = "", {}
+        self.device = device
+        self.live = self.bytes = 0
+        self.stage = ""
+        self.stages: dict[str, int] = {}
+        self._known: set[int] = set()
 
     def enter(self, stage: str) -> None:
+        """Begin a stage."""
         self.stage = stage
-        self.note()
+        self._update()
 
-    def note(self) -> None:
-        self.bytes = max(self.bytes, self.live)
-        self.stages[self.stage] = max(self.stages.get(self.stage, 0), self.live)
+    def track(self, *tensors: torch.Tensor) -> None:
+        """Count these, unless they are counted already."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self._update()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        new = [x.untyped_storage() for x in tensors(result) if self.device in (None, x.device.type)]
-        if any(storage._cdata not in self.known for storage in new):
-            given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
-            for storage in new:
-                if (
-                    storage._cdata not in self.known and storage._cdata not in given
-                ):  # else a view, or made in place
-                    self.born(storage)
-            self.note()
+        made = [x for x in _tensors(result) if self.device in (None, x.device.type)]
+        if any(x.untyped_storage()._cdata not in self._known for x in made):
+            # The rest are views of what was there before, or made in place.
+            given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+            self.track(*(x for x in made if x.untyped_storage()._cdata not in given))
         return result
 
-    def born(self, storage: torch.UntypedStorage) -> None:
-        self.known.add(storage._cdata)
-        self.live += storage.nbytes()
-        weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+    def _update(self) -> None:
+        self.bytes = max(self.bytes, self.live)
+        self.stages[self.stage] = max(self.stages.get(self.stage, 0), self.live)
 
-    def gone(self, identity: int, size: int) -> None:
-        self.known.discard(identity)
+    def _free(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
         self.live -= size
 
 
-def tensors(tree) -> list[torch.Tensor]:
+def _tensors(tree) -> list[torch.Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-class Shapes(FakeTensorMode):
-    """Inside, tensors have shapes but no numbers. Who asks one for its number (`.item()`, `if tensor:`) hears yes, 1.0
-    or 0: what training's own questions want to hear, whether all is finite and in which range the frames lie. While
-    networks are made, `yes` has to be False: initializers draw again as long as a number is out of bounds."""
+class CUDATracker:
+    """What `MemoryTracker` counts, by torch's CUDA allocator."""
 
-    yes = True
+    def __init__(self):
+        self.stage = ""
+        self.stages: dict[str, int] = {}
+
+    def enter(self, stage: str) -> None:
+        peak = torch.cuda.max_memory_allocated()
+        self.stages[self.stage] = max(self.stages.get(self.stage, 0), peak)
+        torch.cuda.reset_peak_memory_stats()
+        self.stage = stage
+
+
+class FakeMode(FakeTensorMode):
+    """Context in which tensors have shapes but no numbers.
+
+    `.item()` and `if tensor:` give 1.0, 0 or `truth`. In training, True is the right answer: all is
+    finite, and the frames lie in their range. While networks are made it has to be False, since
+    initializers draw again as long as a number is out of bounds.
+    """
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self.truth = True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         try:
             return super().__torch_dispatch__(function, types, args, kwargs)
         except DataDependentOutputException:
             dtype = args[0].dtype
-            return self.yes if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
-
-
-class CudaPeak:
-    """What `Peak` counts, as torch's CUDA allocator has it."""
-
-    def __init__(self):
-        self.stage, self.stages = "", {}
-
-    def enter(self, stage: str) -> None:
-        most = torch.cuda.max_memory_allocated()
-        self.stages[self.stage] = max(self.stages.get(self.stage, 0), most)
-        torch.cuda.reset_peak_memory_stats()
-        self.stage = stage
-
-
-# --------------------------------------------------------------------------------- one training step
+            if dtype == torch.bool:
+                return self.truth
+            return 1.0 if dtype.is_floating_point else 0
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What decides how much memory a training step takes. Names and meanings as in `align` and `Sampling`;
-    model_cpu_offload: after `model.enable_model_cpu_offload()`."""
+class Step:
+    """A training step, with all that decides how much memory it takes."""
 
-    model: str = "modelscope"
-    reward: str = "hps"
-    batch_size: int = 1
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    strategy: Strategy = Last(1)
-    frames: Frames = Frames()
-    chunk: int = 1
-    checkpoint_blocks: bool = True
-    sequential_guidance: bool = False
-    unconditional_gradient: bool = True
-    offload: bool = False
-    model_cpu_offload: bool = False
-    rank: int = 8
-    dtype: torch.dtype = torch.float16
+    model: str
+    reward: str
+    config: TrainConfig
+    dtype: torch.dtype
+    model_cpu_offload: bool
 
-    def sampling(self, model: VideoModel) -> Sampling:
-        return Sampling(
-            **{f.name: getattr(self, f.name) for f in fields(Sampling) if hasattr(self, f.name)}
-        ).filled(model)
+    @classmethod
+    def of(cls, model: str | Path, reward: str, settings: dict) -> "Step":
+        """Arguments as for `memory`. Raises ValueError for an unknown setting."""
+        known = [f.name for f in TrainConfig.flat_fields()] + ["dtype", "model_cpu_offload"]
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"unknown setting {name!r}; memory depends on {', '.join(known)}")
+        flat = DEFAULTS | settings
+        dtype, offload = flat.pop("dtype", torch.float16), flat.pop("model_cpu_offload", False)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return cls(str(model), reward, TrainConfig.from_flat(flat), dtype, offload)
+
+    def make_reward(self, **options) -> Reward:
+        tiny = models.checkpoint_of(self.model).world == "tiny"
+        return parse(self.reward, tiny=tiny, **options)
+
+    def run(self, model: VideoModel, reward: Reward, tracker: MemoryTracker | CUDATracker) -> None:
+        """Take the step. Sampling steps before the window have equal peaks, so only one is taken."""
+        config, generator = self.config, torch.Generator().manual_seed(0)
+        sampling = config.sampling.resolve(model)
+        frames = config.frames or (Frames.random(1) if reward.per_frame else Frames.all())
+        with unset_fake_temporarily():
+            plan = config.strategy.plan(sampling.num_inference_steps, generator)
+            chosen = frames.choose(sampling.num_frames, generator)
+        steps = min(sampling.num_inference_steps, max(plan.active) + 1)
+        adapter = lora.add(model, config.rank, targets=config.targets)
+        if self.model_cpu_offload:
+            model.enable_model_cpu_offload()
+            model.offload(*reward.networks)
+        optimizer = torch.optim.AdamW(adapter.parameters())
+        for p in adapter.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # makes its moments, which are there in every later step
+        optimizer.zero_grad()
+        tracker.enter("weights")
+        _report_stages(model, tracker.enter)
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision)
+        with torch.autocast(model.device.type, half, enabled=half is not None):
+            rollout = roll_out(
+                model,
+                ["a prompt"] * config.batch_size,
+                range(config.batch_size),
+                replace(sampling, num_inference_steps=steps),
+                adapter=adapter,
+                window=max(plan.active),
+                stop=plan.stop,
+            )
+            accumulate(
+                model,
+                adapter,
+                ReportingReward(reward, tracker.enter),
+                rollout,
+                plan,
+                chosen,
+                decode_chunk_size=config.decode_chunk_size,
+                gradient_checkpointing=config.gradient_checkpointing,
+                activation_offload=config.activation_offload,
+            )
+        tracker.enter("optimizer")
+        optimizer.step()
+        optimizer.zero_grad()
+        tracker.enter("")
+
+    def simulate(self) -> dict[str, int]:
+        """Peak bytes by stage.
+
+        Tensors on the accelerator are fake ones on "cpu", offloaded ones on "meta". With "cpu" torch
+        picks fused attention, as CUDA does on every GPU named here.
+        """
+        before = torch.get_default_dtype()
+        with FakeMode() as fake, MemoryTracker("cpu") as tracker, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that numbers are missing
+            torch.set_default_dtype(self.dtype)
+            try:
+                fake.truth = False
+                model, reward = models.from_config(self.model), self.make_reward(from_config=True)
+            finally:
+                torch.set_default_dtype(before)
+            fake.truth = True
+            model.offload_device = torch.device("meta")
+            self.run(model, reward, tracker)
+        return {stage: tracker.stages[stage] for stage in STAGES}
+
+    def measure(self) -> dict[str, int]:
+        """The same with real weights on a CUDA device."""
+        model = models.load(self.model, device="cuda", dtype=self.dtype)
+        tracker = CUDATracker()
+        self.run(model, self.make_reward().to("cuda", self.dtype), tracker)
+        return {stage: tracker.stages[stage] for stage in STAGES}
 
 
-@dataclass(frozen=True)
-class Decided:
-    """A plan that is drawn already, in a strategy's place."""
+class ReportingReward(Reward):
+    """A reward that reports when it is called."""
 
-    drawn: Plan
-
-    def plan(self, steps: int, generator: torch.Generator) -> Plan:
-        return self.drawn
-
-
-def step(model: VideoModel, reward: Reward, setting: Setting, meter: "Peak | CudaPeak") -> None:
-    """One training step, and `meter` told of its stages.
-
-    Sampling steps before the window are all alike, and one of them is taken: their peaks are the same.
-    """
-    sampling, generator = setting.sampling(model), torch.Generator().manual_seed(0)
-    with unset_fake_temporarily():
-        plan = setting.strategy.plan(sampling.num_inference_steps, generator)
-        chosen = setting.frames.choose(sampling.num_frames, generator)
-    sampling.num_inference_steps = min(sampling.num_inference_steps, max(plan.active) + 1)
-    adapter = lora.add(model, setting.rank)
-    if setting.model_cpu_offload:
-        model.enable_model_cpu_offload()
-        model.send_home(*reward.networks)
-    optimizer = torch.optim.AdamW(adapter.parameters())
-    for p in adapter.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()  # its moments are there from the first step on
-    optimizer.zero_grad()
-    meter.enter("weights")
-    watch(model, meter.enter)
-    reward_gradient(
-        model,
-        adapter,
-        Watched(reward, meter.enter),
-        ["a prompt"] * setting.batch_size,
-        seeds=list(range(setting.batch_size)),
-        strategy=Decided(plan),
-        frames=Frames("list", indices=tuple(chosen)),
-        sampling=sampling,
-        chunk=setting.chunk,
-        checkpoint_blocks=setting.checkpoint_blocks,
-        offload=setting.offload,
-        generator=generator,
-    )
-    meter.enter("optimizer")
-    optimizer.step()
-    optimizer.zero_grad()
-    meter.enter("")
-
-
-class Watched(Reward):
-    def __init__(self, inner: Reward, enter: Callable[[str], None]):
-        self.inner, self.enter = inner, enter
+    def __init__(self, inner: Reward, on_stage: Callable[[str], None]):
+        self.inner, self.on_stage = inner, on_stage
         self.name, self.per_frame, self.networks = inner.name, inner.per_frame, inner.networks
 
     def __call__(self, frames, prompts):
-        self.enter("reward")
+        self.on_stage("reward")
         return self.inner(frames, prompts)
 
 
-def watch(model: VideoModel, enter: Callable[[str], None]) -> None:
-    """Let the model say at which stage it is, from now on; and its schedulers compute with numbers, fake or not."""
+def _report_stages(model: VideoModel, on_stage: Callable[[str], None]) -> None:
+    """Let the model report its stages from now on, and make its schedulers with real numbers."""
 
-    def watched(function: Callable, stage: Callable[[], str]) -> Callable:
-        def run(*args, **kwargs):
-            enter(stage())
-            return function(*args, **kwargs)
+    def report(method: str, stage: Callable[[], str]) -> None:
+        original = getattr(model, method)
 
-        return run
+        def reporting(*args, **kwargs):
+            on_stage(stage())
+            return original(*args, **kwargs)
 
-    def new_scheduler(num_inference_steps, make=model.new_scheduler):
-        enter("roll-out")
+        setattr(model, method, reporting)
+
+    def new_scheduler(sampling, original=model.new_scheduler):
         with unset_fake_temporarily():
-            scheduler = make(num_inference_steps)
+            scheduler = original(sampling)
+        for name, value in vars(scheduler).items():
+            if isinstance(value, torch.Tensor):
+                setattr(scheduler, name, value.clone())  # fake, or it could not be copied later
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)  # else it would look for its place among the timesteps
-        return copyable(scheduler)
+            scheduler.set_begin_index(0)  # or it would search its place among the timesteps
+        return scheduler
 
-    model.encode = watched(model.encode, lambda: "text")
-    model.predict = watched(
-        model.predict, lambda: "replay" if torch.is_grad_enabled() else "roll-out"
-    )
-    model.decode = watched(model.decode, lambda: "decode")
     model.new_scheduler = new_scheduler
+    report("new_scheduler", lambda: "roll-out")
+    report("encode", lambda: "text")
+    report("predict", lambda: "replay" if torch.is_grad_enabled() else "roll-out")
+    report("decode", lambda: "decode")
+    report("decode_vjp", lambda: "decode")
 
 
-def copyable(scheduler):
-    """The same scheduler, whose deep copies are made of what fake tensors can do: `copy` asks for their address."""
+# ------------------------------------------------------------------------------------------- the answer
 
-    def duplicate(memo=None):
-        twin = copy.copy(scheduler)
-        for key, value in vars(twin).items():
-            if isinstance(value, torch.Tensor | list):
-                setattr(twin, key, copied(value))
-        return copyable(twin)
-
-    scheduler.__deepcopy__ = duplicate
-    return scheduler
+_simulated: dict[str, dict[str, int]] = {}
 
 
-def copied(value):
-    return (
-        [copied(x) for x in value]
-        if isinstance(value, list)
-        else value.clone()
-        if hasattr(value, "clone")
-        else value
+def simulate(model: str | Path = "modelscope", reward: str = "hps", **settings) -> dict[str, int]:
+    """Peak bytes of one training step by stage, simulated on the CPU; arguments as for `memory`."""
+    step = Step.of(model, reward, settings)
+    if repr(step) not in _simulated:
+        _simulated[repr(step)] = step.simulate()
+    return dict(_simulated[repr(step)])
+
+
+def fits(amount: int, gib: float) -> bool:
+    """Whether a GPU with so many GiB holds this many bytes of tensors."""
+    return amount / GIB + MARGIN <= gib
+
+
+def find_gpu(gpu_memory: float | str) -> tuple[str, float]:
+    """Name and GiB of a GPU: a number of GiB, or a name of `GPUS` or a part of one, such as "4090".
+
+    Raises:
+        ValueError: For a name that fits none or several.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 < float(gpu_memory) < 1000:
+            return f"{float(gpu_memory):g} GiB", float(gpu_memory)
+    text = str(gpu_memory).lower().replace(" ", "")
+    names = {name.lower().replace(" ", ""): name for name in GPUS}
+    found = [names[text]] if text in names else [names[name] for name in names if text in name]
+    if len(found) == 1:
+        return found[0], GPUS[found[0]]
+    problem = (
+        f"{gpu_memory!r} may be {' or '.join(found)}" if found else f"unknown GPU {gpu_memory!r}"
     )
+    raise ValueError(f"{problem}; choose one of {', '.join(GPUS)}, or give its memory in GiB")
 
 
-@functools.cache
-def sees_frames(model: str, reward: str) -> bool:
-    """The reward scores single frames, not the whole clip."""
-    with Shapes(allow_non_fake_inputs=True) as shapes:
-        shapes.yes = False
-        return parse(reward, tiny=model == "tiny", outline=True).per_frame
+def describe(suggestion: dict | None) -> str:
+    """A suggestion in words."""
+    if suggestion is None:
+        return "no setting is enough; take fewer or smaller frames, or a larger GPU"
+    return "with " + ", ".join(f"{name}={value}" for name, value in suggestion.items())
 
 
-@functools.cache
-def simulate(setting: Setting) -> dict[str, int]:
-    """Bytes by stage. The accelerator's tensors are fake ones on "cpu", what waits elsewhere is on "meta": torch then
-    picks fused attention, as CUDA does on every GPU named here, and not the one with all its weights in memory."""
-    with Shapes(allow_non_fake_inputs=True) as shapes, Peak("cpu") as peak:
-        shapes.yes = False
-        with outline.default_dtype(setting.dtype):
-            model = models.outline(setting.model)
-            model.home = torch.device("meta")
-            reward = parse(setting.reward, tiny=setting.model == "tiny", outline=True)
-        shapes.yes = True
-        step(model, reward, setting, peak)
-    return {stage: peak.stages[stage] for stage in STAGES}
-
-
-def measure(setting: Setting) -> dict[str, int]:
-    """The same with real weights on a CUDA device, by torch's own count."""
-    model, peak = models.load(setting.model, device="cuda", dtype=setting.dtype), CudaPeak()
-    reward = parse(setting.reward, tiny=setting.model == "tiny").to("cuda", setting.dtype)
-    step(model, reward, setting, peak)
-    return {stage: peak.stages[stage] for stage in STAGES}
-
-
-# ------------------------------------------------------------------------------------------ the answer
-
-# What saves memory, the cheapest in time and in what is trained first.
-REMEDIES = (
-    {"checkpoint_blocks": True},
-    {"sequential_guidance": True},
-    {"model_cpu_offload": True},
-    {"chunk": 1},
-    {"batch_size": 1},
-    {"frames": Frames("random", 1)},
-    {"num_frames": 8},
+HTML = jinja2.Template(
+    """<table><caption>{{ memory.title }}</caption>
+{% for name, amount, remark in memory.rows() %}
+<tr><th style="text-align:left">{{ name }}</th><td>{{ amount }} GiB</td>
+<td style="text-align:left">{{ remark }}</td></tr>
+{% endfor %}</table><p>A GPU needs {{ margin }} GiB more, {{ margin_help }}.</p>""",
+    autoescape=True,
 )
-FEWER = {
-    "frames",
-    "num_frames",
-}  # of a clip, a reward on the whole of it would be given another clip, or none
 
 
 @dataclass
 class Memory:
-    """Peak bytes by stage of one training step; prints as a table, as text and in a notebook.
+    """Peak memory of one training step; prints as a table, as text and in a notebook.
 
-    A stage's figure is all that lives on the accelerator at its worst moment, weights included. `remedies` tells for a
-    GPU that is too small which settings, changed together, make the step fit, or None where none of ours does.
+    Attributes:
+        model, reward, settings: What was asked.
+        stages: Peak bytes by stage: all that is on the accelerator at the stage's worst moment,
+            weights included.
+        measured: Measured on a GPU instead of simulated.
+        gpus: GiB by name.
+        suggestions: For GPUs that are too small, the settings that, changed together, make the step fit;
+            None if none do.
     """
 
-    setting: Setting
+    model: str
+    reward: str
+    settings: dict
     stages: dict[str, int]
     measured: bool = False
-    remedies: dict[str, dict | None] = field(default_factory=dict)
+    gpus: dict[str, float] = field(default_factory=lambda: dict(GPUS))
+    suggestions: dict[str, dict | None] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -332,131 +385,141 @@ class Memory:
 
     @property
     def fits(self) -> dict[str, bool]:
-        return {gpu: fits(self.bytes, gpu) for gpu in GPUS}
-
-    def rows(self) -> list[tuple[str, str, str]]:
-        """(what, GiB, remark), stages first, then GPUs."""
-        worst = max(self.stages, key=self.stages.get)
-        rows = [
-            (s, f"{b / GIB:.2f}", "the peak" if s == worst else "") for s, b in self.stages.items()
-        ]
-        for gpu, size in GPUS.items():
-            remark = "fits" if self.fits[gpu] else "too small"
-            if gpu in self.remedies:
-                remark += f": {spelled(self.remedies[gpu])}"
-            rows.append((gpu, f"{size:.1f}", remark))
-        return rows
-
-    def __str__(self) -> str:
-        lines = [
-            f"{what:<12}{amount:>7} GiB  {remark}".rstrip() for what, amount, remark in self.rows()
-        ]
-        lines.insert(
-            len(self.stages),
-            f"needed      {self.bytes / GIB + MARGIN:7.2f} GiB  with {MARGIN:g} GiB {SPARE}",
-        )
-        return "\n".join([self.title, *lines])
-
-    __repr__ = __str__
+        return {gpu: fits(self.bytes, size) for gpu, size in self.gpus.items()}
 
     @property
     def title(self) -> str:
         how = "measured on this GPU" if self.measured else "simulated"
-        return (
-            f"{self.setting.model} + {self.setting.reward}, {how}: peak {self.bytes / GIB:.2f} GiB"
+        return f"{self.model} + {self.reward}, {how}: peak {self.bytes / GIB:.2f} GiB"
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(name, GiB, remark), first of the stages, then of GPUs."""
+        worst = max(self.stages, key=self.stages.get)
+        rows = [
+            (stage, f"{amount / GIB:.2f}", "the peak" if stage == worst else "")
+            for stage, amount in self.stages.items()
+        ]
+        for gpu, size in self.gpus.items():
+            remark = "fits" if self.fits[gpu] else "too small"
+            if gpu in self.suggestions:
+                remark += f": {describe(self.suggestions[gpu])}"
+            rows.append((gpu, f"{size:.1f}", remark))
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        needed = (
+            "needed",
+            f"{self.bytes / GIB + MARGIN:.2f}",
+            f"with {MARGIN:g} GiB {MARGIN_HELP}",
         )
+        rows.insert(len(self.stages), needed)
+        lines = [f"{name:<12}{amount:>7} GiB  {remark}".rstrip() for name, amount, remark in rows]
+        return "\n".join([self.title, *lines])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        cells = (
-            f"<tr><th style='text-align:left'>{html.escape(what)}</th><td>{amount} GiB</td>"
-            f"<td style='text-align:left'>{html.escape(remark)}</td></tr>"
-            for what, amount, remark in self.rows()
-        )
-        note = f"A GPU needs {MARGIN:g} GiB more, {SPARE}."
-        return f"<table><caption>{html.escape(self.title)}</caption>{''.join(cells)}</table><p>{note}</p>"
+        return HTML.render(memory=self, margin=f"{MARGIN:g}", margin_help=MARGIN_HELP)
 
 
-SPARE = "for CUDA's context, kernels' workspaces and gaps between tensors"
+@functools.cache
+def is_per_frame(model: str, reward: str) -> bool:
+    """Whether the reward scores single frames, not the whole clip."""
+    with FakeMode() as fake:
+        fake.truth = False
+        return Step.of(model, reward, {}).make_reward(from_config=True).per_frame
 
 
-def fits(amount: int, gpu: str) -> bool:
-    return amount / GIB + MARGIN <= GPUS[gpu]
+def search_settings(
+    model: str | Path, reward: str, gib: float, **settings
+) -> Generator[dict, None, dict | None]:
+    """Search for settings that make a training step fit into a GPU of so many GiB, by simulating.
 
+    One candidate after the other is tried, what helps is kept, and what turns out not to be necessary is
+    dropped.
 
-def spelled(change: dict | None) -> str:
-    if change is None:
-        return "no setting of ours is enough; take fewer or smaller frames, or a larger GPU"
-    return "with " + ", ".join(f"{name}={value!r}" for name, value in change.items())
+    Yields:
+        All settings of the next simulation.
 
-
-def remedy(setting: Setting, gpu: str) -> dict | None:
-    """The settings that make it fit, or None."""
-    search = trying(setting, gpu)
-    while True:
-        try:
-            next(search)
-        except StopIteration as found:
-            return found.value
-
-
-def trying(setting: Setting, gpu: str) -> Generator[Setting, None, dict | None]:
-    """Look for the settings that make it fit, by trying: one after the other, what helps is kept, and what turns out not
-    to have been necessary is dropped. Yields each setting before it is simulated; returns what `remedy` does."""
-    change, least = {}, simulate(setting)
-    per_frame = sees_frames(setting.model, setting.reward)
-    for offer in REMEDIES:
-        candidate = replace(setting, **(change | offer))
-        if candidate == replace(setting, **change) or (FEWER & offer.keys() and not per_frame):
+    Returns:
+        The settings to change, or None if these are not enough.
+    """
+    change, least = {}, max(simulate(model, reward, **settings).values())
+    for saving in SAVINGS:
+        candidate = settings | change | saving
+        if not _applies(saving, model, reward, settings | change):
             continue
         yield candidate
         try:
-            simulate(candidate)
-        except ValueError:  # frames that are named one by one, and would not be there
+            peak = max(simulate(model, reward, **candidate).values())
+        except ValueError:  # frames that are given by index, and would not be there
             continue
-        if max(simulate(candidate).values()) < 0.99 * max(least.values()):
-            change, least = change | offer, simulate(candidate)
-        if fits(max(least.values()), gpu):
+        if peak < 0.99 * least:
+            change, least = change | saving, peak
+        if fits(least, gib):
             break
     else:
         return None
     for name in list(change):
-        without = {key: value for key, value in change.items() if key != name}
-        yield replace(setting, **without)
-        if fits(max(simulate(replace(setting, **without)).values()), gpu):
-            change = without
+        fewer = {key: value for key, value in change.items() if key != name}
+        yield settings | fewer
+        if fits(max(simulate(model, reward, **(settings | fewer)).values()), gib):
+            change = fewer
     return change
+
+
+def _applies(saving: dict, model: str | Path, reward: str, settings: dict) -> bool:
+    """Whether this saving changes anything that may be changed."""
+    if FEWER_FRAMES & saving.keys() and not is_per_frame(str(model), reward):
+        return False
+    if "frames" in saving and settings.get("frames") is None:  # one random frame already
+        return False
+    return Step.of(model, reward, settings | saving) != Step.of(model, reward, settings)
+
+
+def suggest(model: str | Path, reward: str, gib: float, **settings) -> dict | None:
+    """The result of `search_settings`."""
+    search = search_settings(model, reward, gib, **settings)
+    while True:
+        try:
+            next(search)
+        except StopIteration as done:
+            return done.value
 
 
 def memory(
     model: str | Path = "modelscope",
     reward: str = "hps",
     *,
-    gpu: str | None = None,
+    gpu_memory: float | str | None = None,
     measured: bool = False,
     **settings,
 ) -> Memory:
-    """Peak memory of one training step, by stage, and which GPUs it fits on; if it does not, what to change.
+    """Peak memory of one training step by stage, which GPUs it fits on, and if it does not, what to change.
 
-    model: a name of `models.CHECKPOINTS`, or a pipeline directory. reward: an expression, as for `rewards.parse`.
-    settings: the other fields of `Setting`, under the names they have in `align` and `Sampling`. gpu: one of `GPUS`, to
-    look for the settings that make it fit on this one; None: on all. measured: take the step for real on this machine's
-    CUDA device, with real weights, and report torch's own count.
+    Weights, and the reward's, have `dtype`; the adapter and its optimizer are float32. A simulation takes
+    some seconds to half a minute on a CPU, and a search for what to change several of them.
 
-    Weights, and the reward's, have `dtype`; the adapter and its optimizer are float32; there is no autocast. A simulation
-    takes some seconds to half a minute on a CPU, and a search for what to change several of them. It counts tensors:
-    for what else a GPU holds, `MARGIN` is added before `fits` says yes.
+    Args:
+        model: A name of `models.CHECKPOINTS`, or a pipeline directory.
+        reward: An expression, as for `rewards.parse`.
+        gpu_memory: The GPU to find settings for: its memory in GiB, or a name such as "T4", "4090" or
+            "A100 80 GB". None: all of `GPUS`.
+        measured: Take the step for real on this machine's CUDA device, with real weights, and report
+            torch's own count.
+        **settings: Fields of `TrainConfig` and `Sampling`, with `batch_size=1` and
+            `gradient_checkpointing=True` by default; `dtype` (float16), and `model_cpu_offload`, for a
+            model after `enable_model_cpu_offload()`.
 
-    Raises ValueError for an unknown model, reward, setting or GPU.
+    Raises:
+        ValueError: For an unknown model, reward, setting or GPU.
     """
-    known = [f.name for f in fields(Setting)]
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"unknown setting {name!r}; memory depends on {', '.join(known)}")
-    if gpu is not None and gpu not in GPUS:
-        raise ValueError(f"unknown GPU {gpu!r}; choose one of {', '.join(GPUS)}")
-    setting = Setting(str(model), reward, **settings)
-    result = Memory(setting, (measure if measured else simulate)(setting), measured)
-    for name in [gpu] if gpu else GPUS:
-        if not result.fits[name]:
-            result.remedies[name] = remedy(setting, name)
+    chosen = dict([find_gpu(gpu_memory)]) if gpu_memory is not None else GPUS
+    step = Step.of(model, reward, settings)
+    stages = step.measure() if measured else simulate(model, reward, **settings)
+    result = Memory(str(model), reward, settings, stages, measured, gpus=GPUS | chosen)
+    for gpu, size in chosen.items():
+        if not result.fits[gpu]:
+            result.suggestions[gpu] = suggest(model, reward, size, **settings)
     return result

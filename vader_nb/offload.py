@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
@@ -118,3 +118,28 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+def recomputation(
+    model, gradient_checkpointing: bool, activation_offload: bool
+) -> Callable[[], contextlib.AbstractContextManager]:
+    """The context in which a denoiser call is computed again, in a backward pass.
+
+    Under autocast as it is now, which autograd's own threads do not inherit; with its blocks
+    checkpointed, and what it saves offloaded, as asked for.
+    """
+    device = model.device.type
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    @contextlib.contextmanager
+    def context():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            if gradient_checkpointing:
+                stack.enter_context(checkpointed(model.blocks()))
+            if activation_offload:
+                network = nn.ModuleList(model.denoisers.values())
+                stack.enter_context(offload_saved_tensors(model.offload_device, network))
+            yield
+
+    return context

@@ -122,7 +122,11 @@ class Rollout:
     states: list[torch.Tensor] = field(default_factory=list)
     outputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
     scheduler: object = None
-    window_generators: list[torch.Generator] | None = None
+    window_generators: list[torch.Generator] = field(default_factory=list)
+
+    def at_window(self) -> tuple[object, list[torch.Generator]]:
+        """Copies of the scheduler and the generators as they were at the beginning of the window."""
+        return copy.deepcopy(self.scheduler), clone(self.window_generators)
 
 
 def clone(generators: list[torch.Generator]) -> list[torch.Generator]:
@@ -138,7 +142,7 @@ def initial_noise(
     Args:
         model: the model.
         seeds: one per clip.
-        sampling: resolved, see `Sampling.resolve`.
+        sampling: resolved.
 
     Returns:
         Latents (B, C, F, H, W), and the generators that go on to draw the sampler's noise. There is one
@@ -189,8 +193,7 @@ def roll_out(
 
     Args:
         model: the model.
-        prompts: one per clip.
-        seeds: one per clip.
+        prompts, seeds: one per clip.
         sampling: resolved.
         adapter: one that is on the model. Before the window it is fused into the weights, where it
             costs nothing; None leaves whatever is on the model as it is.

@@ -1,8 +1,8 @@
 """A checklist for a machine: `python -m vader_nb.selfcheck`
 
 Gradients against plain autograd, memory against the simulator, an interrupted run against an uninterrupted one, half
-precision, several GPUs, and which switches of `speed` are worth their while here; as a table to paste into an issue.
-The exit code is 1 if a check failed. What needs a GPU that is not there is not run, and says so.
+precision, several GPUs, and which switches of `speed` help here; as a table to paste into an issue. The exit code is 1
+if a check failed. What needs a GPU that is not there is not run, and says so.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -19,32 +18,39 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import diffusers
 import torch
-import transformers
+import torch.utils.collect_env
 
 from . import lora, speed
-from .align import align
-from .gradient import Frames, Last, Sampling, initial_noise, reward_gradient
-from .memory import Peak, Setting, measure, simulate, step
+from .gradient import reward_gradient
+from .memory_planner import MemoryTracker, Step
 from .models import VideoModel, load
 from .rewards import Reward, parse
+from .sampling import Sampling, denoising_step, initial_noise
+from .strategies import Frames, Last
+from .trainer import Run, align
 
-PROMPTS, SEEDS = (
-    ["a red star spinning on a white background", "a blue circle growing on a black background"],
-    [0, 1],
-)
+PROMPTS = [
+    "a red star spinning on a white background",
+    "a blue circle growing on a black background",
+]
+SEEDS = [0, 1]
 SMALL = Sampling(num_inference_steps=3, num_frames=4, height=32, width=32)
-WINDOW, SCORED = 2, (0, 3)  # of SMALL: the last steps that learn, and the frames that are scored
+SHELL = {"num_inference_steps": 3, "num_frames": 4, "height": 32, "width": 32}
+WINDOW, SCORED = 2, [0, 3]  # of SMALL: the last steps that learn, the frames that are scored
+COSINES = {torch.float16: 0.99, torch.bfloat16: 0.8}  # of gradients to float32's: 11 and 8 bits
+MEMORY_TOLERANCE = 0.1  # of the measured peak
+SPEEDUP = 1.05  # to recommend a switch; more where chance alone goes further
+SAME_GRADIENT = 0.99  # cosine of a switch's gradient to the one without
+LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "triton")
 OK, FAILED = "ok", "FAILED"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what was measured, the figure, the limit it has to keep, and the verdict."""
+class Row(NamedTuple):
+    """One line of the table."""
 
     check: str
     measured: str = ""
@@ -53,30 +59,26 @@ class Row:
     verdict: str = ""
 
     def __str__(self) -> str:
-        cells = (self.check, self.measured, self.figure, self.limit, self.verdict)
-        cells = (" ".join(cell.split()).replace("|", r"\|") for cell in cells)
-        return (
-            "| "
-            + " | ".join(f"{cell:<{width}}" for cell, width in zip(cells, (20, 48, 22, 10, 12)))
-            + " |"
-        )
+        cells = [" ".join(cell.split()).replace("|", r"\|") for cell in self]
+        padded = [f"{cell:<{width}}" for cell, width in zip(cells, (20, 48, 22, 10, 12))]
+        return f"| {' | '.join(padded)} |"
 
 
 def at_most(check: str, measured: str, value: float, limit: float) -> Row:
-    return Row(
-        check, measured, f"{value:.2g}", f"<= {limit:.2g}", OK if value <= limit else FAILED
-    )  # NaN fails
+    verdict = OK if value <= limit else FAILED  # NaN fails
+    return Row(check, measured, f"{value:.2g}", f"<= {limit:.2g}", verdict)
 
 
 def at_least(check: str, measured: str, value: float, limit: float) -> Row:
-    return Row(check, measured, f"{value:.4g}", f">= {limit:.4g}", OK if value >= limit else FAILED)
+    verdict = OK if value >= limit else FAILED
+    return Row(check, measured, f"{value:.4g}", f">= {limit:.4g}", verdict)
 
 
 # ------------------------------------------------------------------------------------------- gradients
 
 
-def adapted(model: VideoModel) -> lora.Adapter:
-    """An adapter that acts: a fresh one has B = 0, and a wrong path through A would not show."""
+def trained_adapter(model: VideoModel) -> lora.Adapter:
+    """An adapter with B != 0: in a fresh one a wrong path through A would not show."""
     adapter, generator = lora.add(model, rank=4), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in adapter.parameters():
@@ -84,7 +86,7 @@ def adapted(model: VideoModel) -> lora.Adapter:
     return adapter
 
 
-def taken(adapter: lora.Adapter) -> torch.Tensor:
+def take_gradient(adapter: lora.Adapter) -> torch.Tensor:
     """The gradient as one vector, in float64 on the CPU; the adapter is left without one."""
     gradient = torch.cat([p.grad.flatten().double().cpu() for p in adapter.parameters()])
     for p in adapter.parameters():
@@ -92,43 +94,25 @@ def taken(adapter: lora.Adapter) -> torch.Tensor:
     return gradient
 
 
-def staged(
-    model: VideoModel,
-    adapter: lora.Adapter,
-    reward: Reward,
-    sampling=SMALL,
-    K=WINDOW,
-    frames=SCORED,
-):
-    reward_gradient(
-        model,
-        adapter,
-        reward,
-        PROMPTS,
-        seeds=SEEDS,
-        strategy=Last(K),
-        frames=Frames("list", indices=frames),
-        sampling=sampling,
-    )
-    return taken(adapter)
+def staged_gradient(model, adapter, reward, sampling=SMALL, K=WINDOW, frames=SCORED):
+    choice = {"strategy": Last(K), "frames": Frames.at(*frames), "sampling": sampling}
+    reward_gradient(model, adapter, reward, PROMPTS, seeds=SEEDS, **choice)
+    return take_gradient(adapter)
 
 
-def plain(model: VideoModel, adapter: lora.Adapter, reward: Reward) -> torch.Tensor:
-    """The same by autograd alone, all of it in one graph."""
-    sampling = SMALL.filled(model)
+def autograd_gradient(model: VideoModel, adapter: lora.Adapter, reward: Reward) -> torch.Tensor:
+    """The same in one graph."""
+    sampling = SMALL.resolve(model)
+    conditioning = model.encode(PROMPTS, sampling)
     latents, generators = initial_noise(model, SEEDS, sampling)
-    conditioning, scheduler = (
-        model.encode(PROMPTS),
-        model.new_scheduler(sampling.num_inference_steps),
-    )
+    scheduler = model.new_scheduler(sampling)
     for i, t in enumerate(scheduler.timesteps):
         with torch.set_grad_enabled(i >= sampling.num_inference_steps - WINDOW):
-            output = model.predict(
-                scheduler.scale_model_input(latents, t), t, conditioning, sampling.guidance_scale
+            latents = denoising_step(
+                model, scheduler, latents, t, conditioning, sampling, generators
             )
-            latents = model.step(scheduler, output, t, latents, generators=generators)
-    (-reward(model.decode(latents, list(SCORED)), PROMPTS).mean()).backward()
-    return taken(adapter)
+    (-reward(model.decode(latents, SCORED), PROMPTS).mean()).backward()
+    return take_gradient(adapter)
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -137,254 +121,195 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def gradient(options) -> Iterator[Row]:
     model = load("tiny", dtype=torch.float32)
-    reward, adapter = parse("hps", tiny=True).to(model.device), adapted(model)
+    parts = model, trained_adapter(model), parse("hps", tiny=True).to(model.device)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        expected, found = plain(model, adapter, reward), staged(model, adapter, reward)
+        expected, found = autograd_gradient(*parts), staged_gradient(*parts)
     error = ((found - expected).norm() / expected.norm()).item()
     yield at_most("gradient", "relative error to plain autograd, float32", error, 1e-3)
-
-
-COSINES = {torch.float16: 0.99, torch.bfloat16: 0.8}  # 11 and 8 bits of mantissa
 
 
 def half_precision(options) -> Iterator[Row]:
     found = {}
     for dtype in (torch.float32, *COSINES):
-        model = load("tiny", dtype=dtype)
-        draw = load("tiny", dtype=torch.float32).initial_latents
-        model.initial_latents = lambda *how, draw=draw, dtype=dtype: draw(*how).to(
-            dtype
-        )  # else other noise
-        found[dtype] = staged(model, adapted(model), parse("hps", tiny=True).to(model.device))
+        model, full = load("tiny", dtype=dtype), load("tiny", dtype=torch.float32)
+        model.initial_latents = lambda *args, draw=full.initial_latents, dtype=dtype: draw(
+            *args
+        ).to(dtype)  # drawn in half precision, the noise would be another
+        reward = parse("hps", tiny=True).to(model.device)
+        found[dtype] = staged_gradient(model, trained_adapter(model), reward)
     for dtype, limit in COSINES.items():
-        name = str(dtype).removeprefix("torch.")
-        yield at_least(
-            "half precision",
-            f"cosine of {name}'s gradient to float32's",
-            cosine(found[dtype], found[torch.float32]),
-            limit,
-        )
+        text = f"cosine of {str(dtype).removeprefix('torch.')}'s gradient to float32's"
+        value = cosine(found[dtype], found[torch.float32])
+        yield at_least("half precision", text, value, limit)
 
 
 # ---------------------------------------------------------------------------------------------- memory
 
-WITHIN = 0.1  # of the measured peak
 
-
-def counted(setting: Setting) -> dict[str, int]:
-    """Peak bytes by stage on a CPU, which has no count of its own: every storage that lives is counted."""
-    with Peak() as peak:
-        model, reward = (
-            load(setting.model, dtype=setting.dtype),
-            parse(setting.reward, tiny=setting.model == "tiny"),
-        )
+def counted(step: Step) -> dict[str, int]:
+    """Peak bytes by stage on a CPU, which has no count of its own: every storage is counted."""
+    with MemoryTracker() as tracker:
+        model, reward = load(step.model, device="cpu", dtype=step.dtype), step.make_reward()
         for network in [*model.modules(), *reward.networks]:
-            for tensor in [*network.parameters(), *network.buffers()]:
-                if tensor.untyped_storage()._cdata not in peak.known:
-                    peak.born(tensor.untyped_storage())
-        step(model, reward, setting, peak)
-    return peak.stages
+            tracker.track(*network.parameters(), *network.buffers())
+        step.run(model, reward, tracker)
+    return tracker.stages
 
 
-def allocated(setting: Setting) -> dict[str, int]:
-    """Peak bytes by stage of CUDA's allocator, without what was there before and cuBLAS's own workspace."""
+def allocated(step: Step) -> dict[str, int]:
+    """Peak bytes by stage of CUDA's allocator, without earlier ones and cuBLAS's own workspace."""
     torch.cuda.empty_cache()
-    for dtype in (torch.float32, setting.dtype):
+    for dtype in (torch.float32, step.dtype):
         torch.ones(8, 8, device="cuda", dtype=dtype) @ torch.ones(8, 8, device="cuda", dtype=dtype)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    return {stage: size - before for stage, size in measure(setting).items()}
+    return {stage: size - before for stage, size in step.measure().items()}
 
 
 def peak_memory(options) -> Iterator[Row]:
     cuda = torch.cuda.is_available()
-    dtype, count = (torch.float16, allocated) if cuda else (torch.float32, counted)
-    settings = [
-        Setting("tiny", "hps", batch_size=8 if cuda else 1, num_inference_steps=3, dtype=dtype)
-    ]
+    count, settings = (allocated, {}) if cuda else (counted, {"dtype": torch.float32})
+    few_steps = {"batch_size": 8 if cuda else 1, "num_inference_steps": 3}
+    steps = [Step.of("tiny", "hps", settings | few_steps)]
     if cuda and options.model != "tiny":
-        settings.append(Setting(options.model, "hps", dtype=dtype))
-    for setting in settings:
-        real, simulated = max(count(setting).values()), max(simulate(setting).values())
-        text = f"{setting.model}: {real / 2**20:.1f} MiB; simulated, as a ratio"
-        ratio = simulated / real
-        verdict = OK if abs(ratio - 1) <= WITHIN else FAILED
-        yield Row("memory", text, f"{ratio:.3f}", f"{1 - WITHIN:g}..{1 + WITHIN:g}", verdict)
+        steps.append(Step.of(options.model, "hps", settings))
+    for step in steps:
+        real, simulated = max(count(step).values()), max(step.simulate().values())
+        ratio, low, high = simulated / real, 1 - MEMORY_TOLERANCE, 1 + MEMORY_TOLERANCE
+        text = f"{step.model}: {real / 2**20:.1f} MiB; simulated, as a ratio"
+        verdict = OK if low <= ratio <= high else FAILED
+        yield Row("memory", text, f"{ratio:.3f}", f"{low:g}..{high:g}", verdict)
 
 
 # -------------------------------------------------------------------------------------------- training
 
-RUN = {"batch_size": 1, "rank": 2, "sampling": SMALL, "checkpoint_every": 2, "progress": False}
 
-
-def trained(folder: Path, dtype: torch.dtype, steps: int, **options):
+def train(folder: Path, dtype: torch.dtype, steps: int, **settings) -> tuple[torch.Tensor, Run]:
     """A short run; the adapter's tensors afterwards as one vector on the CPU, and the run."""
-    run = align(
-        load("tiny", dtype=dtype),
-        parse("hps", tiny=True),
-        PROMPTS,
-        steps=steps,
-        output_dir=folder,
-        **RUN,
-        **options,
-    )
+    settings |= {"batch_size": 1, "rank": 2, "sampling": SMALL, "checkpointing_steps": 2}
+    settings |= {"steps": steps, "output_dir": folder, "progress": False}
+    run = align(load("tiny", dtype=dtype), parse("hps", tiny=True), PROMPTS, **settings)
     return torch.cat([p.detach().flatten().cpu() for p in run.adapter.parameters()]), run
 
 
 @contextlib.contextmanager
-def repeatable() -> Iterator[None]:
-    """Inside, torch takes kernels that give the same bits each time, where it has such."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+def deterministic() -> Iterator[None]:
+    """Context in which torch uses kernels that give the same bits each time, where it has them."""
+    before = torch.get_deterministic_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of each kernel that it has not
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        warnings.simplefilter("ignore")  # for each kernel that it does not have
+        torch.set_deterministic_debug_mode("warn")
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.set_deterministic_debug_mode(before)
 
 
 def resume(options) -> Iterator[Row]:
-    """On a machine that repeats itself to the bit, so must a resumed run; else it may differ as two runs do."""
-    with tempfile.TemporaryDirectory() as folder, repeatable():
-        whole, again = (
-            trained(Path(folder, name), torch.float32, 3)[0] for name in ("whole", "again")
-        )
-        trained(Path(folder, "parts"), torch.float32, 2)
-        parts, _ = trained(Path(folder, "parts"), torch.float32, 3, resume=True)
+    """A resumed run may differ from an uninterrupted one by what two uninterrupted ones differ."""
+    with tempfile.TemporaryDirectory() as folder, deterministic():
+        whole, again = (train(Path(folder, n), torch.float32, 3)[0] for n in ("whole", "again"))
+        train(Path(folder, "parts"), torch.float32, 2)
+        parts, _ = train(Path(folder, "parts"), torch.float32, 3, resume=True)
     spread = (whole - again).abs().max().item()
-    what = "2 steps + 1 resumed against 3: largest difference" + (
-        " (3 against 3: the limit)" if spread else ""
-    )
-    yield at_most("resume", what, (whole - parts).abs().max().item(), spread)
+    text = "2 steps + 1 resumed against 3: largest difference"
+    text += " (3 against 3: the limit)" if spread else ""
+    yield at_most("resume", text, (whole - parts).abs().max().item(), spread)
 
 
 def loss_scaling(options) -> Iterator[Row]:
-    """A loss scaler begins too high and comes down by steps that it skips, so a first one may be among them."""
+    """A loss scale starts too high and is halved by skipped steps; a first one may be among these."""
     with tempfile.TemporaryDirectory() as folder:
-        adapter, run = trained(Path(folder), torch.float16, 4, mixed_precision="fp16")
-    finite = [
-        row
-        for row in run.metrics
-        if math.isfinite(row.get("grad_norm", math.nan)) and math.isfinite(row["reward"])
-    ]
-    good = len(finite) if adapter.isfinite().all() else 0
+        adapter, run = train(Path(folder), torch.float16, 4, mixed_precision="fp16")
+    finite = [math.isfinite(row.get("grad_norm", math.nan) + row["reward"]) for row in run.metrics]
+    good = sum(finite) if adapter.isfinite().all() else 0
     yield at_least("loss scaling", "finite steps of 4, fp16, of a float16 model", good, 1)
 
 
-TOGETHER = {
-    "model": "tiny",
-    "reward": "hps",
-    "prompts": "tiny",
-    "steps": 2,
-    "batch_size": 1,
-    "rank": 2,
-    "name": "two",
-}
-TOGETHER |= {
-    "num_inference_steps": 3,
-    "num_frames": 4,
-    "height": 32,
-    "width": 32,
-    "evaluation": "false",
-}
-
-
 def two_processes(options) -> Iterator[Row]:
-    """In processes of their own: this one has used CUDA, and could not be forked. `align` itself stops with an error
-    after a step that left its processes with different adapters."""
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "vader_nb",
-    ]
-    run += ["align", *(f"{key}={value}" for key, value in TOGETHER.items())]
+    """`align` stops with an error after a step that leaves its processes with different adapters."""
+    settings = {"model": "tiny", "reward": "hps", "prompts": "tiny", "steps": 2, "batch_size": 1}
+    settings |= SHELL | {"rank": 2, "name": "two", "evaluation": "false"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "vader_nb", "align", *(f"{key}={value}" for key, value in settings.items())]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [*run, f"output_dir={folder}"], capture_output=True, text=True, timeout=600
-        )
+        command.append(f"output_dir={folder}")
+        # Processes of their own: this one has used CUDA, and could not be forked.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode:
-            lines = [
-                line
-                for line in done.stderr.splitlines()
-                if line.startswith("vader-nb:") or "Error" in line
-            ]
-            raise RuntimeError(lines[0] if lines else f"exit code {done.returncode}")
+            lines = done.stderr.splitlines()
+            errors = [x for x in lines if x.startswith("vader-nb:") or "Error" in x]
+            raise RuntimeError(errors[0] if errors else f"exit code {done.returncode}")
         steps = len(Path(folder, "two", "metrics.jsonl").read_text().splitlines())
     yield at_least("two processes", "steps after which both had the same adapter", steps, 2)
 
 
 # ----------------------------------------------------------------------------------------------- speed
 
-WORTH = 1.05  # times as fast as without, or more where chance alone goes further
-SAME = 0.99  # the least cosine of a switch's gradient to the one without
-SLOW = ("compile",)  # to warm up; not with --quick
-
 
 def switches(options) -> Iterator[Row]:
-    """Seconds a step with each switch, by itself. Rounds go through all of them, and the median of the rounds' ratios
-    is told, so that a machine whose speed drifts does not decide; `none, again` shows how far chance goes."""
+    """Seconds per step with each switch by itself.
+
+    Each round runs all of them, and the median of the rounds' ratios counts, so that a machine whose
+    speed drifts does not decide; `none, again` shows how far chance goes.
+    """
     model = load(options.model)
-    reward, adapter = parse("hps", tiny=options.model == "tiny").to(model.device), adapted(model)
+    reward = parse("hps", tiny=model.world == "tiny").to(model.device)
+    adapter = trained_adapter(model)
     sampling, rounds = (SMALL, 5) if options.quick else (Sampling(), 7)
 
-    def timed(name: str) -> tuple[float, torch.Tensor]:
-        with speed.switched(model, name):
-            wait(model)
+    def timed(switch: Callable | None) -> tuple[float, torch.Tensor]:
+        with contextlib.ExitStack() as undo:
+            if switch:
+                switch(model, undo)
+            synchronize(model)
             began = time.perf_counter()
-            found = staged(model, adapter, reward, sampling, K=1, frames=(0,))
-            wait(model)
+            found = staged_gradient(model, adapter, reward, sampling, K=1, frames=[0])
+            synchronize(model)
             return time.perf_counter() - began, found
 
-    timed("")
-    _, expected = timed("")
-    ready, title = {"none": "", "none, again": ""}, "speed: {}".format
+    timed(None)
+    expected = timed(None)[1]
+    ready = {"none": None, "none, again": None}
     for name, switch in speed.SWITCHES.items():
-        if reason := switch.idle(model):
-            yield Row(title(name), reason, verdict="off")
-        elif options.quick and name in SLOW:
-            yield Row(title(name), "takes minutes to warm up: not with --quick", verdict="not run")
-        else:
-            try:
-                same = cosine(timed(name)[1], expected)
-                if not same >= SAME:
-                    raise RuntimeError(f"the gradient's cosine to the one without is {same:.4f}")
-                ready[name] = name
-            except Exception as error:
-                yield Row(title(name), told(error), verdict="leave it off")
+        title = f"speed: {name}"
+        if options.quick and name == "compile":
+            yield Row(title, "takes minutes to warm up: not with --quick", verdict="not run")
+            continue
+        try:
+            same = cosine(timed(switch)[1], expected)
+            if not same >= SAME_GRADIENT:
+                raise RuntimeError(f"the gradient's cosine to the one without is {same:.4f}")
+            ready[name] = switch
+        except speed.Unavailable as reason:
+            yield Row(title, str(reason), verdict="off")
+        except Exception as error:
+            yield Row(title, first_line(error), verdict="leave it off")
     seconds = {name: [] for name in ready}
     for _ in range(rounds):
         for name, switch in ready.items():
             seconds[name].append(timed(switch)[0])
+    yield from speed_rows(seconds, f"{options.model}, median of {rounds}")
+
+
+def speed_rows(seconds: dict[str, list[float]], title: str) -> Iterator[Row]:
+    """A row for each switch, from its seconds in each round."""
     ratios = {
-        name: statistics.median(base / mine for base, mine in zip(seconds["none"], own))
-        for name, own in seconds.items()
+        name: statistics.median(base / mine for base, mine in zip(seconds["none"], times))
+        for name, times in seconds.items()
     }
     chance = ratios["none, again"]
-    limit = max(WORTH, chance, 1 / chance)
+    limit = max(SPEEDUP, chance, 1 / chance)
     for name, ratio in ratios.items():
-        text = (
-            f"{options.model}, median of {rounds}: {statistics.median(seconds[name]):.3f} s a step"
-        )
-        verdict = ("use it" if ratio > limit else "leave it off") if ready[name] else ""
-        yield Row(
-            title(name),
-            text,
-            f"{ratio:.2f} times as fast",
-            f"> {limit:.2f}" if ready[name] else "",
-            verdict,
-        )
+        figures = f"{title}: {statistics.median(seconds[name]):.3f} s per step"
+        row = Row(f"speed: {name}", figures, f"{ratio:.2f} times as fast")
+        if name in speed.SWITCHES:
+            verdict = "use it" if ratio > limit else "leave it off"
+            row = row._replace(limit=f"> {limit:.2f}", verdict=verdict)
+        yield row
 
 
-def wait(model: VideoModel) -> None:
+def synchronize(model: VideoModel) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -402,94 +327,69 @@ CHECKS = {  # name: (function, GPUs it needs)
 }
 
 
-def checked(name: str, check: Callable, gpus: int, options) -> Iterator[Row]:
-    """The check's rows; if it crashes, a row that says with what."""
-    there = torch.cuda.device_count()
-    if there < gpus:
-        has = "no GPU" if not there else f"{there} of {gpus} GPUs"
-        yield Row(name, verdict=f"{has}: not run")
+def run_check(name: str, check: Callable, gpus: int, options) -> Iterator[Row]:
+    """The check's rows; if it crashes, a row with the error."""
+    present = torch.cuda.device_count()
+    if present < gpus:
+        reason = f"{present} of {gpus} GPUs" if present else "no GPU"
+        yield Row(name, verdict=f"{reason}: not run")
         return
     try:
         yield from check(options)
     except Exception as error:
-        yield Row(name, told(error), verdict=FAILED)
+        yield Row(name, first_line(error), verdict=FAILED)
 
 
-def told(error: Exception) -> str:
-    """An error's first line."""
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
 
 
-LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "triton")
-
-
-def machine() -> dict[str, str]:
+def machine() -> Iterator[tuple[str, str]]:
     """What a reader of the table must know about the machine."""
-    there = {"python": f"{platform.python_version()}, {platform.platform()}"}
-    there["CPU"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    yield "python", f"{platform.python_version()}, {platform.platform()}"
+    yield "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        there[f"GPU {i}"] = (
-            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute {card.major}.{card.minor}"
-        )
+        gpu = torch.cuda.get_device_properties(i)
+        memory = f"{gpu.total_memory / 2**30:.1f} GiB"
+        yield f"GPU {i}", f"{gpu.name}, {memory}, compute {gpu.major}.{gpu.minor}"
     if torch.cuda.is_available():
-        there["driver"] = (
-            f"{driver()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-        )
+        driver = torch.utils.collect_env.get_nvidia_driver_version(torch.utils.collect_env.run)
+        versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        yield "driver", f"{driver}, {versions}"
     else:
-        there["GPU"] = "none"
-    there["torch"] = torch.__version__
-    return there | {name: version for name in LIBRARIES if (version := installed(name))}
-
-
-def driver() -> str:
-    if not shutil.which("nvidia-smi"):
-        return "unknown"
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[0] or "unknown"
-
-
-def installed(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+        yield "GPU", "none"
+    yield "torch", torch.__version__
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; returns 1 if a check failed, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vader_nb.selfcheck", description=__doc__.partition("\n\n")[2]
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="small clips, few rounds, no compiling: a minute or two",
-    )
-    parser.add_argument(
-        "--model", default="tiny", help="for speed and, on CUDA, memory; the other checks take tiny"
-    )
+    import diffusers
+    import transformers
+
+    parser = argparse.ArgumentParser("python -m vader_nb.selfcheck", description=__doc__)
+    quick = "small clips, few rounds, no compiling: a minute or two"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    which = "for speed and, on CUDA, memory; the other checks take tiny"
+    parser.add_argument("--model", default="tiny", help=which)
     options = parser.parse_args(argv)
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # read when CUDA starts; `repeatable` needs it
-    diffusers.utils.logging.disable_progress_bar()  # they would stand among the table's rows
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `deterministic`
+    diffusers.utils.logging.disable_progress_bar()  # they would break the table
     transformers.utils.logging.disable_progress_bar()
     began, failed = time.perf_counter(), 0
     print("| machine | |\n|---|---|")
-    for name, value in machine().items():
+    for name, value in machine():
         print(f"| {name} | {value} |")
-    print(
-        f"\n{Row('check', 'measured', 'figure', 'limit', 'verdict')}\n|---|---|---|---|---|",
-        flush=True,
-    )
+    header = Row("check", "measured", "figure", "limit", "verdict")
+    print(f"\n{header}\n|---|---|---|---|---|", flush=True)
     for name, (check, gpus) in CHECKS.items():
-        for row in checked(name, check, gpus, options):
+        for row in run_check(name, check, gpus, options):
             print(row, flush=True)
             failed += row.verdict == FAILED
-    print(
-        f"\n{failed or 'No'} check{'s' * (failed != 1)} failed; {time.perf_counter() - began:.0f} s."
-    )
+    seconds = time.perf_counter() - began
+    print(f"\n{failed or 'No'} check{'s' * (failed != 1)} failed; {seconds:.0f} s.")
     return min(failed, 1)
 
 

@@ -1,18 +1,21 @@
-"""Switches for speed, each off unless it is asked for: which of them help depends on the model and the machine.
+"""Switches for speed, all off by default: which of them help depends on the model and the machine.
 
     speed.apply(model, "channels_last,compile")     # from now on
-    with speed.switched(model, "channels_last"):    # in here; everything is afterwards as it was before
+    with speed.apply(model, "channels_last"):       # only inside
 
-`python -m vader_nb.selfcheck` measures them on the machine at hand. None of them changes what is computed, beyond
-rounding, nor the names of weights and of the adapter's tensors.
+`python -m vader_nb.selfcheck` measures them on a machine. None changes the result, beyond rounding, nor
+the names of weights and of the adapter's tensors.
+
+A switch is a function of the model and an `ExitStack`, on which it puts what turns it off again. It
+raises `Unavailable` where it cannot help.
 """
 
-import contextlib
 import functools
 import shutil
+import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -20,214 +23,135 @@ from torch.utils._triton import has_triton
 
 from .models import VideoModel
 
-Undo = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Switch:
-    """`line` tells what it does; `idle(model)` why it cannot help there, "" if it can; `on(model)` turns it on, and
-    returns what turns it off again."""
-
-    line: str
-    idle: Callable[[VideoModel], str]
-    on: Callable[[VideoModel], Undo]
-
-
-# -------------------------------------------------------------------------------------------- precision
-
-
-def no_tf32(model: VideoModel) -> str:
-    if model.device.type != "cuda":
-        return "only CUDA devices have TF32"
-    return (
-        ""
-        if torch.cuda.get_device_capability(model.device) >= (8, 0)
-        else "this GPU is older than TF32 (Ampere)"
-    )
-
-
-def tf32(model: VideoModel) -> Undo:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    return functools.partial(torch.set_float32_matmul_precision, before)
-
-
-# --------------------------------------------------------------------------------------- memory layout
-
+KERNELS = (
+    "flash",
+    "mem_efficient",
+    "cudnn",
+    "math",
+)  # of attention, as torch.backends.cuda has them
 LAYOUTS = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+# Compiled variants of a block (sizes, with and without a graph, adapter fused or not); torch allows 8.
+CACHE_SIZE_LIMIT = 64
 
 
-def offloaded(model: VideoModel) -> str:
-    return (
-        ""
-        if model.turns is None
-        else "weights that are offloaded keep their layout; switch it before the offload"
-    )
+class Unavailable(RuntimeError):
+    """A switch cannot help with this model on this device; says why."""
 
 
-def channels_last(model: VideoModel) -> Undo:
-    """The weights decide: a convolution whose weight lies channels-last hands out activations that do. Networks are the
-    denoiser and the decoder; the same parameters stay in place, with other strides."""
-    before = []
-    for network in (model.denoiser, *model.decoders()):
+def tf32(model: VideoModel, undo: ExitStack) -> None:
+    """float32 products with 10 bits of mantissa, on CUDA."""
+    if model.device.type != "cuda":
+        raise Unavailable("only CUDA devices have TF32")
+    if torch.cuda.get_device_capability(model.device) < (8, 0):
+        raise Unavailable("this GPU is older than TF32 (Ampere)")
+    undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    torch.set_float32_matmul_precision("high")
+
+
+def channels_last(model: VideoModel, undo: ExitStack) -> None:
+    """Convolutions of denoiser and decoder on pixels with their channels adjacent in memory."""
+    if model.offloader is not None:
+        raise Unavailable("weights that are offloaded keep their layout; switch before that")
+    for network in (*model.denoisers.values(), *model.decoders()):
         for module in network.modules():
-            if type(module) in LAYOUTS:
-                before.append((module.weight, module.weight.data))
-                module.weight.data = module.weight.data.contiguous(
-                    memory_format=LAYOUTS[type(module)]
-                )
-
-    def undo():
-        for weight, data in before:
-            weight.data = data
-
-    return undo
+            # A convolution with a channels-last weight returns channels-last activations.
+            if layout := LAYOUTS.get(type(module)):
+                weight = module.weight
+                undo.callback(setattr, weight, "data", weight.data)
+                weight.data = weight.data.contiguous(memory_format=layout)
 
 
-# -------------------------------------------------------------------------------------------- compiling
+def compile_blocks(model: VideoModel, undo: ExitStack) -> None:
+    """torch.compile of the denoiser's blocks; the first step takes minutes.
 
-
-def no_compiler(model: VideoModel) -> str:
+    Blocks of one class share compiled code, and gradient checkpointing, which wraps blocks, stays outside.
+    """
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        return "torch.compile needs a C++ compiler, and there is none on the PATH"
-    return (
-        "torch.compile needs Triton on CUDA"
-        if model.device.type == "cuda" and not has_triton()
-        else ""
-    )
+        raise Unavailable("torch.compile needs a C++ compiler, and there is none on the PATH")
+    if model.device.type == "cuda" and not has_triton():
+        raise Unavailable("torch.compile needs Triton on CUDA")
+    from torch._dynamo import config  # takes a second
 
-
-VARIANTS = 64  # of one block: widths, sizes, with and without a graph, adapter fused and not; torch gives up at 8
-
-
-def compile_blocks(model: VideoModel) -> Undo:
-    """Regional: the denoiser's blocks, not the denoiser. Blocks of one kind share what is compiled, which makes that
-    minutes instead of an hour; and activation checkpointing, which surrounds blocks, stays outside."""
-    from torch._dynamo import config  # a second to import
-
-    limit, config.cache_size_limit = config.cache_size_limit, max(VARIANTS, config.cache_size_limit)
-    before = [(block, type(block)) for block in model.blocks()]
-    for block, kind in before:
-        block.__class__ = compiled(kind)
-
-    def undo():
-        config.cache_size_limit = limit
-        for block, kind in before:
-            block.__class__ = kind
-
-    return undo
+    undo.callback(setattr, config, "cache_size_limit", config.cache_size_limit)
+    config.cache_size_limit = max(CACHE_SIZE_LIMIT, config.cache_size_limit)
+    for block in model.blocks():
+        if own := vars(block).get("forward"):  # a hook's; it is compiled with what it calls
+            undo.callback(setattr, block, "forward", own)
+            block.forward = torch.compile(own, dynamic=False)
+        else:
+            undo.callback(delattr, block, "forward")
+            block.forward = types.MethodType(compiled_forward(type(block)), block)
 
 
 @functools.cache
-def compiled(kind: type[nn.Module]) -> type[nn.Module]:
-    """The same class with a compiled `forward`. An instance changes class, because a `forward` of its own is what
-    `gradient.checkpointed` gives it and takes away again, and a module around it would rename its weights."""
-    if hasattr(kind, "compiled_from"):
-        return kind
-    forward = torch.compile(kind.forward, dynamic=False)
-    return type(kind.__name__, (kind,), {"forward": forward, "compiled_from": kind})
+def compiled_forward(cls: type[nn.Module]):
+    """The class's forward, compiled once for all its instances."""
+    return torch.compile(cls.forward, dynamic=False)
 
 
-# ------------------------------------------------------------------------------------------- attention
+def attention(kernel: str, model: VideoModel, undo: ExitStack) -> None:
+    """Allow this kernel, and the plain one for shapes and masks that it does not support."""
+    if kernel != "math" and model.device.type != "cuda":
+        raise Unavailable("the CPU has one fused kernel, and uses it already")
+    if kernel in ("flash", "cudnn"):
+        if torch.cuda.get_device_capability(model.device) < (8, 0):
+            raise Unavailable(f"{kernel} attention needs a GPU of the generation Ampere or newer")
+        if model.dtype not in (torch.float16, torch.bfloat16):
+            raise Unavailable(f"{kernel} attention does not support {model.dtype}")
+    for name in KERNELS:
+        enable = getattr(torch.backends.cuda, f"enable_{name}_sdp")
+        undo.callback(enable, getattr(torch.backends.cuda, f"{name}_sdp_enabled")())
+        enable(name in (kernel, "math"))
 
-KERNELS = ("flash", "mem_efficient", "cudnn", "math")  # as torch.backends.cuda spells them
-
-
-def unfit(kernel: str, model: VideoModel) -> str:
-    """Why this kernel of `scaled_dot_product_attention` is never run there."""
-    if kernel == "math":
-        return ""
-    if model.device.type != "cuda":
-        return "the CPU has one fused kernel, and uses it already"
-    if kernel == "mem_efficient":
-        return ""
-    if torch.cuda.get_device_capability(model.device) < (8, 0):
-        return f"{kernel} attention needs a GPU of the generation Ampere or newer"
-    return (
-        f"{kernel} attention knows no {model.dtype}"
-        if model.dtype not in (torch.float16, torch.bfloat16)
-        else ""
-    )
-
-
-def attend(kernel: str, model: VideoModel) -> Undo:
-    """This kernel wherever it can run, and for shapes and masks that it cannot take the plain one."""
-    before = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in KERNELS}
-
-    def allow(kernels: dict[str, bool]) -> None:
-        for name, allowed in kernels.items():
-            getattr(torch.backends.cuda, f"enable_{name}_sdp")(allowed)
-
-    allow({name: name in (kernel, "math") for name in KERNELS})
-    return functools.partial(allow, before)
-
-
-def attention(kernel: str, line: str) -> Switch:
-    return Switch(line, functools.partial(unfit, kernel), functools.partial(attend, kernel))
-
-
-# ------------------------------------------------------------------------------------------ the switches
 
 SWITCHES = {
-    "tf32": Switch(
-        "float32 products with 10 bits of mantissa: the float32 parts of a model on CUDA",
-        no_tf32,
-        tf32,
-    ),
-    "channels_last": Switch(
-        "convolutions on pixels whose channels lie together in memory", offloaded, channels_last
-    ),
-    "compile": Switch(
-        "torch.compile of the denoiser's blocks; the first step takes minutes",
-        no_compiler,
-        compile_blocks,
-    ),
-    "sdpa_flash": attention("flash", "attention by FlashAttention"),
-    "sdpa_efficient": attention(
-        "mem_efficient", "attention by xFormers' memory-efficient kernel, on any GPU"
-    ),
-    "sdpa_cudnn": attention("cudnn", "attention by cuDNN, made for Hopper and newer"),
-    "sdpa_math": attention(
-        "math", "attention as plain products, all weights in memory: for comparison, or tiny sizes"
-    ),
+    "tf32": tf32,
+    "channels_last": channels_last,
+    "compile": compile_blocks,
+    "sdpa_flash": functools.partial(attention, "flash"),
+    "sdpa_efficient": functools.partial(attention, "mem_efficient"),  # xFormers', on any GPU
+    "sdpa_cudnn": functools.partial(attention, "cudnn"),  # made for Hopper and newer
+    "sdpa_math": functools.partial(attention, "math"),  # for comparison, or tiny sizes
 }
 
 
 def read(names: str | Sequence[str]) -> list[str]:
-    """`"tf32,compile"` or a list, as a list. Raises ValueError for an unknown switch, or two kernels of attention."""
-    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-    names = list(dict.fromkeys(name for name in names if name))
-    for name in names:
+    """The switches of comma-separated text or a list.
+
+    Raises:
+        ValueError: For an unknown switch, or two kernels of attention.
+    """
+    words = names.split(",") if isinstance(names, str) else names
+    switches = list(dict.fromkeys(word.strip() for word in words if word.strip()))
+    for name in switches:
         if name not in SWITCHES:
             raise ValueError(f"unknown switch {name!r}; choose among {', '.join(SWITCHES)}")
-    kernels = [name for name in names if name.startswith("sdpa_")]
+    kernels = [name for name in switches if name.startswith("sdpa_")]
     if len(kernels) > 1:
         raise ValueError(f"attention has one kernel, not {' and '.join(kernels)}")
-    return names
+    return switches
 
 
-def turn_on(model: VideoModel, names: str | Sequence[str]) -> Iterator[Undo]:
-    for name in read(names):
-        if reason := SWITCHES[name].idle(model):
-            warnings.warn(f"{name} stays off: {reason}", stacklevel=3)
-        else:
-            yield SWITCHES[name].on(model)
+def apply(model: VideoModel, names: str | Sequence[str]) -> ExitStack:
+    """Turn switches on, before an offload, before or after an adapter.
 
+    A switch that cannot help on this device stays off, with a warning that says why. `tf32` and the
+    kernels of attention are torch's own settings, and so hold for the whole process.
 
-def apply(model: VideoModel, names: str | Sequence[str]) -> None:
-    """Turn switches on, by name or as comma-separated text, for good; before an offload, before or after an adapter.
-    What cannot help on this device stays off, and a warning says why. `tf32` and the kernels of attention are torch's
-    own settings, and so hold for the whole process.
+    Args:
+        model: The model to speed up.
+        names: Switches, by name or as comma-separated text.
 
-    Raises ValueError for an unknown name, before any is turned on."""
-    for _ in turn_on(model, names):
-        pass
+    Returns:
+        A stack: its `close()`, or the end of a `with` over it, turns the switches off again.
 
-
-@contextlib.contextmanager
-def switched(model: VideoModel, names: str | Sequence[str]) -> Iterator[None]:
-    """The same inside a `with`; afterwards everything is as it was."""
-    with contextlib.ExitStack() as stack:
-        for undo in turn_on(model, names):
-            stack.callback(undo)
-        yield
+    Raises:
+        ValueError: For an unknown name, before any switch is turned on.
+    """
+    with ExitStack() as stack:
+        for name in read(names):
+            try:
+                SWITCHES[name](model, stack)
+            except Unavailable as reason:
+                warnings.warn(f"{name} stays off: {reason}", stacklevel=2)
+        return stack.pop_all()

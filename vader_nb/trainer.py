@@ -14,7 +14,7 @@ import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -26,126 +26,13 @@ from .estimators import Batch, Collected, Estimator, RewardGradient
 from .models import VideoModel, exclusive
 from .prompts import Prompt
 from .rewards import Reward, as_reward
-from .sampling import NonFiniteError, Sampling, setting
-from .strategies import Frames, Last, Strategy, parse_frames, parse_strategy
+from .sampling import NonFiniteError
+from .strategies import Frames
+from .train_config import TrainConfig
 
 MAX_NON_FINITE = 3  # steps in a row
 MAX_NON_FINITE_SCALED = 20  # with fp16, whose loss scale comes down by such steps
-CHECKED_PROMPTS = (
-    1000  # that are checked before the work starts, and compared when a run is resumed
-)
-
-
-# ------------------------------------------------------------------------------------------- settings
-
-
-@dataclass
-class TrainConfig:
-    """Every setting of a training run, written once.
-
-    `align(..., **settings)`, configuration files, the shell, `config.json` and the memory planner read this
-    list. Each field's help text is in its metadata; `vader-nb align --help` prints them.
-    """
-
-    steps: int = setting(40, "optimizer steps")
-    batch_size: int = setting(4, "clips at once, in each process")
-    gradient_accumulation_steps: int = setting(1, "batches per optimizer step, in each process")
-    learning_rate: float = setting(1e-3, "of AdamW")
-    lr_scheduler: str = setting(
-        "constant", "constant_with_warmup, linear, cosine, … as in diffusers"
-    )
-    lr_warmup_steps: int = setting(0, "steps in which the learning rate rises")
-    weight_decay: float = setting(0.0, "of AdamW")
-    max_grad_norm: float = setting(1.0, "longer gradients are clipped to this norm")
-    use_8bit_adam: bool = setting(False, "optimizer state in 8 bits, by the package bitsandbytes")
-    rank: int = setting(8, "of the adapter")
-    alpha: float | None = setting(None, "the adapter acts with alpha / rank; default: its rank")
-    targets: tuple[str, ...] | None = setting(
-        None, "names of the layers that get an adapter; default: the model's attention projections"
-    )
-    strategy: Strategy | str = setting(
-        Last(1),
-        "which steps learn: Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3)",
-    )
-    frames: Frames | str | None = setting(
-        None,
-        "which frames are scored: random:1, ends, every:2, all, 0,4,-1; default: random:1, or all for a "
-        "reward on the whole clip",
-    )
-    sampling: Sampling = field(default_factory=Sampling)
-    decode_chunk_size: int = setting(1, "frames decoded at once", may_change=True)
-    gradient_checkpointing: bool | None = setting(
-        None,
-        "recompute the denoiser's blocks in the backward pass; default: on CUDA",
-        may_change=True,
-    )
-    activation_offload: bool = setting(
-        False, "what the denoiser keeps for the backward pass waits in CPU memory", may_change=True
-    )
-    mixed_precision: str | None = setting(
-        None, "no, fp16 or bf16; default: what accelerate launch was given, else no"
-    )
-    seed: int = setting(0, "of everything that is drawn")
-    output_dir: str | Path = setting("runs/align", "the run's folder", may_change=True)
-    checkpointing_steps: int = setting(20, "steps between checkpoints", may_change=True)
-    checkpoints_total_limit: int | None = setting(
-        None,
-        "how many of the newest checkpoints are kept, beside the best; default: all",
-        may_change=True,
-    )
-    validation_steps: int = setting(20, "steps between validations", may_change=True)
-    resume: bool | str | Path = setting(
-        False,
-        "true: go on from the newest checkpoint; latest: or start anew where none is; or a checkpoint's path",
-        may_change=True,
-    )
-    log_with: str | None = setting(
-        None, "tensorboard or wandb, beside metrics.jsonl", may_change=True
-    )
-    progress: bool = setting(True, "show a progress bar", may_change=True)
-
-    def __post_init__(self):
-        self.strategy = parse_strategy(self.strategy)
-        self.frames = None if self.frames is None else parse_frames(self.frames)
-        self.targets = tuple(self.targets) if self.targets else None
-        self.output_dir = Path(self.output_dir)
-
-    @classmethod
-    def flat_fields(cls) -> list[Field]:
-        """All settings as a shell and a file have them: those of `Sampling` beside the others."""
-        return [f for f in fields(cls) if f.name != "sampling"] + list(fields(Sampling))
-
-    @classmethod
-    def from_flat(cls, settings: dict) -> "TrainConfig":
-        """A configuration from the names of `flat_fields`. Raises ValueError for an unknown one."""
-        known = {f.name for f in cls.flat_fields()}
-        unknown = sorted(settings.keys() - known)
-        if unknown:
-            raise ValueError(
-                f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}"
-            )
-        names = {f.name for f in fields(Sampling)}
-        sampling = {name: value for name, value in settings.items() if name in names}
-        others = {name: value for name, value in settings.items() if name not in names}
-        return cls(sampling=Sampling(**sampling), **others)
-
-    def to_json(self) -> dict:
-        """As `config.json` holds it."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain |= {"strategy": repr(self.strategy), "frames": str(self.frames)}
-        plain |= {"sampling": asdict(self.sampling), "output_dir": str(self.output_dir)}
-        return plain | {"resume": str(self.resume)}
-
-    def validate(self) -> None:
-        """Raises ValueError for a number that makes no sense."""
-        counts = (
-            "steps batch_size gradient_accumulation_steps decode_chunk_size checkpointing_steps "
-            "validation_steps checkpoints_total_limit rank"
-        )
-        for name in counts.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+CHECKED_PROMPTS = 1000  # are checked before the work starts, and compared when a run is resumed
 
 
 # -------------------------------------------------------------------------------------------- a run
@@ -222,20 +109,17 @@ def align(
         ValueError: before anything is changed, for settings that cannot be met.
         OSError: before anything is changed, if the folder cannot be written.
         RuntimeError: after 3 non-finite steps in a row, or if processes come to hold different adapters.
-            A KeyboardInterrupt, SIGTERM or stop file ends the run early and keeps everything up to the
-            last whole step. A full disk is a warning: the run goes on.
+
+    Ctrl-C, SIGTERM or a stop file end the run early; everything up to the last whole step is kept. A full
+    disk is a warning: the run goes on.
     """
-    config = TrainConfig(**settings)
-    return Trainer(
-        model,
-        reward,
-        prompts,
-        config,
-        adapter=adapter,
-        estimator=estimator,
-        validate=validate,
-        callback=callback,
-    ).fit()
+    options = {
+        "adapter": adapter,
+        "estimator": estimator,
+        "validate": validate,
+        "callback": callback,
+    }
+    return Trainer(model, reward, prompts, TrainConfig(**settings), **options).fit()
 
 
 class Trainer:
@@ -406,20 +290,27 @@ class Trainer:
 
     def make_adapter(self) -> lora.Adapter:
         """A fresh adapter, or the one to start from."""
-        config, start = self.config, self.start_adapter
+        config, start = self.config, getattr(self.start_adapter, "adapter", self.start_adapter)
         if start is None:
             return lora.add(self.model, config.rank, config.alpha, config.targets, config.seed)
-        start = getattr(start, "adapter", start)
         if isinstance(start, lora.Adapter):
             if not (start.model is self.model and start.attached):
                 raise ValueError(
                     "the adapter to start from is not on this model; give its file instead"
                 )
-            self.start_adapter = start
-            return start
-        if isinstance(start, dict):
-            return lora.combine(self.model, start)
-        return lora.load(self.model, start)
+            adapter = self.start_adapter = start
+        elif isinstance(start, dict):
+            adapter = lora.combine(self.model, start)
+        else:
+            adapter = lora.load(self.model, start)
+        if config.rank not in (TrainConfig.rank, adapter.rank):
+            if adapter is not start:
+                adapter.remove()
+            raise ValueError(
+                f"rank={config.rank} cannot be met: the adapter to start from has rank {adapter.rank}"
+            )
+        config.rank, config.alpha, config.targets = adapter.rank, adapter.alpha, adapter.targets
+        return adapter
 
     def make_optimizer(self) -> None:
         """AdamW, its learning rate schedule, and what accelerate wraps around them."""
@@ -518,9 +409,13 @@ class Trainer:
         if synced.non_finite:
             self.optimizer.zero_grad()  # some of the micro-batches are no gradient
             raise NonFiniteError(problem or "the numbers of another process were not finite")
-        norm = self.clip()
-        info = rows[-1].info if rows else {}
-        return {"step": self.state.step + 1, **synced.values, "grad_norm": norm, **info}
+        return {
+            "step": self.state.step + 1,
+            **synced.values,
+            "grad_norm": self.clip(),
+            "learning_rate": self.schedule.get_last_lr()[0],
+            **rows[-1].info,
+        }
 
     def clip(self) -> float:
         """Clip the gradient; returns its norm before that. Raises for one that is zero or not finite."""
@@ -552,7 +447,7 @@ class Trainer:
         distributed.check_synchronized(self.parameters, self.accelerator, self.state.step + 1)
 
     def costs(self, seconds: float) -> dict:
-        """What a step took: learning rate, time, clips per second in all processes, peak memory in bytes."""
+        """What a step took: time, clips per second in all processes, peak memory in bytes."""
         config, processes = self.config, self.accelerator.num_processes
         clips = config.batch_size * config.gradient_accumulation_steps * processes
         if self.model.device.type == "cuda":
@@ -560,7 +455,6 @@ class Trainer:
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
-            "learning_rate": self.schedule.get_last_lr()[0],
             "seconds": seconds,
             "clips_per_second": clips / seconds,
             "peak_memory": memory,

@@ -1,60 +1,82 @@
-"""Prompts: named sets, text files with one prompt a line, and nouns × activities.
+"""Prompts: named sets, text files with one prompt per line, and nouns × activities.
 
     prompts.get("chatgpt_custom_instruments")     a set under VADER's name; the sentences are our own
-    prompts.get("my_prompts.txt")                 a file of any size: lines are read when they are asked for
+    prompts.get("my_prompts.txt")                 a file
     prompts.nouns_activities("nouns.txt", "activities.txt")
 
-A set is a text file in `sets/`. Under VADER's names the kind of sentence is VADER's too: `…_rainy` and `…_snowy` are
-streets without a word about the weather, which is the reward's to bring; `…_dog` always has a cat and a dog, and
-`…_book_cup` a book and a cup, for a detector to tell apart; `…_actpred` names actions of Kinetics-400.
+A set is a text file in `sets/`. Sets under VADER's names hold the same kind of sentence as VADER's:
+`…_rainy` and `…_snowy` are streets without a word about the weather, which the reward adds; `…_dog`
+always has a cat and a dog, and `…_book_cup` a book and a cup, for a detector to tell apart;
+`…_actpred` names actions of Kinetics-400.
 """
 
+import codecs
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from os import PathLike
 from pathlib import Path
-
-from .lazy import NounsActivities, PromptFile, Prompts
+from typing import Any
 
 HERE = Path(__file__).parent
+
+# Words whose first letter misleads about their first sound, and words that need no article.
+CONSONANT_SOUND = re.compile(r"(eu|ewe|uku|uni(?![nm])|us[aeu]|ut[ei]|one\b|once\b)", re.IGNORECASE)
+VOWEL_SOUND = re.compile(r"([aeiou]|hour|honest|honou?r|heir)", re.IGNORECASE)
+HAS_ARTICLE = re.compile(r"(an?|the|some|two|three|many|several)\s", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a clip is made of. Prints as its text; a plain `str` is a prompt, too.
+    """A prompt with more than its text. `str(prompt)` is the text, which is what rewards get.
 
     Attributes:
-        text: what to show.
-        negative_prompt: what guidance leads away from.
-        image: (3, H, W) in [0, 1], for models that start from an image.
+        text: What the clip should show.
+        negative_prompt: What guidance pushes away from, in place of the empty text.
+        image: The first frame, for models that continue an image.
     """
 
     text: str
     negative_prompt: str = ""
-    image: object = None
+    image: Any = None
 
     def __str__(self) -> str:
         return self.text
 
 
-def as_prompt(prompt: "str | Prompt") -> Prompt:
-    """A `Prompt` of a text; a `Prompt` as it is."""
-    return prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+def read(path: str | PathLike) -> list[str]:
+    """The prompts of a UTF-8 text file, one per line.
 
+    Line endings of any system are understood; blank lines and a byte order mark are skipped.
 
-def read(path: str | PathLike) -> PromptFile:
-    """The prompts of a UTF-8 text file, one a line, whatever its line endings; blank lines and a byte order mark are
-    skipped. Only where the lines begin is kept in memory. Raises FileNotFoundError, or ValueError if the file is not
-    text (with the line's number) or holds none."""
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: There is no such file; the message names the nearest set.
+        ValueError: The file is not text (with the number of the line), or has no prompts.
+    """
     path = Path(path)
     if not path.is_file():
         near = get_close_matches(str(path), SETS, n=1, cutoff=0.5)
+        hint = f" (the nearest is {near[0]!r})" if near else ""
         raise FileNotFoundError(
-            f"no prompt file at {path}, and no set has this name{f' (the nearest is {near[0]!r})' if near else ''}. "
-            f"Give a file with one prompt a line, or one of the sets {', '.join(SETS)}"
+            f"no prompt file at {path}, and no set has this name{hint}. Give a file with one prompt "
+            f"per line, or one of the sets {', '.join(SETS)}"
         )
-    return PromptFile(path)
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number = 1 + len(re.findall(rb"\r\n?|\n", data[: error.start]))
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} in line {number}") from error
+    lines = [line.strip() for line in re.split(r"\r\n?|\n", text)]
+    found = [line for line in lines if line]
+    if not found:
+        raise ValueError(f"{path} holds no prompt: write one per line")
+    return found
 
 
 def tiny() -> list[str]:
@@ -71,36 +93,57 @@ def tiny_held_out() -> list[str]:
     return [spec.caption for spec in world.split()[1]]
 
 
-def animals() -> Prompts:
+def animals() -> list[str]:
     """45 everyday actions of animals, for the big models: every animal with every activity."""
-    beasts = "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear"
-    return NounsActivities(beasts.split(), ["washing the dishes", "riding a bike", "playing chess"])
+    nouns = "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear"
+    return product(nouns.split(), ["washing the dishes", "riding a bike", "playing chess"])
 
 
 def nouns_activities(
     nouns_file: str | PathLike = HERE / "words" / "nouns.txt",
     activities_file: str | PathLike = HERE / "words" / "activities.txt",
-) -> Prompts:
-    """Every noun of one file with every activity of another, "an otter" + "playing chess"; the article is added.
-    Nothing is multiplied out: files of any size make as many prompts as their product."""
-    return NounsActivities(read(nouns_file), read(activities_file))
+) -> list[str]:
+    """Every noun of one file with every activity of another: "an otter playing chess"."""
+    return product(read(nouns_file), read(activities_file))
 
 
-SETS: dict[str, Callable[[], Sequence[str]]] = {
+def product(nouns: Sequence[str], activities: Sequence[str]) -> list[str]:
+    """Every noun, with its indefinite article, before every activity."""
+    return [f"{with_article(noun)} {activity}" for noun in nouns for activity in activities]
+
+
+def with_article(noun: str) -> str:
+    """The noun after "a" or "an", by its first sound as far as its spelling shows it."""
+    if HAS_ARTICLE.match(noun):
+        return noun
+    vowel = VOWEL_SOUND.match(noun) and not CONSONANT_SOUND.match(noun)
+    return f"{'an' if vowel else 'a'} {noun}"
+
+
+SETS: dict[str, Callable[[], list[str]]] = {
     "tiny": tiny,
     "tiny_held_out": tiny_held_out,
     "animals": animals,
     "nouns_activities": nouns_activities,
-} | {path.stem: (lambda path=path: read(path)) for path in sorted((HERE / "sets").glob("*.txt"))}
+}
+SETS |= {path.stem: partial(read, path) for path in sorted((HERE / "sets").glob("*.txt"))}
 
 
-def get(source: str | PathLike | Sequence[str]) -> Sequence[str]:
-    """Prompts of a list, a named set (`SETS`), or a file."""
-    if isinstance(source, Prompts):
-        return source
+def get(source: str | PathLike | Prompt | Sequence[str | Prompt]) -> list[str | Prompt]:
+    """Prompts of a named set, a file or a list.
+
+    Args:
+        source: A name of `SETS`, the path of a file (see `read`), or prompts themselves.
+
+    Raises:
+        FileNotFoundError: The text is neither a set's name nor a file.
+        ValueError: There are no prompts, or only blank ones.
+    """
+    if isinstance(source, Prompt):
+        source = [source]
     if isinstance(source, (str, PathLike)):
-        return SETS[str(source)]() if str(source) in SETS else read(source)
-    prompts = [str(prompt) for prompt in source]
-    if not any(prompt.strip() for prompt in prompts):
+        return [*(SETS[str(source)]() if str(source) in SETS else read(source))]
+    found = [prompt if isinstance(prompt, Prompt) else str(prompt) for prompt in source]
+    if not any(str(prompt).strip() for prompt in found):
         raise ValueError("no prompts given: an empty list, or only blank ones")
-    return prompts
+    return found

@@ -1,0 +1,116 @@
+"""Every setting of a training run, written once."""
+
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+
+from .sampling import Sampling, setting
+from .strategies import Frames, Last, Strategy, parse_frames, parse_strategy
+
+
+@dataclass
+class TrainConfig:
+    """Every setting of a training run, written once.
+
+    `align(..., **settings)`, configuration files, the shell, `config.json` and the memory planner read this
+    list. Each field's help text is in its metadata; `vader-nb align --help` prints them.
+    """
+
+    steps: int = setting(40, "optimizer steps")
+    batch_size: int = setting(4, "clips at once, in each process")
+    gradient_accumulation_steps: int = setting(1, "batches per optimizer step, in each process")
+    learning_rate: float = setting(1e-3, "of AdamW")
+    lr_scheduler: str = setting(
+        "constant", "constant_with_warmup, linear, cosine, … as in diffusers"
+    )
+    lr_warmup_steps: int = setting(0, "steps in which the learning rate rises")
+    weight_decay: float = setting(0.0, "of AdamW")
+    max_grad_norm: float = setting(1.0, "longer gradients are clipped to this norm")
+    use_8bit_adam: bool = setting(False, "optimizer state in 8 bits, by the package bitsandbytes")
+    rank: int = setting(8, "of the adapter")
+    alpha: float | None = setting(None, "the adapter acts with alpha / rank; default: its rank")
+    targets: tuple[str, ...] | None = setting(
+        None, "names of the layers that get an adapter; default: the model's attention projections"
+    )
+    strategy: Strategy | str = setting(
+        Last(1),
+        "which steps learn: Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3)",
+    )
+    frames: Frames | str | None = setting(
+        None,
+        "which frames are scored: random:1, ends, every:2, all, 0,4,-1; default: random:1, or all for a "
+        "reward on the whole clip",
+    )
+    sampling: Sampling = field(default_factory=Sampling)
+    decode_chunk_size: int = setting(1, "frames decoded at once", may_change=True)
+    gradient_checkpointing: bool | None = setting(
+        None,
+        "recompute the denoiser's blocks in the backward pass; default: on CUDA",
+        may_change=True,
+    )
+    activation_offload: bool = setting(
+        False, "what the denoiser keeps for the backward pass waits in CPU memory", may_change=True
+    )
+    mixed_precision: str | None = setting(
+        None, "no, fp16 or bf16; default: what accelerate launch was given, else no"
+    )
+    seed: int = setting(0, "of everything that is drawn")
+    output_dir: str | Path = setting("runs/align", "the run's folder", may_change=True)
+    checkpointing_steps: int = setting(20, "steps between checkpoints", may_change=True)
+    checkpoints_total_limit: int | None = setting(
+        None,
+        "how many of the newest checkpoints are kept, beside the best; default: all",
+        may_change=True,
+    )
+    validation_steps: int = setting(20, "steps between validations", may_change=True)
+    resume: bool | str | Path = setting(
+        False,
+        "true: go on from the newest checkpoint; latest: or start anew where none is; or a checkpoint's path",
+        may_change=True,
+    )
+    log_with: str | None = setting(
+        None, "tensorboard or wandb, beside metrics.jsonl", may_change=True
+    )
+    progress: bool = setting(True, "show a progress bar", may_change=True)
+
+    def __post_init__(self):
+        self.strategy = parse_strategy(self.strategy)
+        self.frames = None if self.frames is None else parse_frames(self.frames)
+        self.targets = tuple(self.targets) if self.targets else None
+        self.output_dir = Path(self.output_dir)
+
+    @classmethod
+    def flat_fields(cls) -> list[Field]:
+        """All settings as a shell and a file have them: those of `Sampling` beside the others."""
+        return [f for f in fields(cls) if f.name != "sampling"] + list(fields(Sampling))
+
+    @classmethod
+    def from_flat(cls, settings: dict) -> "TrainConfig":
+        """A configuration from the names of `flat_fields`. Raises ValueError for an unknown one."""
+        known = {f.name for f in cls.flat_fields()}
+        unknown = sorted(settings.keys() - known)
+        if unknown:
+            raise ValueError(
+                f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}"
+            )
+        names = {f.name for f in fields(Sampling)}
+        sampling = {name: value for name, value in settings.items() if name in names}
+        others = {name: value for name, value in settings.items() if name not in names}
+        return cls(sampling=Sampling(**sampling), **others)
+
+    def to_json(self) -> dict:
+        """As `config.json` holds it."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain |= {"strategy": repr(self.strategy), "frames": str(self.frames)}
+        plain |= {"sampling": asdict(self.sampling), "output_dir": str(self.output_dir)}
+        return plain | {"resume": str(self.resume)}
+
+    def validate(self) -> None:
+        """Raises ValueError for a number that makes no sense."""
+        counts = (
+            "steps batch_size gradient_accumulation_steps decode_chunk_size checkpointing_steps "
+            "validation_steps checkpoints_total_limit rank"
+        )
+        for name in counts.split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
