@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import BatchEncoding, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..prompts import as_prompt
+from ..prompts import Prompt
 from .base import Conditioning, VideoModel
 
 # The published architecture, for `from_config`; what is missing here is the classes' own default.
@@ -134,7 +134,7 @@ class ModelScope(VideoModel):
         return self
 
     def encode(self, prompts, sampling=None) -> Conditioning:
-        prompts = [as_prompt(prompt) for prompt in prompts]
+        prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
         if any(prompt.image is not None for prompt in prompts):
             raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
         texts = {
