@@ -8,10 +8,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
-
-from vader_nb import Sampling, lora, prompts, rewards, sample
 from vader_nb.align import Run
-from vader_nb.best import Validation, best_checkpoint, choose
 from vader_nb.evaluate import (
     BASE,
     compared,
@@ -22,6 +19,9 @@ from vader_nb.evaluate import (
     videomae_features,
     widened,
 )
+
+from vader_nb import Sampling, lora, prompts, rewards, sample
+from vader_nb.best import Validation, best_checkpoint, choose
 
 from .test_gradient import adapted
 

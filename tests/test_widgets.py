@@ -14,8 +14,8 @@ import torch
 from vader_nb import Sampling, align, lora, prompts, rewards, sample, zoo
 from vader_nb.models import MODEL_LOCK
 from vader_nb.widgets import Sampler, TrainingMonitor, clips, jobs
-from vader_nb.widgets.drawing import chart
-from vader_nb.widgets.monitor import opened
+from vader_nb.widgets.drawing import Series, chart
+from vader_nb.widgets.monitor import load_clip
 from vader_nb.widgets.panel import VIEW, Panel, disable
 from vader_nb.widgets.player import Player
 from vader_nb.widgets.sampler import HISTORY, NONE, Request
@@ -76,10 +76,10 @@ def test_a_newer_request_takes_over_at_the_next_step():
     log = Log()
 
     async def page():
-        log.jobs.submit(log.job("old"), settle=0)
+        log.jobs.submit(log.job("old"), debounce=0)
         while len(log.done) < 3:
             await asyncio.sleep(0.001)
-        log.jobs.submit(log.job("new"), settle=0)
+        log.jobs.submit(log.job("new"), debounce=0)
         await log.jobs.task
 
     asyncio.run(page())
@@ -95,7 +95,7 @@ def test_a_control_that_moves_often_starts_one_job():
 
     async def page():
         for i in range(10):
-            log.jobs.submit(log.job(i), settle=0.05)
+            log.jobs.submit(log.job(i), debounce=0.05)
         await log.jobs.task
 
     asyncio.run(page())
@@ -113,7 +113,7 @@ def test_a_job_that_is_given_up_is_closed():
             closed.append(True)
 
     async def page():
-        log.jobs.submit(make, settle=0)
+        log.jobs.submit(make, debounce=0)
         await asyncio.sleep(0.05)
         log.jobs.give_up()
         await log.jobs.task
@@ -132,7 +132,7 @@ def test_what_is_asked_for_in_a_cell_takes_the_place_of_what_a_control_had_asked
             closed.append(len(log.done))
 
     async def page():
-        log.jobs.submit(make, settle=0)
+        log.jobs.submit(make, debounce=0)
         while len(log.done) < 3:
             await asyncio.sleep(0.001)
         old = log.jobs.task
@@ -149,7 +149,7 @@ def test_giving_up_takes_the_bar_away():
     log = Log()
 
     async def page():
-        log.jobs.submit(log.job("old"), settle=0)
+        log.jobs.submit(log.job("old"), debounce=0)
         while len(log.done) < 3:
             await asyncio.sleep(0.001)
         log.jobs.give_up()
@@ -167,7 +167,7 @@ def test_what_a_job_raises_is_told():
         raise ValueError("what went wrong")
 
     async def page():
-        log.jobs.submit(make, settle=0)
+        log.jobs.submit(make, debounce=0)
         await log.jobs.task
 
     asyncio.run(page())
@@ -187,7 +187,7 @@ def test_a_job_waits_for_a_model_that_another_thread_uses():
         thread = threading.Thread(target=cell)
         thread.start()
         held.wait(10)
-        log.jobs.submit(log.job("waits", 3), settle=0)
+        log.jobs.submit(log.job("waits", 3), debounce=0)
         await asyncio.sleep(0.05)
         assert not log.done
         assert log.waits == [True]
@@ -301,13 +301,30 @@ def test_a_player_takes_clips_of_another_length_and_closes_what_it_does_not_need
 
 
 def test_a_chart_has_its_points_and_says_what_it_shows():
-    drawn = chart("reward <x>", [(0, 1.0), (1, 2.0), (2, float("nan"))], (0, 2))
-    (points,) = re.findall(r'<polyline points="([^"]*)"', drawn)
-    assert points == "40.0,88.0 131.0,20.0"  # left at the bottom; in the middle on top
-    assert 'aria-label="reward &lt;x&gt;: reward &lt;x&gt; ends at 2"' in drawn
-    assert "nan" not in drawn
-    assert "nothing yet" in chart("empty", [], (0, 1))
-    assert "<polyline" in chart("one point", [(1, 1.0)], (0, 1))
+    def drawn(points, **options):
+        return chart([Series(points)], width=230, height=104, **options)
+
+    rising = drawn([(0, 1.0), (1, 2.0), (2, float("nan"))], label="reward <x>", x_range=(0, 2))
+    (points,) = re.findall(r'd="([^"]*)" fill="none" class="curve"', rising)
+    assert points == "M42.0 84.0h0L131.0 22.0"  # left at the bottom; in the middle on top
+    assert 'aria-label="reward &lt;x&gt;: from 1 to 2"' in rising
+    assert "nan" not in rising
+    assert "nothing yet" in drawn([], label="empty", x_range=(0, 1))
+    assert 'class="curve"' in drawn([(1, 1.0)], label="one point", x_range=(0, 1))
+
+
+def test_a_chart_has_gaps_dashes_and_a_marker():
+    gap = [(1, 1.0), (2, float("nan")), (3, 3.0), (4, 2.0)]
+    drawn = chart([Series(gap, "a"), Series([(1, 0.0), (4, 1.0)], "b", "red", "2 3")], label="two")
+    first, second = re.findall(r'd="([^"]*)" fill="none" class="curve"', drawn)
+    assert (first.count("M"), second.count("M")) == (2, 1)  # a line begins anew after the gap
+    assert 'stroke-dasharray="2 3"' in drawn
+    assert 'aria-label="two: a from 1 to 2; b from 0 to 1"' in drawn
+    assert "vader-marker" not in drawn
+    assert drawn.count("<circle") == 2
+    marked = chart([Series(gap)], label="one", marker=2)
+    assert "vader-marker" in marked
+    assert "<circle" not in marked  # there is nothing at 2
 
 
 # ------------------------------------------------------------------------------------------------------ the sampler
@@ -338,12 +355,10 @@ def test_between_two_steps_the_model_is_its_owners(tiny):
     """A cell that runs while a clip is being made finds its own adapter, and no other."""
     mine = lora.load(tiny, zoo.adapters()["hps"])
     try:
-        other = clips.blended(tiny, {zoo.adapters()["aesthetic"]: 1.0})
+        other = clips.merged(tiny, {zoo.adapters()["aesthetic"]: 1.0})
         job = clips.denoising(tiny, ["a"], [0], Sampling(3), other)
         next(job)
-        on_model = {
-            name: layer for name, layer in tiny.denoiser.named_modules() if name in mine.layers
-        }
+        on_model = {f"unet.{name}": layer for name, layer in tiny.denoiser.named_modules()}
         assert all(on_model[name] is layer for name, layer in mine.layers.items())
         job.close()
     finally:
@@ -427,8 +442,8 @@ def test_an_empty_prompt_is_shown_as_the_error_it_is(sampler):
     "change, said",
     [
         ({"scale": 2.0}, r"scale must lie in 0\.\.1\.5, got 2"),
-        ({"adapter": "nobody"}, "unknown adapter 'nobody'; there are"),
-        ({"sed": 1}, "unknown setting 'sed'; a clip has prompt, seed"),
+        ({"adapter": "nobody"}, r"adapter must be one of none \(base model\), .*; got 'nobody'"),
+        ({"sed": 1}, "unknown setting 'sed'; there are prompt, seed"),
     ],
 )
 def test_settings_that_do_not_exist_are_errors(sampler, change, said):
@@ -454,7 +469,7 @@ def test_prompts_are_shown_as_text(sampler):
 def test_one_can_go_back_in_the_history(sampler):
     first = sampler.run(prompt="a red star spinning on a gray background", seed=1, **QUICK)
     second = sampler.run(prompt="a blue star spinning on a gray background", seed=2, **QUICK)
-    sampler._slots[1].button.click()
+    sampler._slots[1].children[1].click()
     assert sampler.video is first
     assert (sampler.prompt.value, sampler.seed.value) == (
         "a red star spinning on a gray background",
@@ -468,11 +483,11 @@ def test_parts_of_the_chain_are_set_as_a_whole(sampler):
     """Whatever they were before: one end after the other would cross."""
     late = sampler.run(adapter="aesthetic", start=0.5, end=1.0, **QUICK)
     sampler.run(start=0.0, end=0.5)
-    sampler._slots[1].button.click()
+    sampler._slots[1].children[1].click()
     assert sampler.error is None
     assert sampler.video is late
     assert sampler.part.value == (0.5, 1.0)
-    with pytest.raises(ValueError, match=r"got 0\.7 to 0\.3"):
+    with pytest.raises(ValueError, match=r"got 0\.7, 0\.3"):
         sampler.run(start=0.7, end=0.3)
     assert sampler.video is late
     sampler.set(start=0.0, end=1.0)
@@ -576,19 +591,16 @@ def test_a_monitor_follows_a_run(trained):
 
 def test_its_numbers_are_those_of_the_clips_that_it_keeps(trained, tiny):
     monitor, run, _ = trained
-    adapter = lora.load(tiny, run.folder / "adapter.safetensors")
-    try:
-        texts = [prompt for prompt in monitor.prompts for _ in range(2)]
-        frames = sample(tiny, texts, seeds=[10_000, 10_001, 10_002, 10_003], sampling=Sampling(2))
-    finally:
-        adapter.remove()
+    texts = [prompt for prompt in monitor.prompts for _ in range(2)]
+    seeds = [10_000, 10_001, 10_002, 10_003]
+    frames = sample(tiny, texts, seeds=seeds, adapter=run.folder, sampling=Sampling(2))
     row = run.metrics[-1]
     assert row["validation/motion"] == pytest.approx(
         frames.diff(dim=1).abs().mean().item(), rel=1e-4
     )
     (held_out,) = [value for key, value in row.items() if "hps" in key]
     assert held_out == pytest.approx(rewards.hps("tiny")(frames, texts).mean().item(), rel=1e-4)
-    kept = opened(run.folder / "watched" / "step-000004.webp").frames
+    kept = load_clip(run.folder / "watched" / "step-000004.webp").frames
     assert kept.shape == (8, 3, 132, 132)
     # prompts from left to right, seeds below each other
     torch.testing.assert_close(kept[:, :, :64, 68:], frames[2], rtol=0, atol=1 / 255)
@@ -755,17 +767,17 @@ def test_when_a_run_goes_back_to_a_checkpoint_its_clips_do_too(tiny, tmp_path):
             "output_dir": tmp_path,
             "progress": False,
         }
-        settings |= {"checkpoint_every": 2, "steps": steps}
+        settings |= {"checkpointing_steps": 2, "steps": steps}
         run = align(
             tiny, rewards.aesthetic("tiny"), ["a"], **settings, **options, **watched().hooks
         )
         run.adapter.remove()
 
     train(5)
-    assert watched()._recorded() == [1, 2, 3, 4, 5]
+    assert watched()._saved_steps() == [1, 2, 3, 4, 5]
     old = (tmp_path / "watched" / "step-000003.webp").stat().st_mtime_ns
     train(4, resume=tmp_path / "checkpoints" / "step-000002")
-    assert watched()._recorded() == [1, 2, 3, 4]
+    assert watched()._saved_steps() == [1, 2, 3, 4]
     assert (tmp_path / "watched" / "step-000003.webp").stat().st_mtime_ns > old
 
 

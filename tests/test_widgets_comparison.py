@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import ipywidgets
+import markupsafe
 import pytest
 import torch
+from vader_nb.evaluate import BASE
 
 from vader_nb import Sampling, lora, reward, sample, zoo
-from vader_nb.evaluate import BASE
 from vader_nb.rewards import action, aesthetic, hps
-from vader_nb.widgets import RewardComparison, contest, side_by_side, voting
+from vader_nb.widgets import RewardComparison, comparison_data, comparison_html, voting
+from vader_nb.widgets.drawing import Series, chart
 
 PROMPTS = [
     "a red circle moving up on a black background",
@@ -96,7 +98,7 @@ def why(control):
 def test_all_contestants_start_from_the_same_noise_and_are_what_sample_makes(everything, tiny):
     for name in (BASE, "hps"):
         expected = by_hand(tiny, PROMPTS[0], name, seed=3)[0]
-        got = everything.contest.clips[PROMPTS[0]][name].pixels()
+        got = everything.data.clips[PROMPTS[0]][name].pixels()
         assert (got - expected).abs().max() <= 0.5 / 255 + 1e-5  # kept in 256 levels
 
 
@@ -104,13 +106,13 @@ def test_scores_and_differences_are_those_of_the_rewards_on_these_clips(everythi
     found = everything.run(PROMPTS[0])
     assert list(found) == [BASE, "hps", "aesthetic"]
     before, after = by_hand(tiny, PROMPTS[0], BASE, 3), by_hand(tiny, PROMPTS[0], "aesthetic", 3)
-    for judge in rewards():
-        base, adapter = judge(before, PROMPTS[:1]).item(), judge(after, PROMPTS[:1]).item()
-        assert found[BASE][judge.name] == pytest.approx(base, abs=1e-6)
-        assert found["aesthetic"][judge.name] == pytest.approx(adapter, abs=1e-6)
-        change = everything.contest.difference(PROMPTS[0], "aesthetic", judge.name)
+    for metric in rewards():
+        base, adapter = metric(before, PROMPTS[:1]).item(), metric(after, PROMPTS[:1]).item()
+        assert found[BASE][metric.name] == pytest.approx(base, abs=1e-6)
+        assert found["aesthetic"][metric.name] == pytest.approx(adapter, abs=1e-6)
+        change = everything.data.difference(PROMPTS[0], "aesthetic", metric.name)
         assert change == pytest.approx(adapter - base, abs=1e-6)
-        assert side_by_side.signed(adapter - base) in pages(everything)[0]
+        assert comparison_html.signed(adapter - base) in pages(everything)[0]
 
 
 @pytest.mark.parametrize(
@@ -122,41 +124,43 @@ def test_scores_and_differences_are_those_of_the_rewards_on_these_clips(everythi
     ],
 )
 def test_a_difference_has_its_sign_and_not_only_a_color(difference, shown):
-    assert side_by_side.signed(difference) == shown
-    assert "−0.000" not in side_by_side.number(difference)
+    assert comparison_html.signed(difference) == shown
+    assert "−0.000" not in comparison_html.number(difference)
 
 
-@pytest.mark.parametrize("judge", [hps, aesthetic, action])
-def test_the_heat_map_is_the_gradient_that_autograd_gives(judge, everything):
-    judge, frames = judge("tiny"), everything.contest.clips[PROMPTS[0]][BASE].pixels()
+@pytest.mark.parametrize("metric", [hps, aesthetic, action])
+def test_the_heat_map_is_the_gradient_that_autograd_gives(metric, everything):
+    metric, frames = metric("tiny"), everything.data.clips[PROMPTS[0]][BASE].pixels()
     leaf = frames.clone().requires_grad_()
-    judge(leaf[None], PROMPTS[:1]).sum().backward()
+    metric(leaf[None], PROMPTS[:1]).sum().backward()
     expected = leaf.grad.abs().sum(1)
-    found = contest.heat_map(judge, frames, PROMPTS[0])
+    found = comparison_data.heat_map(metric, frames, PROMPTS[0])
     assert found.shape == (4, 64, 64)
     assert found.max() == 1
     torch.testing.assert_close(found.float(), expected / expected.max(), atol=1e-3, rtol=1e-2)
 
 
 def test_a_heat_map_of_a_reward_that_does_not_care_is_zero(everything):
-    frames = everything.contest.clips[PROMPTS[0]][BASE].pixels()
+    frames = everything.data.clips[PROMPTS[0]][BASE].pixels()
     flat = reward(lambda frames, prompts: 0 * frames.sum(dim=(1, 2, 3, 4)), "flat")
-    assert not contest.heat_map(flat, frames, "").any()
+    assert not comparison_data.heat_map(flat, frames, "").any()
 
 
 def test_the_overlay_leaves_cold_pixels_gray_and_paints_hot_ones():
-    clip = contest.Clip(
+    clip = comparison_data.Clip(
         torch.full((2, 3, 4, 4), 200, dtype=torch.uint8), {"r": torch.zeros(2, 4, 4).half()}
     )
-    clip.heat["r"][1, 2, 3] = 1
-    frames = side_by_side.heated(clip, "r")
+    clip.heat_maps["r"][1, 2, 3] = 1
+    frames = comparison_html.heat_overlay(clip, "r")
     assert frames.shape == (2, 3, 4, 4)
     assert frames[0].std() < 1e-6
-    torch.testing.assert_close(frames[1, :, 2, 3], side_by_side.HEAT[-1], atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        frames[1, :, 2, 3], torch.tensor(comparison_html.HEAT(1.0)[:3]).float(), atol=1e-3, rtol=0
+    )
 
 
 def test_what_is_known_is_not_made_again(everything, monkeypatch):
-    monkeypatch.setattr(everything.contest, "compare", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(everything.data, "add", lambda *_: pytest.fail("sampled again"))
     everything.run_all()
     for prompt in [*PROMPTS, PROMPTS[0]]:
         everything.prompt.value = prompt
@@ -166,15 +170,15 @@ def test_what_is_known_is_not_made_again(everything, monkeypatch):
 def test_clips_of_old_prompts_are_let_go_and_made_again_when_they_are_looked_at(
     tiny, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(contest, "KEPT", 2)
+    monkeypatch.setattr(comparison_data, "MAX_CLIPS", 2)
     comparison = make(tiny, tmp_path, adapters={}, rewards=[brightness])
     comparison.run_all()
-    assert set(comparison.contest.clips) == {PROMPTS[0], PROMPTS[2]}  # the one that is shown stays
-    assert all(map(comparison.contest.scored, PROMPTS))
+    assert set(comparison.data.clips) == {PROMPTS[0], PROMPTS[2]}  # the one that is shown stays
+    assert all(map(comparison.data.is_scored, PROMPTS))
     comparison.prompt.value = PROMPTS[1]
     assert comparison.error is None
     assert "img" in pages(comparison)[0]
-    assert PROMPTS[1] in comparison.contest.clips
+    assert PROMPTS[1] in comparison.data.clips
 
 
 # ----------------------------------------------------------------------------------------------------- what is shown
@@ -188,31 +192,31 @@ def test_the_first_page_plays_all_in_one_picture_and_page_i_is_frame_i(everythin
     assert "image/gif" in first
     assert "vader-marker" not in first
     assert len(rest) == 4
-    values = everything.contest.scores[PROMPTS[0]][BASE]["brightness"]
+    values = everything.data.scores[PROMPTS[0]][BASE]["brightness"]
     places = []
     for i, page in enumerate(rest):
         assert page.count("<img") == 1
         assert f"frame {i + 1}" in page
-        assert side_by_side.number(values[i].item()) in page  # the legend tells the values there
-        places.append(float(re.search(r"vader-marker d='M([\d.]+)", page)[1]))
+        assert comparison_html.number(values[i].item()) in page  # the legend tells the values there
+        places.append(float(re.search(r'd="M([\d.]+)[^>]*vader-marker', page)[1]))
     assert places == sorted(set(places))  # the marker moves with the frame
-    assert everything._picture.frames.shape == (4, 3, 64, 3 * 64 + 2 * side_by_side.GAP)
+    assert everything._picture.frames.shape == (4, 3, 64, 3 * 64 + 2 * comparison_html.GAP)
 
 
 def test_a_curve_has_a_line_for_each_contestant_and_a_reward_on_clips_says_it_has_none(everything):
     everything.run(PROMPTS[0])
     everything.reward.value = "brightness"
-    assert pages(everything)[0].count("<polyline") == 3
+    assert pages(everything)[0].count('class="curve"') == 3
     everything.reward.value = "<b>motion</b>"
-    assert "<polyline" not in pages(everything)[0]
-    assert "one score a clip" in pages(everything)[0]
+    assert 'class="curve"' not in pages(everything)[0]
+    assert "one score per clip" in pages(everything)[0]
     assert "<b>motion" not in "".join(pages(everything))
     everything.reward.value = "brightness"
 
 
 @pytest.mark.parametrize("values", [[0.5], [0.5, 0.5], [-1e9, 1e9], [0.0] * 40])
 def test_any_scores_can_be_drawn(values):
-    drawn = side_by_side.plot([("base", values)], "r", 0)
+    drawn = chart([Series([*enumerate(values)], "base")], label="r", marker=0)
     assert "nan" not in drawn
     assert "inf" not in drawn
 
@@ -246,12 +250,12 @@ def test_prompts_and_names_are_shown_as_text(tiny, tmp_path):
 
 def test_sorting_is_by_the_adapters_difference(everything):
     everything.run(PROMPTS[1])
-    for judge in rewards():
+    for metric in rewards():
         change = {
-            p: everything.run(p)["aesthetic"][judge.name] - everything.run(p)[BASE][judge.name]
+            p: everything.run(p)["aesthetic"][metric.name] - everything.run(p)[BASE][metric.name]
             for p in PROMPTS
         }
-        everything.adapter.value, everything.reward.value = "aesthetic", judge.name
+        everything.adapter.value, everything.reward.value = "aesthetic", metric.name
         everything.order.value = "helps most first"
         listed = [value for _, value in everything.prompt.options]
         assert listed == sorted(PROMPTS, key=lambda p: -change[p])
@@ -259,7 +263,7 @@ def test_sorting_is_by_the_adapters_difference(everything):
         everything.order.value = "hurts most first"
         assert [value for _, value in everything.prompt.options] == listed[::-1]
         label = everything.prompt.options[0][0]
-        assert label == f"{side_by_side.number(change[listed[-1]], '+')} · {listed[-1]}"
+        assert label == f"{comparison_html.number(change[listed[-1]], '+')} · {listed[-1]}"
         everything.order.value = "as given"
         assert [value for _, value in everything.prompt.options] == PROMPTS
 
@@ -270,7 +274,7 @@ def test_another_adapter_sorts_anew_but_keeps_the_prompt(everything):
     everything.adapter.value = "hps"
     assert everything.prompt.value == kept
     change = [
-        everything.contest.difference(p, "hps", everything.reward.value)
+        everything.data.difference(p, "hps", everything.reward.value)
         for _, p in everything.prompt.options
     ]
     assert change == sorted(change, reverse=True)
@@ -284,15 +288,15 @@ def test_before_it_is_shown_only_two_contestants_are_awaited(tiny, tmp_path):
     async def notebook():
         comparison = make(tiny, tmp_path)
         bundle = comparison._repr_mimebundle_()
-        there = list(comparison.contest.clips[PROMPTS[0]])
+        there = list(comparison.data.clips[PROMPTS[0]])
         await comparison.jobs.task
         return comparison, bundle, there
 
     comparison, bundle, there = asyncio.run(notebook())
     assert there == [BASE, "hps"]
     assert "<img" in bundle["text/html"]
-    assert list(comparison.contest.clips) == PROMPTS[:1]
-    assert not comparison.contest.missing(PROMPTS[0])
+    assert list(comparison.data.clips) == PROMPTS[:1]
+    assert not comparison.data.missing_clips(PROMPTS[0])
     assert "aesthetic" in comparison.to_html()
 
 
@@ -303,13 +307,13 @@ def test_a_newer_request_takes_over_and_stop_stops(tiny, tmp_path):
     async def notebook():
         comparison = make(tiny, tmp_path)
         comparison.all_button.click()
-        while not comparison.contest.scores:
+        while not comparison.data.scores:
             await asyncio.sleep(0.01)
         assert not comparison.stop_button.disabled
         assert "under way" in why(comparison.all_button)
         comparison.stop_button.click()
         await comparison.jobs.task
-        stopped = sum(map(len, comparison.contest.scores.values()))
+        stopped = sum(map(len, comparison.data.scores.values()))
         assert comparison.stop_button.disabled
         assert not comparison.all_button.disabled
         comparison.prompt.value = PROMPTS[1]
@@ -321,8 +325,8 @@ def test_a_newer_request_takes_over_and_stop_stops(tiny, tmp_path):
     comparison, stopped = asyncio.run(notebook())
     assert stopped < 9
     assert comparison.error is None
-    assert PROMPTS[1] not in comparison.contest.scores
-    assert comparison.contest.scored(PROMPTS[2])
+    assert PROMPTS[1] not in comparison.data.scores
+    assert comparison.data.is_scored(PROMPTS[2])
     assert "a blue square" in comparison.caption.value
 
 
@@ -332,7 +336,7 @@ def test_the_picture_for_readers_has_an_alternative_text_and_the_scores(everythi
     assert f'alt="base, hps, aesthetic: {PROMPTS[0]}"' in picture
     for scores in everything.run(PROMPTS[0]).values():
         for value in scores.values():
-            assert side_by_side.number(value) in picture
+            assert comparison_html.number(value) in picture
 
 
 # --------------------------------------------------------------------------------------------------- disabled, errors
@@ -426,11 +430,11 @@ def test_other_wrong_arguments(tiny, tmp_path, comparison):
 
 def test_defaults_are_those_of_the_tiny_world(tiny, tmp_path):
     comparison = RewardComparison(tiny, folder=tmp_path)
-    assert comparison.contest.names == [BASE, *zoo.adapters()]
-    assert list(comparison.contest.rewards) == ["hps", "aesthetic", "action"]
+    assert comparison.data.names == [BASE, *zoo.adapters()]
+    assert list(comparison.data.rewards) == ["hps", "aesthetic", "action"]
     assert len(comparison.prompts) == 6
-    assert comparison.contest.sampling.num_inference_steps == tiny.defaults["num_inference_steps"]
-    assert not comparison.contest.clips  # nothing is made before it is shown
+    assert comparison.data.sampling.num_inference_steps == tiny.defaults["num_inference_steps"]
+    assert not comparison.data.clips  # nothing is made before it is shown
 
 
 def test_every_control_has_a_label(comparison):
@@ -442,12 +446,12 @@ def test_every_control_has_a_label(comparison):
 def test_widgets_do_not_pile_up(everything):
     registry = ipywidgets.Widget.widgets if WIDGETS is None else WIDGETS
     everything.run(PROMPTS[0])
-    before, kept = len(registry), len(everything.contest.clips)
+    before, kept = len(registry), len(everything.data.clips)
     for i in range(25):
         everything.prompt.value = PROMPTS[i % 3]
         everything.reward.value = rewards()[i % 2].name
     assert everything.error is None
-    assert (len(registry), len(everything.contest.clips)) == (before, kept)
+    assert (len(registry), len(everything.data.clips)) == (before, kept)
 
 
 # --------------------------------------------------------------------------------------------------------- blind votes
@@ -488,8 +492,8 @@ def test_blind_mode_reveals_nothing(comparison):
 def test_a_pair_is_base_and_adapter_from_one_new_seed(comparison, tiny):
     comparison.blind.value = True
     pair = comparison.pair
-    assert pair.seed != comparison.contest.seed
-    halves = comparison._picture.frames.split([64, side_by_side.GAP, 64], dim=3)
+    assert pair.seed != comparison.data.seed
+    halves = comparison._picture.frames.split([64, comparison_html.GAP, 64], dim=3)
     for shown, name in zip(halves[::2], pair.sides):
         torch.testing.assert_close(
             shown, by_hand(tiny, pair.prompt, name, pair.seed)[0], atol=1e-5, rtol=0
@@ -571,9 +575,9 @@ def test_the_interval_of_the_win_rate_is_wilsons():
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),
     ]:
-        assert voting.wilson(won / votes, votes) == pytest.approx((low, high), abs=5e-5)
-    assert voting.wilson(1.0, 3)[0] < 0.5  # three wins of three prove nothing
-    assert voting.wilson(float("nan"), 0) == (0, 1)
+        assert voting.wilson_interval(won, votes) == pytest.approx((low, high), abs=5e-5)
+    assert voting.wilson_interval(3, 3)[0] < 0.5  # three wins of three prove nothing
+    assert voting.wilson_interval(0, 0) == (0, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- export
@@ -587,28 +591,18 @@ def test_the_export_is_one_file_with_all_that_was_compared(everything, tmp_path)
     assert page.count("<section") == page.count('<img src="data:image/gif;base64,') == len(PROMPTS)
     assert not re.search(r"""(src|href)=(?!["']?data:)|url\(|@import|<script""", page)
     for prompt in PROMPTS:
-        assert contest_escaped(prompt) in page
+        assert str(markupsafe.escape(prompt)) in page
         for name in ("hps", "aesthetic"):
-            change = everything.contest.difference(prompt, name, "brightness")
-            assert side_by_side.signed(change, "up", "down") in page
+            change = everything.data.difference(prompt, name, "brightness")
+            assert comparison_html.signed(change) in page
     for text in (
         "1 won, 0 lost",
-        "&quot;num_inference_steps&quot;: 2",
+        "&#34;num_inference_steps&#34;: 2",
         "prefers-color-scheme: dark",
         "width=device-width",
     ):
         assert text in page
     everything.votes.path.unlink()
-
-
-def contest_escaped(text):
-    return (
-        text.replace("&", "&amp;")
-        .replace("<", "&lt;")
-        .replace(">", "&gt;")
-        .replace('"', "&quot;")
-        .replace("'", "&#x27;")
-    )
 
 
 def test_the_button_exports_into_the_folder_and_offers_the_file(comparison):
@@ -621,7 +615,7 @@ def test_the_button_exports_into_the_folder_and_offers_the_file(comparison):
 
 
 def test_an_export_tells_of_clips_that_were_let_go(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(contest, "KEPT", 2)
+    monkeypatch.setattr(comparison_data, "MAX_CLIPS", 2)
     comparison = make(tiny, tmp_path, adapters={}, rewards=[brightness])
     comparison.run_all()
     page = comparison.export().read_text()

@@ -1,20 +1,18 @@
 """The reward composer, the truncation explorer and the memory planner, as one uses them from Python."""
 
-import ast
 import asyncio
-import contextlib
 import shlex
-import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import ipywidgets
 import pytest
 import torch
 
 import vader_nb
-from vader_nb import Frames, Last, cli, config, lora, reward_gradient, rewards
-from vader_nb.gradient import initial_noise
-from vader_nb.memory import GIB, GPUS, MARGIN, STAGES, Peak, Setting
+from vader_nb import Frames, Last, lora, memory_planner, reward_gradient, rewards
+from vader_nb.memory_planner import GIB, GPUS, MARGIN, STAGES, MemoryTracker, Step
+from vader_nb.sampling import denoising_step, initial_noise
 from vader_nb.widgets import (
     MemoryPlanner,
     RewardComposer,
@@ -24,6 +22,8 @@ from vader_nb.widgets import (
     planner,
     truncation,
 )
+from vader_nb.widgets.controls import FRAMES
+from vader_nb.widgets.drawing import chain
 from vader_nb.widgets.truncation import EMPTY, ROWS, Truncation
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'so'"
@@ -92,7 +92,7 @@ def in_their_place(request):
         panel = request.getfixturevalue("composed")
         for slider in panel.weights.values():
             slider.value = 1.0
-        panel.standardised.value = True
+        panel.standardized.value = True
 
 
 @pytest.fixture
@@ -138,10 +138,10 @@ def test_conflicts_are_those_of_the_rewards(composed):
     assert composed.cosines["hps", "aesthetic"] == pytest.approx(mean, abs=1e-4)
 
 
-@pytest.mark.parametrize("standardised", [True, False])
+@pytest.mark.parametrize("standardized", [True, False])
 @pytest.mark.parametrize("weights", [(1, 1, 1), (-0.35, 2, 0), (0, -1, 0.05), (0, -2, 0)])
-def test_the_expression_is_read_back_to_the_same_reward(composed, weights, standardised):
-    composed.standardised.value = standardised
+def test_the_expression_is_read_back_to_the_same_reward(composed, weights, standardized):
+    composed.standardized.value = standardized
     for slider, weight in zip(composed.weights.values(), weights):
         slider.value = weight
     assert composed.error is None
@@ -202,7 +202,7 @@ def test_a_cosine_in_words(cosine, words):
 def test_nothing_asked_for_is_said(composed):
     for slider in composed.weights.values():
         slider.value = 0
-    assert composer.NOTHING in shown(composed)
+    assert composer.NO_WEIGHT in shown(composed)
     for get in (lambda: composed.expression, lambda: composed.reward):
         with pytest.raises(ValueError, match="all weights are 0|All weights are 0"):
             get()
@@ -246,12 +246,12 @@ def test_while_conflicts_are_measured_it_says_so_and_can_be_given_up(tiny, canne
     assert "do not care" in panel.pairs.value
 
 
-def test_a_reward_that_says_the_same_of_all_clips_cannot_be_standardised(tiny, canned):
+def test_a_reward_with_one_score_for_all_clips_cannot_be_standardized(tiny, canned):
     panel = RewardComposer(tiny, {"red": color(0), "blue": color(2)}, ["a", "b"])
     panel._sample()
-    assert panel.standardised.disabled
-    assert panel.standardised.value is False
-    assert "blue says the same of all clips" in panel.why.value
+    assert panel.standardized.disabled
+    assert panel.standardized.value is False
+    assert "blue gives all clips one score" in panel.why.value
     assert panel.expression == "red + blue"
     assert panel.order == [1, 0]
 
@@ -272,7 +272,7 @@ def test_own_rewards_are_named_in_the_expression_and_other_expressions_put_in_pa
     panel = RewardComposer(
         tiny, {"mine": color(0), "sum": "hps - 0.5 * aesthetic"}, ["a red circle", "b"]
     )
-    panel.standardised.value = False
+    panel.standardized.value = False
     panel.weights["sum"].value = -0.5
     assert panel.expression == "mine - 0.5 * (hps - 0.5 * aesthetic)"
     assert "mine stands for the reward that was given" in panel.code.value
@@ -329,11 +329,11 @@ def by_hand(explorer, K, frames):
     model, settings = explorer.model, explorer.sampling
     prompts, steps = [explorer.prompt], settings.num_inference_steps
     noise, _ = initial_noise(model, [explorer.seed], settings)
-    with lora.wearing(model, explorer.adapter):
-        scheduler, x, text = model.new_scheduler(steps), noise, model.encode(prompts)
+    with lora.use_adapter(model, explorer.adapter):
+        scheduler, x, text = model.new_scheduler(settings), noise, model.encode(prompts, settings)
         for i, t in enumerate(scheduler.timesteps):
             with torch.set_grad_enabled(i >= steps - K):
-                x = model.step(scheduler, model.predict(x, t, text, settings.guidance_scale), t, x)
+                x = denoising_step(model, scheduler, x, t, text, settings)
         loss = -explorer.reward(model.decode(x, list(frames)), prompts).mean()
         found = torch.autograd.grad(loss, explorer.adapter.parameters())
     return torch.cat([part.flatten().double() for part in found])
@@ -346,7 +346,7 @@ def explorer(micro):
 
 
 def test_the_exact_setting_is_the_exact_gradient(explorer):
-    result = explorer.measure(K=3, frames="all", checkpointing=False, streaming=False)
+    result = explorer.measure(K=3, frames="all", gradient_checkpointing=False, streaming=False)
     assert result.cosine == pytest.approx(1, abs=1e-6)
     assert result.frames == (0, 1, 2)
     torch.testing.assert_close(
@@ -371,11 +371,11 @@ def test_the_exact_setting_of_the_tiny_model(tiny):
     assert cosine.item() == pytest.approx(1, abs=1e-6)
 
 
-def test_the_memory_is_what_peak_counts(explorer):
-    setting = Truncation(2, "every 2nd", True, False)
-    result = explorer.measure(K=2, frames="every 2nd", checkpointing=True, streaming=False)
+def test_the_memory_is_what_the_tracker_counts(explorer):
+    setting = Truncation(2, "every:2", True, False)
+    result = explorer.measure(K=2, frames="every:2", gradient_checkpointing=True, streaming=False)
     assert explorer.setting == setting
-    with lora.wearing(explorer.model, explorer.adapter), Peak() as peak:
+    with lora.use_adapter(explorer.model, explorer.adapter), MemoryTracker() as peak:
         reward_gradient(
             explorer.model,
             explorer.adapter,
@@ -383,13 +383,13 @@ def test_the_memory_is_what_peak_counts(explorer):
             ["a prompt"],
             seeds=[3],
             strategy=Last(2),
-            frames=Frames("nth", 2),
+            frames=Frames.every(2),
             sampling=explorer.sampling,
-            chunk=3,
+            decode_chunk_size=3,
         )
     assert result.bytes == peak.bytes
     assert result.seconds > 0
-    more = explorer.measure(checkpointing=False)
+    more = explorer.measure(gradient_checkpointing=False)
     assert more.bytes > result.bytes
     assert more.cosine == pytest.approx(result.cosine, abs=1e-9)
 
@@ -402,7 +402,7 @@ def test_the_random_frame_is_the_one_that_is_drawn(explorer, monkeypatch):
         return results[-1]
 
     monkeypatch.setattr(truncation, "reward_gradient", noted)
-    assert explorer.measure(K=1, frames="1 random").frames == tuple(results[-1].frames)
+    assert explorer.measure(K=1, frames="random:1").frames == tuple(results[-1].frames)
     assert list(results[0].frames) == [0, 1, 2]  # the exact one, first
 
 
@@ -420,7 +420,7 @@ def test_the_model_keeps_its_own_adapter(micro):
 
 
 def test_both_halves_of_the_adapter_get_a_gradient(explorer):
-    with lora.wearing(explorer.model, explorer.adapter):
+    with lora.use_adapter(explorer.model, explorer.adapter):
         reward_gradient(
             explorer.model,
             explorer.adapter,
@@ -441,21 +441,21 @@ def test_the_diagram_follows_the_controls(explorer):
     def count(kind):
         return Tags(explorer.drawing.value).kinds.count(kind)
 
-    explorer.set(K=1, frames="1 random")
-    assert (count("step learns"), count("step"), count("frame scored")) == (1, 2, 1)
+    explorer.set(K=1, frames="random:1")
+    assert (count("step marked"), count("step"), count("frame marked")) == (1, 2, 1)
     assert not explorer.measured
     explorer.K.value = 2
-    assert (count("step learns"), count("step")) == (2, 1)
+    assert (count("step marked"), count("step")) == (2, 1)
     explorer.frames.value = "all"
-    assert (count("frame scored"), count("frame")) == (3, 0)
+    assert (count("frame marked"), count("frame")) == (3, 0)
     assert (
-        "through 3 of 3 frames (1, 2, 3), one at a time, and the last 2 of 3 steps"
+        "through 3 of 3 frames (1, 2, 3), one by one, and the last 2 of 3 steps"
         in explorer.drawing.value
     )
     explorer.streaming.value = False
-    explorer.checkpointing.value = False
+    explorer.gradient_checkpointing.value = False
     assert "all at once" in explorer.drawing.value
-    assert "all is kept" in explorer.drawing.value
+    assert "everything is kept" in explorer.drawing.value
     explorer.K.value = 3
     assert "all 3 steps to the adapter" in Tags(explorer.drawing.value).alts[0]
     assert EMPTY in explorer.table.value
@@ -464,30 +464,29 @@ def test_the_diagram_follows_the_controls(explorer):
 @pytest.mark.parametrize(("steps", "frames"), [(1, 1), (25, 16), (50, 64)])
 def test_diagrams_of_longer_chains(steps, frames):
     for K in (1, steps):
-        drawing, alt = truncation.chain(
-            Truncation(K, "all"), steps, frames, list(range(frames)), EVIL, "adapter"
-        )
-        assert Tags(drawing).kinds.count("step learns") == K
-        assert "script" not in Tags(drawing + alt).found
+        names = {"adapter": "adapter", "reward": EVIL, "label": EVIL}
+        drawing = chain(steps, K, frames, range(frames), recompute=True, stream=True, **names)
+        assert Tags(drawing).kinds.count("step marked") == K
+        assert "script" not in Tags(drawing).found
 
 
 def test_each_setting_has_one_row_and_the_table_ends(explorer, monkeypatch):
 
-    def gradient(setting, meter=contextlib.nullcontext()):
+    def gradient(setting, meter):
         with meter:
             return torch.zeros(4, dtype=torch.float64) + 1
 
     monkeypatch.setattr(explorer, "gradient", gradient)
-    settings = [
-        (K, frames, on) for K in range(1, 4) for frames in truncation.FRAMES for on in (True, False)
-    ]
+    settings = [(K, frames, on) for K in range(1, 4) for frames in FRAMES for on in (True, False)]
     before = alive()
     for K, frames, on in settings:
-        explorer.measure(K=K, frames=frames, checkpointing=on)
+        explorer.measure(K=K, frames=frames, gradient_checkpointing=on)
     assert len(explorer.measured) == ROWS
     assert explorer.table.value.count("<tr>") == ROWS + 1
     again = Truncation(*settings[-3])
-    explorer.measure(K=again.K, frames=again.frames, checkpointing=again.checkpointing)
+    explorer.measure(
+        K=again.K, frames=again.frames, gradient_checkpointing=again.gradient_checkpointing
+    )
     assert len(explorer.measured) == ROWS
     assert list(explorer.measured)[-1] == again
     assert alive() == before
@@ -505,8 +504,8 @@ def test_what_has_no_effect_is_disabled_and_says_why(micro):
     whole = TruncationExplorer(micro, color(0, EVIL, per_frame=False), EVIL)
     assert whole.frames.disabled
     assert whole.frames.value == "all"
-    assert "judges the whole clip" in whole.why.value
-    with pytest.raises(ValueError, match="frames must be 'all'"):
+    assert "scores the whole clip" in whole.why.value
+    with pytest.raises(ValueError, match="frames must be one of all"):
         whole.measure(frames="ends")
     whole.measure(K=1)
     assert "script" not in Tags(shown(whole) + whole.to_html()).found
@@ -517,7 +516,7 @@ def test_pressing_measure_in_a_page(explorer):
     explorer.remark.observe(lambda change: said.append(change["new"]), "value")
 
     async def page():
-        explorer.button.click()
+        explorer.measure_button.click()
         await explorer.jobs.task
 
     asyncio.run(page())
@@ -567,7 +566,7 @@ def test_what_cannot_be_explored(tiny, arguments, message):
     ("changes", "message"),
     [
         ({"K": 4}, "K must lie in 1..3"),
-        ({"frames": "some"}, "unknown frames 'some'"),
+        ({"frames": "some"}, "frames must be one of random:1, ends, every:2, all"),
         ({"k": 1}, "unknown setting"),
     ],
 )
@@ -578,29 +577,28 @@ def test_settings_the_explorer_does_not_know(explorer, changes, message):
 
 # ------------------------------------------------------------------------------------------------------ planner
 
-MEMORY = sys.modules["vader_nb.memory"]
-
 
 @pytest.fixture
 def quick(monkeypatch):
     """Simulations at once: 20 GiB for a clip, half with sequential guidance. Lists what was simulated."""
     asked = []
 
-    def simulate(setting):
-        asked.append(setting)
-        rewards.syntax(setting.reward)
-        peak = 20 * setting.batch_size / (2 if setting.sequential_guidance else 1)
+    def simulate(model, reward, **settings):
+        asked.append((model, reward, settings))
+        rewards.syntax(reward)
+        halved = settings.get("sequential_guidance", False)
+        peak = 20 * settings.get("batch_size", 1) / (2 if halved else 1)
         return {stage: int(GIB * (peak if stage == "replay" else 5)) for stage in STAGES}
 
     monkeypatch.setattr(planner, "simulate", simulate)
-    monkeypatch.setattr(MEMORY, "simulate", simulate)
+    monkeypatch.setattr(memory_planner, "simulate", simulate)
     return asked
 
 
 def test_the_answer_is_memory_s():
-    panel = MemoryPlanner("tiny", gpu="L4")
+    panel = MemoryPlanner("tiny", gpu_memory="L4")
     answer = panel.simulate()
-    assert answer.stages == vader_nb.memory("tiny", "hps", gpu="L4").stages
+    assert answer.stages == vader_nb.memory("tiny", "hps", gpu_memory="L4").stages
     assert "<b>Fits:</b>" in panel.verdict.value
     assert panel.remark.value == ""
 
@@ -613,41 +611,42 @@ def test_nothing_is_simulated_before_it_is_asked_for(quick):
     assert "Press “simulate”" in panel.verdict.value
     assert "not simulated yet" in panel.drawing.value
     assert "14.6 GiB" in panel.drawing.value
-    assert "stage" not in Tags(panel.drawing.value).kinds
+    assert "to spare" not in panel.drawing.value
+    assert not any(f"{number}.00" in panel.drawing.value for number in (5, 20))
 
 
 def test_what_does_not_fit_is_told_with_the_way_out(quick):
-    panel = MemoryPlanner(gpu="T4")
+    panel = MemoryPlanner(gpu_memory="T4")
     answer = panel.simulate()
     assert answer.bytes == 20 * GIB
-    assert answer.remedies == {"T4": {"sequential_guidance": True}}
+    assert answer.suggestions == {"T4": {"sequential_guidance": True}}
     assert "<b>Too small:</b> 20.00 GiB" in panel.verdict.value
     assert "It fits with sequential_guidance=True" in panel.verdict.value
-    assert Tags(panel.drawing.value).kinds.count("stage") == len(STAGES)
-    assert panel.change.layout.display == ""
-    panel.change.click()
+    assert Tags(panel.drawing.value).kinds.count("bar") == len(STAGES)
+    assert panel.fit_button.layout.display == ""
+    panel.fit_button.click()
     assert panel.sequential_guidance.value
     assert panel.memory.fits["T4"]
     assert "<b>Fits:</b>" in panel.verdict.value
-    assert panel.change.disabled
-    assert panel.change.layout.display == "none"
+    assert panel.fit_button.disabled
+    assert panel.fit_button.layout.display == "none"
 
 
 def test_what_never_fits_is_told_so(quick, monkeypatch):
     monkeypatch.setitem(GPUS, "T4", MARGIN)
-    panel = MemoryPlanner(gpu="T4")
-    assert panel.simulate().remedies == {"T4": None}
-    assert "No setting of ours is enough" in panel.verdict.value
-    with pytest.raises(ValueError, match="nothing was found"):
+    panel = MemoryPlanner(gpu_memory="T4")
+    assert panel.simulate().suggestions == {"T4": None}
+    assert "no setting is enough" in panel.verdict.value
+    with pytest.raises(ValueError, match="no settings that fit are known"):
         panel.make_it_fit()
 
 
 def test_another_gpu_needs_no_new_simulation(quick):
-    panel = MemoryPlanner(gpu="A100 40 GB")
+    panel = MemoryPlanner(gpu_memory="A100 40 GB")
     panel.simulate()
-    panel.gpu.value = "T4"
+    panel.gpu_memory.value = "T4"
     assert len(quick) == 1
-    assert "not known yet" in panel.verdict.value
+    assert "to search for settings that fit" in panel.verdict.value
     panel.batch_size.value = 2
     assert "Press “simulate”" in panel.verdict.value
     panel.batch_size.value = 1
@@ -655,17 +654,17 @@ def test_another_gpu_needs_no_new_simulation(quick):
 
 
 def test_pressing_simulate_in_a_page(quick):
-    panel, said = MemoryPlanner(gpu="T4"), []
+    panel, said = MemoryPlanner(gpu_memory="T4"), []
     panel.remark.observe(lambda change: said.append(change["new"]), "value")
 
     async def page():
-        panel.button.click()
+        panel.simulate_button.click()
         await panel.jobs.task
 
     asyncio.run(page())
     assert panel.memory
     assert any("cannot be stopped midway" in text for text in said)
-    assert any("Looking for what to change, simulation 2" in text for text in said)
+    assert any("Searching, simulation 2" in text for text in said)
     assert panel.remark.value == ""
 
 
@@ -675,60 +674,50 @@ def test_pressing_simulate_in_a_page(quick):
         {},
         {"K": 3, "frames": "all", "height": 320, "width": 576, "num_frames": 24},
         {
-            "frames": "every 2nd",
+            "frames": "every:2",
             "batch_size": 4,
-            "checkpoint_blocks": False,
+            "gradient_checkpointing": False,
             "sequential_guidance": True,
         },
         {"frames": "ends", "model_cpu_offload": True, "reward": "hps + 0.1 * aesthetic.towards(9)"},
     ],
 )
 def test_both_lines_of_code_ask_the_same(quick, monkeypatch, changes):
-    panel = MemoryPlanner("zeroscope", gpu="A100 80 GB")
+    panel = MemoryPlanner("zeroscope", gpu_memory="A100 80 GB")
     panel.set(**changes)
     asked = []
-    monkeypatch.setattr(
-        MEMORY,
-        "memory",
-        lambda model, reward, gpu, **s: asked.append((Setting(model, reward, **s), gpu)),
-    )
+
+    def memory(model, reward, **settings):
+        asked.append({"model": model, "reward": reward} | settings)
+
+    monkeypatch.setattr(memory_planner, "memory", memory)
+    eval(panel.python, {"vader_nb": SimpleNamespace(memory=memory)})
     words = shlex.split(panel.shell)
     assert words[:2] == ["vader-nb", "memory"]
-    given = config.read(config.Memory, words[2:])
-    assert (given.model, given.reward, given.gpu) == ("zeroscope", panel.reward.value, "A100 80 GB")
-    options = {
-        n: getattr(given, n)
-        for n in ("height", "width", "num_frames", "batch_size", "checkpoint_blocks")
-    }
-    options |= {n: getattr(given, n) for n in ("sequential_guidance", "model_cpu_offload")}
-    strategy, frames = cli.strategy_of(given.strategy, given.K), cli.frames_of(given.frames)
-    assert (
-        Setting(given.model, given.reward, **options, strategy=strategy, frames=frames)
-        == panel.setting
-    )
-    call = ast.parse(panel.python, mode="eval").body
-    values = {
-        k.arg: eval(ast.unparse(k.value), {"vader_nb": vader_nb, "torch": torch})
-        for k in call.keywords
-    }
-    assert values.pop("gpu") == "A100 80 GB"
-    assert Setting(*(a.value for a in call.args), **values) == panel.setting
+    written = dict(word.split("=", 1) for word in words[2:])
+    assert written == {name: str(value) for name, value in asked[0].items()}
+    assert written["model"] == "zeroscope"
+    assert written["reward"] == panel.reward.value
+    assert written["gpu_memory"] == "A100 80 GB"
+    step = Step.of(panel.model.value, panel.reward.value, panel.changes)
+    by_hand = {name: value for name, value in changes.items() if name not in ("K", "reward")}
+    by_hand = {"strategy": Last(changes.get("K", 1)), "frames": "random:1"} | by_hand
+    assert step == Step.of("zeroscope", panel.reward.value, by_hand)
 
 
-def test_a_type_that_the_command_does_not_know(quick):
+def test_a_type_of_numbers(quick):
     panel = MemoryPlanner()
     panel.dtype.value = "float32"
-    assert panel.setting.dtype == torch.float32
-    assert "dtype=torch.float32" in panel.python
-    assert panel.shell == ""
-    assert "always takes float16" in panel.code.value
+    assert Step.of("modelscope", "hps", panel.changes).dtype == torch.float32
+    assert "dtype='float32'" in panel.python
+    assert "dtype=float32" in panel.shell
 
 
 def test_a_reward_that_cannot_be_read_is_told(quick):
     panel = MemoryPlanner()
     panel.reward.value = EVIL
     assert "cannot read the reward" in panel.remark.value
-    assert panel.button.disabled
+    assert panel.simulate_button.disabled
     assert "“Simulate” waits" in panel.why.value
     assert "script" not in Tags(shown(panel) + panel.to_html()).found
     with pytest.raises(ValueError, match="cannot read the reward"):
@@ -738,17 +727,17 @@ def test_a_reward_that_cannot_be_read_is_told(quick):
     assert "known rewards" in panel.remark.value
     panel.reward.value = "hps"
     assert panel.remark.value == panel.why.value == ""
-    assert not panel.button.disabled
+    assert not panel.simulate_button.disabled
     assert not quick
 
 
 def test_what_a_simulation_raises_is_shown(monkeypatch):
-    def simulate(setting):
+    def simulate(model, reward, **settings):
         raise ValueError("the action reward needs at least 2 frames; score all frames")
 
     monkeypatch.setattr(planner, "simulate", simulate)
     panel = MemoryPlanner(reward="action")
-    panel.button.click()
+    panel.simulate_button.click()
     assert "score all frames" in panel.remark.value
     assert panel.progress.layout.visibility == "hidden"
     assert "not simulated yet" in panel.drawing.value
@@ -772,19 +761,19 @@ def test_what_was_set_before_a_mistake_is_shown(quick, explorer):
     assert "batch_size=2" in panel.code.value
     panel.batch_size.value = 3
     assert "batch_size=3" in panel.code.value
-    with pytest.raises(ValueError, match="unknown frames"):
+    with pytest.raises(ValueError, match="frames must be one of"):
         explorer.set(K=2, frames="some")
     assert "the last 2 of 3 steps" in explorer.drawing.value
 
 
 def test_a_pipeline_directory_is_a_model(quick, micro_directory):
     panel = MemoryPlanner(micro_directory)
-    assert panel.setting.model == str(micro_directory)
+    assert panel.model.value == str(micro_directory)
     assert str(micro_directory) in shlex.split(panel.shell)[2]
 
 
 def test_the_planner_s_picture(quick):
-    panel = MemoryPlanner(gpu="T4")
+    panel = MemoryPlanner(gpu_memory="T4")
     assert "svg" not in Tags(panel.to_html()).found
     assert Tags(panel.to_html()).alts == ["A T4 has 14.6 GiB."]
     panel.simulate()
@@ -793,13 +782,13 @@ def test_the_planner_s_picture(quick):
 
 
 def test_planning_for_long_leaves_nothing_behind(quick):
-    panel = MemoryPlanner(gpu="A100 80 GB")
+    panel = MemoryPlanner(gpu_memory="A100 80 GB")
     before = alive()
     for i in range(200):
         panel.set(batch_size=1 + i % 3, num_frames=planner.LENGTHS[i % 9], K=1 + i % 25)
         panel.jobs.finish(panel._job)
     assert alive() == before
-    assert len(panel.stages) <= planner.KEPT
+    assert len(panel.answers) <= planner.KEPT
 
 
 @pytest.mark.parametrize(
@@ -808,7 +797,7 @@ def test_planning_for_long_leaves_nothing_behind(quick):
         ({"model": "modelscop"}, "unknown model"),
         ({"reward": "hpss"}, "unknown reward"),
         ({"reward": "hps +"}, "cannot read the reward"),
-        ({"gpu": "T5"}, "unknown GPU 'T5'; choose one of T4"),
+        ({"gpu_memory": "T5"}, "unknown GPU 'T5'; choose one of T4"),
     ],
 )
 def test_what_cannot_be_planned(arguments, message):
@@ -819,10 +808,10 @@ def test_what_cannot_be_planned(arguments, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hight": 64}, "unknown setting 'hight'; the planner has model"),
+        ({"hight": 64}, "unknown setting 'hight'; there are model"),
         ({"height": 65}, "height must be one of 0, 64"),
         ({"K": 26}, "K must lie in 1..25"),
-        ({"gpu": "T5"}, "gpu must be one of"),
+        ({"gpu_memory": "T5"}, "gpu_memory must be one of"),
     ],
 )
 def test_settings_the_planner_does_not_know(quick, changes, message):

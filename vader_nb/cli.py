@@ -196,7 +196,7 @@ def validation_group(groups: dict) -> str:
 
 
 def validation(arguments, model, reward, groups: dict):
-    from .evaluate import Validation
+    from .evaluation import Validation
 
     name, size = validation_group(groups), arguments.eval_batch_size
     if name == "training":
@@ -219,7 +219,7 @@ def parse_rewards(arguments) -> list:
 def compare(arguments, model, adapter, rewards: list, groups: dict, folder: Path, run=None) -> None:
     """Evaluate base and adapter by the rewards, of which the first was trained on; write a report."""
     from .distributed import is_main_process
-    from .evaluate import evaluate, videomae_features
+    from .evaluation import evaluate, videomae_features
 
     evaluation = evaluate(
         model,
@@ -275,7 +275,7 @@ def run_sample(arguments):
 
 
 def run_memory(arguments):
-    from .memory import memory
+    from .memory_planner import memory
 
     common = {f.name for f in fields(config.Common)}
     wanted = [f for f in fields(arguments) if f.name not in common]

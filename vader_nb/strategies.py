@@ -148,8 +148,8 @@ def parse_strategy(text: "str | Strategy") -> Strategy:
     """Read a strategy from text, as it is written in Python: `Last(2)`, `DRTune(2, stop=3)`, `ReFL`.
 
     Args:
-        text: a constructor call with literal arguments, or a bare name for the defaults. A strategy
-            is returned as it is.
+        text: a constructor call with literal arguments, or a bare name for the defaults; upper or lower
+            case. A strategy is returned as it is.
 
     Raises:
         ValueError: for an unknown name or arguments that the strategy does not take.
@@ -159,9 +159,10 @@ def parse_strategy(text: "str | Strategy") -> Strategy:
     try:
         node = ast.parse(text.strip(), mode="eval").body
         name = node.func.id if isinstance(node, ast.Call) else node.id
+        kinds = {key.lower(): kind for key, kind in STRATEGIES.items()}
         args = [ast.literal_eval(arg) for arg in getattr(node, "args", [])]
         options = {k.arg: ast.literal_eval(k.value) for k in getattr(node, "keywords", [])}
-        return STRATEGIES[name](*args, **options)
+        return kinds[name.lower().replace("_", "")](*args, **options)
     except (SyntaxError, AttributeError, KeyError, ValueError, TypeError) as error:
         examples = "Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3)"
         detail = f" ({error})" if isinstance(error, TypeError) else ""

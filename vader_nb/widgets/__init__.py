@@ -1,11 +1,12 @@
-"""Controls for notebooks, of ipywidgets' own parts: each is one call, and the same object works without a browser.
+"""Control panels for notebooks, made of ipywidgets' own parts, and usable without a browser.
 
-Nothing else in the package imports them. They run on ipywidgets 7.7 (Colab) and 8.
+Each panel is one call. They run on ipywidgets 7.7 (Colab) and 8; nothing else in the package imports
+them. A panel is imported on first use.
 """
 
-from .._face import install
+import importlib
 
-_HOMES = {
+_MODULES = {
     "MemoryPlanner": "planner",
     "RewardComparison": "comparison",
     "RewardComposer": "composer",
@@ -13,6 +14,14 @@ _HOMES = {
     "TrainingMonitor": "monitor",
     "TruncationExplorer": "truncation",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
-install(__name__, _HOMES)
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
-"""What a control sets off: one job at a time, the newest, in steps between which the page is heard.
+"""What a control starts: one job at a time, the newest, in steps between which the page is heard.
 
-A job is a generator. From one `yield` to the next is a denoising step or a piece of work of that size; there a newer
-request takes over. No thread is started: updates of a page from a thread are lost on Colab.
+A job is a generator. From one `yield` to the next it takes a denoising step or work of that size; in
+between, a newer request takes over. It runs in no thread: Colab loses a page's updates from threads.
 """
 
 import asyncio
@@ -10,68 +10,78 @@ from collections.abc import Callable, Iterator
 
 from ..models import MODEL_LOCK
 
-SETTLE = 0.3  # seconds that a control must rest before work starts
-LISTEN = 0.005  # seconds between two steps in which messages of the page come in
-RETRY = 0.2  # seconds until a busy model is asked again
+DEBOUNCE = 0.3  # seconds without another change until work starts
+LISTEN = 0.005  # seconds between two steps, for messages from the page
+RETRY = 0.2  # seconds until a model in use is asked for again
 
 Job = Iterator[float]
 
 
 class Jobs:
-    """The jobs of one panel. busy(fraction or None) tells how far the work is, waiting(bool) whether it waits for a model,
-    failed(error) what went wrong."""
+    """The jobs of one panel.
+
+    Args:
+        busy: Called with the fraction that is done, and with None when there is no work.
+        waiting: Called with whether the job waits for a model that is in use.
+        failed: Called with an error.
+    """
 
     def __init__(self, busy: Callable, waiting: Callable, failed: Callable):
         self.busy, self.waiting, self.failed = busy, waiting, failed
-        self.newest, self.task, self.job = 0, None, None
+        self.newest = 0  # number of the last request
+        self.task: asyncio.Task | None = None
+        self.job: Job | None = None
 
-    def submit(self, make: Callable[[], Job], settle: float = SETTLE) -> None:
-        """Do this, and give up what is being done. In a notebook this returns at once and the work goes on while the kernel
-        has nothing else to do; elsewhere, and on Colab, which shows only what happens while a click is answered, it is done
-        when this returns."""
+    def submit(self, make: Callable[[], Job], debounce: float = DEBOUNCE) -> None:
+        """Start a job instead of the current one.
+
+        In a notebook this returns at once, and the job runs while the kernel is idle. Without an
+        event loop, and on Colab, which shows only what happens while a click is answered, the job
+        is done when this returns.
+        """
         if "google.colab" in sys.modules or not running():
             self.finish(make)
         else:
             self.newest += 1
-            # Kept, since the event loop itself would let the task be collected.
-            self.task = asyncio.ensure_future(self.work(make, self.newest, settle))
+            # Kept in an attribute: the event loop alone would let the task be collected.
+            self.task = asyncio.ensure_future(self._work(make, self.newest, debounce))
 
     def give_up(self) -> None:
-        """Stop what is being done, between two of its steps."""
+        """Stop the current job, between two of its steps."""
         self.newest += 1
-        self.close()
-        self.rest()
+        self._close()
+        self._idle()
 
     def finish(self, make: Callable[[], Job]) -> None:
-        """All of a job at once, in the place of what is being done. Raises what it raises, after it was shown."""
+        """Do a whole job now, instead of the current one. Raises what the job raises."""
         self.newest += 1
         try:
             with MODEL_LOCK:
-                self.close()
+                self._close()
                 for fraction in make():
                     self.busy(fraction)
         except Exception as error:
             self.failed(error)
             raise
         finally:
-            self.rest()
+            self._idle()
 
-    def close(self) -> None:
-        """End the job that waits between two steps: it puts back what it had changed."""
+    def _close(self) -> None:
+        """End the job that waits between two steps; it restores what it had changed."""
         if self.job is not None:
             with MODEL_LOCK:
                 self.job.close()
             self.job = None
 
-    def rest(self) -> None:
+    def _idle(self) -> None:
         self.waiting(False)
         self.busy(None)
 
-    async def work(self, make: Callable[[], Job], number: int, settle: float) -> None:
-        await asyncio.sleep(settle)
+    async def _work(self, make: Callable[[], Job], number: int, debounce: float) -> None:
+        await asyncio.sleep(debounce)
         if number != self.newest:
             return
-        self.close()
+        self._close()
         try:
             while number == self.newest:
                 if not MODEL_LOCK.acquire(blocking=False):
@@ -87,16 +97,16 @@ class Jobs:
                 finally:
                     MODEL_LOCK.release()
                 await asyncio.sleep(LISTEN)
-        except Exception as error:  # nobody awaits this task: the panel is where it can be seen
+        except Exception as error:  # nobody awaits this task, so the panel shows it
             self.failed(error)
         finally:
             if number == self.newest:
-                self.close()
-                self.rest()
+                self._close()
+                self._idle()
 
 
 def running() -> bool:
-    """Whether this thread has an event loop at work, as in a notebook's kernel."""
+    """Return whether an event loop runs in this thread, as in a notebook's kernel."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

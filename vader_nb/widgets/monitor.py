@@ -1,12 +1,12 @@
-"""Watching a run: its curves and its clips while it trains, and stopping it without losing anything.
+"""Watching a run: its curves and clips while it trains, and stopping it without losing anything.
 
     monitor = TrainingMonitor("runs/mine", model, held_out=hps, prompts=texts[:4])
     monitor                                                  in a cell of its own
     align(model, reward, training, output_dir=monitor.folder, **monitor.hooks)
-    TrainingMonitor("runs/mine")                             later, or in another notebook: the same run again
+    TrainingMonitor("runs/mine")                             later, or in another notebook: the same run
 
-Everything that is shown lies in the run's folder, so a restarted kernel, or another one, shows the same. While a cell
-trains, its kernel hears no button: there the toolbar's ■ stops the run, and the button serves everyone else who watches.
+The panel shows what is in the run's folder, so after a restart of the kernel, or in another notebook, it shows the same.
+A kernel that trains in a cell does not react to buttons: there, ■ in the toolbar stops the run.
 """
 
 import asyncio
@@ -17,39 +17,67 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ipywidgets import HTML, Button, HBox, Layout, SelectionSlider, VBox
+from ipywidgets import HTML, SelectionSlider
 from PIL import Image, ImageSequence
 
 from .. import checkpoints
-from ..align import Run, best_step
-from ..evaluate import motion, thumbnails
-from ..gradient import Sampling, sample
+from .. import prompts as prompt_sets
+from ..evaluation import motion, thumbnails
 from ..lora import Adapter
 from ..models import VideoModel
+from ..prompts import Prompt
 from ..rewards import Reward, as_reward
+from ..sampling import Sampling, sample
+from ..trainer import Run, best_step
 from ..video import Video, grid
-from . import diagram
-from .drawing import chart
+from .controls import beside, button, column, row, template
+from .drawing import Series, chart, image
 from .jobs import running
-from .panel import LABEL, ROW, SIDE, WIDE, Panel, disable, escape
+from .panel import LABEL, WIDE, Panel, disable, note
 from .player import Player, moving, still
 
-PER_SECOND = 4  # redraws while a cell trains: more would cost time, and some pages choke on them
-POLL = 1.0  # seconds between two looks at a folder that another process writes to
-SILENT = 120  # seconds without a step after which one does not know whether a run still lives
-SEEDS = 2  # clips a prompt, which diversity needs
-WATCHED = "watched"  # the folder of the clips inside the run's
+REDRAWS = 4  # per second while a cell trains: some pages cannot take more
+POLL = 1.0  # seconds between two looks at a folder
+SILENT = 120  # seconds without a step after which a run may be dead
+SEEDS = 2  # clips per prompt; diversity needs two
+CLIPS = "watched"  # the folder of the clips in the run's folder
 NONE = "none yet"
-DESCRIPTIONS = ("diversity", "motion")  # of the clips; no reward
+DESCRIPTIONS = ("diversity", "motion")  # they describe the clips, and are no rewards
+NO_STOP = {  # why there is nothing to stop
+    "waiting": "There is nothing to stop yet.",
+    "finished": "The run is over.",
+    "stopped": "The run is over.",
+    "stopping": "It stops after the current step.",
+}
+HERE = "This kernel trains and does not react to buttons: press ■ in the toolbar. The run is kept."
+STATE = """
+{% if status == "waiting" %}
+<div><b>waiting</b> for the first step of {{ place }}</div>
+{% else %}
+<div><b>{{ status }}</b> · step {{ step }} of {{ steps }} · {{ place }}
+{% if best %} · best held-out at step {{ best }}{% endif %}
+{% if silence %}<br>no step for {{ silence }} seconds: it was killed, or a step takes long{% endif %}
+{% if kept %}<br>kept: {{ kept }}{% endif %}
+{% if resumable %}; continue with <code>align(…, resume=True)</code>{% endif %}
+</div>
+{% endif %}
+"""
 
 
 class TrainingMonitor(Panel):
     """The curves, the clips at fixed seeds and the state of a run.
 
-    run: its folder, which need not exist yet, or the `Run` that align returned. model, held_out, prompts: to have clips of
-    the prompts made at fixed seeds every `every` steps, judged by rewards that the run is not trained on, with the
-    clips' motion and their diversity over seeds; without them the monitor shows what the folder holds.
-    Raises ValueError for a held-out reward or prompts without the model.
+    Args:
+        run: folder of the run, which need not exist yet, or the `Run` that `align` returned.
+        model: makes the clips; without it the monitor shows what is in the folder.
+        held_out: rewards that the run is not trained on, which score the clips.
+        prompts: prompts of the clips, as for `align`.
+        sampling: settings of the clips; by default those of the model.
+        every: optimizer steps between two sets of clips.
+        seed: the first seed of the clips.
+
+    Raises:
+        ValueError: a held-out reward or prompts without the model, or the model without prompts.
     """
 
     title = "Training monitor"
@@ -60,110 +88,91 @@ class TrainingMonitor(Panel):
         run: Run | str | Path,
         model: VideoModel | None = None,
         held_out: Reward | Callable | Sequence[Reward | Callable] = (),
-        prompts: Sequence[str] = (),
+        prompts: str | Sequence[str | Prompt] = (),
         *,
         sampling: Sampling | None = None,
         every: int = 5,
         seed: int = 10_000,
     ):
         super().__init__()
+        rewards = held_out if isinstance(held_out, (list, tuple)) else [held_out]
         self.folder = run.folder if isinstance(run, Run) else Path(run)
-        self.held_out = [
-            as_reward(r) for r in (held_out if isinstance(held_out, (list, tuple)) else [held_out])
-        ]
-        if model is None:
-            self.hint = "Follows the run in this folder, whoever trains it, until it ends."
-        self.model, self.prompts, self.sampling, self.every, self.seed = (
-            model,
-            list(prompts),
-            sampling,
-            every,
-            seed,
-        )
-        if (model is None) != (not self.prompts) or (self.held_out and model is None):
-            raise ValueError(
-                "clips need the model and prompts: TrainingMonitor(folder, model, held_out=…, prompts=[…])"
-            )
+        self.held_out = [as_reward(reward) for reward in rewards]
+        self.prompts = prompt_sets.get(prompts) if prompts else []
+        self.model, self.sampling, self.every, self.seed = model, sampling, every, seed
+        if bool(model) != bool(self.prompts) or (self.held_out and not model):
+            example = "TrainingMonitor(folder, model, held_out=…, prompts=[…])"
+            raise ValueError(f"clips need the model and prompts: {example}")
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
+        if model is None:
+            self.hint = "Follows the run in this folder until it ends."
         self.rows: list[dict] = []
-        self.told = 0  # the step that a cell of this kernel told of last
-        self._made: torch.Tensor | None = None  # clips of the step that is not told yet
-        self.shown = ""  # the status that the panel tells
+        self.shown = ""  # the status that the panel shows
+        self._trained_here = 0  # the last step of a run that is trained by this kernel
+        self._clips: torch.Tensor | None = None  # of the current step
         self._drawn, self._task = 0.0, None
-        self._controls()
+        self._build()
         self.refresh()
 
-    def _controls(self) -> None:
-        self.state, self.curves, self.why = HTML(), HTML(), HTML()
-        self.stop_button = Button(
-            description="stop and keep", icon="stop", layout=Layout(width="150px")
-        )
-        self.refresh_button = Button(
-            description="refresh", icon="refresh", layout=Layout(width="100px")
-        )
+    def _build(self) -> None:
+        self.state, self.curves, self.why, self.caption = HTML(), HTML(), HTML(), HTML()
+        self.stop_button = button("stop and keep", "stop", 150)
+        self.refresh_button = button("refresh", "refresh", 100)
         self.step = SelectionSlider(
             options=[NONE], description="clips of step", style=LABEL, layout=WIDE
         )
         self.player = Player(self.model.defaults["num_frames"] if self.model else 1)
-        self.caption = HTML()
         self.on(self.stop, self.stop_button)
         self.on(self.refresh, self.refresh_button)
         self.on(self._show_clips, self.step)
-        clips = VBox(
-            [self.step, self.player.box, self.caption],
-            layout=Layout(flex="1 1 300px", max_width="480px", min_width="0"),
-        )
-        curves = VBox(
-            [self.curves], layout=Layout(flex="2 1 300px", max_width="560px", min_width="0")
-        )
-        self.assemble(
-            self.state,
-            HBox([self.stop_button, self.refresh_button, self.why], layout=ROW),
-            HBox([curves, clips], layout=SIDE),
-        )
+        clips = column(self.step, self.player.box, self.caption, max_width="480px")
+        buttons = row(self.stop_button, self.refresh_button, self.why)
+        self.assemble(self.state, buttons, beside(column(self.curves, flex="2 1 300px"), clips))
         self.progress.description = "steps"
 
-    # ------------------------------------------------------------------------------ while a cell of this kernel trains
+    # ----------------------------------------------------------- while a cell of this kernel trains
 
     @property
     def hooks(self) -> dict:
-        """What `align` needs to be told: align(…, output_dir=monitor.folder, **monitor.hooks)."""
+        """Arguments for `align`: align(…, output_dir=monitor.folder, **monitor.hooks)."""
         if self.model is None:
             return {"callback": self.follow_step}
-        return {
-            "callback": self.follow_step,
-            "validate": self.validate,
-            "validation_steps": self.every,
-        }
+        validation = {"validate": self.validate, "validation_steps": self.every}
+        return {"callback": self.follow_step, **validation}
 
-    def follow_step(self, row: dict) -> None:
-        """align's callback: keep the clips of this step, and redraw, at most `PER_SECOND` times a second. What goes wrong
-        here is shown, and the run goes on."""
-        self.told = row["step"]
+    def follow_step(self, metrics: dict) -> None:
+        """The callback of `align`: saves the clips of this step and redraws, `REDRAWS` times per second at most.
+
+        Errors are shown in the panel; the run goes on.
+        """
+        self._trained_here = metrics["step"]
         try:
-            if self._made is not None:
-                self._keep(row["step"])
+            if self._clips is not None:
+                self._save_clips(metrics["step"])
             now = time.monotonic()
-            if now - self._drawn >= 1 / PER_SECOND or row["step"] >= self._asked_steps():
+            if now - self._drawn >= 1 / REDRAWS or metrics["step"] >= self._total_steps():
                 self.refresh()
                 self._drawn = time.monotonic()
-        except Exception as error:  # of watching, which must not cost anyone the run
+        except Exception as error:
             self.failed(error)
         finally:
-            self._made = None
+            self._clips = None
 
     @torch.no_grad()
     def validate(self, adapter: Adapter) -> dict[str, float]:
-        """align's validation: clips of the prompts at fixed seeds, kept in the folder with the step. Returns the held-out rewards'
-        means, the first of which decides which checkpoint is best, and the clips' motion and diversity."""
-        texts = [prompt for prompt in self.prompts for _ in range(SEEDS)]
+        """The validation of `align`: samples the prompts at fixed seeds and scores the clips.
+
+        Returns:
+            The mean of each held-out reward, of which the first decides which checkpoint is best;
+            "diversity" over seeds, the variance of 8x8 thumbnails in levels of 0 to 255; "motion",
+            the mean absolute change of a pixel from frame to frame.
+        """
+        prompts = [prompt for prompt in self.prompts for _ in range(SEEDS)]
+        texts, seeds = [str(p) for p in prompts], [self.seed + i for i in range(len(prompts))]
         with torch.random.fork_rng():  # a reward that draws must not change what training draws
             frames = sample(
-                self.model,
-                texts,
-                seeds=[self.seed + i for i in range(len(texts))],
-                sampling=self.sampling,
+                self.model, prompts, seeds=seeds, adapter=adapter, sampling=self.sampling
             ).float()
             scores = {}
             for reward in self.held_out:
@@ -172,176 +181,137 @@ class TrainingMonitor(Panel):
         features = thumbnails(frames).unflatten(0, (-1, SEEDS))
         scores["diversity"] = features.var(dim=1).mean().item()
         scores["motion"] = motion(frames).mean().item()
-        self._made = frames
+        self._clips = frames
         return scores
 
-    def _keep(self, step: int) -> None:
-        """The clips, prompts from left to right and seeds below each other, as one picture; and none of later steps, which
-        a run left when it went back to a checkpoint."""
-        columns = self._made.unflatten(0, (-1, SEEDS)).transpose(0, 1).flatten(0, 1)
-        folder = self.folder / WATCHED
+    def _save_clips(self, step: int) -> None:
+        """Save one picture, a column per prompt, and delete those of later steps of a resumed run."""
+        folder = self.folder / CLIPS
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.write(folder / "prompts.json", json.dumps(self.prompts))
-        for later in (other for other in self._recorded() if other > step):
-            (folder / f"step-{later:06d}.webp").unlink()
+        texts = json.dumps([str(prompt) for prompt in self.prompts])
+        checkpoints.write_text(folder / "prompts.json", texts)
+        for later in (other for other in self._saved_steps() if other > step):
+            self._clip_path(later).unlink()
+        by_seed = self._clips.unflatten(0, (-1, SEEDS)).transpose(0, 1).flatten(0, 1)
         unfinished = folder / ".part.webp"
-        Video(grid(columns, len(self.prompts)), self.model.defaults["fps"]).save(unfinished)
-        unfinished.replace(folder / f"step-{step:06d}.webp")
+        Video(grid(by_seed, len(self.prompts)), self.model.defaults["fps"]).save(unfinished)
+        unfinished.replace(self._clip_path(step))
 
-    # ---------------------------------------------------------------------------------------------- what the folder says
+    # --------------------------------------------------------------------- what is in the folder
 
-    def _read(self) -> list[dict]:
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        rows = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line, while it is being written
-                break
-        return rows
+    def _clip_path(self, step: int) -> Path:
+        return self.folder / CLIPS / f"step-{step:06d}.webp"
 
-    def _asked_steps(self) -> int:
+    def _saved_steps(self) -> list[int]:
+        return sorted(int(path.stem[5:]) for path in (self.folder / CLIPS).glob("step-*.webp"))
+
+    def _total_steps(self) -> int:
         path = self.folder / "config.json"
         return json.loads(path.read_text(encoding="utf-8"))["steps"] if path.exists() else 0
-
-    def _recorded(self) -> list[int]:
-        return sorted(int(path.stem[5:]) for path in (self.folder / WATCHED).glob("step-*.webp"))
 
     @property
     def status(self) -> str:
         """waiting, running, stopping, silent (killed, or at a long step), stopped or finished."""
         if not self.rows:
             return "waiting"
-        if self.rows[-1]["step"] >= self._asked_steps():
+        if self.rows[-1]["step"] >= self._total_steps():
             return "finished"
-        if (self.folder / "adapter.safetensors").exists() and self._newer(
-            "adapter.safetensors", "metrics.jsonl"
-        ):
+        adapter = self.folder / "adapter.safetensors"
+        if adapter.exists() and adapter.stat().st_mtime >= self._last_written():
             return "stopped"
-        if self._silent() > SILENT:
+        if time.time() - self._last_written() > SILENT:
             return "silent"
         return "stopping" if (self.folder / checkpoints.STOP).exists() else "running"
 
-    def _newer(self, first: str, second: str) -> bool:
-        return (self.folder / first).stat().st_mtime >= (self.folder / second).stat().st_mtime
-
-    def _silent(self) -> float:
-        return time.time() - (self.folder / "metrics.jsonl").stat().st_mtime
-
-    # ------------------------------------------------------------------------------------------------------ showing
-
-    def refresh(self) -> None:
-        """Read the folder again, and show it."""
-        self.rows = self._read()
-        self.shown = (
-            self.status
-        )  # once, for all that is told: another process may change it meanwhile
-        steps, asked = (self.rows[-1]["step"] if self.rows else 0), self._asked_steps()
-        self.busy(steps / asked if asked and self.shown in ("running", "stopping") else None)
-        self.state.value = f"<div>{self._state(self.folder)}</div>"
-        self.curves.value = arranged(self._charts().values())
-        recorded = [str(step) for step in self._recorded()] or [NONE]
-        if list(self.step.options) != recorded:
-            newest = self.step.index == len(self.step.options) - 1
-            kept = None if newest else self.step.value
-            self.step.options = recorded
-            self.step.value = kept if kept in recorded else recorded[-1]
-            self._show_clips()
-        self._explain()
-
-    def _state(self, place: Path | str) -> str:
-        """Where the run stands, told with its folder's `place`."""
-        steps, asked = (self.rows[-1]["step"] if self.rows else 0), self._asked_steps()
-        name, status = escape(str(place)), self.shown
-        if status == "waiting":
-            return f"<b>waiting</b> for the first step of {name}"
-        text = f"<b>{status}</b> · step {steps} of {asked} · {name}"
-        best = best_step(self.rows)
-        if best:
-            text += f" · best held-out at step {best}"
-        if status == "silent":
-            text += (
-                f"<br>no step for {self._silent():.0f} seconds: it was killed, or a step takes long"
-            )
-        kept = self._kept()
-        if status in ("stopped", "finished", "silent") and kept:
-            text += f"<br>kept: {escape(str(Path(place) / kept))}"
-        if status in ("stopped", "silent") and kept:
-            text += "; go on with <code>align(…, resume=True)</code>"
-        return text
+    def _last_written(self) -> float:
+        return (self.folder / "metrics.jsonl").stat().st_mtime
 
     def _kept(self) -> str:
-        """What there is to load, inside the folder."""
+        """What can be loaded: the path within the folder."""
         if self.shown != "silent" and (self.folder / "adapter.safetensors").exists():
             return "adapter.safetensors"
-        return max(
-            (f"checkpoints/{path.name}" for path in checkpoints.steps_of(self.folder).values()),
-            default="",
+        saved = checkpoints.list_checkpoints(self.folder).values()
+        return max((f"checkpoints/{path.name}" for path in saved), default="")
+
+    # ------------------------------------------------------------------------------------ display
+
+    def refresh(self) -> None:
+        """Read the folder again and show it."""
+        self.rows = checkpoints.read_metrics(self.folder)
+        self.shown = self.status  # read once: another process may change it meanwhile
+        active = self.shown in ("running", "stopping")
+        self.busy(self.rows[-1]["step"] / self._total_steps() if active else None)
+        self.state.value = self._state(self.folder)
+        self.curves.value = flow(self._charts().values())
+        saved = [str(step) for step in self._saved_steps()] or [NONE]
+        if list(self.step.options) != saved:
+            at_newest = self.step.index == len(self.step.options) - 1
+            chosen = saved[-1] if at_newest or self.step.value not in saved else self.step.value
+            self.step.options = saved
+            self.step.value = chosen
+            self._show_clips()
+        here = active and self.rows[-1]["step"] == self._trained_here
+        reason = NO_STOP.get(self.shown, HERE if here else "")
+        disable(reason, self.stop_button, remark=self.why)
+
+    def _state(self, place: Path | str) -> str:
+        """The state of the run in words; `place` is how its folder is named."""
+        ended = self.shown in ("stopped", "finished", "silent")
+        kept = self._kept() if ended else ""
+        return template(STATE).render(
+            status=self.shown,
+            place=str(place),
+            step=self.rows[-1]["step"] if self.rows else 0,
+            steps=self._total_steps(),
+            best=best_step(self.rows),
+            silence=round(time.time() - self._last_written()) if self.shown == "silent" else 0,
+            kept=str(Path(place) / kept) if kept else "",
+            resumable=kept and self.shown != "finished",
         )
 
     def _charts(self) -> dict[str, str]:
-        """The curves by what they tell."""
-        measured = dict.fromkeys(
-            key for row in self.rows for key in row if key.startswith("validation/")
-        )
+        """The curves by their titles."""
         titles = {"reward": "reward, trained on"}
-        for key in measured:
+        for key in (key for r in self.rows for key in r if key.startswith("validation/")):
             name = key.removeprefix("validation/")
             titles[key] = name if name in DESCRIPTIONS else f"{name}, held out"
         titles["grad_norm"] = "gradient norm"
-        across = (0, self.rows[-1]["step"]) if self.rows else (0, 1)
-        return {
-            title: chart(
-                title, [(row["step"], row[key]) for row in self.rows if key in row], across
-            )
-            for key, title in titles.items()
-        }
+        steps = (0, self.rows[-1]["step"]) if self.rows else (0, 1)
+        drawings = {}
+        for key, title in titles.items():
+            curve = Series([(r["step"], r[key]) for r in self.rows if key in r])
+            look = {"x_label": "step", "x_range": steps, "width": 230, "height": 104}
+            drawings[title] = chart([curve], label=title, **look)
+        return drawings
 
     def _show_clips(self) -> None:
         if self.step.value == NONE:
             return
-        path = self.folder / WATCHED / f"step-{int(self.step.value):06d}.webp"
-        prompts = json.loads((self.folder / WATCHED / "prompts.json").read_text(encoding="utf-8"))
-        video, alt = opened(path), f"clips of step {self.step.value}: {', '.join(prompts)}"
-        self.player.show(
-            moving(video, alt), [still(video, i, alt) for i in range(len(video.frames))]
-        )
-        listed = " · ".join(escape(prompt) for prompt in prompts)
-        self.caption.value = (
-            f"<div class=vader-note>from left to right, {SEEDS} seeds each: {listed}</div>"
-        )
+        path = self._clip_path(int(self.step.value))
+        prompts = json.loads((path.parent / "prompts.json").read_text(encoding="utf-8"))
+        video, alt = load_clip(path), f"clips of step {self.step.value}: {', '.join(prompts)}"
+        frames = [still(video, i, alt) for i in range(len(video.frames))]
+        self.player.show(moving(video, alt), frames)
+        self.caption.value = note(f"from left to right, {SEEDS} seeds each: {' · '.join(prompts)}")
 
-    def _explain(self) -> None:
-        here = (
-            bool(self.rows) and self.rows[-1]["step"] == self.told
-        )  # else another process went on
-        reason = {
-            "waiting": "There is nothing to stop yet.",
-            "finished": "The run is over.",
-            "stopped": "The run is over.",
-            "stopping": "It stops after the step that it is at.",
-            "running": "This kernel trains and hears no button: press ■ in the toolbar. The run is kept."
-            if here
-            else "",
-            "silent": "",
-        }[self.shown]
-        disable(reason, self.stop_button, remark=self.why)
+    def to_html(self) -> str:
+        charts = self._charts() if self.rows else {}
+        curves = flow(image(drawing, title) for title, drawing in charts.items())
+        clips = self.player.pages.children[0].value if self.step.value != NONE else ""
+        clips = f"<div style='max-width:420px'>{clips}</div>{self.caption.value}"
+        return f"{self._state(self.folder.name)}{curves}{clips}"
 
-    # ------------------------------------------------------------------------------------------------------ stopping
+    # ----------------------------------------------------------------- runs of other processes
 
     def stop(self) -> None:
-        """Ask the run to end after its step, wherever it is trained; it keeps its adapter and a checkpoint."""
+        """Ask the run to end after its current step, whichever process trains it; it keeps its adapter."""
         if self.status not in ("running", "silent"):
             raise ValueError(f"the run in {self.folder} is {self.status}: there is nothing to stop")
-        checkpoints.ask_to_stop(self.folder)
+        checkpoints.request_stop(self.folder)
         self.refresh()
 
-    # ------------------------------------------------------------------------------------------ runs of other processes
-
     def prepare(self) -> None:
-        """Shown in a notebook, the panel keeps an eye on the folder as long as the run goes on."""
+        """Refresh, and in a notebook keep watching the folder until the run ends."""
         self.refresh()
         if running() and (self._task is None or self._task.done()):
             self._task = asyncio.ensure_future(self._watch())
@@ -351,40 +321,26 @@ class TrainingMonitor(Panel):
             await asyncio.sleep(POLL)
             try:
                 self.refresh()
-            except Exception as error:  # nobody awaits this task; the panel shows it
+            except Exception as error:  # nobody awaits this task, so the panel shows it
                 self.failed(error)
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         if self._task is not None:
             self._task.cancel()
         self.box.close()
 
-    def to_html(self) -> str:
-        curves = (
-            [diagram.image(drawing, title) for title, drawing in self._charts().items()]
-            if self.rows
-            else []
-        )
-        clips = self.player.pages.children[0].value if self.step.value != NONE else ""
-        return (
-            f"<div>{self._state(self.folder.name)}</div>{arranged(curves)}"
-            f"<div style='max-width:420px'>{clips}</div>{self.caption.value}"
-        )
+
+def flow(drawings: Iterable[str]) -> str:
+    """As many drawings beside each other as there is room for."""
+    style = "display:grid;grid-template-columns:repeat(auto-fit, minmax(210px, 1fr));gap:8px"
+    return f"<div style='{style}'>{''.join(drawings)}</div>"
 
 
-def arranged(drawings: Iterable[str]) -> str:
-    """As many beside each other as there is room for."""
-    columns = "repeat(auto-fit, minmax(210px, 1fr))"
-    return f"<div style='display:grid;grid-template-columns:{columns};gap:8px'>{''.join(drawings)}</div>"
-
-
-def opened(path: Path) -> Video:
-    """A clip from a file that `Video.save` wrote as webp."""
-    with Image.open(path) as image:
-        frames = [
-            torch.from_numpy(np.array(frame.convert("RGB")))
-            for frame in ImageSequence.Iterator(image)
-        ]
-        rate = round(1000 / (image.info.get("duration") or 1000))  # a clip of one frame has none
-        return Video(torch.stack(frames).permute(0, 3, 1, 2) / 255, fps=rate)
+def load_clip(path: Path) -> Video:
+    """A clip that `Video.save` wrote as webp."""
+    with Image.open(path) as picture:
+        frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
+        duration = picture.info.get("duration") or 1000  # a clip of one frame has none
+    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    return Video(pixels / 255, fps=round(1000 / duration))

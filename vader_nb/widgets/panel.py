@@ -1,12 +1,13 @@
-"""What all controls share: a frame with a place for errors, a look, escaped texts, a picture for readers without a kernel."""
+"""What all panels share: a frame with a place for errors, a look, labeled controls, a still picture."""
 
-import functools
-import html
+import base64
+import mimetypes
 import sys
 from collections.abc import Callable
+from html import escape
+from pathlib import Path
 
-import ipywidgets
-from ipywidgets import HTML, Layout, VBox
+from ipywidgets import HTML, Button, FloatProgress, VBox
 
 from .jobs import Jobs
 
@@ -26,7 +27,9 @@ STYLE = """<style>
 .vader-side > figure { flex: 1 1 130px; max-width: 256px; min-width: 0 }
 .vader img.vader-frame { image-rendering: pixelated; border-radius: 6px; width: 100%; display: block }
 .vader table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-.vader td, .vader th { padding: 1px 8px 1px 0; text-align: right } .vader td:first-child, .vader th:first-child { text-align: left }
+.vader td, .vader th { padding: 1px 8px 1px 0; text-align: right }
+.vader td:first-child, .vader th:first-child, .vader .vader-columns :is(td, th) { text-align: left }
+.vader-columns { table-layout: fixed } .vader-columns td { overflow-wrap: anywhere }
 .vader-up { color: #1f9d4d } .vader-down { color: #e0573e }
 .vader-scroll { overflow-x: auto; max-width: 100% }
 .vader-frames > .p-TabBar, .vader-frames > .lm-TabBar { display: none !important }
@@ -35,24 +38,38 @@ STYLE = """<style>
 
 # Layouts are dictionaries, of which each widget makes a Layout of its own.
 WIDE = {"width": "auto", "max_width": "640px"}  # of a control: one line, also on a phone
-ROW = {"flex_flow": "row wrap", "align_items": "center", "width": "100%"}
-SIDE = {
-    "flex_flow": "row wrap",
-    "align_items": "flex-start",
-    "width": "100%",
-    "grid_gap": "4px 16px",
-}  # stacked on a phone
+FULL = {"width": "100%"}
+ROW = FULL | {"flex_flow": "row wrap", "align_items": "center"}
+SIDE = FULL | {"flex_flow": "row wrap", "align_items": "flex-start", "grid_gap": "4px 16px"}
 LABEL = {"description_width": "96px"}
 VIEW = "application/vnd.jupyter.widget-view+json"
 
-escape = functools.partial(html.escape, quote=True)
+
+def note(text: str) -> str:
+    """Return a text as a small line of HTML, nothing for an empty one."""
+    return f"<div class=vader-note>{escape(text)}</div>" if text else ""
+
+
+def data_url(data: bytes, kind: str) -> str:
+    """Return data as an address that holds it, for an <img> or a link. kind: as in "image/png"."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def download_link(path: Path) -> str:
+    """Return a link that carries a file within the page."""
+    url = data_url(path.read_bytes(), mimetypes.guess_type(path, strict=False)[0])
+    return f' · <a download="{escape(path.name)}" href="{url}">download</a>'
 
 
 class Panel:
-    """A control. Shows itself in a notebook as `box`, a widget, and where there is no kernel as `to_html()`, a picture.
+    """A control panel, shown in a notebook as `box`, a widget; without a kernel as `to_html()`.
 
-    Attributes that are widgets (`prompt`, `seed`, …) may be set from Python, by their `value`, as in the page. `error` is
-    what went wrong last, None if nothing did: it stands in the panel, since what a handler raises is lost in a notebook.
+    Attributes that are widgets (`prompt`, `seed`, …) can be set from Python by their `value`, with
+    the same effect as in the page.
+
+    Attributes:
+        error: The last error, None if there was none. The panel shows it, because a notebook drops
+            what an event handler raises.
     """
 
     title = ""
@@ -61,77 +78,68 @@ class Panel:
     def __init__(self):
         self.error: Exception | None = None
         self.remark = HTML()
-        self.progress = ipywidgets.FloatProgress(
-            min=0, max=1, description="working", style=LABEL, layout=WIDE
-        )
+        look = {"description": "working", "style": LABEL, "layout": WIDE}
+        self.progress = FloatProgress(min=0, max=1, **look)
         self.progress.layout.visibility = "hidden"
         self.jobs = Jobs(self.busy, self.waiting, self.failed)
-        self.box = None
+        self.box: VBox | None = None
 
     def assemble(self, *children) -> None:
         """Put the panel together, once its parts are made."""
-        head = f"{STYLE}<div class=vader-title>{escape(self.title)}</div><div class=vader-note>{escape(self.hint)}</div>"
-        self.box = VBox(
-            [HTML(head), *children, self.progress, self.remark], layout=Layout(width="100%")
-        )
+        title = HTML(f"{STYLE}<div class=vader-title>{escape(self.title)}</div>{note(self.hint)}")
+        self.box = VBox([title, *children, self.progress, self.remark], layout=FULL)
         self.box.add_class("vader")
 
-    # ------------------------------------------------------------------------------------ what the user is told
+    # ------------------------------------------------------------------------------------ messages
 
     def say(self, text: str) -> None:
-        self.remark.value = f"<div class=vader-note>{escape(text)}</div>" if text else ""
+        """Show a remark; an empty one removes it."""
+        self.remark.value = note(text)
 
     def failed(self, error: Exception) -> None:
+        """Show an error."""
         self.error = error
-        what = (
-            str(error)
-            if isinstance(error, (ValueError, OSError))
-            else f"{type(error).__name__}: {error}"
-        )
-        self.remark.value = f"<div class=vader-error role=alert>{escape(what)}</div>"
+        expected = isinstance(error, (ValueError, OSError))
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        self.remark.value = f"<div class=vader-error role=alert>{escape(text)}</div>"
 
     def busy(self, fraction: float | None) -> None:
+        """Show how much of the work is done, 0 to 1; None: no work."""
         self.progress.layout.visibility = "hidden" if fraction is None else "visible"
         self.progress.value = fraction or 0.0
 
     def waiting(self, on: bool) -> None:
-        """For a model that a cell is at work with."""
-        text = "waits: a cell is at work with a model"
+        """Show or remove that a model is in use elsewhere."""
+        text = "waiting: another cell is using a model"
         if on:
             self.say(text)
         elif text in self.remark.value:
             self.say("")
 
-    def answers(self, handler: Callable) -> Callable:
-        """The handler of an event: clears the last error, and shows its own."""
+    def on(self, handler: Callable[[], None], *controls) -> None:
+        """Call handler() when one of the controls changes or is clicked, and show its errors."""
 
-        @functools.wraps(handler)
-        def answer(*args):
+        def respond(_event) -> None:
             self.error = None
             self.say("")
             try:
-                handler(*args)
+                handler()
             except Exception as error:
                 self.failed(error)
 
-        return answer
-
-    def on(self, handler: Callable, *controls) -> None:
-        """Call handler() whenever one of the controls gets another value, or is clicked."""
-        answer = self.answers(lambda *_: handler())
-        for control in controls:
-            if isinstance(control, ipywidgets.Button):
-                control.on_click(answer)
+        for source in controls:
+            if isinstance(source, Button):
+                source.on_click(respond)
             else:
-                control.observe(answer, "value")
+                source.observe(respond, "value")
 
-    # ------------------------------------------------------------------------------------------- where it is shown
+    # ------------------------------------------------------------------------------------- display
 
     def prepare(self) -> None:
-        """What has to be there before the panel is shown for the first time."""
+        """Make what the panel needs before it is first shown."""
 
     def to_html(self) -> str:
-        """The panel as a picture."""
+        """Return the panel as a still picture."""
         raise NotImplementedError
 
     def _repr_mimebundle_(self, **_):
@@ -139,26 +147,24 @@ class Panel:
         try:
             self.prepare()
             picture = self.to_html()
-        except Exception as error:  # the panel itself shows it, and has the controls to mend it
+        except Exception as error:  # shown in the panel, which has the controls to fix it
             self.failed(error)
             picture = self.remark.value
-        if "google.colab" not in sys.modules:  # which might take the picture for the better choice
+        if "google.colab" not in sys.modules:  # Colab could prefer the picture to the widget
             bundle["text/html"] = picture
-        return bundle | {
-            VIEW: {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        }
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
+        return bundle | {VIEW: view}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.hint}"
 
 
 def disable(why: str, *controls, remark: HTML | None = None) -> None:
-    """Controls that cannot act now, and the reason, where one sees it: beside them, and when one points at them. An empty
-    reason: they can."""
-    for control in controls:
-        control.disabled = bool(why)
-        setattr(
-            control, "tooltip" if control.has_trait("tooltip") else "description_tooltip", why
-        )  # ipywidgets 8, 7
+    """Disable controls and say why, in their tooltips and in `remark`; an empty reason enables."""
+    for item in controls:
+        item.disabled = bool(why)
+        # the trait's name in ipywidgets 8, and in 7
+        trait = "tooltip" if item.has_trait("tooltip") else "description_tooltip"
+        setattr(item, trait, why)
     if remark is not None:
         remark.value = f"<span class=vader-note>{escape(why)}</span>"

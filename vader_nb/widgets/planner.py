@@ -1,381 +1,255 @@
-"""Will a training step fit on a GPU? `vader_nb.memory` with controls: bars by stage, and what to change if it does not.
+"""Does a training step fit on a GPU? `vader_nb.memory` with controls.
 
-planner = MemoryPlanner("modelscope", "hps", gpu="T4")   in a notebook
-planner.simulate(height=320, width=576)                   the same from Python: a Memory
+planner = MemoryPlanner("modelscope", "hps", gpu_memory="T4")   in a notebook
+planner.simulate(height=320, width=576)                         the same from Python: a Memory
 """
 
 import shlex
-from dataclasses import fields
 
-import torch
-from ipywidgets import HTML, Button, Checkbox, Dropdown, HBox, IntSlider, Layout, Text, VBox
+from ipywidgets import HTML, Text
 
-from ..gradient import Frames, Last
-from ..memory import GIB, GPUS, MARGIN, STAGES, Memory, Setting, fits, simulate, spelled, trying
+from ..memory_planner import GIB, GPUS, MARGIN, STAGES, Memory, describe, search_settings, simulate
 from ..models import CHECKPOINTS, checkpoint_of
 from ..rewards import syntax
-from .diagram import GRADIENT, WIDTH, box, image, svg, words
-from .panel import LABEL, ROW, SIDE, WIDE, Panel, disable, escape
-
-OWN = "the model’s own"  # as a value 0: None would be to a Dropdown that nothing is chosen
-SIZES = (64, 128, 192, 256, 320, 384, 448, 512, 576, 768, 1024)
-LENGTHS = (1, 4, 8, 12, 16, 24, 32, 48, 64)
-FRAMES = {
-    "1 random": Frames(),
-    "ends": Frames("ends"),
-    "every 2nd": Frames("nth", 2),
-    "all": Frames("all"),
-}
-COMMAND = {
-    Frames(): "random:1",
-    Frames("ends"): "ends",
-    Frames("nth", 2): "nth:2",
-    Frames("all"): "all",
-}
-CODE = {
-    frames: f"Frames({frames.how!r}{f', {frames.k}' if frames.how == 'nth' else ''})"
-    for frames in COMMAND
-}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-KEPT = 100  # simulations whose figures are kept
-WAITS = "“Simulate” waits for a reward that can be read."
-PRESS = (
-    "Press “simulate”: a training step is gone through with tensors that have sizes but no numbers. That takes seconds for "
-    "tiny, half a minute or so for the big models."
+from .controls import (
+    FRAMES,
+    SettingsPanel,
+    beside,
+    button,
+    choice,
+    column,
+    row,
+    slider,
+    switch,
+    template,
 )
+from .drawing import bars
+from .panel import LABEL, WIDE, disable, note
+
+DEFAULT = ("default of the model", 0)  # of a size
+PIXELS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 768, 1024)
+LENGTHS = (1, 4, 8, 12, 16, 24, 32, 48, 64)
+MAX_STEPS = 50  # of a directory that does not say how many are usual
+KEPT = 100  # answers that are kept
+UNREADABLE = "“Simulate” waits for a reward that can be read."
+UNKNOWN = (
+    "Press “simulate”: a training step runs on tensors that have shapes but no numbers. This takes "
+    "seconds for tiny, and about half a minute for the large models."
+)
+ATOMIC = "A simulation takes seconds to half a minute and cannot be stopped midway."
+VERDICT = """
+<div role=status>
+{% if not memory %}{{ unknown }}{% else %}
+<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b> {{ "%.2f"|format(need) }} GiB and {{ margin }} GiB to spare, of {{ size }} GiB on a {{ gpu }}.
+{% if gpu in memory.suggestions %}{{ "It fits " if suggestion }}{{ describe(suggestion) }}.
+{% elif not memory.fits[gpu] %}Press “simulate” to search for settings that fit.{% endif %}
+{% endif %}
+</div>
+"""
+CODE = """
+<div class=vader-note>The same question from Python, and from a shell:</div>
+<div class=vader-code>{{ python }}</div><div class=vader-code>{{ shell }}</div>
+"""
 
 
-class MemoryPlanner(Panel):
-    """The peak memory of a training step by stage, simulated without weights and without a GPU, against a GPU's size.
+class MemoryPlanner(SettingsPanel):
+    """The peak memory of a training step by stage, simulated without weights and without a GPU.
 
-    model: a name of `models.CHECKPOINTS` or a pipeline directory; reward: an expression; gpu: one of `memory.GPUS`, the
-    first setting of the controls, which bear the names of `memory.Setting`. Nothing is simulated before it is asked for,
-    since it takes some seconds (tiny) to half a minute: until then the page shows what there is to fit into. Raises
-    ValueError for an unknown model, reward or GPU, FileNotFoundError for a directory that is no pipeline's.
+    The controls have the names of the settings of `vader_nb.memory`. A simulation takes seconds to
+    half a minute, so it starts only on request.
+
+    Args:
+        model: a name of `models.CHECKPOINTS` or the directory of a pipeline.
+        reward: an expression.
+        gpu_memory: one of `memory.GPUS`.
+
+    Raises:
+        ValueError: an unknown model, reward or GPU.
+        FileNotFoundError: a directory without a pipeline.
     """
 
     title = "Memory planner"
     hint = "Choose what to train and on which GPU, then press “simulate”: does a training step fit?"
 
-    def __init__(self, model: str = "modelscope", reward: str = "hps", gpu: str = "T4"):
+    def __init__(self, model: str = "modelscope", reward: str = "hps", gpu_memory: str = "T4"):
         super().__init__()
         checkpoint_of(model)
         syntax(reward)
-        if gpu not in GPUS:
-            raise ValueError(f"unknown GPU {gpu!r}; choose one of {', '.join(GPUS)}")
-        self.stages: dict[Setting, dict[str, int]] = {}  # bytes by stage of what was simulated
-        self.remedies: dict[
-            tuple[Setting, str], dict | None
-        ] = {}  # what to change, where it was looked for
-        self._filling = False
-        self._controls(str(model), reward, gpu)
-        self.drawing, self.verdict, self.code = HTML(), HTML(), HTML()
-        half = Layout(flex="1 1 300px", max_width="440px", min_width="0")
-        first, second, *rest = self.settings.values()
-        controls = VBox([first, second, self.gpu, *rest, self.why], layout=half)
-        buttons = HBox([self.button, self.change], layout=ROW)
-        answer = VBox(
-            [buttons, self.drawing, self.verdict],
-            layout=Layout(flex="2 1 330px", max_width="560px", min_width="0"),
-        )
-        self.assemble(HBox([controls, answer], layout=SIDE), self.code)
-        self._moved()
+        if gpu_memory not in GPUS:
+            raise ValueError(f"unknown GPU {gpu_memory!r}; choose one of {', '.join(GPUS)}")
+        self.answers: dict[tuple, Memory] = {}
+        self._build(str(model), reward, gpu_memory)
+        self._limit_steps()
+        self.changed()
 
-    def _controls(self, model: str, reward: str, gpu: str) -> None:
-        look = {"style": LABEL, "layout": WIDE}
-        models = dict.fromkeys([*CHECKPOINTS, model])
-        self.model = Dropdown(options=list(models), value=model, description="model", **look)
-        self.reward = Text(reward, description="reward", continuous_update=False, **look)
-        sizes = [(OWN, 0), *((f"{n} pixels", n) for n in SIZES)]
-        self.height = Dropdown(options=sizes, description="height", **look)
-        self.width = Dropdown(options=sizes, description="width", **look)
-        lengths = [(OWN, 0), *((str(n), n) for n in LENGTHS)]
-        self.num_frames = Dropdown(options=lengths, description="num_frames", **look)
-        self.batch_size = IntSlider(1, min=1, max=16, description="batch_size", **look)
-        self.K = IntSlider(1, min=1, max=50, description="K, steps", **look)
-        self.frames = Dropdown(options=list(FRAMES), description="frames", **look)
-        self.dtype = Dropdown(options=list(DTYPES), description="dtype", **look)
-        self.checkpoint_blocks = Checkbox(
-            True, description="checkpoint_blocks: compute blocks again", indent=False
-        )
-        self.sequential_guidance = Checkbox(
-            False, description="sequential_guidance: its halves in turn", indent=False
-        )
-        self.model_cpu_offload = Checkbox(
-            False, description="model_cpu_offload: idle networks wait", indent=False
-        )
-        for switch in (self.checkpoint_blocks, self.sequential_guidance, self.model_cpu_offload):
-            switch.layout.width = "auto"
-        names = "model reward height width num_frames batch_size K frames dtype"
-        names += " checkpoint_blocks sequential_guidance model_cpu_offload"
-        self.settings = {name: getattr(self, name) for name in names.split()}
+    def _build(self, model: str, reward: str, gpu: str) -> None:
+        models = list(dict.fromkeys([*CHECKPOINTS, model]))
         gpus = [(f"{name}, {size:g} GiB", name) for name, size in GPUS.items()]
-        self.gpu = Dropdown(options=gpus, value=gpu, description="GPU", **look)
-        self.button = Button(
-            description="simulate",
-            icon="play",
-            button_style="primary",
-            layout=Layout(width="110px"),
-        )
-        self.change = Button(description="make it fit", icon="wrench", layout=Layout(width="120px"))
-        self.why = HTML()
-        self.on(self._moved, *self.settings.values(), self.gpu)
-        self.on(lambda: self.jobs.submit(self._job), self.button)
-        self.on(self.make_it_fit, self.change)
+        pixels = [DEFAULT, *((f"{n} pixels", n) for n in PIXELS)]
+        lengths = [DEFAULT, *((str(n), n) for n in LENGTHS)]
+        look = {"continuous_update": False, "style": LABEL, "layout": WIDE}
+        self.settings = {
+            "model": choice("model", models, model),
+            "reward": Text(reward, description="reward", **look),
+            "gpu_memory": choice("GPU", gpus, gpu),
+            "height": choice("height", pixels),
+            "width": choice("width", pixels),
+            "num_frames": choice("num_frames", lengths),
+            "batch_size": slider("batch_size", 1, 1, 16),
+            "K": slider("K, steps", 1, 1, 50),
+            "frames": choice("frames", FRAMES),
+            "dtype": choice("dtype", ("float16", "bfloat16", "float32")),
+            "gradient_checkpointing": switch("gradient_checkpointing: compute blocks again", True),
+            "sequential_guidance": switch("sequential_guidance: its halves one by one", False),
+            "model_cpu_offload": switch("model_cpu_offload: idle networks wait on the CPU", False),
+        }
+        vars(self).update(self.settings)
+        self._defaults = self.values()
+        self.simulate_button = button("simulate", "play", 110, primary=True)
+        self.fit_button = button("make it fit", "wrench", 120)
+        self.why, self.drawing, self.verdict, self.code = HTML(), HTML(), HTML(), HTML()
+        self.on(self._limit_steps, self.model)
+        self.watch_settings()
+        self.on(lambda: self.jobs.submit(self._job), self.simulate_button)
+        self.on(self.make_it_fit, self.fit_button)
+        buttons = row(self.simulate_button, self.fit_button)
+        answer = column(buttons, self.drawing, self.verdict, flex="2 1 330px")
+        controls = column(*self.settings.values(), self.why, max_width="440px")
+        self.assemble(beside(controls, answer), self.code)
 
-    # ------------------------------------------------------------------------------------------ the setting
-
-    @property
-    def setting(self) -> Setting:
-        values = {name: control.value for name, control in self.settings.items()}
-        strategy = Last(values.pop("K"))
-        values |= {name: values[name] or None for name in ("height", "width", "num_frames")}
-        values |= {"frames": FRAMES[values["frames"]], "dtype": DTYPES[values["dtype"]]}
-        return Setting(**values, strategy=strategy)
-
-    def set(self, **changes) -> None:
-        """Set controls by name, `gpu` among them; a size of 0 is the model's own. Raises ValueError for a value that they
-        cannot have, and for a reward that cannot be read."""
-        known = self.settings | {"gpu": self.gpu}
-        self._filling = True
-        try:
-            for name in sorted(
-                changes, key=lambda name: name != "model"
-            ):  # which decides how many steps there are
-                if name not in known:
-                    raise ValueError(
-                        f"unknown setting {name!r}; the planner has {', '.join(known)}"
-                    )
-                known[name].value = possible(name, known[name], changes[name])
-                self._limit()
-        finally:
-            self._filling = False
-            self._show()
-        syntax(self.reward.value)
-
-    def _moved(self) -> None:
-        if not self._filling:
-            self._limit()
-            self._show()
-            syntax(self.reward.value)
-
-    def _limit(self) -> None:
-        """K ends at the steps of the model; a larger value comes down to it."""
-        filling, self._filling = self._filling, True
-        self.K.max = checkpoint_of(self.model.value).defaults["num_inference_steps"]
-        self._filling = filling
+    def _limit_steps(self) -> None:
+        defaults = checkpoint_of(self.model.value).defaults
+        self.K.max = defaults.get("num_inference_steps", MAX_STEPS)
 
     @property
-    def unread(self) -> str:
-        """Why the reward's expression cannot be read; empty if it can."""
-        try:
-            syntax(self.reward.value)
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    # ------------------------------------------------------------------------------------------- simulating
+    def changes(self) -> dict:
+        """The settings of `vader_nb.memory` that are not at their defaults."""
+        always = ("frames",)  # their default depends on the reward
+        values = {
+            name: value
+            for name, value in self.values().items()
+            if name in always or value != self._defaults[name]
+        }
+        for name in ("model", "reward", "gpu_memory"):
+            values.pop(name, None)
+        strategy = {"strategy": f"Last({values.pop('K')})"} if "K" in values else {}
+        return values | strategy
 
     @property
     def memory(self) -> Memory | None:
-        """The answer for the current setting, None if it has not been simulated."""
-        setting, gpu = self.setting, self.gpu.value
-        if setting not in self.stages:
-            return None
-        found = {gpu: self.remedies[setting, gpu]} if (setting, gpu) in self.remedies else {}
-        return Memory(setting, self.stages[setting], remedies=found)
+        """The answer for the current settings; None if it has not been simulated."""
+        return self.answers.get(self._question())
+
+    def _question(self) -> tuple:
+        return self.model.value, self.reward.value, *self.changes.items()
+
+    # ---------------------------------------------------------------------------------- simulating
 
     def simulate(self, **changes) -> Memory:
-        """Simulate now, after setting controls by name, and wait for it."""
+        """Simulate now, after setting controls by name, and wait for the result."""
         self.set(**changes)
         self.jobs.finish(self._job)
         return self.memory
 
     def _job(self):
-        setting, gpu = self.setting, self.gpu.value
-        syntax(setting.reward)
-        whole = "A simulation is one piece of work of some seconds to half a minute, which cannot be stopped midway."
-        self.say(f"Simulating one training step. {whole}")
+        asked, changes = (self.model.value, self.reward.value), self.changes
+        gpu, question = self.gpu_memory.value, self._question()
+        syntax(self.reward.value)
+        self.say(f"Simulating one training step. {ATOMIC}")
         yield 0.05
-        self.stages[setting] = simulate(setting)
-        for old in list(self.stages)[:-KEPT]:
-            del self.stages[old]
+        answer = Memory(*asked, changes, simulate(*asked, **changes))
+        self.answers[question] = answer
+        for old in list(self.answers)[:-KEPT]:
+            del self.answers[old]
         self._show()
-        if (
-            not fits(max(self.stages[setting].values()), gpu)
-            and (setting, gpu) not in self.remedies
-        ):
-            self.remedies[setting, gpu] = yield from self._search(setting, gpu, whole)
-            for old in list(self.remedies)[:-KEPT]:
-                del self.remedies[old]
+        if not answer.fits[gpu]:
+            search, tried = search_settings(*asked, GPUS[gpu], **changes), 0
+            while gpu not in answer.suggestions:
+                try:
+                    next(search)
+                except StopIteration as found:
+                    answer.suggestions[gpu] = found.value
+                tried += 1
+                self.say(f"Too small for a {gpu}. Searching, simulation {tried}. {ATOMIC}")
+                yield min(0.95, 0.3 + 0.1 * tried)
         self.say("")
         self._show()
 
-    def _search(self, setting: Setting, gpu: str, whole: str):
-        """`memory.remedy`, which is a simulation after the other."""
-        search, tried = trying(setting, gpu), 0
-        while True:
-            try:
-                next(search)
-            except StopIteration as found:
-                return found.value
-            tried += 1
-            self.say(
-                f"Too small for a {gpu}. Looking for what to change, simulation {tried}. {whole}"
-            )
-            yield min(0.95, 0.3 + 0.1 * tried)
+    @property
+    def suggestion(self) -> dict | None:
+        """The settings to change so that it fits; None if none are known."""
+        return self.memory.suggestions.get(self.gpu_memory.value) if self.memory else None
 
     def make_it_fit(self) -> None:
-        """Set the controls to what was found to fit, and simulate that."""
-        change = self.remedies.get((self.setting, self.gpu.value))
-        if not change:
-            raise ValueError("nothing was found that would make it fit: press “simulate” first")
-        spelling = {frames: name for name, frames in FRAMES.items()}
-        self.set(
-            **{
-                name: spelling[value] if name == "frames" else value
-                for name, value in change.items()
-            }
-        )
-        self.jobs.submit(self._job, settle=0)
+        """Change the settings to what was found to fit, and simulate that."""
+        if not self.suggestion:
+            raise ValueError("no settings that fit are known: press “simulate” first")
+        changes = dict(self.suggestion)
+        if "frames" in changes:
+            changes["frames"] = str(changes["frames"])
+        self.set(**changes)
+        self.jobs.submit(self._job, 0)
 
-    # --------------------------------------------------------------------------------------------- showing
+    # ------------------------------------------------------------------------------------- display
+
+    def changed(self) -> None:
+        self._show()
+        syntax(self.reward.value)  # an error is shown in the panel
 
     def _show(self) -> None:
-        unread = self.unread
-        disable(WAITS if unread else "", self.button)
-        remedy = self.remedies.get((self.setting, self.gpu.value))
-        disable("" if remedy else "nothing to change is known", self.change)
-        self.change.layout.display = "" if remedy else "none"
-        self.why.value = f"<div class=vader-note>{WAITS}</div>" if unread else ""
-        self.drawing.value = self.bars[0]
-        self.verdict.value = f"<div role=status>{self.answer}</div>"
-        self.code.value = "" if unread else self._code()
+        try:
+            syntax(self.reward.value)
+            unreadable = ""
+        except ValueError:
+            unreadable = UNREADABLE
+        memory, gpu, suggestion = self.memory, self.gpu_memory.value, self.suggestion
+        disable(unreadable, self.simulate_button)
+        disable("" if suggestion else "no settings that fit are known", self.fit_button)
+        self.fit_button.layout.display = "" if suggestion else "none"
+        self.why.value = note(unreadable)
+        self.drawing.value = self._bars()
+        self.verdict.value = template(VERDICT).render(
+            memory=memory,
+            unknown=unreadable or UNKNOWN,
+            gpu=gpu,
+            need=memory.bytes / GIB if memory else 0,
+            margin=f"{MARGIN:g}",
+            size=GPUS[gpu],
+            suggestion=suggestion,
+            describe=describe,
+        )
+        code = template(CODE).render(python=self.python, shell=self.shell)
+        self.code.value = "" if unreadable else code
 
-    @property
-    def answer(self) -> str:
-        """The verdict in words, as HTML."""
-        memory, gpu = self.memory, self.gpu.value
-        if memory is None:
-            return WAITS if self.unread else PRESS
-        need = f"{memory.bytes / GIB:.2f} GiB and {MARGIN:g} GiB to spare, of {GPUS[gpu]:g} GiB on a {gpu}"
-        if memory.fits[gpu]:
-            return f"<b>Fits:</b> {escape(need)}."
-        if gpu not in memory.remedies:
-            return f"<b>Too small:</b> {escape(need)}. What to change is not known yet: press “simulate”."
-        change = memory.remedies[gpu]
-        way = (
-            f"It fits {spelled(change)}." if change else f"N{spelled(change)[1:]}."
-        )  # "no setting of ours …"
-        return f"<b>Too small:</b> {escape(need)}. {escape(way)}"
-
-    @property
-    def bars(self) -> tuple[str, str]:
-        """The drawing of the current setting, and what it shows in words."""
-        memory = self.memory
-        return bars(memory.stages if memory else None, self.gpu.value)
+    def _bars(self) -> str:
+        gpu, stages = self.gpu_memory.value, self.memory.stages if self.memory else {}
+        values = {stage: stages.get(stage, float("nan")) / GIB for stage in STAGES}
+        peaks = ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
+        words = f"Peak memory by stage in GiB: {peaks}; a {gpu} has {GPUS[gpu]:g}."
+        return bars(
+            values,
+            GPUS[gpu],
+            MARGIN,
+            label=words if stages else f"A {gpu} has {GPUS[gpu]:g} GiB.",
+            limit_label=f"{gpu}: {GPUS[gpu]:g} GiB",
+            remark=f"light: {MARGIN:g} GiB to spare" if stages else "not simulated yet",
+        )
 
     @property
     def python(self) -> str:
-        """The call that answers the same."""
-        setting, usual = self.setting, Setting()
-        parts = [repr(setting.model), repr(setting.reward), f"gpu={self.gpu.value!r}"]
-        for name in (f.name for f in fields(Setting) if f.name not in ("model", "reward")):
-            value = getattr(setting, name)
-            if value != getattr(usual, name):
-                home = "vader_nb." if name in ("strategy", "frames") else ""
-                parts.append(f"{name}={home}{CODE[value] if name == 'frames' else repr(value)}")
-        return f"vader_nb.memory({', '.join(parts)})"
+        """The call that answers the same question."""
+        settings = {"gpu_memory": self.gpu_memory.value} | self.changes
+        written = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        return f"vader_nb.memory({self.model.value!r}, {self.reward.value!r}, {written})"
 
     @property
     def shell(self) -> str:
-        """The command that answers the same; empty where the command has no word for it."""
-        setting, usual = self.setting, Setting()
-        if setting.dtype != usual.dtype:
-            return ""
-        asked = {"model": setting.model, "reward": setting.reward, "gpu": self.gpu.value}
-        for name in (f.name for f in fields(Setting) if f.name not in (*asked, "frames")):
-            value = getattr(setting, name)
-            if value != getattr(usual, name):
-                asked |= {"K": value.K} if name == "strategy" else {name: value}
-        asked["frames"] = COMMAND[
-            setting.frames
-        ]  # always said: the command's default depends on the reward
-        return " ".join(
-            ["vader-nb memory", *(shlex.quote(f"{name}={value}") for name, value in asked.items())]
-        )
-
-    def _code(self) -> str:
-        shell = (
-            self.shell
-            or f"# the command always takes float16; {self.dtype.value} needs the call from Python"
-        )
-        return (
-            "<div class=vader-note>The same question from Python, and from a shell:</div>"
-            f"<div class=vader-code>{escape(self.python)}</div><div class=vader-code>{escape(shell)}</div>"
-        )
+        """The command that answers the same question."""
+        names = ("model", "reward", "gpu_memory")
+        settings = {name: self.settings[name].value for name in names} | self.changes
+        words = (f"{name}={value}" for name, value in settings.items())
+        return shlex.join(["vader-nb", "memory", *words])
 
     def to_html(self) -> str:
-        drawing, alt = self.bars
-        memory = self.memory
-        table = memory._repr_html_() if memory else ""
-        return f"<div>{image(drawing, alt)}<p>{self.answer}</p>{table}{'' if self.unread else self._code()}</div>"
-
-
-def possible(name: str, control, value):
-    """The value, if the control can have it. Raises ValueError that says which it can."""
-    if isinstance(control, Dropdown):
-        choices = [option[1] if isinstance(option, tuple) else option for option in control.options]
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
-    if isinstance(control, IntSlider) and not control.min <= value <= control.max:
-        raise ValueError(f"{name} must lie in {control.min}..{control.max}, got {value}")
-    return value
-
-
-# ------------------------------------------------------------------------------------------- the drawing
-
-LEFT, RIGHT, TOP, ROW_HEIGHT = 74, WIDTH - 64, 34, 24
-
-
-def bars(stages: dict[str, int] | None, gpu: str) -> tuple[str, str]:
-    """A bar for each stage against the GPU's size, with what is to spare on the longest; and the same in words. Without
-    stages only the GPU's size."""
-    size, most = GPUS[gpu], max(stages.values()) / GIB if stages else 0.0
-    scale = (RIGHT - LEFT) / max(size * 1.08, most + MARGIN)
-    bottom = TOP + ROW_HEIGHT * len(STAGES)
-    parts = []
-    for i, stage in enumerate(STAGES):
-        y, amount = TOP + ROW_HEIGHT * i, stages[stage] / GIB if stages else 0.0
-        worst = bool(stages) and amount == most
-        parts.append(words(LEFT - 6, y + 15, stage, 12, "end", worst))
-        if not stages:
-            continue
-        length = amount * scale
-        parts.append(box(LEFT, y + 2, max(1, length), ROW_HEIGHT - 6, "stage", True))
-        if worst:
-            parts.append(
-                f'<rect class="margin" x="{LEFT + length:g}" y="{y + 2}" width="{MARGIN * scale:g}" height="{ROW_HEIGHT - 6}" '
-                'fill="none" stroke="currentColor" stroke-dasharray="3 2"/>'
-            )
-        parts.append(words(WIDTH - 2, y + 15, f"{amount:.2f}", 12, "end", worst))
-    limit = LEFT + size * scale
-    parts += [
-        f'<path d="M{limit:g} {TOP - 4}V{bottom + 2}" stroke="{GRADIENT}" stroke-width="2" fill="none"/>',
-        words(limit, TOP - 10, f"{gpu}: {size:g} GiB", 12, "end", True),
-        words(WIDTH - 2, TOP - 10, "GiB", 11, "end"),
-        words(
-            LEFT,
-            bottom + 16,
-            f"dashed: {MARGIN:g} GiB to spare for what is not a tensor" if stages else "",
-            11,
-        ),
-    ]
-    if not stages:
-        parts.append(words(LEFT + 6, (TOP + bottom) / 2 + 4, "not simulated yet", 12))
-        return svg(
-            bottom + 22, parts, f"Not simulated yet; a {gpu} has {size:g} GiB."
-        ), f"A {gpu} has {size:g} GiB."
-    told = ", ".join(f"{stage} {amount / GIB:.2f}" for stage, amount in stages.items())
-    alt = f"Peak memory by stage in GiB: {told}; a {gpu} has {size:g}."
-    return svg(bottom + 22, parts, alt), alt
+        table = self.memory._repr_html_() if self.memory else ""
+        return f"{self.drawing.value}{self.verdict.value}{table}{self.code.value}"

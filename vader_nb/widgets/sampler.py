@@ -1,37 +1,24 @@
-"""Sampling by hand: prompt, seed, steps, guidance, adapters; what each of them does to the clip.
+"""Sampling by hand: prompt, seed, steps, guidance, adapters, and what each does to the clip.
 
 Sampler(model, adapters={"hps": "runs/hps"})          in a notebook
 sampler.run(prompt="…", seed=3, scale=0.7)            the same from Python: a Video
 """
 
-import base64
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ipywidgets import (
-    HTML,
-    Button,
-    Checkbox,
-    Dropdown,
-    FloatRangeSlider,
-    FloatSlider,
-    HBox,
-    IntSlider,
-    IntText,
-    Layout,
-    Text,
-    VBox,
-)
+from ipywidgets import HTML, FloatRangeSlider, IntText, Text, VBox
 
 from .. import zoo
-from ..gradient import Sampling
 from ..models import VideoModel
+from ..sampling import Sampling
 from ..video import Video
 from . import clips
-from .panel import LABEL, ROW, SIDE, WIDE, Panel, disable, escape
+from .controls import SettingsPanel, beside, button, choice, column, row, slider, switch
+from .panel import LABEL, WIDE, disable, download_link, escape, note
 from .player import Player, moving, still
 
 NONE = "none (base model)"
@@ -40,8 +27,11 @@ HISTORY = 8  # clips that are kept to go back to
 
 @dataclass(frozen=True)
 class Request:
-    """What a clip is made of. adapter, second: names of `adapters` or `NONE`; scale 0 to 1.5; start, end: the part of the
-    denoising in which they act."""
+    """The settings of a clip.
+
+    adapter and second are names of the panel's adapters or `NONE`, with scales 0 to 1.5; they act
+    from `start` to `end`, parts of the denoising.
+    """
 
     prompt: str
     seed: int = 0
@@ -55,31 +45,33 @@ class Request:
     end: float = 1.0
 
     def weights(self) -> dict[str, float]:
-        """Adapters that act, by name. A second one only beside a first."""
+        """Return the adapters that act, by name. A second one acts only beside a first."""
         if self.adapter == NONE:
             return {}
-        chosen = {self.adapter: self.scale}
-        if self.second not in (NONE, self.adapter):
-            chosen[self.second] = self.second_scale
-        return {name: weight for name, weight in chosen.items() if weight}
+        chosen = {self.second: self.second_scale, self.adapter: self.scale}
+        return {n: chosen[n] for n in (self.adapter, self.second) if n != NONE and chosen[n]}
 
     def __str__(self) -> str:
-        mix = (
-            " + ".join(f"{weight:g} × {name}" for name, weight in self.weights().items()) or "base"
-        )
-        part = (
-            f", acting {self.start:.0%} to {self.end:.0%}"
-            if self.weights() and (self.start, self.end) != (0, 1)
-            else ""
-        )
-        return f"{mix}{part} · seed {self.seed} · {self.num_inference_steps} steps · guidance {self.guidance_scale:g}"
+        weights = self.weights()
+        text = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items()) or "base"
+        if weights and (self.start, self.end) != (0, 1):
+            text += f", acting {self.start:.0%} to {self.end:.0%}"
+        steps, guidance = self.num_inference_steps, self.guidance_scale
+        return f"{text} · seed {self.seed} · {steps} steps · guidance {guidance:g}"
 
 
-class Sampler(Panel):
-    """A clip of a prompt, made anew whenever a control moves.
+class Sampler(SettingsPanel):
+    """A clip of a prompt, sampled again whenever a control changes.
 
-    adapters: name -> file or a run's folder, default the shipped ones for the model "tiny". prompt: the first one.
-    folder: where clips are saved. Raises FileNotFoundError or ValueError for an adapter that does not fit the model.
+    Args:
+        model: The video model.
+        adapters: Name -> file or folder of a run; default: those shipped for the model "tiny".
+        prompt: The first prompt.
+        folder: Where clips are saved.
+
+    Raises:
+        FileNotFoundError: An adapter's file does not exist.
+        ValueError: An adapter does not fit the model.
     """
 
     title = "Sampler"
@@ -93,278 +85,199 @@ class Sampler(Panel):
         folder: str | Path = "runs/clips",
     ):
         super().__init__()
-        self.model, self.adapters, self.folder = model, clips.fitting(model, adapters), Path(folder)
+        self.model, self.folder = model, Path(folder)
+        self.adapters = clips.validate_adapters(model, adapters)
         self.history: deque[tuple[Request, Video]] = deque(maxlen=HISTORY)
-        self._filling = False
-        self._blend = (None, None)  # the weights it was made for, and the adapter
+        self._merged = (None, None)  # weights by path, and the adapter that is their sum
         self._controls(prompt or clips.examples(model, 1)[0])
         self.player = Player(model.defaults["num_frames"])
         self.caption, self.listing, self.saved = HTML(), HTML(), HTML()
-        self._slots = [self._slot(i) for i in range(HISTORY)]
-        strip = HBox([slot.box for slot in self._slots], layout=ROW | {"align_items": "flex-start"})
-        controls = VBox(
-            [
-                self.prompt,
-                HBox([self.seed, self.dice], layout=ROW),
-                self.lock,
-                self.num_inference_steps,
-                self.guidance_scale,
-                self.adapter,
-                self.scale,
-                self.second,
-                self.second_scale,
-                self.part,
-                self.why,
-            ],
-            layout=Layout(flex="2 1 330px", max_width="600px", min_width="0"),
-        )
-        clip = VBox(
-            [self.player.box, self.caption],
-            layout=Layout(flex="1 1 260px", max_width="340px", min_width="0"),
-        )
+        self._slots = [self._slot(index) for index in range(HISTORY)]
+        prompt_, seed, *others = self.settings.values()
+        controls = [prompt_, row(seed, self.dice), self.lock, *others, self.part, self.why]
+        clip = column(self.player.box, self.caption, flex="1 1 260px", max_width="340px")
+        strip = row(*self._slots)
+        strip.layout.align_items = "flex-start"
         self.assemble(
-            HBox([controls, clip], layout=SIDE),
-            HBox([self.format, self.save_button, self.saved], layout=ROW),
+            beside(column(*controls, flex="2 1 330px", max_width="600px"), clip),
+            row(self.format, self.save_button, self.saved),
             self.listing,
             strip,
         )
-        self._explain()
+        self.changed()
 
     def _controls(self, prompt: str) -> None:
-        defaults = self.model.defaults
+        steps = self.model.defaults["num_inference_steps"]
+        guidance = float(self.model.defaults["guidance_scale"])
         names = [NONE, *self.adapters]
-        self.prompt = Text(
-            prompt, description="prompt", continuous_update=False, style=LABEL, layout=WIDE
-        )
-        self.seed = IntText(0, description="seed", style=LABEL, layout=Layout(width="220px"))
-        self.dice = Button(
-            description="new seed",
-            icon="random",
-            tooltip="draw another seed",
-            layout=Layout(width="110px"),
-        )
-        self.lock = Checkbox(
-            True, description="keep the seed when the prompt changes", indent=False
-        )
-        self.lock.layout.width = "auto"
-        slider = {"continuous_update": False, "style": LABEL, "layout": WIDE}
-        most = max(50, defaults["num_inference_steps"])
-        self.num_inference_steps = IntSlider(
-            defaults["num_inference_steps"], min=1, max=most, description="steps", **slider
-        )
-        self.guidance_scale = FloatSlider(
-            defaults["guidance_scale"], min=1, max=15, step=0.5, description="guidance", **slider
-        )
-        self.adapter = Dropdown(
-            options=names,
-            value=names[min(1, len(names) - 1)],
-            description="adapter",
-            style=LABEL,
-            layout=WIDE,
-        )
-        self.second = Dropdown(
-            options=names, value=NONE, description="mixed with", style=LABEL, layout=WIDE
-        )
-        self.scale = FloatSlider(1.0, min=0, max=1.5, step=0.05, description="scale", **slider)
-        self.second_scale = FloatSlider(
-            0.5, min=0, max=1.5, step=0.05, description="its scale", **slider
-        )
-        self.part = FloatRangeSlider(
-            value=(0.0, 1.0),
-            min=0,
-            max=1,
-            step=0.05,
-            description="adapter acts",
-            readout_format=".0%",
-            **slider,
-        )
+        look = {"continuous_update": False, "style": LABEL, "layout": WIDE}
+        fine = {"continuous_update": False, "step": 0.05}
+        self.prompt = Text(prompt, description="prompt", **look)
+        self.seed = IntText(0, description="seed", style=LABEL, layout={"width": "220px"})
+        self.dice = button("new seed", "random", 110)
+        self.lock = switch("keep the seed when the prompt changes", True)
+        most = max(50, steps)
+        self.num_inference_steps = slider("steps", steps, 1, most, continuous_update=False)
+        self.guidance_scale = slider("guidance", guidance, 1, 15, **fine | {"step": 0.5})
+        self.adapter = choice("adapter", names, names[:2][-1])
+        self.scale = slider("scale", 1.0, 0, 1.5, **fine)
+        self.second = choice("mixed with", names)
+        self.second_scale = slider("its scale", 0.5, 0, 1.5, **fine)
+        part = {"min": 0, "max": 1, "step": 0.05, "readout_format": ".0%"}
+        self.part = FloatRangeSlider(value=(0, 1), description="adapter acts", **look, **part)
         self.why = HTML()
-        self.format = Dropdown(
-            options=[".mp4", ".gif", ".webp"], description="save as", style=LABEL
-        )
-        self.format.layout = Layout(width="210px")
-        self.save_button = Button(description="save", icon="download", layout=Layout(width="90px"))
-        self.on(self._moved, self.seed, self.num_inference_steps, self.guidance_scale)
-        self.on(self._moved, self.adapter, self.scale, self.second, self.second_scale, self.part)
+        self.format = choice("save as", [".mp4", ".gif", ".webp"])
+        self.format.layout.width = "210px"
+        self.save_button = button("save", "download", 90)
+        names = [field.name for field in fields(Request)][:-2]
+        self.settings = {name: getattr(self, name) for name in names}
         self.on(self._new_prompt, self.prompt)
+        self.on(self._sample, *list(self.settings.values())[1:], self.part)
         self.on(self.roll, self.dice)
         self.on(self.save, self.save_button)
 
-    # ------------------------------------------------------------------------------------------- what is asked for
+    # ----------------------------------------------------------------------------------- settings
 
     @property
     def request(self) -> Request:
+        """The settings in the controls."""
         start, end = self.part.value
-        return Request(
-            self.prompt.value,
-            self.seed.value,
-            self.num_inference_steps.value,
-            self.guidance_scale.value,
-            self.adapter.value,
-            round(self.scale.value, 2),
-            self.second.value,
-            round(self.second_scale.value, 2),
-            round(start, 2),
-            round(end, 2),
-        )
+        values = self.values() | {"start": start, "end": end}
+        for name, value in values.items():
+            if isinstance(value, float):
+                values[name] = round(value, 4)  # a slider's steps add up to 0.30000000000000004
+        return Request(**values)
 
     def set(self, **changes) -> None:
-        """Set controls without sampling; names are those of `Request`. Raises ValueError for a value they cannot have."""
-        known = [f.name for f in fields(Request)]
-        for name in changes:
-            if name not in known:
-                raise ValueError(f"unknown setting {name!r}; a clip has {', '.join(known)}")
-        ends = [changes.pop(name, now) for name, now in zip(("start", "end"), self.part.value)]
-        if not 0 <= ends[0] < ends[1] <= 1:
+        """Set controls without sampling.
+
+        Args:
+            **changes: Fields of `Request`.
+
+        Raises:
+            ValueError: An unknown name, or a value out of range.
+        """
+        now = self.part.value
+        start, end = changes.pop("start", now[0]), changes.pop("end", now[1])
+        if not 0 <= start < end <= 1:
             raise ValueError(
-                f"an adapter acts from a start to a later end within 0..1, got {ends[0]:g} to {ends[1]:g}"
+                f"an adapter acts from start to end, 0 <= start < end <= 1; got {start:g}, {end:g}"
             )
-        self._filling = True
-        try:
-            self.part.value = ends
-            for name, value in changes.items():
-                control = getattr(self, name)
-                if name in ("adapter", "second") and value not in control.options:
-                    raise ValueError(
-                        f"unknown adapter {value!r}; there are {', '.join(control.options)}"
-                    )
-                if not getattr(control, "min", value) <= value <= getattr(control, "max", value):
-                    raise ValueError(
-                        f"{name} must lie in {control.min:g}..{control.max:g}, got {value}"
-                    )
-                control.value = value
-        finally:
-            self._filling = False
-        self._explain()
+        super().set(**changes)
+        self._setting = True
+        self.part.value = (start, end)
+        self._setting = False
 
     def roll(self) -> None:
-        """Another seed."""
+        """Draw another seed."""
         self.seed.value = random.SystemRandom().randrange(10_000)
 
     def _new_prompt(self) -> None:
-        if self._filling or self.lock.value:
-            self._moved()
+        if self._setting or self.lock.value:
+            self._sample()
         else:
             self.roll()
 
-    def _moved(self) -> None:
-        self._explain()
-        if not self._filling:
+    def _sample(self) -> None:
+        if not self._setting:
+            self.changed()
             self.jobs.submit(self._job)
 
-    def _explain(self) -> None:
+    def changed(self) -> None:
         """Disable what has no effect now, and say why."""
-        first, second = self.adapter.value != NONE, self.second.value != NONE
-        reasons = []
-
-        def rule(why: str, *controls) -> None:
-            disable(why, *controls)
-            if why:
-                reasons.append(why)
-
+        first, second = self.adapter.value, self.second.value
+        why = ""
         if not self.adapters:
-            rule(
-                "No adapters were given: Sampler(model, adapters={'name': 'runs/…'}).",
-                self.adapter,
-                self.second,
-            )
-        rule(
-            ""
-            if first
-            else "Without an adapter there is nothing to scale or to mix."
-            if self.adapters
-            else "",
-            self.scale,
-        )
-        disable("" if first else "choose an adapter first", self.second, self.scale)
-        same = second and self.second.value == self.adapter.value
-        rule("Mixing needs two different adapters." if first and same else "", self.second_scale)
-        disable(
-            "" if first and second and not same else "choose a second adapter", self.second_scale
-        )
-        disable("" if first else "without an adapter nothing acts", self.part)
-        self.why.value = (
-            f"<div class=vader-note>{escape(' '.join(reasons))}</div>" if reasons else ""
-        )
+            why = "No adapters were given: Sampler(model, adapters={'name': 'runs/…'})."
+        elif first == NONE:
+            why = "Without an adapter there is nothing to scale or to mix."
+        elif first == second:
+            why = "Mixing needs two different adapters."
+        mixing = first != NONE and second not in (NONE, first)
+        disable("" if self.adapters else why, self.adapter)
+        choose = "choose an adapter first" if first == NONE else ""
+        disable(choose, self.scale, self.second, self.part)
+        disable("" if mixing else "choose a second adapter", self.second_scale)
+        self.why.value = note(why)
 
-    # ------------------------------------------------------------------------------------------------ the clip
+    # --------------------------------------------------------------------------------------- clip
 
     def run(self, **changes) -> Video:
-        """Make a clip now, after setting controls by name, and wait for it."""
+        """Set controls by name, as `set` does, and sample a clip now."""
         self.set(**changes)
         self.jobs.finish(self._job)
-        return self.video
+        return self.history[0][1]
 
     @property
     def video(self) -> Video | None:
         """The clip that is shown."""
         return self.history[0][1] if self.history else None
 
-    def _job(self):
+    def _job(self) -> Iterator[float]:
         request = self.request
         if not request.prompt.strip():
             raise ValueError("the prompt is empty: type what the clip should show")
         weights = {self.adapters[name]: weight for name, weight in request.weights().items()}
-        if self._blend[0] != weights:
-            self._blend = weights, clips.blended(self.model, weights)
+        if self._merged[0] != weights:
+            self._merged = weights, clips.merged(self.model, weights)
         sampling = Sampling(request.num_inference_steps, request.guidance_scale)
         part = (request.start, request.end)
         frames = yield from clips.denoising(
-            self.model, [request.prompt], [request.seed], sampling, self._blend[1], *part
+            self.model, [request.prompt], [request.seed], sampling, self._merged[1], *part
         )
-        self.history.appendleft(
-            (request, Video(frames[0], self.model.defaults["fps"], request.prompt))
-        )
+        video = Video(frames[0], self.model.defaults["fps"], request.prompt)
+        self.history.appendleft((request, video))
         self._show()
 
     def _show(self) -> None:
-        (request, video), *_ = self.history
+        request, video = self.history[0]
         alt = f"clip of: {request.prompt}"
-        self.player.show(
-            moving(video, alt), [still(video, i, alt) for i in range(len(video.frames))]
-        )
-        self.caption.value = f"<div><b>{escape(request.prompt)}</b><br><span class=vader-note>{escape(str(request))}</span></div>"
+        singles = [still(video, i, alt) for i in range(len(video.frames))]
+        self.player.show(moving(video, alt), singles)
+        self.caption.value = f"<b>{escape(request.prompt)}</b>{note(str(request))}"
         self.listing.value = (
-            "<details><summary>as code</summary><div class=vader-note>one click selects all of it</div>"
+            f"<details><summary>as code</summary>{note('one click selects all of it')}"
             f"<div class=vader-code>{escape(self.code)}</div></details>"
         )
         self.saved.value = ""
-        for slot, entry in zip(self._slots, self.history):
-            slot.fill(*entry)
+        for slot, (request, video) in zip(self._slots, self.history):
+            picture, again = slot.children
+            text = f"{request.prompt} · {request}"
+            caption = f"<figcaption>{escape(str(request))}</figcaption>"
+            picture.value = f"<figure>{moving(video, text)}{caption}</figure>"
+            again.tooltip = f"show this clip again: {text}"
+            slot.layout.display = "flex"
 
     @property
     def code(self) -> str:
-        """Python that makes the clip that is shown, without this panel."""
+        """Python that samples the clip that is shown, without this panel."""
         request = self.history[0][0] if self.history else self.request
-        sampling = f"Sampling(num_inference_steps={request.num_inference_steps}, guidance_scale={request.guidance_scale:g})"
-        lines = ["import vader_nb", "from vader_nb import Sampling, Video, lora, zoo", ""]
-        lines += [f"model = vader_nb.load({self.model.name!r})", f"sampling = {sampling}"]
-        call = f"vader_nb.sample(model, {request.prompt!r}, seeds={request.seed}, sampling=sampling"
+        steps, guidance = request.num_inference_steps, request.guidance_scale
+        call = [repr(request.prompt), f"seeds={request.seed}", "sampling=sampling"]
         weights = request.weights()
         if weights:
-            parts = ", ".join(
-                f"{self._spelled(name)}: {weight:g}" for name, weight in weights.items()
-            )
-            lines.append(f"adapter = lora.blend(model, {{{parts}}})")
-        if weights and (request.start, request.end) != (0, 1):
-            part = f"{request.start:g}, {request.end:g}, num_inference_steps={request.num_inference_steps}"
-            lines += [
-                f"with lora.acting(adapter, {part}) as callback:",
-                f"    frames = {call}, callback=callback)",
-            ]
-        else:
-            lines.append(f"frames = {call}{', adapter=adapter' if weights else ''})")
-        return "\n".join([*lines, f"Video(frames[0], fps={self.model.defaults['fps']})"])
+            adapters = [f"{self._path_code(name)}: {weight:g}" for name, weight in weights.items()]
+            call.append(f"adapter={{{', '.join(adapters)}}}")
+            if (request.start, request.end) != (0, 1):
+                call.append(f"adapter_start={request.start:g}, adapter_end={request.end:g}")
+        return (
+            "import vader_nb\n"
+            "from vader_nb import Sampling, Video, zoo\n\n"
+            f"model = vader_nb.load({self.model.name!r})\n"
+            f"sampling = Sampling(num_inference_steps={steps}, guidance_scale={guidance:g})\n"
+            f"frames = vader_nb.sample(model, {', '.join(call)})\n"
+            f"Video(frames[0], fps={self.model.defaults['fps']})"
+        )
 
-    def _spelled(self, name: str) -> str:
-        """An adapter's file, in Python that holds on other machines too where it is one of the shipped."""
+    def _path_code(self, name: str) -> str:
+        """An adapter's file in Python; for a shipped one it holds on other machines too."""
         path = self.adapters[name]
         return f"zoo.adapters()[{name!r}]" if path == zoo.adapters().get(name) else repr(str(path))
 
-    # ------------------------------------------------------------------------------------------------- history
+    # ------------------------------------------------------------------------------------ history
 
     def back(self, index: int) -> None:
-        """Show a clip of the history again, with the settings that made it; 0 is the newest."""
+        """Show a clip of the history again, with its settings; 0 is the newest."""
         entry = self.history[index]
         self.set(**vars(entry[0]))
         self.jobs.give_up()
@@ -372,31 +285,33 @@ class Sampler(Panel):
         self.history.appendleft(entry)
         self._show()
 
-    def _slot(self, index: int) -> "Slot":
-        slot = Slot()
-        self.on(lambda: self.back(index), slot.button)
-        return slot
+    def _slot(self, index: int) -> VBox:
+        """A place in the history strip, made once and filled again, so that nothing piles up."""
+        again = button("back to this", "", 120)
+        self.on(lambda: self.back(index), again)
+        layout = {"width": "130px", "display": "none", "margin": "4px"}
+        return VBox([HTML(), again], layout=layout)
 
     def save(self) -> Path:
-        """Write the clip that is shown, in the chosen format; its settings go beside it. Returns the file."""
+        """Save the clip that is shown in the chosen format, and its settings in a text file.
+
+        Raises:
+            ValueError: There is no clip yet.
+        """
         if not self.history:
             raise ValueError("there is no clip yet to save")
-        (request, video), suffix = self.history[0], self.format.value
+        request, video = self.history[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         number = 1  # a prompt never becomes a file name
         while any(self.folder.glob(f"clip-{number:03d}.*")):
             number += 1
-        path = video.save(self.folder / f"clip-{number:03d}{suffix}", width=256)
-        path.with_suffix(".txt").write_text(
-            f"{request.prompt}\n{request}\n\n{self.code}\n", encoding="utf-8"
-        )
-        kind = {".mp4": "video/mp4", ".gif": "image/gif", ".webp": "image/webp"}[suffix]
-        data = base64.b64encode(path.read_bytes()).decode()
-        link = f'<a download="{path.name}" href="data:{kind};base64,{data}">download</a>'
-        self.saved.value = f"<span class=vader-note>saved as {escape(str(path))} · {link}</span>"
+        path = video.save(self.folder / f"clip-{number:03d}{self.format.value}", width=256)
+        text = f"{request.prompt}\n{request}\n\n{self.code}\n"
+        path.with_suffix(".txt").write_text(text, encoding="utf-8")
+        self.saved.value = f"{note(f'saved as {path}')}{download_link(path)}"
         return path
 
-    # ------------------------------------------------------------------------------------------------- showing
+    # ------------------------------------------------------------------------------------ display
 
     def prepare(self) -> None:
         if not self.history:
@@ -404,25 +319,5 @@ class Sampler(Panel):
 
     def to_html(self) -> str:
         request, video = self.history[0]
-        return f"<figure style='margin:0'>{video.to_html(256)}<figcaption>{escape(str(request))}</figcaption></figure>"
-
-
-class Slot:
-    """A place in the history strip: made once and filled again and again, so that nothing piles up."""
-
-    def __init__(self):
-        self.picture, self.button = (
-            HTML(),
-            Button(description="back to this", layout=Layout(width="120px")),
-        )
-        self.box = VBox(
-            [self.picture, self.button], layout=Layout(width="130px", display="none", margin="4px")
-        )
-
-    def fill(self, request: Request, video: Video) -> None:
-        text = f"{request.prompt} · {request}"
-        self.picture.value = (
-            f"<figure>{moving(video, text)}<figcaption>{escape(str(request))}</figcaption></figure>"
-        )
-        self.button.tooltip = f"show this clip again: {text}"
-        self.box.layout.display = "flex"
+        caption = f"<figcaption>{escape(str(request))}</figcaption>"
+        return f"<figure style='margin:0'>{video.to_html(256)}{caption}</figure>"

@@ -1,4 +1,4 @@
-"""What a shortened reward gradient costs, and where it points: memory, seconds, and the cosine to the exact one.
+"""What a truncated reward gradient costs and where it points: memory, seconds, cosine to the exact one.
 
 explorer = TruncationExplorer(model)                   in a notebook
 explorer.measure(K=2, frames="all")                    the same from Python: a Measured
@@ -8,68 +8,124 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
-from ipywidgets import HTML, Button, Checkbox, Dropdown, HBox, IntSlider, Layout, VBox
+from ipywidgets import HTML
 
 from .. import lora
-from ..gradient import Frames, Last, Sampling, reward_gradient
-from ..memory import Peak
+from ..gradient import reward_gradient
+from ..memory_planner import MemoryTracker
 from ..models import VideoModel
 from ..rewards import Reward, as_reward, parse
+from ..sampling import Sampling
+from ..strategies import Last, parse_frames
 from . import clips
-from .diagram import WIDTH, arrow, box, image, svg, words
-from .panel import LABEL, ROW, SIDE, WIDE, Panel, disable, escape
+from .controls import (
+    FRAMES,
+    SettingsPanel,
+    beside,
+    button,
+    choice,
+    column,
+    row,
+    slider,
+    switch,
+    template,
+)
+from .drawing import chain, image
+from .panel import disable, note
 
-FRAMES = {
-    "1 random": Frames("random", 1),
-    "ends": Frames("ends"),
-    "every 2nd": Frames("nth", 2),
-    "all": Frames("all"),
-}
 ROWS = 12  # settings that are kept in the table
-STRENGTH = 0.05  # standard deviation of the adapter's B
+B_STD = 0.05  # of the adapter's B
 EMPTY = "Nothing measured yet: press “measure”."
+ATOMIC = "one gradient cannot be stopped midway"
+TABLE = """
+{% macro bar(text, share) -%}
+<td style="background:linear-gradient(90deg,#8884 {{ "%.0f"|format(100 * share) }}%,transparent 0)">
+{{- text }}</td>
+{%- endmacro %}
+<div class=vader-scroll><table class=vader-measured style="white-space:nowrap">
+<tr><th>K</th><th>frames</th><th>memory</th><th>time</th><th>cosine</th>
+<th>checkpointing</th><th>streaming</th></tr>
+{% for setting, result in rows %}
+<tr><td>{{ setting.K }}</td><td>{{ setting.frames }}</td>
+{{ bar("%.1f MB"|format(result.bytes / 1e6), result.bytes / most_bytes) }}
+{{ bar("%.2f s"|format(result.seconds), result.seconds / most_seconds) }}
+{{ bar("%.3f (%.0f°)"|format(result.cosine, result.angle), [result.cosine, 0]|max) }}
+<td>{{ "yes" if setting.gradient_checkpointing else "no" }}</td>
+<td>{{ "–" if result.frames|length == 1 else "yes" if setting.streaming else "no" }}</td></tr>
+{% endfor %}
+</table></div>
+<div class=vader-note>Memory: the peak of all tensors that one gradient makes, without the weights.
+Cosine to the exact gradient, which goes through all steps and frames: 1 is its direction (0°), 0 a
+right angle, below 0 the wrong way.</div>
+"""
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """What is left of the chain: the last K steps; frames, a name of `FRAMES`; checkpointing, whether the denoiser's
-    blocks are computed again in the backward pass; streaming, whether frames are decoded and scored one by one."""
+    """A truncated gradient.
+
+    Attributes:
+        K: the last denoising steps that learn.
+        frames: the frames that are scored, as for `strategies.parse_frames`.
+        gradient_checkpointing: compute the denoiser's blocks again in the backward pass.
+        streaming: decode and score the frames one by one.
+    """
 
     K: int = 1
-    frames: str = "1 random"
-    checkpointing: bool = True
+    frames: str = "random:1"
+    gradient_checkpointing: bool = True
     streaming: bool = True
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one reward_gradient call: the most bytes of tensors that lived at one moment, seconds, the cosine of the
-    adapter's gradient to the exact one, and the frames that were scored."""
+    """What one `reward_gradient` call took.
+
+    Attributes:
+        bytes: the peak of all tensors that were made.
+        seconds: wall-clock time.
+        cosine: of the adapter's gradient to the exact one.
+        frames: indices of the scored frames.
+    """
 
     bytes: int
     seconds: float
     cosine: float
     frames: tuple[int, ...]
 
+    @property
+    def angle(self) -> float:
+        """Degrees between the gradient and the exact one."""
+        return math.degrees(math.acos(max(-1.0, min(1.0, self.cosine))))
 
-class TruncationExplorer(Panel):
-    """The chain adapter -> denoising steps -> decoder -> frames -> reward, and how far back its gradient is followed.
 
-    reward: a Reward or an expression, default "hps". rank: of the adapter, which is made here: a fresh one, with B drawn
-    at random by the seed, since where B is zero A has no gradient. The exact gradient is the one through all steps and
-    all frames at the same seed. Raises ValueError for a reward, a prompt or a rank that cannot be.
+class TruncationExplorer(SettingsPanel):
+    """The chain adapter, denoising steps, decoder, frames, reward, and how far back its gradient goes.
+
+    The adapter is a new one with a random B, since A has no gradient where B is zero. The exact
+    gradient goes through all steps and all frames, at the same seed.
+
+    Args:
+        model: the video model; its own adapter is left alone.
+        reward: a reward or an expression; by default "hps".
+        prompt: of the clip.
+        seed: of the clip, of the adapter and of a random frame.
+        rank: of the adapter.
+
+    Raises:
+        ValueError: an unknown reward, an empty prompt, or a rank below 1.
     """
 
     title = "Truncation explorer"
-    hint = "Choose how far back the gradient goes, press “measure”, and compare: what does a shorter way save, and where does it point?"
+    hint = "Choose how far back the gradient goes and press “measure”: what is saved, what is lost?"
 
     def __init__(
         self,
         model: VideoModel,
-        reward: Reward | Callable | str | None = None,
+        reward: Reward | Callable | str = "hps",
         prompt: str | None = None,
         seed: int = 0,
         rank: int = 4,
@@ -79,159 +135,113 @@ class TruncationExplorer(Panel):
         self.prompt = clips.examples(model, 1)[0] if prompt is None else prompt
         if not self.prompt.strip():
             raise ValueError("the prompt is empty: say what the clip should show")
-        tiny = model.name == "tiny"
-        # A chain of 5 steps, so that the exact gradient of the tiny model takes a second or two.
-        self.sampling = Sampling(num_inference_steps=5 if tiny else None).filled(model)
-        chosen = "hps" if reward is None else reward
-        self.reward = parse(chosen, tiny=tiny) if isinstance(chosen, str) else as_reward(chosen)
+        tiny = model.world == "tiny"
+        # With 5 steps, the exact gradient of the tiny model takes a second or two.
+        self.sampling = Sampling(num_inference_steps=5 if tiny else None).resolve(model)
+        self.reward = parse(reward, tiny=tiny) if isinstance(reward, str) else as_reward(reward)
         self.reward.check_prompts([self.prompt])
         self.reward.to(model.device)
         self.adapter = random_adapter(model, rank, seed)
-        self.exact: torch.Tensor | None = (
-            None  # the exact gradient, (N,) over all of the adapter's numbers
-        )
+        self.exact: torch.Tensor | None = None  # the exact gradient (N,), of all parameters
         self.measured: dict[Truncation, Measured] = {}  # the newest last
-        self._filling = False
-        self._controls()
-        self.drawing, self.table = HTML(), HTML()
-        controls = VBox(
-            [
-                self.K,
-                self.frames,
-                self.checkpointing,
-                self.streaming,
-                self.why,
-                HBox([self.button], layout=ROW),
-                HTML(f"<div class=vader-note>{escape(self.given)}</div>"),
-            ],
-            layout=Layout(flex="1 1 300px", max_width="400px", min_width="0"),
-        )
-        drawing = VBox(
-            [self.drawing], layout=Layout(flex="2 1 330px", max_width="560px", min_width="0")
-        )
-        self.assemble(HBox([controls, drawing], layout=SIDE), self.table)
-        self._moved()
-        self._show()
+        self._build()
+        self.changed()
+        self._show_table()
 
-    def _controls(self) -> None:
-        steps, whole = self.sampling.num_inference_steps, not self.reward.per_frame
-        self.K = IntSlider(1, min=1, max=steps, description="K, steps", style=LABEL, layout=WIDE)
-        self.frames = Dropdown(
-            options=list(FRAMES),
-            value="all" if whole else "1 random",
-            description="frames",
-            style=LABEL,
-            layout=WIDE,
-        )
-        self.checkpointing = Checkbox(
-            True, description="checkpointing: compute blocks again", indent=False
-        )
-        self.streaming = Checkbox(
-            True, description="streaming: one frame after the other", indent=False
-        )
-        for switch in (self.checkpointing, self.streaming):
-            switch.layout.width = "auto"
-        self.button = Button(
-            description="measure", icon="play", button_style="primary", layout=Layout(width="110px")
-        )
-        self.why = HTML()
-        self.on(self._moved, self.K, self.frames, self.checkpointing, self.streaming)
-        self.on(lambda: self.jobs.submit(self._job), self.button)
+    def _build(self) -> None:
+        steps = self.sampling.num_inference_steps
+        self.K = slider("K, steps", 1, 1, steps)
+        self.frames = choice("frames", FRAMES if self.reward.per_frame else ["all"])
+        self.gradient_checkpointing = switch("gradient checkpointing: compute blocks again", True)
+        self.streaming = switch("streaming: decode and score frames one by one", True)
+        self.measure_button = button("measure", "play", 110, primary=True)
+        self.why, self.drawing, self.table = HTML(), HTML(), HTML()
+        self.settings = {name: getattr(self, name) for name in Truncation.__annotations__}
+        self.watch_settings()
+        self.on(lambda: self.jobs.submit(self._job), self.measure_button)
+        buttons = [self.why, row(self.measure_button), HTML(note(self.given))]
+        controls = column(*self.settings.values(), *buttons, max_width="400px")
+        self.assemble(beside(controls, column(self.drawing, flex="2 1 330px")), self.table)
 
     @property
     def given(self) -> str:
-        """What stays the same in all measurements."""
+        """What is the same in all measurements."""
         return (
             f"Reward {self.reward.name}, prompt “{self.prompt}”, seed {self.seed}, "
-            f"{self.sampling.num_inference_steps} steps; an adapter of rank {self.adapter.rank} with random numbers."
+            f"{self.sampling.num_inference_steps} steps; an adapter of rank {self.adapter.rank} "
+            "with random parameters."
         )
-
-    # ------------------------------------------------------------------------------------------ the setting
 
     @property
     def setting(self) -> Truncation:
-        one = len(self.chosen) == 1  # which is streaming, whatever the switch says
+        """The settings; a single frame is streamed, whatever the switch says."""
         return Truncation(
-            self.K.value, self.frames.value, self.checkpointing.value, one or self.streaming.value
+            **self.values() | {"streaming": len(self.chosen) == 1 or self.streaming.value}
         )
 
     @property
     def chosen(self) -> list[int]:
-        """The frames that are scored; a random one is drawn as `reward_gradient` does, from the seed."""
-        return FRAMES[self.frames.value].choose(self.sampling.num_frames, self._generator())
+        """Indices of the scored frames; a random one is the one that `reward_gradient` draws."""
+        return parse_frames(self.frames.value).choose(self.sampling.num_frames, self._generator())
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
-    def set(self, **changes) -> None:
-        """Set controls by name, those of `Truncation`. Raises ValueError for a value they cannot have."""
-        known = {f.name: getattr(self, f.name) for f in fields(Truncation)}
-        self._filling = True
-        try:
-            for name, value in changes.items():
-                if name not in known:
-                    raise ValueError(
-                        f"unknown setting {name!r}; a truncation has {', '.join(known)}"
-                    )
-                if name == "K" and not 1 <= value <= self.K.max:
-                    raise ValueError(
-                        f"K must lie in 1..{self.K.max}, the steps of the chain; got {value}"
-                    )
-                if name == "frames" and value not in FRAMES:
-                    raise ValueError(f"unknown frames {value!r}; choose one of {', '.join(FRAMES)}")
-                if name == "frames" and not self.reward.per_frame and value != "all":
-                    raise ValueError(
-                        f"the reward {self.reward.name} judges the whole clip: frames must be 'all'"
-                    )
-                known[name].value = value
-        finally:
-            self._filling = False
-            self._moved()
-
-    def _moved(self) -> None:
-        if self._filling:
-            return
-        whole = (
-            ""
-            if self.reward.per_frame
-            else f"“{self.reward.name}” judges the whole clip: it needs all frames."
-        )
-        one = "With one frame there is nothing to stream." if len(self.chosen) == 1 else ""
+    def changed(self) -> None:
+        whole = f"“{self.reward.name}” scores the whole clip: it needs all frames."
+        whole = "" if self.reward.per_frame else whole
+        single = "With one frame there is nothing to stream." if len(self.chosen) == 1 else ""
         disable(whole, self.frames)
-        disable(one, self.streaming)
-        self.why.value = (
-            f"<div class=vader-note>{escape(whole or one)}</div>" if whole or one else ""
-        )
-        drawing, alt = self.chain
-        self.drawing.value = f"{drawing}<div class=vader-note>{escape(alt)}</div>"
+        disable(single, self.streaming)
+        self.why.value = note(whole or single)
+        self.drawing.value = self.chain + note(self.description)
 
     @property
-    def chain(self) -> tuple[str, str]:
-        """The drawing of the current setting, and what it shows in words."""
-        names = self.reward.name, f"adapter, rank {self.adapter.rank}"
-        return chain(
-            self.setting,
-            self.sampling.num_inference_steps,
-            self.sampling.num_frames,
-            self.chosen,
-            *names,
+    def description(self) -> str:
+        """The current setting in words."""
+        setting, steps, chosen = self.setting, self.sampling.num_inference_steps, self.chosen
+        frames = ", ".join(str(i + 1) for i in chosen)
+        order = "one by one" if setting.streaming else "all at once"
+        window = f"all {steps}" if steps == setting.K else f"the last {setting.K} of {steps}"
+        recomputed = "only inputs of blocks are kept, the rest is computed again"
+        inside = recomputed if setting.gradient_checkpointing else "everything is kept"
+        return (
+            f"The gradient goes back from the reward through {len(chosen)} of "
+            f"{self.sampling.num_frames} frames ({frames}), {order}, and {window} steps to the "
+            f"adapter. Inside a step {inside}."
         )
 
-    # ------------------------------------------------------------------------------------------- measuring
+    @property
+    def chain(self) -> str:
+        """The drawing of the current setting."""
+        setting, sampling = self.setting, self.sampling
+        return chain(
+            sampling.num_inference_steps,
+            setting.K,
+            sampling.num_frames,
+            self.chosen,
+            adapter=f"adapter, rank {self.adapter.rank}",
+            reward=self.reward.name,
+            recompute=setting.gradient_checkpointing,
+            stream=setting.streaming,
+            label=self.description,
+        )
+
+    # ---------------------------------------------------------------------------------- measuring
 
     def measure(self, **changes) -> Measured:
-        """Measure now, after setting controls by name, and wait for it."""
+        """Measure now, after setting controls by name, and wait for the result."""
         self.set(**changes)
         self.jobs.finish(self._job)
         return self.measured[self.setting]
 
     def gradient(
-        self, setting: Truncation, meter: contextlib.AbstractContextManager | None = None
+        self, setting: Truncation, meter: contextlib.AbstractContextManager
     ) -> torch.Tensor:
-        """The adapter's gradient as one vector (N,) in float64; `meter` surrounds the call. The model is left as it was."""
+        """The adapter's gradient (N,) in float64; `meter` is a context around the call."""
         parameters = self.adapter.parameters()
         try:
-            with lora.wearing(self.model, self.adapter), meter or contextlib.nullcontext():
+            with lora.use_adapter(self.model, self.adapter), meter:
                 reward_gradient(
                     self.model,
                     self.adapter,
@@ -239,10 +249,10 @@ class TruncationExplorer(Panel):
                     [self.prompt],
                     seeds=[self.seed],
                     strategy=Last(setting.K),
-                    frames=FRAMES[setting.frames],
+                    frames=parse_frames(setting.frames),
                     sampling=self.sampling,
-                    chunk=1 if setting.streaming else self.sampling.num_frames,
-                    checkpoint_blocks=setting.checkpointing,
+                    decode_chunk_size=1 if setting.streaming else self.sampling.num_frames,
+                    gradient_checkpointing=setting.gradient_checkpointing,
                     generator=self._generator(),
                 )
             return torch.cat([p.grad.flatten().double() for p in parameters])
@@ -251,214 +261,51 @@ class TruncationExplorer(Panel):
                 p.grad = None
 
     def _job(self):
-        setting, chosen = self.setting, tuple(self.chosen)
-        whole = "one gradient is one piece of work, which cannot be stopped midway"
+        setting, chosen, nothing = self.setting, tuple(self.chosen), contextlib.nullcontext()
         if self.exact is None:
-            self.say(f"First the exact gradient, through all steps and frames; {whole}.")
+            self.say(f"First the exact gradient, through all steps and frames; {ATOMIC}.")
             yield 0.05
-            self.exact = self.gradient(Truncation(self.K.max, "all"))
-        self.say(f"Measuring K = {setting.K}, frames: {setting.frames}. Counting memory; {whole}.")
+            self.exact = self.gradient(Truncation(self.K.max, "all"), nothing)
+        self.say(f"Measuring memory at K = {setting.K}, frames: {setting.frames}; {ATOMIC}.")
         yield 0.4
-        peak = Peak(self.model.device.type)
-        gradient = self.gradient(setting, peak)
-        self.say(f"Measuring K = {setting.K}, frames: {setting.frames}. Once more, for the time.")
-        yield 0.7  # a time of its own, since counting takes time too
+        tracker = MemoryTracker(self.model.device.type)
+        gradient = self.gradient(setting, tracker)
+        self.say(f"Measuring time at K = {setting.K}, frames: {setting.frames}; {ATOMIC}.")
+        yield 0.7  # time is measured apart, since the memory tracker takes time
         began = time.perf_counter()
-        self.gradient(setting)
+        self.gradient(setting, nothing)
         seconds = time.perf_counter() - began
         cosine = torch.cosine_similarity(gradient, self.exact, dim=0).item()
         self.measured.pop(setting, None)
-        self.measured[setting] = Measured(peak.bytes, seconds, cosine, chosen)
+        self.measured[setting] = Measured(tracker.bytes, seconds, cosine, chosen)
         for old in list(self.measured)[:-ROWS]:
             del self.measured[old]
         self.say("")
-        self._show()
+        self._show_table()
 
-    # --------------------------------------------------------------------------------------------- showing
-
-    def _show(self) -> None:
-        self.table.value = self._table()
-
-    def _table(self) -> str:
-        """The measured settings, the newest first."""
-        if not self.measured:
-            return f"<div class=vader-note>{escape(EMPTY)}</div>"
-        most = max(result.bytes for result in self.measured.values())
-        slowest = max(result.seconds for result in self.measured.values())
-        rows = []
-        for setting, result in reversed(self.measured.items()):
-            switches = ["yes" if on else "no" for on in (setting.checkpointing, setting.streaming)]
-            if len(result.frames) == 1:
-                switches[1] = "–"
-            angle = math.degrees(math.acos(max(-1.0, min(1.0, result.cosine))))
-            cells = [
-                cell(str(setting.K)),
-                cell(setting.frames),
-                cell(f"{result.bytes / 1e6:.1f} MB", result.bytes / most),
-                cell(f"{result.seconds:.2f} s", result.seconds / slowest),
-                cell(f"{result.cosine:.3f} ({angle:.0f}°)", result.cosine),
-                *map(cell, switches),
-            ]
-            rows.append(f"<tr>{''.join(cells)}</tr>")
-        # What a phone shows without scrolling comes first.
-        heads = ("K", "frames", "memory", "time", "cosine", "checkpointing", "streaming")
-        head = "".join(f"<th>{name}</th>" for name in heads)
-        note = (
-            "Memory: all tensors that one gradient makes, at the worst moment; weights are not among them. Cosine to the "
-            "exact gradient, through all steps and frames: 1 is its own direction (0°), 0 a right angle, below 0 the wrong way."
-        )
-        return (
-            f"<div class=vader-scroll><table class=vader-measured style='white-space:nowrap'><tr>{head}</tr>{''.join(rows)}</table></div>"
-            f"<div class=vader-note>{note}</div>"
+    def _show_table(self) -> None:
+        results = self.measured.values()
+        if not results:
+            self.table.value = note(EMPTY)
+            return
+        self.table.value = template(TABLE).render(
+            rows=reversed(self.measured.items()),
+            most_bytes=max(result.bytes for result in results),
+            most_seconds=max(result.seconds for result in results),
         )
 
     def to_html(self) -> str:
-        drawing, alt = self.chain
-        return f"<div>{image(drawing, alt)}<p>{escape(alt)} {escape(self.given)}</p>{self._table()}</div>"
+        drawing = image(self.chain, self.description)
+        return f"<div>{drawing}{note(f'{self.description} {self.given}')}{self.table.value}</div>"
 
 
 def random_adapter(model: VideoModel, rank: int, seed: int) -> lora.Adapter:
-    """A fresh adapter, off the model, whose B is random: with B = 0 no gradient would reach A."""
-    with lora.bare(model):
+    """A new adapter with a random B, off the model."""
+    with lora.use_adapter(model, None):
         adapter = lora.add(model, rank, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in adapter.state_dict().items():
             if ".lora_B." in name:
-                value.copy_(torch.randn(value.shape, generator=generator) * STRENGTH)
+                value.copy_(torch.randn(value.shape, generator=generator) * B_STD)
     return adapter
-
-
-def cell(text: str, share: float | None = None) -> str:
-    """A table cell; with a share, the text over a bar of this part of its width."""
-    if share is None:
-        return f"<td>{escape(text)}</td>"
-    percent = 100 * max(0.0, min(1.0, share))
-    return f'<td style="background:linear-gradient(90deg,#8884 {percent:.0f}%,transparent 0)">{escape(text)}</td>'
-
-
-# ------------------------------------------------------------------------------------------- the drawing
-
-LEFT, RIGHT = 10, WIDTH - 10
-WIDE_BOXES = 15  # a row of so many boxes has room for large figures
-NUMBERED = 26  # and one of so many for small ones
-STEPS, DECODER, SCORED, JUDGE = 52, 128, 180, 232  # the rows' tops
-
-
-def chain(
-    setting: Truncation, steps: int, num_frames: int, chosen: list[int], reward: str, adapter: str
-) -> tuple[str, str]:
-    """The chain from top to bottom, the gradient's way back in thick arrows; and the same in words."""
-    how = "one at a time" if setting.streaming else "all at once"
-    inside = (
-        "only the inputs of blocks are kept, the rest is computed again"
-        if setting.checkpointing
-        else "all is kept"
-    )
-    through = f"all {steps}" if steps == setting.K else f"the last {setting.K} of {steps}"
-    alt = (
-        f"The gradient goes back from the reward through {of(len(chosen), num_frames, 'frame')} "
-        f"({', '.join(str(i + 1) for i in chosen)}), {how}, and {through} step{'s' * (steps > 1)} to the adapter. Inside a "
-        f"step {inside}."
-    )
-    parts = [
-        *denoising(setting, steps, adapter),
-        box(LEFT, DECODER, RIGHT - LEFT, 26),
-        words(WIDTH / 2, DECODER + 17, "decoder", bold=True, anchor="middle"),
-        words(
-            RIGHT - 8, DECODER + 17, f"frames {how}" if len(chosen) > 1 else "one frame", 11, "end"
-        ),
-        *decoded(num_frames, chosen),
-        box(LEFT, JUDGE, RIGHT - LEFT, 26),
-        words(WIDTH / 2, JUDGE + 17, f"reward: {reward}", bold=True, anchor="middle"),
-        words(
-            LEFT,
-            JUDGE + 44,
-            "thick arrows: the gradient, backwards · filled: what it passes through",
-            11,
-        ),
-    ]
-    return svg(JUDGE + 52, parts, alt), alt
-
-
-def denoising(setting: Truncation, steps: int, adapter: str) -> list[str]:
-    """The adapter over the window of steps that learn, the row of steps, and the way to and from the decoder."""
-    width = (RIGHT - LEFT) / steps
-    window, last = RIGHT - setting.K * width, RIGHT - width / 2
-    inside = RIGHT - window > 8 * len(adapter)  # room for its name
-    place = ((window + RIGHT) / 2, "middle") if inside else (window - 8, "end")
-    parts = [
-        box(window, 4, RIGHT - window, 24),
-        words(place[0], 20, adapter, anchor=place[1], bold=True),
-    ]
-    for i in range(1, steps + 1):  # counted from the end
-        x, learns = RIGHT - i * width, i <= setting.K
-        parts.append(
-            box(
-                x + width * 0.03,
-                STEPS,
-                width * 0.94,
-                30,
-                "step learns" if learns else "step",
-                learns,
-            )
-        )
-        parts += number(x + width / 2, STEPS + 19, i, steps, learns)
-        if learns:
-            parts.append(arrow(x + width / 2, STEPS - 2, x + width / 2, 30, True))
-    if setting.K > 1:
-        parts.append(arrow(last, STEPS + 36, window + width / 2, STEPS + 36, True))
-    kept = (
-        "their blocks computed again" if setting.checkpointing else "all that they compute is kept"
-    )
-    return [
-        *parts,
-        words(LEFT, STEPS + 52, "noise → denoising steps, counted from the end", 11),
-        words(LEFT, STEPS + 66, f"in the gradient: {of(setting.K, steps, 'step')}, {kept}", 11),
-        arrow(last + 6, STEPS + 32, last + 6, DECODER - 2),
-        arrow(last - 6, DECODER - 2, last - 6, STEPS + 32, True),
-    ]
-
-
-def decoded(num_frames: int, chosen: list[int]) -> list[str]:
-    """The row of frames, those that are scored with the gradient from the reward and to the decoder."""
-    width, parts = (RIGHT - LEFT) / num_frames, []
-    for i in range(num_frames):
-        x, scored = LEFT + i * width, i in chosen
-        middle = x + width / 2
-        parts.append(
-            box(
-                x + width * 0.05,
-                SCORED,
-                width * 0.9,
-                26,
-                "frame scored" if scored else "frame",
-                scored,
-            )
-        )
-        parts += number(middle, SCORED + 17, i + 1, num_frames, scored)
-        if scored:
-            parts.append(arrow(middle, SCORED - 2, middle, DECODER + 28, True))
-            parts.append(arrow(middle, JUDGE - 2, middle, SCORED + 28, True))
-    return parts
-
-
-def number(x: float, y: float, value: int, count: int, marked: bool) -> list[str]:
-    """A box's number as far as there is room; with a tick for what is chosen, since a shade alone is easily missed."""
-    if count > NUMBERED and value % 5:
-        return []
-    wide = count <= WIDE_BOXES
-    return [
-        words(
-            x,
-            y,
-            f"{value} ✓" if marked and wide else str(value),
-            12 if wide else 9,
-            "middle",
-            marked,
-        )
-    ]
-
-
-def of(part: int, whole: int, name: str) -> str:
-    return f"{part} of {whole} {name}{'s' if whole != 1 else ''}"

@@ -1,4 +1,4 @@
-"""Blind votes: which of two clips is better, of which one does not know who made it."""
+"""Blind votes: which of two clips is better, without knowing which model made it."""
 
 import json
 import math
@@ -9,12 +9,11 @@ from pathlib import Path
 from ..evaluate import BASE
 
 CHOICES = ("A", "B", "=")
-Z = 1.959964  # of a 95 % interval
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two clips of a prompt from the same noise. left: who is A, the base or the adapter."""
+    """Two clips of a prompt from the same noise. left: which one is A, the base or the adapter."""
 
     prompt: str
     seed: int
@@ -23,7 +22,7 @@ class Pair:
 
     @property
     def sides(self) -> tuple[str, str]:
-        """Who made A, who made B."""
+        """The names of A and B."""
         return (BASE, self.adapter) if self.left == BASE else (self.adapter, BASE)
 
 
@@ -38,18 +37,16 @@ class Vote(Pair):
             raise ValueError(f"a vote is one of {', '.join(CHOICES)}, got {self.choice!r}")
 
     @property
-    def worth(self) -> float:
+    def value(self) -> float:
         """1 for the adapter, 0 for the base, 0.5 for neither."""
-        return (
-            0.5
-            if self.choice == "="
-            else float(self.sides[CHOICES.index(self.choice)] == self.adapter)
-        )
+        if self.choice == "=":
+            return 0.5
+        return float(self.sides[CHOICES.index(self.choice)] == self.adapter)
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Votes on one adapter. rate: its win rate, ties counted half; low, high: its 95 % interval."""
+    """Votes on an adapter; rate: its win rate, ties counted half; low, high: its 95 % interval."""
 
     adapter: str
     wins: int
@@ -64,24 +61,26 @@ class Tally:
         return self.wins + self.losses + self.ties
 
     def __str__(self) -> str:
-        counts = (
-            f"{self.adapter}: {self.wins} won, {self.losses} lost, {self.ties} without difference"
-        )
         if not self.votes:
             return f"{self.adapter}: no votes yet"
         verdict = "better" if self.low > 0.5 else "worse" if self.high < 0.5 else "not clear yet"
-        return f"{counts}. Win rate {self.rate:.0%}, 95 % interval {self.low:.0%} to {self.high:.0%}: {verdict}"
+        return (
+            f"{self.adapter}: {self.wins} won, {self.losses} lost, {self.ties} without difference. "
+            f"Win rate {self.rate:.0%}, 95 % interval {self.low:.0%} to {self.high:.0%}: {verdict}"
+        )
 
 
 class Votes:
-    """The votes of a folder, one a line of `votes.jsonl`. The file is all there is: it is read anew for each question, so
-    that nothing is lost and two panels on one folder agree. Adapters go by name."""
+    """The votes in a folder, one per line of `votes.jsonl`.
+
+    The file is read for each question, so nothing is lost and two panels on one folder agree.
+    """
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / "votes.jsonl"
 
     def read(self) -> list[Vote]:
-        """Raises ValueError for a line that is no vote."""
+        """Return all votes. Raises ValueError for a line that is none."""
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
         votes = []
         for number, line in enumerate(lines, 1):
@@ -91,7 +90,7 @@ class Votes:
                 votes.append(Vote(**json.loads(line)))
             except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{self.path}, line {number} is not a vote ({error}); take it out"
+                    f"{self.path}, line {number} is not a vote ({error}); delete the line"
                 ) from error
         return votes
 
@@ -103,25 +102,32 @@ class Votes:
         return vote
 
     def next(self, adapter: str, prompts: list[str], seed: int) -> Pair:
-        """The pair after the last vote on this adapter: prompt by prompt, every time from a seed of its own, later than
-        `seed`, whose clips are shown with names. Sides are drawn, the same in every run with this seed."""
+        """Return the pair after the last vote on this adapter, prompt by prompt.
+
+        Each has its own noise seed, after `seed`, which the open view shows with names. Sides are
+        random, and the same in every run with this seed.
+        """
         number = sum(vote.adapter == adapter for vote in self.read())
         left = random.Random(f"{seed} {adapter} {number}").choice([BASE, adapter])
         return Pair(prompts[number % len(prompts)], seed + 1 + number, adapter, left)
 
     def tally(self, adapter: str) -> Tally:
-        worth = [vote.worth for vote in self.read() if vote.adapter == adapter]
-        rate = sum(worth) / len(worth) if worth else math.nan
-        counts = (worth.count(value) for value in (1.0, 0.0, 0.5))
-        return Tally(adapter, *counts, rate, *wilson(rate, len(worth)))
+        values = [vote.value for vote in self.read() if vote.adapter == adapter]
+        counts = [values.count(value) for value in (1.0, 0.0, 0.5)]
+        rate = sum(values) / len(values) if values else math.nan
+        return Tally(adapter, *counts, rate, *wilson_interval(sum(values), len(values)))
 
 
-def wilson(rate: float, votes: int) -> tuple[float, float]:
-    """95 % score interval of a rate. Unlike a bootstrap it does not shrink to a point when all the few votes agree; with
-    ties, which vary less than wins and losses, it is a little too wide. Without votes: anything, 0 to 1."""
+def wilson_interval(wins: float, votes: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a win rate; (0, 1) without votes.
+
+    Unlike a bootstrap it does not shrink to a point when a few votes agree. Ties count half a win;
+    for half a win it covers the intervals of both whole numbers next to it.
+    """
+    from scipy.stats import binomtest
+
     if not votes:
         return 0.0, 1.0
-    share = Z**2 / votes
-    center = (rate + share / 2) / (1 + share)
-    half = math.sqrt(share * (rate * (1 - rate) + share / 4)) / (1 + share)
-    return max(0.0, center - half), min(1.0, center + half)
+    low = binomtest(math.floor(wins), votes).proportion_ci(method="wilson").low
+    high = binomtest(math.ceil(wins), votes).proportion_ci(method="wilson").high
+    return float(low), float(high)

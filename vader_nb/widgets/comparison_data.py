@@ -1,0 +1,187 @@
+"""The base model and adapters on prompts: clips, scores and heat maps, computed in steps and kept."""
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .. import prompts as prompt_sets
+from ..evaluate import BASE
+from ..lora import Adapter
+from ..models import VideoModel
+from ..rewards import Reward, as_reward
+from ..rewards.base import at_least_float32
+from ..sampling import Sampling
+from . import clips
+
+MAX_CLIPS = 24  # prompts whose clips stay in memory; scores are small, and stay for all prompts
+MAX_PROMPTS = 200  # each costs a clip per contestant
+
+Scores = dict[str, torch.Tensor]  # reward -> (F,), or (1,) for a reward on whole clips
+
+
+@dataclass
+class Clip:
+    """frames: uint8 (F, 3, H, W), as they are shown. heat_maps: reward -> (F, H, W)."""
+
+    frames: torch.Tensor
+    heat_maps: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def pixels(self) -> torch.Tensor:
+        """Return the frames in [0, 1]."""
+        return self.frames.float() / 255
+
+
+@dataclass
+class Comparison:
+    """Contestants on prompts, each from the noise of `seed`: the base, then the adapters.
+
+    scores: prompt -> contestant -> `Scores`. clips: prompt -> contestant -> `Clip`, for the prompts
+    that were used last.
+    """
+
+    model: VideoModel
+    adapters: dict[str, str | Path]
+    rewards: dict[str, Reward]
+    sampling: Sampling
+    seed: int
+    scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
+    clips: OrderedDict[str, dict[str, Clip]] = field(default_factory=OrderedDict)
+    merged: dict[str, Adapter | None] = field(default_factory=lambda: {BASE: None})
+
+    @property
+    def names(self) -> list[str]:
+        return [BASE, *self.adapters]
+
+    def sample(self, name: str, prompt: str, seed: int) -> Generator[float, None, torch.Tensor]:
+        """Sample a contestant's clip (F, 3, H, W); yield the fraction that is done."""
+        if name not in self.merged:
+            self.merged[name] = clips.merged(self.model, {self.adapters[name]: 1.0})
+        adapter = self.merged[name]
+        frames = yield from clips.denoising(self.model, [prompt], [seed], self.sampling, adapter)
+        return frames[0]
+
+    def add(self, prompt: str, name: str) -> Generator[float, None, None]:
+        """Sample and score a contestant's clip; yield the fraction that is done."""
+        frames = yield from self.sample(name, prompt, self.seed)
+        scores = {}
+        for reward in self.rewards.values():
+            with torch.no_grad(), _errors_named(reward):
+                values = reward.scores(at_least_float32(frames[None]), [prompt])
+                scores[reward.name] = values[0].float().cpu()
+        self.scores.setdefault(prompt, {})[name] = scores
+        clip = Clip((frames.clamp(0, 1) * 255).round().byte().cpu())
+        self.clips.setdefault(prompt, {})[name] = clip
+        self.clips.move_to_end(prompt)
+        while len(self.clips) > MAX_CLIPS:
+            self.clips.popitem(last=False)
+
+    def add_heat_map(self, prompt: str, name: str, reward: str) -> None:
+        """Compute the heat map of a clip."""
+        clip, metric = self.clips[prompt][name], self.rewards[reward]
+        with _errors_named(metric):
+            frames = clip.pixels().to(self.model.device)
+            clip.heat_maps[reward] = heat_map(metric, frames, prompt)
+
+    def clips_of(self, prompt: str) -> dict[str, Clip]:
+        """Return the clips of a prompt by contestant, and count it as used last."""
+        if prompt in self.clips:
+            self.clips.move_to_end(prompt)
+        return self.clips.get(prompt, {})
+
+    def scores_of(self, prompt: str) -> dict[str, Scores]:
+        """Return what is known about a prompt, by contestant."""
+        return self.scores.get(prompt, {})
+
+    def missing_clips(self, prompt: str) -> list[str]:
+        """Return the contestants without a clip of this prompt."""
+        return [name for name in self.names if name not in self.clips.get(prompt, {})]
+
+    def missing_heat_maps(self, prompt: str, reward: str) -> list[str]:
+        """Return the contestants with a clip of this prompt, but without its heat map."""
+        made = self.clips.get(prompt, {}).items()
+        return [name for name, clip in made if reward not in clip.heat_maps]
+
+    def is_scored(self, prompt: str) -> bool:
+        return len(self.scores_of(prompt)) == len(self.names)
+
+    def mean(self, prompt: str, name: str, reward: str) -> float:
+        return self.scores[prompt][name][reward].mean().item()
+
+    def difference(self, prompt: str, name: str, reward: str) -> float:
+        """Return an adapter's mean minus the base's."""
+        return self.mean(prompt, name, reward) - self.mean(prompt, BASE, reward)
+
+
+def heat_map(reward: Reward, frames: torch.Tensor, prompt: str) -> torch.Tensor:
+    """Return |∂ reward / ∂ pixel|, summed over channels, relative to the clip's largest.
+
+    For a clip (F, 3, H, W) it is (F, H, W) in [0, 1], all zero for a constant reward. Raises
+    ValueError for a reward without a gradient.
+    """
+    with torch.enable_grad():
+        leaf = at_least_float32(frames.detach())[None].requires_grad_()
+        score = reward(leaf, [prompt]).sum()
+        if not score.requires_grad:
+            raise ValueError("it has no gradient")
+        (gradient,) = torch.autograd.grad(score, leaf)
+    heat = gradient[0].abs().sum(1)
+    return (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).half().cpu()
+
+
+@contextlib.contextmanager
+def _errors_named(reward: Reward) -> Iterator[None]:
+    """Inside, errors carry the reward's name."""
+    try:
+        yield
+    except Exception as error:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"reward {reward.name!r} failed ({what}). vader_nb.check(reward) tries it on its own"
+        ) from error
+
+
+def metrics(model: VideoModel, rewards: Sequence | None) -> dict[str, Reward]:
+    """Return the rewards by name, on the model's device; default: those of the tiny world.
+
+    Raises ValueError for none, or two of the same name.
+    """
+    if rewards is None and model.world == "tiny":
+        from ..rewards import action, aesthetic, hps
+
+        rewards = [hps("tiny"), aesthetic("tiny"), action("tiny")]
+    if callable(rewards):
+        rewards = [rewards]
+    listed = [as_reward(reward) for reward in rewards or []]
+    if not listed:
+        raise ValueError(
+            f"no rewards to compare by: RewardComparison(model, rewards=[hps()]) for {model.name!r}"
+        )
+    by_name = {reward.name: reward.to(model.device) for reward in listed}
+    if len(by_name) < len(listed):
+        names = [reward.name for reward in listed]
+        raise ValueError(
+            f"rewards need different names, got {names}; reward.renamed('…') gives one"
+        )
+    return by_name
+
+
+def choose_prompts(
+    model: VideoModel, prompts: Sequence[str] | None, rewards: dict[str, Reward]
+) -> list[str]:
+    """Return the prompts, each once; default: six examples.
+
+    Raises ValueError for none, too many, or one that a reward cannot score.
+    """
+    prompts = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
+    if len(prompts) > MAX_PROMPTS:
+        raise ValueError(
+            f"a comparison takes up to {MAX_PROMPTS} prompts, got {len(prompts)}: give it some"
+        )
+    listed = [*dict.fromkeys(prompt for prompt in prompts if prompt.strip())]
+    for reward in rewards.values():
+        reward.check_prompts(listed)
+    return listed
