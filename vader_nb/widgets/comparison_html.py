@@ -15,6 +15,7 @@ from ..evaluation import BASE
 from ..stats import MIN_PROMPTS, paired_interval
 from ..video import Video, grid
 from .comparison_data import Clip, Comparison
+from .controls import template
 from .drawing import Series, chart, path
 from .panel import escape, note
 from .voting import Tally
@@ -26,14 +27,15 @@ GAP = 4  # pixels between clips
 BACKGROUND = 0.25  # their gray, which is seen beside white, gray and black clips
 HEAT = LinearSegmentedColormap.from_list("heat", ["#d9001a", "#ff8c00", "#ffff66"])
 
-EXPORT = """{% extends "report.html.j2" %}
-{% block title %}comparison{% endblock %}
-{% block style %}
-section td { text-align: left; white-space: normal; border: 0 }
+# Added to the report's style. On a phone a table scrolls; it does not break names into letters.
+STYLE = """
+section td { text-align: left; white-space: normal; border: 0 } .text { min-width: 4.5rem }
 .vader-note { color: var(--note); font-size: .85rem }
 .vader-up { color: var(--good) } .vader-down { color: var(--bad) } .vader-scroll { overflow-x: auto }
-{% endblock %}
-{% block body %}
+"""
+EXPORT = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>vader_nb comparison</title><style>{{ style }}</style></head><body>
 <h1>{{ "Base against " ~ adapters|join(", ") if adapters else "Base" }}</h1>
 <p>{{ sections|length }} of {{ total }} prompts. Side by side: the same prompt, the same noise; they
 play in step. Beside an adapter's score: its difference to the base.</p>
@@ -54,8 +56,8 @@ play in step. Beside an adapter's score: its difference to the base.</p>
 {% if votes %}
 <h2>Blind votes</h2><ul>{% for tally in votes %}<li>{{ tally }}.{% endfor %}</ul>
 {% endif %}
-<h2>Settings</h2><pre>{{ settings }}</pre>
-{% endblock %}"""
+<h2>Settings</h2><pre>{{ settings }}</pre></body></html>
+"""
 
 
 def joined(clips: Sequence[torch.Tensor | None], fps: int, text: str) -> Video:
@@ -162,7 +164,8 @@ def export(comparison: Comparison, prompts: Sequence[str], tallies: Sequence[Tal
     adapters = {name: str(path) for name, path in comparison.adapters.items()}
     settings = {"model": comparison.model.name, "adapters": adapters, "seed": comparison.seed}
     settings |= {k: v for k, v in vars(comparison.sampling).items() if v is not None}
-    return report.TEMPLATES.from_string(EXPORT).render(
+    return template(EXPORT).render(
+        style=Markup(report.STYLE + STYLE),
         adapters=list(adapters),
         total=len(prompts),
         means=_means(comparison, compared),
