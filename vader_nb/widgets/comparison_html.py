@@ -29,7 +29,8 @@ HEAT = LinearSegmentedColormap.from_list("heat", ["#d9001a", "#ff8c00", "#ffff66
 
 # Added to the report's style. On a phone a table scrolls; it does not break names into letters.
 STYLE = """
-section td { text-align: left; white-space: normal; border: 0 } .text { min-width: 4.5rem }
+section :is(td, th) { text-align: left; white-space: normal; border: 0; padding: .1rem 0 }
+.text { min-width: 4.5rem }
 .vader-note { color: var(--note); font-size: .85rem }
 .vader-up { color: var(--good) } .vader-down { color: var(--bad) } .vader-scroll { overflow-x: auto }
 """
@@ -92,11 +93,12 @@ def heat_legend(reward: str) -> str:
 def columns(names: Sequence[str], picture: str, *rows: Sequence[str]) -> str:
     """Return a table: names, one picture with a clip per column, and rows of cells of HTML."""
     count = len(names)
-    heads = "".join(f"<th>{escape(name)}</th>" for name in names)
+    heads = "".join(f"<th align=left>{escape(name)}</th>" for name in names)
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    style = f"width:100%;max-width:{256 * count}px;min-width:{64 * count}px"
+    width = f"width:100%;max-width:{256 * count}px;min-width:{64 * count}px"
     return (
-        f"<div class=vader-scroll><table class=vader-columns style='{style}'><tr>{heads}</tr>"
+        "<div class=vader-scroll><table class=vader-columns "
+        f"style='table-layout:fixed;{width}'><tr>{heads}</tr>"
         f"<tr><td colspan={count}>{picture}</td></tr>{lines}</table></div>"
     )
 

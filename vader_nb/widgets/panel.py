@@ -29,7 +29,7 @@ STYLE = """<style>
 .vader table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 .vader td, .vader th { padding: 1px 8px 1px 0; text-align: right }
 .vader td:first-child, .vader th:first-child, .vader .vader-columns :is(td, th) { text-align: left }
-.vader-columns { table-layout: fixed } .vader-columns td { overflow-wrap: anywhere }
+.vader-columns td { overflow-wrap: anywhere }
 .vader-up { color: #1f9d4d } .vader-down { color: #e0573e }
 .vader-scroll { overflow-x: auto; max-width: 100% }
 .vader-frames > .p-TabBar, .vader-frames > .lm-TabBar { display: none !important }
