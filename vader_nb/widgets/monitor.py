@@ -171,10 +171,8 @@ class TrainingMonitor(Panel):
         prompts = [prompt for prompt in self.prompts for _ in range(SEEDS)]
         texts, seeds = [str(p) for p in prompts], [self.seed + i for i in range(len(prompts))]
         with torch.random.fork_rng():  # a reward that draws must not change what training draws
-            frames = sample(
-                self.model, prompts, seeds=seeds, adapter=adapter, sampling=self.sampling
-            ).float()
-            scores = {}
+            options = {"seeds": seeds, "adapter": adapter, "sampling": self.sampling}
+            frames, scores = sample(self.model, prompts, **options).float(), {}
             for reward in self.held_out:
                 reward.to(self.model.device)
                 scores[reward.name] = reward(frames, texts).mean().item()
