@@ -39,8 +39,10 @@ ATOMIC = "A simulation takes seconds to half a minute and cannot be stopped midw
 VERDICT = """
 <div role=status>
 {% if not memory %}{{ unknown }}{% else %}
-<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b> {{ "%.2f"|format(need) }} GiB and {{ margin }} GiB to spare, of {{ size }} GiB on a {{ gpu }}.
-{% if gpu in memory.suggestions %}{{ "It fits" if suggestion else "Nothing helps:" }} {{ describe(suggestion) }}.
+<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b> {{ "%.2f"|format(need) }} GiB
+and {{ margin }} GiB to spare, of {{ size }} GiB on a {{ gpu }}.
+{% if gpu in memory.suggestions %}
+{{ "It fits" if suggestion else "Nothing helps:" }} {{ describe(suggestion) }}.
 {% elif not memory.fits[gpu] %}Press “simulate” to search for settings that fit.{% endif %}
 {% endif %}
 </div>

@@ -1,4 +1,4 @@
-"""What a truncated reward gradient costs and where it points: memory, seconds, cosine to the exact one.
+"""What a truncated reward gradient costs and where it points: memory, time, cosine to the exact.
 
 explorer = TruncationExplorer(model)                   in a notebook
 explorer.measure(K=2, frames="all")                    the same from Python: a Measured
@@ -74,7 +74,7 @@ class Measured:
 
 
 class TruncationExplorer(SettingsPanel):
-    """The chain adapter, denoising steps, decoder, frames, reward, and how far back its gradient goes.
+    """The chain from adapter to reward, and how far back its gradient is followed.
 
     The adapter is a new one with a random B, since A has no gradient where B is zero. The exact
     gradient goes through all steps and all frames, at the same seed.
