@@ -55,10 +55,10 @@ import tempfile
 
 import matplotlib.pyplot as plt
 import torch
+from vader_nb.evaluate import motion, videomae_features
 
 import vader_nb
 from vader_nb import Frames, Gallery, Sampling, Validation, Video, course, prompts, rewards
-from vader_nb.evaluate import motion, videomae_features
 
 model = vader_nb.load(MODEL)
 WEIGHTS = "tiny" if MODEL == "tiny" else "published"

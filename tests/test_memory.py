@@ -7,10 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-
-import vader_nb
-from vader_nb import load, models
-from vader_nb.gradient import DRaFTLV, Frames, Last
 from vader_nb.memory import (
     GIB,
     GPUS,
@@ -23,6 +19,10 @@ from vader_nb.memory import (
     simulate,
     step,
 )
+
+import vader_nb
+from vader_nb import load, models
+from vader_nb.gradient import DRaFTLV, Frames, Last
 from vader_nb.rewards import parse
 
 KB = torch.zeros(256).nbytes  # a tensor of 256 floats

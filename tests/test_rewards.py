@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from transformers import VideoMAEForVideoClassification
+from vader_nb.rewards.action import TINY as TINY_VIDEOMAE
 
 from vader_nb import rewards
 from vader_nb.rewards import check, parse, reward
-from vader_nb.rewards.action import TINY as TINY_VIDEOMAE
 from vader_nb.rewards.clip import TINY as TINY_CLIP
 from vader_nb.rewards.networks import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from vader_nb.zoo import world

@@ -6,10 +6,10 @@ import weakref
 import pytest
 import torch
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+from vader_nb.memory import Peak
 
 from tests.reward_contract import ascend, assert_slopes
 from vader_nb import rewards
-from vader_nb.memory import Peak
 from vader_nb.rewards.networks import IMAGENET_MEAN, IMAGENET_STD, preprocess
 
 LABELS = [

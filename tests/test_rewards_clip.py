@@ -10,10 +10,10 @@ import pytest
 import torch
 from torchvision.transforms import v2 as T
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from vader_nb.memory import Peak
 
 from tests.reward_contract import ascend, assert_slopes
 from vader_nb import hub, rewards
-from vader_nb.memory import Peak
 from vader_nb.rewards import clip as towers
 from vader_nb.rewards import networks
 from vader_nb.rewards.gallery import SOURCES

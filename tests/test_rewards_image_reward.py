@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import center_crop, normalize, resize
+from vader_nb.memory import Peak
 
 from vader_nb import rewards
-from vader_nb.memory import Peak
 
 from .reward_contract import ascend, assert_slopes
 

@@ -17,10 +17,10 @@ from transformers import (
     YolosForObjectDetection,
     YolosImageProcessor,
 )
+from vader_nb.memory import Peak
 
 from tests.reward_contract import ascend, assert_slopes
 from vader_nb import rewards
-from vader_nb.memory import Peak
 from vader_nb.rewards import detection
 
 LABELS = {0: "N/A", 1: "person", 2: "book", 3: "cat", 4: "traffic light"}

@@ -22,11 +22,11 @@ from transformers import (
     XCLIPModel,
     XCLIPProcessor,
 )
+from vader_nb.rewards.text_video import text_video
 
 from vader_nb.rewards import flow
 from vader_nb.rewards.flow import flow_smoothness
 from vader_nb.rewards.gallery import SOURCES
-from vader_nb.rewards.text_video import text_video
 from vader_nb.rewards.vjepa import block_masks, temporal_consistency
 from vader_nb.zoo import tokenizer
 

@@ -10,9 +10,9 @@ import ipywidgets
 import markupsafe
 import pytest
 import torch
+from vader_nb.evaluate import BASE
 
 from vader_nb import Sampling, lora, reward, sample, zoo
-from vader_nb.evaluate import BASE
 from vader_nb.rewards import action, aesthetic, hps
 from vader_nb.widgets import RewardComparison, comparison_data, comparison_html, voting
 from vader_nb.widgets.drawing import Series, chart

@@ -41,7 +41,6 @@ from .sampling import (
 from .strategies import Frames, Last, Plan, Strategy
 
 
-
 @dataclass
 class Result:
     """Rewards (B,), final latents (B, C, F, H, W), indices of the scored frames, and the drawn plan."""

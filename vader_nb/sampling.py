@@ -142,7 +142,7 @@ def initial_noise(
     Args:
         model: the model.
         seeds: one per clip.
-        sampling: resolved, see `Sampling.resolve`.
+        sampling: resolved.
 
     Returns:
         Latents (B, C, F, H, W), and the generators that go on to draw the sampler's noise. There is one
@@ -193,8 +193,7 @@ def roll_out(
 
     Args:
         model: the model.
-        prompts: one per clip.
-        seeds: one per clip.
+        prompts, seeds: one per clip.
         sampling: resolved.
         adapter: one that is on the model. Before the window it is fused into the weights, where it
             costs nothing; None leaves whatever is on the model as it is.

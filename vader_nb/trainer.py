@@ -32,9 +32,7 @@ from .train_config import TrainConfig
 
 MAX_NON_FINITE = 3  # steps in a row
 MAX_NON_FINITE_SCALED = 20  # with fp16, whose loss scale comes down by such steps
-CHECKED_PROMPTS = (
-    1000  # that are checked before the work starts, and compared when a run is resumed
-)
+CHECKED_PROMPTS = 1000  # are checked before the work starts, and compared when a run is resumed
 
 
 # -------------------------------------------------------------------------------------------- a run
@@ -111,20 +109,17 @@ def align(
         ValueError: before anything is changed, for settings that cannot be met.
         OSError: before anything is changed, if the folder cannot be written.
         RuntimeError: after 3 non-finite steps in a row, or if processes come to hold different adapters.
-            A KeyboardInterrupt, SIGTERM or stop file ends the run early and keeps everything up to the
-            last whole step. A full disk is a warning: the run goes on.
+
+    Ctrl-C, SIGTERM or a stop file end the run early; everything up to the last whole step is kept. A full
+    disk is a warning: the run goes on.
     """
-    config = TrainConfig(**settings)
-    return Trainer(
-        model,
-        reward,
-        prompts,
-        config,
-        adapter=adapter,
-        estimator=estimator,
-        validate=validate,
-        callback=callback,
-    ).fit()
+    options = {
+        "adapter": adapter,
+        "estimator": estimator,
+        "validate": validate,
+        "callback": callback,
+    }
+    return Trainer(model, reward, prompts, TrainConfig(**settings), **options).fit()
 
 
 class Trainer:

@@ -9,8 +9,8 @@ the same without checkpointing and chunks.
 import sys
 
 import torch
-
 from vader_nb.memory import Peak, Shapes
+
 from vader_nb.rewards import outline
 from vader_nb.rewards.base import wide
 
