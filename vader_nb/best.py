@@ -13,48 +13,13 @@ from pathlib import Path
 import scipy.stats
 import torch
 
-from . import prompts as prompt_sets
 from .checkpoints import list_checkpoints, read_metrics
-from .evaluate import BASE, Evaluator, evaluate
-from .lora import Adapter
-from .metrics import thumbnails, unique_metrics
+from .evaluation import BASE, evaluate
 from .models import VideoModel
 from .rewards import Reward, as_reward
-from .sampling import Sampling
 from .stats import MIN_PROMPTS, simultaneous_intervals
 
 ORANGE = "#d97706"
-
-
-class Validation:
-    """Scores rewards that training does not see, while it trains.
-
-    `align(..., validate=Validation(model, pick(), prompts))` calls it with the adapter on the
-    model, for the mean of each reward over one clip per prompt, always at the same seeds. Several
-    processes share the clips. Arguments as in `evaluate`.
-    """
-
-    def __init__(
-        self,
-        model: VideoModel,
-        rewards: Reward | Callable | list[Reward | Callable],
-        prompts: str | Path | Sequence[str],
-        *,
-        sampling: Sampling | None = None,
-        batch_size: int = 8,
-        seed: int = 10_000,
-    ):
-        self.prompts = prompt_sets.get(prompts)
-        listed = rewards if isinstance(rewards, list) else [rewards]
-        self.rewards, _ = unique_metrics([], listed)
-        self.evaluator = Evaluator(
-            model, self.rewards, sampling, thumbnails, 1, batch_size, seed, keep=1
-        )
-
-    def __call__(self, adapter: Adapter) -> dict[str, float]:
-        with torch.random.fork_rng():  # a reward that draws must not change what training draws
-            scores, _ = self.evaluator.run(adapter, self.prompts)
-        return {reward.name: scores[reward.name].mean().item() for reward in self.rewards}
 
 
 @dataclass

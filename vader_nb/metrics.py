@@ -55,7 +55,7 @@ def videomae_features(checkpoint: str | Path = "tiny") -> Callable[[torch.Tensor
     Args:
         checkpoint: "tiny", "published", or a directory, as in `rewards.action`.
     """
-    from .rewards.action import action, position_table
+    from .rewards.video_mae import action, position_table
 
     reward = action(checkpoint)
 
@@ -82,12 +82,12 @@ def unique_metrics(
     trained = {}
     for reward in map(as_reward, listed):
         for part in (reward, *reward.parts()):
-            trained.setdefault(_fingerprint(part), part)
+            trained.setdefault(part.fingerprint, part)
     metrics = dict(trained)
     for reward in map(as_reward, held_out):
-        if _fingerprint(reward) in trained:
+        if reward.fingerprint in trained:
             raise ValueError(f"{reward.name}: trained on, so it cannot be held out")
-        metrics.setdefault(_fingerprint(reward), reward)
+        metrics.setdefault(reward.fingerprint, reward)
     named = {}
     for fingerprint, reward in metrics.items():
         other = named.setdefault(reward.name, fingerprint)
@@ -97,7 +97,3 @@ def unique_metrics(
                 "give one of them another name with reward.renamed('...')"
             )
     return list(metrics.values()), {reward.name for reward in trained.values()}
-
-
-def _fingerprint(reward: Reward) -> str:
-    return getattr(reward, "fingerprint", reward.name)

@@ -20,7 +20,7 @@ from .video import Video, grid
 
 if TYPE_CHECKING:
     from .best import Choice
-    from .evaluate import Evaluation
+    from .evaluation import Evaluation
     from .trainer import Run
 
 GRAY = "#7d8590"  # axes and their texts: readable on white and on black
@@ -42,6 +42,8 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
+
+STYLE = TEMPLATES.get_template("report.css.j2").render()
 
 
 def write_report(
