@@ -585,7 +585,6 @@ def quick(monkeypatch):
 
     def simulate(model, reward, **settings):
         asked.append((model, reward, settings))
-        rewards.syntax(reward)
         halved = settings.get("sequential_guidance", False)
         peak = 20 * settings.get("batch_size", 1) / (2 if halved else 1)
         return {stage: int(GIB * (peak if stage == "replay" else 5)) for stage in STAGES}

@@ -6,8 +6,8 @@ that are alive at each moment. There is no formula: a setting acts here because 
 """
 
 import contextlib
+import copy
 import functools
-import warnings
 import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
@@ -239,8 +239,7 @@ class Step:
         picks fused attention, as CUDA does on every GPU named here.
         """
         before = torch.get_default_dtype()
-        with FakeMode() as fake, MemoryTracker("cpu") as tracker, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that numbers are missing
+        with FakeMode() as fake, MemoryTracker("cpu") as tracker:
             torch.set_default_dtype(self.dtype)
             try:
                 fake.truth = False
@@ -287,12 +286,9 @@ def _report_stages(model: VideoModel, on_stage: Callable[[str], None]) -> None:
     def new_scheduler(sampling, original=model.new_scheduler):
         with unset_fake_temporarily():
             scheduler = original(sampling)
-        for name, value in vars(scheduler).items():
-            if isinstance(value, torch.Tensor):
-                setattr(scheduler, name, value.clone())  # fake, or it could not be copied later
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # or it would search its place among the timesteps
-        return scheduler
+        return _with_fake_deepcopy(scheduler)
 
     model.new_scheduler = new_scheduler
     report("new_scheduler", lambda: "roll-out")
@@ -300,6 +296,23 @@ def _report_stages(model: VideoModel, on_stage: Callable[[str], None]) -> None:
     report("predict", lambda: "replay" if torch.is_grad_enabled() else "roll-out")
     report("decode", lambda: "decode")
     report("decode_vjp", lambda: "decode")
+
+
+def _with_fake_deepcopy(scheduler):
+    """The scheduler; its deep copies clone tensors, since `copy` corrupts memory with fakes."""
+
+    def clone(value):
+        if isinstance(value, list):
+            return [clone(x) for x in value]
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+    def deepcopy(memo):
+        twin = copy.copy(scheduler)
+        vars(twin).update({name: clone(value) for name, value in vars(twin).items()})
+        return _with_fake_deepcopy(twin)
+
+    scheduler.__deepcopy__ = deepcopy
+    return scheduler
 
 
 # ------------------------------------------------------------------------------------------- the answer

@@ -8,9 +8,18 @@ import shlex
 
 from ipywidgets import HTML, Text
 
-from ..memory_planner import GIB, GPUS, MARGIN, STAGES, Memory, describe, search_settings, simulate
+from ..memory_planner import (
+    GIB,
+    GPUS,
+    MARGIN,
+    STAGES,
+    Memory,
+    describe,
+    is_per_frame,
+    search_settings,
+    simulate,
+)
 from ..models import CHECKPOINTS, checkpoint_of
-from ..rewards import syntax
 from .controls import (
     FRAMES,
     SettingsPanel,
@@ -74,7 +83,7 @@ class MemoryPlanner(SettingsPanel):
     def __init__(self, model: str = "modelscope", reward: str = "hps", gpu_memory: str = "T4"):
         super().__init__()
         checkpoint_of(model)
-        syntax(reward)
+        is_per_frame(str(model), reward)
         if gpu_memory not in GPUS:
             raise ValueError(f"unknown GPU {gpu_memory!r}; choose one of {', '.join(GPUS)}")
         self.answers: dict[tuple, Memory] = {}
@@ -154,7 +163,6 @@ class MemoryPlanner(SettingsPanel):
     def _job(self):
         asked, changes = (self.model.value, self.reward.value), self.changes
         gpu, question = self.gpu_memory.value, self._question()
-        syntax(self.reward.value)
         self.say(f"Simulating one training step. {ATOMIC}")
         yield 0.05
         answer = Memory(*asked, changes, simulate(*asked, **changes))
@@ -194,13 +202,13 @@ class MemoryPlanner(SettingsPanel):
 
     def changed(self) -> None:
         self._show()
-        syntax(self.reward.value)  # an error is shown in the panel
+        is_per_frame(self.model.value, self.reward.value)  # raises what the panel shows
 
     def _show(self) -> None:
         try:
-            syntax(self.reward.value)
+            is_per_frame(self.model.value, self.reward.value)
             unreadable = ""
-        except ValueError:
+        except (ValueError, OSError):
             unreadable = UNREADABLE
         memory, gpu, suggestion = self.memory, self.gpu_memory.value, self.suggestion
         disable(unreadable, self.simulate_button)
