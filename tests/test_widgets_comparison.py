@@ -578,6 +578,9 @@ def test_the_interval_of_the_win_rate_is_wilsons():
         assert voting.wilson_interval(won, votes) == pytest.approx((low, high), abs=5e-5)
     assert voting.wilson_interval(3, 3)[0] < 0.5  # three wins of three prove nothing
     assert voting.wilson_interval(0, 0) == (0, 1)
+    # a tie is half a win: no narrower than either whole number next to it
+    bounds = [voting.wilson_interval(wins, 8) for wins in (3, 4)]
+    assert voting.wilson_interval(3.5, 8) == (bounds[0][0], bounds[1][1])
 
 
 # --------------------------------------------------------------------------------------------------------------- export
