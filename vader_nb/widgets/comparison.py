@@ -196,8 +196,8 @@ class RewardComparison(SettingsPanel):
         """
         self.set(prompt=self.prompt.value if prompt is None else prompt)
         self.jobs.finish(self._one)
-        data, prompt = self.data, self.prompt.value
-        return {n: {r: data.mean(prompt, n, r) for r in data.rewards} for n in data.names}
+        data, shown = self.data, self.prompt.value
+        return {n: {r: data.mean(shown, n, r) for r in data.rewards} for n in data.names}
 
     def run_all(self) -> None:
         """Compare on all prompts now."""
