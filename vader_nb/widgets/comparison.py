@@ -7,6 +7,7 @@ comparison.run_all(); comparison.export()     every prompt's scores, and the las
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from ipywidgets import HTML, ToggleButton, VBox
@@ -78,7 +79,7 @@ class RewardComparison(SettingsPanel):
         self._picture: Video | None = None  # what the player shows
         self._images = ((), [])  # what the picture was made of, and its <img>s
         self._sweeping = False  # whether all prompts are being compared
-        self.player = Player(sampling.num_frames)
+        self.player = Player(sampling.num_frames or 1)
         self.caption, self.why, self.counts, self.saved = HTML(), HTML(), HTML(), HTML()
         self._controls()
         sweep = row(self.all_button, self.stop_button, self.order, self.adapter)
@@ -90,11 +91,11 @@ class RewardComparison(SettingsPanel):
         self.changed()
 
     def _controls(self) -> None:
-        self.prompt = choice("prompt", self.prompts)
-        self.reward = choice("reward", [*self.data.rewards])
+        self.prompt: Any = choice("prompt", self.prompts)
+        self.reward: Any = choice("reward", [*self.data.rewards])
         self.heat = switch("gradient heat map", False)
         self.order = choice("sort prompts", [GIVEN, HELPS, HURTS])
-        self.adapter = choice("by adapter", self.data.names[1:])
+        self.adapter: Any = choice("by adapter", self.data.names[1:])
         for narrow in (self.reward, self.order, self.adapter):
             narrow.layout.width = "250px"
         self.settings = {"prompt": self.prompt, "reward": self.reward, "heat": self.heat}
@@ -195,8 +196,8 @@ class RewardComparison(SettingsPanel):
         """
         self.set(prompt=self.prompt.value if prompt is None else prompt)
         self.jobs.finish(self._one)
-        data, prompt = self.data, self.prompt.value
-        return {n: {r: data.mean(prompt, n, r) for r in data.rewards} for n in data.names}
+        data, shown = self.data, self.prompt.value
+        return {n: {r: data.mean(shown, n, r) for r in data.rewards} for n in data.names}
 
     def run_all(self) -> None:
         """Compare on all prompts now."""
@@ -349,7 +350,7 @@ class RewardComparison(SettingsPanel):
         return columns(names, self._picture.to_html(256 * len(names)), *rows)
 
 
-def _scaled(job: Generator, start: float, length: float) -> Generator:
+def _scaled(job: Generator[float, None, Any], start: float, length: float) -> Generator:
     """A job's fractions as those of a part of a longer one; returns what the job returns."""
     while True:
         try:

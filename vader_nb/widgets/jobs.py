@@ -7,6 +7,7 @@ between, a newer request takes over. It runs in no thread: Colab loses a page's 
 import asyncio
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ..models import MODEL_LOCK
 
@@ -14,7 +15,7 @@ DEBOUNCE = 0.3  # seconds without another change until work starts
 LISTEN = 0.005  # seconds between two steps, for messages from the page
 RETRY = 0.2  # seconds until a model in use is asked for again
 
-Job = Iterator[float]
+Job = Iterator[float]  # a generator
 
 
 class Jobs:
@@ -28,7 +29,7 @@ class Jobs:
         self.busy, self.waiting, self.failed = busy, waiting, failed
         self.newest = 0  # number of the last request
         self.task: asyncio.Task | None = None
-        self.job: Job | None = None
+        self.job: Any = None  # between two of its steps
 
     def submit(self, make: Callable[[], Job], debounce: float = DEBOUNCE) -> None:
         """Start a job instead of the current one.

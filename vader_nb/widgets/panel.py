@@ -57,7 +57,8 @@ def data_url(data: bytes, kind: str) -> str:
 
 def download_link(path: Path) -> str:
     """Return a link that carries a file within the page."""
-    url = data_url(path.read_bytes(), mimetypes.guess_type(path, strict=False)[0])
+    kind = mimetypes.guess_type(path, strict=False)[0] or "application/octet-stream"
+    url = data_url(path.read_bytes(), kind)
     return f' · <a download="{escape(path.name)}" href="{url}">download</a>'
 
 
@@ -78,7 +79,7 @@ class Panel:
         self.progress = FloatProgress(min=0, max=1, **look)
         self.progress.layout.visibility = "hidden"
         self.jobs = Jobs(self.busy, self.waiting, self.failed)
-        self.box: VBox | None = None
+        self.box = VBox()  # filled by `assemble`
 
     def assemble(self, *children) -> None:
         """Put the panel together, once its parts are made."""
@@ -110,7 +111,7 @@ class Panel:
         elif text in self.remark.value:
             self.say("")
 
-    def on(self, handler: Callable[[], None], *controls) -> None:
+    def on(self, handler: Callable[[], object], *controls) -> None:
         """Call handler() when one of the controls changes or is clicked, and show its errors."""
 
         def respond(_event) -> None:

@@ -107,9 +107,10 @@ class Votes:
 
     def tally(self, adapter: str) -> Tally:
         values = [vote.value for vote in self.read() if vote.adapter == adapter]
-        counts = [values.count(value) for value in (1.0, 0.0, 0.5)]
+        wins, losses, ties = (values.count(value) for value in (1.0, 0.0, 0.5))
         rate = sum(values) / len(values) if values else math.nan
-        return Tally(adapter, *counts, rate, *wilson_interval(sum(values), len(values)))
+        low, high = wilson_interval(sum(values), len(values))
+        return Tally(adapter, wins, losses, ties, rate, low, high)
 
 
 def wilson_interval(wins: float, votes: int) -> tuple[float, float]:
