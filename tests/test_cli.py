@@ -161,8 +161,8 @@ def test_prompt_files_as_editors_write_them(tmp_path):
 
 def test_a_report_escapes_what_users_wrote(tmp_path):
     import torch
-    from vader_nb.evaluation import Evaluation, Row
 
+    from vader_nb.evaluation import Evaluation, Row
     from vader_nb.video import Gallery, Video
 
     evil = "<script>alert(1)</script>"
