@@ -284,6 +284,7 @@ def test_own_rewards_are_named_in_the_expression_and_other_expressions_put_in_pa
     assert "stands for" not in panel.code.value
     assert composer.grouped("hps.towards(2)") == "hps.towards(2)"
     assert composer.grouped(" -hps") == "(-hps)"
+    assert composer.grouped("my_file.py:blueness") == "(my_file.py:blueness)"
 
 
 def test_one_reward_has_no_conflict(tiny, canned):
