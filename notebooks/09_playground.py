@@ -78,6 +78,7 @@ from vader_nb.widgets import (
 )
 
 model = vader_nb.load(MODEL)
+model.defaults |= course.quick({}, {"num_inference_steps": 4})  # fewer in tests
 few = course.quick(None, prompts.get("tiny_held_out")[:2])  # None: the panels' own prompts
 sampler = Sampler(model)
 sampler

@@ -199,6 +199,8 @@ def test_held_out_rewards_are_marked(micro, weaker, tmp_path):
         GROUPS,
         held_out=[rewards.colorfulness()],
         progress=False,
+        sampling=QUICK,
+        keep=2,
     )
     assert {row.metric for row in evaluation.rows if row.held_out} == {"colorfulness"}
     assert "colorfulness †" in str(evaluation) and "† not trained on" in str(evaluation)
@@ -298,6 +300,7 @@ def test_a_report_escapes_names_too(micro, weaker, tmp_path):
         judge,
         {evil: [evil, "a red star"]},
         progress=False,
+        sampling=QUICK,
     )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(evil)
@@ -337,9 +340,8 @@ def test_one_clip_without_a_score_spoils_its_own_row_only(micro, tmp_path):
         value = frames.mean(dim=(1, 2, 3, 4))
         return value * torch.tensor([1.0, float("nan"), *[1.0] * (len(value) - 2)])
 
-    evaluation = evaluate(
-        micro, adapted(micro), [moody, rewards.brightness()], GROUPS, progress=False
-    )
+    options = {"sampling": QUICK, "keep": 2, "progress": False}
+    evaluation = evaluate(micro, adapted(micro), [moody, rewards.brightness()], GROUPS, **options)
     row = evaluation.row("training", "moody")
     assert row.texts()[1:4] == ["nan", "nan", "nan to nan"] and not row.significant
     assert (
@@ -488,7 +490,7 @@ def test_the_best_checkpoint_of_a_run(micro, weaker, tmp_path):
             for shape in ("star", "circle", "square")
         ]
     }
-    options = {"seeds_per_prompt": 1, "progress": False}
+    options = {"seeds_per_prompt": 1, "progress": False, "sampling": QUICK}
     up = (
         evaluate(micro, strong, rewards.brightness(), groups, **options)
         .row("all", "brightness")

@@ -1,36 +1,37 @@
 """The count of living bytes, where the right answer can be told with a pencil; the simulator against real runs."""
 
 import gc
-import sys
-from dataclasses import replace
+import os
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from vader_nb.memory import (
+
+import vader_nb
+from tests import simulations
+from vader_nb import load, memory_planner, models
+from vader_nb.memory_planner import (
     GIB,
     GPUS,
     MARGIN,
     STAGES,
-    Peak,
-    Setting,
-    Shapes,
-    sees_frames,
+    FakeMode,
+    MemoryTracker,
+    Step,
+    find_gpu,
+    is_per_frame,
     simulate,
-    step,
 )
-
-import vader_nb
-from vader_nb import load, models
-from vader_nb.gradient import DRaFTLV, Frames, Last
-from vader_nb.rewards import parse
+from vader_nb.offload import CPUOffloader
+from vader_nb.selfcheck import counted
+from vader_nb.strategies import DRaFTLV, Frames, Last
 
 KB = torch.zeros(256).nbytes  # a tensor of 256 floats
 
 
 def test_it_counts_what_lives_together():
     there_before = torch.zeros(256)
-    with Peak() as peak:
+    with MemoryTracker() as peak:
         a = there_before + 1
         b = a + 1
         a.add_(1)  # in place: nothing new
@@ -42,7 +43,7 @@ def test_it_counts_what_lives_together():
 
 
 def test_it_forgets_what_is_gone():
-    with Peak() as peak:
+    with MemoryTracker() as peak:
         for _ in range(10):
             torch.zeros(256) + 1
     gc.collect()
@@ -55,7 +56,7 @@ def test_it_sees_the_backward_pass_and_what_checkpointing_saves():
     peaks = {}
     for name in ("kept", "checkpointed"):
         x = torch.ones(256, requires_grad=True)
-        with Peak() as peak:
+        with MemoryTracker() as peak:
             y = x
             for _ in range(5):
                 twice = lambda z: z.sin().sin()  # noqa: E731
@@ -72,38 +73,39 @@ def test_it_sees_the_backward_pass_and_what_checkpointing_saves():
 
 # ------------------------------------------------------------------------------------- the simulator
 
-TINY = Setting(model="tiny", reward="hps", num_inference_steps=3, dtype=torch.float32)
+TINY = {"model": "tiny", "num_inference_steps": 3, "dtype": torch.float32}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def simulated_once(request):
+    """Simulations are kept between runs, see `simulations`."""
+    kept = os.environ.get("VADER_NB_SIMULATIONS") or request.config.cache.mkdir("simulations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "simulate", simulations.cached(kept))
+        yield
 
 
 @pytest.fixture(scope="module")
 def small(micro_directory):
     """A setting that takes a second."""
-    look = {
+    return {
+        "model": str(micro_directory),
+        "reward": "hps('tiny')",
+        "batch_size": 2,
         "num_frames": 4,
         "height": 32,
         "width": 32,
         "num_inference_steps": 3,
         "dtype": torch.float32,
     }
-    return Setting(str(micro_directory), "hps('tiny')", batch_size=2, **look)
 
 
-def counted(setting: Setting) -> dict[str, int]:
-    """The step with real numbers, every storage that lives counted; the weights, which are read, not computed, by
-    hand."""
-    with Peak() as peak:
-        model = load(setting.model, device="cpu", dtype=setting.dtype)
-        reward = parse(setting.reward, tiny=True)
-        for network in [*model.modules(), *reward.networks]:
-            for tensor in [*network.parameters(), *network.buffers()]:
-                if tensor.untyped_storage()._cdata not in peak.known:
-                    peak.born(tensor.untyped_storage())
-        step(model, reward, setting, peak)
-    return {stage: peak.stages[stage] for stage in STAGES}
+def step_of(model="modelscope", reward="hps", **settings) -> Step:
+    return Step.of(model, reward, settings)
 
 
-def assert_close(setting: Setting) -> None:
-    real, simulated = counted(setting), simulate(setting)
+def assert_close(setting: dict) -> None:
+    real, simulated = counted(step_of(**setting)), simulate(**setting)
     for stage in STAGES:
         assert simulated[stage] == pytest.approx(real[stage], rel=0.1), stage
     # Nor do the weights, which are many and easy, hide what comes on top of them.
@@ -113,33 +115,38 @@ def assert_close(setting: Setting) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"strategy": Last(2), "checkpoint_blocks": False}, {"frames": Frames("all"), "chunk": 4}],
+    [
+        {},
+        {"strategy": Last(2), "gradient_checkpointing": False},
+        {"frames": Frames.all(), "decode_chunk_size": 4},
+    ],
     ids=["K=1", "K=2, no block checkpointing", "all frames"],
 )
 def test_the_simulation_of_tiny_is_within_ten_per_cent_of_a_real_run(change):
-    assert_close(replace(TINY, **change))
+    assert_close(TINY | change)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"sequential_guidance": True, "strategy": DRaFTLV(2)},
-        {"reward": "action('tiny', 'growing') + colorfulness", "frames": Frames("all")},
+        {"reward": "action('tiny', 'growing') + colorfulness", "frames": Frames.all()},
+        {"mixed_precision": "bf16"},
     ],
     ids=str,
 )
 def test_and_so_it_is_with_other_settings(small, change):
-    assert_close(replace(small, **change))
+    assert_close(small | change)
 
 
 @pytest.mark.parametrize(
     ("change", "stage", "factor"),
     [
         ({"batch_size": 4}, "replay", (1.7, 2.1)),
-        ({"checkpoint_blocks": False}, "replay", (2.0, 20.0)),
+        ({"gradient_checkpointing": False}, "replay", (2.0, 20.0)),
         ({"sequential_guidance": True}, "replay", (0.4, 0.75)),
-        ({"offload": True, "checkpoint_blocks": False}, "replay", (0.1, 0.9)),
-        ({"frames": Frames("all"), "chunk": 4}, "decode", (2.5, 4.1)),
+        ({"activation_offload": True, "gradient_checkpointing": False}, "replay", (0.1, 0.9)),
+        ({"frames": Frames.all(), "decode_chunk_size": 4}, "decode", (2.5, 4.1)),
     ],
     ids=str,
 )
@@ -147,36 +154,72 @@ def test_it_moves_with_every_setting(small, change, stage, factor):
     """In the stage that the setting is about, what lives there beside the weights changes by a factor in this range."""
     before, after = (
         stages[stage] - stages["weights"]
-        for stages in (simulate(small), simulate(replace(small, **change)))
+        for stages in (simulate(**small), simulate(**(small | change)))
     )
     assert factor[0] < after / before < factor[1]
 
 
 def test_half_precision_halves_the_weights(small):
     full, half = (
-        simulate(replace(small, dtype=dtype))["weights"] for dtype in (torch.float32, torch.float16)
+        simulate(**(small | {"dtype": dtype}))["weights"] for dtype in (torch.float32, "float16")
     )
     assert 0.5 < half / full < 0.7  # the adapter and its moments stay in float32
 
 
 def test_it_leaves_no_trace(small):
     """No fake tensors in what is kept between runs, no other default dtype."""
-    simulate(small)
+    simulations.simulate(step_of(**small))
     assert torch.get_default_dtype() == torch.float32
     assert type(torch.zeros(1) + 1) is torch.Tensor
     tiny = load("tiny")
-    assert type(tiny.encode(["a red star"]).prompt) is torch.Tensor
+    states = tiny.encode(["a red star"])["prompt"]["encoder_hidden_states"]
+    assert type(states) is torch.Tensor
 
 
-# ----------------------------------------------------------------------------------- whose turn it is
+def test_frames_are_by_default_those_that_training_would_take(small):
+    """One random frame, or all for a reward on the whole clip."""
+    for reward, frames in (("brightness", "random:1"), ("motion_smoothness", "all")):
+        setting = small | {"reward": reward, "num_inference_steps": 1, "guidance_scale": 1}
+        assert simulate(**setting) == simulate(**(setting | {"frames": frames}))
 
 
-def whereabouts(setting: Setting) -> dict[str, set[str]]:
+# --------------------------------------------------------------------------------- which networks are loaded
+
+
+def test_the_offloader_moves_frozen_weights_and_keeps_trained_ones():
+    network, other = torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 2)
+    other.bias.requires_grad_(False)
+    trained, values = other.weight, network.weight.clone()
+    offloader = CPUOffloader(torch.device("meta"), torch.device("cpu"))
+    offloader.onload(network, other)
+    assert offloader.loaded == [network, other]
+    assert network.weight.device.type == other.bias.device.type == "meta"
+    assert isinstance(network.weight, torch.nn.Parameter)
+    assert other.weight is trained and trained.device.type == "cpu"
+    offloader.onload(other)
+    assert offloader.loaded == [other]
+    torch.testing.assert_close(network.weight, torch.nn.Parameter(values))
+
+
+def test_a_network_that_was_offloaded_is_loaded_again_when_it_is_needed():
+    """Offloaded by itself, it counted as loaded, and was missing where it had to work."""
+    network = torch.nn.Linear(2, 2).requires_grad_(False)
+    offloader = CPUOffloader(torch.device("meta"), torch.device("cpu"))
+    offloader.onload(network)
+    offloader.offload(network)
+    assert network.weight.device.type == "cpu"
+    offloader.onload(network)
+    assert network.weight.device.type == "meta"
+
+
+def whereabouts(setting: dict) -> dict[str, set[str]]:
     """Which networks are on the accelerator, weights and all, at each stage of a step that offloads models."""
-    seen = {}
-    with Shapes(allow_non_fake_inputs=True):
-        model, reward = models.outline(setting.model), parse(setting.reward, outline=True)
-        model.home = torch.device("meta")
+    seen, step = {}, step_of(**setting)
+    with FakeMode() as fake:
+        fake.truth = False
+        model, reward = models.from_config(step.model), step.make_reward(from_config=True)
+        fake.truth = True
+        model.offload_device = torch.device("meta")
         networks = {
             "text": model.text_encoder,
             "denoiser": model.denoiser,
@@ -200,13 +243,13 @@ def whereabouts(setting: Setting) -> dict[str, set[str]]:
         for name in ("text", "denoiser", "decoder"):
             look(networks[name], name)
         look(reward.networks[0].visual, "reward")
-        step(model, reward, setting, Peak())
+        step.run(model, reward, MemoryTracker())
     return seen
 
 
-@pytest.mark.parametrize("frames", [Frames(), Frames("all")], ids=str)
+@pytest.mark.parametrize("frames", [Frames.random(1), Frames.all()], ids=str)
 def test_with_model_offload_only_those_at_work_are_on_the_accelerator(small, frames):
-    assert whereabouts(replace(small, frames=frames, model_cpu_offload=True)) == {
+    assert whereabouts(small | {"frames": frames, "model_cpu_offload": True}) == {
         "text": {"text"},
         "denoiser": {"denoiser"},
         "decoder": {"decoder", "reward"},
@@ -224,72 +267,85 @@ def test_without_it_all_of_them_are(small):
 
 def test_modelscope_with_hps_fits_where_it_should():
     """At 256 x 256, 16 frames, K = 1 (VADER reports 12.1 GB, and 20.4 GB beside in RAM)."""
-    gib = 2**30
-    resident, offloaded = (simulate(Setting(model_cpu_offload=flag)) for flag in (False, True))
-    # 1411 M + 340 M + 84 M + 986 M weights of 2 bytes, and a little of an adapter
-    assert resident["weights"] / gib == pytest.approx(
-        (1411.2 + 340.4 + 83.7 + 986.1) * 2e6 / gib, rel=0.02
+    resident, offloaded = (
+        simulate("modelscope", "hps", model_cpu_offload=flag) for flag in (False, True)
     )
-    assert max(resident.values()) <= 8 * gib
-    assert max(offloaded.values()) <= 5 * gib
-    assert offloaded["text"] / gib == pytest.approx(340.4 * 2e6 / gib, rel=0.1)
-
-
-def ask(setting: Setting, **options):
-    return vader_nb.memory(**vars(setting), **options)
+    # 1411 M + 340 M + 84 M + 986 M weights of 2 bytes, and a little of an adapter
+    weights = (1411.2 + 340.4 + 83.7 + 986.1) * 2e6
+    assert resident["weights"] / GIB == pytest.approx(weights / GIB, rel=0.02)
+    assert max(resident.values()) <= 8 * GIB
+    assert max(offloaded.values()) <= 5 * GIB
+    assert offloaded["text"] / GIB == pytest.approx(340.4 * 2e6 / GIB, rel=0.1)
 
 
 def test_the_answer_is_a_table(small):
-    answer = ask(small)
+    answer = vader_nb.memory(**small)
     assert answer.bytes == max(answer.stages.values())
     assert answer.fits == dict.fromkeys(GPUS, True)
     for part in (*STAGES, *GPUS, "the peak", "fits", "1 GiB"):
         assert part in str(answer)
         assert part in answer._repr_html_()
+    assert "<th" in answer._repr_html_() and "hps(&#39;tiny&#39;)" in answer._repr_html_()
 
 
-def test_what_does_not_fit_is_told_what_to_change(small, monkeypatch):
+def test_what_does_not_fit_is_told_what_to_change(small):
     """On a GPU that is just large enough once guidance is sequential, and not before."""
-    setting = replace(small, checkpoint_blocks=False)
-    enough = {"sequential_guidance": True, "checkpoint_blocks": True}
-    monkeypatch.setitem(
-        GPUS, "T4", max(simulate(replace(setting, **enough)).values()) / GIB + MARGIN
-    )
-    answer = ask(setting, gpu="T4")
-    assert not answer.fits["T4"]
+    setting = small | {"gradient_checkpointing": False}
+    enough = {"sequential_guidance": True, "gradient_checkpointing": True}
+    gib = max(simulate(**(setting | enough)).values()) / GIB + MARGIN
+    answer = vader_nb.memory(**setting, gpu_memory=gib)
+    gpu, _ = find_gpu(gib)
+    assert not answer.fits[gpu]
     assert "too small: with" in str(answer)
-    assert ask(replace(setting, **answer.remedies["T4"]), gpu="T4").fits["T4"]
-    for name in answer.remedies["T4"]:  # none of them is idle
-        fewer = {key: value for key, value in answer.remedies["T4"].items() if key != name}
-        assert not ask(replace(setting, **fewer)).fits["T4"]
+    change = answer.suggestions[gpu]
+    assert vader_nb.memory(**(setting | change), gpu_memory=gib).fits[gpu]
+    for name in change:  # none of them is idle
+        fewer = {key: value for key, value in change.items() if key != name}
+        assert max(simulate(**(setting | fewer)).values()) / GIB + MARGIN > gib
 
 
 def test_a_reward_on_the_clip_is_not_offered_another_clip(small, monkeypatch):
     """Neither one random frame nor fewer frames; and frames that are named are not looked for where there are fewer."""
-    module, tried = sys.modules[Setting.__module__], []
-    monkeypatch.setattr(
-        module, "simulate", lambda setting: tried.append(setting) or simulate(setting)
-    )
-    monkeypatch.setattr(module, "REMEDIES", module.REMEDIES[-2:])
-    monkeypatch.setitem(GPUS, "T4", MARGIN)
-    setting = replace(small, reward="motion_smoothness", frames=Frames("all"), num_frames=12)
-    assert ask(setting, gpu="T4").remedies == {"T4": None}
-    assert {(s.frames, s.num_frames) for s in tried} == {(Frames("all"), 12)}
-    named = replace(small, reward="brightness", frames=Frames("list", indices=(11,)), num_frames=12)
-    assert ask(named, gpu="T4").remedies == {"T4": None}
-    assert not sees_frames(small.model, "motion_smoothness") and sees_frames(
-        small.model, "hps('tiny')"
-    )
+    tried = []
+
+    def noted(model, reward, **settings):
+        tried.append(settings)
+        return simulate(model, reward, **settings)
+
+    monkeypatch.setattr(memory_planner, "simulate", noted)
+    monkeypatch.setattr(memory_planner, "SAVINGS", memory_planner.SAVINGS[-2:])
+    setting = small | {"reward": "motion_smoothness", "frames": Frames.all(), "num_frames": 12}
+    assert vader_nb.memory(**setting, gpu_memory=MARGIN).suggestions == {"1 GiB": None}
+    assert {(s["frames"], s["num_frames"]) for s in tried} == {(Frames.all(), 12)}
+    named = small | {"reward": "brightness", "frames": Frames.at(11), "num_frames": 12}
+    assert vader_nb.memory(**named, gpu_memory=MARGIN).suggestions == {"1 GiB": None}
+    assert not is_per_frame(small["model"], "motion_smoothness")
+    assert is_per_frame(small["model"], "hps('tiny')")
 
 
 def test_what_can_never_fit_is_told_so(small, monkeypatch):
     monkeypatch.setitem(GPUS, "T4", MARGIN)
-    monkeypatch.setattr(
-        sys.modules[Setting.__module__], "REMEDIES", ({"sequential_guidance": True},)
-    )
-    answer = ask(small, gpu="T4")
-    assert answer.remedies == {"T4": None}
+    monkeypatch.setattr(memory_planner, "SAVINGS", ({"sequential_guidance": True},))
+    answer = vader_nb.memory(**small, gpu_memory="T4")
+    assert answer.suggestions == {"T4": None}
     assert "too small: no setting" in str(answer)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (24, ("24 GiB", 24.0)),
+        ("24", ("24 GiB", 24.0)),
+        (79.5, ("79.5 GiB", 79.5)),
+        ("t4", ("T4", GPUS["T4"])),
+        ("4090", ("RTX 4090", GPUS["RTX 4090"])),
+        (4090, ("RTX 4090", GPUS["RTX 4090"])),
+        ("a100 80gb", ("A100 80 GB", GPUS["A100 80 GB"])),
+        ("H200", ("H200", GPUS["H200"])),
+    ],
+)
+def test_a_gpu_is_named_or_a_number_of_gib(given, found):
+    assert find_gpu(given) == found
 
 
 @pytest.mark.parametrize(
@@ -297,11 +353,31 @@ def test_what_can_never_fit_is_told_so(small, monkeypatch):
     [
         ({"model": "modelscop"}, "unknown model"),
         ({"model": "tiny", "reward": "hpss"}, "unknown reward"),
-        ({"gpu": "T5"}, "unknown GPU 'T5'; choose one of T4"),
+        ({"gpu_memory": "T5"}, "unknown GPU 'T5'; choose one of T4"),
+        ({"gpu_memory": "A100"}, "'A100' may be A100 40 GB or A100 80 GB"),
+        ({"gpu_memory": 0}, "unknown GPU 0; .* or give its memory in GiB"),
         ({"hight": 64}, "unknown setting 'hight'; memory depends on .*height"),
+        ({"dtype": "float17"}, "unknown dtype 'float17'"),
         ({"model": "tiny", "strategy": Last(100)}, "K=100"),
     ],
 )
 def test_bad_questions(arguments, message):
     with pytest.raises(ValueError, match=message):
         vader_nb.memory(**arguments)
+
+
+# ----------------------------------------------------------------------------------- simulations on disk
+
+
+def test_what_is_kept_on_disk_is_simulated_again_when_anything_changes(
+    small, monkeypatch, tmp_path
+):
+    key = simulations.key(step_of(**small))
+    assert simulations.key(step_of(**small)) == key
+    assert simulations.key(step_of(**(small | {"rank": 4}))) != key
+    assert simulations.key(step_of(**(small | {"reward": "brightness"}))) != key
+    assert simulations.key(step_of(**(small | {"model": "tiny"}))) != key
+    (tmp_path / "model_index.json").write_text("{}")
+    assert simulations.key(step_of(**(small | {"model": str(tmp_path)}))) != key
+    monkeypatch.setattr(simulations, "code_version", lambda: "another")
+    assert simulations.key(step_of(**small)) != key

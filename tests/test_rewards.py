@@ -92,7 +92,7 @@ def test_a_stack_of_linear_layers_in_laions_layout_is_one_affine_map(frames):
 def test_aesthetic_follows_what_it_states():
     """On frames of held-out captions, as they are and paler, fainter, off center: a linear probe follows the
     stated criterion closely, not perfectly."""
-    from vader_nb.zoo.train_clip import beauty, vary
+    from vader_nb.zoo.scripts.train_clip import beauty, vary
 
     generator = torch.Generator().manual_seed(6)
     plain = world.render(world.split()[1][:120], generator)[:, 3]

@@ -126,22 +126,12 @@ def test_hps_is_open_clips_own(hps_file, small_hps, frames):
 
 
 @pytest.fixture(scope="module")
-def hpsv2(tmp_path_factory):
+def hpsv2(tmp_path_factory, hps_file, frames):
     """Runs hpsv2_reference.py on HPSv2's own package, which is installed without its dependencies (it pins an old
     pytest) and with the vocabulary that it lacks; returns what it prints."""
     folder = tmp_path_factory.mktemp("hpsv2")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(folder),
-        "hpsv2==1.2.0",
-    ]
-    subprocess.run(command, check=True)
+    install = ["pip", "install", "-q", "--no-deps", "hpsv2==1.2.0", "--target"]
+    subprocess.run([sys.executable, "-m", *install, str(folder)], check=True)
     vocabulary = "bpe_simple_vocab_16e6.txt.gz"
     theirs = folder / "hpsv2" / "src" / "open_clip" / vocabulary
     theirs.write_bytes((Path(open_clip.__file__).parent / vocabulary).read_bytes())
@@ -152,22 +142,19 @@ def hpsv2(tmp_path_factory):
         "PATH": "",
     }
 
-    def run(*arguments):
-        script = Path(__file__).parent / "hpsv2_reference.py"
-        done = subprocess.run(
-            [sys.executable, script, *arguments], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+    torch.save(frames[:, 0].clone(), folder / "pictures.pt")
+    script = Path(__file__).parent / "hpsv2_reference.py"
+    arguments = [hps_file.parent / "configs", hps_file, folder / "pictures.pt", *PROMPTS]
+    done = subprocess.run(
+        [sys.executable, script, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
-    return run
 
-
-def test_padded_hps_is_the_score_of_hpsv2s_own_package(hps_file, hpsv2, frames, tmp_path):
-    torch.save(frames[:, 0].clone(), tmp_path / "pictures.pt")
-    theirs = hpsv2(hps_file.parent / "configs", hps_file, tmp_path / "pictures.pt", *PROMPTS)
+def test_padded_hps_is_the_score_of_hpsv2s_own_package(hps_file, hpsv2, frames):
     ours = rewards.hps(hps_file, verify=False, resize="pad")(frames[:, :1], PROMPTS)
-    torch.testing.assert_close(ours, torch.tensor(theirs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, torch.tensor(hpsv2["scores"]), rtol=1e-5, atol=1e-5)
 
 
 def test_the_published_files_fit_key_for_key_and_shape_for_shape(hpsv2, monkeypatch):
@@ -176,7 +163,7 @@ def test_the_published_files_fit_key_for_key_and_shape_for_shape(hpsv2, monkeypa
     config = json.loads(config.read_text())
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
     with torch.device("meta"):
-        state = {name: torch.empty(shape, dtype=torch.float16) for name, shape in hpsv2().items()}
+        state = {k: torch.empty(size, dtype=torch.float16) for k, size in hpsv2["shapes"].items()}
         ours = rewards.hps(from_config=True).clip.network
     assert len(state) == 686
     assert sum(value.numel() for value in state.values()) == 986_109_441

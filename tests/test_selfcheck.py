@@ -9,8 +9,10 @@ from torch import nn
 
 from tests.test_gradient import PROMPTS, SEEDS, adapted, bright
 from vader_nb import gradient, selfcheck, speed
-from vader_nb.gradient import Frames, Last, Sampling, Step, reward_gradient
+from vader_nb.gradient import reward_gradient
 from vader_nb.rewards import reward
+from vader_nb.sampling import Sampling, roll_out
+from vader_nb.strategies import Frames, Last, Step
 
 # --------------------------------------------------------------------------------------- the switches
 
@@ -20,13 +22,22 @@ def eager():
     """`compile` with everything but the code generator, which would take minutes; what one test compiles, the next uses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        speed.compiled.cache_clear()
+        speed.compiled_forward.cache_clear()
         yield
-    speed.compiled.cache_clear()
+    speed.compiled_forward.cache_clear()
     torch._dynamo.reset()
 
 
-def gradient_of(model, adapter, strategy=Last(2), checkpoint_blocks=True):
+@pytest.fixture
+def few_blocks(micro):
+    """The model, one block of each class: each is compiled for seconds."""
+    blocks = list({type(block): block for block in micro.blocks()}.values())
+    assert len(blocks) == 4
+    micro.blocks = lambda: blocks
+    return micro
+
+
+def gradient_of(model, adapter, strategy=Last(2)):
     reward_gradient(
         model,
         adapter,
@@ -34,9 +45,8 @@ def gradient_of(model, adapter, strategy=Last(2), checkpoint_blocks=True):
         PROMPTS,
         seeds=SEEDS,
         strategy=strategy,
-        frames=Frames("all"),
-        sampling=Sampling(),
-        checkpoint_blocks=checkpoint_blocks,
+        gradient_checkpointing=True,
+        frames=Frames.all(),
         generator=torch.Generator().manual_seed(0),
     )
     found = torch.cat([p.grad.flatten() for p in adapter.parameters()])
@@ -71,12 +81,13 @@ def traces(model):
 @pytest.mark.parametrize(
     "name", ["channels_last", "sdpa_math", "compile", "channels_last,sdpa_math"]
 )
-def test_a_switch_changes_no_gradient_and_no_name_and_goes_off_again(micro, eager, name):
+def test_a_switch_changes_no_gradient_and_no_name_and_goes_off_again(few_blocks, eager, name):
+    micro = few_blocks
     adapter = adapted(micro)
     expected, before = gradient_of(micro, adapter), traces(micro)
     names, adapter_names = list(micro.denoiser.state_dict()), list(adapter.state_dict())
     blocks = len(micro.blocks())
-    with speed.switched(micro, name):
+    with speed.apply(micro, name):
         assert traces(micro) != before
         assert list(micro.denoiser.state_dict()) == names
         assert list(adapter.state_dict()) == adapter_names
@@ -86,27 +97,48 @@ def test_a_switch_changes_no_gradient_and_no_name_and_goes_off_again(micro, eage
     assert traces(micro) == before
 
 
-def test_compiled_blocks_are_run_and_follow_the_adapter(micro, eager):
+def test_compiled_blocks_are_run_and_follow_the_adapter(few_blocks, eager):
     """Fused, frozen and disabled it acts on what was compiled already; and a second step compiles nothing more."""
     from torch._dynamo.utils import counters
 
-    adapter = adapted(micro)
+    micro, adapter = few_blocks, adapted(few_blocks)
     expected = gradient_of(micro, adapter, Step(2))
+    sampling = Sampling().resolve(micro)
     with adapter.disabled():
-        bare = gradient.sample(micro, PROMPTS)
-    with speed.switched(micro, "compile"):
+        base = roll_out(micro, PROMPTS, SEEDS, sampling).latents
+    with speed.apply(micro, "compile"):
         counters.clear()
         found = gradient_of(micro, adapter, Step(2))
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
         with adapter.disabled():
-            torch.testing.assert_close(gradient.sample(micro, PROMPTS), bare)
+            found = roll_out(micro, PROMPTS, SEEDS, sampling).latents
+        torch.testing.assert_close(found, base)
         made = counters["stats"]["unique_graphs"]
         gradient_of(micro, adapter, Step(2))
         assert counters["stats"]["unique_graphs"] == made > 0
         assert not counters["graph_break"]
 
 
-def test_an_adapter_may_come_and_go_on_compiled_blocks(micro, eager):
+def test_a_forward_of_an_instance_is_compiled_and_put_back(micro, monkeypatch):
+    """As accelerate's hooks put one on: it was bypassed, and gone after gradient checkpointing."""
+    block, calls = micro.blocks()[0], []
+
+    def hooked(*args, **kwargs):
+        calls.append(block)
+        return type(block).forward(block, *args, **kwargs)
+
+    block.forward = hooked
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    speed.compiled_forward.cache_clear()
+    with speed.apply(micro, "compile"):
+        gradient_of(micro, adapted(micro))
+        assert calls
+    speed.compiled_forward.cache_clear()
+    assert block.forward is hooked
+
+
+def test_an_adapter_may_come_and_go_on_compiled_blocks(few_blocks, eager):
+    micro = few_blocks
     adapter = adapted(micro)
     expected = gradient_of(micro, adapter)
     adapter.remove()
@@ -159,7 +191,7 @@ def test_no_switch_is_no_switch(micro):
 
 def test_everything_is_restored_after_an_error_too(micro):
     before = traces(micro)
-    with pytest.raises(KeyError), speed.switched(micro, "channels_last,sdpa_math"):
+    with pytest.raises(KeyError), speed.apply(micro, "channels_last,sdpa_math"):
         raise KeyError
     assert traces(micro) == before
 
@@ -227,7 +259,7 @@ def test_the_resume_check_fails_when_the_optimizer_is_forgotten(monkeypatch, cap
 def test_the_memory_check_compares_the_peak_with_the_simulator(monkeypatch, capsys):
     only(monkeypatch, memory=selfcheck.peak_memory)
     assert selfcheck.main([]) == 0
-    monkeypatch.setattr(selfcheck, "simulate", lambda setting: {"replay": 1})
+    monkeypatch.setattr(selfcheck.Step, "simulate", lambda step: {"replay": 1})
     assert selfcheck.main([]) == 1
 
 
@@ -261,16 +293,17 @@ def test_what_needs_a_gpu_is_not_run_and_never_ok(monkeypatch, capsys):
 def test_a_switch_that_crashes_or_bends_the_gradient_is_left_off_and_is_no_failure(
     monkeypatch, capsys
 ):
-    def crash(model):
+    def crash(model, undo):
         raise RuntimeError("no such kernel")
 
-    def bend(model):
+    def bend(model, undo):
         model.predict = lambda *args, real=model.predict: real(*args).flip(-1)
-        return lambda: delattr(model, "predict")
+        undo.callback(delattr, model, "predict")
 
-    made = {"crash": crash, "bend": bend, "math": speed.SWITCHES["sdpa_math"].on}
-    made = {name: speed.Switch(name, lambda model: "", on) for name, on in made.items()}
-    made["idle"] = speed.Switch("idle", lambda model: "not on this machine", crash)
+    def idle(model, undo):
+        raise speed.Unavailable("not on this machine")
+
+    made = {"crash": crash, "bend": bend, "math": speed.SWITCHES["sdpa_math"], "idle": idle}
     monkeypatch.setattr(speed, "SWITCHES", made)
     only(monkeypatch, speed=selfcheck.switches)
     assert selfcheck.main(["--quick"]) == 0

@@ -138,7 +138,8 @@ def resume_of(arguments) -> bool | str:
 def run_align(arguments):
     from . import speed
     from .models import load
-    from .trainer import TrainConfig, align
+    from .train_config import TrainConfig
+    from .trainer import align
 
     # Everything that can be wrong with the words is found before anything is loaded.
     speed.read(arguments.speed or "")
@@ -196,7 +197,7 @@ def validation_group(groups: dict) -> str:
 
 
 def validation(arguments, model, reward, groups: dict):
-    from . import Validation
+    from .evaluation import Validation
 
     name, size = validation_group(groups), arguments.eval_batch_size
     if name == "training":
@@ -282,7 +283,7 @@ def run_sample(arguments):
 
 
 def run_memory(arguments):
-    from . import memory
+    from .memory_planner import memory
 
     common = {f.name for f in fields(config.Common)}
     wanted = [f for f in fields(arguments) if f.name not in common]

@@ -167,7 +167,7 @@ def settings(group: str) -> list[Field]:
     if not group:
         return []
     from .sampling import Sampling
-    from .trainer import TrainConfig
+    from .train_config import TrainConfig
 
     wanted = {f.name for f in fields(Sampling)} | (MEMORY if group == "memory" else set())
     return [f for f in TrainConfig.flat_fields() if group == "training" or f.name in wanted]

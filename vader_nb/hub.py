@@ -190,6 +190,19 @@ def sha256(path: StrPath) -> str:
     return digest.hexdigest()
 
 
+def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], problem: str) -> torch.nn.Module:
+    """A model that was made on the meta device, with these weights.
+
+    Raises:
+        ValueError: keys or shapes do not fit; it begins with `problem`.
+    """
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{problem}: {str(error)[:300]}") from error
+    return model
+
+
 def state_dict(path: StrPath) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors or torch file, on the CPU, without running code that it holds.
 

@@ -178,7 +178,9 @@ class Step:
                 raise ValueError(f"unknown setting {name!r}; memory depends on {', '.join(known)}")
         flat = DEFAULTS | settings
         dtype, offload = flat.pop("dtype", torch.float16), flat.pop("model_cpu_offload", False)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"unknown dtype {dtype!r}; choose float16, bfloat16 or float32")
         return cls(str(model), reward, TrainConfig.from_flat(flat), dtype, offload)
 
     def make_reward(self, **options) -> Reward:
@@ -339,12 +341,15 @@ def find_gpu(gpu_memory: float | str) -> tuple[str, float]:
     Raises:
         ValueError: For a name that fits none or several.
     """
+    number = 1000.0
     with contextlib.suppress(ValueError):
-        if 0 < float(gpu_memory) < 1000:
-            return f"{float(gpu_memory):g} GiB", float(gpu_memory)
+        number = float(gpu_memory)
+    if 0 < number < 1000:
+        return f"{number:g} GiB", number
     text = str(gpu_memory).lower().replace(" ", "")
     names = {name.lower().replace(" ", ""): name for name in GPUS}
     found = [names[text]] if text in names else [names[name] for name in names if text in name]
+    found = found if number > 0 else []
     if len(found) == 1:
         return found[0], GPUS[found[0]]
     problem = (

@@ -28,7 +28,7 @@ def measure(frames: torch.Tensor, prompts: list[str], metrics: Iterable[Reward])
     scores = {metric.name: metric(frames, prompts) for metric in metrics}
     if all(world.parse(prompt) for prompt in prompts):
         for name, value in oracles.grade(frames, prompts).items():
-            scores[f"oracle: {'background' if name == 'ground' else name}"] = value
+            scores[f"oracle: {name}"] = value
     scores["motion"] = motion(frames)
     return {name: value.float().cpu() for name, value in scores.items()}
 
@@ -78,7 +78,7 @@ def unique_metrics(
     Raises:
         ValueError: A held-out reward was trained on, or different rewards share a name.
     """
-    listed = rewards if isinstance(rewards, (list, tuple)) else [rewards]
+    listed = rewards if isinstance(rewards, Sequence) else [rewards]
     trained = {}
     for reward in map(as_reward, listed):
         for part in (reward, *reward.parts()):

@@ -24,7 +24,8 @@ def paired_interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, fl
         The bounds `(low, high)`, NaN where a difference is NaN.
     """
     count = len(differences)
-    tail = scipy.stats.norm.sf(expanded_quantile(scipy.stats.norm.isf(0.025), count))
+    z = float(scipy.stats.norm.isf(0.025))
+    tail = scipy.stats.norm.sf(expanded_quantile(z, count))
     means = differences.double()[_resamples(count, seed)].mean(1)
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high

@@ -1,19 +1,70 @@
-"""What a training step costs against the sum of its parts, in one run: `python tests/benchmarks/step.py`
+"""What a training step costs, for the tiny model and for a larger random UNet: `python tests/benchmarks/step.py`
 
-Parts, each timed by itself on the same shapes: T denoiser forwards without an adapter and without a graph,
-K forwards and backwards with the adapter, the decoder's forward and backward, the reward's. The step should
-cost at most 1.10 times their sum. Rounds alternate between step and parts, and the ratio is the median over
-rounds, so that a machine whose speed drifts does not decide it.
+Prints seconds and peak memory (bytes of tensors, as `MemoryTracker` counts them) per step. For the tiny model
+also the sum of the step's parts, each timed by itself on the same shapes: T denoiser forwards without an adapter
+and without a graph, K forwards and backwards with it, the decoder's forward and backward, the reward's. The step
+should cost at most 1.10 times their sum.
+
+    python tests/benchmarks/step.py --against ../other        compares with another checkout
+
+Each checkout runs in a process of its own, and rounds alternate between them, so that a machine whose speed
+drifts does not decide: the ratio is the median over rounds.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from vader_nb import Frames, Last, Sampling, load, lora, prompts, rewards
-from vader_nb.gradient import reward_gradient
+ROOT = Path(__file__).parent.parent.parent
+PROMPTS = ["a red star", "a blue circle growing", "a green square", "a red circle moving left"]
+LARGER = {"block_out_channels": (64, 128), "layers_per_block": 1, "cross_attention_dim": 64}
+LARGER |= {"attention_head_dim": 16, "norm_num_groups": 16, "sample_size": 8}
+LARGER |= {"down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D")}
+LARGER |= {"up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D")}
+
+
+def compat() -> SimpleNamespace:
+    """The package's functions under their new names, whatever the checkout calls them."""
+    from vader_nb import load, lora, rewards
+
+    api = SimpleNamespace(load=load, lora=lora, reward=rewards.hps("tiny"))
+    try:
+        from vader_nb.memory_planner import MemoryTracker
+        from vader_nb.sampling import Sampling
+        from vader_nb.strategies import Frames, Last
+    except ImportError:  # before the package was rebuilt
+        from vader_nb.gradient import Frames, Last, Sampling
+        from vader_nb.memory import Peak
+
+        api.tracker = Peak
+        api.settings = {"frames": Frames("random", 1), "checkpoint_blocks": False}
+        api.resolve = lambda model: Sampling().filled(model)
+        api.timesteps = lambda model, sampling: list(
+            model.new_scheduler(sampling.num_inference_steps).timesteps
+        )
+        api.encode = lambda model, prompts, sampling: model.encode(prompts)
+        api.predict = lambda model, x, t, c, sampling: model.predict(
+            x, t, c, sampling.guidance_scale
+        )
+        api.replace_denoiser = lambda model, network: setattr(model, "denoiser", network)
+    else:
+        api.tracker = MemoryTracker
+        api.settings = {"frames": Frames.random(1), "gradient_checkpointing": False}
+        api.resolve = lambda model: Sampling().resolve(model)
+        api.timesteps = lambda model, sampling: list(model.new_scheduler(sampling).timesteps)
+        api.encode = lambda model, prompts, sampling: model.encode(prompts, sampling)
+        api.predict = lambda model, x, t, c, sampling: model.guided(x, t, c, sampling)
+        api.replace_denoiser = lambda model, network: model.denoisers.update(unet=network)
+    api.Last = Last
+    return api
 
 
 def seconds(function) -> float:
@@ -22,74 +73,149 @@ def seconds(function) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("--batch-size", type=int, default=4)
-    arguments.add_argument("--K", type=int, default=1)
-    arguments.add_argument("--rounds", type=int, default=7)
-    options = arguments.parse_args()
+class Case:
+    """One model with its step and the step's parts."""
 
-    model, reward = load("tiny"), rewards.hps("tiny")
-    sampling = Sampling().filled(model)
-    batch = prompts.get("tiny")[: options.batch_size]
-    conditioning = model.encode(batch)
-    latents = torch.randn(len(batch), 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-    timesteps = list(model.new_scheduler(sampling.num_inference_steps).timesteps)
+    def __init__(self, api: SimpleNamespace, larger: bool, batch_size: int, K: int):
+        self.api, self.K = api, K
+        self.model = api.load("tiny", device="cpu", dtype=torch.float32)
+        if larger:
+            from diffusers import UNet3DConditionModel
 
-    def forwards():
-        with torch.no_grad():
-            for t in timesteps:
-                model.predict(latents, t, conditioning, sampling.guidance_scale)
+            torch.manual_seed(0)
+            width = self.model.denoiser.config.cross_attention_dim
+            network = UNet3DConditionModel(**(LARGER | {"cross_attention_dim": width}))
+            api.replace_denoiser(self.model, network.eval().requires_grad_(False))
+        self.prompts = PROMPTS[:batch_size]
+        self.sampling = api.resolve(self.model)
+        self.conditioning = api.encode(self.model, self.prompts, self.sampling)
+        self.timesteps = api.timesteps(self.model, self.sampling)
+        seeded = torch.Generator().manual_seed(0)
+        self.latents = torch.randn(len(self.prompts), 4, 8, 8, 8, generator=seeded)
+        self.frame = torch.rand(len(self.prompts), 1, 3, 64, 64, generator=seeded)
 
-    def forward_and_backward():
-        for t in timesteps[-options.K :]:
-            model.predict(latents, t, conditioning, sampling.guidance_scale).sum().backward()
+    def predict(self, t) -> torch.Tensor:
+        return self.api.predict(self.model, self.latents, t, self.conditioning, self.sampling)
 
-    def decode():
-        leaf = latents.clone().requires_grad_()
-        model.decode(leaf, [3]).sum().backward()
+    @torch.no_grad()
+    def forwards(self) -> None:
+        for t in self.timesteps:
+            self.predict(t)
 
-    frame = torch.rand(len(batch), 1, 3, 64, 64)
+    def forward_and_backward(self) -> None:
+        for t in self.timesteps[-self.K :]:
+            self.predict(t).sum().backward()
 
-    def score():
-        reward(frame.clone().requires_grad_(), batch).sum().backward()
+    def decode(self) -> None:
+        self.model.decode(self.latents.clone().requires_grad_(), [3]).sum().backward()
 
-    def step():
-        generator = torch.Generator().manual_seed(0)
+    def score(self) -> None:
+        self.api.reward(self.frame.clone().requires_grad_(), self.prompts).sum().backward()
+
+    def step(self) -> None:
+        from vader_nb.gradient import reward_gradient
+
         reward_gradient(
-            model,
-            adapter,
-            reward,
-            batch,
-            seeds=list(range(len(batch))),
-            strategy=Last(options.K),
-            frames=Frames("random", 1),
-            sampling=sampling,
-            checkpoint_blocks=False,
-            generator=generator,
+            self.model,
+            self.adapter,
+            self.api.reward,
+            self.prompts,
+            seeds=list(range(len(self.prompts))),
+            strategy=self.api.Last(self.K),
+            sampling=self.sampling,
+            generator=torch.Generator().manual_seed(0),
+            **self.api.settings,
         )
 
-    rows = {
-        name: [] for name in ("forwards", "K forward+backward", "decode", "reward", "step", "ratio")
+    def round(self) -> dict[str, float]:
+        row = {"forwards": seconds(self.forwards)}
+        self.adapter = self.api.lora.add(self.model, rank=8)
+        for part in (self.forward_and_backward, self.decode, self.score):
+            row[part.__name__] = seconds(part)
+        parts = sum(row.values())
+        row["step"] = seconds(self.step)
+        self.adapter.remove()
+        return row | {"step / parts": row["step"] / parts}
+
+    def peak(self) -> float:
+        """MB of tensors that a step makes."""
+        self.adapter = self.api.lora.add(self.model, rank=8)
+        with self.api.tracker() as tracker:
+            self.step()
+        self.adapter.remove()
+        return tracker.bytes / 1e6
+
+
+def serve(options) -> None:
+    """A checkout's process: for each line on stdin, one round of that case, as JSON on stdout."""
+    api = compat()
+    cases = {
+        name: Case(api, name == "larger", options.batch_size, options.K)
+        for name in ("tiny", "larger")
     }
-    for round_ in range(options.rounds + 1):
-        bare = seconds(forwards)
-        adapter = lora.add(model, rank=8)
-        times = [
-            bare,
-            seconds(forward_and_backward),
-            seconds(decode),
-            seconds(score),
-            seconds(step),
-        ]
-        adapter.remove()
-        if round_:  # the first warms up
-            for name, value in zip(rows, [*times, times[-1] / sum(times[:-1])]):
-                rows[name].append(value)
-    for name, values in rows.items():
-        print(
-            f"{name:<20}{statistics.median(values):8.3f}   [{min(values):.3f}, {max(values):.3f}]"
-        )
+    for line in sys.stdin:
+        command, name = line.split()
+        case = cases[name]
+        answer = case.round() if command == "round" else {"peak, MB": case.peak()}
+        print(json.dumps(answer), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--K", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--against", type=Path, help="another checkout")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return serve(options)
+    processes = {"here": start(ROOT, options)}
+    if options.against:
+        processes["against"] = start(options.against.resolve(), options)
+    for name in ("tiny", "larger"):
+        rounds = {checkout: [] for checkout in processes}
+        for _ in range(options.rounds + 1):  # the first warms up
+            for checkout, process in processes.items():
+                rounds[checkout].append(ask(process, f"round {name}"))
+        for checkout, process in processes.items():
+            peak = ask(process, f"peak {name}")
+            rounds[checkout] = [row | peak for row in rounds[checkout][1:]]
+        report(name, rounds)
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+
+
+def start(checkout: Path, options) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--serve", f"--batch-size={options.batch_size}"]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    return subprocess.Popen(
+        [*command, f"--K={options.K}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def ask(process: subprocess.Popen, line: str) -> dict[str, float]:
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+def report(name: str, rounds: dict[str, list[dict[str, float]]]) -> None:
+    """Medians of each checkout, and the median of the rounds' ratios here / against."""
+    print(f"{name:<24}{''.join(f'{checkout:>12}' for checkout in rounds)}       ratio")
+    for key in rounds["here"][0]:
+        values = {checkout: [row[key] for row in rows] for checkout, rows in rounds.items()}
+        medians = "".join(f"{statistics.median(numbers):12.3f}" for numbers in values.values())
+        ratio = ""
+        if len(values) > 1:
+            pairs = zip(values["here"], values["against"])
+            ratio = f"{statistics.median(here / there for here, there in pairs):12.3f}"
+        print(f"{key:<24}{medians}{ratio}", flush=True)
 
 
 if __name__ == "__main__":

@@ -96,15 +96,13 @@ def networks_of(state: dict[str, torch.Tensor]) -> tuple[BlipVisionModel, BlipTe
             vision = BlipVisionModel(vision_config(vision_state))
             text = BlipTextModel(text_config(text_state), False)
         renamed = {rename(key): value for key, value in vision_state.items()}
-        vision.load_state_dict(renamed, assign=True)
-        text.load_state_dict(text_state, assign=True)
+        hub.fill(vision, renamed, problem)
+        hub.fill(text, text_state, problem)
         # In no file.
         text.embeddings.position_ids = torch.arange(text.config.max_position_embeddings)[None]
         return vision, text, affine(head_state)
     except KeyError as error:
         raise ValueError(f"{problem}: no key that ends in {error}") from error
-    except RuntimeError as error:  # torch's, which lists keys and shapes
-        raise ValueError(f"{problem}: {str(error)[:300]}") from error
 
 
 def rename(key: str) -> str:

@@ -251,11 +251,7 @@ def check_version(path: Path, version: str | None, versions: dict[str, hub.Sourc
 
 def fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> nn.Module:
     """A model that was made on the meta device, with these weights."""
-    try:
-        model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = str(error)[:300]
-        raise ValueError(f"{path} does not hold an open_clip ViT-H-14: {reason}") from error
+    hub.fill(model, weights, f"{path} does not hold an open_clip ViT-H-14")
     # The one tensor that no file holds: a word sees those before it.
     causal = torch.full((model.context_length, model.context_length), -torch.inf).triu(1)
     model.register_buffer("attn_mask", causal, persistent=False)

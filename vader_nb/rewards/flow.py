@@ -120,10 +120,6 @@ def flow_smoothness(
         path = hub.single_file(place)
         with torch.device("meta"):  # no memory, no random numbers
             raft = raft_small(weights=None)
-        try:
-            raft.load_state_dict(hub.state_dict(path), assign=True)
-        except RuntimeError as error:
-            reason = str(error)[:300]
-            raise ValueError(f"{path} does not hold raft_small's weights: {reason}") from error
+        hub.fill(raft, hub.state_dict(path), f"{path} does not hold raft_small's weights")
     reward = FlowSmoothness(raft, floor).identified(place, floor=floor)
     return reward if from_config else reward.to(dtype)

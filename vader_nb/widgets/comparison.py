@@ -12,7 +12,7 @@ import torch
 from ipywidgets import HTML, ToggleButton, VBox
 
 from ..checkpoints import write_text
-from ..evaluate import BASE, named
+from ..evaluation import BASE, named_adapters
 from ..models import VideoModel
 from ..rewards import Reward
 from ..sampling import Sampling
@@ -71,7 +71,7 @@ class RewardComparison(SettingsPanel):
         self.votes.read()  # raises for a damaged file now, not after the first vote
         by_name = metrics(model, rewards)
         self.prompts = choose_prompts(model, prompts, by_name)
-        adapters = clips.validate_adapters(model, None if adapters is None else named(adapters))
+        adapters = clips.validate_adapters(model, adapters and named_adapters(adapters))
         sampling = (sampling or Sampling()).resolve(model)
         self.data = Comparison(model, adapters, by_name, sampling, seed)
         self.pair: Pair | None = None  # waits for a vote
@@ -250,7 +250,10 @@ class RewardComparison(SettingsPanel):
         for page, image in enumerate(self._draw((text, *made), frames, text)):
             left = columns(data.names, image, *rows) + below
             right = comparison_html.curve(data, prompt, reward, page - 1 if page else None)
-            pages.append(comparison_html.beside(left, right))
+            pages.append(
+                f"<div class=vader-side><div style='flex:3 1 320px;min-width:0'>{left}</div>"
+                f"<div style='flex:2 1 260px;min-width:0'>{right}</div></div>"
+            )
         self.player.show(pages[0], pages[1:])
         s = data.sampling
         how = f"seed {data.seed} · {s.num_inference_steps} steps · guidance {s.guidance_scale:g}"
@@ -294,10 +297,7 @@ class RewardComparison(SettingsPanel):
         self.changed()
 
     def vote(self, choice: str) -> Vote:
-        """Vote on the pair that is shown, save the vote, and make the next pair.
-
-        Args:
-            choice: "A", "B" or "=" for no difference.
+        """Vote on the pair that is shown: "A", "B" or "=" for no difference; then make the next pair.
 
         Raises:
             ValueError: Another choice, or there is no pair.
@@ -320,15 +320,14 @@ class RewardComparison(SettingsPanel):
     def export(self, path: str | Path | None = None) -> Path:
         """Write one HTML file: scores of all compared prompts, clips of the last 24 used, votes.
 
-        Args:
-            path: Default: `comparison.html` in the folder.
+        Its default path is `comparison.html` in the folder.
 
         Raises:
             ValueError: Nothing is compared yet.
         """
         path = Path(path or self.folder / "comparison.html")
         tallies = [self.votes.tally(name) for name in self.data.adapters]
-        page = comparison_html.render(self.data, self.prompts, tallies)
+        page = comparison_html.export(self.data, self.prompts, tallies)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page)
         link = download_link(path) if path.stat().st_size < MAX_LINK else ""

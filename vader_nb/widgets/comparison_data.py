@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import prompts as prompt_sets
-from ..evaluate import BASE
+from ..evaluation import BASE
 from ..lora import Adapter
 from ..models import VideoModel
 from ..rewards import Reward, as_reward

@@ -20,10 +20,8 @@ Job = Iterator[float]
 class Jobs:
     """The jobs of one panel.
 
-    Args:
-        busy: Called with the fraction that is done, and with None when there is no work.
-        waiting: Called with whether the job waits for a model that is in use.
-        failed: Called with an error.
+    They call busy(fraction or None) with the progress, waiting(bool) when a model is in use or free
+    again, failed(error) with an error.
     """
 
     def __init__(self, busy: Callable, waiting: Callable, failed: Callable):
@@ -35,9 +33,8 @@ class Jobs:
     def submit(self, make: Callable[[], Job], debounce: float = DEBOUNCE) -> None:
         """Start a job instead of the current one.
 
-        In a notebook this returns at once, and the job runs while the kernel is idle. Without an
-        event loop, and on Colab, which shows only what happens while a click is answered, the job
-        is done when this returns.
+        In a notebook the job runs while the kernel is idle. Without an event loop, and on Colab,
+        which shows only what happens while a click is answered, it is done when this returns.
         """
         if "google.colab" in sys.modules or not running():
             self.finish(make)
