@@ -284,6 +284,7 @@ def test_own_rewards_are_named_in_the_expression_and_other_expressions_put_in_pa
     assert "stands for" not in panel.code.value
     assert composer.grouped("hps.towards(2)") == "hps.towards(2)"
     assert composer.grouped(" -hps") == "(-hps)"
+    assert composer.grouped("my_file.py:blueness") == "(my_file.py:blueness)"
 
 
 def test_one_reward_has_no_conflict(tiny, canned):
@@ -597,7 +598,9 @@ def quick(monkeypatch):
 def test_the_answer_is_memory_s():
     panel = MemoryPlanner("tiny", gpu_memory="L4")
     answer = panel.simulate()
-    assert answer.stages == vader_nb.memory("tiny", "hps", gpu_memory="L4").stages
+    assert (
+        answer.stages == vader_nb.memory("tiny", "hps", gpu_memory="L4", frames="random:1").stages
+    )
     assert "<b>Fits:</b>" in panel.verdict.value
     assert panel.remark.value == ""
 
