@@ -147,13 +147,14 @@ def kept(function, *arguments):
 
 # %% [markdown]
 # > **Predict.** With a graph through the last step only, autograd keeps some number of megabytes. How many with a graph
-# > through all ten? **(a)** about the same, the weights are shared · **(b)** about ten times as many · **(c)** a hundred times
+# > through the last eight? **(a)** about the same, the weights are shared · **(b)** about eight times as many · **(c)** a
+# > hundred times
 
 # %%
 guess = None  # "a", "b" or "c"
 
 # %%
-Ks = [K for K in (1, 2, 3, 5, 10) if K <= STEPS]
+Ks = [K for K in (1, 2, 4, 8) if K <= STEPS]
 megabytes = [kept(sampled, K) for K in Ks]
 
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
