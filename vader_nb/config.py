@@ -185,8 +185,8 @@ def entry(f: Field) -> tuple[str, Any, Any]:
         kind = list[str]
     elif kind not in (bool, int, float):
         kind = str
-    optional = union and NoneType in get_args(f.type)
     default = f.default
+    optional = default is None or (union and NoneType in get_args(f.type))
     if kind is str and default not in (None, MISSING):
         default = str(default)
     made = field(default=default, default_factory=f.default_factory, metadata=f.metadata)

@@ -337,7 +337,7 @@ def combine(model: VideoModel, weights: Mapping[str | Path, float]) -> Adapter:
         for state, metadata, _, weight in files:
             rank = rank_of(state)
             shape = [rank if dim == rank_dim else size for dim, size in enumerate(own.shape)]
-            part = state.get(name, own.new_zeros(shape)).to(own)
+            part = (state[name] if name in state else own.new_zeros(shape)).to(own)
             if rank_dim == 1:
                 part = part * (weight * float(metadata.get("alpha", rank)) / rank)
             parts.append(part)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers.models.autoencoders import AutoencoderKL
-from diffusers.models.unets import UNet3DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import BatchEncoding, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
