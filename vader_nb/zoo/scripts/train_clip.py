@@ -181,21 +181,19 @@ def main() -> None:
         shown = clips[~through_vae, ::2].flatten(0, 1)
         head, correlation = fit_head(clip.eval(), torch.cat([shown, vary(shown, generator)]))
         print({"aesthetic head correlation": correlation})
-        folder = WEIGHTS / "tiny-clip"
-        save_tokenizer(folder)
-        save_file(
-            {k: v.half().contiguous() for k, v in clip.state_dict().items()},
-            folder / "open_clip_model.safetensors",
-        )
-        preprocess = {
-            "mean": MEAN,
-            "std": STD,
-            "interpolation": "bilinear",
-            "resize_mode": "squash",
-        }
-        config = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
-        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(head, folder / "aesthetic_head.safetensors")
+        save(clip, head)
+
+
+def save(clip, head: dict[str, torch.Tensor]) -> None:
+    """Write the checkpoint in open_clip's layout, and the aesthetic head beside it."""
+    folder = WEIGHTS / "tiny-clip"
+    save_tokenizer(folder)
+    tensors = {name: value.half().contiguous() for name, value in clip.state_dict().items()}
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash"}
+    config = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(head, folder / "aesthetic_head.safetensors")
 
 
 if __name__ == "__main__":
