@@ -276,7 +276,7 @@ class Trainer:
     def description(self) -> dict:
         """What `config.json` holds."""
         config = self.config
-        texts = [str(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]]
+        texts = [_text_of(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]]
         return {
             "model": self.model.name,
             "reward": self.reward.name,
@@ -569,6 +569,11 @@ def track(call: Callable, *args, **options) -> None:
         warnings.warn(
             f"the tracker could not write ({error}); metrics.jsonl has it all", stacklevel=3
         )
+
+
+def _text_of(prompt: str | Prompt) -> str:
+    negative = getattr(prompt, "negative_prompt", "")
+    return f"{prompt}\0{negative}" if negative else str(prompt)
 
 
 def _for_tracker(value):
