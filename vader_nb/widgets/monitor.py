@@ -96,7 +96,7 @@ class TrainingMonitor(Panel):
         seed: int = 10_000,
     ):
         super().__init__()
-        rewards = held_out if isinstance(held_out, (list, tuple)) else [held_out]
+        rewards = [held_out] if callable(held_out) else held_out
         self.folder = run.folder if isinstance(run, Run) else Path(run)
         self.held_out = [as_reward(reward) for reward in rewards]
         self.prompts = prompt_sets.get(prompts) if prompts else []
@@ -111,8 +111,9 @@ class TrainingMonitor(Panel):
         self.rows: list[dict] = []
         self.shown = ""  # the status that the panel shows
         self._trained_here = 0  # the last step of a run that is trained by this kernel
-        self._clips: torch.Tensor | None = None  # of the current step
-        self._drawn, self._task = 0.0, None
+        self._clips: Video | None = None  # of the current step
+        self._drawn = 0.0
+        self._task: asyncio.Task | None = None
         self._build()
         self.refresh()
 
@@ -150,7 +151,7 @@ class TrainingMonitor(Panel):
         self._trained_here = metrics["step"]
         try:
             if self._clips is not None:
-                self._save_clips(metrics["step"])
+                self._save_clips(self._clips, metrics["step"])
             now = time.monotonic()
             if now - self._drawn >= 1 / REDRAWS or metrics["step"] >= self._total_steps():
                 self.refresh()
@@ -169,21 +170,23 @@ class TrainingMonitor(Panel):
             "diversity" over seeds, the variance of 8x8 thumbnails in levels of 0 to 255; "motion",
             the mean absolute change of a pixel from frame to frame.
         """
+        assert self.model is not None  # `hooks` have a validation only with a model
         prompts = [prompt for prompt in self.prompts for _ in range(SEEDS)]
-        texts, seeds = [str(p) for p in prompts], [self.seed + i for i in range(len(prompts))]
+        texts, scores = [str(prompt) for prompt in prompts], {}
         with torch.random.fork_rng():  # a reward that draws must not change what training draws
-            options = {"seeds": seeds, "adapter": adapter, "sampling": self.sampling}
-            frames, scores = sample(self.model, prompts, **options).float(), {}
+            options = {"seeds": self.seed, "adapter": adapter, "sampling": self.sampling}
+            frames = sample(self.model, prompts, **options).float()
             for reward in self.held_out:
                 reward.to(self.model.device)
                 scores[reward.name] = reward(frames, texts).mean().item()
         features = thumbnails(frames).unflatten(0, (-1, SEEDS))
         scores["diversity"] = features.var(dim=1).mean().item()
         scores["motion"] = motion(frames).mean().item()
-        self._clips = frames
+        by_seed = frames.unflatten(0, (-1, SEEDS)).transpose(0, 1).flatten(0, 1)
+        self._clips = Video(grid(by_seed, len(self.prompts)), self.model.defaults["fps"])
         return scores
 
-    def _save_clips(self, step: int) -> None:
+    def _save_clips(self, clips: Video, step: int) -> None:
         """Save one picture, a column per prompt; a resumed run replaces those of later steps."""
         folder = self.folder / CLIPS
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,9 +194,8 @@ class TrainingMonitor(Panel):
         checkpoints.write_text(folder / "prompts.json", texts)
         for later in (other for other in self._saved_steps() if other > step):
             self._clip_path(later).unlink()
-        by_seed = self._clips.unflatten(0, (-1, SEEDS)).transpose(0, 1).flatten(0, 1)
         unfinished = folder / ".part.webp"
-        Video(grid(by_seed, len(self.prompts)), self.model.defaults["fps"]).save(unfinished)
+        clips.save(unfinished)
         unfinished.replace(self._clip_path(step))
 
     # --------------------------------------------------------------------- what is in the folder

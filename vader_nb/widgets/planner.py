@@ -5,6 +5,7 @@ planner.simulate(height=320, width=576)                         the same from Py
 """
 
 import shlex
+from typing import Any
 
 from ipywidgets import HTML, Text
 
@@ -25,6 +26,7 @@ from .controls import SettingsPanel
 from .drawing import bars
 from .panel import LABEL, WIDE, disable, note
 
+ASKED = ("model", "reward", "gpu_memory")  # the controls that are no settings of the step
 DEFAULT = ("default of the model", 0)  # of a size
 PIXELS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 768, 1024)
 LENGTHS = (1, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -71,6 +73,12 @@ class MemoryPlanner(SettingsPanel):
 
     title = "Memory planner"
     hint = "Choose what to train and on which GPU, then press “simulate”: does a training step fit?"
+
+    model: Any  # the controls, which are also in `settings`
+    reward: Any
+    gpu_memory: Any
+    K: Any
+    frames: Any
 
     def __init__(self, model: str = "modelscope", reward: str = "hps", gpu_memory: str = "T4"):
         super().__init__()
@@ -129,7 +137,7 @@ class MemoryPlanner(SettingsPanel):
         values["frames"] = self.frames.value  # whose default depends on the reward
         if "K" in values:
             values["strategy"] = f"Last({values.pop('K')})"
-        return {n: v for n, v in values.items() if n not in ("model", "reward", "gpu_memory")}
+        return {n: v for n, v in values.items() if n not in ASKED}
 
     @property
     def memory(self) -> Memory | None:
@@ -145,7 +153,7 @@ class MemoryPlanner(SettingsPanel):
         """Simulate now, after setting controls by name, and wait for the result."""
         self.set(**changes)
         self.jobs.finish(self._job)
-        return self.memory
+        return self.answers[self._question()]
 
     def _job(self):
         asked, changes = (self.model.value, self.reward.value), self.changes
@@ -240,9 +248,8 @@ class MemoryPlanner(SettingsPanel):
     @property
     def shell(self) -> str:
         """The command that answers the same question."""
-        names = ("model", "reward", "gpu_memory")
-        settings = {name: self.settings[name].value for name in names} | self.changes
-        words = (f"{name}={value}" for name, value in settings.items())
+        asked = {name: value for name, value in self.values().items() if name in ASKED}
+        words = [f"{name}={value}" for name, value in (asked | self.changes).items()]
         return shlex.join(["vader-nb", "memory", *words])
 
     def to_html(self) -> str:

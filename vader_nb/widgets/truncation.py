@@ -4,11 +4,12 @@ explorer = TruncationExplorer(model)                   in a notebook
 explorer.measure(K=2, frames="all")                    the same from Python: a Measured
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from ipywidgets import HTML
@@ -121,7 +122,7 @@ class TruncationExplorer(SettingsPanel):
 
     def _build(self) -> None:
         steps = self.sampling.num_inference_steps
-        self.K = ui.slider("K, steps", 1, 1, steps)
+        self.K: Any = ui.slider("K, steps", 1, 1, steps)
         self.frames = ui.choice("frames", ui.FRAMES if self.reward.per_frame else ["all"])
         self.gradient_checkpointing = ui.switch("gradient checkpointing: recompute blocks", True)
         self.streaming = ui.switch("streaming: decode and score frames one by one", True)
@@ -141,17 +142,14 @@ class TruncationExplorer(SettingsPanel):
     @property
     def setting(self) -> Truncation:
         """The settings; a single frame is streamed, whatever the switch says."""
-        return Truncation(
-            **self.values() | {"streaming": len(self.chosen) == 1 or self.streaming.value}
-        )
+        streaming = len(self.chosen) == 1 or self.streaming.value
+        return Truncation(**{**self.values(), "streaming": streaming})
 
     @property
     def chosen(self) -> list[int]:
         """Indices of the scored frames; a random one is the one that `reward_gradient` draws."""
-        return parse_frames(self.frames.value).choose(self.sampling.num_frames, self._generator())
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
+        return parse_frames(self.values()["frames"]).choose(self.sampling.num_frames, generator)
 
     def changed(self) -> None:
         whole = f"“{self.reward.name}” scores the whole clip: it needs all frames."
@@ -201,33 +199,30 @@ class TruncationExplorer(SettingsPanel):
         self.jobs.finish(self._job)
         return self.measured[self.setting]
 
-    def gradient(
-        self, setting: Truncation, meter: contextlib.AbstractContextManager
-    ) -> torch.Tensor:
+    def gradient(self, setting: Truncation, meter: AbstractContextManager) -> torch.Tensor:
         """The adapter's gradient (N,) in float64; `meter` is a context around the call."""
         parameters = self.adapter.parameters()
+        asked = self.model, self.adapter, self.reward, [self.prompt]
         try:
             with lora.use_adapter(self.model, self.adapter), meter:
                 reward_gradient(
-                    self.model,
-                    self.adapter,
-                    self.reward,
-                    [self.prompt],
+                    *asked,
                     seeds=[self.seed],
                     strategy=Last(setting.K),
                     frames=parse_frames(setting.frames),
                     sampling=self.sampling,
                     decode_chunk_size=1 if setting.streaming else self.sampling.num_frames,
                     gradient_checkpointing=setting.gradient_checkpointing,
-                    generator=self._generator(),
+                    generator=torch.Generator().manual_seed(self.seed),
                 )
-            return torch.cat([p.grad.flatten().double() for p in parameters])
+            gradients: list[Any] = [p.grad for p in parameters]
+            return torch.cat([part.flatten().double() for part in gradients])
         finally:
             for p in parameters:
                 p.grad = None
 
     def _job(self):
-        setting, chosen, nothing = self.setting, tuple(self.chosen), contextlib.nullcontext()
+        setting, chosen, nothing = self.setting, tuple(self.chosen), nullcontext()
         if self.exact is None:
             self.say(f"First the exact gradient, through all steps and frames; {ATOMIC}.")
             yield 0.05
