@@ -140,8 +140,6 @@ class RewardComposer(Panel):
         strip = HBox(self.slots, layout=SIDE)
         self.assemble(beside(sliders, column(self.pairs)), strip, self.code)
 
-    # --------------------------------------------------------------------------------- the reward
-
     @property
     def used(self) -> dict[str, float]:
         """The weights that are not 0."""
@@ -175,8 +173,6 @@ class RewardComposer(Panel):
                 reward = reward.normalized(*self.statistics[name])
             terms.append(weight * reward)
         return functools.reduce(operator.add, terms)
-
-    # ---------------------------------------------------------------------------------- the clips
 
     def measure(self) -> None:
         """Make and score the clips and compare the rewards' gradients, unless it is done."""
@@ -245,8 +241,6 @@ class RewardComposer(Panel):
     def order(self) -> list[int]:
         """Indices of the clips, the best first."""
         return self.composed().argsort(descending=True, stable=True).tolist()
-
-    # ------------------------------------------------------------------------------------ display
 
     def _show(self) -> None:
         constant = ", ".join(self._constant)

@@ -1,13 +1,8 @@
 """Watching a run: its curves and clips while it trains, and stopping it without losing anything.
 
-    monitor = TrainingMonitor("runs/mine", model, held_out=hps, prompts=texts[:4])
-    monitor                                                  in a cell of its own
-    align(model, reward, training, output_dir=monitor.folder, **monitor.hooks)
-    TrainingMonitor("runs/mine")                             later, or elsewhere: the same run
-
-The panel shows what is in the run's folder, so it shows the same after a restart of the kernel and
-in another notebook. A kernel that trains in a cell does not react to buttons: there, ■ in the
-toolbar stops the run.
+monitor = TrainingMonitor("runs/mine", model, held_out=hps, prompts=texts[:4])
+align(model, reward, training, output_dir=monitor.folder, **monitor.hooks)   in another cell
+TrainingMonitor("runs/mine")              later, or elsewhere: the same, from the run's folder
 """
 
 import asyncio
@@ -133,15 +128,11 @@ class TrainingMonitor(Panel):
         self.assemble(self.state, buttons, beside(column(self.curves, flex="2 1 300px"), clips))
         self.progress.description = "steps"
 
-    # ----------------------------------------------------------- while a cell of this kernel trains
-
     @property
     def hooks(self) -> dict:
         """Arguments for `align`: align(…, output_dir=monitor.folder, **monitor.hooks)."""
-        if self.model is None:
-            return {"callback": self.follow_step}
         validation = {"validate": self.validate, "validation_steps": self.every}
-        return {"callback": self.follow_step, **validation}
+        return {"callback": self.follow_step} | (validation if self.model else {})
 
     def follow_step(self, metrics: dict) -> None:
         """The callback of `align`: saves the clips of this step, and redraws if it is time to.
@@ -192,19 +183,21 @@ class TrainingMonitor(Panel):
         folder.mkdir(parents=True, exist_ok=True)
         texts = json.dumps([str(prompt) for prompt in self.prompts])
         checkpoints.write_text(folder / "prompts.json", texts)
-        for later in (other for other in self._saved_steps() if other > step):
-            self._clip_path(later).unlink()
+        for later in self._saved_steps():
+            if later > step:
+                self._clip_path(later).unlink()
         unfinished = folder / ".part.webp"
         clips.save(unfinished)
         unfinished.replace(self._clip_path(step))
-
-    # --------------------------------------------------------------------- what is in the folder
 
     def _clip_path(self, step: int) -> Path:
         return self.folder / CLIPS / f"step-{step:06d}.webp"
 
     def _saved_steps(self) -> list[int]:
         return sorted(int(path.stem[5:]) for path in (self.folder / CLIPS).glob("step-*.webp"))
+
+    def _step(self) -> int:
+        return self.rows[-1]["step"] if self.rows else 0
 
     def _total_steps(self) -> int:
         path = self.folder / "config.json"
@@ -215,7 +208,7 @@ class TrainingMonitor(Panel):
         """waiting, running, stopping, silent (killed, or at a long step), stopped or finished."""
         if not self.rows:
             return "waiting"
-        if self.rows[-1]["step"] >= self._total_steps():
+        if self._step() >= self._total_steps():
             return "finished"
         adapter = self.folder / "adapter.safetensors"
         if adapter.exists() and adapter.stat().st_mtime >= self._last_written():
@@ -234,14 +227,12 @@ class TrainingMonitor(Panel):
         saved = checkpoints.list_checkpoints(self.folder).values()
         return max((f"checkpoints/{path.name}" for path in saved), default="")
 
-    # ------------------------------------------------------------------------------------ display
-
     def refresh(self) -> None:
         """Read the folder again and show it."""
         self.rows = checkpoints.read_metrics(self.folder)
         self.shown = self.status  # read once: another process may change it meanwhile
         active = self.shown in ("running", "stopping")
-        self.busy(self.rows[-1]["step"] / self._total_steps() if active else None)
+        self.busy(self._step() / self._total_steps() if active else None)
         self.state.value = self._state(self.folder)
         self.curves.value = flow(self._charts().values())
         saved = [str(step) for step in self._saved_steps()] or [NONE]
@@ -251,7 +242,7 @@ class TrainingMonitor(Panel):
             self.step.options = saved
             self.step.value = chosen
             self._show_clips()
-        here = active and self.rows[-1]["step"] == self._trained_here
+        here = active and self._step() == self._trained_here
         reason = NO_STOP.get(self.shown, HERE if here else "")
         disable(reason, self.stop_button, remark=self.why)
 
@@ -262,7 +253,7 @@ class TrainingMonitor(Panel):
         return template(STATE).render(
             status=self.shown,
             place=str(place),
-            step=self.rows[-1]["step"] if self.rows else 0,
+            step=self._step(),
             steps=self._total_steps(),
             best=best_step(self.rows),
             silence=round(time.time() - self._last_written()) if self.shown == "silent" else 0,
@@ -277,8 +268,7 @@ class TrainingMonitor(Panel):
             name = key.removeprefix("validation/")
             titles[key] = name if name in DESCRIPTIONS else f"{name}, held out"
         titles["grad_norm"] = "gradient norm"
-        steps = (0, self.rows[-1]["step"]) if self.rows else (0, 1)
-        drawings = {}
+        steps, drawings = (0, self._step() or 1), {}
         for key, title in titles.items():
             curve = Series([(r["step"], r[key]) for r in self.rows if key in r])
             look = {"x_label": "step", "x_range": steps, "width": 230, "height": 104}
@@ -301,8 +291,6 @@ class TrainingMonitor(Panel):
         clips = self.player.pages.children[0].value if self.step.value != NONE else ""
         clips = f"<div style='max-width:420px'>{clips}</div>{self.caption.value}"
         return f"{self._state(self.folder.name)}{curves}{clips}"
-
-    # ----------------------------------------------------------------- runs of other processes
 
     def stop(self) -> None:
         """Ask the run, in any process, to end after its current step; it keeps its adapter."""

@@ -4,6 +4,7 @@ planner = MemoryPlanner("modelscope", "hps", gpu_memory="T4")   in a notebook
 planner.simulate(height=320, width=576)                         the same from Python: a Memory
 """
 
+import math
 import shlex
 from typing import Any
 
@@ -41,7 +42,7 @@ ATOMIC = "A simulation takes seconds to half a minute and cannot be stopped midw
 VERDICT = """
 <div role=status>
 {% if not memory %}{{ unknown }}{% else %}
-<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b> {{ "%.2f"|format(need) }} GiB
+<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b> {{ "%.2f"|format(memory.bytes / GIB) }} GiB
 and {{ margin }} GiB to spare, of {{ size }} GiB on a {{ gpu }}.
 {% if gpu in memory.suggestions %}
 {{ "It fits" if suggestion else "Nothing helps:" }} {{ describe(suggestion) }}.
@@ -58,8 +59,7 @@ CODE = """
 class MemoryPlanner(SettingsPanel):
     """The peak memory of a training step by stage, simulated without weights and without a GPU.
 
-    The controls have the names of the settings of `vader_nb.memory`. A simulation takes seconds to
-    half a minute, so it starts only on request.
+    The controls have the names of the settings of `vader_nb.memory`.
 
     Args:
         model: a name of `models.CHECKPOINTS` or the directory of a pipeline.
@@ -147,8 +147,6 @@ class MemoryPlanner(SettingsPanel):
     def _question(self) -> tuple:
         return self.model.value, self.reward.value, *self.changes.items()
 
-    # ---------------------------------------------------------------------------------- simulating
-
     def simulate(self, **changes) -> Memory:
         """Simulate now, after setting controls by name, and wait for the result."""
         self.set(**changes)
@@ -165,14 +163,12 @@ class MemoryPlanner(SettingsPanel):
         for old in list(self.answers)[:-KEPT]:
             del self.answers[old]
         self._show()
+
+        def search():
+            answer.suggestions[gpu] = yield from search_settings(*asked, GPUS[gpu], **changes)
+
         if not answer.fits[gpu]:
-            search, tried = search_settings(*asked, GPUS[gpu], **changes), 0
-            while gpu not in answer.suggestions:
-                try:
-                    next(search)
-                except StopIteration as found:
-                    answer.suggestions[gpu] = found.value
-                tried += 1
+            for tried, _ in enumerate(search(), 1):
                 self.say(f"Too small for a {gpu}. Searching, simulation {tried}. {ATOMIC}")
                 yield min(0.95, 0.3 + 0.1 * tried)
         self.say("")
@@ -193,8 +189,6 @@ class MemoryPlanner(SettingsPanel):
         self.set(**changes)
         self.jobs.submit(self._job, 0)
 
-    # ------------------------------------------------------------------------------------- display
-
     def changed(self) -> None:
         self._show()
         is_per_frame(self.model.value, self.reward.value)  # raises what the panel shows
@@ -205,38 +199,30 @@ class MemoryPlanner(SettingsPanel):
             unreadable = ""
         except (ValueError, OSError):
             unreadable = UNREADABLE
-        memory, gpu, suggestion = self.memory, self.gpu_memory.value, self.suggestion
+        suggestion, gpu = self.suggestion, self.gpu_memory.value
         disable(unreadable, self.simulate_button)
         disable("" if suggestion else "no settings that fit are known", self.fit_button)
         self.fit_button.layout.display = "" if suggestion else "none"
         self.why.value = note(unreadable)
         self.drawing.value = self._bars()
-        self.verdict.value = ui.template(VERDICT).render(
-            memory=memory,
-            unknown=unreadable or UNKNOWN,
-            gpu=gpu,
-            need=memory.bytes / GIB if memory else 0,
-            margin=f"{MARGIN:g}",
-            size=GPUS[gpu],
-            suggestion=suggestion,
-            describe=describe,
-        )
+        found = {"memory": self.memory, "suggestion": suggestion, "describe": describe}
+        sizes = {"gpu": gpu, "size": GPUS[gpu], "margin": f"{MARGIN:g}", "GIB": GIB}
+        unknown = unreadable or UNKNOWN
+        self.verdict.value = ui.template(VERDICT).render(unknown=unknown, **found, **sizes)
         code = ui.template(CODE).render(python=self.python, shell=self.shell)
         self.code.value = "" if unreadable else code
 
     def _bars(self) -> str:
-        gpu, stages = self.gpu_memory.value, self.memory.stages if self.memory else {}
-        values = {stage: stages.get(stage, float("nan")) / GIB for stage in STAGES}
-        peaks = ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
-        words = f"Peak memory by stage in GiB: {peaks}; a {gpu} has {GPUS[gpu]:g}."
-        return bars(
-            values,
-            GPUS[gpu],
-            MARGIN,
-            label=words if stages else f"A {gpu} has {GPUS[gpu]:g} GiB.",
-            limit_label=f"{gpu}: {GPUS[gpu]:g} GiB",
-            remark=f"light: {MARGIN:g} GiB to spare" if stages else "not simulated yet",
-        )
+        gpu, size = self.gpu_memory.value, GPUS[self.gpu_memory.value]
+        values: dict[str, float] = dict.fromkeys(STAGES, math.nan)
+        label, remark = f"A {gpu} has {size:g} GiB.", "not simulated yet"
+        if self.memory:
+            values |= {stage: peak / GIB for stage, peak in self.memory.stages.items()}
+            peaks = ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
+            label = f"Peak memory by stage in GiB: {peaks}; a {gpu} has {size:g}."
+            remark = f"light: {MARGIN:g} GiB to spare"
+        texts = {"label": label, "limit_label": f"{gpu}: {size:g} GiB", "remark": remark}
+        return bars(values, size, MARGIN, **texts)
 
     @property
     def python(self) -> str:

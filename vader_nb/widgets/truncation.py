@@ -41,8 +41,8 @@ TABLE = """
 <th>checkpointing</th><th>streaming</th></tr>
 {% for setting, result in rows %}
 <tr><td>{{ setting.K }}</td><td>{{ setting.frames }}</td>
-{{ bar("%.1f MB"|format(result.bytes / 1e6), result.bytes / most_bytes) }}
-{{ bar("%.2f s"|format(result.seconds), result.seconds / most_seconds) }}
+{{ bar("%.1f MB"|format(result.bytes / 1e6), result.bytes / results|map(attribute="bytes")|max) }}
+{{ bar("%.2f s"|format(result.seconds), result.seconds / results|map(attribute="seconds")|max) }}
 {{ bar("%.3f (%.0f°)"|format(result.cosine, angle(result.cosine)), [result.cosine, 0]|max) }}
 <td>{{ "yes" if setting.gradient_checkpointing else "no" }}</td>
 <td>{{ "–" if result.frames|length == 1 else "yes" if setting.streaming else "no" }}</td></tr>
@@ -152,8 +152,9 @@ class TruncationExplorer(SettingsPanel):
         return parse_frames(self.values()["frames"]).choose(self.sampling.num_frames, generator)
 
     def changed(self) -> None:
-        whole = f"“{self.reward.name}” scores the whole clip: it needs all frames."
-        whole = "" if self.reward.per_frame else whole
+        whole = ""
+        if not self.reward.per_frame:
+            whole = f"“{self.reward.name}” scores the whole clip: it needs all frames."
         single = "With one frame there is nothing to stream." if len(self.chosen) == 1 else ""
         disable(whole, self.frames)
         disable(single, self.streaming)
@@ -179,19 +180,15 @@ class TruncationExplorer(SettingsPanel):
     def chain(self) -> str:
         """The drawing of the current setting."""
         setting, sampling = self.setting, self.sampling
+        sizes = sampling.num_inference_steps, setting.K, sampling.num_frames, self.chosen
         return chain(
-            sampling.num_inference_steps,
-            setting.K,
-            sampling.num_frames,
-            self.chosen,
+            *sizes,
             adapter=f"adapter, rank {self.adapter.rank}",
             reward=self.reward.name,
             recompute=setting.gradient_checkpointing,
             stream=setting.streaming,
             label=self.description,
         )
-
-    # ---------------------------------------------------------------------------------- measuring
 
     def measure(self, **changes) -> Measured:
         """Measure now, after setting controls by name, and wait for the result."""
@@ -245,20 +242,18 @@ class TruncationExplorer(SettingsPanel):
         self._show_table()
 
     def _show_table(self) -> None:
-        results = self.measured.values()
-        if not results:
-            self.table.value = note(EMPTY)
-            return
-        self.table.value = ui.template(TABLE).render(
-            rows=reversed(self.measured.items()),
-            most_bytes=max(result.bytes for result in results),
-            most_seconds=max(result.seconds for result in results),
-            angle=lambda cosine: math.degrees(math.acos(max(-1.0, min(1.0, cosine)))),
-        )
+        rows = list(reversed(self.measured.items()))
+        table = ui.template(TABLE).render(rows=rows, results=self.measured.values(), angle=angle)
+        self.table.value = table if rows else note(EMPTY)
 
     def to_html(self) -> str:
         drawing = image(self.chain, self.description)
         return f"<div>{drawing}{note(f'{self.description} {self.given}')}{self.table.value}</div>"
+
+
+def angle(cosine: float) -> float:
+    """In degrees."""
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
 def random_adapter(model: VideoModel, rank: int, seed: int) -> lora.Adapter:
