@@ -8,7 +8,7 @@ import contextlib
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,6 @@ SAVINGS = (
     {"frames": Frames.random(1)},
     {"num_frames": 8},
 )
-FEWER_FRAMES = {"frames", "num_frames"}  # a reward on the whole clip would get another clip
 METHODS = {  # of a model, and the stages that they begin; `predict` begins the replay, too
     "new_scheduler": "roll-out",
     "encode": "text",
@@ -188,8 +187,8 @@ class Step:
         tiny = models.checkpoint_of(self.model).world == "tiny"
         return parse(self.reward, tiny=tiny, **options)
 
-    def run(self, model: VideoModel, reward: Reward, tracker: MemoryTracker | CUDATracker) -> None:
-        """Take the step. Sampling steps before the window have equal peaks, so only one is taken."""
+    def run(self, model: VideoModel, reward: Reward, tracker) -> dict[str, int]:
+        """Peak bytes by stage of a step. Before the window, only one of the equal steps is taken."""
         config, generator = self.config, torch.Generator().manual_seed(0)
         sampling = config.sampling.resolve(model)
         frames = config.frames or (Frames.random(1) if reward.per_frame else Frames.all())
@@ -219,13 +218,9 @@ class Step:
                 window=max(plan.active),
                 stop=plan.stop,
             )
+            staged = model, adapter, ReportingReward(reward, tracker.enter), rollout, plan, chosen
             accumulate(
-                model,
-                adapter,
-                ReportingReward(reward, tracker.enter),
-                rollout,
-                plan,
-                chosen,
+                *staged,
                 decode_chunk_size=config.decode_chunk_size,
                 gradient_checkpointing=bool(config.gradient_checkpointing),
                 activation_offload=config.activation_offload,
@@ -234,6 +229,7 @@ class Step:
         optimizer.step()
         optimizer.zero_grad()
         tracker.enter("")
+        return {stage: tracker.stages[stage] for stage in STAGES}
 
     def simulate(self) -> dict[str, int]:
         """Peak bytes by stage."""
@@ -249,15 +245,12 @@ class Step:
                 torch.set_default_dtype(before)
             fake.truth = True
             model.offload_device = torch.device("meta")
-            self.run(model, reward, tracker)
-        return {stage: tracker.stages[stage] for stage in STAGES}
+            return self.run(model, reward, tracker)
 
     def measure(self) -> dict[str, int]:
         """The same with real weights on a CUDA device."""
         model = models.load(self.model, device="cuda", dtype=self.dtype)
-        tracker = CUDATracker()
-        self.run(model, self.make_reward().to("cuda", self.dtype), tracker)
-        return {stage: tracker.stages[stage] for stage in STAGES}
+        return self.run(model, self.make_reward().to("cuda", self.dtype), CUDATracker())
 
 
 class ReportingReward(Reward):
@@ -275,15 +268,10 @@ class ReportingReward(Reward):
 def _report_stages(model: VideoModel, on_stage: Callable[[str], None]) -> None:
     """Let the model report its stages from now on, and make its schedulers with real numbers."""
 
-    def report(method: str, stage: str) -> None:
-        original = getattr(model, method)
-
-        def reporting(*args, **kwargs):
-            replayed = method == "predict" and torch.is_grad_enabled()
-            on_stage("replay" if replayed else stage)
-            return original(*args, **kwargs)
-
-        setattr(model, method, reporting)
+    def report(method, original, *args, **kwargs):
+        replayed = method == "predict" and torch.is_grad_enabled()
+        on_stage("replay" if replayed else METHODS[method])
+        return original(*args, **kwargs)
 
     def new_scheduler(sampling, original=model.new_scheduler):
         with unset_fake_temporarily():
@@ -293,8 +281,8 @@ def _report_stages(model: VideoModel, on_stage: Callable[[str], None]) -> None:
         return _with_fake_deepcopy(scheduler)
 
     model.new_scheduler = new_scheduler
-    for method, stage in METHODS.items():
-        report(method, stage)
+    for method in METHODS:
+        setattr(model, method, functools.partial(report, method, getattr(model, method)))
 
 
 def _with_fake_deepcopy(scheduler):
@@ -323,7 +311,6 @@ def simulate(model: str | Path = "modelscope", reward: str = "hps", **settings) 
 
 
 def fits(amount: int, gib: float) -> bool:
-    """Whether a GPU with so many GiB holds this many bytes of tensors."""
     return amount / GIB + MARGIN <= gib
 
 
@@ -393,6 +380,38 @@ class Memory:
         how = "measured on this GPU" if self.measured else "simulated"
         return f"{self.model} + {self.reward}, {how}: peak {self.bytes / GIB:.2f} GiB"
 
+    def search(self, gpu: str) -> Iterator[dict]:
+        """Search for settings with which the step fits on a GPU, for `suggestions`, by simulating.
+
+        What helps is kept, and in the end what is not necessary is dropped. Yields the settings of
+        the next simulation.
+        """
+        change, least, size = {}, self._peak({}), self.gpus[gpu]
+        for saving in SAVINGS:
+            if not _applies(saving, self.model, self.reward, self.settings | change):
+                continue
+            yield self.settings | change | saving
+            try:
+                peak = self._peak(change | saving)
+            except ValueError:  # frames that are given by index, and would not be there
+                continue
+            if peak < 0.99 * least:
+                change, least = change | saving, peak
+            if fits(least, size):
+                break
+        else:
+            self.suggestions[gpu] = None
+            return
+        for name in list(change):
+            fewer = {key: value for key, value in change.items() if key != name}
+            yield self.settings | fewer
+            if fits(self._peak(fewer), size):
+                change = fewer
+        self.suggestions[gpu] = change
+
+    def _peak(self, change: dict) -> int:
+        return max(simulate(self.model, self.reward, **(self.settings | change)).values())
+
     def rows(self) -> list[tuple[str, str, str]]:
         """(name, GiB, remark), first of the stages, then of GPUs."""
         rows, worst = [], max(self.stages, key=lambda stage: self.stages[stage])
@@ -406,9 +425,8 @@ class Memory:
         return rows
 
     def __str__(self) -> str:
-        rows, needed = self.rows(), f"{self.bytes / GIB + MARGIN:.2f}"
-        remark = f"with {MARGIN:g} GiB {MARGIN_HELP}"
-        rows.insert(len(self.stages), ("needed", needed, remark))
+        rows, remark = self.rows(), f"with {MARGIN:g} GiB {MARGIN_HELP}"
+        rows.insert(len(self.stages), ("needed", f"{self.bytes / GIB + MARGIN:.2f}", remark))
         lines = [f"{name:<12}{amount:>7} GiB  {remark}".rstrip() for name, amount, remark in rows]
         return "\n".join([self.title, *lines])
 
@@ -426,55 +444,13 @@ def is_per_frame(model: str, reward: str) -> bool:
         return Step.of(model, reward, {}).make_reward(from_config=True).per_frame
 
 
-def search_settings(
-    model: str | Path, reward: str, gib: float, **settings
-) -> Generator[dict, None, dict | None]:
-    """Search for settings that make a training step fit into a GPU of so many GiB, by simulating.
-
-    What helps is kept, and in the end what is not necessary is dropped. Yields all settings of the next
-    simulation; returns the settings to change, or None if these are not enough.
-    """
-    change, least = {}, max(simulate(model, reward, **settings).values())
-    for saving in SAVINGS:
-        candidate = settings | change | saving
-        if not _applies(saving, model, reward, settings | change):
-            continue
-        yield candidate
-        try:
-            peak = max(simulate(model, reward, **candidate).values())
-        except ValueError:  # frames that are given by index, and would not be there
-            continue
-        if peak < 0.99 * least:
-            change, least = change | saving, peak
-        if fits(least, gib):
-            break
-    else:
-        return None
-    for name in list(change):
-        fewer = {key: value for key, value in change.items() if key != name}
-        yield settings | fewer
-        if fits(max(simulate(model, reward, **(settings | fewer)).values()), gib):
-            change = fewer
-    return change
-
-
 def _applies(saving: dict, model: str | Path, reward: str, settings: dict) -> bool:
     """Whether this saving changes anything that may be changed."""
-    if FEWER_FRAMES & saving.keys() and not is_per_frame(str(model), reward):
-        return False
-    if "frames" in saving and settings.get("frames") is None:  # one random frame already
-        return False
+    if saving.keys() & {"frames", "num_frames"} and not is_per_frame(str(model), reward):
+        return False  # the reward would score another clip
+    if "frames" in saving and settings.get("frames") is None:
+        return False  # one random frame already
     return Step.of(model, reward, settings | saving) != Step.of(model, reward, settings)
-
-
-def suggest(model: str | Path, reward: str, gib: float, **settings) -> dict | None:
-    """The settings to change so that a step fits into so many GiB; None if none are enough."""
-    search = search_settings(model, reward, gib, **settings)
-    while True:
-        try:
-            next(search)
-        except StopIteration as done:
-            return done.value
 
 
 def memory(
@@ -505,7 +481,8 @@ def memory(
     step = Step.of(model, reward, settings)
     stages = step.measure() if measured else simulate(model, reward, **settings)
     result = Memory(str(model), reward, settings, stages, measured, gpus=GPUS | chosen)
-    for gpu, size in chosen.items():
+    for gpu in chosen:
         if not result.fits[gpu]:
-            result.suggestions[gpu] = suggest(model, reward, size, **settings)
+            for _ in result.search(gpu):
+                pass
     return result

@@ -18,7 +18,6 @@ from ..memory_planner import (
     Memory,
     describe,
     is_per_frame,
-    search_settings,
     simulate,
 )
 from ..models import CHECKPOINTS, checkpoint_of
@@ -163,12 +162,8 @@ class MemoryPlanner(SettingsPanel):
         for old in list(self.answers)[:-KEPT]:
             del self.answers[old]
         self._show()
-
-        def search():
-            answer.suggestions[gpu] = yield from search_settings(*asked, GPUS[gpu], **changes)
-
         if not answer.fits[gpu]:
-            for tried, _ in enumerate(search(), 1):
+            for tried, _ in enumerate(answer.search(gpu), 1):
                 self.say(f"Too small for a {gpu}. Searching, simulation {tried}. {ATOMIC}")
                 yield min(0.95, 0.3 + 0.1 * tried)
         self.say("")
