@@ -297,8 +297,6 @@ def _with_fake_deepcopy(scheduler):
     return scheduler
 
 
-# ------------------------------------------------------------------------------------------- the answer
-
 _simulated: dict[str, dict[str, int]] = {}
 
 

@@ -74,9 +74,6 @@ def at_least(check: str, measured: str, value: float, limit: float) -> Row:
     return Row(check, measured, f"{value:.4g}", f">= {limit:.4g}", verdict)
 
 
-# ------------------------------------------------------------------------------------------- gradients
-
-
 def trained_adapter(model: VideoModel) -> lora.Adapter:
     """An adapter with B != 0: in a fresh one a wrong path through A would not show."""
     adapter, generator = lora.add(model, rank=4), torch.Generator().manual_seed(0)
@@ -152,9 +149,6 @@ def half_precision(options) -> Iterator[Row]:
         yield at_least("half precision", text, value, limit)
 
 
-# ---------------------------------------------------------------------------------------------- memory
-
-
 def counted(step: Step) -> dict[str, int]:
     """Peak bytes by stage on a CPU, which has no count of its own: every storage is counted."""
     with MemoryTracker() as tracker:
@@ -189,9 +183,6 @@ def peak_memory(options) -> Iterator[Row]:
         text = f"{step.model}: {real / 2**20:.1f} MiB; simulated, as a ratio"
         verdict = OK if low <= ratio <= high else FAILED
         yield Row("memory", text, f"{ratio:.3f}", f"{low:g}..{high:g}", verdict)
-
-
-# -------------------------------------------------------------------------------------------- training
 
 
 def train(folder: Path, dtype: torch.dtype, steps: int, **settings) -> tuple[torch.Tensor, Run]:
@@ -245,9 +236,6 @@ def two_processes(options) -> Iterator[Row]:
             raise RuntimeError(errors[0] if errors else f"exit code {done.returncode}")
         steps = len(Path(folder, "two", "metrics.jsonl").read_text().splitlines())
     yield at_least("two processes", "steps after which both had the same adapter", steps, 2)
-
-
-# ----------------------------------------------------------------------------------------------- speed
 
 
 def switches(options) -> Iterator[Row]:
@@ -311,8 +299,6 @@ def speed_rows(seconds: dict[str, list[float]], title: str) -> Iterator[Row]:
             row = row._replace(limit=f"> {limit:.2f}", verdict=verdict)
         yield row
 
-
-# ------------------------------------------------------------------------------------------- the table
 
 CHECKS = {  # name: (function, GPUs it needs)
     "gradient": (gradient, 0),
