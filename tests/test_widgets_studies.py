@@ -177,9 +177,9 @@ def test_moving_a_slider_sorts_the_clips_and_asks_no_reward(composed, monkeypatc
     composed.weights["action"].value = 0
     assert composed.error is None
     assert composed.order == composed.scores["aesthetic"].argsort(descending=True).tolist()
-    places = [int(slot.box.layout.order) for slot in composed._slots]
+    places = [int(slot.layout.order) for slot in composed.slots]
     assert [places[i] for i in composed.order] == [0, 1, 2, 3]
-    assert "1. &nbsp;" in composed._slots[composed.order[0]].text.value
+    assert "1. &nbsp;" in composed.captions[composed.order[0]].value
     assert alive() == before
 
 

@@ -1,17 +1,17 @@
 """Will it fit? The peak memory of a training step, stage by stage, without a GPU and without weights.
 
-`memory("modelscope", "hps")` runs the code of training (encode, roll out, decode, score, replay, optimizer
-step) with the full-size networks on fake tensors, which have shapes but no numbers, and counts the bytes
-that are alive at each moment. There is no formula: a setting acts here because it acts in training.
+`memory("modelscope", "hps")` runs the code of training on fake tensors, which have shapes but no numbers,
+and counts the bytes that are alive. A setting acts here because it acts in training.
 """
 
 import contextlib
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
@@ -21,15 +21,15 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import lora, models
 from .gradient import accumulate
 from .models import VideoModel
 from .rewards import Reward, parse
 from .sampling import roll_out
-from .strategies import Frames
-from .trainer import TrainConfig
+from .strategies import Frames, parse_frames, parse_strategy
+from .train_config import TrainConfig
 
 GIB = 2**30
 STAGES = ("weights", "text", "roll-out", "decode", "reward", "replay", "optimizer")
@@ -60,7 +60,13 @@ SAVINGS = (
     {"frames": Frames.random(1)},
     {"num_frames": 8},
 )
-FEWER_FRAMES = {"frames", "num_frames"}  # a reward on the whole clip would get another clip
+METHODS = {  # of a model, and the stages that they begin; `predict` begins the replay, too
+    "new_scheduler": "roll-out",
+    "encode": "text",
+    "predict": "roll-out",
+    "decode": "decode",
+    "decode_vjp": "decode",
+}
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -70,29 +76,24 @@ class MemoryTracker(TorchDispatchMode):
     what a kernel needs for itself. (torch's `MemTracker` is private and groups by module, not by stage.)
 
     Args:
-        device: Count only tensors on devices of this type; None counts all.
-
-    Attributes:
-        bytes: The most that was alive at one moment.
-        stages: The same for each stage that was entered.
-        live: What is alive now.
+        device: the type of the devices whose tensors count; None: all.
     """
 
     def __init__(self, device: str | None = None):
         super().__init__()
         self.device = device
-        self.live = self.bytes = 0
+        self.live = 0  # bytes now
+        self.bytes = 0  # the most at one moment
+        self.stages: dict[str, int] = {}  # the most in each stage that was entered
         self.stage = ""
-        self.stages: dict[str, int] = {}
         self._known: set[int] = set()
 
     def enter(self, stage: str) -> None:
-        """Begin a stage."""
         self.stage = stage
         self._update()
 
     def track(self, *tensors: torch.Tensor) -> None:
-        """Count these, unless they are counted already."""
+        """Count these too."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known:
@@ -138,11 +139,10 @@ class CUDATracker:
 
 
 class FakeMode(FakeTensorMode):
-    """Context in which tensors have shapes but no numbers.
+    """Context in which tensors have shapes but no numbers; `if tensor:` gives `truth`.
 
-    `.item()` and `if tensor:` give 1.0, 0 or `truth`. In training, True is the right answer: all is
-    finite, and the frames lie in their range. While networks are made it has to be False, since
-    initializers draw again as long as a number is out of bounds.
+    In training, True is right: all is finite, and the frames lie in their range. While networks are
+    made it has to be False, since initializers draw again as long as a number is out of bounds.
     """
 
     def __init__(self):
@@ -151,7 +151,7 @@ class FakeMode(FakeTensorMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         try:
-            return super().__torch_dispatch__(function, types, args, kwargs)
+            return super().__torch_dispatch__(function, types, args, kwargs or {})
         except DataDependentOutputException:
             dtype = args[0].dtype
             if dtype == torch.bool:
@@ -187,14 +187,14 @@ class Step:
         tiny = models.checkpoint_of(self.model).world == "tiny"
         return parse(self.reward, tiny=tiny, **options)
 
-    def run(self, model: VideoModel, reward: Reward, tracker: MemoryTracker | CUDATracker) -> None:
-        """Take the step. Sampling steps before the window have equal peaks, so only one is taken."""
+    def run(self, model: VideoModel, reward: Reward, tracker) -> dict[str, int]:
+        """Peak bytes by stage of a step. Before the window, only one of the equal steps is taken."""
         config, generator = self.config, torch.Generator().manual_seed(0)
         sampling = config.sampling.resolve(model)
         frames = config.frames or (Frames.random(1) if reward.per_frame else Frames.all())
         with unset_fake_temporarily():
-            plan = config.strategy.plan(sampling.num_inference_steps, generator)
-            chosen = frames.choose(sampling.num_frames, generator)
+            plan = parse_strategy(config.strategy).plan(sampling.num_inference_steps, generator)
+            chosen = parse_frames(frames).choose(sampling.num_frames, generator)
         steps = min(sampling.num_inference_steps, max(plan.active) + 1)
         adapter = lora.add(model, config.rank, targets=config.targets)
         if self.model_cpu_offload:
@@ -207,7 +207,7 @@ class Step:
         optimizer.zero_grad()
         tracker.enter("weights")
         _report_stages(model, tracker.enter)
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision)
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision or "")
         with torch.autocast(model.device.type, half, enabled=half is not None):
             rollout = roll_out(
                 model,
@@ -218,28 +218,23 @@ class Step:
                 window=max(plan.active),
                 stop=plan.stop,
             )
+            staged = model, adapter, ReportingReward(reward, tracker.enter), rollout, plan, chosen
             accumulate(
-                model,
-                adapter,
-                ReportingReward(reward, tracker.enter),
-                rollout,
-                plan,
-                chosen,
+                *staged,
                 decode_chunk_size=config.decode_chunk_size,
-                gradient_checkpointing=config.gradient_checkpointing,
+                gradient_checkpointing=bool(config.gradient_checkpointing),
                 activation_offload=config.activation_offload,
             )
         tracker.enter("optimizer")
         optimizer.step()
         optimizer.zero_grad()
         tracker.enter("")
+        return {stage: tracker.stages[stage] for stage in STAGES}
 
     def simulate(self) -> dict[str, int]:
-        """Peak bytes by stage.
-
-        Tensors on the accelerator are fake ones on "cpu", offloaded ones on "meta". With "cpu" torch
-        picks fused attention, as CUDA does on every GPU named here.
-        """
+        """Peak bytes by stage."""
+        # The accelerator's tensors are fake ones on "cpu", where torch picks fused attention, as
+        # CUDA does on every GPU named here; offloaded ones are on "meta".
         before = torch.get_default_dtype()
         with FakeMode() as fake, MemoryTracker("cpu") as tracker:
             torch.set_default_dtype(self.dtype)
@@ -250,15 +245,12 @@ class Step:
                 torch.set_default_dtype(before)
             fake.truth = True
             model.offload_device = torch.device("meta")
-            self.run(model, reward, tracker)
-        return {stage: tracker.stages[stage] for stage in STAGES}
+            return self.run(model, reward, tracker)
 
     def measure(self) -> dict[str, int]:
         """The same with real weights on a CUDA device."""
         model = models.load(self.model, device="cuda", dtype=self.dtype)
-        tracker = CUDATracker()
-        self.run(model, self.make_reward().to("cuda", self.dtype), tracker)
-        return {stage: tracker.stages[stage] for stage in STAGES}
+        return self.run(model, self.make_reward().to("cuda", self.dtype), CUDATracker())
 
 
 class ReportingReward(Reward):
@@ -276,48 +268,34 @@ class ReportingReward(Reward):
 def _report_stages(model: VideoModel, on_stage: Callable[[str], None]) -> None:
     """Let the model report its stages from now on, and make its schedulers with real numbers."""
 
-    def report(method: str, stage: Callable[[], str]) -> None:
-        original = getattr(model, method)
-
-        def reporting(*args, **kwargs):
-            on_stage(stage())
-            return original(*args, **kwargs)
-
-        setattr(model, method, reporting)
+    def report(method, original, *args, **kwargs):
+        replayed = method == "predict" and torch.is_grad_enabled()
+        on_stage("replay" if replayed else METHODS[method])
+        return original(*args, **kwargs)
 
     def new_scheduler(sampling, original=model.new_scheduler):
         with unset_fake_temporarily():
-            scheduler = original(sampling)
+            scheduler: Any = original(sampling)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # or it would search its place among the timesteps
         return _with_fake_deepcopy(scheduler)
 
     model.new_scheduler = new_scheduler
-    report("new_scheduler", lambda: "roll-out")
-    report("encode", lambda: "text")
-    report("predict", lambda: "replay" if torch.is_grad_enabled() else "roll-out")
-    report("decode", lambda: "decode")
-    report("decode_vjp", lambda: "decode")
+    for method in METHODS:
+        setattr(model, method, functools.partial(report, method, getattr(model, method)))
 
 
 def _with_fake_deepcopy(scheduler):
     """The scheduler; its deep copies clone tensors, since `copy` corrupts memory with fakes."""
 
-    def clone(value):
-        if isinstance(value, list):
-            return [clone(x) for x in value]
-        return value.clone() if isinstance(value, torch.Tensor) else value
-
     def deepcopy(memo):
         twin = copy.copy(scheduler)
-        vars(twin).update({name: clone(value) for name, value in vars(twin).items()})
+        vars(twin).update(tree_map_only(torch.Tensor, torch.clone, vars(scheduler)))
         return _with_fake_deepcopy(twin)
 
     scheduler.__deepcopy__ = deepcopy
     return scheduler
 
-
-# ------------------------------------------------------------------------------------------- the answer
 
 _simulated: dict[str, dict[str, int]] = {}
 
@@ -331,30 +309,22 @@ def simulate(model: str | Path = "modelscope", reward: str = "hps", **settings) 
 
 
 def fits(amount: int, gib: float) -> bool:
-    """Whether a GPU with so many GiB holds this many bytes of tensors."""
     return amount / GIB + MARGIN <= gib
 
 
 def find_gpu(gpu_memory: float | str) -> tuple[str, float]:
-    """Name and GiB of a GPU: a number of GiB, or a name of `GPUS` or a part of one, such as "4090".
-
-    Raises:
-        ValueError: For a name that fits none or several.
-    """
+    """Name and GiB of a GPU: a number of GiB, or a name of `GPUS` or a part of one, such as "4090"."""
     number = 1000.0
     with contextlib.suppress(ValueError):
         number = float(gpu_memory)
     if 0 < number < 1000:
         return f"{number:g} GiB", number
     text = str(gpu_memory).lower().replace(" ", "")
-    names = {name.lower().replace(" ", ""): name for name in GPUS}
-    found = [names[text]] if text in names else [names[name] for name in names if text in name]
-    found = found if number > 0 else []
+    found = [name for name in GPUS if number > 0 and text in name.lower().replace(" ", "")]
     if len(found) == 1:
         return found[0], GPUS[found[0]]
-    problem = (
-        f"{gpu_memory!r} may be {' or '.join(found)}" if found else f"unknown GPU {gpu_memory!r}"
-    )
+    problem = f"{gpu_memory!r} may be {' or '.join(found)}"
+    problem = problem if found else f"unknown GPU {gpu_memory!r}"
     raise ValueError(f"{problem}; choose one of {', '.join(GPUS)}, or give its memory in GiB")
 
 
@@ -380,13 +350,11 @@ class Memory:
     """Peak memory of one training step; prints as a table, as text and in a notebook.
 
     Attributes:
-        model, reward, settings: What was asked.
-        stages: Peak bytes by stage: all that is on the accelerator at the stage's worst moment,
-            weights included.
-        measured: Measured on a GPU instead of simulated.
+        stages: peak bytes by stage, of all that is on the accelerator, weights included.
+        measured: on a GPU, instead of simulated.
         gpus: GiB by name.
-        suggestions: For GPUs that are too small, the settings that, changed together, make the step fit;
-            None if none do.
+        suggestions: for GPUs that are too small, the settings that, changed together, make the step
+            fit; None if none do.
     """
 
     model: str
@@ -410,13 +378,43 @@ class Memory:
         how = "measured on this GPU" if self.measured else "simulated"
         return f"{self.model} + {self.reward}, {how}: peak {self.bytes / GIB:.2f} GiB"
 
+    def search(self, gpu: str) -> Iterator[dict]:
+        """Search for settings with which the step fits on a GPU, for `suggestions`, by simulating.
+
+        What helps is kept, and in the end what is not necessary is dropped. Yields the settings of
+        the next simulation.
+        """
+        change, least, size = {}, self._peak({}), self.gpus[gpu]
+        for saving in SAVINGS:
+            if not _applies(saving, self.model, self.reward, self.settings | change):
+                continue
+            yield self.settings | change | saving
+            try:
+                peak = self._peak(change | saving)
+            except ValueError:  # frames that are given by index, and would not be there
+                continue
+            if peak < 0.99 * least:
+                change, least = change | saving, peak
+            if fits(least, size):
+                break
+        else:
+            self.suggestions[gpu] = None
+            return
+        for name in list(change):
+            fewer = {key: value for key, value in change.items() if key != name}
+            yield self.settings | fewer
+            if fits(self._peak(fewer), size):
+                change = fewer
+        self.suggestions[gpu] = change
+
+    def _peak(self, change: dict) -> int:
+        return max(simulate(self.model, self.reward, **(self.settings | change)).values())
+
     def rows(self) -> list[tuple[str, str, str]]:
         """(name, GiB, remark), first of the stages, then of GPUs."""
-        worst = max(self.stages, key=self.stages.get)
-        rows = [
-            (stage, f"{amount / GIB:.2f}", "the peak" if stage == worst else "")
-            for stage, amount in self.stages.items()
-        ]
+        rows, worst = [], max(self.stages, key=lambda stage: self.stages[stage])
+        for stage, amount in self.stages.items():
+            rows.append((stage, f"{amount / GIB:.2f}", "the peak" if stage == worst else ""))
         for gpu, size in self.gpus.items():
             remark = "fits" if self.fits[gpu] else "too small"
             if gpu in self.suggestions:
@@ -425,13 +423,8 @@ class Memory:
         return rows
 
     def __str__(self) -> str:
-        rows = self.rows()
-        needed = (
-            "needed",
-            f"{self.bytes / GIB + MARGIN:.2f}",
-            f"with {MARGIN:g} GiB {MARGIN_HELP}",
-        )
-        rows.insert(len(self.stages), needed)
+        rows, remark = self.rows(), f"with {MARGIN:g} GiB {MARGIN_HELP}"
+        rows.insert(len(self.stages), ("needed", f"{self.bytes / GIB + MARGIN:.2f}", remark))
         lines = [f"{name:<12}{amount:>7} GiB  {remark}".rstrip() for name, amount, remark in rows]
         return "\n".join([self.title, *lines])
 
@@ -449,61 +442,13 @@ def is_per_frame(model: str, reward: str) -> bool:
         return Step.of(model, reward, {}).make_reward(from_config=True).per_frame
 
 
-def search_settings(
-    model: str | Path, reward: str, gib: float, **settings
-) -> Generator[dict, None, dict | None]:
-    """Search for settings that make a training step fit into a GPU of so many GiB, by simulating.
-
-    One candidate after the other is tried, what helps is kept, and what turns out not to be necessary is
-    dropped.
-
-    Yields:
-        All settings of the next simulation.
-
-    Returns:
-        The settings to change, or None if these are not enough.
-    """
-    change, least = {}, max(simulate(model, reward, **settings).values())
-    for saving in SAVINGS:
-        candidate = settings | change | saving
-        if not _applies(saving, model, reward, settings | change):
-            continue
-        yield candidate
-        try:
-            peak = max(simulate(model, reward, **candidate).values())
-        except ValueError:  # frames that are given by index, and would not be there
-            continue
-        if peak < 0.99 * least:
-            change, least = change | saving, peak
-        if fits(least, gib):
-            break
-    else:
-        return None
-    for name in list(change):
-        fewer = {key: value for key, value in change.items() if key != name}
-        yield settings | fewer
-        if fits(max(simulate(model, reward, **(settings | fewer)).values()), gib):
-            change = fewer
-    return change
-
-
 def _applies(saving: dict, model: str | Path, reward: str, settings: dict) -> bool:
     """Whether this saving changes anything that may be changed."""
-    if FEWER_FRAMES & saving.keys() and not is_per_frame(str(model), reward):
-        return False
-    if "frames" in saving and settings.get("frames") is None:  # one random frame already
-        return False
+    if saving.keys() & {"frames", "num_frames"} and not is_per_frame(str(model), reward):
+        return False  # the reward would score another clip
+    if "frames" in saving and settings.get("frames") is None:
+        return False  # one random frame already
     return Step.of(model, reward, settings | saving) != Step.of(model, reward, settings)
-
-
-def suggest(model: str | Path, reward: str, gib: float, **settings) -> dict | None:
-    """The result of `search_settings`."""
-    search = search_settings(model, reward, gib, **settings)
-    while True:
-        try:
-            next(search)
-        except StopIteration as done:
-            return done.value
 
 
 def memory(
@@ -520,24 +465,22 @@ def memory(
     some seconds to half a minute on a CPU, and a search for what to change several of them.
 
     Args:
-        model: A name of `models.CHECKPOINTS`, or a pipeline directory.
-        reward: An expression, as for `rewards.parse`.
-        gpu_memory: The GPU to find settings for: its memory in GiB, or a name such as "T4", "4090" or
-            "A100 80 GB". None: all of `GPUS`.
-        measured: Take the step for real on this machine's CUDA device, with real weights, and report
-            torch's own count.
-        **settings: Fields of `TrainConfig` and `Sampling`, with `batch_size=1` and
-            `gradient_checkpointing=True` by default; `dtype` (float16), and `model_cpu_offload`, for a
-            model after `enable_model_cpu_offload()`.
+        model: a name of `models.CHECKPOINTS`, or a pipeline directory.
+        reward: an expression, as for `rewards.parse`.
+        gpu_memory: the GPU to find settings for: GiB, or a name such as "T4" or "4090"; None: all of `GPUS`.
+        measured: take the step on this machine's CUDA device, and report torch's own count.
+        **settings: fields of `TrainConfig` and `Sampling`, by default `batch_size=1` and
+            `gradient_checkpointing=True`; `dtype` (float16); `model_cpu_offload`.
 
     Raises:
-        ValueError: For an unknown model, reward, setting or GPU.
+        ValueError: an unknown model, reward, setting or GPU.
     """
     chosen = dict([find_gpu(gpu_memory)]) if gpu_memory is not None else GPUS
     step = Step.of(model, reward, settings)
     stages = step.measure() if measured else simulate(model, reward, **settings)
     result = Memory(str(model), reward, settings, stages, measured, gpus=GPUS | chosen)
-    for gpu, size in chosen.items():
+    for gpu in chosen:
         if not result.fits[gpu]:
-            result.suggestions[gpu] = suggest(model, reward, size, **settings)
+            for _ in result.search(gpu):
+                pass
     return result

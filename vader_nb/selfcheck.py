@@ -1,8 +1,8 @@
 """A checklist for a machine: `python -m vader_nb.selfcheck`
 
-Gradients against plain autograd, memory against the simulator, an interrupted run against an uninterrupted one, half
-precision, several GPUs, and which switches of `speed` help here; as a table to paste into an issue. The exit code is 1
-if a check failed. What needs a GPU that is not there is not run, and says so.
+Gradients against plain autograd, memory against the simulator, an interrupted run against an uninterrupted
+one, half precision, several GPUs, and which switches of `speed` help here; as a table to paste into an issue.
+The exit code is 1 if a check failed. What needs a GPU that is not there is not run, and says so.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.collect_env
@@ -38,8 +38,8 @@ PROMPTS = [
     "a blue circle growing on a black background",
 ]
 SEEDS = [0, 1]
-SMALL = Sampling(num_inference_steps=3, num_frames=4, height=32, width=32)
-SHELL = {"num_inference_steps": 3, "num_frames": 4, "height": 32, "width": 32}
+SIZES: dict[str, Any] = {"num_inference_steps": 3, "num_frames": 4, "height": 32, "width": 32}
+SMALL = Sampling(**SIZES)
 WINDOW, SCORED = 2, [0, 3]  # of SMALL: the last steps that learn, the frames that are scored
 COSINES = {torch.float16: 0.99, torch.bfloat16: 0.8}  # of gradients to float32's: 11 and 8 bits
 MEMORY_TOLERANCE = 0.1  # of the measured peak
@@ -74,9 +74,6 @@ def at_least(check: str, measured: str, value: float, limit: float) -> Row:
     return Row(check, measured, f"{value:.4g}", f">= {limit:.4g}", verdict)
 
 
-# ------------------------------------------------------------------------------------------- gradients
-
-
 def trained_adapter(model: VideoModel) -> lora.Adapter:
     """An adapter with B != 0: in a fresh one a wrong path through A would not show."""
     adapter, generator = lora.add(model, rank=4), torch.Generator().manual_seed(0)
@@ -88,7 +85,8 @@ def trained_adapter(model: VideoModel) -> lora.Adapter:
 
 def take_gradient(adapter: lora.Adapter) -> torch.Tensor:
     """The gradient as one vector, in float64 on the CPU; the adapter is left without one."""
-    gradient = torch.cat([p.grad.flatten().double().cpu() for p in adapter.parameters()])
+    gradients: list[Any] = [p.grad for p in adapter.parameters()]
+    gradient = torch.cat([part.flatten().double().cpu() for part in gradients])
     for p in adapter.parameters():
         p.grad = None
     return gradient
@@ -105,7 +103,7 @@ def autograd_gradient(model: VideoModel, adapter: lora.Adapter, reward: Reward) 
     sampling = SMALL.resolve(model)
     conditioning = model.encode(PROMPTS, sampling)
     latents, generators = initial_noise(model, SEEDS, sampling)
-    scheduler = model.new_scheduler(sampling)
+    scheduler: Any = model.new_scheduler(sampling)
     for i, t in enumerate(scheduler.timesteps):
         with torch.set_grad_enabled(i >= sampling.num_inference_steps - WINDOW):
             latents = denoising_step(
@@ -128,22 +126,27 @@ def gradient(options) -> Iterator[Row]:
     yield at_most("gradient", "relative error to plain autograd, float32", error, 1e-3)
 
 
+def load_with_same_noise(dtype: torch.dtype) -> VideoModel:
+    """The tiny model with float32's noise: drawn in half precision, it would be another."""
+    model, full = load("tiny", dtype=dtype), load("tiny", dtype=torch.float32)
+
+    def initial_latents(sampling, generators):
+        return full.initial_latents(sampling, generators).to(dtype)
+
+    model.initial_latents = initial_latents
+    return model
+
+
 def half_precision(options) -> Iterator[Row]:
     found = {}
     for dtype in (torch.float32, *COSINES):
-        model, full = load("tiny", dtype=dtype), load("tiny", dtype=torch.float32)
-        model.initial_latents = lambda *args, draw=full.initial_latents, dtype=dtype: draw(
-            *args
-        ).to(dtype)  # drawn in half precision, the noise would be another
+        model = load_with_same_noise(dtype)
         reward = parse("hps", tiny=True).to(model.device)
         found[dtype] = staged_gradient(model, trained_adapter(model), reward)
     for dtype, limit in COSINES.items():
         text = f"cosine of {str(dtype).removeprefix('torch.')}'s gradient to float32's"
         value = cosine(found[dtype], found[torch.float32])
         yield at_least("half precision", text, value, limit)
-
-
-# ---------------------------------------------------------------------------------------------- memory
 
 
 def counted(step: Step) -> dict[str, int]:
@@ -160,7 +163,8 @@ def allocated(step: Step) -> dict[str, int]:
     """Peak bytes by stage of CUDA's allocator, without earlier ones and cuBLAS's own workspace."""
     torch.cuda.empty_cache()
     for dtype in (torch.float32, step.dtype):
-        torch.ones(8, 8, device="cuda", dtype=dtype) @ torch.ones(8, 8, device="cuda", dtype=dtype)
+        square = torch.ones(8, 8, device="cuda", dtype=dtype)
+        torch.mm(square, square)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return {stage: size - before for stage, size in step.measure().items()}
@@ -181,9 +185,6 @@ def peak_memory(options) -> Iterator[Row]:
         yield Row("memory", text, f"{ratio:.3f}", f"{low:g}..{high:g}", verdict)
 
 
-# -------------------------------------------------------------------------------------------- training
-
-
 def train(folder: Path, dtype: torch.dtype, steps: int, **settings) -> tuple[torch.Tensor, Run]:
     """A short run; the adapter's tensors afterwards as one vector on the CPU, and the run."""
     settings |= {"batch_size": 1, "rank": 2, "sampling": SMALL, "checkpointing_steps": 2}
@@ -192,22 +193,15 @@ def train(folder: Path, dtype: torch.dtype, steps: int, **settings) -> tuple[tor
     return torch.cat([p.detach().flatten().cpu() for p in run.adapter.parameters()]), run
 
 
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Context in which torch uses kernels that give the same bits each time, where it has them."""
-    before = torch.get_deterministic_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # for each kernel that it does not have
-        torch.set_deterministic_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.set_deterministic_debug_mode(before)
-
-
 def resume(options) -> Iterator[Row]:
     """A resumed run may differ from an uninterrupted one by what two uninterrupted ones differ."""
-    with tempfile.TemporaryDirectory() as folder, deterministic():
+    with contextlib.ExitStack() as undo:
+        folder = undo.enter_context(tempfile.TemporaryDirectory())
+        undo.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # for each kernel that is not deterministic
+        before = torch.get_deterministic_debug_mode()
+        undo.callback(torch.set_deterministic_debug_mode, before)
+        torch.set_deterministic_debug_mode("warn")
         whole, again = (train(Path(folder, n), torch.float32, 3)[0] for n in ("whole", "again"))
         train(Path(folder, "parts"), torch.float32, 2)
         parts, _ = train(Path(folder, "parts"), torch.float32, 3, resume=True)
@@ -229,7 +223,7 @@ def loss_scaling(options) -> Iterator[Row]:
 def two_processes(options) -> Iterator[Row]:
     """`align` stops with an error after a step that leaves its processes with different adapters."""
     settings = {"model": "tiny", "reward": "hps", "prompts": "tiny", "steps": 2, "batch_size": 1}
-    settings |= SHELL | {"rank": 2, "name": "two", "evaluation": "false"}
+    settings |= SIZES | {"rank": 2, "name": "two", "evaluation": "false"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "vader_nb", "align", *(f"{key}={value}" for key, value in settings.items())]
     with tempfile.TemporaryDirectory() as folder:
@@ -242,9 +236,6 @@ def two_processes(options) -> Iterator[Row]:
             raise RuntimeError(errors[0] if errors else f"exit code {done.returncode}")
         steps = len(Path(folder, "two", "metrics.jsonl").read_text().splitlines())
     yield at_least("two processes", "steps after which both had the same adapter", steps, 2)
-
-
-# ----------------------------------------------------------------------------------------------- speed
 
 
 def switches(options) -> Iterator[Row]:
@@ -262,10 +253,10 @@ def switches(options) -> Iterator[Row]:
         with contextlib.ExitStack() as undo:
             if switch:
                 switch(model, undo)
-            synchronize(model)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
             began = time.perf_counter()
-            found = staged_gradient(model, adapter, reward, sampling, K=1, frames=[0])
-            synchronize(model)
+            found = staged_gradient(model, adapter, reward, sampling, K=1, frames=[0])  # on the CPU
             return time.perf_counter() - began, found
 
     timed(None)
@@ -308,13 +299,6 @@ def speed_rows(seconds: dict[str, list[float]], title: str) -> Iterator[Row]:
             row = row._replace(limit=f"> {limit:.2f}", verdict=verdict)
         yield row
 
-
-def synchronize(model: VideoModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-# ------------------------------------------------------------------------------------------- the table
 
 CHECKS = {  # name: (function, GPUs it needs)
     "gradient": (gradient, 0),
@@ -375,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     which = "for speed and, on CUDA, memory; the other checks take tiny"
     parser.add_argument("--model", default="tiny", help=which)
     options = parser.parse_args(argv)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `deterministic`
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `resume`
     diffusers.utils.logging.disable_progress_bar()  # they would break the table
     transformers.utils.logging.disable_progress_bar()
     began, failed = time.perf_counter(), 0

@@ -16,6 +16,7 @@ import types
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,12 +24,8 @@ from torch.utils._triton import has_triton
 
 from .models import VideoModel
 
-KERNELS = (
-    "flash",
-    "mem_efficient",
-    "cudnn",
-    "math",
-)  # of attention, as torch.backends.cuda has them
+# Of attention, as torch.backends.cuda names them.
+KERNELS = ("flash", "mem_efficient", "cudnn", "math")
 LAYOUTS = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
 # Compiled variants of a block (sizes, with and without a graph, adapter fused or not); torch allows 8.
 CACHE_SIZE_LIMIT = 64
@@ -56,7 +53,7 @@ def channels_last(model: VideoModel, undo: ExitStack) -> None:
         for module in network.modules():
             # A convolution with a channels-last weight returns channels-last activations.
             if layout := LAYOUTS.get(type(module)):
-                weight = module.weight
+                weight: Any = module.weight
                 undo.callback(setattr, weight, "data", weight.data)
                 weight.data = weight.data.contiguous(memory_format=layout)
 

@@ -10,6 +10,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from ipywidgets import HTML, HBox
@@ -106,21 +107,18 @@ class RewardComposer(Panel):
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.seeds = list(range(seed, seed + len(self.prompts)))
         if len(self.prompts) < 2 or not all(prompt.strip() for prompt in self.prompts):
-            raise ValueError(
-                "rewards are compared on 2 or more clips, none with an empty prompt; "
-                f"got {self.prompts}"
-            )
-        given = by_name(rewards)
+            needed = "rewards are compared on 2 or more clips, none with an empty prompt"
+            raise ValueError(f"{needed}; got {self.prompts}")
+        given, tiny = by_name(rewards), model.world == "tiny"
         self.own = [name for name, value in given.items() if not isinstance(value, str)]
         self.rewards: dict[str, Reward] = {}
         for name, value in given.items():
-            tiny = model.world == "tiny"
             reward = as_reward(value) if name in self.own else parse(value, tiny=tiny)
             reward.check_prompts(self.prompts)
             reward.to(model.device)
             self.rewards[name] = reward
         self.sources = {n: n if n in self.own else grouped(value) for n, value in given.items()}
-        self.frames: torch.Tensor | None = None  # (B, F, 3, H, W)
+        self.frames: torch.Tensor  # (B, F, 3, H, W), made with the scores
         self.scores: dict[str, torch.Tensor] = {}
         self.statistics: dict[str, tuple[float, float]] = {}
         self.cosines: dict[tuple[str, str], float] = {}
@@ -128,16 +126,19 @@ class RewardComposer(Panel):
         self._show()
 
     def _build(self) -> None:
-        self.weights = {n: slider(plain(n), 1.0, -2, 2, step=0.05) for n in self.rewards}
+        self.weights: dict[str, Any] = {}
+        for name in self.rewards:
+            self.weights[name] = slider(plain(name), 1.0, -2, 2, step=0.05)
         self.standardized = switch("in standard deviations, so that units do not matter", True)
         self.why, self.pairs, self.code = HTML(), HTML(), HTML()
         self.on(self._show, *self.weights.values(), self.standardized)
-        self._slots = [Slot() for _ in self.prompts]
+        self.pictures = [HTML() for _ in self.prompts]
+        self.captions = [HTML() for _ in self.prompts]
+        look = {"flex": "1 1 150px", "max_width": "230px"}
+        self.slots = [column(*parts, **look) for parts in zip(self.pictures, self.captions)]
         sliders = column(*self.weights.values(), self.standardized, self.why, max_width="520px")
-        strip = HBox([slot.box for slot in self._slots], layout=SIDE)
+        strip = HBox(self.slots, layout=SIDE)
         self.assemble(beside(sliders, column(self.pairs)), strip, self.code)
-
-    # --------------------------------------------------------------------------------- the reward
 
     @property
     def used(self) -> dict[str, float]:
@@ -145,36 +146,33 @@ class RewardComposer(Panel):
         values = {name: round(item.value, 2) for name, item in self.weights.items()}
         return {name: weight for name, weight in values.items() if weight}
 
+    def _terms(self) -> list[tuple[str, float]]:
+        """Names and weights, once their statistics are known."""
+        if not self.used:
+            raise ValueError(NO_WEIGHT)
+        self._sample()
+        return list(self.used.items())
+
     @property
     def expression(self) -> str:
         """The reward as text for `rewards.parse`. Raises ValueError if all weights are 0."""
-        self._require_weight()
         terms = []
-        for name, weight in self.used.items():
+        for name, weight in self._terms():
             factor = "" if abs(weight) == 1 else f"{abs(weight):g} * "
-            mean, std = self.statistics[name]
-            units = f".normalized({mean!r}, {std!r})" if self.standardized.value else ""
+            units = f".normalized{self.statistics[name]!r}" if self.standardized.value else ""
             terms.append(f"{'-' if weight < 0 else '+'} {factor}{self.sources[name]}{units}")
         return " ".join(terms).removeprefix("+ ")
 
     @property
     def reward(self) -> Reward:
         """The reward, for `align`. Raises ValueError if all weights are 0."""
-        self._require_weight()
         terms = []
-        for name, weight in self.used.items():
+        for name, weight in self._terms():
             reward = self.rewards[name]
             if self.standardized.value:
                 reward = reward.normalized(*self.statistics[name])
             terms.append(weight * reward)
         return functools.reduce(operator.add, terms)
-
-    def _require_weight(self) -> None:
-        if not self.used:
-            raise ValueError(NO_WEIGHT)
-        self._sample()
-
-    # ---------------------------------------------------------------------------------- the clips
 
     def measure(self) -> None:
         """Make and score the clips and compare the rewards' gradients, unless it is done."""
@@ -183,21 +181,22 @@ class RewardComposer(Panel):
             self.jobs.finish(self._comparing)
 
     def _sample(self) -> None:
-        if self.frames is None:
+        if not self.scores:
             self.jobs.finish(self._sampling)
 
     def _sampling(self):
         frames = yield from clips.denoising(self.model, self.prompts, self.seeds)
+        scores = {}
         for name, reward in self.rewards.items():
             with torch.no_grad():
-                self.scores[name] = reward(frames, self.prompts).float().cpu()
+                scores[name] = reward(frames, self.prompts).float().cpu()
             # Rounded, so that `reward` and `expression` have the same numbers.
-            exact = statistics(reward, frames, self.prompts)
-            self.statistics[name] = tuple(float(f"{value:.4g}") for value in exact)
-        self.frames = frames
-        for slot, clip, prompt in zip(self._slots, frames, self.prompts):
+            mean, std = statistics(reward, frames, self.prompts)
+            self.statistics[name] = float(f"{mean:.4g}"), float(f"{std:.4g}")
+        self.frames, self.scores = frames, scores
+        for picture, clip, prompt in zip(self.pictures, frames, self.prompts):
             video = Video(clip, self.model.defaults["fps"], prompt)
-            slot.picture.value = moving(video, f"clip of: {prompt}")
+            picture.value = moving(video, f"clip of: {prompt}")
         if self._constant:
             self.standardized.value = False
         self._show()
@@ -243,27 +242,25 @@ class RewardComposer(Panel):
         """Indices of the clips, the best first."""
         return self.composed().argsort(descending=True, stable=True).tolist()
 
-    # ------------------------------------------------------------------------------------ display
-
     def _show(self) -> None:
         constant = ", ".join(self._constant)
         reason = f"{constant} gives all clips one score: there is no standard deviation."
         disable(reason if constant else "", self.standardized, remark=self.why)
         self.pairs.value = self._table()
-        if self.frames is None:
+        if not self.scores:
             self.code.value = note("The clips are not made yet.")
             return
         for rank, i in enumerate(self.order):
-            self._slots[i].box.layout.order = str(rank)
-            self._slots[i].text.value = self._caption(i, rank)
+            self.slots[i].layout.order = str(rank)
+            self.captions[i].value = self._caption(i, rank)
         self.code.value = self._code()
 
     def _caption(self, i: int, rank: int) -> str:
         """A clip's rank and sum, and what each reward adds to it."""
-        rows = [
-            (name, score[i].item(), self.used.get(name, 0.0) * self._in_units(name)[i].item())
-            for name, score in self.scores.items()
-        ]
+        rows = []
+        for name, score in self.scores.items():
+            added = self.used.get(name, 0.0) * self._in_units(name)[i].item()
+            rows.append((name, score[i].item(), added))
         total, prompt = self.composed()[i].item(), self.prompts[i]
         return template(CLIP).render(rank=rank + 1, total=total, prompt=prompt, rows=rows)
 
@@ -294,21 +291,13 @@ class RewardComposer(Panel):
     def to_html(self) -> str:
         self._sample()
         weights = ", ".join(f"{name} {item.value:g}" for name, item in self.weights.items())
-        clips = [(self._slots[i].picture.value, self._slots[i].text.value) for i in self.order]
+        clips = [(self.pictures[i].value, self.captions[i].value) for i in self.order]
         page = template(STILL).render(weights=weights, figures=clips)
         return f"{page}{self._table()}{self._code()}"
 
 
-class Slot:
-    """The place of a clip, which is shown at `box.layout.order`."""
-
-    def __init__(self):
-        self.picture, self.text = HTML(), HTML()
-        self.box = column(self.picture, self.text, flex="1 1 150px", max_width="230px")
-
-
 def by_name(rewards: Mapping | Sequence[str] | str) -> dict:
-    """Rewards and expressions by name. Raises ValueError for names that cannot be used."""
+    """Rewards and expressions by name."""
     if isinstance(rewards, str):
         rewards = [rewards]
     if not isinstance(rewards, Mapping):
@@ -319,9 +308,8 @@ def by_name(rewards: Mapping | Sequence[str] | str) -> dict:
         raise ValueError("no rewards to compose: name at least one, such as 'hps'")
     for name, value in rewards.items():
         if not isinstance(value, str) and not name.isidentifier():
-            raise ValueError(
-                f"your own reward needs a Python name for the expression, got {name!r}"
-            )
+            needed = "your own reward needs a Python name for the expression"
+            raise ValueError(f"{needed}, got {name!r}")
     return dict(rewards)
 
 

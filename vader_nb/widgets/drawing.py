@@ -4,13 +4,13 @@ They take the text color of the page, so light and dark themes both show them. A
 plotting library would be ten times as heavy, and too slow to follow a run.
 """
 
-import base64
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from .controls import template
+from .panel import data_url
 
 BLUE, RED, GRAY = "#3b82c4", "#e0573e", "#808080"  # legible on white and on black
 WIDTH, LEFT, RIGHT = 480, 10, 470  # of the chain; a phone shows it at three quarters
@@ -52,11 +52,10 @@ def svg(width: float, height: float, parts: Sequence[str], label: str, max_width
 
 
 def image(drawing: str, alt: str) -> str:
-    """The drawing as an <img>, since viewers of saved notebooks remove inline SVG.
-
-    The color of a page does not reach into an image, so it is drawn in gray."""
+    """The drawing as an <img>, since viewers of saved notebooks remove inline SVG."""
+    # The color of a page does not reach into an image, so it is drawn in gray.
     gray = drawing.replace("font-family:inherit", f"font-family:sans-serif;color:{GRAY}", 1)
-    source = f"data:image/svg+xml;base64,{base64.b64encode(gray.encode()).decode()}"
+    source = data_url(gray.encode(), "image/svg+xml")
     return f'<img src="{source}" alt="{escape(alt)}" style="width:100%;max-width:560px">'
 
 
@@ -69,42 +68,31 @@ class Series:
     color: str = BLUE
     dashes: str = ""  # of SVG's stroke-dasharray
 
+    @property
+    def finite(self) -> list[tuple[float, float]]:
+        return [point for point in self.points if math.isfinite(point[1])]
+
 
 def chart(
     series: Sequence[Series],
     *,
     label: str,
     x_label: str = "",
-    y_label: str = "",
     x_range: tuple[float, float] | None = None,
     x_ticks: Sequence[float] | None = None,
     marker: float | None = None,
     width: int = 360,
     height: int = 150,
 ) -> str:
-    """Draws curves over one x axis, each a <path class="curve">, as an <svg>.
-
-    Args:
-        series: the curves; without any finite point the drawing says "nothing yet".
-        label: what is drawn; it stands above the curves and in the alternative text.
-        x_label: the unit of x, to the left of the ticks.
-        y_label: the unit of y, above the curves on the right.
-        x_range: the ends of the x axis; by default those of the points.
-        x_ticks: where numbers stand below the axis; by default at its ends.
-        marker: an x with a vertical line, <path class="vader-marker">, and a dot on each curve;
-            without it the dot is at the end of the curve.
-        width: in units; a phone shows 360 at about their size.
-        height: in units.
-    """
-    finite = [[point for point in curve.points if math.isfinite(point[1])] for curve in series]
-    points = [point for part in finite for point in part]
+    """Curves over one x axis, each a <path class="curve">, with a dot at `marker` or at its end."""
+    points = [point for curve in series for point in curve.finite]
     parts = [words(4, 12, label, 11, font_weight=600)]
-    parts.append(words(width - 8, 12, y_label, 10, "end", opacity=0.75))
     if not points:
         parts.append(words(width / 2, height / 2, "nothing yet", 10, "middle", opacity=0.75))
         return svg(width, height, parts, f"{label}: nothing yet", 460)
     left, right = x_range or (min(points)[0], max(points)[0])
-    low, high = (pick(y for _, y in points) for pick in (min, max))
+    heights = [y for _, y in points]
+    low, high = min(heights), max(heights)
 
     def place(x: float, y: float) -> tuple[float, float]:
         along = (x - left) / (right - left) if right > left else 0.5
@@ -130,7 +118,7 @@ def _curves(series: Sequence[Series], marker: float | None, place) -> list[str]:
     for curve in series:
         look = {"stroke": curve.color, "stroke_width": 2, "stroke_dasharray": curve.dashes}
         parts.append(path([place(*point) for point in curve.points], class_="curve", **look))
-        known = [point for point in curve.points if math.isfinite(point[1])]
+        known = curve.finite
         dots = known[-1:] if marker is None else [point for point in known if point[0] == marker]
         for x, y in (place(*dot) for dot in dots):
             parts.append(element("circle", cx=x, cy=y, r=3, fill=curve.color))
@@ -141,9 +129,8 @@ def _spoken(label: str, series: Sequence[Series]) -> str:
     """The curves in words: their finite ends."""
     texts = []
     for curve in series:
-        known = [y for _, y in curve.points if math.isfinite(y)]
-        if known:
-            texts.append(f"{curve.name} from {known[0]:.3g} to {known[-1]:.3g}".strip())
+        if known := curve.finite:
+            texts.append(f"{curve.name} from {known[0][1]:.3g} to {known[-1][1]:.3g}".strip())
     return f"{label}: {'; '.join(texts)}"
 
 
@@ -162,13 +149,9 @@ linear-gradient(90deg,#8888 {{ end }}%,#8883 0 {{ end + margin }}%,transparent 0
 
 
 def bars(values: Mapping[str, float], limit: float, margin: float, **texts: str) -> str:
-    """A bar per value in GiB, and a line at the limit, as an HTML table.
+    """A bar per value in GiB (NaN: not known yet), and a line at the limit, as an HTML table.
 
-    Args:
-        values: by name; all are NaN while they are not known.
-        limit: where the line is.
-        margin: is added to the largest value, in a lighter shade.
-        **texts: `label`, what the bars say in words; `limit_label`, above the line; `remark`.
+    The largest bar grows by the margin, in a lighter shade.
     """
     known, most = math.isfinite(max(values.values())), max(values.values())
     scale = 100 / (max(limit * 1.08, most + margin) if known else limit * 1.08)
@@ -192,18 +175,9 @@ def chain(
     stream: bool,
     label: str,
 ) -> str:
-    """Draws the way of a gradient from the reward to the adapter in thick arrows, as an <svg>.
+    """The way of a gradient from the reward to the adapter in thick arrows, as an <svg>.
 
-    Args:
-        steps: denoising steps; they are numbered from the end.
-        window: how many of them learn; they are of the class "marked".
-        num_frames: frames of the clip.
-        scored: indices of the scored frames; they are of the class "marked".
-        adapter: its name.
-        reward: its name.
-        recompute: whether blocks are computed again in the backward pass.
-        stream: whether frames are decoded and scored one by one.
-        label: the alternative text.
+    The last `window` of the steps, and the scored frames (indices), are of the class "marked".
     """
     learning, scored_x = centers(steps)[-window:], [centers(num_frames)[i] for i in scored]
     start, last = RIGHT - window * (RIGHT - LEFT) / steps, learning[-1]

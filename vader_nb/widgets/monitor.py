@@ -1,13 +1,8 @@
 """Watching a run: its curves and clips while it trains, and stopping it without losing anything.
 
-    monitor = TrainingMonitor("runs/mine", model, held_out=hps, prompts=texts[:4])
-    monitor                                                  in a cell of its own
-    align(model, reward, training, output_dir=monitor.folder, **monitor.hooks)
-    TrainingMonitor("runs/mine")                             later, or elsewhere: the same run
-
-The panel shows what is in the run's folder, so it shows the same after a restart of the kernel and
-in another notebook. A kernel that trains in a cell does not react to buttons: there, ■ in the
-toolbar stops the run.
+monitor = TrainingMonitor("runs/mine", model, held_out=hps, prompts=texts[:4])
+align(model, reward, training, output_dir=monitor.folder, **monitor.hooks)   in another cell
+TrainingMonitor("runs/mine")              later, or elsewhere: the same, from the run's folder
 """
 
 import asyncio
@@ -96,7 +91,7 @@ class TrainingMonitor(Panel):
         seed: int = 10_000,
     ):
         super().__init__()
-        rewards = held_out if isinstance(held_out, (list, tuple)) else [held_out]
+        rewards = [held_out] if callable(held_out) else held_out
         self.folder = run.folder if isinstance(run, Run) else Path(run)
         self.held_out = [as_reward(reward) for reward in rewards]
         self.prompts = prompt_sets.get(prompts) if prompts else []
@@ -111,8 +106,9 @@ class TrainingMonitor(Panel):
         self.rows: list[dict] = []
         self.shown = ""  # the status that the panel shows
         self._trained_here = 0  # the last step of a run that is trained by this kernel
-        self._clips: torch.Tensor | None = None  # of the current step
-        self._drawn, self._task = 0.0, None
+        self._clips: Video | None = None  # of the current step
+        self._drawn = 0.0
+        self._task: asyncio.Task | None = None
         self._build()
         self.refresh()
 
@@ -132,15 +128,11 @@ class TrainingMonitor(Panel):
         self.assemble(self.state, buttons, beside(column(self.curves, flex="2 1 300px"), clips))
         self.progress.description = "steps"
 
-    # ----------------------------------------------------------- while a cell of this kernel trains
-
     @property
     def hooks(self) -> dict:
         """Arguments for `align`: align(…, output_dir=monitor.folder, **monitor.hooks)."""
-        if self.model is None:
-            return {"callback": self.follow_step}
         validation = {"validate": self.validate, "validation_steps": self.every}
-        return {"callback": self.follow_step, **validation}
+        return {"callback": self.follow_step} | (validation if self.model else {})
 
     def follow_step(self, metrics: dict) -> None:
         """The callback of `align`: saves the clips of this step, and redraws if it is time to.
@@ -150,7 +142,7 @@ class TrainingMonitor(Panel):
         self._trained_here = metrics["step"]
         try:
             if self._clips is not None:
-                self._save_clips(metrics["step"])
+                self._save_clips(self._clips, metrics["step"])
             now = time.monotonic()
             if now - self._drawn >= 1 / REDRAWS or metrics["step"] >= self._total_steps():
                 self.refresh()
@@ -169,40 +161,43 @@ class TrainingMonitor(Panel):
             "diversity" over seeds, the variance of 8x8 thumbnails in levels of 0 to 255; "motion",
             the mean absolute change of a pixel from frame to frame.
         """
+        assert self.model is not None  # `hooks` have a validation only with a model
         prompts = [prompt for prompt in self.prompts for _ in range(SEEDS)]
-        texts, seeds = [str(p) for p in prompts], [self.seed + i for i in range(len(prompts))]
+        texts, scores = [str(prompt) for prompt in prompts], {}
         with torch.random.fork_rng():  # a reward that draws must not change what training draws
-            options = {"seeds": seeds, "adapter": adapter, "sampling": self.sampling}
-            frames, scores = sample(self.model, prompts, **options).float(), {}
+            options = {"seeds": self.seed, "adapter": adapter, "sampling": self.sampling}
+            frames = sample(self.model, prompts, **options).float()
             for reward in self.held_out:
                 reward.to(self.model.device)
                 scores[reward.name] = reward(frames, texts).mean().item()
         features = thumbnails(frames).unflatten(0, (-1, SEEDS))
         scores["diversity"] = features.var(dim=1).mean().item()
         scores["motion"] = motion(frames).mean().item()
-        self._clips = frames
+        by_seed = frames.unflatten(0, (-1, SEEDS)).transpose(0, 1).flatten(0, 1)
+        self._clips = Video(grid(by_seed, len(self.prompts)), self.model.defaults["fps"])
         return scores
 
-    def _save_clips(self, step: int) -> None:
+    def _save_clips(self, clips: Video, step: int) -> None:
         """Save one picture, a column per prompt; a resumed run replaces those of later steps."""
         folder = self.folder / CLIPS
         folder.mkdir(parents=True, exist_ok=True)
         texts = json.dumps([str(prompt) for prompt in self.prompts])
         checkpoints.write_text(folder / "prompts.json", texts)
-        for later in (other for other in self._saved_steps() if other > step):
-            self._clip_path(later).unlink()
-        by_seed = self._clips.unflatten(0, (-1, SEEDS)).transpose(0, 1).flatten(0, 1)
+        for later in self._saved_steps():
+            if later > step:
+                self._clip_path(later).unlink()
         unfinished = folder / ".part.webp"
-        Video(grid(by_seed, len(self.prompts)), self.model.defaults["fps"]).save(unfinished)
+        clips.save(unfinished)
         unfinished.replace(self._clip_path(step))
-
-    # --------------------------------------------------------------------- what is in the folder
 
     def _clip_path(self, step: int) -> Path:
         return self.folder / CLIPS / f"step-{step:06d}.webp"
 
     def _saved_steps(self) -> list[int]:
         return sorted(int(path.stem[5:]) for path in (self.folder / CLIPS).glob("step-*.webp"))
+
+    def _step(self) -> int:
+        return self.rows[-1]["step"] if self.rows else 0
 
     def _total_steps(self) -> int:
         path = self.folder / "config.json"
@@ -213,7 +208,7 @@ class TrainingMonitor(Panel):
         """waiting, running, stopping, silent (killed, or at a long step), stopped or finished."""
         if not self.rows:
             return "waiting"
-        if self.rows[-1]["step"] >= self._total_steps():
+        if self._step() >= self._total_steps():
             return "finished"
         adapter = self.folder / "adapter.safetensors"
         if adapter.exists() and adapter.stat().st_mtime >= self._last_written():
@@ -232,14 +227,12 @@ class TrainingMonitor(Panel):
         saved = checkpoints.list_checkpoints(self.folder).values()
         return max((f"checkpoints/{path.name}" for path in saved), default="")
 
-    # ------------------------------------------------------------------------------------ display
-
     def refresh(self) -> None:
         """Read the folder again and show it."""
         self.rows = checkpoints.read_metrics(self.folder)
         self.shown = self.status  # read once: another process may change it meanwhile
         active = self.shown in ("running", "stopping")
-        self.busy(self.rows[-1]["step"] / self._total_steps() if active else None)
+        self.busy(self._step() / self._total_steps() if active else None)
         self.state.value = self._state(self.folder)
         self.curves.value = flow(self._charts().values())
         saved = [str(step) for step in self._saved_steps()] or [NONE]
@@ -249,7 +242,7 @@ class TrainingMonitor(Panel):
             self.step.options = saved
             self.step.value = chosen
             self._show_clips()
-        here = active and self.rows[-1]["step"] == self._trained_here
+        here = active and self._step() == self._trained_here
         reason = NO_STOP.get(self.shown, HERE if here else "")
         disable(reason, self.stop_button, remark=self.why)
 
@@ -260,7 +253,7 @@ class TrainingMonitor(Panel):
         return template(STATE).render(
             status=self.shown,
             place=str(place),
-            step=self.rows[-1]["step"] if self.rows else 0,
+            step=self._step(),
             steps=self._total_steps(),
             best=best_step(self.rows),
             silence=round(time.time() - self._last_written()) if self.shown == "silent" else 0,
@@ -275,8 +268,7 @@ class TrainingMonitor(Panel):
             name = key.removeprefix("validation/")
             titles[key] = name if name in DESCRIPTIONS else f"{name}, held out"
         titles["grad_norm"] = "gradient norm"
-        steps = (0, self.rows[-1]["step"]) if self.rows else (0, 1)
-        drawings = {}
+        steps, drawings = (0, self._step() or 1), {}
         for key, title in titles.items():
             curve = Series([(r["step"], r[key]) for r in self.rows if key in r])
             look = {"x_label": "step", "x_range": steps, "width": 230, "height": 104}
@@ -299,8 +291,6 @@ class TrainingMonitor(Panel):
         clips = self.player.pages.children[0].value if self.step.value != NONE else ""
         clips = f"<div style='max-width:420px'>{clips}</div>{self.caption.value}"
         return f"{self._state(self.folder.name)}{curves}{clips}"
-
-    # ----------------------------------------------------------------- runs of other processes
 
     def stop(self) -> None:
         """Ask the run, in any process, to end after its current step; it keeps its adapter."""

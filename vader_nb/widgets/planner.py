@@ -4,7 +4,9 @@ planner = MemoryPlanner("modelscope", "hps", gpu_memory="T4")   in a notebook
 planner.simulate(height=320, width=576)                         the same from Python: a Memory
 """
 
+import math
 import shlex
+from typing import Any
 
 from ipywidgets import HTML, Text
 
@@ -16,7 +18,6 @@ from ..memory_planner import (
     Memory,
     describe,
     is_per_frame,
-    search_settings,
     simulate,
 )
 from ..models import CHECKPOINTS, checkpoint_of
@@ -25,6 +26,7 @@ from .controls import SettingsPanel
 from .drawing import bars
 from .panel import LABEL, WIDE, disable, note
 
+ASKED = ("model", "reward", "gpu_memory")  # the controls that are no settings of the step
 DEFAULT = ("default of the model", 0)  # of a size
 PIXELS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 768, 1024)
 LENGTHS = (1, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -39,7 +41,7 @@ ATOMIC = "A simulation takes seconds to half a minute and cannot be stopped midw
 VERDICT = """
 <div role=status>
 {% if not memory %}{{ unknown }}{% else %}
-<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b> {{ "%.2f"|format(need) }} GiB
+<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b> {{ "%.2f"|format(memory.bytes / GIB) }} GiB
 and {{ margin }} GiB to spare, of {{ size }} GiB on a {{ gpu }}.
 {% if gpu in memory.suggestions %}
 {{ "It fits" if suggestion else "Nothing helps:" }} {{ describe(suggestion) }}.
@@ -56,8 +58,7 @@ CODE = """
 class MemoryPlanner(SettingsPanel):
     """The peak memory of a training step by stage, simulated without weights and without a GPU.
 
-    The controls have the names of the settings of `vader_nb.memory`. A simulation takes seconds to
-    half a minute, so it starts only on request.
+    The controls have the names of the settings of `vader_nb.memory`.
 
     Args:
         model: a name of `models.CHECKPOINTS` or the directory of a pipeline.
@@ -71,6 +72,12 @@ class MemoryPlanner(SettingsPanel):
 
     title = "Memory planner"
     hint = "Choose what to train and on which GPU, then press “simulate”: does a training step fit?"
+
+    model: Any  # the controls, which are also in `settings`
+    reward: Any
+    gpu_memory: Any
+    K: Any
+    frames: Any
 
     def __init__(self, model: str = "modelscope", reward: str = "hps", gpu_memory: str = "T4"):
         super().__init__()
@@ -129,7 +136,7 @@ class MemoryPlanner(SettingsPanel):
         values["frames"] = self.frames.value  # whose default depends on the reward
         if "K" in values:
             values["strategy"] = f"Last({values.pop('K')})"
-        return {n: v for n, v in values.items() if n not in ("model", "reward", "gpu_memory")}
+        return {n: v for n, v in values.items() if n not in ASKED}
 
     @property
     def memory(self) -> Memory | None:
@@ -139,13 +146,11 @@ class MemoryPlanner(SettingsPanel):
     def _question(self) -> tuple:
         return self.model.value, self.reward.value, *self.changes.items()
 
-    # ---------------------------------------------------------------------------------- simulating
-
     def simulate(self, **changes) -> Memory:
         """Simulate now, after setting controls by name, and wait for the result."""
         self.set(**changes)
         self.jobs.finish(self._job)
-        return self.memory
+        return self.answers[self._question()]
 
     def _job(self):
         asked, changes = (self.model.value, self.reward.value), self.changes
@@ -158,13 +163,7 @@ class MemoryPlanner(SettingsPanel):
             del self.answers[old]
         self._show()
         if not answer.fits[gpu]:
-            search, tried = search_settings(*asked, GPUS[gpu], **changes), 0
-            while gpu not in answer.suggestions:
-                try:
-                    next(search)
-                except StopIteration as found:
-                    answer.suggestions[gpu] = found.value
-                tried += 1
+            for tried, _ in enumerate(answer.search(gpu), 1):
                 self.say(f"Too small for a {gpu}. Searching, simulation {tried}. {ATOMIC}")
                 yield min(0.95, 0.3 + 0.1 * tried)
         self.say("")
@@ -185,8 +184,6 @@ class MemoryPlanner(SettingsPanel):
         self.set(**changes)
         self.jobs.submit(self._job, 0)
 
-    # ------------------------------------------------------------------------------------- display
-
     def changed(self) -> None:
         self._show()
         is_per_frame(self.model.value, self.reward.value)  # raises what the panel shows
@@ -197,38 +194,30 @@ class MemoryPlanner(SettingsPanel):
             unreadable = ""
         except (ValueError, OSError):
             unreadable = UNREADABLE
-        memory, gpu, suggestion = self.memory, self.gpu_memory.value, self.suggestion
+        suggestion, gpu = self.suggestion, self.gpu_memory.value
         disable(unreadable, self.simulate_button)
         disable("" if suggestion else "no settings that fit are known", self.fit_button)
         self.fit_button.layout.display = "" if suggestion else "none"
         self.why.value = note(unreadable)
         self.drawing.value = self._bars()
-        self.verdict.value = ui.template(VERDICT).render(
-            memory=memory,
-            unknown=unreadable or UNKNOWN,
-            gpu=gpu,
-            need=memory.bytes / GIB if memory else 0,
-            margin=f"{MARGIN:g}",
-            size=GPUS[gpu],
-            suggestion=suggestion,
-            describe=describe,
-        )
+        found = {"memory": self.memory, "suggestion": suggestion, "describe": describe}
+        sizes = {"gpu": gpu, "size": GPUS[gpu], "margin": f"{MARGIN:g}", "GIB": GIB}
+        unknown = unreadable or UNKNOWN
+        self.verdict.value = ui.template(VERDICT).render(unknown=unknown, **found, **sizes)
         code = ui.template(CODE).render(python=self.python, shell=self.shell)
         self.code.value = "" if unreadable else code
 
     def _bars(self) -> str:
-        gpu, stages = self.gpu_memory.value, self.memory.stages if self.memory else {}
-        values = {stage: stages.get(stage, float("nan")) / GIB for stage in STAGES}
-        peaks = ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
-        words = f"Peak memory by stage in GiB: {peaks}; a {gpu} has {GPUS[gpu]:g}."
-        return bars(
-            values,
-            GPUS[gpu],
-            MARGIN,
-            label=words if stages else f"A {gpu} has {GPUS[gpu]:g} GiB.",
-            limit_label=f"{gpu}: {GPUS[gpu]:g} GiB",
-            remark=f"light: {MARGIN:g} GiB to spare" if stages else "not simulated yet",
-        )
+        gpu, size = self.gpu_memory.value, GPUS[self.gpu_memory.value]
+        values: dict[str, float] = dict.fromkeys(STAGES, math.nan)
+        label, remark = f"A {gpu} has {size:g} GiB.", "not simulated yet"
+        if self.memory:
+            values |= {stage: peak / GIB for stage, peak in self.memory.stages.items()}
+            peaks = ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
+            label = f"Peak memory by stage in GiB: {peaks}; a {gpu} has {size:g}."
+            remark = f"light: {MARGIN:g} GiB to spare"
+        texts = {"label": label, "limit_label": f"{gpu}: {size:g} GiB", "remark": remark}
+        return bars(values, size, MARGIN, **texts)
 
     @property
     def python(self) -> str:
@@ -240,9 +229,8 @@ class MemoryPlanner(SettingsPanel):
     @property
     def shell(self) -> str:
         """The command that answers the same question."""
-        names = ("model", "reward", "gpu_memory")
-        settings = {name: self.settings[name].value for name in names} | self.changes
-        words = (f"{name}={value}" for name, value in settings.items())
+        asked = {name: value for name, value in self.values().items() if name in ASKED}
+        words = [f"{name}={value}" for name, value in (asked | self.changes).items()]
         return shlex.join(["vader-nb", "memory", *words])
 
     def to_html(self) -> str:

@@ -4,11 +4,12 @@ explorer = TruncationExplorer(model)                   in a notebook
 explorer.measure(K=2, frames="all")                    the same from Python: a Measured
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from ipywidgets import HTML
@@ -40,8 +41,8 @@ TABLE = """
 <th>checkpointing</th><th>streaming</th></tr>
 {% for setting, result in rows %}
 <tr><td>{{ setting.K }}</td><td>{{ setting.frames }}</td>
-{{ bar("%.1f MB"|format(result.bytes / 1e6), result.bytes / most_bytes) }}
-{{ bar("%.2f s"|format(result.seconds), result.seconds / most_seconds) }}
+{{ bar("%.1f MB"|format(result.bytes / 1e6), result.bytes / results|map(attribute="bytes")|max) }}
+{{ bar("%.2f s"|format(result.seconds), result.seconds / results|map(attribute="seconds")|max) }}
 {{ bar("%.3f (%.0f°)"|format(result.cosine, angle(result.cosine)), [result.cosine, 0]|max) }}
 <td>{{ "yes" if setting.gradient_checkpointing else "no" }}</td>
 <td>{{ "–" if result.frames|length == 1 else "yes" if setting.streaming else "no" }}</td></tr>
@@ -121,7 +122,7 @@ class TruncationExplorer(SettingsPanel):
 
     def _build(self) -> None:
         steps = self.sampling.num_inference_steps
-        self.K = ui.slider("K, steps", 1, 1, steps)
+        self.K: Any = ui.slider("K, steps", 1, 1, steps)
         self.frames = ui.choice("frames", ui.FRAMES if self.reward.per_frame else ["all"])
         self.gradient_checkpointing = ui.switch("gradient checkpointing: recompute blocks", True)
         self.streaming = ui.switch("streaming: decode and score frames one by one", True)
@@ -141,21 +142,19 @@ class TruncationExplorer(SettingsPanel):
     @property
     def setting(self) -> Truncation:
         """The settings; a single frame is streamed, whatever the switch says."""
-        return Truncation(
-            **self.values() | {"streaming": len(self.chosen) == 1 or self.streaming.value}
-        )
+        streaming = len(self.chosen) == 1 or self.streaming.value
+        return Truncation(**{**self.values(), "streaming": streaming})
 
     @property
     def chosen(self) -> list[int]:
         """Indices of the scored frames; a random one is the one that `reward_gradient` draws."""
-        return parse_frames(self.frames.value).choose(self.sampling.num_frames, self._generator())
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
+        return parse_frames(self.values()["frames"]).choose(self.sampling.num_frames, generator)
 
     def changed(self) -> None:
-        whole = f"“{self.reward.name}” scores the whole clip: it needs all frames."
-        whole = "" if self.reward.per_frame else whole
+        whole = ""
+        if not self.reward.per_frame:
+            whole = f"“{self.reward.name}” scores the whole clip: it needs all frames."
         single = "With one frame there is nothing to stream." if len(self.chosen) == 1 else ""
         disable(whole, self.frames)
         disable(single, self.streaming)
@@ -181,11 +180,9 @@ class TruncationExplorer(SettingsPanel):
     def chain(self) -> str:
         """The drawing of the current setting."""
         setting, sampling = self.setting, self.sampling
+        sizes = sampling.num_inference_steps, setting.K, sampling.num_frames, self.chosen
         return chain(
-            sampling.num_inference_steps,
-            setting.K,
-            sampling.num_frames,
-            self.chosen,
+            *sizes,
             adapter=f"adapter, rank {self.adapter.rank}",
             reward=self.reward.name,
             recompute=setting.gradient_checkpointing,
@@ -193,41 +190,36 @@ class TruncationExplorer(SettingsPanel):
             label=self.description,
         )
 
-    # ---------------------------------------------------------------------------------- measuring
-
     def measure(self, **changes) -> Measured:
         """Measure now, after setting controls by name, and wait for the result."""
         self.set(**changes)
         self.jobs.finish(self._job)
         return self.measured[self.setting]
 
-    def gradient(
-        self, setting: Truncation, meter: contextlib.AbstractContextManager
-    ) -> torch.Tensor:
+    def gradient(self, setting: Truncation, meter: AbstractContextManager) -> torch.Tensor:
         """The adapter's gradient (N,) in float64; `meter` is a context around the call."""
         parameters = self.adapter.parameters()
+        asked = self.model, self.adapter, self.reward, [self.prompt]
         try:
             with lora.use_adapter(self.model, self.adapter), meter:
                 reward_gradient(
-                    self.model,
-                    self.adapter,
-                    self.reward,
-                    [self.prompt],
+                    *asked,
                     seeds=[self.seed],
                     strategy=Last(setting.K),
                     frames=parse_frames(setting.frames),
                     sampling=self.sampling,
                     decode_chunk_size=1 if setting.streaming else self.sampling.num_frames,
                     gradient_checkpointing=setting.gradient_checkpointing,
-                    generator=self._generator(),
+                    generator=torch.Generator().manual_seed(self.seed),
                 )
-            return torch.cat([p.grad.flatten().double() for p in parameters])
+            gradients: list[Any] = [p.grad for p in parameters]
+            return torch.cat([part.flatten().double() for part in gradients])
         finally:
             for p in parameters:
                 p.grad = None
 
     def _job(self):
-        setting, chosen, nothing = self.setting, tuple(self.chosen), contextlib.nullcontext()
+        setting, chosen, nothing = self.setting, tuple(self.chosen), nullcontext()
         if self.exact is None:
             self.say(f"First the exact gradient, through all steps and frames; {ATOMIC}.")
             yield 0.05
@@ -250,20 +242,18 @@ class TruncationExplorer(SettingsPanel):
         self._show_table()
 
     def _show_table(self) -> None:
-        results = self.measured.values()
-        if not results:
-            self.table.value = note(EMPTY)
-            return
-        self.table.value = ui.template(TABLE).render(
-            rows=reversed(self.measured.items()),
-            most_bytes=max(result.bytes for result in results),
-            most_seconds=max(result.seconds for result in results),
-            angle=lambda cosine: math.degrees(math.acos(max(-1.0, min(1.0, cosine)))),
-        )
+        rows = list(reversed(self.measured.items()))
+        table = ui.template(TABLE).render(rows=rows, results=self.measured.values(), angle=angle)
+        self.table.value = table if rows else note(EMPTY)
 
     def to_html(self) -> str:
         drawing = image(self.chain, self.description)
         return f"<div>{drawing}{note(f'{self.description} {self.given}')}{self.table.value}</div>"
+
+
+def angle(cosine: float) -> float:
+    """In degrees."""
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
 def random_adapter(model: VideoModel, rank: int, seed: int) -> lora.Adapter:

@@ -112,7 +112,7 @@ def _motion(center: torch.Tensor, area: torch.Tensor, turned: float) -> str | No
         "bouncing": fall,
         "spinning": spin,
     }
-    motion = max(amount, key=amount.get)
+    motion = max(amount, key=lambda name: amount[name])
     return motion if amount[motion] > MIN_MOTION else None
 
 

@@ -30,7 +30,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
-        left, right = max(pairs, key=pairs.get)
+        (left, right), _ = pairs.most_common(1)[0]
         merges.append((left, right))
         for word in pieces:
             i = 0
