@@ -37,17 +37,10 @@ def list_checkpoints(folder: str | Path) -> dict[int, Path]:
 
 
 def find_checkpoint(folder: Path, resume: bool | str | Path) -> Path | None:
-    """The checkpoint that `resume` means; None for a run that starts anew.
+    """The checkpoint that `resume` means (see `TrainConfig.resume`); None for a run that starts anew.
 
-    Args:
-        folder: of the run.
-        resume: True: the newest, and there must be one. "latest": the newest, or a new run where none is
-            yet, so that one command line serves a job's first start and every later one. A path: that
-            checkpoint. False: a new run.
-
-    Raises:
-        FileExistsError: for a new run in a folder that holds one.
-        FileNotFoundError: if there is no such checkpoint.
+    Raises FileExistsError for a new run in a folder that holds one, FileNotFoundError if there is no such
+    checkpoint.
     """
     if resume is False:
         if (folder / "metrics.jsonl").exists():
@@ -85,16 +78,7 @@ CLIPS = ("num_processes", "batch_size", "gradient_accumulation_steps")
 
 
 def check_same_run(folder: Path, config: dict, may_change: set[str]) -> None:
-    """Refuse to go on with settings under which it would be another run.
-
-    Args:
-        folder: of the run.
-        config: what `config.json` would hold now.
-        may_change: names of settings that may differ.
-
-    Raises:
-        ValueError: which names what differs.
-    """
+    """Raise ValueError if `config`, what config.json would hold now, is that of another run."""
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"cannot resume in {folder}, which holds no run: a checkpoint goes on in its own run's folder"
@@ -236,15 +220,7 @@ def set_random_states(states: dict) -> None:
 def save(folder: Path, step: int, adapter: lora.Adapter, contents: dict, **metadata) -> bool:
     """Write a checkpoint, a folder that appears under its name only when it is complete.
 
-    Args:
-        folder: of the run.
-        step: how many were taken.
-        adapter: as it is after that step.
-        contents: of `state.pt`: tensors, numbers and strings, in dicts and lists.
-        **metadata: of the adapter's file.
-
-    Returns:
-        False, after a warning, if it could not be written; older checkpoints are untouched.
+    Returns False, after a warning, if it could not be written; older checkpoints are untouched.
     """
     final = folder / "checkpoints" / f"step-{step:06d}"
     if final.exists():
@@ -288,11 +264,7 @@ def discard(path: Path) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The adapter's tensors and the state of a checkpoint, on the CPU: the GPUs may be others now.
-
-    Raises:
-        ValueError: for a damaged one.
-    """
+    """The adapter's tensors and the state of a checkpoint, on the CPU. Raises ValueError if damaged."""
     try:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return lora.read(path / "adapter.safetensors")[0], state

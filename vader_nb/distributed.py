@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 
 from .models import VideoModel, exclusive
 
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # accelerate's name -> what to install
+TRACKERS = ("tensorboard", "wandb")  # accelerate's names, and the packages'
 
 
 def accelerator_for(
@@ -30,14 +30,7 @@ def accelerator_for(
 ) -> Accelerator:
     """The accelerator of a run; a notebook's next run may want another one.
 
-    Args:
-        device: of the model.
-        mixed_precision: "no", "fp16", "bf16"; None for what `accelerate launch` was given.
-        log_with: a key of `TRACKERS`, or None.
-        folder: of the run.
-
-    Raises:
-        ValueError: for an unknown tracker, one whose package is missing, or a model on another GPU.
+    Raises ValueError for an unknown tracker, one whose package is missing, or a model on another GPU.
     """
     AcceleratorState._reset_state()
     if log_with is not None:
@@ -46,9 +39,7 @@ def accelerator_for(
         from accelerate.tracking import get_available_trackers
 
         if log_with not in [str(name) for name in get_available_trackers()]:
-            raise ValueError(
-                f"log_with={log_with} needs a package: pip install {TRACKERS[log_with]}"
-            )
+            raise ValueError(f"log_with={log_with} needs a package: pip install {log_with}")
     engine = any(
         os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")
     )
@@ -99,17 +90,10 @@ def sync_gradients(
     non_finite: bool,
     stop: bool,
 ) -> SyncResult:
-    """Average the gradients over processes, in place, in one all-reduce.
+    """Average the gradients and `values` over processes, in place, in one all-reduce before clipping.
 
-    Comes before clipping. The same all-reduce lets all processes agree on what to do next: one that
-    skipped a step, or stopped, on its own would leave the others waiting.
-
-    Args:
-        parameters: whose `.grad` is averaged; None counts as zero.
-        accelerator: of the run.
-        values: to be averaged as well; the same names in every process.
-        non_finite: this process has no valid gradient for the step.
-        stop: this process was asked to stop.
+    The same all-reduce lets all processes agree on what to do next: one that skipped a step (it has no
+    finite gradient), or stopped, on its own would leave the others waiting.
     """
     if accelerator.num_processes == 1:
         return SyncResult(values, non_finite, stop)

@@ -138,16 +138,10 @@ def clone(generators: list[torch.Generator]) -> list[torch.Generator]:
 def initial_noise(
     model: VideoModel, seeds: Sequence[int], sampling: Sampling
 ) -> tuple[torch.Tensor, list[torch.Generator]]:
-    """The latents that sampling starts from.
+    """The latents (B, C, F, H, W) that sampling starts from, by resolved settings; one seed per clip.
 
-    Args:
-        model: the model.
-        seeds: one per clip.
-        sampling: resolved.
-
-    Returns:
-        Latents (B, C, F, H, W), and the generators that go on to draw the sampler's noise. There is one
-        per clip, on the CPU, so that a clip depends on its seed alone and not on its batch or device.
+    Also returns the generators that go on to draw the sampler's noise, one per clip, on the CPU, so that a
+    clip depends on its seed alone and not on its batch or device.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = model.initial_latents(sampling, generators)
