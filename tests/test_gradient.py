@@ -496,3 +496,15 @@ def test_the_strategies_draw_what_their_papers_say():
         assert steps[1] - steps[0] == steps[2] - steps[1] == 3
         assert 1 <= steps[0] <= steps[-1] <= 10  # VideoX-Fun's open interval loses the last one
         assert max(ReFL().plan(40, generator).active) <= 10
+
+
+def test_an_adapter_that_is_not_on_the_model_is_refused(micro, micro_directory):
+    """Its gradient would silently be another model's, or none."""
+    from vader_nb import load
+
+    other = adapted(load(micro_directory, dtype=torch.float64))
+    removed = adapted(micro)
+    removed.remove()
+    for adapter in (other, removed):
+        with pytest.raises(ValueError, match="the adapter is not on this"):
+            staged(micro, adapter, REWARDS["frames"], Sampling(), Last(1), Frames.all())

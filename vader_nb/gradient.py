@@ -81,11 +81,12 @@ def reward_gradient(
         **settings: of `accumulate`.
 
     Raises:
-        ValueError: before any work, if the window does not fit the steps or the frames do not fit the
-            clip; later for a reward without a gradient or of another shape than (B,).
+        ValueError: before any work, if the adapter is not on the model, the window does not fit the steps or
+            the frames do not fit the clip; later for a reward without a gradient or of another shape than (B,).
         NonFiniteError: for frames, rewards or a gradient that are not finite.
     """
     sampling = (sampling or Sampling()).resolve(model)
+    adapter.check_attached(model)
     plan = strategy.plan(sampling.num_inference_steps, generator)
     chosen = frames.choose(sampling.num_frames, generator)
     fused = adapter if fuse else None

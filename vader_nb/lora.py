@@ -186,6 +186,11 @@ class Adapter:
         """The adapter is on its model now."""
         return bool(self.layers) and _layers(self.model) == self.layers
 
+    def check_attached(self, model: VideoModel) -> None:
+        """Raise ValueError unless the adapter is on this model now."""
+        if self.model is not model or not self.attached:
+            raise ValueError(f"the adapter is not on this {model.name!r}: lora.load its file first")
+
 
 def validate_scale(value: float, what: str = "an adapter's scale") -> float:
     """Raises ValueError unless 0 <= value <= 10."""

@@ -296,10 +296,7 @@ class Trainer:
         if start is None:
             return lora.add(self.model, config.rank, config.alpha, config.targets, config.seed)
         if isinstance(start, lora.Adapter):
-            if not (start.model is self.model and start.attached):
-                raise ValueError(
-                    "the adapter to start from is not on this model; give its file instead"
-                )
+            start.check_attached(self.model)
             adapter = self.start_adapter = start
         elif isinstance(start, dict):
             adapter = lora.combine(self.model, start)
