@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import scipy.stats
 import torch
@@ -187,7 +188,8 @@ def trend(before: list[float], after: list[float]) -> str:
     """What the training reward did between two stretches of steps, unpaired: their prompts differ."""
     if min(len(before), len(after)) < 2:
         return "whatever the reward did"
-    t = scipy.stats.ttest_ind(after, before, equal_var=False).statistic  # Welch's
+    welch: Any = scipy.stats.ttest_ind(after, before, equal_var=False)
+    t = welch.statistic
     if not abs(t) > 2:
         return "the reward stays about where it was"
     return "the reward still rises" if t > 0 else "the reward falls too"

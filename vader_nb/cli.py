@@ -124,7 +124,7 @@ def run_folder(arguments) -> Path:
             f"the same at every start, or resume={folder}/NAME/checkpoints/step-000020"
         )
     if name is None and resume:
-        return checkpoints.run_folder(checkpoints.checkpoint_at(resume))
+        return checkpoints.run_folder(checkpoints.checkpoint_at(str(resume)))
     name = name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"a run's name is one folder's name, not {name!r}; see output_dir")
@@ -132,7 +132,8 @@ def run_folder(arguments) -> Path:
 
 
 def resume_of(arguments) -> bool | str:
-    return {"true": True, "false": False}.get(arguments.resume.lower(), arguments.resume)
+    text: str = arguments.resume
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def run_align(arguments):
@@ -227,7 +228,7 @@ def in_tiny_world(arguments) -> bool:
 def compare(arguments, model, adapter, rewards: list, groups: dict, folder: Path, run=None) -> None:
     """Evaluate base and adapter by the rewards, of which the first was trained on; write a report."""
     from .distributed import is_main_process
-    from .evaluation import evaluate, videomae_features
+    from .evaluation import evaluate, thumbnails, videomae_features
 
     evaluation = evaluate(
         model,
@@ -238,7 +239,7 @@ def compare(arguments, model, adapter, rewards: list, groups: dict, folder: Path
         seeds_per_prompt=arguments.seeds_per_prompt,
         batch_size=arguments.eval_batch_size,
         sampling=sampling_of(arguments),
-        **({"features": videomae_features("tiny")} if model.world == "tiny" else {}),
+        features=videomae_features("tiny") if model.world == "tiny" else thumbnails,
     )
     if is_main_process():
         evaluation.save(folder)

@@ -189,8 +189,9 @@ def entry(f: Field) -> tuple[str, Any, Any]:
     optional = default is None or (union and NoneType in get_args(f.type))
     if kind is str and default not in (None, MISSING):
         default = str(default)
-    made = field(default=default, default_factory=f.default_factory, metadata=f.metadata)
-    return f.name, Optional[kind] if optional else kind, made  # noqa: UP045
+    made: dict[str, Any] = {"default_factory": f.default_factory, "metadata": f.metadata}
+    made["default"] = default
+    return f.name, Optional[kind] if optional else kind, field(**made)  # noqa: UP045
 
 
 def usage(name: str, command: type[Common]) -> str:
@@ -287,7 +288,8 @@ def parsed(key: str, text: str, kind: Any) -> Any:
     if text == "null" and NoneType in kinds:
         return None
     if {list[str], dict[str, Any]} & kinds:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]))[key]
+        made: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]))
+        value = made[key]
         return [value] if isinstance(value, str) else value
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # ${shop} in a text is no reference to a key
 

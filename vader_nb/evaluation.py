@@ -23,6 +23,7 @@ from .checkpoints import write_text
 from .lora import Adapter
 from .metrics import Scores, measure, motion, thumbnails, unique_metrics, videomae_features  # noqa: F401
 from .models import VideoModel
+from .prompts import Prompt
 from .rewards import Reward
 from .sampling import Sampling, sample
 from .stats import MIN_PROMPTS, paired_interval
@@ -232,7 +233,7 @@ def named_adapters(adapter: Any) -> dict[str, Any]:
     return adapters
 
 
-def prompt_groups(prompts: Any) -> dict[str, Sequence[str]]:
+def prompt_groups(prompts: Any) -> dict[str, list[str | Prompt]]:
     """Return groups of prompts by name; a single one is called "prompts"."""
     groups = prompts if isinstance(prompts, Mapping) else {"prompts": prompts}
     if not groups:
@@ -269,7 +270,7 @@ class Evaluator:
             self.rank, self.num_processes = state.process_index, state.num_processes
 
     def compare(
-        self, adapters: Mapping[str, Any], groups: Mapping[str, Sequence[str]], progress: bool
+        self, adapters: Mapping[str, Any], groups: Mapping[str, Sequence], progress: bool
     ) -> tuple[dict[str, tuple], dict[str, dict[str, Scores]]]:
         """Run the base and each adapter on all groups; clips and scores as in `Evaluation`."""
         clips, scores = {}, {group: {} for group in groups}
@@ -287,7 +288,7 @@ class Evaluator:
         return clips, scores
 
     def run(
-        self, adapter: Adapter | None, prompts: Sequence[str], bar: tqdm | None = None
+        self, adapter: Adapter | None, prompts: Sequence[str | Prompt], bar: tqdm | None = None
     ) -> tuple[Scores, torch.Tensor]:
         """Score the adapter that is on the model; also return the first clips (N, F, 3, H, W)."""
         if self.model.offloader is None:  # else networks are moved when they are needed

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def videomae_features(checkpoint: str | Path = "tiny") -> Callable[[torch.Tensor
     """
     from .rewards.video_mae import action, position_table
 
-    reward = action(checkpoint)
+    reward: Any = action(checkpoint)
 
     @torch.no_grad()
     def features(frames: torch.Tensor) -> torch.Tensor:

@@ -229,16 +229,16 @@ def drop_unusable(ours: dict, given: dict) -> Iterator[str]:
 
 def read_yaml(path: str | Path) -> dict:
     """The keys of a YAML file. Raises ValueError if it is not YAML, or has no keys."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
     from yaml import YAMLError
 
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
     except YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, DictConfig):
+    if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds no keys: write lines such as steps: 40")
-    return {str(key): value for key, value in OmegaConf.to_container(loaded).items()}
+    return {str(key): value for key, value in loaded.items()}
 
 
 def read(path: str | Path) -> dict:

@@ -32,9 +32,10 @@ def record_parts() -> Iterator[dict[str, list[torch.Tensor]]]:
     Yields:
         Name of the part -> its scores (B, F) or (B, 1), one tensor per call.
     """
-    token = _RECORD.set({})
+    record: dict[str, list[torch.Tensor]] = {}
+    token = _RECORD.set(record)
     try:
-        yield _RECORD.get()
+        yield record
     finally:
         _RECORD.reset(token)
 
@@ -116,19 +117,20 @@ class Reward:
             )
         template = "({} normalized by {}, {})"
         result = Combined(lambda x: (x - mean) / std, template, self, mean, std)
-        result.range = tuple((bound - mean) / std for bound in self.range)
+        result.range = ((self.range[0] - mean) / std, (self.range[1] - mean) / std)
         result.name, result.unit, result.typical = f"normalized {self.name}", "std", (-2.0, 2.0)
         return result
 
     def __add__(self, other: "Reward | Callable") -> "Reward":
         other = as_reward(other)
         result = Combined(operator.add, "{} + {}", self, other)
-        result.range = tuple(map(operator.add, self.range, other.range))
+        result.range = (self.range[0] + other.range[0], self.range[1] + other.range[1])
         return result
 
     def __mul__(self, weight: float) -> "Reward":
         def scaled(bounds):  # 0 times infinity is 0 here, and there is no minus zero
-            return tuple(sorted(weight * bound + 0.0 if weight else 0.0 for bound in bounds))
+            low, high = sorted(weight * bound + 0.0 if weight else 0.0 for bound in bounds)
+            return low, high
 
         result = Combined(lambda x: weight * x, "{} × {}", weight, self)
         result.range, result.unit = scaled(self.range), self.unit

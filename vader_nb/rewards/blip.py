@@ -98,8 +98,8 @@ def networks_of(state: dict[str, torch.Tensor]) -> tuple[BlipVisionModel, BlipTe
         renamed = {rename(key): value for key, value in vision_state.items()}
         hub.fill(vision, renamed, problem)
         hub.fill(text, text_state, problem)
-        # In no file.
-        text.embeddings.position_ids = torch.arange(text.config.max_position_embeddings)[None]
+        places = torch.arange(text.config.max_position_embeddings)[None]  # in no file
+        text.embeddings.register_buffer("position_ids", places, persistent=False)
         return vision, text, affine(head_state)
     except KeyError as error:
         raise ValueError(f"{problem}: no key that ends in {error}") from error
@@ -188,5 +188,4 @@ def image_reward(
         raise ValueError(
             f"{vocabulary} makes {len(tokenizer)} tokens, {path} has {text.config.vocab_size}"
         )
-    reward = ImageReward(vision.to(dtype), text.to(dtype), head.to(dtype), tokenizer)
-    return reward.identified(place)
+    return ImageReward(vision, text, head, tokenizer).to(dtype).identified(place)

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -35,7 +36,7 @@ class CLIP(FrozenNetworks):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         encode_image: Callable,
         encode_text: Callable | None,
         size: int,
@@ -45,7 +46,8 @@ class CLIP(FrozenNetworks):
         resize: str = "squash",
     ):
         super().__init__([network], blocks)
-        self.network, self.encode_image, self.encode_text = network, encode_image, encode_text
+        self.network, self.encode_image = network, encode_image
+        self.encode_text: Any = encode_text
         interpolation = "bilinear" if resize == "squash" else "bicubic"
         self.preprocessing = {"size": size, "mean": mean, "std": std, "resize": resize}
         self.preprocessing["interpolation"] = interpolation
@@ -79,7 +81,7 @@ class CLIP(FrozenNetworks):
         return self.logit_scale.exp()
 
 
-def open_clip_towers(model: nn.Module, tokenizer: Callable, **options) -> CLIP:
+def open_clip_towers(model: Any, tokenizer: Callable, **options) -> CLIP:
     """The towers of an open_clip model."""
     size = model.visual.image_size
     return CLIP(
@@ -112,7 +114,7 @@ def open_clip_directory(
         return open_clip_towers(model, open_clip.get_tokenizer(f"local-dir:{folder}"), **options)
 
 
-def open_clip_model(config: dict) -> open_clip.CLIP:
+def open_clip_model(config: Any) -> open_clip.CLIP:
     """A model of random weights."""
     config = {key: value for key, value in copy.deepcopy(config).items() if key != "custom_text"}
     return open_clip.CLIP(**config)
@@ -249,7 +251,7 @@ def check_version(path: Path, version: str | None, versions: dict[str, hub.Sourc
         raise ValueError(f"{path} is HPS {found[0]}, not {version}")
 
 
-def fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> nn.Module:
+def fill(model: Any, weights: dict[str, torch.Tensor], path: Path) -> nn.Module:
     """A model that was made on the meta device, with these weights."""
     hub.fill(model, weights, f"{path} does not hold an open_clip ViT-H-14")
     # The one tensor that no file holds: a word sees those before it.

@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,12 @@ class Yolos:
 
     def __init__(self, model: YolosForObjectDetection, target: str):
         self.model, self.blocks = model, model.vit.encoder.layer
-        self.step = model.config.patch_size  # otherwise the last columns would not be looked at
+        self.config: Any = model.config
+        self.step = self.config.patch_size  # otherwise the last columns would not be looked at
         self.target = self.index(target)
 
     def index(self, target: str) -> int:
-        names = self.model.config.id2label.items()
+        names = self.config.id2label.items()
         labels = {name.lower(): i for i, name in names if name != "N/A"}  # ids not used by COCO
         if target not in labels:
             near = get_close_matches(target, labels, n=3, cutoff=0)

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .base import Reward, as_reward
 
@@ -76,7 +77,7 @@ class _Parser:
         self.files[name] = match
         return name
 
-    def build(self, node: ast.expr) -> Reward | float | str:
+    def build(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=int() | float() | str()):
                 return node.value
@@ -132,7 +133,7 @@ def load_function(path: str, name: str) -> Callable:
     if not file.is_file():
         raise FileNotFoundError(f"no file {path!r} in {Path.cwd()}, to load {name!r} from")
     module_name = f"reward_file_{file.stem}"  # which cannot hide a library
-    spec = importlib.util.spec_from_file_location(module_name, file)
+    spec: Any = importlib.util.spec_from_file_location(module_name, file)
     module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function = getattr(module, name, None)

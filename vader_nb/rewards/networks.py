@@ -19,8 +19,8 @@ CACHED_PROMPTS = 10_000  # of which a reward keeps the embeddings
 def normalize(
     frames: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> torch.Tensor:
-    mean, std = (frames.new_tensor(values)[:, None, None] for values in (mean, std))
-    return (frames - mean) / std
+    center, scale = (frames.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (frames - center) / scale
 
 
 def preprocess(

@@ -5,6 +5,7 @@ import math
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import VideoMAEForVideoClassification
@@ -36,7 +37,8 @@ class Action(NetworkReward):
     def __init__(self, classifier: VideoMAEForVideoClassification, label: str | None = None):
         super().__init__([classifier], classifier.videomae.encoder.layer)
         self.classifier = classifier
-        self.labels = {plain(name): i for name, i in classifier.config.label2id.items()}
+        self.config: Any = classifier.config
+        self.labels = {plain(name): i for name, i in self.config.label2id.items()}
         self.typical = (-math.log(len(self.labels)), 0.0)  # from a blind guess to certainty
         self.label = label
         if label is not None:
@@ -75,13 +77,13 @@ class Action(NetworkReward):
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """The classifier's input, with the last frame repeated to fill the last tubelet."""
-        config = self.classifier.config
         if frames.shape[1] < 2:
             got = frames.shape[1]
             raise ValueError(f"the action reward needs at least 2 frames, got {got}; score all")
-        missing = -frames.shape[1] % config.tubelet_size
+        missing = -frames.shape[1] % self.config.tubelet_size
         frames = torch.cat([frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
-        pixels = preprocess(frames.flatten(0, 1), config.image_size, IMAGENET_MEAN, IMAGENET_STD)
+        size = self.config.image_size
+        pixels = preprocess(frames.flatten(0, 1), size, IMAGENET_MEAN, IMAGENET_STD)
         return pixels.unflatten(0, frames.shape[:2]).to(self.dtype)
 
 
@@ -102,7 +104,8 @@ def position_table(classifier: VideoMAEForVideoClassification, num_frames: int):
     VideoMAE's positions are sines of a token's place, not weights: the table is the one that
     `from_pretrained(num_frames=…)`, VADER's way, would build.
     """
-    config, embeddings = classifier.config, classifier.videomae.embeddings
+    config: Any = classifier.config
+    embeddings = classifier.videomae.embeddings
     places = (config.image_size // config.patch_size) ** 2 * (num_frames // config.tubelet_size)
     before = embeddings.position_embeddings
     if places != before.shape[1]:

@@ -1,6 +1,7 @@
 """Temporal consistency as VADER's paper describes it, without a release: minus V-JEPA's loss."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,8 @@ class TemporalConsistency(NetworkReward):
 
     def __init__(self, model: VJEPA2Model, seed: int = 0):
         super().__init__([model], [*model.encoder.layer, *model.predictor.layer])
-        self.model, self.config = model, model.config
+        self.model = model
+        self.config: Any = model.config
         grid = self.config.crop_size // self.config.patch_size
         self.patches = grid * grid
         with unset_fake_temporarily(), torch.device("cpu"):  # masks are numbers in any case
@@ -109,9 +111,8 @@ class TemporalConsistency(NetworkReward):
         predictor = self.model.predictor
         blank = predictor.embeddings.mask_tokens[token].expand(len(context), len(hidden), -1)
         tokens = torch.cat([predictor.embeddings.predictor_embeddings(context), blank], dim=1)
-        places = torch.cat([visible, hidden])[
-            None
-        ]  # unsorted: rotary positions are all that counts
+        # Unsorted: rotary positions are all that counts.
+        places = torch.cat([visible, hidden])[None]
         for layer in predictor.layer:
             tokens = layer(tokens, places)[0]
         return predictor.proj(predictor.layernorm(tokens[:, len(visible) :]))

@@ -1,5 +1,7 @@
 """Text-video similarity through X-CLIP (arXiv 2208.02816), which sees a clip as a whole."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, XCLIPModel
@@ -29,6 +31,7 @@ class TextVideo(NetworkReward):
         ]
         super().__init__([model], blocks)
         self.model, self.tokenizer = model, tokenizer
+        self.config: Any = model.config
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """The model's input (B, N, 3, size, size), for the N frames that it takes.
@@ -37,7 +40,7 @@ class TextVideo(NetworkReward):
         frames some are repeated. ImageNet's statistics, not CLIP's, as in the checkpoint's
         preprocessor_config.json.
         """
-        config = self.model.config.vision_config
+        config = self.config.vision_config
         place = (torch.arange(config.num_frames) + 0.5) * frames.shape[1] / config.num_frames
         chosen = frames[:, place.long().to(frames.device)]
         pixels = preprocess(
@@ -56,7 +59,7 @@ class TextVideo(NetworkReward):
 
     def encode_text(self, prompts: list[str]) -> torch.Tensor:
         """(B, D). Longer prompts than the model takes are cut off."""
-        length, model = self.model.config.text_config.max_position_embeddings, self.model
+        length, model = self.config.text_config.max_position_embeddings, self.model
         tokens = self.tokenizer(
             prompts, padding=True, truncation=True, max_length=length, return_tensors="pt"
         )
@@ -65,9 +68,8 @@ class TextVideo(NetworkReward):
     def scores(self, frames, prompts):
         clip, patches = self.video(self.pixels(frames))
         text = self.cached_text(prompts, self.encode_text).unsqueeze(1)  # (B, 1, D)
-        text = at_least_float32(text) + at_least_float32(
-            self.model.prompts_generator(text, patches)
-        )
+        shift = self.model.prompts_generator(text, patches)
+        text = at_least_float32(text) + at_least_float32(shift)
         return F.cosine_similarity(at_least_float32(clip).unsqueeze(1), text, dim=-1)
 
 

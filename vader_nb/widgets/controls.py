@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
 from ipywidgets import (
@@ -71,7 +72,7 @@ class SettingsPanel(Panel):
 
     def __init__(self):
         super().__init__()
-        self.settings: dict[str, Widget] = {}
+        self.settings: dict[str, Any] = {}
         self._setting = False
 
     def watch_settings(self) -> None:
@@ -106,7 +107,7 @@ class SettingsPanel(Panel):
             self.changed()
 
 
-def validate_value(name: str, control: Widget, value) -> None:
+def validate_value(name: str, control: Any, value) -> None:
     """Raise ValueError if a control does not offer a value."""
     if isinstance(control, Dropdown):
         offered = [option[1] if isinstance(option, tuple) else option for option in control.options]
