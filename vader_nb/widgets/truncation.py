@@ -109,7 +109,8 @@ class TruncationExplorer(SettingsPanel):
             raise ValueError("the prompt is empty: say what the clip should show")
         tiny = model.world == "tiny"
         # With 5 steps, the exact gradient of the tiny model takes a second or two.
-        self.sampling = Sampling(num_inference_steps=5 if tiny else None).resolve(model)
+        sampling = Sampling(num_inference_steps=5) if tiny else Sampling()
+        self.sampling = sampling.resolve(model)
         self.reward = parse(reward, tiny=tiny) if isinstance(reward, str) else as_reward(reward)
         self.reward.check_prompts([self.prompt])
         self.reward.to(model.device)
