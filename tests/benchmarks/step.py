@@ -41,8 +41,9 @@ def compat() -> SimpleNamespace:
         from vader_nb.sampling import Sampling
         from vader_nb.strategies import Frames, Last
     except ImportError:  # before the package was rebuilt
-        from vader_nb.gradient import Frames, Last, Sampling
         from vader_nb.memory import Peak
+
+        from vader_nb.gradient import Frames, Last, Sampling
 
         api.tracker = Peak
         api.settings = {"frames": Frames("random", 1), "checkpoint_blocks": False}
@@ -169,7 +170,13 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options)
+        serve(options)
+    else:
+        compare(options)
+
+
+def compare(options) -> None:
+    """Ask a process of each checkout in turn, and print medians and ratios."""
     processes = {"here": start(ROOT, options)}
     if options.against:
         processes["against"] = start(options.against.resolve(), options)
