@@ -1,8 +1,9 @@
 # make align   align the embedded tiny model to a reward and look at it (no GPU, a few minutes)
-# make test    run every test
+# make test    run every test (WORKERS=4: in four processes; default: one for each core)
 # make lab     open the notebooks in JupyterLab
 # make app     the playground as a page of controls, without code
 # make notebooks  run the notebooks and store what they show
+# make notebooks REPOSITORY=owner/name  write the name of your repository into badges and install lines, and run nothing
 # make html    render the notebooks into runs/html, to read in a browser
 # make zoo     train the tiny models again (hours on two cores)
 
@@ -10,14 +11,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NAME ?= tiny-$(shell date +%Y%m%d-%H%M%S)
+WORKERS ?= auto
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: align test test-package test-notebooks lab app notebooks html zoo lint clean
+.PHONY: align test lab app notebooks html zoo lint clean
 
 align: $(VENV)/installed
-	$(BIN)/vader-nb align --name $(NAME)
+	$(BIN)/vader-nb align name=$(NAME)
 
-# The browser that presses the controls: Debian's, installed where it is missing and may be.
+# The browser that the tests click in: Debian's, installed where it is missing and that is allowed.
 CHROMIUM := /usr/bin/chromium
 
 $(CHROMIUM):
@@ -26,14 +28,7 @@ $(CHROMIUM):
 test: $(VENV)/installed-test | $(CHROMIUM)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-package test-notebooks
-
-# Side by side on two cores, with one thread each: much of both is waiting for imports.
-test-package:
-	$(BIN)/python -m pytest --ignore tests/test_browser.py
-
-test-notebooks:
-	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks tests/test_browser.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 lab: $(VENV)/installed-lab
 	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)  # in a container one is often root
@@ -44,18 +39,19 @@ app: $(VENV)/installed-lab
 	$(BIN)/voila runs/app/playground.ipynb
 
 notebooks: $(VENV)/installed-test
-	$(BIN)/python notebooks/build.py
+	$(BIN)/python notebooks/build.py $(if $(REPOSITORY),--repository $(REPOSITORY))
 
 html: $(VENV)/installed-test
 	$(BIN)/jupyter nbconvert --to html --output-dir runs/html notebooks/*.ipynb
 	$(BIN)/python notebooks/build.py --contents runs/html
 
 zoo: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m vader_nb.zoo.train_vae
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m vader_nb.zoo.train_generator
-	$(BIN)/python -m vader_nb.zoo.train_clip
-	$(BIN)/python -m vader_nb.zoo.train_videomae
-	$(BIN)/python -m vader_nb.zoo.cards
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m vader_nb.zoo.scripts.train_vae
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m vader_nb.zoo.scripts.train_generator
+	$(BIN)/python -m vader_nb.zoo.scripts.train_clip
+	$(BIN)/python -m vader_nb.zoo.scripts.train_videomae
+	$(BIN)/python -m vader_nb.zoo.scripts.cards
+	$(BIN)/python -m vader_nb.zoo.scripts.train_adapters
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .

@@ -24,17 +24,17 @@
 
 # %% [markdown]
 # A text-to-video model draws what is *likely*. We would rather have what we *like*: the color and the shape
-# that we asked for. If "what we like" can be computed from pixels by something differentiable, then there is a
-# direct way: follow its gradient back, through the frames, through the decoder, through the last denoising
-# step, into a few weights of the model. This is **VADER**
-# ([Prabhudesai et al., 2024](https://arxiv.org/abs/2407.08737)), and you will have run all of it in ten minutes.
+# that we asked for. If "what we like" is a differentiable function of the pixels, there is a direct way to get it:
+# follow its gradient back through the frames, the decoder and the last denoising step, into a few weights of the
+# model. This is **VADER** ([Prabhudesai et al., 2024](https://arxiv.org/abs/2407.08737)), and in ten minutes you
+# will have run all of it.
 #
 # **You will be able to**
 #
 # - *sample* clips from a text-to-video model, and *measure* how good they are;
 # - *show* what the gradient of a reward looks like;
 # - *align* the model with it;
-# - *judge* honestly whether it got better.
+# - *test* honestly whether it got better.
 
 # %% tags=["setup"]
 import sys
@@ -46,10 +46,14 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # %pip install -q open_clip_torch mediapy
     pass
 
+from vader_nb import course
+
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny", "modelscope"]
 STEPS = 20  # @param {type:"integer"}
+CLIPS = 16  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
+STEPS, CLIPS = course.quick((STEPS, CLIPS), (2, 4))  # fewer when tests run this notebook
 
 # %%
 import tempfile
@@ -58,7 +62,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import vader_nb
-from vader_nb import Frames, Gallery, Last, Video, course, prompts, rewards
+from vader_nb import Frames, Gallery, Last, Video, prompts, rewards
 
 torch.manual_seed(SEED)
 print("vader_nb", vader_nb.__version__, "· torch", torch.__version__)
@@ -68,10 +72,11 @@ print("vader_nb", vader_nb.__version__, "· torch", torch.__version__)
 #
 # `tiny` comes with this package. It is small, but it is the real thing: a text encoder, a 3-D UNet, a sampler and
 # an autoencoder, in the same classes and file layout as ModelScope's 1.7 billion parameters (1.4 billion of them in the
-# denoiser). It was trained on a world in which one colored shape moves on a plain ground.
+# denoiser). It was trained on a world in which one colored shape moves on a plain background.
 
 # %%
 model = vader_nb.load(MODEL)
+model.defaults |= course.quick({}, {"num_inference_steps": 2})  # fewer in tests
 
 held_out = prompts.get("tiny_held_out")  # captions that the model has never seen
 ask = [held_out[i] for i in (18, 25, 68, 93, 22, 17)]
@@ -79,18 +84,18 @@ before = vader_nb.sample(model, ask, seeds=SEED)
 Gallery({"before": [Video(clip, 8, text) for clip, text in zip(before, ask)]})
 
 # %% [markdown]
-# Look closely. Shapes, motions and grounds follow the caption. Colors often do not: they are mixed up, or change from
-# frame to frame. (These six are picked: over all captions, about one clip in six has a wrong color.) Can a reward mend
-# that?
+# Look closely. Shapes, motions and backgrounds follow the caption. Colors often do not: they are mixed up, or change
+# from frame to frame. (These six are picked: over all captions, about one clip in six has a wrong color.) Can a reward
+# fix that?
 #
 # ## 2 · A reward
 #
-# A reward looks at frames and prompts and returns one number a clip: higher is better. `hps` asks a small CLIP
-# network (which knows pictures and sentences) how well a frame fits its prompt; `aesthetic` rates a frame from 1 to 10 by its saturation, its contrast
-# and how well it is centered. Rewards add up.
+# A reward looks at frames and prompts and returns one number per clip; higher is better. `hps` asks a small CLIP
+# network, which knows pictures and sentences, how well a frame fits its prompt. `aesthetic` rates a frame from 1 to 10
+# by its saturation, its contrast and how well it is centered. Rewards can be added.
 
 # %%
-WEIGHTS = "tiny" if MODEL == "tiny" else "published"  # a reward is at home in one world, too
+WEIGHTS = "tiny" if MODEL == "tiny" else "published"  # the tiny world has rewards of its own
 reward = (rewards.hps(WEIGHTS) + 0.02 * rewards.aesthetic(WEIGHTS)).to(model.device)
 
 for text, score in zip(ask, reward(before, ask)):
@@ -98,10 +103,10 @@ for text, score in zip(ask, reward(before, ask)):
 
 # %% [markdown]
 # The number alone would only let us *choose* among clips. The point of VADER is that the reward is
-# differentiable: it tells for every pixel of every frame in which direction it should change.
+# differentiable: it says for every pixel of every frame in which direction it should change.
 #
 # > **Predict.** Where in the picture will the gradient of `hps` be large? **(a)** everywhere the same ·
-# > **(b)** on the object, mostly at its edges · **(c)** on the ground. Decide before you run the next cell.
+# > **(b)** on the object, mostly at its edges · **(c)** on the background. Decide before you run the next cell.
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -129,8 +134,8 @@ course.predict(
 )
 
 # %% [markdown]
-# Squares, because this network looks at patches of 8 × 8 pixels; and some lie beside the object: a learned reward has
-# opinions about the ground, too.
+# You see squares because this network looks at patches of 8 × 8 pixels. Some lie beside the object: a learned reward
+# has opinions about the background, too.
 #
 # Before a long run, ask whether a reward can be trained on at all. `check` finds the usual mistakes (a conversion
 # to `uint8`, a detour through PIL, a clamp) in a second.
@@ -143,8 +148,7 @@ vader_nb.check(reward)
 #
 # The chain is  *adapter → last denoising step → latents → decoder → frame → reward*. `align` draws a few prompts,
 # samples clips, scores **one random frame** of each, and sends the gradient back through the **last step** only,
-# `Last(1)`: the two choices that make VADER cheap. What learns is a LoRA adapter; the model's own weights stay
-# as they are.
+# `Last(1)`. These two choices make VADER cheap. Only a LoRA adapter is trained; the model's own weights do not change.
 
 # %%
 folder = tempfile.mkdtemp()
@@ -155,18 +159,18 @@ run = vader_nb.align(
     steps=STEPS,
     learning_rate=2e-3,
     strategy=Last(1),
-    frames=Frames("random", 1),
+    frames=Frames.random(1),
     seed=SEED,
     output_dir=f"{folder}/run",
 )
 
 # %%
 curve = torch.tensor(run.rewards)
+window = min(5, len(curve))
+smooth = curve.unfold(0, window, 1).mean(1)
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(range(1, len(curve) + 1), curve, alpha=0.4, label="each step")
-axis.plot(
-    range(5, len(curve) + 1), curve.unfold(0, 5, 1).mean(1), linewidth=2, label="mean of five"
-)
+axis.plot(range(window, len(curve) + 1), smooth, linewidth=2, label=f"mean of {window}")
 axis.set(xlabel="optimizer step", ylabel="reward of the batch")
 axis.locator_params("x", integer=True)
 axis.legend(frameon=False)
@@ -176,8 +180,8 @@ course.show(
 )
 
 # %% [markdown]
-# The curve is noisy, since every step sees other prompts. The honest comparison uses the *same* prompts and the
-# *same* seeds with and without the adapter, on captions that training has not touched:
+# The curve is noisy because every step sees different prompts. An honest comparison uses the *same* prompts and the
+# *same* seeds, with and without the adapter, on captions that were not used in training:
 
 # %%
 after = vader_nb.sample(model, ask, seeds=SEED, adapter=run.adapter)
@@ -190,10 +194,10 @@ Gallery(
 # %% [markdown]
 # ## 4 · Better, or only higher-scored?
 #
-# A reward that rises proves little: the model may have learnt to please the network. In this world we can know,
-# because *oracles* — plain code, no network — read color, shape, motion and ground off a clip.
+# A reward that rises proves little: the model may have learned only to please the network. In this world we can find
+# out, because *oracles* (plain code, no network) read color, shape, motion and background off a clip.
 #
-# > **Predict.** Which of the four will improve most? **(a)** color · **(b)** shape · **(c)** motion, which a reward on
+# > **Predict.** Which of these will improve most? **(a)** color · **(b)** shape · **(c)** motion, which a reward on
 # > single frames cannot even see
 
 # %%
@@ -202,18 +206,18 @@ guess = None  # "a", "b" or "c"
 # %%
 from vader_nb.zoo import oracles
 
-many = held_out[6:22]
+many = held_out[6 : 6 + CLIPS]
 
 
 def grades(scale):
     """Share of clips in which the oracles see what the caption says."""
     run.adapter.scale = scale
-    halves = [
-        vader_nb.sample(model, many[i : i + 8], seeds=100 + i, adapter=run.adapter) for i in (0, 8)
+    clips = [
+        vader_nb.sample(model, many[i : i + 8], seeds=100 + i, adapter=run.adapter)
+        for i in range(0, CLIPS, 8)
     ]
-    return {
-        name: value.mean().item() for name, value in oracles.grade(torch.cat(halves), many).items()
-    }
+    right = oracles.grade(torch.cat(clips), many)
+    return {name: value.mean().item() for name, value in right.items()}
 
 
 base, aligned = grades(0.0), grades(1.0)
@@ -224,15 +228,17 @@ course.predict(
 )
 
 # %% [markdown]
-# So the reward did not only rise: the clips got *better*, in the judgment of something that was never trained on. That
-# need not be so. Where a reward rises and no oracle with it, the adapter has found something that the network likes and
-# the caption did not mean. And motion cannot be learnt from a reward that sees one frame at all; what matters is that it
-# does not get lost. Sixteen clips are few, too: `vader_nb.evaluate` makes the comparison with 95 % intervals, and
-# `vader-nb align` in a shell writes it into a report.
+# So not only did the reward rise: the clips got *better*, as measured by something that training never saw. That
+# is not guaranteed. Where a reward rises and no oracle does, the adapter has found something that the network likes
+# and the caption did not mean.
 #
-# ## 5 · How strong should the adapter act?
+# Motion cannot be learned from a reward that sees single frames; what matters is that it does not get lost. And sixteen
+# clips are few: `vader_nb.evaluate` makes this comparison with 95 % intervals, and `vader-nb align` in a shell writes
+# it into a report.
 #
-# An adapter can be turned up and down when sampling: 0 is the base model, 1 is what was trained, above 1 it
+# ## 5 · How strong should the adapter be?
+#
+# You can turn an adapter up and down when sampling: 0 is the base model, 1 is what was trained, and above 1 it
 # exaggerates.
 
 # %%
@@ -259,8 +265,8 @@ Gallery(rows, width=96)
 #
 # ## Exercises
 #
-# **1.** Write a reward of your own: any differentiable function of frames. Fill in the one below so that it prefers clips
-# whose pictures are **blue**, then run the check.
+# **1.** Write a reward of your own: any differentiable function of frames. Fill in the one below so that it prefers
+# **blue** pictures, then run the check.
 
 
 # %% tags=["exercise"]
@@ -277,9 +283,8 @@ def check(blueness):
     assert difference > 0, (
         "an all-blue clip must score higher than an all-red one. Channels are R, G, B = 0, 1, 2"
     )
-    assert vader_nb.check(blueness).passed, (
-        f"it is not fit to train on:\n{vader_nb.check(blueness)}"
-    )
+    report = vader_nb.check(blueness)
+    assert report.passed, f"it cannot be trained on:\n{report}"
 
 
 course.attempt(check, blueness)
@@ -298,14 +303,14 @@ course.attempt(check, blueness)
 # **2.** One random frame is VADER's choice. Choose the first, the middle and the last frame instead (`help(Frames)`).
 
 # %% tags=["exercise"]
-mine = Frames("random", 1)  # change this line
+mine = Frames.random(1)  # change this line
 
 
 # %% tags=["check"]
 def check(frames):
     chosen = frames.choose(8, torch.Generator().manual_seed(0))
     assert len(chosen) == 3, f"three frames of a clip, not {len(chosen)}: {chosen}"
-    assert chosen == [0, 4, 7], f"of eight frames these shall be 0, 4 and 7, not {chosen}"
+    assert chosen == [0, 4, 7], f"of eight frames these should be 0, 4 and 7, not {chosen}"
 
 
 course.attempt(check, mine)
@@ -314,13 +319,13 @@ course.attempt(check, mine)
 # <details><summary>A solution</summary>
 #
 # ```python
-# mine = Frames("ends")
+# mine = Frames.ends()
 # ```
 #
-# `Frames("list", indices=(0, 4, 7))` says the same for a clip of eight frames.
+# `Frames.at(0, 4, 7)` says the same for a clip of eight frames.
 # </details>
 #
-# **3.** Compose: a reward that likes what `hps` likes, but takes off half a point for each unit of `brightness`.
+# **3.** Compose a reward that likes what `hps` likes, but subtracts half a point for each unit of `brightness`.
 
 # %% tags=["exercise"]
 dim = rewards.hps(WEIGHTS)  # change this line

@@ -23,10 +23,10 @@
 # *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
-# A sentence goes in, eight frames come out. Between the two stand four parts that you could each write on a napkin:
-# a tokenizer, a text encoder, a denoiser, a decoder, and a loop that calls the denoiser ten times. In this notebook
-# you take the model apart, look at what flows through every part, and put the loop together again with your own
-# hands. When you reach the end, your loop makes the very same video as the package, pixel by pixel.
+# A sentence goes in, eight frames come out. In between are four parts that you could each sketch on a napkin (a
+# tokenizer, a text encoder, a denoiser and a decoder) and a loop that calls the denoiser ten times. In this notebook
+# you take the model apart, look at what flows through every part, and write the loop again yourself. At the end, your
+# loop makes the same video as the package, pixel by pixel.
 #
 # Everything below runs on `tiny`, which is embedded in this package. ModelScope, with 700 times the parameters,
 # has the same parts in the same classes: change one word in the parameters cell and, on a GPU, the same cells run.
@@ -36,7 +36,7 @@
 # - *name* every tensor between a prompt and a video, with its shape;
 # - *show* which part of the model mixes pixels and which part mixes frames;
 # - *write* the sampling loop with classifier-free guidance yourself;
-# - *tell* at which call of the denoiser the picture is decided.
+# - *find* at which call of the denoiser the picture is decided.
 
 # %% tags=["setup"]
 import sys
@@ -48,6 +48,8 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # %pip install -q open_clip_torch mediapy
     pass
 
+from vader_nb import course
+
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny", "modelscope"]
 PROMPT = "a blue star moving left on a white background"  # @param {type:"string"}
@@ -58,7 +60,8 @@ import matplotlib.pyplot as plt
 import torch
 
 import vader_nb
-from vader_nb import Gallery, Video, course
+from vader_nb import Gallery, Sampling, Video
+from vader_nb.sampling import initial_noise
 
 model = vader_nb.load(MODEL)
 clip = vader_nb.sample(model, PROMPT, seeds=SEED)
@@ -69,8 +72,8 @@ Gallery({"the whole model": [Video(clip[0], model.defaults["fps"], PROMPT)]}, wi
 #
 # ## Words become numbers: the tokenizer
 #
-# A network cannot read. The tokenizer looks each word up in a list and hands over its number. Sentences are filled up
-# to one length, so that many of them fit in one tensor.
+# A network cannot read. The tokenizer looks up each word in a list and returns its number. Sentences are padded to
+# the same length, so that many of them fit in one tensor.
 
 # %% tags=["nbval-check-output"]
 tokens = model.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids.to(
@@ -80,21 +83,21 @@ print(tuple(tokens.shape))
 print([model.tokenizer.decode(token) for token in tokens[0]])
 
 # %% [markdown]
-# `<|startoftext|>` opens, `<|endoftext|>` closes, and the same mark pads the rest. CLIP's tokenizer, the one of
-# ModelScope, knows 49,408 pieces of words; `tiny` knows the few words of its world.
+# `<|startoftext|>` opens, `<|endoftext|>` closes, and the same token pads the rest. ModelScope uses CLIP's tokenizer,
+# which knows 49,408 pieces of words; `tiny` knows the few words of its world.
 #
 # ## Numbers become meaning: the text encoder
 #
 # A small transformer turns each token into a vector. Each vector may look at the tokens *before* it, never at later
-# ones. So the last vectors know the whole sentence.
+# ones, so the last vectors know the whole sentence.
 
 # %% tags=["nbval-check-output"]
 states = model.text_encoder(tokens).last_hidden_state.detach()
 print("text:", tuple(states.shape), "= (prompts, tokens, width)")
 
 # %% [markdown]
-# Does the model *mean* something by these vectors? If it does, captions that share words should lie close together.
-# Take the last token's vector of four captions and measure the cosine between every two.
+# Do these vectors *mean* something? If so, captions that share words should lie close together. Take the last token's
+# vector of four captions and measure the cosine between each pair.
 
 # %%
 captions = [
@@ -120,36 +123,27 @@ course.show(
 )
 
 # %% [markdown]
-# Two blocks: captions that differ in one word lie close, captions that share hardly a word lie apart. This geometry
-# is all that the denoiser will ever know of your sentence.
+# Two blocks: captions that differ in one word lie close together, captions that share few words lie far apart. This
+# geometry is all that the denoiser ever learns about your sentence.
 #
 # ## Videos become small: latents and the decoder
 #
-# The denoiser does not work on pixels. An *autoencoder*, trained beforehand, squeezes every 8 × 8 pixels of a frame
-# into one cell of four numbers. For our eight frames of 64 × 64 that is
+# The denoiser does not work on pixels. An *autoencoder*, trained beforehand, compresses every 8 × 8 pixels of a frame
+# into one cell of four numbers. For our eight frames of 64 × 64 pixels this gives:
 
 # %% tags=["nbval-check-output"]
-latents, _ = vader_nb.gradient.initial_noise(model, [SEED], vader_nb.Sampling().filled(model))
-print(
-    "frames: ",
-    tuple(clip.shape),
-    "=",
-    clip.numel(),
-    "numbers  (batch, frames, colors, height, width)",
-)
-print(
-    "latents:",
-    tuple(latents.shape),
-    " =",
-    latents.numel(),
-    "numbers   (batch, channels, frames, height, width)",
-)
+settings = Sampling().resolve(model)  # steps, guidance and size: the model's defaults
+latents, _ = initial_noise(model, [SEED], settings)
+print(f"frames:  {tuple(clip.shape)} = {clip.numel()} numbers")
+print("         (batch, frames, colors, height, width)")
+print(f"latents: {tuple(latents.shape)} = {latents.numel()} numbers")
+print("         (batch, channels, frames, height, width)")
 
 # %% [markdown]
-# The axes have different orders; that is tradition, not meaning. Everywhere in this package *frames* are
+# The two have their axes in a different order; that is convention. Everywhere in this package *frames* are
 # `(B, F, 3, H, W)` and *latents* are `(B, C, F, H, W)`.
 #
-# Let us send the video through the autoencoder and back, and look at what is lost, and at the latents themselves.
+# Let us send the video through the autoencoder and back, and look at what is lost and at the latents themselves.
 
 # %%
 with torch.no_grad():
@@ -171,12 +165,15 @@ course.show(
 
 # %% [markdown]
 # Forty-eight times fewer numbers. The outline comes through; the colors come back a little off, which a large
-# autoencoder does better. And the decoder knows nothing of time: it decodes each frame by itself. Keep this in mind, it will save us a lot of memory later: **to see one frame you need to decode one frame.**
+# autoencoder does better.
+#
+# And the decoder knows nothing about time: it decodes each frame by itself. Keep this in mind, it will save us a lot of
+# memory later: **to see one frame you need to decode one frame.**
 #
 # ## The denoiser: a U-Net in space and time
 #
-# The heart. It gets noisy latents, the *timestep* (how noisy), and the text, and it predicts what the noise hides.
-# Inside there are four kinds of layers, again and again:
+# This is the heart of the model. It gets noisy latents, the *timestep* (how noisy they are) and the text, and it
+# predicts what the noise hides. It repeats four kinds of layers:
 
 # %%
 from collections import Counter
@@ -191,10 +188,10 @@ for kind, count in kinds.items():
 # %% [markdown]
 # Two of them look at one frame at a time: `ResnetBlock2D` (convolutions over height and width) and `Transformer2DModel`
 # (attention between cells, and from cells to the *words*). Two look along time: `TemporalConvLayer` and
-# `TransformerTemporalModel`. A video model is an image model into which somebody wove the last two.
+# `TransformerTemporalModel`. A video model is an image model with the last two woven in.
 #
-# > **Predict.** We change the noise of frame 4, and nothing else, and ask which frames of the denoiser's output change.
-# > With the temporal layers *switched off*, and with all of them on?
+# > **Predict.** We change the noise of frame 4 and nothing else. Which frames of the denoiser's output change, first
+# > with the temporal layers *switched off*, then with all of them on?
 # > **(a)** only frame 4, both times · **(b)** only frame 4, then all frames · **(c)** all frames, both times
 
 # %%
@@ -205,14 +202,14 @@ from contextlib import contextmanager
 
 
 def unchanged(layer):
-    """A forward that hands its input on; one of the two kinds returns a tuple."""
+    """A forward that returns its input; one of the two kinds returns a tuple."""
     as_tuple = "Transformer" in type(layer).__name__
     return lambda x, *args, **kwargs: (x,) if as_tuple else x
 
 
 @contextmanager
 def temporal_layers_off(model):
-    """Let every temporal layer hand its input on unchanged."""
+    """Let every temporal layer return its input unchanged."""
     temporal = ("TemporalConvLayer", "TransformerTemporalModel")
     layers = [m for m in model.denoiser.modules() if type(m).__name__ in temporal]
     for layer in layers:
@@ -223,7 +220,7 @@ def temporal_layers_off(model):
 
 
 # %%
-text = model.encode([PROMPT])
+text = model.encode([PROMPT])  # two branches, "prompt" and "negative" (here the empty prompt)
 changed = latents.clone()
 changed[:, :, 4] += torch.randn(changed[:, :, 4].shape, generator=torch.Generator().manual_seed(0))
 
@@ -231,7 +228,7 @@ changed[:, :, 4] += torch.randn(changed[:, :, 4].shape, generator=torch.Generato
 @torch.no_grad()
 def difference():
     """How much each frame of the output changes, (F,)."""
-    one, two = (model.denoiser(x, 500, text.prompt).sample for x in (latents, changed))
+    one, two = (model.denoiser(x, 500, **text["prompt"]).sample for x in (latents, changed))
     return (one - two).abs().mean(dim=(0, 1, 3, 4)).float()
 
 
@@ -249,16 +246,18 @@ course.show(
     figure,
     "Bars for eight frames. With temporal layers off only frame 4 changes; with them on, every frame does.",
 )
-course.predict(guess, "b", "only the temporal layers carry anything from one frame to another.")
+
+# %%
+course.predict(guess, "b", "only the temporal layers carry information between frames.")
 
 # %% [markdown]
 # ## The scheduler: how noisy is timestep 500?
 #
 # Training mixed clean latents $x_0$ with noise $\epsilon$: $x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$.
-# The *scheduler* keeps the list of $\bar\alpha_t$, and picks the few of its 1,000 timesteps at which we call the denoiser.
+# The *scheduler* holds the list of $\bar\alpha_t$ and picks the few of its 1,000 timesteps at which we call the denoiser.
 
 # %%
-scheduler = model.new_scheduler(model.defaults["num_inference_steps"])
+scheduler = model.new_scheduler(settings)
 alpha = scheduler.alphas_cumprod
 
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
@@ -274,22 +273,21 @@ course.show(
 )
 
 # %% [markdown]
-# The gray lines are our ten calls of the denoiser, walked from right to left: from pure noise to the video.
+# The gray lines are our ten calls of the denoiser, from right to left: from pure noise to the video.
 #
 # ## Guidance: listen to the text, then exaggerate
 #
-# The denoiser is asked twice at each timestep: once with your prompt, once with the *empty* prompt. The difference between
-# the answers is what the prompt asks for, and we go further in that direction than the model would by itself:
+# The denoiser is called twice at each timestep: once with your prompt, once with the *empty* prompt. The difference
+# between the two answers is what the prompt asks for. We go further in that direction than the model would by itself:
 #
 # $$\hat v = v_\text{empty} + w\,(v_\text{prompt} - v_\text{empty})$$
 #
-# ($v$ is what this denoiser predicts, a mixture of noise and video that gives either when $x_t$ is known.)
+# ($v$ is what this denoiser predicts: a mixture of noise and video, from which either follows when $x_t$ is known.)
 #
-# $w$ is `guidance_scale`; at 1 only the prompt's answer is left. This is *classifier-free guidance*.
+# $w$ is `guidance_scale`; at 1 only the prompt's answer is left. This is *classifier-free guidance*. It accepts any text in
+# place of the empty prompt, a *negative prompt*, so the package calls that branch `"negative"`.
 
 # %%
-from vader_nb import Sampling
-
 scales = (1.0, 3.0, 12.0)
 made = {
     w: vader_nb.sample(model, PROMPT, seeds=SEED, sampling=Sampling(guidance_scale=w))[0]
@@ -298,38 +296,36 @@ made = {
 Gallery({"guidance": [Video(c, 8, f"w = {w:g}") for w, c in made.items()]}, width=144)
 
 # %% [markdown]
-# Much of a good thing is not better: at a large $w$ the colors leave what the model has ever seen.
+# More is not always better: at a large $w$ the colors leave the range that the model has ever seen.
 #
 # ## The loop, by hand
 #
-# Now put the parts together. Sampling is a `for` loop over timesteps, and this is all of it:
+# Now put the parts together. Sampling is a `for` loop over timesteps, and here is all of it:
 
 # %%
-scheduler = model.new_scheduler(model.defaults["num_inference_steps"])
-w = model.defaults["guidance_scale"]
+scheduler = model.new_scheduler(settings)
+w = settings.guidance_scale
 x, guesses = latents.clone(), []
 
 with torch.no_grad():
     for t in scheduler.timesteps:
-        v_empty = model.denoiser(x, t, text.empty).sample
-        v_prompt = model.denoiser(x, t, text.prompt).sample
+        v_empty = model.denoiser(x, t, **text["negative"]).sample
+        v_prompt = model.denoiser(x, t, **text["prompt"]).sample
         v = v_empty + w * (v_prompt - v_empty)
-        guesses.append(
-            model.predict_x0(scheduler, v, t, x)
-        )  # the clean video it believes in right now
+        guesses.append(model.x0(scheduler, v, t, x))  # the clean video, as predicted now
         x = scheduler.step(v, t, x).prev_sample
-    mine = torch.cat([model.decode(x, [f]) for f in range(x.shape[2])], dim=1)
+    mine = model.decode(x)
 
 print("largest difference to the package's own video:", f"{(mine - clip).abs().max():.1e}")
 
 # %% [markdown]
-# The same video. There is no more to a text-to-video model than what you have just written.
+# The same video. There is no more to sampling from a text-to-video model than what you have just written.
 #
 # ## Watch it decide
 #
-# Each answer of the denoiser contains a *guess* of the clean video. We kept the ten guesses; decode them.
+# Each answer of the denoiser contains a *guess* of the clean video. We kept the ten guesses, so we can decode them.
 #
-# > **Predict.** After which of the ten calls does the guess show the final outline, and after which the final colors?
+# > **Predict.** Which appears first in these guesses: the final outline or the final colors?
 # > **(a)** both at the last calls · **(b)** colors first, the outline later · **(c)** outline first, colors later
 
 # %%
@@ -361,6 +357,8 @@ course.show(
     figure,
     "The distance of each call's guess to the last one falls evenly, from about a half to nothing.",
 )
+
+# %%
 course.predict(
     guess,
     "c",
@@ -368,8 +366,8 @@ course.predict(
 )
 
 # %% [markdown]
-# Noise to outline in one call; the other nine polish, and color is what they polish here. When, in the next notebooks,
-# we send a gradient through *the last call only*, we will ask: how can polishing teach a model to draw something else?
+# The first call goes from noise to outline. The other nine polish, and here they mostly polish color. In the next
+# notebooks we send a gradient through *the last call only*. How can polishing teach a model to draw something else?
 #
 # (From the next notebook on we number the steps of a sampler from its *end*, as the formulas do: step 1 is the last call.)
 #
@@ -377,10 +375,11 @@ course.predict(
 #
 # | symbol | name in the code | shape for `tiny` |
 # |---|---|---|
-# | $c$, the text | `model.encode(prompts).prompt` | (B, 24, 64) |
-# | $x_T$, noise | `initial_noise(...)` | (B, 4, 8, 8, 8) |
-# | $v$, the denoiser's answer | `model.predict(x, t, text, guidance_scale)` | as $x$ |
-# | $\hat x_0$, its guess | `model.predict_x0(scheduler, v, t, x)` | as $x$ |
+# | $c$, the text | `model.encode(prompts)["prompt"]["encoder_hidden_states"]` | (B, 24, 64) |
+# | $x_T$, noise | `initial_noise(model, seeds, settings)` | (B, 4, 8, 8, 8) |
+# | $v_\text{prompt}$, the denoiser's answer | `model.predict(x, t, text["prompt"])` | as $x$ |
+# | $\hat v$, with guidance | `model.guided(x, t, text, settings)` | as $x$ |
+# | $\hat x_0$, its guess | `model.x0(scheduler, v, t, x)` | as $x$ |
 # | $x_{t-1}$, one step on | `model.step(scheduler, v, t, x)` | as $x$ |
 # | $D(x_0)$, frames | `model.decode(x, frames)` | (B, F, 3, 64, 64) |
 #
@@ -420,7 +419,7 @@ course.attempt(check, guided)
 # ```
 # </details>
 #
-# **2.** Mix clean latents with noise to the level of timestep `t`, by the formula above. `alpha` is the scheduler's list.
+# **2.** Mix clean latents with noise to the level of timestep `t`, with the formula above. `alpha` is the scheduler's list.
 
 
 # %% tags=["exercise"]
@@ -439,7 +438,7 @@ def check(noised):
         "at t = 999 nothing but noise is left here"
     )
     assert torch.allclose(noised(clean, noise, 500, alpha), right, atol=1e-5), (
-        "half way both parts need their square root"
+        "halfway, both parts need their square root"
     )
 
 
@@ -461,7 +460,7 @@ course.attempt(check, noised)
 # %% tags=["exercise"]
 def middle_frame(model, latents):
     """Latents (B, C, F, H, W) -> the middle frame (B, 3, H, W) in [0, 1]; frame F // 2."""
-    return model.decode(latents, list(range(latents.shape[2])))  # replace this line
+    return model.decode(latents)  # replace this line
 
 
 # %% tags=["check"]
@@ -486,8 +485,8 @@ course.attempt(check, middle_frame)
 #     return model.decode(latents, [latents.shape[2] // 2])[:, 0]
 # ```
 #
-# It is exact because this decoder treats each frame alone. One that mixes frames (Wan's, CogVideoX's) needs its
-# neighbors too.
+# It is exact because this decoder treats each frame on its own. A decoder that mixes frames (Wan's, CogVideoX's) needs
+# the neighboring frames too.
 # </details>
 
 # %% [markdown] tags=["next"]

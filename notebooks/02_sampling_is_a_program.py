@@ -24,19 +24,19 @@
 
 # %% [markdown]
 # In the last notebook you wrote the sampler as a loop: ten calls of a network, with a little arithmetic between them.
-# Every line of it is differentiable. So we may ask a strange and useful question: *if I turn this weight of the network
-# a little, how does the finished video change?* Autograd can answer, because to autograd a sampler is nothing but a
-# deep network whose layers are the same network over and over.
+# Every line of it is differentiable. So we can ask a strange and useful question: *if I change this weight of the network
+# a little, how does the finished video change?* Autograd can answer, because to autograd a sampler is just a deep network
+# in which every layer is the same network.
 #
-# It has a price, though. This notebook measures the price, looks inside the gradient with paper and pencil, and finds
-# the shortcut that VADER takes.
+# The answer has a price, though. This notebook measures the price, looks inside the gradient with paper and pencil, and
+# finds the shortcut that VADER takes.
 #
 # **You will be able to**
 #
 # - *compute* the gradient through a two-step sampler by hand, and *check* it with autograd;
 # - *measure* what a graph through K steps costs in memory;
-# - *split* the gradient into one term for each step;
-# - *say* for any scheduler how much its last step can teach: its gain.
+# - *split* the gradient into one term per step;
+# - *compute* for any scheduler how much its last step can teach: its gain.
 
 # %% tags=["setup"]
 import sys
@@ -48,31 +48,37 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # %pip install -q open_clip_torch mediapy
     pass
 
+from vader_nb import course
+
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
+STEPS = 10  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
+STEPS = course.quick(STEPS, 4)  # fewer when tests run this notebook
 
 # %%
 import matplotlib.pyplot as plt
 import torch
 
 import vader_nb
-from vader_nb import Gallery, Last, Sampling, Step, Video, course, lora, rewards
+from vader_nb import Frames, Gallery, Last, Sampling, Step, Video, lora, rewards
+from vader_nb.sampling import initial_noise
 
 model = vader_nb.load(MODEL)
+settings = Sampling(num_inference_steps=STEPS).resolve(model)
 prompt = "a green triangle growing on a gray background"
-clip = vader_nb.sample(model, prompt, seeds=SEED)
+clip = vader_nb.sample(model, prompt, seeds=SEED, sampling=settings)
 Gallery({"the program's output": [Video(clip[0], 8, prompt)]}, width=160)
 
 # %% [markdown]
 # ## A sampler that fits on a napkin
 #
-# Almost every sampler (DDIM, Euler, flow matching) does the same thing at each step: it mixes what it has with what the
-# network says,
+# Almost every sampler (DDIM, Euler, flow matching) does the same thing at each step: it mixes the current latents with
+# the output of the network,
 #
 # $$x_{t-1} = a_t\,x_t + b_t\,F_\theta(x_t)$$
 #
-# Take one number for the video, two steps, and the simplest network there is, $F_\theta(x) = \theta x$:
+# Let the video be a single number, take two steps, and use the simplest network there is, $F_\theta(x) = \theta x$:
 
 # %% tags=["nbval-check-output"]
 a, b = {2: 0.9, 1: 1.1}, {2: -0.5, 1: -0.3}
@@ -85,7 +91,7 @@ x0.backward()
 print("autograd:", round(theta.grad.item(), 6))
 
 # %% [markdown]
-# With a pencil: $\theta$ acts twice, once in each step. So the derivative has two terms.
+# With a pencil: $\theta$ is used twice, once in each step, so the derivative has two terms.
 #
 # $$\frac{dx_0}{d\theta} \;=\; \underbrace{b_1\,x_1}_{\text{through step 1, directly}} \;+\;
 # \underbrace{(a_1 + b_1\theta)}_{\text{how step 1 passes on a change}}\;\underbrace{b_2\,x_2}_{\text{through step 2}}$$
@@ -96,29 +102,30 @@ passed_on = (a[1] + b[1] * theta) * b[2] * x2
 print("by hand: ", round((direct + passed_on).item(), 6))
 
 # %% [markdown]
-# The same number. And this is the general picture: with $T$ steps there are $T$ terms; the term of an early step has to
-# travel through *all later ones*, and each of them multiplies it by $a + b\,\partial F/\partial x$. That is a call of
-# the network, backwards, for each step on the way.
+# The same number. This is the general picture: with $T$ steps there are $T$ terms. The term of an early step has to
+# pass through *all later ones*, and each of them multiplies it by $a + b\,\partial F/\partial x$. That is a backward pass
+# through the network for each step on the way.
 #
 # (We count steps from the end: step 1 is the last one, which makes the video.)
 #
 # ## What a graph costs
 #
-# To go backwards, autograd keeps the inner values of everything that went forwards. Let us count these bytes while the
-# real model samples with a graph through its last $K$ steps.
+# To go backward, autograd keeps the activations of the whole forward pass. Let us count these bytes while the real model
+# samples with a graph through its last $K$ steps. (Without guidance, to keep it simple: only the prompt's branch.)
 
 # %%
 adapter = lora.add(model, rank=4)  # a few trainable weights; notebook 5 is about them
 text = model.encode([prompt])
-noise, _ = vader_nb.gradient.initial_noise(model, [SEED], Sampling().filled(model))
+noise, _ = initial_noise(model, [SEED], settings)
 
 
 def sampled(K):
     """The final latents, with a graph through the last K of the steps."""
-    scheduler, x = model.new_scheduler(10), noise
+    scheduler, x = model.new_scheduler(settings), noise
     for i, t in enumerate(scheduler.timesteps):
-        with torch.set_grad_enabled(i >= 10 - K):
-            x = model.step(scheduler, model.predict(x, t, text, 1.0), t, x)
+        with torch.set_grad_enabled(i >= STEPS - K):
+            output = model.predict(x, t, text["prompt"])
+            x = model.step(scheduler, output, t, x)
     return x
 
 
@@ -140,13 +147,14 @@ def kept(function, *arguments):
 
 # %% [markdown]
 # > **Predict.** With a graph through the last step only, autograd keeps some number of megabytes. How many with a graph
-# > through all ten? **(a)** about the same, the weights are shared · **(b)** about ten times as many · **(c)** a hundred times
+# > through the last eight? **(a)** about the same, the weights are shared · **(b)** about eight times as many · **(c)** a
+# > hundred times
 
 # %%
 guess = None  # "a", "b" or "c"
 
 # %%
-Ks = (1, 2, 3, 5, 10)
+Ks = [K for K in (1, 2, 4, 8) if K <= STEPS]
 megabytes = [kept(sampled, K) for K in Ks]
 
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
@@ -155,25 +163,27 @@ axis.set(xlabel="K, steps with a graph", ylabel="MB kept", ylim=(0, None))
 course.show(
     figure, "The kept megabytes grow in a straight line with the number of steps that have a graph."
 )
+
+# %%
 course.predict(
     guess,
     "b",
-    f"{megabytes[0]:.0f} MB for one step, {megabytes[-1]:.0f} MB for ten: each call keeps its own.",
+    f"{megabytes[0]:.0f} MB for one step, {megabytes[-1]:.0f} MB for {Ks[-1]}: each call keeps its own.",
 )
 
 # %% [markdown]
-# And that is one clip of eight 64 × 64 frames, without guidance, in a model with two million weights. ModelScope makes 16 frames of
-# 256 × 256 or more, with 1.4 billion in its denoiser. This straight line, not the arithmetic, is why nobody backpropagates through a whole video
-# sampler.
+# And that is one clip of eight 64 × 64 frames, without guidance, in a model with two million weights. ModelScope makes
+# 16 frames of 256 × 256 pixels or more, with 1.4 billion weights in its denoiser. This straight line, not the arithmetic,
+# is why nobody backpropagates through a whole video sampler.
 #
-# Two ways out, and this package uses both. **Checkpointing**: keep only each step's input and compute its inside again
-# on the way back (twice the time of those steps, the memory of one). **Truncation**: stop early; keep only the terms of
-# the last few steps. VADER keeps *one*.
+# There are two ways out, and this package uses both. **Checkpointing**: keep only each step's input and compute its
+# activations again in the backward pass (twice the time of those steps, the memory of one). **Truncation**: stop early
+# and keep only the terms of the last few steps. VADER keeps *one*.
 #
 # ## One term for each step
 #
-# Is one term enough? Let us look at all of them. The reward here is simply brightness, and `Step(i)` asks for the
-# gradient of step $i$'s own term.
+# Is one term enough? Let us look at all of them. The reward here is simply brightness, and `Step(i)` asks for the term
+# of step $i$ alone.
 
 
 # %%
@@ -181,20 +191,14 @@ def gradient(strategy, reward=rewards.brightness()):
     """The adapter's gradient, as one long vector."""
     for p in adapter.parameters():
         p.grad = None
-    vader_nb.reward_gradient(
-        model,
-        adapter,
-        reward,
-        [prompt],
-        seeds=[SEED],
-        strategy=strategy,
-        frames=vader_nb.Frames("all"),
-    )
+    options = {"frames": Frames.all(), "sampling": settings, "strategy": strategy}
+    vader_nb.reward_gradient(model, adapter, reward, [prompt], seeds=[SEED], **options)
     return torch.cat([p.grad.flatten() for p in adapter.parameters()])
 
 
-terms = [gradient(Step(i)) for i in range(1, 11)]
-exact = gradient(Last(10))
+# %%
+terms = [gradient(Step(i)) for i in range(1, STEPS + 1)]
+exact = gradient(Last(STEPS))
 print(
     "the terms sum up to the exact gradient:",
     torch.allclose(sum(terms), exact, rtol=1e-3, atol=1e-3 * exact.abs().max()),
@@ -212,36 +216,38 @@ norms = torch.stack([term.norm() for term in terms])
 cosines = torch.stack([torch.cosine_similarity(term, exact, dim=0) for term in terms])
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-left.bar(range(1, 11), norms)
+left.bar(range(1, STEPS + 1), norms)
 left.set(xlabel="step, counted from the end", ylabel="length of its term")
-right.bar(range(1, 11), cosines)
+right.bar(range(1, STEPS + 1), cosines)
 right.set(xlabel="step, counted from the end", ylabel="cosine to the exact gradient")
 course.show(
     figure,
-    "Two bar charts over the ten steps: the length of each step's gradient term, and its cosine to their sum.",
+    "Two bar charts over the steps: the length of each step's gradient term, and its cosine to their sum.",
 )
+
+# %%
 course.predict(
     guess,
-    "abc"[0 if norms.argmax() == 0 else 1 if norms.argmax() == 9 else 2],
+    {0: "a", STEPS - 1: "b"}.get(int(norms.argmax()), "c"),
     f"here step {norms.argmax() + 1} is the longest.",
 )
 
 # %% [markdown]
-# Read the right-hand picture once more. A cosine above zero means: whoever walks along this one term walks uphill on
-# the reward, too. The last step's term alone is not the exact gradient, but it is cheap, and it points uphill.
-# Notebook 4 measures this with real rewards, in the estimator lab.
+# Look at the right-hand picture again. A cosine above zero means that a step along this one term also goes uphill on
+# the reward. The last step's term alone is not the exact gradient, but it is cheap, and it points uphill. Notebook 4
+# measures this with real rewards, in the estimator lab.
 #
-# ## How loud is the last step? Its gain
+# ## How much can the last step change? Its gain
 #
-# The term of step 1 is $b_1\,\partial F/\partial\theta$. The network's part we cannot know beforehand, but $b_1$ we can: it is
-# the *gain* of the last step, how far the video moves if the network's last answer moves by one. It depends on the
+# The term of step 1 is $b_1\,\partial F/\partial\theta$. We cannot know the network's part in advance, but we know $b_1$. It is
+# the *gain* of the last step: how far the video moves if the network's last output moves by one. It depends on the
 # scheduler alone, so we can compute it for models that we could never load here.
 
 
 # %%
 def gain(scheduler, steps):
-    """The coefficient of the network's last output in the final latents: a linear program, so set it to 1
-    there, to 0 before, and start from 0."""
+    """The coefficient of the network's last output in the final latents. Sampling is linear in the
+    outputs, so start from 0 and set them all to 0 except the last one, which is 1."""
     scheduler.set_timesteps(steps)
     x = torch.zeros(1, 1, 8, 8)
     for t in scheduler.timesteps:
@@ -250,7 +256,7 @@ def gain(scheduler, steps):
     return x.abs().mean().item()
 
 
-print("tiny:", round(gain(model.new_scheduler(10), 10), 3))
+print("tiny:", round(gain(model.new_scheduler(settings), STEPS), 3))
 
 # %%
 import diffusers
@@ -269,7 +275,7 @@ zero_snr = {
 flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 families = {
-    "tiny": (model.new_scheduler(10), 10),
+    "tiny": (model.new_scheduler(settings), STEPS),
     "ModelScope": (diffusers.DPMSolverMultistepScheduler(**SD), 25),
     "CogVideoX": (diffusers.CogVideoXDDIMScheduler(**SD, **zero_snr, snr_shift_scale=3.0), 50),
     "Wan 2.1": (diffusers.UniPCMultistepScheduler(**flow), 30),
@@ -289,17 +295,17 @@ course.show(
 )
 
 # %% [markdown]
-# There is the reason why VADER's "last step only" works on ModelScope, and why it would teach Stable Video Diffusion
-# next to nothing: SVD's last step hardly moves the picture (its last noise level is 0.002), so a gradient through it is
-# hardly there. For such a family keep more steps, or take an estimator that reaches earlier ones. (The configurations
-# are the published ones; the classes are diffusers' own.)
+# This is why VADER's "last step only" works on ModelScope, and why it would teach Stable Video Diffusion next to
+# nothing: SVD's last step hardly moves the picture (its last noise level is 0.002), so the gradient through it almost
+# vanishes. For such a family keep more steps, or use an estimator that reaches earlier ones. (The configurations are the
+# published ones; the classes are diffusers' own.)
 #
 # ## Recap
 #
 # | symbol | name in the code | shape |
 # |---|---|---|
 # | $a_t, b_t$ | inside `model.step` | numbers |
-# | $F_\theta(x_t)$ | `model.predict(x, t, text, guidance_scale)` | (B, C, F, H/8, W/8) |
+# | $F_\theta(x_t)$ | `model.predict(x, t, text["prompt"])` | (B, C, F, H/8, W/8) |
 # | $K$ | `Last(K)` | the last K steps |
 # | the term of step $i$ | `Step(i)` | as the adapter |
 # | exact gradient | `Last(num_inference_steps)` | as the adapter |
@@ -343,8 +349,8 @@ course.attempt(check, by_hand)
 # ```
 # </details>
 #
-# **2.** Truncate: write `last(K, ...)`, the sum of the terms of the last K steps of the three-step sampler, with autograd
-# doing the work. (`detach()` cuts a graph.)
+# **2.** Truncate: write `last(K, ...)`, whose gradient is the sum of the terms of the last K steps of the three-step
+# sampler. Autograd does the work. (`detach()` cuts a graph.)
 
 
 # %% tags=["exercise"]
@@ -370,7 +376,7 @@ def check(last):
     )
     x1 = (a[2] + b[2] * 0.7) * (a[3] + b[3] * 0.7) * 1.5
     assert abs(grads[0] - b[1] * x1) < 1e-5, (
-        "for K = 1 only the direct term of the last step may be left"
+        "for K = 1 only the direct term of the last step should be left"
     )
 
 
@@ -399,8 +405,8 @@ def gain_of_step(i, scheduler, steps):
 
 # %% tags=["check"]
 def check(gain_of_step):
-    one, two = (gain_of_step(i, model.new_scheduler(10), 10) for i in (1, 2))
-    assert abs(one - gain(model.new_scheduler(10), 10)) < 1e-6, (
+    one, two = (gain_of_step(i, model.new_scheduler(settings), STEPS) for i in (1, 2))
+    assert abs(one - gain(model.new_scheduler(settings), STEPS)) < 1e-6, (
         "for i = 1 it must be the gain of the last step"
     )
     assert abs(one - two) > 1e-3, "step 2 must have a gain of its own"
@@ -422,5 +428,5 @@ course.attempt(check, gain_of_step)
 # </details>
 
 # %% [markdown] tags=["next"]
-# **Next:** [03 · Differentiable rewards](03_differentiable_rewards.ipynb): the gradient has to start somewhere. What is a
-# good thing to climb?
+# **Next:** [03 · Differentiable rewards](03_differentiable_rewards.ipynb): the gradient has to start somewhere. What
+# should we climb?

@@ -23,16 +23,16 @@
 # *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
-# A reward is a function: frames and prompts in, one number for each clip out, higher is better. Nothing more. What makes
-# it useful to us is that it is *differentiable*: it does not only say how good the clip is, it says for each pixel how to
-# make the clip better. In this notebook you build three such rewards from their parts, look at their gradients as
-# pictures, break them in the ways in which everybody breaks them once, and climb one of them until it fools itself.
+# A reward is a function: frames and prompts in, one number per clip out, higher is better. Nothing more. What makes it
+# useful to us is that it is *differentiable*: it says not only how good the clip is, but for each pixel how to make the
+# clip better. In this notebook you build three such rewards from their parts, look at their gradients as pictures, break
+# them in the ways in which everybody breaks them once, and climb one of them until it fools itself.
 #
 # **You will be able to**
 #
 # - *build* an aesthetic, an HPS-style and an action reward from networks that others have trained;
 # - *see* a reward's gradient as a picture, and read it;
-# - *find* out why a reward does not train, with `vader_nb.check`;
+# - *find* out why a reward cannot be trained on, with `vader_nb.check`;
 # - *recognize* an adversarial image;
 # - *compose* rewards, and *measure* whether they pull in different directions.
 
@@ -46,6 +46,8 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # %pip install -q open_clip_torch mediapy
     pass
 
+from vader_nb import course
+
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny", "modelscope"]
 SEED = 0  # @param {type:"integer"}
@@ -55,7 +57,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import vader_nb
-from vader_nb import Gallery, Video, course, rewards
+from vader_nb import Gallery, Video, rewards
 
 model = vader_nb.load(MODEL)
 prompts = [
@@ -64,14 +66,15 @@ prompts = [
     "a purple circle bouncing on a sand background",
 ]
 frames = vader_nb.sample(model, prompts, seeds=SEED)
-Gallery({"to be judged": [Video(clip, 8, text) for clip, text in zip(frames, prompts)]}, width=144)
+videos = [Video(clip, 8, text) for clip, text in zip(frames, prompts)]
+Gallery({"clips to score": videos}, width=144)
 
 # %% [markdown]
 # ## Two networks that look at pictures and sentences
 #
-# CLIP is a pair of networks: one turns a picture into a vector, the other turns a sentence into a vector, and they were
-# trained so that a picture and *its* sentence point in the same direction. `CLIP` here is open_clip's, in miniature. All
-# it wants is pictures of its own size, normalized the way it was trained.
+# CLIP is a pair of networks: one turns a picture into a vector, the other turns a sentence into a vector. They were
+# trained so that a picture and *its* sentence point in the same direction. Ours is open_clip's, in miniature. All it
+# needs is pictures of its own size, normalized the way it was trained.
 
 # %%
 from vader_nb.rewards.clip import TINY, open_clip_directory
@@ -95,12 +98,12 @@ course.show(
 )
 
 # %% [markdown]
-# The diagonal wins: each frame lies nearest to its own sentence. That *is* a reward already.
+# The diagonal wins: each frame is closest to its own sentence. That already *is* a reward.
 #
 # ## Reward 1: does the frame fit its prompt? (HPS)
 #
 # The *human preference score* ([Wu et al. 2023](https://arxiv.org/abs/2306.09341)) is this cosine, with a CLIP that was
-# trained further on what people chose. One line:
+# fine-tuned on what people chose. It takes two lines:
 
 
 # %%
@@ -116,7 +119,7 @@ for name, reward in {"ours": hps, "package": rewards.hps("tiny").to(model.device
 # ## Reward 2: is it beautiful? (aesthetic)
 #
 # Put one linear layer on the picture's vector and train it on ratings from 1 to 10: that is the LAION aesthetic predictor.
-# In our tiny world beauty is something that you can see: a saturated object that stands out from its ground, in the middle.
+# In our tiny world you can see what beauty means: a saturated object, in the middle, that stands out from its background.
 
 # %%
 from safetensors.torch import load_file
@@ -136,8 +139,8 @@ for text, rating in zip(prompts, aesthetic(frames, prompts)):
 # %% [markdown]
 # ## Reward 3: does it *move* as it should? (action)
 #
-# The first two look at single frames; a frozen clip would please them as well. A video classifier looks at the whole clip.
-# VideoMAE names the motion; the reward is the log-probability of the motion that the prompt asks for.
+# The first two look at single frames; a frozen clip would please them just as much. A video classifier looks at the
+# whole clip. VideoMAE names the motion, and the reward is the log-probability of the motion that the prompt asks for.
 
 # %%
 action = rewards.action("tiny").to(model.device)
@@ -176,8 +179,8 @@ course.predict(guess, "b", "single frames cannot tell whether anything moves; th
 # %% [markdown]
 # ## What a gradient looks like
 #
-# The derivative with respect to each pixel, as a picture: bright is where a small change would change the reward most. (We
-# show its square root, or the few strongest pixels would leave the others black.)
+# Here is the derivative with respect to each pixel, as a picture. Bright pixels are those where a small change would
+# change the reward most. (We show its square root; otherwise the few strongest pixels would leave the others black.)
 
 
 # %%
@@ -204,8 +207,8 @@ course.show(
 )
 
 # %% [markdown]
-# Squares again: both networks cut a picture into patches. Both look at the shape; `hps` hardly cares about the empty ground,
-# and `action` weighs some frames much more than others.
+# Squares again: both networks cut a picture into patches. Both look at the shape; `hps` hardly cares about the empty
+# background, and `action` weighs some frames much more than others.
 #
 # ## Three ways to break it
 #
@@ -214,7 +217,7 @@ course.show(
 
 # %%
 def rounded(frames, prompts):
-    """Pictures have 256 levels, have they not?"""
+    """Pictures have 256 levels, don't they?"""
     return hps((frames * 255).byte().float() / 255, prompts)
 
 
@@ -232,7 +235,7 @@ def clamped(frames, prompts):
 
 
 # %% [markdown]
-# > **Predict.** Two of the three have no gradient at all. Which is the third, and what is wrong with it?
+# > **Predict.** Two of the three have no gradient at all. Which one is the third, and what is wrong with it?
 # > **(a)** `rounded`: its gradient is wrong · **(b)** `through_pil`: it is slow · **(c)** `clamped`: most pixels get none
 
 # %%
@@ -244,11 +247,11 @@ for broken in (rounded, through_pil, clamped):
 course.predict(
     guess,
     "c",
-    "a clamp is flat outside its bounds: pixels that lie there feel nothing, and stay as they are.",
+    "a clamp is flat outside its bounds: pixels that lie there get no gradient and never change.",
 )
 
 # %% [markdown]
-# And this is how it looks when everything is fine:
+# And this is what it looks like when everything is fine:
 
 # %%
 vader_nb.check(rewards.hps("tiny"))
@@ -256,13 +259,13 @@ vader_nb.check(rewards.hps("tiny"))
 # %% [markdown]
 # ## Climb it
 #
-# Forget the video model for a moment. Take a *picture*, and walk uphill on the reward, pixel by pixel, as if the picture
-# were the weights. The prompt says "red star"; we start from flat gray.
+# Forget the video model for a moment. Take a *picture* and walk uphill on the reward, as if the pixels were the weights.
+# The prompt says "red star"; we start from plain gray.
 
 
 # %%
 def ascend(reward, start, prompt, steps=150, rate=0.03):
-    """Gradient ascent on pixels (1, F, 3, H, W); returns the end and the rewards on the way."""
+    """Gradient ascent on pixels (1, F, 3, H, W); returns the result and the rewards on the way."""
     pixels = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([pixels], lr=rate)
     curve = []
@@ -278,11 +281,11 @@ def ascend(reward, start, prompt, steps=150, rate=0.03):
 
 
 gray = torch.full((1, 1, 3, 64, 64), 0.5, device=model.device)
-dreamt, curve = ascend(hps, gray, prompts[0])
+dreamed, curve = ascend(hps, gray, prompts[0])
 
 # %% [markdown]
-# > **Predict.** The real clip above has a certain `hps`. The dreamt picture will reach
-# > **(a)** less, it is no real picture · **(b)** about the same, and look like a red star · **(c)** more, and look like nothing
+# > **Predict.** The sampled clip above has a certain `hps`. The dreamed picture will reach
+# > **(a)** less: it is not a real picture · **(b)** about the same, and look like a red star · **(c)** more, and look like nothing
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -292,9 +295,9 @@ real = hps(frames[:1, 4:5], prompts[:1]).item()
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.9), layout="constrained")
 left.imshow(course.picture(frames[0, 4]))
 left.set_title(f"sampled: hps {real:.2f}", fontsize=9)
-middle.imshow(course.picture(dreamt[0, 0]))
-middle.set_title(f"dreamt: hps {curve[-1]:.2f}", fontsize=9)
-right.plot(curve, label="dreamt")
+middle.imshow(course.picture(dreamed[0, 0]))
+middle.set_title(f"dreamed: hps {curve[-1]:.2f}", fontsize=9)
+right.plot(curve, label="dreamed")
 right.axhline(real, color="gray", linestyle="--", label="sampled")
 right.set(xlabel="step of the ascent", ylabel="hps")
 right.legend(frameon=False)
@@ -311,14 +314,15 @@ course.predict(
 )
 
 # %% [markdown]
-# You have met an *adversarial image*. The reward did not lie: it never promised anything about pictures like this one.
+# This is an *adversarial image*. The reward did not lie: it never promised anything about pictures like this one.
+#
 # That is why we do not optimize pixels. We optimize a few weights of a *video model*, which can only make videos, and so
-# stays near the pictures on which the reward's word is worth something. Near, not on: train too long, and the model finds
+# stays near the pictures on which the reward can be trusted. Near, but not on them: train too long, and the model finds
 # the way out, too. That is called *reward hacking*.
 #
-# ## Rewards add up, and may quarrel
+# ## Rewards add up, and may conflict
 #
-# Rewards have an algebra: they add, they scale, they aim at a target.
+# Rewards have an algebra: you can add them, scale them, and aim them at a target.
 
 # %%
 WEIGHTS = "tiny" if MODEL == "tiny" else "published"
@@ -330,22 +334,20 @@ for name, reward in likes.items():
     print(f"{name:10}", [f"{value:6.3f}" for value in values], reward)
 
 # %% [markdown]
-# Why 0.02? Because a rating of 7 and a cosine of 0.7 have different units: added bare, the rating would drown the cosine.
-# A way to choose that does not depend on units: measure how far each reward *spreads* over clips of the base model, and
-# count in these standard deviations.
+# Why 0.02? Because a rating of 7 and a cosine of 0.7 have different units: without a weight, the rating would drown out
+# the cosine. There is a way to choose that does not depend on units: measure how much each reward *varies* over clips of
+# the base model, and express it in these standard deviations.
 
 # %%
 from vader_nb.rewards import statistics
 
 for name in ("hps", "aesthetic"):
-    mean, std = statistics(
-        likes[name], frames, prompts
-    )  # three clips are few; fifty would be better
+    mean, std = statistics(likes[name], frames, prompts)  # three clips are few; use fifty or so
     print(f"{name:10} mean {mean:6.3f}, spread {std:5.3f}:", likes[name].normalized(mean, std))
 
 # %% [markdown]
-# If two rewards pull a pixel in opposite directions, their sum goes nowhere. The cosine between their gradients tells:
-# +1 they agree, 0 they do not care about each other, −1 they fight.
+# If two rewards pull a pixel in opposite directions, their sum goes nowhere. The cosine between their gradients shows
+# this: +1 they agree, 0 they are independent, −1 they fight.
 
 
 # %%
@@ -389,15 +391,16 @@ course.show(
 )
 
 # %% [markdown]
-# Most pairs are near zero, for a reason that has nothing to do with taste: in some hundred thousand dimensions two directions are almost
-# always perpendicular. `compress` and `detail` are opposites by construction, which is how you know that the table works.
-# (For two rewards and each clip by itself: `rewards.conflict`.)
+# Most pairs are near zero, for a reason that has nothing to do with taste: in some hundred thousand dimensions two
+# directions are almost always perpendicular. `compress` and `detail` are opposites by construction, which is how you know
+# that the table works. (`rewards.conflict` compares two rewards on each clip separately.)
 #
-# ## The ones that others have trained
+# ## Published rewards
 #
 # What you built from embedded networks exists at full size. The same functions load it: `rewards.hps()` is HPS v2.1,
-# `rewards.aesthetic()` the LAION predictor, `rewards.action()` knows 400 actions. They want a download, and some
-# licenses have conditions (VideoMAE's forbids commercial use). This is the whole gallery, with what each costs and when it fails:
+# `rewards.aesthetic()` the LAION predictor, `rewards.action()` knows 400 actions. They need a download, and some licenses
+# have conditions (VideoMAE's forbids commercial use). Here is the whole gallery, with what each one costs and when it
+# fails:
 
 # %%
 rewards.table()
@@ -432,11 +435,12 @@ def check(sunrise):
     ramp = torch.linspace(0.1, 0.9, 8)[None, :, None, None, None].expand(2, 8, 3, 8, 8).clone()
     ramp[1] = ramp[1].flip(0)  # clip 0 gets brighter, clip 1 darker
     value = sunrise(ramp, ["", ""])
-    assert value.shape == (2,), f"one number a clip, shape (2,), not {tuple(value.shape)}"
+    assert value.shape == (2,), f"one number per clip, shape (2,), not {tuple(value.shape)}"
     assert value[0] > 0 > value[1], (
         "a clip that gets brighter must score above 0, one that gets darker below"
     )
-    assert vader_nb.check(sunrise).passed, f"it is not fit to train on:\n{vader_nb.check(sunrise)}"
+    report = vader_nb.check(sunrise)
+    assert report.passed, f"it cannot be trained on:\n{report}"
 
 
 course.attempt(check, sunrise)
@@ -451,8 +455,8 @@ course.attempt(check, sunrise)
 # ```
 # </details>
 #
-# **2.** This reward wants *few bright pixels*, and counts them. Counting has no gradient. Make it differentiable: replace
-# the step by something smooth (`torch.sigmoid` is steep where you multiply its input by a large number).
+# **2.** This reward asks for *few bright pixels* and counts them. Counting has no gradient. Make it differentiable:
+# replace the step function with something smooth (`torch.sigmoid` gets steep if you multiply its input by a large number).
 
 
 # %% tags=["exercise"]
@@ -469,7 +473,7 @@ def check(few_bright_pixels):
         f"all dark should score near 0 and all bright near -1; you give {high:.2f} and {low:.2f}"
     )
     report = vader_nb.check(few_bright_pixels)
-    assert report.passed, f"it is not fit to train on:\n{report}"
+    assert report.passed, f"it cannot be trained on:\n{report}"
 
 
 course.attempt(check, few_bright_pixels)
@@ -496,10 +500,8 @@ def conflict(first, second, frames, prompts):
 # %% tags=["check"]
 def check(conflict):
     bright = rewards.brightness()
-    same, opposite = (
-        conflict(bright, bright, frames, prompts),
-        conflict(bright, -bright, frames, prompts),
-    )
+    same = conflict(bright, bright, frames, prompts)
+    opposite = conflict(bright, -bright, frames, prompts)
     assert abs(float(same) - 1) < 1e-3, (
         f"a reward agrees with itself: expected 1, got {float(same):.3f}"
     )
@@ -530,5 +532,5 @@ course.attempt(check, conflict)
 # </details>
 
 # %% [markdown] tags=["next"]
-# **Next:** [04 · Reward gradients](04_reward_gradients.ipynb): bring the two halves together. From the reward's gradient on
-# pixels to a gradient on weights, without running out of memory.
+# **Next:** [04 · Reward gradients](04_reward_gradients.ipynb) brings the two halves together: from the reward's gradient
+# on pixels to a gradient on weights, without running out of memory.

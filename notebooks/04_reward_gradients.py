@@ -28,8 +28,8 @@
 #
 # $$\text{adapter} \to \text{last } K \text{ steps} \to \text{latents} \to \text{decoder} \to \text{frames} \to \text{reward}$$
 #
-# and this notebook is about walking it backwards, exactly, with little memory, and about the many shortcuts that people
-# have found, measured side by side against the true gradient.
+# This notebook is about going through it backward, exactly and with little memory. It is also about the many shortcuts
+# that people have found, measured side by side against the true gradient.
 #
 # **You will be able to**
 #
@@ -48,9 +48,14 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # %pip install -q open_clip_torch mediapy
     pass
 
+from vader_nb import course
+
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
+STEPS = 10  # @param {type:"integer"}
+FRAMES = 8  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
+STEPS, FRAMES = course.quick((STEPS, FRAMES), (5, 2))  # fewer when tests run this notebook
 
 # %%
 import inspect
@@ -60,18 +65,21 @@ import matplotlib.pyplot as plt
 import torch
 
 import vader_nb
-from vader_nb import Frames, Gallery, Last, Sampling, Video, course, gradient, lora, rewards
+from vader_nb import Frames, Gallery, Last, Sampling, Video, gradient, lora, rewards, strategies
+from vader_nb.sampling import denoising_step, initial_noise
 
-model = vader_nb.load(MODEL, dtype=torch.float64)  # double precision: "equal" shall mean equal
+model = vader_nb.load(MODEL, dtype=torch.float64)  # double precision: "equal" should mean equal
+settings = Sampling(num_inference_steps=STEPS, num_frames=FRAMES).resolve(model)
 prompts = ["a yellow triangle moving right on a gray background"]
-clips = vader_nb.sample(model, prompts, seeds=SEED)
+clips = vader_nb.sample(model, prompts, seeds=SEED, sampling=settings)
 Gallery({"the clip": [Video(clip, 8, text) for clip, text in zip(clips, prompts)]}, width=144)
 
 # %% [markdown]
 # ## The plain way
 #
-# Autograd can do it all in one go. The sampler from notebook 1, the last step with a graph, decode, reward, backward. What
-# learns is an *adapter*, a small addition to the weights (notebook 5 takes it apart; here it is just "the parameters").
+# Autograd can do it all in one go: the sampler from notebook 1 with a graph through the last step, then decode, reward,
+# backward. What learns is an *adapter*, a small addition to the weights. (Notebook 5 takes it apart; here it is just "the
+# parameters".)
 
 # %%
 adapter = lora.add(model, rank=4, seed=SEED)
@@ -80,17 +88,16 @@ for p in adapter.parameters():  # a fresh adapter does nothing; give it somethin
 
 reward = rewards.hps("tiny")
 reward.to(torch.float64)
-settings = Sampling().filled(model)
-noise, _ = gradient.initial_noise(model, [SEED], settings)
+noise, _ = initial_noise(model, [SEED], settings)
 
 
 # %%
-def plain(frames=range(8), K=1):
+def plain(frames=range(FRAMES), K=1):
     """-mean(reward), with one graph through the last K steps, the decoder and the reward."""
-    scheduler, x, text = model.new_scheduler(10), noise, model.encode(prompts)
+    scheduler, x, text = model.new_scheduler(settings), noise, model.encode(prompts)
     for i, t in enumerate(scheduler.timesteps):
-        with torch.set_grad_enabled(i >= 10 - K):
-            x = model.step(scheduler, model.predict(x, t, text, settings.guidance_scale), t, x)
+        with torch.set_grad_enabled(i >= STEPS - K):
+            x = denoising_step(model, scheduler, x, t, text, settings)
     return -reward(model.decode(x, list(frames)), prompts).mean()
 
 
@@ -103,33 +110,34 @@ def gradient_of(run):
 
 
 by_autograd = gradient_of(lambda: plain().backward())
-print(f"{by_autograd.numel():,} numbers, length {by_autograd.norm():.4f}")
+print(f"{by_autograd.numel():,} parameters, gradient of length {by_autograd.norm():.4f}")
 
 # %% [markdown]
-# It works, and it is wasteful: at the moment when the reward goes backwards, the activations of *everything* are in memory
-# together: the denoiser's, the decoder's for all eight frames, the reward's for all eight frames.
+# It works, and it is wasteful. When the backward pass starts, the activations of *everything* are in memory together: the
+# denoiser's, the decoder's for all eight frames, and the reward's for all eight frames.
 #
 # ## The same, in three stages
 #
-# Nothing forces us to keep it all at once. The chain has two thin places: the latents, and the frames. Cut there.
+# Nothing forces us to keep all of it at once. The chain has two narrow places: the latents and the frames. Cut there.
 #
-# **Stage 1, roll out.** All steps without any graph. Note the latents at the cut.
+# **Stage 1, roll out.** Run all steps without a graph, and store the latents before the last K steps.
 #
-# **Stage 2, score.** Decode *one frame*, score it, go backwards to the latents, forget. Next frame. Their gradients add up.
+# **Stage 2, score.** Decode *one frame*, score it, go backward to the latents, free the memory. Then the next frame. Their
+# gradients add up.
 #
-# **Stage 3, replay.** The last K steps again, now with a graph, and one backward pass that starts from the latents' gradient.
+# **Stage 3, replay.** Run the last K steps again, now with a graph, and start one backward pass from the latents' gradient.
 #
-# Here is stage 2 as the package has it:
+# Here is stage 2 as the package implements it:
 
 # %%
 print(inspect.getsource(gradient.score))
 
 # %% [markdown]
-# Two branches: a reward on single frames streams all the way. A reward on the whole clip (the action reward) needs all
-# frames at once, but its *decoder* does not: the clip is decoded without a graph, and the frames' gradient is then sent
-# back through the decoder chunk by chunk.
+# There are two cases. A reward on single frames streams all the way. A reward on the whole clip (the action reward) needs
+# all frames at once, but the *decoder* does not: the clip is decoded without a graph, and the frames' gradient is then
+# sent back through the decoder a few frames at a time.
 #
-# > **Predict.** Staged and plain gradient of the same thing, in double precision. The largest difference, relative to the
+# > **Predict.** Compare the staged and the plain gradient in double precision. The largest difference, relative to the
 # > length of the gradient, will be around **(a)** 1 % · **(b)** one in a million · **(c)** rounding, 1e-12 or less
 
 # %%
@@ -137,50 +145,46 @@ guess = None  # "a", "b" or "c"
 
 
 # %%
-def staged(strategy=Last(1), frames=Frames("all"), reward=reward, **more):
-    return gradient_of(
-        lambda: vader_nb.reward_gradient(
-            model, adapter, reward, prompts, seeds=[SEED], strategy=strategy, frames=frames, **more
-        )
-    )
+def staged(strategy=Last(1), frames=Frames.all(), **options):
+    options |= {"seeds": [SEED], "sampling": settings, "strategy": strategy, "frames": frames}
+    return gradient_of(lambda: vader_nb.reward_gradient(model, adapter, reward, prompts, **options))
 
 
+# %%
 gap = (staged() - by_autograd).abs().max() / by_autograd.norm()
 print(f"relative difference {gap:.1e}")
 course.predict(
     guess,
     "c",
-    "the stages are algebra, not an approximation: the chain rule, evaluated in another order.",
+    "the stages are not an approximation: they are the chain rule, evaluated in another order.",
 )
 
 # %% [markdown]
 # ## Where the memory goes
 #
-# Count the tensors that live at the worst moment, for a growing number of scored frames: once in the plain way, once
-# staged. (`Peak` looks at every tensor that torch makes, forwards and backwards. Each stage frees its own before the next
-# begins, so what counts is the largest moment.)
+# Now measure the peak memory for a growing number of scored frames: once in the plain way, once staged. (`MemoryTracker`
+# follows every tensor that torch makes, forward and backward. Each stage frees its tensors before the next one begins, so
+# the peak is that of the largest stage.)
 
 # %%
-from vader_nb.memory import Peak
+from vader_nb.memory_planner import MemoryTracker
 
 
 def megabytes(run):
-    with Peak() as peak:
+    with MemoryTracker() as tracker:
         run()
-    return peak.bytes / 1e6
+    return tracker.bytes / 1e6
 
 
-counts = (1, 2, 4, 8)
+counts = [n for n in (1, 2, 4, 8) if n <= FRAMES]
 plainly = [megabytes(lambda n=n: gradient_of(lambda: plain(range(n)).backward())) for n in counts]
-in_stages = [
-    megabytes(lambda n=n: staged(frames=Frames("list", indices=tuple(range(n))))) for n in counts
-]
+in_stages = [megabytes(lambda n=n: staged(frames=Frames.at(*range(n)))) for n in counts]
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
 axis.plot(counts, plainly, marker="o", label="plain autograd")
 axis.plot(counts, in_stages, marker="o", label="staged")
-axis.set(xlabel="frames that are scored", ylabel="MB at the worst moment", ylim=(0, None))
+axis.set(xlabel="frames that are scored", ylabel="peak memory, MB", ylim=(0, None))
 axis.legend(frameon=False)
 course.show(
     figure,
@@ -191,22 +195,23 @@ print(
 )
 
 # %% [markdown]
-# Level. VADER's paper scores *one random frame* of a clip because more did not fit; here all frames cost no more memory
+# Flat. VADER's paper scores *one random frame* of a clip because more did not fit; here all frames cost no more memory
 # than one (though they cost time).
 #
-# And over $K$? The replay computes each step again only when the backward pass arrives there, so at any moment only one
-# call of the denoiser is alive. And of that call only one *block*: inside, the same trick is played again, which is called
-# activation checkpointing, and can be switched off.
+# And over $K$? The replay computes each step again only when the backward pass gets there, so at any moment only one
+# call of the denoiser is in memory. And of that call only one *block*: inside, the same trick is used again. It is called
+# *gradient checkpointing* and can be turned off.
 
 # %%
-Ks = (1, 2, 4)
-one = Frames("list", indices=(4,))
+Ks = course.quick((1, 2, 4), (1, 2))
+middle = FRAMES // 2
+one = Frames.at(middle)
 over_K = {
     "plain autograd": [
-        megabytes(lambda K=K: gradient_of(lambda: plain([4], K).backward())) for K in Ks
+        megabytes(lambda K=K: gradient_of(lambda: plain([middle], K).backward())) for K in Ks
     ],
     "staged, whole calls": [
-        megabytes(lambda K=K: staged(Last(K), one, checkpoint_blocks=False)) for K in Ks
+        megabytes(lambda K=K: staged(Last(K), one, gradient_checkpointing=False)) for K in Ks
     ],
     "staged, block by block": [megabytes(lambda K=K: staged(Last(K), one)) for K in Ks],
 }
@@ -214,8 +219,8 @@ over_K = {
 # %%
 figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
 for label, values in over_K.items():
-    axis.plot(Ks, values, marker="o", label=f"{label}: {values[-1]:.0f} MB at K = 4")
-axis.set(xlabel="K, steps that learn", ylabel="MB at the worst moment", ylim=(0, None))
+    axis.plot(Ks, values, marker="o", label=f"{label}: {values[-1]:.0f} MB at K = {Ks[-1]}")
+axis.set(xlabel="K, steps that learn", ylabel="peak memory, MB", ylim=(0, None))
 axis.set_xticks(Ks)
 axis.legend(frameon=False)
 course.show(
@@ -224,7 +229,7 @@ course.show(
 )
 
 # %% [markdown]
-# The price is time: each of the $K$ calls is computed twice, block by block three times.
+# The price is time: each of the $K$ calls is computed twice, or three times with gradient checkpointing.
 #
 # ## The estimator lab
 #
@@ -233,19 +238,19 @@ course.show(
 # | object | paper | idea |
 # |---|---|---|
 # | `Last(K)` | DRaFT-K; VADER with K = 1 | the last K steps |
-# | `Random()` | AlignProp | the last K, K drawn anew each time |
-# | `Step(i)` | | one step, the gradient travels there through all later ones |
-# | `DRaFTLV(n)` | DRaFT-LV | the last step, n fresh noisings, averaged |
+# | `Random()` | AlignProp | the last K, with a random K each time |
+# | `Step(i)` | | one step; the gradient reaches it through all later ones |
+# | `DRaFTLV(n)` | DRaFT-LV | the last step, from n fresh noisings, averaged |
 # | `ReFL()` | ImageReward | stop at a late step, score its *predicted* clean video |
-# | `DRTune(K)` | DRTune | K steps all over the chain, skipping the network in between |
+# | `DRTune(K)` | DRTune | K steps spread over the chain, skipping the network in between |
 #
-# All of them stand in for the exact gradient, `Last(10)`. How well? We measure the cosine to it (does it point
-# the same way?), the length, and the noise (how much do draws of the same estimator differ?).
+# All of them approximate the exact gradient, which takes all steps: `Last(10)`. How well? We measure the cosine to it (does
+# it point the same way?), the length, and the noise (how much do draws of the same estimator differ?).
 
 # %%
 from vader_nb import DRaFTLV, DRTune, Random, ReFL
 
-exact = staged(Last(10))
+exact = staged(Last(STEPS))
 lab = {
     "Last(1)": Last(1),
     "Last(2)": Last(2),
@@ -258,7 +263,7 @@ lab = {
 }
 
 # %% [markdown]
-# > **Predict.** Which one, for two draws each, points most nearly where the exact gradient points?
+# > **Predict.** With two draws each, which one comes closest to the direction of the exact gradient?
 # > **(a)** `Last(1)` · **(b)** `Last(5)` · **(c)** `DRTune(5)`
 
 # %%
@@ -291,6 +296,8 @@ course.show(
     figure,
     "Four bar charts over eight estimators: cosine to the exact gradient, relative length, noise and seconds.",
 )
+
+# %%
 candidates = {"a": "Last(1)", "b": "Last(5)", "c": "DRTune(5)"}
 best = max(candidates, key=lambda letter: rows[candidates[letter]][0])
 course.predict(
@@ -300,39 +307,40 @@ course.predict(
 )
 
 # %% [markdown]
-# Do not crown a winner from one picture. `Last(1)` points nearly where the exact gradient points, for half the time of
-# `Last(5)`: an optimizer takes many steps, and what counts is how much better the model is after a *minute*. (`DRaFTLV`
-# shows no noise because its fresh noise comes from the clip's own seed.) VADER's authors found K = 1 better
-# than K = 10 for the same time; on other models, whose last step hardly moves (notebook 2), the bargain is another.
-# This is one clip, one reward, one untrained adapter. With your own reward, measure again.
+# Do not pick a winner from one picture. `Last(1)` points almost the same way as the exact gradient, in half the time of
+# `Last(5)`. An optimizer takes many steps, and what counts is how much better the model is after a *minute*. (`DRaFTLV`
+# shows no noise because its fresh noise comes from the clip's own seed.)
+#
+# VADER's authors found K = 1 better than K = 10 for the same time. For models with a last step that hardly moves (notebook
+# 2), the trade-off is different. And this is one clip, one reward, one untrained adapter: with your own reward, measure
+# again.
 #
 # ## Which frames?
 #
-# The same question for frames. A reward on one random frame is an *unbiased* guess of the mean over all of them.
+# We can ask the same question for frames. A reward on one random frame is an *unbiased* estimate of the mean over all.
 
 # %%
-everything = staged(frames=Frames("all"))
-singles = torch.stack([staged(frames=Frames("list", indices=(f,))) for f in range(8)])
+everything = staged(frames=Frames.all())
+singles = torch.stack([staged(frames=Frames.at(f)) for f in range(FRAMES)])
 print(
-    "mean of the eight single-frame gradients equals the all-frame one:",
+    "the mean of the single-frame gradients equals the all-frame one:",
     torch.allclose(singles.mean(0), everything),
 )
 
 # %%
-cosines = [
-    torch.cosine_similarity(singles[:k].mean(0), everything, dim=0).item() for k in range(1, 9)
-]
+counts = range(1, FRAMES + 1)
+cosines = [torch.cosine_similarity(singles[:n].mean(0), everything, dim=0).item() for n in counts]
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
-axis.plot(range(1, 9), cosines, marker="o")
+axis.plot(counts, cosines, marker="o")
 axis.set(xlabel="frames that are scored", ylabel="cosine to all frames", ylim=(0, 1.05))
 course.show(
     figure,
-    "The cosine to the all-frame gradient rises towards 1 as more frames are scored, fast at first.",
+    "The cosine to the all-frame gradient rises toward 1 as more frames are scored, fast at first.",
 )
 
 # %% [markdown]
-# One frame alone points only roughly where all of them point, two or three nearly. VADER gets away with one because its
-# guess is *unbiased*: over many steps the errors of single frames cancel, and one is cheap.
+# One frame alone gives only the rough direction; two or three come close. VADER gets away with one because the estimate is
+# *unbiased*: over many steps the errors of single frames cancel, and one frame is cheap.
 #
 # ## Recap
 #
@@ -341,27 +349,27 @@ course.show(
 # | $\partial R/\partial x_0$ | `gradient.score(...)[1]` | as the latents |
 # | $K$ | `Last(K)` | |
 # | estimator | `Last`, `Random`, `Step`, `DRaFTLV`, `ReFL`, `DRTune` | |
-# | scored frames | `Frames("random", 1)`, `"ends"`, `"nth"`, `"all"`, `"list"` | indices |
+# | scored frames | `Frames.random(1)`, `.ends()`, `.every(2)`, `.all()`, `.at(0, 4)` | indices |
 # | $\nabla_\theta$ | `.grad` of `adapter.parameters()` | |
 #
 # ## Exercises
 #
-# **1.** Stage 2 in miniature. `decode` turns one latent into one frame, `judge` scores a frame. Return the gradient of the
-# *mean* score with respect to all latents, with at most one frame's graph alive at a time.
+# **1.** Stage 2 in miniature. `decode` turns one latent into one frame, `reward` scores a frame. Return the gradient of the
+# *mean* reward with respect to all latents, with at most one frame's graph in memory at a time.
 
 
 # %% tags=["exercise"]
-def streamed(latents, decode, judge):
-    """latents (F, N) -> gradient (F, N) of the mean over frames of judge(decode(latent))."""
+def streamed(latents, decode, reward):
+    """latents (F, N) -> gradient (F, N) of the mean over frames of reward(decode(latent))."""
     return torch.zeros_like(latents)  # replace this line
 
 
 # %% tags=["check"]
 def check(streamed):
-    alive = [0]
+    calls = [0]
 
     def decode(z):
-        alive[0] += 1
+        calls[0] += 1
         assert z.ndim == 1, "decode takes one latent of shape (N,) at a time"
         return z.sin() * 2
 
@@ -369,8 +377,8 @@ def check(streamed):
     leaf = latents.clone().requires_grad_()
     right = torch.autograd.grad((leaf.sin() * 2).square().sum(1).mean(), leaf)[0]
     answer = streamed(latents, decode, lambda frame: frame.square().sum())
-    assert alive[0] == 5, (
-        f"each of the 5 latents must be decoded once; decode was called {alive[0]} times"
+    assert calls[0] == 5, (
+        f"each of the 5 latents must be decoded once; decode was called {calls[0]} times"
     )
     assert answer.shape == latents.shape, (
         f"expected {tuple(latents.shape)}, got {tuple(answer.shape)}"
@@ -387,21 +395,21 @@ course.attempt(check, streamed)
 # <details><summary>A solution</summary>
 #
 # ```python
-# def streamed(latents, decode, judge):
+# def streamed(latents, decode, reward):
 #     leaf = latents.clone().requires_grad_()
 #     for z in leaf:
-#         (judge(decode(z)) / len(leaf)).backward()
+#         (reward(decode(z)) / len(leaf)).backward()
 #     return leaf.grad
 # ```
 # </details>
 #
-# **2.** Strategies are objects that draw a *plan*. Let `EveryOther` make steps 1, 3, 5, … learn (counted from the end).
+# **2.** A strategy is an object that draws a *plan*. Let `EveryOther` train steps 1, 3, 5, … (counted from the end).
 
 
 # %% tags=["exercise"]
 class EveryOther:
     def plan(self, steps, generator):
-        return gradient.Plan(active=frozenset())  # replace this line
+        return strategies.Plan(active=frozenset())  # replace this line
 
 
 # %% tags=["check"]
@@ -411,7 +419,7 @@ def check(strategy):
     assert 2 not in active, "step 2 must not learn"
     assert active == frozenset({1, 3, 5, 7, 9}), f"of ten steps, got {sorted(active)}"
     assert strategy().plan(3, torch.Generator()).active == {1, 3}, "it must fit any number of steps"
-    staged(strategy(), Frames("list", indices=(4,)))
+    staged(strategy(), one)
 
 
 course.attempt(check, EveryOther)
@@ -422,12 +430,12 @@ course.attempt(check, EveryOther)
 # ```python
 # class EveryOther:
 #     def plan(self, steps, generator):
-#         return gradient.Plan(active=frozenset(range(1, steps + 1, 2)))
+#         return strategies.Plan(active=frozenset(range(1, steps + 1, 2)))
 # ```
 # </details>
 #
-# **3.** An estimator that is short is not wrong: AdamW rescales it. One that points *downhill* is. Write a function that
-# says whether a gradient estimate points uphill on the true objective. (All gradients here are of −reward.)
+# **3.** A gradient estimate that is too short does no harm: AdamW rescales it. One that points *downhill* does. Write a
+# function that says whether an estimate points uphill on the true reward. (All gradients here are of −reward.)
 
 
 # %% tags=["exercise"]

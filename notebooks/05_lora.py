@@ -23,9 +23,10 @@
 # *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
-# ModelScope has 1.4 billion weights. We could give every one of them a gradient, an optimizer state, and a chance to go
-# wrong. We do not. A *low-rank adapter* adds a narrow bypass to some of the layers and trains only that: well below one
-# per cent of ModelScope's numbers, in a file that fits into an e-mail, and the model underneath stays exactly what it was.
+# ModelScope's denoiser has 1.4 billion weights. We could give every one of them a gradient, an optimizer state, and a
+# chance to go wrong. We do not. A *low-rank adapter* adds a narrow bypass to some of the layers and trains only that: well
+# below one percent of ModelScope's parameters, in a file small enough for an e-mail. The model underneath stays exactly as
+# it was.
 #
 # **You will be able to**
 #
@@ -44,9 +45,12 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # %pip install -q open_clip_torch mediapy
     pass
 
+from vader_nb import course
+
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny", "modelscope"]
 SEED = 0  # @param {type:"integer"}
+TRIAL_STEPS, STEPS = course.quick((8, 10), (2, 2))  # fewer when tests run this notebook
 
 # %%
 import tempfile
@@ -56,11 +60,12 @@ import torch
 from torch import nn
 
 import vader_nb
-from vader_nb import Frames, Gallery, Sampling, Video, course, lora, prompts, rewards
+from vader_nb import Frames, Gallery, Sampling, Video, lora, prompts, rewards
 
 model = vader_nb.load(MODEL)
+model.defaults |= course.quick({}, {"num_inference_steps": 2})  # fewer in tests
 hps = rewards.hps("tiny" if MODEL == "tiny" else "published").to(model.device)
-ask = prompts.get("tiny")[6:600:150]  # four captions of the training set: we shall train on them
+ask = prompts.get("tiny")[6:600:150]  # four captions of the training set: we will train on them
 before = vader_nb.sample(model, ask, seeds=SEED)
 Gallery({"the base model": [Video(clip, 8, text) for clip, text in zip(before, ask)]}, width=128)
 
@@ -100,9 +105,9 @@ print(
 )
 
 # %% [markdown]
-# $B$ starts at zero, so on the first day the adapted model *is* the base model. Good: training starts from what we have.
+# $B$ starts at zero, so at first the adapted model *is* the base model. Good: training starts from what we have.
 #
-# > **Predict.** After one step of training, which of the two matrices has moved?
+# > **Predict.** After one step of training, which of the two matrices has changed?
 # > **(a)** both · **(b)** only $A$ · **(c)** only $B$
 
 # %%
@@ -111,40 +116,34 @@ guess = None  # "a", "b" or "c"
 # %%
 adapted(x).square().mean().backward()
 print(f"gradient of A: {adapted.A.grad.norm():.4f}   of B: {adapted.B.grad.norm():.4f}")
-course.predict(
-    guess, "c", "A's gradient passes through B, which is zero. From the second step on, both move."
-)
+because = "A's gradient passes through B, which is zero. From the second step on, both change."
+course.predict(guess, "c", because)
 
 # %% [markdown]
-# Were both zero, none would ever move. Were none zero, the model would be disturbed before it has learnt anything.
+# If both were zero, neither would ever change. If neither were zero, the model would be disturbed before it has learned
+# anything.
 #
-# ## Does a low rank suffice?
+# ## Is a low rank enough?
 #
-# Any matrix is a sum of rank-one matrices, ordered by importance: its singular values. Look at what *full* training of one
-# layer would change, and ask how much of this change the first $r$ of them hold. As a stand-in for training we take the
-# true gradient of a reward with respect to one attention layer of the model.
+# Any matrix is a sum of rank-one matrices, ordered by importance: by its singular values. What would *full* training of one
+# layer change, and how much of this change do the first $r$ of them hold? As a stand-in for training we take the true
+# gradient of a reward with respect to one attention layer of the model.
 
 # %%
-from vader_nb import gradient
+from vader_nb import sampling
 
-settings = Sampling().filled(model)
-name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"  # what a word says to a cell
+settings = Sampling().resolve(model)
+name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"  # from words to cells
 target = model.denoiser.get_submodule(name)
 target.weight.requires_grad = True
 
 
 # %%
-noise, _ = gradient.initial_noise(model, [0, 1, 2, 3], settings)
-text = model.encode(ask)
-start = gradient.roll_out(model, text, noise, settings, window=1)
-t = start.timesteps[0]
-last = model.step(
-    model.new_scheduler(10),
-    model.predict(start.start, t, text, settings.guidance_scale),
-    t,
-    start.start,
-)
-hps(model.decode(last, [4]), ask).sum().backward()
+rollout = sampling.roll_out(model, ask, [0, 1, 2, 3], settings, window=1)
+x, t = rollout.states[0], rollout.timesteps[0]  # the last step, once more and with a graph
+output = model.guided(x, t, rollout.conditioning, settings)
+x = model.step(rollout.scheduler, output, t, x)
+hps(model.decode(x, [4]), ask).sum().backward()
 
 
 # %%
@@ -180,12 +179,12 @@ course.predict(
 )
 
 # %% [markdown]
-# A gradient of a few clips *is* of low rank. That is the practical reason why a narrow bypass can follow it.
+# The gradient of a few clips *has* a low rank. That is the practical reason why a narrow bypass can follow it.
 #
 # ## The same with peft
 #
-# You will not write LoRA layers yourself in earnest; [peft](https://huggingface.co/docs/peft) does. `lora.add` puts them
-# into the denoiser. Is peft's layer the one that we wrote?
+# In practice you will not write LoRA layers yourself; [peft](https://huggingface.co/docs/peft) has them, and `lora.add` puts
+# them into the denoiser. Is peft's layer the same as ours?
 
 # %%
 adapter = lora.add(model, rank=4, seed=SEED)
@@ -206,11 +205,11 @@ adapter.remove()
 # ## Where to put it
 #
 # The usual place is attention: the layers `to_q`, `to_k`, `to_v`, `to_out`. But a video model has three kinds of attention
-# (between cells of a frame, from cells to words, between frames), and it has feed-forward layers as well.
+# (between cells of a frame, from cells to words, between frames), and feed-forward layers as well.
 
 # %%
 places = {
-    "attention (default)": model.targets,
+    "attention (default)": None,
     "values only": ("to_v",),
     "words only": tuple(
         f"attentions.{i}.transformer_blocks.0.attn2.to_{m}" for i in (0, 1) for m in "kv"
@@ -223,15 +222,15 @@ counts = {}
 for place, targets in places.items():
     trial = lora.add(model, rank=4, targets=targets)
     counts[place] = sum(p.numel() for p in trial.parameters())
-    print(f"{place:<20} {len(trial.layers):3} layers {counts[place]:9,} numbers")
+    print(f"{place:<20} {len(trial.layers):3} layers {counts[place]:9,} parameters")
     trial.remove()
 
 whole = sum(p.numel() for p in model.denoiser.parameters())
-print(f"{'the whole denoiser':<20} {'':10} {whole:9,} numbers")
+print(f"{'the whole denoiser':<20} {'':10} {whole:9,} parameters")
 
 # %% [markdown]
-# What can a small budget of steps do in each place? Four short runs, same seeds, same prompts. (Eight steps are few: look
-# at the direction, not at the last digit.)
+# What can a few training steps achieve in each place? Here are four short runs with the same seeds and prompts. (Eight steps
+# are few: look at the trend, not at the last digit.)
 
 # %%
 curves = {}
@@ -239,9 +238,9 @@ for place, targets in places.items():
     trial = lora.add(model, rank=4, targets=targets, seed=SEED)
     optimizer = torch.optim.AdamW(trial.parameters(), lr=2e-3)
     rows = []
-    for _ in range(8):
+    for _ in range(TRIAL_STEPS):
         result = vader_nb.reward_gradient(
-            model, trial, hps, ask[:2], seeds=[10, 11], frames=Frames("list", indices=(4,))
+            model, trial, hps, ask[:2], seeds=[10, 11], frames=Frames.at(4)
         )
         optimizer.step()
         optimizer.zero_grad()
@@ -252,7 +251,7 @@ for place, targets in places.items():
 # %%
 figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
 for place, rows in curves.items():
-    axis.plot(range(1, 9), rows, label=f"{place} ({counts[place] / 1e3:.0f} k)")
+    axis.plot(range(1, len(rows) + 1), rows, label=f"{place} ({counts[place] / 1e3:.0f} k)")
 axis.set(xlabel="step", ylabel="hps of these two clips")
 axis.legend(frameon=False, fontsize=8)
 course.show(
@@ -261,21 +260,22 @@ course.show(
 )
 
 # %% [markdown]
-# Every place learns; here, places with more trainable numbers climb faster. All attention layers together are the usual
-# choice, and the default here; VADER takes their queries, keys and values, too.
+# Every place learns; here, places with more trainable parameters climb faster. All attention layers together are the usual
+# choice, and the default here. VADER, too, trains their queries, keys and values. (`vader_nb.align` takes a list of layers as
+# `targets=`.)
 
 # %% [markdown]
 # ## Turn it up and down
 #
 # An adapter has a volume knob: `scale` multiplies its product. 0 is the base model, 1 is what was trained. Let us train one
-# with a wish that anybody can see, *darker*, and compare the rows.
+# with a goal that anybody can see, *darker*, and compare the rows.
 
 # %%
 run = vader_nb.align(
     model,
     -rewards.brightness(),
     ask,
-    steps=10,
+    steps=STEPS,
     batch_size=2,
     learning_rate=1e-2,
     seed=SEED,
@@ -294,28 +294,29 @@ dark.scale = 1.0
 Gallery(rows, width=96)
 
 # %% [markdown]
-# Turning the knob is free: no training, no second file. Past 1 the adapter exaggerates, where nobody has trained it. When a
-# trained model has gone too far, a scale of 0.5 to 0.7 often gives the better videos (peers of VADER publish their adapters
-# with just this advice).
+# Turning the knob is free: no training, no second file. Above 1 the adapter exaggerates; it was never trained there. When a
+# trained model has gone too far, a scale of 0.5 to 0.7 often gives better videos (some projects like VADER publish their
+# adapters with exactly this advice).
 
 # %% [markdown]
 # ## Fuse it
 #
-# A bypass costs time: two more matrix products in each layer. Where no gradient is needed, add it into the weights,
-# $W + \frac{\alpha}{r} BA$, and it costs nothing. `adapter.fused()` does so for a while and puts the *very same* weights back:
+# A bypass costs time: two more matrix products in each layer. Where no gradient is needed, add it to the weights,
+# $W + \frac{\alpha}{r} BA$, and it costs nothing. Inside `with adapter.fused():` it is part of the weights; afterward the
+# original weights are back, bit by bit:
 
 # %%
 weight = next(iter(dark.layers.values())).get_base_layer().weight
 kept = weight.detach().clone()
 with dark.fused():
     inside = (weight - kept).abs().max().item()
-print(f"inside: weights differ by {inside:.1e} · afterwards bit-equal: {torch.equal(weight, kept)}")
+print(f"inside: weights differ by {inside:.1e} · afterward bit-equal: {torch.equal(weight, kept)}")
 
 # %% [markdown]
 # ## Mix two
 #
-# Adapters are sums on the same weights, so two of them can be added: train a second one for another wish, and mix their
-# products. (Product, not matrices: $B_1A_1 + B_2A_2$ is not $(B_1+B_2)(A_1+A_2)$.)
+# Adapters are added to the same weights, so two of them can be mixed: train a second one for another goal, and add their
+# products. (The products, not the matrices: $B_1A_1 + B_2A_2$ is not $(B_1+B_2)(A_1+A_2)$.)
 
 
 # %%
@@ -332,7 +333,7 @@ second_run = vader_nb.align(
     model,
     rewards.colorfulness(),
     ask,
-    steps=10,
+    steps=STEPS,
     batch_size=2,
     learning_rate=1e-2,
     seed=SEED,
@@ -348,7 +349,8 @@ from contextlib import contextmanager
 @contextmanager
 def mixed(weights):
     """The denoiser with sum_i w_i B_i A_i added to its layers."""
-    layers = {name: model.denoiser.get_submodule(name) for name in first}
+    denoisers = nn.ModuleDict(model.denoisers)  # "unet"
+    layers = {name: denoisers.get_submodule(name) for name in first}
     kept = {name: layer.weight.data for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.weight.data = kept[name] + sum(
@@ -393,8 +395,10 @@ course.show(
 )
 
 # %% [markdown]
-# Both wishes are in the mixture, but not their plain sum: the same layers serve both, and what one does to a video changes
-# what the other has to work with.
+# Both goals are in the mixture, but it is not their plain sum: both act on the same layers, and what one does to a video
+# changes the input of the other.
+#
+# The package mixes in one line: `sample(model, ask, adapter={"runs/dark": 1.0, "runs/colorful": 1.0})`.
 #
 # ## Recap
 #
@@ -402,13 +406,13 @@ course.show(
 # |---|---|---|
 # | $W$ | `layer.get_base_layer().weight` | (out, in), never changes |
 # | $A$, $B$ | `layer.lora_A["default"].weight`, `lora_B` | (r, in), (out, r) |
-# | $r$, $\alpha$ | `lora.add(model, rank, alpha)` | numbers; alpha defaults to the rank |
+# | $r$, $\alpha$ | `lora.add(model, rank, alpha)` | two numbers; alpha defaults to the rank |
 # | volume | `adapter.scale` | 0 to 1.5 |
 # | $W + \frac{\alpha}{r}BA$ | `with adapter.fused():` | |
 #
 # ## Exercises
 #
-# **1.** How many numbers does LoRA add to a linear layer?
+# **1.** How many parameters does LoRA add to a linear layer?
 
 
 # %% tags=["exercise"]
@@ -419,7 +423,7 @@ def added(inputs, outputs, rank):
 # %% tags=["check"]
 def check(added):
     assert added(64, 64, 4) == 512, (
-        f"64 in, 64 out, rank 4: two matrices of 4 x 64, not {added(64, 64, 4)} numbers"
+        f"64 in, 64 out, rank 4: two matrices of 4 x 64, not {added(64, 64, 4)} parameters"
     )
     assert added(320, 1280, 16) == 25600, "the layer need not be square"
     assert added(10, 10, 10) == 200, "at full rank it is even more than the layer itself"
@@ -436,7 +440,7 @@ course.attempt(check, added)
 # ```
 # </details>
 #
-# **2.** Fuse our own `LoRA` layer: a plain `nn.Linear` that does the same.
+# **2.** Fuse our own `LoRA` layer into a plain `nn.Linear` that does the same.
 
 
 # %% tags=["exercise"]
@@ -481,10 +485,9 @@ course.attempt(check, fuse)
 
 # %% tags=["exercise"]
 def best(change, rank):
-    """(out, in) -> A (rank, in), B (out, rank) such that B @ A is as near to `change` as rank allows."""
-    return torch.zeros(rank, change.shape[1]), torch.zeros(
-        change.shape[0], rank
-    )  # replace this line
+    """(out, in) -> A (rank, in), B (out, rank) with B @ A as close to `change` as the rank allows."""
+    outputs, inputs = change.shape
+    return torch.zeros(rank, inputs), torch.zeros(outputs, rank)  # replace this line
 
 
 # %% tags=["check"]
@@ -499,7 +502,7 @@ def check(best):
         "there is a better B @ A of rank 2"
     )
     A, B = best(change, 5)
-    assert torch.allclose(B @ A, change, atol=1e-4), "at full rank nothing may be lost"
+    assert torch.allclose(B @ A, change, atol=1e-4), "at full rank nothing should be lost"
 
 
 course.attempt(check, best)
@@ -515,4 +518,4 @@ course.attempt(check, best)
 # </details>
 
 # %% [markdown] tags=["next"]
-# **Next:** [06 · Align](06_align.ipynb): all the parts are on the table. Put them together, and train.
+# **Next:** [06 · Align](06_align.ipynb): you have all the parts. Put them together, and train.

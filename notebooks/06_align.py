@@ -23,17 +23,17 @@
 # *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
-# Everything is on the table: a video model whose loop you wrote (1), a gradient through its last step (2), a reward to climb
-# (3), a way to walk the chain backwards in little memory (4), and a few weights to change (5). What is left is a loop of a
-# dozen lines. You write it, watch it learn, then hand it to `vader_nb.align`, which adds what a long run needs; and at the
-# end you judge the result the way a sceptic would.
+# You have all the parts: a video model and its sampling loop (1), a gradient through its last step (2), a reward to climb
+# (3), a way to go through the chain backward in little memory (4), and a few weights to change (5). What is left is a loop
+# of a dozen lines. You write it, watch it learn, and then move on to `vader_nb.align`, which adds what a long run needs. At
+# the end you examine the result the way a skeptic would.
 #
 # **You will be able to**
 #
 # - *write* VADER's training loop;
 # - *read* its curves, and tell noise from learning;
-# - *compare* before and after honestly: same seeds, unseen prompts, an interval, an independent judge;
-# - *stop* a run, go on from where it was, and *choose* settings for a larger model.
+# - *compare* before and after honestly: same seeds, unseen prompts, an interval, an independent metric;
+# - *stop* a run, resume it where it was, and *choose* settings for a larger model.
 
 # %% tags=["setup"]
 import sys
@@ -45,10 +45,14 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # %pip install -q open_clip_torch mediapy
     pass
 
+from vader_nb import course
+
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny", "modelscope"]
 STEPS = 20  # @param {type:"integer"}
+PROMPTS = 12  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
+STEPS, PROMPTS = course.quick((STEPS, PROMPTS), (2, 3))  # fewer when tests run this notebook
 
 # %%
 import tempfile
@@ -57,22 +61,23 @@ import matplotlib.pyplot as plt
 import torch
 
 import vader_nb
-from vader_nb import Frames, Gallery, Last, Video, course, lora, prompts, rewards
+from vader_nb import Frames, Gallery, Last, Video, lora, prompts, rewards
 
 model = vader_nb.load(MODEL)
+model.defaults |= course.quick({}, {"num_inference_steps": 2})  # fewer in tests
 WEIGHTS = "tiny" if MODEL == "tiny" else "published"
 reward = (rewards.hps(WEIGHTS) + 0.02 * rewards.aesthetic(WEIGHTS)).to(model.device)
 training, held_out = prompts.get("tiny"), prompts.get("tiny_held_out")
 
-ask = [held_out[i] for i in (18, 25, 68, 93, 22, 17)]  # on which the base model errs
+ask = [held_out[i] for i in (18, 25, 68, 93, 22, 17)]  # where the base model makes mistakes
 before = vader_nb.sample(model, ask, seeds=SEED)
 Gallery({"before": [Video(clip, 8, text) for clip, text in zip(before, ask)]}, width=112)
 
 # %% [markdown]
 # ## The loop
 #
-# Draw prompts and seeds; ask for the gradient; clip it; take an optimizer step. That is VADER. `reward_gradient` adds the
-# gradient of *minus* the mean reward to the adapter, since optimizers walk downhill.
+# Draw prompts and seeds, compute the gradient, clip it, take an optimizer step. That is VADER. `reward_gradient` adds the
+# gradient of *minus* the mean reward to the adapter's `.grad`, because optimizers go downhill.
 
 # %%
 adapter = lora.add(model, rank=8, seed=SEED)
@@ -80,12 +85,12 @@ optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, weight_decay=0)
 generator = torch.Generator().manual_seed(SEED)
 curve = []
 
-for _ in range(8):
+for _ in range(min(8, STEPS)):
     chosen = torch.randint(len(training), (4,), generator=generator).tolist()
     result = vader_nb.reward_gradient(
         model, adapter, reward, [training[i] for i in chosen],
         seeds=torch.randint(2**31, (4,), generator=generator).tolist(),
-        strategy=Last(1), frames=Frames("random", 1), generator=generator,
+        strategy=Last(1), frames=Frames.random(1), generator=generator,
     )  # fmt: skip
     torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
     optimizer.step()
@@ -97,14 +102,14 @@ print([round(value, 3) for value in curve])
 # %% [markdown]
 # Eight numbers that jump up and down. Is it learning?
 #
-# > **Predict.** Each step sees other prompts, and some prompts are easier than others. How far do the rewards of single
+# > **Predict.** Each step sees different prompts, and some prompts are easier than others. How much do the rewards of single
 # > clips differ, compared with what eight steps may have changed? **(a)** much less · **(b)** about as much · **(c)** much more
 
 # %%
 guess = None  # "a", "b" or "c"
 
 # %%
-texts = training[:96:6]
+texts = training[: 8 * PROMPTS : 6]
 probe = {}
 for label, scale in (("base", 0.0), ("after 8 steps", 1.0)):
     adapter.scale = scale
@@ -112,14 +117,17 @@ for label, scale in (("base", 0.0), ("after 8 steps", 1.0)):
     probe[label] = reward(clips, texts).cpu()
 adapter.remove()
 
+# %%
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.hist([values.numpy() for values in probe.values()], bins=12, label=list(probe))
 axis.set(xlabel="reward of single clips", ylabel="clips")
 axis.legend(frameon=False)
 course.show(
     figure,
-    "Histograms of the rewards of sixteen clips, base and after eight steps: wide, and nearly on top of each other.",
+    "Histograms of the rewards of sixteen clips, base and after eight steps: wide, and almost on top of each other.",
 )
+
+# %%
 spread, change = probe["base"].std().item(), (probe["after 8 steps"] - probe["base"]).mean().item()
 course.predict(
     guess,
@@ -128,14 +136,14 @@ course.predict(
 )
 
 # %% [markdown]
-# This is why a training curve of a reward model looks like noise. The remedy is not to squint but to compare *pairs*: the
-# same prompt, the same seed, with and without the adapter. Then what is hard about the prompt drops out.
+# This is why the training curve of a reward looks like noise. The remedy is not to squint but to compare *pairs*: the same
+# prompt and the same seed, with and without the adapter. Then the difficulty of the prompt cancels out.
 #
 # ## `align`
 #
-# The same loop, grown up: gradient accumulation, mixed precision, several processes, metrics, checkpoints that a crash
-# cannot tear, and a resume that is equal to never having stopped, to the last bit.
-# (These are the settings and the seed of the quickstart, so it is that very run. Now you know every line of it.)
+# The same loop with everything that a long run needs: gradient accumulation, mixed precision, several processes, metrics,
+# checkpoints that survive a crash, and a resume that gives the same result as a run without a stop, bit by bit.
+# (These are the settings and the seed of the quickstart, so it is the same run. Now you know every line of it.)
 
 # %%
 folder = tempfile.mkdtemp()
@@ -147,15 +155,16 @@ run = vader_nb.align(
     learning_rate=2e-3,
     seed=SEED,
     output_dir=f"{folder}/run",
-    checkpoint_every=8,
+    checkpointing_steps=8,
 )
 
 # %%
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4), sharex=True, layout="constrained")
-smooth = torch.tensor(run.rewards).unfold(0, 6, 1).mean(1)
+window = min(6, STEPS)
+smooth = torch.tensor(run.rewards).unfold(0, window, 1).mean(1)
 steps = range(1, len(run.rewards) + 1)
 top.plot(steps, run.rewards, alpha=0.4, label="each step")
-top.plot(steps[5:], smooth, linewidth=2, label="mean of six")
+top.plot(steps[window - 1 :], smooth, linewidth=2, label=f"mean of {window}")
 top.set_ylabel("reward")
 top.legend(frameon=False, fontsize=8)
 bottom.plot(steps, [row["grad_norm"] for row in run.metrics])
@@ -167,7 +176,7 @@ course.show(
 )
 
 # %% [markdown]
-# Everything that a run makes lies in its folder, readable while it runs:
+# Everything that a run writes is in its folder. You can read it while the run goes on:
 
 # %%
 from pathlib import Path
@@ -188,23 +197,23 @@ rows = {
 Gallery(rows, width=112)
 
 # %% [markdown]
-# Pretty, and it proves nothing: six clips, picked by somebody who wants to convince you. So measure, on prompts that
-# training has never seen, two seeds each, every difference with its 95 % interval. The *oracles* are plain code that reads
-# color, shape, motion and ground off the pixels; no gradient has ever pleased them.
+# Pretty, but it proves nothing: these are six clips, picked by somebody who wants to convince you. So let us measure, on
+# prompts that training has never seen, with two seeds each, and give every difference with its 95 % interval. The *oracles*
+# are plain code that reads color, shape, motion and background off the pixels; nothing was ever trained on them.
 #
-# `wins` is the share of pairs (same prompt, same seed) in which the clip after scores higher; † marks what was not trained
-# on. Two more rows: `motion` is the mean change from one frame to the next (of anything: moving, or flickering), `diversity` how
-# much clips of one prompt differ from seed to seed.
+# `wins` is the share of pairs (same prompt, same seed) in which the clip after training scores higher; † marks metrics that
+# were not trained on. Two more rows: `motion` is the mean change from one frame to the next (movement or flicker), and
+# `diversity` is how much clips of one prompt differ from seed to seed.
 #
-# > **Predict.** Nobody asked for diversity, in either direction. What happens to it?
-# > **(a)** it grows · **(b)** it shrinks · **(c)** nothing that we could tell from so few clips
+# > **Predict.** We never asked for more or less diversity. What happens to it?
+# > **(a)** it grows · **(b)** it shrinks · **(c)** we cannot tell from so few clips
 
 # %%
 guess = None  # "a", "b" or "c"
 
 # %%
 evaluation = vader_nb.evaluate(
-    model, run.adapter, reward, {"held-out": held_out[::16][:12]}, progress=False
+    model, run.adapter, reward, {"held-out": held_out[::16][:PROMPTS]}, progress=False
 )
 evaluation
 
@@ -212,13 +221,8 @@ evaluation
 shown = [row for row in evaluation.rows if row.metric.startswith(("hps", "oracle"))]
 figure, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
 for place, row in enumerate(shown):
-    axis.errorbar(
-        row.difference,
-        place,
-        xerr=[[row.difference - row.low], [row.high - row.difference]],
-        fmt="o",
-        color="C0",
-    )
+    error = [[row.difference - row.low], [row.high - row.difference]]
+    axis.errorbar(row.difference, place, xerr=error, fmt="o", color="C0")
 axis.axvline(0, color="gray", linewidth=0.7)
 axis.set_yticks(range(len(shown)), [row.metric for row in shown], fontsize=8)
 axis.invert_yaxis()
@@ -228,6 +232,8 @@ course.show(
     figure,
     "For each metric the mean difference after minus before and its interval, against a line at zero.",
 )
+
+# %%
 spread = evaluation.row("held-out", "diversity")
 happened = "b" if spread.high < 0 else "a" if spread.low > 0 else "c"
 course.predict(
@@ -237,41 +243,43 @@ course.predict(
 )
 
 # %% [markdown]
-# Alignment pulls clips of one prompt towards what the reward likes best, and so towards each other. Here that is partly
-# welcome: wrong colors were part of the variety. With a reward of taste it is the first warning of *mode collapse*, and
-# the frames' flicker that leaves together with it lowers `motion`, although things move as far as before.
+# Alignment pulls clips of one prompt toward what the reward likes best, and so toward each other. Here that is partly
+# welcome: wrong colors were part of the variety. With a reward of taste it is the first warning of *mode collapse*. The
+# frames flicker less, too, which lowers `motion`, although things move as far as before.
 #
-# An interval that contains zero means: *with this many clips we cannot tell.* Not: there is no effect. Twelve prompts are
-# few; `vader-nb align` in a shell uses more, and writes the same table into `report.html`.
+# An interval that contains zero means: *with this many clips we cannot tell.* It does not mean that there is no effect.
+# Twelve prompts are few; `vader-nb align` in a shell uses more, and writes the same table into `report.html`.
 #
-# ## Stop, and go on
+# ## Stop and resume
 #
-# Colab disconnects; you press the stop button; the power fails. Nothing is lost but the steps since the last checkpoint. We
-# prove it: train 4 steps at once, and 2 + 2 steps with an interruption, and compare every weight.
+# Colab disconnects; you press the stop button; the power fails. You lose only the steps since the last checkpoint. To prove
+# it, train 4 steps at once, and 2 + 2 steps with an interruption, and compare every weight.
 
 # %%
 run.adapter.remove()
-options = {"seed": 1, "progress": False, "checkpoint_every": 2, "batch_size": 2}
+options = {"seed": 1, "progress": False, "checkpointing_steps": 2, "batch_size": 2}
 
-whole = vader_nb.align(model, reward, training, steps=4, output_dir=f"{folder}/whole", **options)
-uninterrupted = [p.detach().clone() for p in whole.adapter.parameters()]
-whole.adapter.remove()
 
-vader_nb.align(
-    model, reward, training, steps=2, output_dir=f"{folder}/halves", **options
-).adapter.remove()
-halves = vader_nb.align(
-    model, reward, training, steps=4, output_dir=f"{folder}/halves", resume=True, **options
-)
-print(
-    "bit-equal:", all(torch.equal(a, b) for a, b in zip(uninterrupted, halves.adapter.parameters()))
-)
+def trained(steps, name, **more):
+    """The weights of an adapter after a run."""
+    settings = options | more | {"steps": steps, "output_dir": f"{folder}/{name}"}
+    adapter = vader_nb.align(model, reward, training, **settings).adapter
+    weights = torch.cat([p.detach().flatten() for p in adapter.parameters()])
+    adapter.remove()
+    return weights
+
+
+# %%
+whole = trained(4, "whole")
+trained(2, "halves")
+halves = trained(4, "halves", resume=True)
+print("bit-equal:", torch.equal(whole, halves))
 
 # %% [markdown]
 # ## ModelScope
 #
-# The same call, with `MODEL = "modelscope"` in the parameters cell and a GPU. What changes are numbers. VADER's own, from
-# its code and paper:
+# The same call, with `MODEL = "modelscope"` in the parameters cell and a GPU. Only the settings change. Here are VADER's own,
+# from its code and paper:
 #
 # | | VADER on ModelScope | here, `tiny` |
 # |---|---|---|
@@ -280,12 +288,12 @@ print(
 # | adapter | rank 16 | rank 8 |
 # | learning rate, optimizer | 2e-4, AdamW | 1e-3 (2e-3 above), AdamW |
 # | clipping | 1.0 | 1.0 |
-# | clips an optimizer step | 1 × 16 accumulated, on each GPU | 4 |
+# | clips per optimizer step | 1 × 16 accumulated, on each GPU | 4 |
 # | precision | fp16 autocast, adapter in fp32 | fp32 |
 # | reward sees | 1 random frame | 1 random frame |
 # | hardware that its authors name | over 14 GB on one GPU; 4 × A100-40 | any CPU |
 #
-# And what to turn on a given card, from what each choice costs (reasoned, *not measured* here):
+# And what to set on a given card, judging by what each choice costs (estimated, *not measured* here):
 #
 # | card | precision | helps |
 # |---|---|---|
@@ -293,8 +301,8 @@ print(
 # | L4, 24 GB | `"bf16"` | as VADER, `batch_size=1` |
 # | A100, 40 or 80 GB | `"bf16"` | as VADER, `batch_size` 2 to 4 |
 #
-# Block checkpointing is on by default on a GPU. `offload=True` moves what is kept for the backward pass to CPU memory: a
-# last resort, and Colab's 12 GB of it do not go far.
+# `gradient_checkpointing` is on by default on a GPU. `activation_offload=True` moves what is kept for the backward pass to
+# CPU memory: a last resort, and Colab's 12 GB do not go far.
 #
 # ## Recap
 #
@@ -302,7 +310,7 @@ print(
 # |---|---|---|
 # | $\theta$ | `run.adapter.parameters()` | rank × in, out × rank |
 # | $\nabla_\theta \bar R$ | `vader_nb.reward_gradient(...)` | into `.grad` |
-# | batch reward | `run.rewards` | one number a step |
+# | batch reward | `run.rewards` | one number per step |
 # | after − before | `evaluation.row(group, metric).difference` | with `.low`, `.high` |
 #
 # ## Exercises
@@ -326,9 +334,9 @@ def check(paired):
     assert abs(mean - gain.mean().item()) < 1e-4, (
         f"the mean difference is {gain.mean():.3f}, you give {mean:.3f}"
     )
-    assert error < 1, f"{error:.2f} is far too wide: what makes a prompt hard cancels within a pair"
+    assert error < 1, f"{error:.2f} is far too wide: a prompt's difficulty cancels within a pair"
     assert abs(error - gain.std().item() / 50**0.5) < 2e-3, (
-        "nearly: the error of a *mean* shrinks with the root of N"
+        "almost: the error of a *mean* shrinks with the square root of N"
     )
 
 
@@ -344,12 +352,12 @@ course.attempt(check, paired)
 # ```
 # </details>
 #
-# **2.** Is it hacking? Given two rows of an evaluation, the trained reward and an independent judge, give the verdict
-# `"better"` (both clearly up), `"hacked"` (reward clearly up, judge clearly down) or `"unclear"`. A row has `.low`, `.high`.
+# **2.** Is it hacking? Given two rows of an evaluation, the trained reward and a held-out metric, return the verdict
+# `"better"` (both clearly up), `"hacked"` (reward clearly up, metric clearly down) or `"unclear"`. A row has `.low`, `.high`.
 
 
 # %% tags=["exercise"]
-def verdict(reward, judge):
+def verdict(reward, metric):
     return "better"  # replace this line
 
 
@@ -360,7 +368,7 @@ def check(verdict):
     up, down, open_ = Row(low=0.1, high=0.2), Row(low=-0.2, high=-0.1), Row(low=-0.1, high=0.1)
     assert verdict(up, up) == "better", "both clearly above zero is what we hope for"
     assert verdict(up, down) == "hacked", (
-        "a reward that rises while the judge falls has been hacked"
+        "a reward that rises while a held-out metric falls has been hacked"
     )
     assert verdict(up, open_) == "unclear", "an interval around zero is no evidence either way"
     assert verdict(open_, up) == "unclear", (
@@ -374,17 +382,17 @@ course.attempt(check, verdict)
 # <details><summary>A solution</summary>
 #
 # ```python
-# def verdict(reward, judge):
-#     if reward.low > 0 and judge.low > 0:
+# def verdict(reward, metric):
+#     if reward.low > 0 and metric.low > 0:
 #         return "better"
-#     if reward.low > 0 and judge.high < 0:
+#     if reward.low > 0 and metric.high < 0:
 #         return "hacked"
 #     return "unclear"
 # ```
 # </details>
 #
-# **3.** VADER accumulates: gradients of several small batches add up before one optimizer step. Write the factor by which
-# each batch's loss must be weighted so that the result equals one large batch, and the number of clips in a step.
+# **3.** VADER accumulates: the gradients of several small batches add up before one optimizer step. Return the factor by
+# which each batch's loss must be weighted so that the result equals one large batch, and the number of clips per step.
 
 
 # %% tags=["exercise"]
@@ -397,7 +405,7 @@ def accumulated(batch_size, accumulation_steps, processes):
 def check(accumulated):
     weight, clips = accumulated(1, 16, 4)
     assert clips == 64, (
-        f"VADER's 4 GPUs with 16 accumulated clips each make 64 in a step, not {clips}"
+        f"VADER's 4 GPUs with 16 accumulated clips each make 64 per step, not {clips}"
     )
     assert abs(weight - 1 / 16) < 1e-9, (
         f"sixteen means add up to sixteen times the mean, so weigh each by less than {weight}"
@@ -418,4 +426,5 @@ course.attempt(check, accumulated)
 
 # %% [markdown] tags=["next"]
 # **Next:** you have seen every part. [Notebook 7](07_many_gpus.ipynb) trains one adapter on many GPUs;
-# [notebook 8](08_evaluate_and_reward_hacking.ipynb) climbs too far on purpose. (A playground with sliders is to come.)
+# [notebook 8](08_evaluate_and_reward_hacking.ipynb) climbs too far on purpose; [notebook 9](09_playground.ipynb) is a
+# playground with sliders.

@@ -24,13 +24,15 @@
 
 # %% [markdown]
 # On one GPU a step of VADER sees one or two clips at a time, and one clip is a poor guide. Four GPUs see four times as many
-# in the same time, if their gradients really come together. In most published code for this task they do not: every GPU
-# trains an adapter of its own, nobody notices, and the first one's is saved. In this notebook you watch that happen, with
-# two real processes on your CPU; you mend it with one line; and you learn to start, stop, kill and resume a long run.
+# in the same time, if their gradients are really averaged. In most published code for this task they are not: every GPU
+# trains an adapter of its own, nobody notices, and only the first one is saved.
+#
+# In this notebook you watch that happen with two real processes on your CPU, and fix it with a few lines. Then you learn to
+# start, stop, kill and resume a long run.
 #
 # **You will be able to**
 #
-# - *explain* why the mean of gradients is all that processes need to share, and how many bytes that is;
+# - *explain* why the mean gradient is all that processes need to share, and how many bytes that is;
 # - *detect* a run whose processes drift apart;
 # - *start* VADER's commands on one GPU or four, and *choose* an engine when a model does not fit;
 # - *kill* a run and lose nothing.
@@ -45,10 +47,13 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # %pip install -q open_clip_torch mediapy
     pass
 
+from vader_nb import course
+
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
 STEPS = 6  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
+STEPS = course.quick(STEPS, 2)  # fewer when tests run this notebook
 
 # %%
 import tempfile
@@ -58,22 +63,11 @@ import matplotlib.pyplot as plt
 import torch
 
 import vader_nb
-from vader_nb import (
-    Frames,
-    Gallery,
-    Last,
-    Sampling,
-    Video,
-    course,
-    lora,
-    parallel,
-    prompts,
-    rewards,
-)
+from vader_nb import Frames, Gallery, Last, Sampling, Video, distributed, lora, prompts, rewards
 
 folder = Path(tempfile.mkdtemp())
 training = prompts.get("tiny")
-QUICK = Sampling(num_inference_steps=4)
+QUICK = Sampling(num_inference_steps=course.quick(4, 2))
 model = vader_nb.load(MODEL, device="cpu")  # the two processes below run on the CPU as well
 reward = rewards.hps("tiny")
 
@@ -84,16 +78,17 @@ Gallery({"one each": [Video(clip, 8, text) for clip, text in zip(clips, four)]},
 # %% [markdown]
 # ## One clip is a poor guide
 #
-# Take these four prompts and ask each, on its own, in which direction it would push the adapter. If they all said the same, more
-# clips a step would be a waste.
+# Take these four prompts and compute for each one, on its own, in which direction it would push the adapter. If they all
+# agreed, more clips per step would be a waste.
 #
-# > **Predict.** The cosine between the gradients of two different prompts will be **(a)** near 1, they want the same ·
-# > **(b)** near 0, they do not care about each other · **(c)** near −1, they pull against each other
+# > **Predict.** The cosine between the gradients of two different prompts will be **(a)** near 1: they agree ·
+# > **(b)** near 0: they have little in common · **(c)** near −1: they pull against each other
 
 # %%
 guess = None  # "a", "b" or "c"
 
 # %%
+options = {"strategy": Last(1), "frames": Frames.ends(), "sampling": QUICK}
 adapter = lora.add(model, rank=4, seed=SEED)
 for up in adapter.parameters()[1::2]:  # not at its start, where half of the gradient is zero
     torch.nn.init.normal_(up, std=0.02, generator=torch.Generator().manual_seed(SEED))
@@ -102,16 +97,7 @@ for up in adapter.parameters()[1::2]:  # not at its start, where half of the gra
 def gradient(texts, seeds):
     for p in adapter.parameters():
         p.grad = None
-    vader_nb.reward_gradient(
-        model,
-        adapter,
-        reward,
-        texts,
-        seeds=seeds,
-        sampling=QUICK,
-        strategy=Last(1),
-        frames=Frames("ends"),
-    )
+    vader_nb.reward_gradient(model, adapter, reward, texts, seeds=seeds, **options)
     return torch.cat([p.grad.flatten() for p in adapter.parameters()])
 
 
@@ -122,28 +108,19 @@ cosines = unit @ unit.T
 # %%
 figure, axis = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
 image = axis.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
-for i in range(4):
-    for j in range(4):
-        axis.text(
-            j,
-            i,
-            f"{cosines[i, j]:.2f}",
-            ha="center",
-            va="center",
-            color="white" if i == j else "black",
-        )
-axis.set(
-    xticks=range(4),
-    yticks=range(4),
-    xlabel="clip",
-    ylabel="clip",
-    title="cosine between their gradients",
-)
+for i, row in enumerate(cosines):
+    for j, value in enumerate(row):
+        shade = "white" if i == j else "black"
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=shade)
+axis.set(xticks=range(4), yticks=range(4), xlabel="clip", ylabel="clip")
+axis.set_title("cosine between their gradients")
 figure.colorbar(image)
 course.show(
     figure,
     "A matrix of cosines between the gradients of four clips: one on the diagonal, small elsewhere.",
 )
+
+# %%
 others = cosines[~torch.eye(4, dtype=bool)]
 course.predict(
     guess,
@@ -152,7 +129,7 @@ course.predict(
 )
 
 # %% [markdown]
-# Single clips hardly agree; what they agree on is what we are after, and it is found by averaging. And averaging is all
+# Single clips hardly agree. What they do agree on is what we are looking for, and averaging finds it. And averaging is all
 # there is to it: the gradient of a mean is the mean of the gradients,
 #
 # $$\nabla_\theta \frac14 \sum_{i=1}^4 r(x_i) \;=\; \frac14 \sum_{i=1}^4 \nabla_\theta\, r(x_i),$$
@@ -162,26 +139,23 @@ course.predict(
 # %%
 together = gradient(four, [0, 1, 2, 3])
 apart = single.mean(dim=0)
-print(
-    f"four clips at once against the mean of four: differ by {(together - apart).norm() / together.norm():.1e}"
-)
+gap = (together - apart).norm() / together.norm()
+print(f"four clips at once and the mean of four single ones differ by {gap:.1e}")
 adapter.remove()
 
 # %% [markdown]
 # ## Two processes
 #
-# `launch` runs a function in several processes: one a GPU where there are enough of them, else on the CPU, which is what
-# happens here. The processes share nothing but what they send each other. Each one has its own model; what they find out
-# goes into files.
+# `launch` runs a function in several processes: one per GPU where there are enough GPUs, otherwise on the CPU, as here. The
+# processes share nothing but what they send each other. Each one has its own model, and writes its results into files.
 
 
 # %%
-def hello(place):
+def hello(path):
     import torch.distributed as dist
 
-    (place / f"hello-{dist.get_rank()}").write_text(
-        f"I am process {dist.get_rank()} of {dist.get_world_size()}"
-    )
+    rank, count = dist.get_rank(), dist.get_world_size()
+    (path / f"hello-{rank}").write_text(f"I am process {rank} of {count}")
 
 
 vader_nb.launch(hello, folder, num_processes=2)
@@ -190,15 +164,15 @@ print(*(path.read_text() for path in sorted(folder.glob("hello-*"))), sep="\n")
 # %% [markdown]
 # ## The broken way
 #
-# PyTorch's tool for this job is `DistributedDataParallel`: it wraps a model, and whenever *the wrapper's* `forward` has been
-# called, it averages gradients in the backward pass. But a denoiser is called many times, deep inside a sampling loop, and
-# so almost everybody hands the loop the model inside the wrapper (`.module`). It works, it trains, no error is raised.
+# PyTorch's tool for this job is `DistributedDataParallel`: it wraps a model, and if *the wrapper's* `forward` was called, it
+# averages gradients in the backward pass. But a denoiser is called many times, deep inside a sampling loop, and so almost
+# everybody gives the loop the model inside the wrapper (`.module`). It runs, it trains, and no error is raised.
 #
-# Below is such a loop. Each process draws its own clips, as it should. `meet` is what we will fill in later.
+# Below is such a loop. Each process draws its own clips, as it should. `sync_gradients` is what we will fill in later.
 
 
 # %%
-def train(place, meet):
+def train(path, sync_gradients):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
@@ -206,27 +180,21 @@ def train(place, meet):
     mine = vader_nb.load(MODEL, device="cpu")
     adapter = lora.add(mine, rank=4, seed=SEED)  # the same start everywhere
     wrapper = DistributedDataParallel(mine.denoiser)
-    mine.denoiser = wrapper.module  # "so that the sampling loop can call it"
+    mine.denoisers["unet"] = wrapper.module  # "so that the sampling loop can call it"
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
     kept = []
     for step in range(STEPS):
-        text = training[37 * (2 * step + rank)]  # other prompts in each process
-        vader_nb.reward_gradient(
-            mine,
-            adapter,
-            reward,
-            [text],
-            seeds=[2 * step + rank],
-            sampling=QUICK,
-            frames=Frames("ends"),
-        )
-        meet(adapter.parameters())
+        text = training[37 * (2 * step + rank)]  # different prompts in each process
+        seed = 2 * step + rank
+        vader_nb.reward_gradient(mine, adapter, reward, [text], seeds=[seed], **options)
+        sync_gradients(adapter.parameters())
         optimizer.step()
         optimizer.zero_grad()
         kept.append(torch.cat([p.detach().flatten() for p in adapter.parameters()]))
-    torch.save(torch.stack(kept), place.with_name(f"{place.name}-{rank}.pt"))
+    torch.save(torch.stack(kept), path.with_name(f"{path.name}-{rank}.pt"))
 
 
+# %%
 def nothing(parameters):
     """What the broken loop does: trust the wrapper."""
 
@@ -234,7 +202,7 @@ def nothing(parameters):
 vader_nb.launch(train, folder / "broken", nothing, num_processes=2)
 
 # %% [markdown]
-# No error, no warning. Each process has kept its adapter after every step.
+# No error, no warning. Each process has saved its adapter after every step.
 #
 # > **Predict.** After the first step, the two adapters are **(a)** equal · **(b)** equal up to rounding · **(c)** different
 
@@ -244,7 +212,7 @@ guess = None  # "a", "b" or "c"
 
 # %%
 def distance(name):
-    """Between the adapters of the two processes after each step, as a share of how far they have come."""
+    """Between the adapters of the two processes after each step, relative to how far they moved."""
     first, second = (torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1))
     return (first - second).norm(dim=1) / (first - start).norm(dim=1)
 
@@ -257,26 +225,28 @@ broken = distance("broken")
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(range(1, STEPS + 1), broken, "o-", color="#b3261e", label="the broken way")
 axis.axhline(0, color="gray", linewidth=0.7)
-axis.set(xlabel="step", ylabel="distance / way gone", ylim=(-0.1, None))
+axis.set(xlabel="step", ylabel="distance / distance moved", ylim=(-0.1, None))
 axis.legend(frameon=False)
 course.show(
     figure,
-    "The distance between the two processes' adapters, as large as the way they have come, at every step.",
+    "The distance between the two processes' adapters, at every step as large as the distance they moved.",
 )
+
+# %%
 course.predict(
     guess,
     "c",
-    f"they differ by {broken[0]:.2f} of the way that they have come, and go on to differ.",
+    f"their distance is {broken[0]:.2f} times the distance they moved, and it stays large.",
 )
 
 # %% [markdown]
 # Two GPUs, two adapters, and the second one is thrown away at the end: twice the electricity for one GPU's batch. The same
-# flaw stands in VADER's three training scripts, in AlignProp, and in the LoRA path of TRL while that existed.
+# bug is in VADER's three training scripts, in AlignProp, and in TRL's AlignProp trainer with LoRA, while it existed.
 #
 # ## The right way
 #
-# Nobody needs a wrapper. After the backward pass and *before* clipping (the norm that clipping looks at must be the mean's),
-# add up the gradients over processes and divide by their number. That operation is called **all-reduce**.
+# We need no wrapper. After the backward pass and *before* clipping (which must see the norm of the mean), add up the gradients
+# over all processes and divide by their number. This operation is called **all-reduce**.
 
 
 # %%
@@ -294,39 +264,37 @@ vader_nb.launch(train, folder / "right", average, num_processes=2)
 right = distance("right")
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(range(1, STEPS + 1), broken, "o-", color="#b3261e", label="the broken way")
-axis.plot(range(1, STEPS + 1), right, "o-", color="#1a7f37", label="gradients meet")
-axis.set(xlabel="step", ylabel="distance / way gone", ylim=(-0.1, None))
+axis.plot(range(1, STEPS + 1), right, "o-", color="#1a7f37", label="synchronized gradients")
+axis.set(xlabel="step", ylabel="distance / distance moved", ylim=(-0.1, None))
 axis.legend(frameon=False)
 course.show(
     figure,
-    "Distance between the two adapters: far from zero the broken way, exactly zero where gradients meet.",
+    "Distance between the two adapters: far from zero the broken way, exactly zero with synchronized gradients.",
 )
-print("largest distance where gradients meet:", right.max().item())
+print("largest distance with synchronized gradients:", right.max().item())
 
 # %% [markdown]
-# Not nearly zero: zero. Both processes start from the same numbers and add the same numbers, so they hold the same adapter
-# to the last bit. That makes the flaw easy to *catch*: compare a checksum of the adapter after every step. It costs 8 bytes.
+# Not almost zero: zero. Both processes start from the same weights and add the same updates, so they have the same adapter,
+# bit by bit. That makes the bug easy to *catch*: compare a checksum of the adapter after every step. It costs 8 bytes.
 
 # %%
 for name in ("broken", "right"):
-    sums = [
-        parallel.checksum([torch.load(folder / f"{name}-{rank}.pt")[-1]]).item() for rank in (0, 1)
-    ]
-    print(
-        f"{name:<7} {sums[0]:>22} {sums[1]:>22}   {'the same' if sums[0] == sums[1] else 'DIFFERENT'}"
-    )
+    adapters = [torch.load(folder / f"{name}-{rank}.pt")[-1] for rank in (0, 1)]
+    first, second = (distributed.checksum([weights]).item() for weights in adapters)
+    verdict = "the same" if first == second else "DIFFERENT"
+    print(f"{name:<7} {first:>22} {second:>22}   {verdict}")
 
 # %% [markdown]
-# ## What crosses
+# ## How much traffic?
 #
-# All that processes exchange is the adapter's gradient. How much is that?
+# All that processes exchange is the adapter's gradient. How large is it?
 
 # %%
 adapter = lora.add(model, rank=4, seed=SEED)
-crosses = sum(p.nbytes for p in adapter.parameters())
+exchanged = sum(p.nbytes for p in adapter.parameters())
 weights = sum(p.nbytes for p in model.denoiser.parameters())
 adapter.remove()
-sizes = {"tiny: adapter": crosses, "tiny: denoiser": weights}
+sizes = {"tiny: adapter": exchanged, "tiny: denoiser": weights}
 sizes |= {"ModelScope: adapter, rank 16": 4 * 6_645_760, "ModelScope: denoiser": 4 * 1_411_233_860}
 
 figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
@@ -342,30 +310,26 @@ course.show(
 )
 
 # %% [markdown]
-# A few megabytes a step, even between machines. That is why alignment with an adapter scales well: the clips are made where
-# the GPU is, and only their common opinion travels.
+# A few megabytes per step, even between machines. That is why alignment with an adapter scales well: each GPU makes its own
+# clips, and only the gradient travels.
 #
 # ## The same with `align`
 #
-# `vader_nb.align` does all of it: each process draws other prompts and noise from one seed, gradients meet once a step, the
-# checksum is compared after every step. Two processes with one batch each are one process that accumulates two.
+# `vader_nb.align` does all of this: each process draws its own prompts and noise from one seed, gradients are averaged once
+# per step, and the checksum is compared after every step. Two processes with one batch each are equivalent to one process
+# that accumulates two.
 
 # %%
-OPTIONS = {
-    "steps": 3,
-    "batch_size": 1,
-    "rank": 4,
-    "seed": SEED,
-    "sampling": QUICK,
-    "progress": False,
-}
+OPTIONS = {"steps": 3, "batch_size": 1, "rank": 4, "seed": SEED}
+OPTIONS |= {"sampling": QUICK, "progress": False}
 
 
-def run(place, **more):
+def run(path, **more):
     mine = vader_nb.load(MODEL, device="cpu")
-    return vader_nb.align(mine, reward, training, output_dir=place, **(OPTIONS | more))
+    return vader_nb.align(mine, reward, training, output_dir=path, **(OPTIONS | more))
 
 
+# %%
 vader_nb.launch(run, folder / "two", num_processes=2)
 run(folder / "one", gradient_accumulation_steps=2)
 
@@ -375,25 +339,27 @@ gap = max((two[name] - one[name]).abs().max() for name in one)
 print(f"the adapter moved by up to {moved:.1e}; two processes and one differ by up to {gap:.1e}")
 
 # %% [markdown]
-# And if something does go wrong? Here a callback reaches into one of the two adapters and nudges a single number, as a
-# faulty memory chip might. Watch the run stop itself.
+# And if something does go wrong? Here a callback changes a single weight in one of the two adapters, as a faulty memory chip
+# might. Watch the run stop itself.
 
 
 # %%
-def sabotage(place):
+def sabotage(path):
     import torch.distributed as dist
+
+    mine = vader_nb.load(MODEL, device="cpu")
+    adapter = lora.add(mine, rank=4, seed=SEED)
 
     def nudge(row):
         if row["step"] == 1 and dist.get_rank() == 1:
             with torch.no_grad():
-                adapters[0].parameters()[0][0, 0] += 1e-7
+                adapter.parameters()[0][0, 0] += 1e-7
 
-    adapters, add = [], lora.add
-    lora.add = lambda *args, **options: adapters.append(add(*args, **options)) or adapters[0]
+    settings = OPTIONS | {"adapter": adapter, "output_dir": path, "callback": nudge}
     try:
-        run(place, callback=nudge)
+        vader_nb.align(mine, reward, training, **settings)
     except RuntimeError as error:
-        place.with_name(f"error-{dist.get_rank()}").write_text(str(error))
+        path.with_name(f"error-{dist.get_rank()}").write_text(str(error))
 
 
 vader_nb.launch(sabotage, folder / "sabotage", num_processes=2)
@@ -402,9 +368,8 @@ print((folder / "error-0").read_text())
 # %% [markdown]
 # ## From a shell
 #
-# In earnest there is no notebook: accelerate starts the processes. These are VADER's own commands, with our module in the
-# place of its script; its argument names are understood, and you are told how they were read
-# ([all of them](arguments.md)).
+# A real run needs no notebook: accelerate starts the processes. These are VADER's own commands, with our module in place of
+# its script. Its argument names are understood, and the output shows how they were read ([all of them](arguments.md)).
 #
 # ```bash
 # accelerate launch --num_processes 4 -m vader_nb align config=modelscope \
@@ -415,8 +380,8 @@ print((folder / "error-0").read_text())
 #     only_val=True num_only_val_itrs=1000 val_batch_size=4 lora_path=runs/mine
 # ```
 #
-# The first two take the same steps: 4 processes × 4 accumulated clips = 1 process × 16. `vader-nb translate-config FILE`
-# does it for a configuration of VADER, VideoX-Fun or TRL's AlignProp. Here is what a few arguments become:
+# The first two take equal steps: 4 processes × 4 accumulated clips = 1 process × 16. `vader-nb translate-config FILE`
+# translates a configuration of VADER, VideoX-Fun or TRL's AlignProp. Here is what a few arguments become:
 
 # %%
 from vader_nb.translate import translate
@@ -432,46 +397,47 @@ ours, notes = translate("vader", theirs)
 print(*(f"{name} = {value}" for name, value in ours.items()), "", *notes, sep="\n")
 
 # %% [markdown]
-# Which engine? Processes with whole models (**ddp**) are right as long as the model fits into one GPU. Where it does not,
-# **fsdp** or DeepSpeed's **zero3** cut the frozen weights up over the GPUs and gather them block by block, which costs time
-# and traffic; the adapter stays whole everywhere, and all you have seen above stays as it is.
+# Which engine? Processes with whole models (**ddp**) are right as long as the model fits into one GPU. If it does not,
+# **fsdp** or DeepSpeed's **zero3** shard the frozen weights over the GPUs and gather them block by block, which costs time
+# and traffic. The adapter stays whole everywhere, and everything above still holds.
 #
-# | engine | frozen weights | what crosses in a step | when |
+# | engine | frozen weights | traffic per step | when |
 # |---|---|---|---|
 # | `ddp` | whole in each process | the adapter's gradient | the model fits: nearly always |
-# | `fsdp`, `zero3` | cut up | the weights too, at every denoiser call | the weights do not fit into one GPU |
-# | `zero2` | whole | the adapter's gradient | as ddp: an adapter has little to cut up |
+# | `fsdp`, `zero3` | sharded | the weights too, at every denoiser call | the weights do not fit into one GPU |
+# | `zero2` | whole | the adapter's gradient | as ddp: an adapter has little to shard |
 # | `cpu` | whole | the adapter's gradient | to try things without a GPU |
 #
 # `accelerate launch --config_file "$(vader-nb engine fsdp)" -m vader_nb align …`
 #
 # ## Will it fit?
 #
-# Before you rent four GPUs, ask. `memory` runs the real code with the full-size model on *fake tensors*: shapes without
-# numbers, which take no memory and no GPU, while every allocation is counted.
+# Ask before you rent four GPUs. `memory` runs the real code with the full-size model on *fake tensors*, which have shapes but
+# no data. They need no memory and no GPU, and every allocation is counted.
 
 # %%
-vader_nb.memory("modelscope", "hps", height=256, width=256, num_frames=16)
+full_size = course.quick("modelscope", "tiny")  # the tests simulate it elsewhere
+vader_nb.memory(full_size, "hps", height=256, width=256, num_frames=16)
 
 # %% [markdown]
 # ## Kill it
 #
-# Machines die, and clusters take them back. The worst that can happen to a process is `SIGKILL`: no warning, no last word.
-# Below, one of two processes kills itself in the middle of a run, which takes the other one with it.
+# Machines fail, and clusters preempt jobs. The worst that can happen to a process is `SIGKILL`: no warning, no cleanup.
+# Below, one of two processes kills itself in the middle of a run, which takes the other one down with it.
 
 
 # %%
-def mortal(place, victim):
+def mortal(path, victim):
     import os
     import signal
 
     import torch.distributed as dist
 
-    def perish(row):
+    def die(row):
         if row["step"] == 3 and dist.get_rank() == victim:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run(place, steps=5, checkpoint_every=2, resume="latest", callback=perish)
+    run(path, steps=5, checkpointing_steps=2, resume="latest", callback=die)
 
 
 try:
@@ -481,8 +447,8 @@ except Exception as error:
 print("left behind:", sorted(path.name for path in (folder / "killed" / "checkpoints").iterdir()))
 
 # %% [markdown]
-# > **Predict.** The same command starts it again: `resume="latest"`. Compared with a run that nobody killed, the final
-# > adapter will be **(a)** equal to the last bit · **(b)** equal up to rounding · **(c)** another one, as good
+# > **Predict.** The same command starts it again: `resume="latest"`. Compared with a run that was never killed, the final
+# > adapter will be **(a)** equal, bit by bit · **(b)** equal up to rounding · **(c)** different, but just as good
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -490,28 +456,31 @@ guess = None  # "a", "b" or "c"
 # %%
 vader_nb.launch(mortal, folder / "killed", None, num_processes=2)
 vader_nb.launch(mortal, folder / "whole", None, num_processes=2)
-same = (folder / "killed" / "adapter.safetensors").read_bytes() == (
-    folder / "whole" / "adapter.safetensors"
-).read_bytes()
-course.predict(guess, "a", "byte for byte." if same else "no: this is a bug, please report it.")
+killed, whole = (
+    (folder / name / "adapter.safetensors").read_bytes() for name in ("killed", "whole")
+)
+course.predict(
+    guess, "a", "byte by byte." if killed == whole else "no: this is a bug, please report it."
+)
 
 # %% [markdown]
-# How? All that the next step depends on is in the checkpoint (adapter, optimizer, scheduler, random states), and what a
-# step draws follows from the seed and its number alone. A checkpoint is written beside its place and renamed when it is
-# complete, so that there never is half a one. A full disk costs a warning, no checkpoint and no training.
+# How? Everything that the next step depends on is in the checkpoint (adapter, optimizer, scheduler, random states), and what
+# a step draws depends only on the seed and on its number. A checkpoint is written under a temporary name and renamed when it
+# is complete, so there is never half a checkpoint. When the disk is full you get a warning, and training goes on without a
+# new checkpoint.
 #
 # ## Recap
 #
-# - Gradients of single clips hardly agree; their mean is what to follow, and a mean can be found by many processes.
-# - Calling the model inside a DDP wrapper trains one adapter a process, silently. Averaging the adapter's gradient once a
+# - Gradients of single clips hardly agree; follow their mean, which many processes can compute together.
+# - Calling the model inside a DDP wrapper trains one adapter per process, silently. Averaging the adapter's gradient once per
 #   step, before clipping, is right; a checksum proves it.
-# - Only the adapter's gradient crosses: megabytes.
-# - `name=mine resume=latest` makes one command line serve the first start and every restart.
+# - Processes exchange only the adapter's gradient: megabytes.
+# - With `name=mine resume=latest` the same command works for the first start and for every restart.
 #
 # ## Exercises
 #
-# **1.** A colleague clips first and averages then. With gradients of norm 4 and 0.5 in two processes, both along the same
-# direction, and a limit of 1: which norm arrives at the optimizer in either order?
+# **1.** A colleague clips first and averages afterward. Two processes have gradients of norm 4 and 0.5 in the same direction,
+# and the limit is 1. Which norm does the optimizer see in either order?
 
 
 # %% tags=["exercise"]
@@ -524,10 +493,10 @@ def orders(norms, limit):
 def check(orders):
     mean_first, clip_first = orders([4.0, 0.5], 1.0)
     assert abs(mean_first - 1.0) < 1e-9, (
-        "the mean of 4 and 0.5 is 2.25, and then it meets the limit"
+        "the mean of 4 and 0.5 is 2.25, and then it is clipped to the limit"
     )
     assert abs(clip_first - 0.75) < 1e-9, (
-        "4 is cut to the limit, 0.5 is left alone, and then they are averaged"
+        "4 is clipped to the limit, 0.5 is left alone, and then they are averaged"
     )
     assert orders([0.2, 0.4], 1.0) == (0.30000000000000004, 0.30000000000000004), (
         "below the limit nothing is clipped"
@@ -547,29 +516,29 @@ course.attempt(check, orders)
 # ```
 # </details>
 #
-# **2.** Write the part of the sampler that every process runs: given the seed of the run, the step, its own rank and the
-# number of processes, return *its* clips' seeds, such that together they are exactly those that one process would draw.
+# **2.** Write the part of the data loader that every process runs: given the seed of the run, the step, its own rank and the
+# number of processes, return the seeds of *its* clips. Together they must be exactly those that one process would draw.
 
 
 # %% tags=["exercise"]
 def my_seeds(seed, step, rank, processes, clips=8):
     """-> list of clips / processes seeds."""
     generator = torch.Generator().manual_seed(seed * 1000 + step + rank)
-    return torch.randint(2**31, (clips // processes,), generator=generator).tolist()  # mend this
+    return torch.randint(2**31, (clips // processes,), generator=generator).tolist()  # fix this
 
 
 # %% tags=["check"]
 def check(my_seeds):
-    alone = my_seeds(0, 5, 0, 1)
+    single = my_seeds(0, 5, 0, 1)
     pair = [my_seeds(0, 5, rank, 2) for rank in (0, 1)]
-    assert sorted(pair[0] + pair[1]) == sorted(alone), (
-        "two processes together must draw what one draws alone"
+    assert sorted(pair[0] + pair[1]) == sorted(single), (
+        "two processes together must draw what a single one draws"
     )
     assert not set(pair[0]) & set(pair[1]), (
         "the two processes drew the same clips: half of the work is wasted"
     )
     assert my_seeds(0, 5, 0, 2) == pair[0], (
-        "a step that is taken again after a crash must draw the same"
+        "a step that is repeated after a crash must draw the same seeds"
     )
     assert my_seeds(0, 6, 0, 2) != pair[0], "every step needs new clips"
 
@@ -587,13 +556,13 @@ course.attempt(check, my_seeds)
 # ```
 # </details>
 #
-# **3.** A long run kept the checksums of all processes after every step. Find the first step after which they were not all
-# the same, and who was odd: the ranks that differ from most of the others.
+# **3.** A long run has kept the checksums of all processes after every step. Find the first step after which they were not
+# all the same, and the odd ranks: those that differ from the majority.
 
 
 # %% tags=["exercise"]
 def first_drift(history):
-    """history: one list a step, a checksum a rank. -> (step, counted from 1, [odd ranks]), or None."""
+    """history: one list per step, with a checksum per rank -> (step, from 1, [odd ranks]), or None."""
     return 0, []  # replace this line
 
 
@@ -606,7 +575,7 @@ def check(first_drift):
     assert first_drift([[4, 6, 6, 6]]) == (1, [0]), (
         "rank 0 is nothing special: here the other three agree"
     )
-    assert first_drift(calm) is None, "nobody drifted here"
+    assert first_drift(calm) is None, "no process drifted here"
 
 
 course.attempt(check, first_drift)
@@ -626,5 +595,5 @@ course.attempt(check, first_drift)
 # </details>
 
 # %% [markdown] tags=["next"]
-# **Next:** a reward can be climbed too far. [Notebook 8](08_evaluate_and_reward_hacking.ipynb) does it on purpose, shows
-# how to notice, and stops in time.
+# **Next:** you can climb a reward too far. [Notebook 8](08_evaluate_and_reward_hacking.ipynb) does it on purpose, shows how
+# to notice, and stops in time.

@@ -23,15 +23,15 @@
 # *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
-# Numbers convince; pictures under your own fingers teach. This notebook holds the controls of the toolkit: drag, type, click,
-# and see what an adapter or a reward does. Each is one call, and each is also a Python object: what you do by hand you can do
-# by code, and the other way round. (A page without a kernel shows a picture in each one's place.)
+# Numbers convince, but playing teaches. This notebook has the interactive panels of the toolkit: drag, type, click, and see
+# what an adapter or a reward does. Each panel is one call, and each is also a Python object: what you can do by hand you can
+# also do in code, and the other way around. (On a page without a kernel you see a picture of each panel.)
 #
 # **You will be able to**
 #
-# - *sample* with adapters at any strength, mixed, and in a part of the denoising only;
-# - *compare* base and adapters fairly, and blindly, before you believe a number;
-# - *compose* rewards in units that can be weighed against each other;
+# - *sample* with adapters at any strength, mixed, and in only a part of the denoising;
+# - *compare* base and adapters fairly, and blindly, before you trust a number;
+# - *compose* rewards in units that can be compared with each other;
 # - *weigh* what truncation saves against what it loses, and *plan* memory before you rent a GPU;
 # - *watch* a run, and stop it without losing anything.
 
@@ -45,18 +45,21 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
     # %pip install -q open_clip_torch mediapy
     pass
 
+from vader_nb import course
+
 # %% tags=["parameters", "app"]
 MODEL = "tiny"  # @param ["tiny", "modelscope"]
 STEPS = 12  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
+STEPS = course.quick(STEPS, 2)  # fewer when tests run this notebook
 
 # %% [markdown] tags=["app"]
 # ## The sampler
 #
 # Type a prompt, move a slider. The tiny model knows seven colors (*red, yellow, green, cyan, blue, purple, pink*), four shapes
 # (*circle, square, triangle, star*), eight motions (*moving left, right, up* or *down, growing, shrinking, bouncing, spinning*)
-# and four grounds (*white, gray, black, sand*), in sentences like the one in the box. Three adapters come with it, each
-# aligned to one reward alone: `aesthetic`, `hps`, `action`.
+# and four backgrounds (*white, gray, black, sand*), in sentences like the one in the box. Three adapters come with it, each
+# aligned to a single reward: `aesthetic`, `hps`, `action`.
 
 # %% tags=["app"]
 import tempfile
@@ -64,7 +67,7 @@ import tempfile
 import torch
 
 import vader_nb
-from vader_nb import Gallery, Sampling, course, prompts, rewards
+from vader_nb import Gallery, Sampling, prompts, rewards
 from vader_nb.widgets import (
     MemoryPlanner,
     RewardComparison,
@@ -75,16 +78,18 @@ from vader_nb.widgets import (
 )
 
 model = vader_nb.load(MODEL)
+model.defaults |= course.quick({}, {"num_inference_steps": 4})  # fewer in tests
+few = course.quick(None, prompts.get("tiny_held_out")[:2])  # None: the panels' own prompts
 sampler = Sampler(model)
 sampler
 
 # %% [markdown]
-# Three things to try: pull *scale* to 0, which is the base model, and up to 1.5, which nobody trained for. Mix a second
-# adapter in. And press *back to this* under an older clip: the controls go back with it. What you see is `sampler.video`, and
-# *as code* says how to make it without any panel.
+# Three things to try: move *scale* down to 0, which is the base model, and up to 1.5, beyond what was trained. Mix in a second
+# adapter. And press *back to this* under an older clip: the controls go back with it. The clip that you see is `sampler.video`,
+# and *as code* shows how to make it without the panel.
 #
-# > **Predict.** The `aesthetic` adapter was trained, at too high a learning rate, on a rating of single frames that never
-# > reads the prompt: saturation, contrast, centring. At scale 1, what becomes of *a green star bouncing on a white background*?
+# > **Predict.** The `aesthetic` adapter was trained, with too high a learning rate, on a rating of single frames that never
+# > reads the prompt: saturation, contrast, centering. At scale 1, what happens to *a green star bouncing on a white background*?
 # > **(a)** the same star, crisper · **(b)** a star of another color · **(c)** a star that bounces higher
 
 # %%
@@ -102,14 +107,15 @@ Gallery({"scale 0, ½, 1, 1½": row}, width=128)
 course.predict(
     guess,
     "b",
-    "the reward cannot read, so nothing holds the color: it slides to one that stands out more.",
+    "the reward never reads the prompt, so the color drifts to one that stands out more.",
 )
 
 # %% [markdown]
-# ## In which steps does an adapter act?
+# ## In which steps is an adapter active?
 #
-# VADER trains through the *last* denoising step only (K = 1), and the adapter then acts in all of them. With *adapter acts* you
-# give it a part of the chain: 0 % is noise, 100 % the video.
+# VADER trains through the *last* denoising step only (K = 1), and then the adapter is active in all of them. With the slider
+# *adapter acts* you can restrict it to a part of the chain: 0 % is noise, 100 % is the video. (In code: `sample(…,
+# adapter_start=0.5, adapter_end=1.0)`.)
 #
 # > **Predict.** Where does most of the change happen?
 # > **(a)** in the first half, where the picture is laid out · **(b)** evenly · **(c)** in the second half
@@ -138,18 +144,18 @@ Gallery({", ".join(made): list(made.values())}, width=128)
 course.predict(
     guess,
     "c",
-    "it learnt what to change where the gradient came from: late, in colors more than in layout.",
+    "it learned its changes where the gradient came from: late, in colors more than in layout.",
 )
 
 # %% [markdown] tags=["app"]
 # ## Base against adapters
 #
-# One clip proves nothing. Here every row starts from the same noise: only the adapter differs. Under each clip stands every reward,
-# with its difference to the base; the *gradient heat map* shows which pixels a reward would change first. Then press *blind vote*: you
-# vote without names or numbers, and see afterwards whether you agree with the reward.
+# One clip proves nothing. Here all clips of a prompt start from the same noise; only the adapter differs. Every reward is shown
+# under each clip, with its difference from the base. The *gradient heat map* shows which pixels a reward would change first.
+# Then press *blind vote*: you vote without names or numbers, and see afterward whether you agree with the reward.
 
 # %% tags=["app"]
-comparison = RewardComparison(model, seed=SEED)
+comparison = RewardComparison(model, seed=SEED, prompts=few)
 comparison.run()  # all of it, for a page without a kernel
 comparison
 
@@ -157,44 +163,46 @@ comparison
 # ## Composing a reward
 #
 # Rewards have units as different as kilograms and miles. In standard deviations, measured on the base model's clips, a weight of
-# 1 means the same for each. The table of *conflicts* says whether two rewards pull the pixels in the same direction.
+# 1 means the same for each. The table of *conflicts* shows whether two rewards pull the pixels in the same direction.
 
 # %% tags=["app"]
-composer = RewardComposer(model, seed=SEED)
+composer = RewardComposer(model, seed=SEED, prompts=few)
 composer.measure()  # the conflicts, too, for a page without a kernel
 composer
 
 # %% [markdown] tags=["app"]
 # ## What truncation costs
 #
-# K steps, one frame or all, with or without checkpointing: press *measure* and see how much memory the gradient takes, and how
-# well it agrees with the exact one, the gradient through all steps and frames (cosine 1).
+# Choose K steps, one frame or all, with or without checkpointing. Press *measure* to see how much memory the gradient takes, and
+# how well it agrees with the exact one, the gradient through all steps and frames (cosine 1).
 
 # %% tags=["app"]
 explorer = TruncationExplorer(model)
-for K in (1, 2, 5):  # three settings, for a page without a kernel
+for K in course.quick((1, 2, 5), (1,)):  # three settings, for a page without a kernel
     explorer.measure(K=K, frames="all")  # for a page without a kernel
 explorer
 
 # %% [markdown] tags=["app"]
 # ## Will it fit?
 #
-# Before you rent a GPU: the same code with the full-size architectures and tensors without numbers. Nothing is downloaded.
+# Check before you rent a GPU: this runs the same code with the full-size architectures on tensors without data. Nothing is
+# downloaded.
 
 # %% tags=["app"]
-planner = MemoryPlanner()
+planner = MemoryPlanner(course.quick("modelscope", "tiny"))
 planner.simulate()  # its first answer, for a page without a kernel
 planner
 
 # %% [markdown]
 # ## Watching a run
 #
-# A monitor is shown first and fed by the run: `align` calls its `hooks`. Every few steps it samples the same prompts at the same
-# seeds, and asks a reward that the run does not train on. The ■ in the toolbar stops the run at any moment; what it has is kept.
+# Show the monitor first, then start the run with its `hooks`. Every few steps the monitor samples the same prompts at the same
+# seeds, and computes a reward that the run is not trained on. The ■ in the toolbar stops the run at any time; everything so far
+# is kept.
 
 # %%
 training, unseen = prompts.get("tiny"), prompts.get("tiny_held_out")
-quick = Sampling(num_inference_steps=4)
+quick = Sampling(num_inference_steps=course.quick(4, 2))
 folder = tempfile.mkdtemp()
 monitor = TrainingMonitor(
     f"{folder}/run",
@@ -202,7 +210,7 @@ monitor = TrainingMonitor(
     held_out=rewards.hps("tiny"),
     prompts=unseen[21::50][:3],
     sampling=quick,
-    every=4,
+    every=min(4, STEPS),
 )
 monitor
 
@@ -222,8 +230,8 @@ run = vader_nb.align(
 run.adapter.remove()
 
 # %% [markdown]
-# All that it showed lies in the run's folder. After a restart of the kernel, or in another notebook while the run still goes on,
-# the folder is enough, and there the *stop and keep* button works:
+# Everything that it showed is in the run's folder. After a restart of the kernel, or in another notebook while the run goes on,
+# the folder is enough. There the *stop and keep* button works:
 
 # %%
 TrainingMonitor(f"{folder}/run")
@@ -234,16 +242,16 @@ TrainingMonitor(f"{folder}/run")
 # | panel | its question | from Python |
 # |---|---|---|
 # | `Sampler` | what does this adapter do to this clip? | `sampler.run(prompt=…, scale=0.5)` |
-# | `RewardComparison` | better than the base, and by whose judgment? | `comparison.run()`, `comparison.tally()` |
+# | `RewardComparison` | better than the base, and by which reward? | `comparison.run()`, `comparison.tally()` |
 # | `RewardComposer` | what do I want, in one number? | `composer.reward`, `composer.expression` |
 # | `TruncationExplorer` | how much of the gradient do I need? | `explorer.measure()` |
 # | `MemoryPlanner` | will it fit? | `vader_nb.memory(…)` |
-# | `TrainingMonitor` | is it still going where I want? | `align(…, **monitor.hooks)` |
+# | `TrainingMonitor` | is the run still going where I want? | `align(…, **monitor.hooks)` |
 #
 # ## Exercises
 #
-# **1.** Mixing two adapters means adding what they do: $w_1 B_1 A_1 + w_2 B_2 A_2$. Return one pair $(B, A)$ of rank $r_1 + r_2$ whose
-# product is exactly that.
+# **1.** Mixing two adapters means adding their products: $w_1 B_1 A_1 + w_2 B_2 A_2$. Return one pair $(B, A)$ of rank $r_1 + r_2$
+# with exactly that product.
 
 
 # %% tags=["exercise"]
@@ -278,40 +286,41 @@ course.attempt(check, mix)
 # ```
 # </details>
 #
-# **2.** *Adapter acts* follows diffusers' rule for `control_guidance_start` and `control_guidance_end`: step `i` of `n`, which covers
-# the part from `i / n` to `(i + 1) / n`, counts if all of it lies inside. Return for each step whether the adapter acts.
+# **2.** `adapter_start` and `adapter_end` follow diffusers' rule for `control_guidance_start` and `control_guidance_end`: step `i`
+# of `n` covers the part from `i / n` to `(i + 1) / n`, and counts if all of it lies inside. Return for each step whether the
+# adapter is active.
 
 
 # %% tags=["exercise"]
-def acts(start, end, n):
+def active(start, end, n):
     """-> a list of n booleans, the first step (from pure noise) first"""
     return [True] * n  # replace this line
 
 
 # %% tags=["check"]
-def check(acts):
-    assert acts(0.0, 1.0, 4) == [True] * 4, "from start to end, it always acts"
-    assert acts(0.5, 1.0, 4) == [False, False, True, True], (
+def check(active):
+    assert active(0.0, 1.0, 4) == [True] * 4, "from start to end, it is always active"
+    assert active(0.5, 1.0, 4) == [False, False, True, True], (
         "the second half of four steps is steps 2 and 3"
     )
-    assert acts(0.0, 0.6, 4) == [True, True, False, False], (
+    assert active(0.0, 0.6, 4) == [True, True, False, False], (
         "step 2 covers 0.5 to 0.75, which ends after 0.6"
     )
 
 
-course.attempt(check, acts)
+course.attempt(check, active)
 
 # %% [markdown]
 # <details><summary>A solution</summary>
 #
 # ```python
-# def acts(start, end, n):
+# def active(start, end, n):
 #     return [start <= i / n and (i + 1) / n <= end for i in range(n)]
 # ```
 # </details>
 #
-# **3.** The composer weighs in standard deviations: $\sum_k w_k (r_k - \mu_k) / \sigma_k$. For training, constants do not matter. Which
-# weights on the *raw* rewards give the same gradient?
+# **3.** The composer counts in standard deviations: $\sum_k w_k (r_k - \mu_k) / \sigma_k$. For training, constants do not matter.
+# Which weights on the *raw* rewards give the same gradient?
 
 
 # %% tags=["exercise"]
@@ -344,5 +353,6 @@ course.attempt(check, raw_weights)
 # </details>
 
 # %% [markdown] tags=["next"]
-# **Next:** an idea of your own. Compose a reward that you believe in, align to it as in [06 · Align](06_align.ipynb), and come back to
-# vote blindly: do you like what you asked for? If not, [08 · Evaluate](08_evaluate_and_reward_hacking.ipynb) knows why.
+# **Next:** an idea of your own. Compose a reward that you believe in, align to it as in [06 · Align](06_align.ipynb), and come
+# back for a blind vote: do you like what you asked for? If not, [08 · Evaluate](08_evaluate_and_reward_hacking.ipynb) explains
+# why.

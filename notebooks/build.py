@@ -4,13 +4,16 @@ Each `NN_name.py` is run from top to bottom in a fresh kernel and written as `NN
 pictures and texts, without widget state (which GitHub and Colab stumble over), progress bars and timings. The run
 is measured, and the head cell (badges, cost) is written anew in both files.
 
+`python notebooks/build.py --repository owner/name` (or `make notebooks REPOSITORY=owner/name`) runs nothing: it
+changes the name of the repository wherever a file of the project has it.
+
 `solved` makes of a notebook the copy in which every exercise is answered by its folded solution.
 """
 
+import argparse
 import hashlib
 import html
 import re
-import sys
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -36,10 +39,48 @@ def digest(notebook: dict) -> str:
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def repository() -> str:
+def repository(root: Path = HERE.parent) -> str:
     """owner/name, from the one place that names it: [project.urls] in pyproject.toml."""
-    project = (HERE.parent / "pyproject.toml").read_text()
+    project = (root / "pyproject.toml").read_text()
     return re.search(r'^Repository = "https://github.com/([^"]+)"', project, re.MULTILINE).group(1)
+
+
+def rename_repository(new: str, root: Path = HERE.parent) -> list[Path]:
+    """Write another owner/name into pyproject.toml, README.md and the notebooks, without running these.
+
+    Args:
+        new: owner/name on GitHub.
+        root: of the checkout.
+
+    Returns:
+        The files that changed.
+
+    Raises:
+        ValueError: `new` is no owner/name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9_.-]+", new):
+        raise ValueError(f"{new!r} is no repository: owner/name, such as {repository(root)}")
+    # In addresses of GitHub itself, of Colab (…/github/owner/name) and of Binder (…/gh/owner/name).
+    name = re.compile(
+        rf"(github\.com/|/github/|/gh/){re.escape(repository(root))}(?![A-Za-z0-9_-])"
+    )
+    changed = []
+    notebooks = sorted((root / "notebooks").iterdir())
+    for path in (root / "pyproject.toml", root / "README.md", *notebooks):
+        if path.suffix not in (".toml", ".md", ".py", ".ipynb"):
+            continue
+        old = path.read_text()
+        text = name.sub(rf"\g<1>{new}", old)
+        if text == old:
+            continue
+        if (
+            path.suffix == ".ipynb"
+        ):  # the install line is code, and the stored outputs are not stale
+            before, after = (digest(nbformat.reads(t, as_version=4)) for t in (old, text))
+            text = text.replace(f'"code": "{before}"', f'"code": "{after}"')
+        path.write_text(text)
+        changed.append(path)
+    return changed
 
 
 def badges(stem: str) -> str:
@@ -237,14 +278,29 @@ def contents(folder: Path) -> None:
     print(f"look at: {folder / 'index.html'}")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "names",
+        nargs="*",
+        help="notebooks to run, such as 03_differentiable_rewards (default: all)",
+    )
+    parser.add_argument("--repository", help="owner/name: write it everywhere, and run nothing")
+    parser.add_argument("--app", type=Path, help="write the playground as a page without code")
+    parser.add_argument("--contents", type=Path, help="finish the pages rendered into this folder")
+    chosen = parser.parse_args()
+    if chosen.repository:
+        for path in rename_repository(chosen.repository):
+            print(path.relative_to(HERE.parent))
+    elif chosen.app:
+        app(HERE / "09_playground.py", chosen.app)
+    elif chosen.contents:
+        contents(chosen.contents)
+    else:
+        for path in sorted(HERE.glob("[0-9][0-9]_*.py")):
+            if not chosen.names or path.stem in chosen.names:
+                build(path)
+
+
 if __name__ == "__main__":
-    wanted = sys.argv[1:]
-    if wanted[:1] == ["--contents"]:
-        contents(Path(wanted[1]))
-        sys.exit()
-    if wanted[:1] == ["--app"]:
-        app(HERE / "09_playground.py", Path(wanted[1]))
-        sys.exit()
-    for path in sorted(HERE.glob("[0-9][0-9]_*.py")):
-        if not wanted or path.stem in wanted:
-            build(path)
+    main()

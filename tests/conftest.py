@@ -1,4 +1,4 @@
-"""Shared models: a micro ModelScope directory of random weights, written in the real layout."""
+"""Shared models, among them a micro ModelScope directory of random weights in the real layout; and the order of tests."""
 
 import os
 
@@ -6,8 +6,63 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
+
+from . import environments
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+
+# With several workers (`pytest -n 2 --dist loadscope --no-loadscope-reorder`): what takes longest comes first, so that
+# they end together. Each of these tests may run anywhere; else a worker takes a whole file, whose fixtures are made once.
+APART = (
+    "test_every_cell_runs_and_every_exercise_is_solved",
+    "test_types",
+    "test_the_lowest_versions_do",
+)
+LONGEST = ("test_browser", "test_widgets", "test_align", "test_evaluate", "test_memory")
+
+
+def name_of(nodeid: str) -> tuple[str, str]:
+    """File and name of a test, without its parameters."""
+    file, _, test = nodeid.partition("::")
+    return file, test.partition("[")[0]
+
+
+def pytest_collection_modifyitems(items):
+    def turn(item):
+        file, test = item.path.stem, name_of(item.nodeid)[1]
+        place = LONGEST.index(file) if file in LONGEST else len(LONGEST)
+        return (test not in APART, place, file)
+
+    items.sort(key=turn)  # stable: within a file the order stays
+
+
+class ByFile(LoadScopeScheduling):
+    """pytest-xdist's scheduler, with a file as the unit of work, or one test of `APART`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, test = name_of(nodeid)
+        return nodeid if test in APART else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
+
+
+@pytest.fixture(scope="session")
+def from_wheel(tmp_path_factory):
+    """Environment variables under which another Python imports the package from its wheel, built once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    done = folder / "wheel" / "done"
+    with FileLock(folder / "wheel.lock"):
+        if not done.exists():
+            environments.install_wheel(folder / "wheel")
+            done.touch()
+    return os.environ | {"PYTHONPATH": str(folder / "wheel" / "installed")}
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,9 @@
 """Run by test_rewards_clip.py in an environment of its own: the score of HPSv2's own package, on its own code.
 
     python hpsv2_reference.py CONFIG_DIR CHECKPOINT PICTURES.pt PROMPT…
-    python hpsv2_reference.py
 
-CONFIG_DIR holds a small ViT-H-14.json, so that the comparison takes seconds. Prints one score a picture and prompt.
-Without arguments: the names and shapes of the tensors of its full-size model, which is what its files hold.
+CONFIG_DIR holds a small ViT-H-14.json, so that the comparison takes seconds. Prints {"scores": one for each picture
+and prompt, "shapes": of the tensors of its full-size model, which is what its files hold}.
 """
 
 import json
@@ -19,16 +18,18 @@ sys.modules |= {
     "clint": types.ModuleType("clint"),
     "clint.textui": types.SimpleNamespace(progress=None),
 }
-from hpsv2.src.open_clip import add_model_config, create_model_and_transforms, get_tokenizer  # noqa: E402
+from hpsv2.src.open_clip import (  # noqa: E402
+    CLIP,
+    add_model_config,
+    create_model_and_transforms,
+    get_model_config,
+    get_tokenizer,
+)
 from torchvision.transforms import Compose, ToTensor  # noqa: E402
 
-if len(sys.argv) == 1:
-    from hpsv2.src.open_clip import CLIP, get_model_config
-
-    with torch.device("meta"):
-        state = CLIP(**get_model_config("ViT-H-14")).state_dict()
-    print(json.dumps({name: list(value.shape) for name, value in state.items()}))
-    sys.exit()
+with torch.device("meta"):
+    state = CLIP(**get_model_config("ViT-H-14")).state_dict()
+shapes = {name: list(value.shape) for name, value in state.items()}
 configs, checkpoint, pictures, *prompts = sys.argv[1:]
 add_model_config(configs)
 model, _, transform = create_model_and_transforms(
@@ -44,4 +45,5 @@ with torch.no_grad():
         [transform(picture) for picture in torch.load(pictures, weights_only=True)]
     )
     outputs = model(images, get_tokenizer("ViT-H-14")(prompts))
-print(json.dumps((outputs["image_features"] @ outputs["text_features"].T).diagonal().tolist()))
+scores = (outputs["image_features"] @ outputs["text_features"].T).diagonal().tolist()
+print(json.dumps({"scores": scores, "shapes": shapes}))

@@ -30,3 +30,8 @@ def assert_slopes(reward, clip, prompt, step=1e-5, rtol=1e-5, atol=1e-9):
         )
     assert slopes.abs().min() > 0
     torch.testing.assert_close(leaf.grad.flatten()[places], slopes, rtol=rtol, atol=atol)
+
+
+def tensor_shapes(network):
+    """The names and shapes of a network's tensors."""
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vader_nb import checkpoints, lora
+from vader_nb import Prompt, checkpoints, lora
 from vader_nb.checkpoints import list_checkpoints, read
 from vader_nb.rewards import brightness, reward
 from vader_nb.sampling import Sampling
@@ -285,6 +285,9 @@ def test_resuming_with_other_settings_is_refused(fresh, tmp_path):
     options["learning_rate"] = FAST["learning_rate"]
     with pytest.raises(ValueError, match="prompts_checksum was"):  # as many, but others
         align(fresh(), brightness(), [*PROMPTS[:2], "a red circle"], **options)
+    with pytest.raises(ValueError, match="prompts_checksum was"):  # another negative prompt
+        others = [*PROMPTS[:2], Prompt(PROMPTS[2], negative_prompt="a star")]
+        align(fresh(), brightness(), others, **options)
     config = tmp_path / "run" / "config.json"
     config.write_text(
         "\n".join(line for line in config.read_text().splitlines() if "checksum" not in line)

@@ -1,6 +1,8 @@
-"""The playground as its user has it: pressed, typed into and looked at in a real browser, on real servers.
+"""The playground in a real browser: pressed, typed into and looked at.
 
-Needs Debian's chromium (`make test` installs it where it can).
+One JupyterLab server, one Voila server and one browser serve all tests of a session; a second
+JupyterLab has ipywidgets 7, with the page's part of it. Needs Debian's chromium (`make test` installs
+it where it can).
 """
 
 import json
@@ -53,18 +55,18 @@ TrainingMonitor("run")
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("lab")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def address(folder):
     with browser.lab(folder) as address:
         yield address
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chromium():
     with browser.chromium() as chromium:
         yield chromium
@@ -76,7 +78,7 @@ def page(chromium):
         yield page
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sampled(address, folder, chromium):
     """A page with a sampler that has its first clip."""
     browser.notebook(folder / "sampler.ipynb", SAMPLER)
@@ -257,7 +259,7 @@ def test_one_compares_and_votes(address, folder, page):
     expect(panel.get_by_role("link")).to_be_visible()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def app(folder):
     """The playground as `make app` serves it."""
     target = folder / "app" / "playground.ipynb"
@@ -300,7 +302,7 @@ def test_its_studies_answer(app, page):
     reward = planner.get_by_label("reward", exact=True)
     reward.fill("hsp")
     reward.press("Enter")
-    planner.get_by_role("button", name="simulate").click()
+    expect(planner.get_by_role("button", name="simulate")).to_be_disabled()
     expect(planner.locator("[role=alert]")).to_contain_text("hps")
 
 
@@ -315,7 +317,7 @@ def test_the_playground_fits_a_phone(app, chromium):
             assert seen > 300
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def seven(tmp_path_factory):
     """A JupyterLab whose kernel and page have ipywidgets 7.7."""
     place = tmp_path_factory.mktemp("seven")

@@ -56,7 +56,7 @@ for name in vader_nb.__all__:
     assert getattr(vader_nb, name) is not None
 for name in ("align", "evaluate", "check", "load", "sample"):
     assert callable(getattr(vader_nb, name)) and not isinstance(getattr(vader_nb, name), types.ModuleType), name
-import vader_nb.rewards.check, vader_nb.rewards.action
+import vader_nb.rewards.checking, vader_nb.rewards.video_mae
 assert callable(vader_nb.rewards.check) and callable(vader_nb.rewards.action)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -133,10 +133,10 @@ def test_a_stop_before_the_first_step_is_said_as_it_is(shell, monkeypatch):
     """Ctrl-C while the first step is computed."""
     from vader_nb import rewards
 
-    def interrupted(frames, prompts):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rewards, "parse", lambda *arguments: rewards.reward(interrupted))
+    monkeypatch.setattr(rewards, "parse", lambda *_, **options: rewards.reward(interrupted))
     done = shell("align", *QUICK, "name=x")
     assert done.returncode == 130
     assert "stopped before the first step; nothing to keep" in done.stderr
@@ -161,8 +161,8 @@ def test_prompt_files_as_editors_write_them(tmp_path):
 
 def test_a_report_escapes_what_users_wrote(tmp_path):
     import torch
-    from vader_nb.evaluate import Evaluation, Row
 
+    from vader_nb.evaluation import Evaluation, Row
     from vader_nb.video import Gallery, Video
 
     evil = "<script>alert(1)</script>"
@@ -255,16 +255,21 @@ def test_what_a_validation_looked_at_is_said(capsys, tiny):
         assert ("validation_steps measures training prompts" in err) == told and bool(err) == told
 
 
-@pytest.mark.parametrize(
-    ("reward", "frames"),
-    [("motion_smoothness", "all"), ("brightness", "random:1")],
-)
-def test_memory_takes_the_frames_that_align_would(shell, reward, frames):
-    words = ["memory", "model=tiny", f"reward={reward}", "gpu_memory=24"]
-    default = shell(*words)
-    assert default.returncode == 0 and re.search("24.* fits", default.stdout)
-    assert shell(*words, f"frames={frames}").stdout == default.stdout
-    assert shell(*words, "frames=ends").stdout != default.stdout
+@pytest.mark.parametrize("words", [[], ["frames=ends"]], ids=str)
+def test_memory_takes_the_frames_that_align_would(monkeypatch, words):
+    """Without `frames`, both leave the choice to the rule for rewards on frames and on clips."""
+    asked = {}
+    monkeypatch.setattr("vader_nb.memory_planner.memory", lambda **options: asked.update(options))
+    cli.main(["memory", "model=tiny", "gpu_memory=24", "strategy=ReFL(0.5)", *words])
+    align = config.read(config.Align, words)
+    assert asked["frames"] == align.frames == ("ends" if words else None)
+    assert (asked["model"], asked["gpu_memory"], asked["strategy"]) == ("tiny", "24", "ReFL(0.5)")
+
+
+def test_memory_in_a_shell(tmp_path):
+    done = process("memory", "model=tiny", "reward=brightness", "gpu_memory=24", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^24 GiB .* fits$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

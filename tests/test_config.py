@@ -131,7 +131,7 @@ def test_null_takes_a_files_value_back(tmp_path):
     ("words", "strategy"),
     [
         (["strategy=Random()"], Random()),
-        (["strategy=random"], Random()),
+        (["strategy=Random"], Random()),
         (["backprop_mode=rand"], Random()),
         (["backprop_mode=last"], Last(1)),
         ([], Last(1)),

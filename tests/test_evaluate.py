@@ -1,30 +1,31 @@
 """The comparison is paired, its intervals are honest, and it grades what can be graded."""
 
 import json
-import os
-import subprocess
 import sys
-from statistics import NormalDist
+from dataclasses import asdict
 
 import pytest
+import scipy.stats
 import torch
-from vader_nb.align import Run
-from vader_nb.evaluate import (
+
+from vader_nb import Sampling, Validation, best_checkpoint, load, lora, prompts, rewards, sample
+from vader_nb.best import choose
+from vader_nb.distributed import launch
+from vader_nb.evaluation import (
     BASE,
-    compared,
     evaluate,
-    interval,
     motion,
+    named_adapters,
+    paired_row,
     thumbnails,
     videomae_features,
-    widened,
 )
-
-from vader_nb import Sampling, lora, prompts, rewards, sample
-from vader_nb.best import Validation, best_checkpoint, choose
+from vader_nb.stats import expanded_quantile, paired_interval
+from vader_nb.trainer import Run
 
 from .test_gradient import adapted
 
+QUICK = Sampling(num_inference_steps=2)
 GROUPS = {"training": ["a red star", "a blue circle"], "held-out": ["a green square growing"] * 3}
 
 
@@ -33,7 +34,8 @@ def test_an_adapter_that_does_nothing_makes_no_difference(micro):
     evaluation = evaluate(micro, adapter, rewards.brightness(), GROUPS, progress=False)
     assert {row.metric for row in evaluation.rows} == {"brightness", "motion", "diversity"}
     assert all(
-        row.difference == row.low == row.high == 0 and not row.clear for row in evaluation.rows
+        row.difference == row.low == row.high == 0 and not row.significant
+        for row in evaluation.rows
     )
     assert evaluation.row("held-out", "motion").prompts == 3
     assert all(row.win_rate == 0.5 for row in evaluation.rows)  # ties
@@ -74,7 +76,7 @@ def test_with_model_offload_a_judge_has_its_turn_and_leaves(micro):
             raise AssertionError("moved without the others' leaving")
 
         def __call__(self, frames, prompts):
-            assert micro.turns.present == self.networks
+            assert micro.offloader.loaded == self.networks
             return frames.mean(dim=(1, 2, 3, 4))
 
     micro.enable_model_cpu_offload()
@@ -82,7 +84,7 @@ def test_with_model_offload_a_judge_has_its_turn_and_leaves(micro):
     assert evaluate(micro, adapter, Judge(), GROUPS, progress=False).row("held-out", "judge")
     assert Validation(micro, Judge(), GROUPS["training"])(adapter)["judge"] > 0
     sample(micro, "a red star", sampling=Sampling(num_inference_steps=1))  # whatever comes next
-    assert not set(Judge.networks) & set(micro.turns.present)
+    assert not set(Judge.networks) & set(micro.offloader.loaded)
 
 
 def test_oracles_join_in_for_captions_of_the_world(tiny):
@@ -103,7 +105,7 @@ def test_oracles_join_in_for_captions_of_the_world(tiny):
     finally:
         adapter.remove()
     judged = {r.metric for r in evaluation.rows if r.held_out}
-    assert {"oracle: color", "oracle: shape", "oracle: motion", "oracle: ground"} <= judged
+    assert {"oracle: color", "oracle: shape", "oracle: motion", "oracle: background"} <= judged
     assert not {"brightness", "motion", "diversity"} & judged
 
 
@@ -127,7 +129,7 @@ def weaker(micro, tmp_path):
 def test_several_adapters_are_each_what_it_is_alone(micro, weaker, tmp_path):
     folder, strong = weaker
     before = {name: value.clone() for name, value in micro.denoiser.state_dict().items()}
-    options = {"progress": False, "batch_size": 2}
+    options = {"sampling": QUICK, "progress": False, "batch_size": 2}
     both = evaluate(
         micro, {"weak": folder, "strong": strong}, rewards.brightness(), GROUPS, **options
     )
@@ -197,11 +199,96 @@ def test_held_out_rewards_are_marked(micro, weaker, tmp_path):
         GROUPS,
         held_out=[rewards.colorfulness()],
         progress=False,
+        sampling=QUICK,
+        keep=2,
     )
     assert {row.metric for row in evaluation.rows if row.held_out} == {"colorfulness"}
     assert "colorfulness †" in str(evaluation) and "† not trained on" in str(evaluation)
     page = evaluation.report(tmp_path / "report.html").read_text()
     assert page.count("not trained on</span>") == 2  # once a group
+
+
+def test_rows_as_a_data_frame(micro, monkeypatch):
+    options = {"sampling": QUICK, "progress": False}
+    evaluation = evaluate(micro, lora.add(micro, 2), rewards.brightness(), GROUPS, **options)
+    table = evaluation.to_pandas()
+    assert len(table) == len(evaluation.rows) == 6
+    assert table.to_dict("records") == [
+        asdict(row) | {"significant": row.significant} for row in evaluation.rows
+    ]
+    assert {"group", "metric", "base", "adapter", "low", "high", "prompts"} <= set(table.columns)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        evaluation.to_pandas()
+
+
+def test_a_text_is_a_set_or_a_file_of_prompts_not_letters(micro, tmp_path):
+    """It was taken for a list of prompts, each a letter."""
+    shown = []
+
+    def spy(frames, texts):
+        shown.extend(texts)
+        return frames.mean(dim=(1, 2, 3, 4))
+
+    captions = prompts.get("tiny_held_out")
+    path = tmp_path / "mine.txt"
+    path.write_text("a red star\na blue circle\n")
+    options = {"sampling": Sampling(num_inference_steps=1), "seeds_per_prompt": 1}
+    options |= {"progress": False, "keep": 1, "batch_size": 100}
+    result = evaluate(micro, None, spy, {"held-out": "tiny_held_out", "file": path}, **options)
+    assert shown == [*captions, "a red star", "a blue circle"]
+    assert result.row("held-out", "spy").prompts == len(captions) == 200
+    for one in (str(path), ["a red star", "a blue circle"]):  # a single group needs no name
+        assert evaluate(micro, None, spy, one, **options).row("prompts", "spy").prompts == 2
+    with pytest.raises(FileNotFoundError, match="'tiny'"):
+        evaluate(micro, None, spy, "tinny", **options)
+    shown.clear()
+    Validation(micro, spy, path, sampling=options["sampling"])(lora.add(micro, 2))
+    assert shown == ["a red star", "a blue circle"]
+
+
+def dark(frames, prompts):
+    return -frames.mean(dim=(1, 2, 3, 4))
+
+
+def bright(frames, prompts):
+    return frames.mean(dim=(1, 2, 3, 4))
+
+
+def test_rewards_are_told_apart_by_what_they_are_not_by_their_names(micro):
+    """Of two rewards of one name one was missing, and a held-out one was called trained on."""
+    one, other = rewards.reward(bright, "score"), rewards.reward(dark, "score")
+    options = {"sampling": QUICK, "progress": False}
+
+    def run(trained, **more):
+        return evaluate(micro, None, trained, {"all": ["a red star"]}, **options, **more)
+
+    for trained, held_out in (([one, other], []), (one, [other]), ([], [one, other])):
+        with pytest.raises(ValueError, match="two rewards are named 'score'") as error:
+            run(trained, held_out=held_out)
+        assert one.fingerprint in str(error.value) and other.fingerprint in str(error.value)
+    result = run(one, held_out=[other.renamed("darkness")])
+    assert result.row("all", "score").base == pytest.approx(-result.row("all", "darkness").base)
+    assert result.row("all", "darkness").held_out and not result.row("all", "score").held_out
+    metrics = [row.metric for row in run([one, rewards.reward(bright, "score")]).rows]
+    assert metrics == ["score", "motion", "diversity"]
+    with pytest.raises(ValueError, match="cannot be held out"):
+        run(one, held_out=[one.renamed("another")])
+
+
+def test_adapters_are_whatever_a_model_can_use(micro, weaker, tmp_path):
+    """A file at half its weight, a run and an adapter; each is what sampling with it gives."""
+    folder, strong = weaker
+    run = Run(strong, [], tmp_path)
+    mixed = {folder / "adapter.safetensors": 0.5}
+    assert named_adapters(mixed) == {"adapter": mixed}
+    options = {"sampling": QUICK, "seeds_per_prompt": 1, "progress": False, "seed": 3}
+    texts = GROUPS["training"]
+    result = evaluate(micro, {"mixed": mixed, "run": run}, bright, texts, **options)
+    assert evaluate(micro, mixed, bright, texts, **options).adapters == ["adapter"]
+    for clips, which in zip(result.clips["prompts"][1:], (None, mixed, run)):
+        expected = sample(micro, texts, seeds=3, sampling=QUICK, adapter=which)
+        torch.testing.assert_close(clips, expected)
 
 
 def test_a_report_escapes_names_too(micro, weaker, tmp_path):
@@ -213,6 +300,7 @@ def test_a_report_escapes_names_too(micro, weaker, tmp_path):
         judge,
         {evil: [evil, "a red star"]},
         progress=False,
+        sampling=QUICK,
     )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(evil)
@@ -232,13 +320,15 @@ def test_a_report_escapes_names_too(micro, weaker, tmp_path):
 def test_win_rate_and_interval_of_a_known_case():
     base = torch.zeros(2, 8)
     after = torch.tensor([[1.0, 1, 1, 1, 1, 1, 1, -1], [1, 1, 1, 1, 0, 0, 0, -1]])
-    row = compared("all", "score", base, after, "adapter", False)
+    row = paired_row("all", "score", base, after, "adapter", False)
     assert row.win_rate == (11 + 3 / 2) / 16
     means = torch.tensor([1, 1, 1, 1, 0.5, 0.5, 0.5, -1])  # over the seeds of a prompt
     assert row.difference == pytest.approx(means.mean().item())
-    assert (row.low, row.high) == interval(means)
+    assert (row.low, row.high) == paired_interval(means)
     # A mean of 8 draws of this spread: the percentiles of a normal approximation are near enough.
-    reach = widened(NormalDist().inv_cdf(0.975), 8) * means.std(correction=0).item() / 8**0.5
+    reach = (
+        expanded_quantile(scipy.stats.norm.isf(0.025), 8) * means.std(correction=0).item() / 8**0.5
+    )
     assert row.low == pytest.approx(row.difference - reach, abs=0.2)
     assert row.high == pytest.approx(row.difference + reach, abs=0.2)
 
@@ -250,11 +340,10 @@ def test_one_clip_without_a_score_spoils_its_own_row_only(micro, tmp_path):
         value = frames.mean(dim=(1, 2, 3, 4))
         return value * torch.tensor([1.0, float("nan"), *[1.0] * (len(value) - 2)])
 
-    evaluation = evaluate(
-        micro, adapted(micro), [moody, rewards.brightness()], GROUPS, progress=False
-    )
+    options = {"sampling": QUICK, "keep": 2, "progress": False}
+    evaluation = evaluate(micro, adapted(micro), [moody, rewards.brightness()], GROUPS, **options)
     row = evaluation.row("training", "moody")
-    assert row.texts()[1:4] == ["nan", "nan", "nan to nan"] and not row.clear
+    assert row.texts()[1:4] == ["nan", "nan", "nan to nan"] and not row.significant
     assert (
         "nan to nan" in str(evaluation)
         and "nan" not in evaluation.row("training", "brightness").texts()
@@ -273,17 +362,19 @@ def test_a_checkpoint_without_a_score_is_not_the_best_and_hides_no_difference():
     )
 
 
-def test_a_few_prompts_make_nothing_clear():
+def test_a_few_prompts_make_nothing_significant():
     base = torch.zeros(1, 5)
-    assert not compared("all", "score", base, base + 1, "adapter", False).clear
+    assert not paired_row("all", "score", base, base + 1, "adapter", False).significant
     base = torch.zeros(1, 6)
-    assert compared("all", "score", base, base + 1, "adapter", False).clear
+    assert paired_row("all", "score", base, base + 1, "adapter", False).significant
 
 
 def test_students_quantiles():
-    z = NormalDist().inv_cdf(0.975)
+    z = scipy.stats.norm.isf(0.025)
     for count, quantile in ((7, 2.447), (11, 2.228), (31, 2.042)):
-        assert widened(z, count) / (count / (count - 1)) ** 0.5 == pytest.approx(quantile, abs=0.02)
+        assert expanded_quantile(z, count) / (count / (count - 1)) ** 0.5 == pytest.approx(
+            quantile, abs=0.02
+        )
 
 
 def test_the_interval_covers_as_often_as_it_says():
@@ -291,7 +382,7 @@ def test_the_interval_covers_as_often_as_it_says():
     for count in (8, 40):
         covered = 0
         for _ in range(200):
-            low, high = interval(0.3 + torch.randn(count, generator=generator))
+            low, high = paired_interval(0.3 + torch.randn(count, generator=generator))
             covered += low <= 0.3 <= high
         assert 0.91 <= covered / 200 <= 0.99
 
@@ -399,7 +490,7 @@ def test_the_best_checkpoint_of_a_run(micro, weaker, tmp_path):
             for shape in ("star", "circle", "square")
         ]
     }
-    options = {"seeds_per_prompt": 1, "progress": False}
+    options = {"seeds_per_prompt": 1, "progress": False, "sampling": QUICK}
     up = (
         evaluate(micro, strong, rewards.brightness(), groups, **options)
         .row("all", "brightness")
@@ -442,34 +533,38 @@ def test_the_best_checkpoint_of_a_run(micro, weaker, tmp_path):
 
 # ------------------------------------------------------------------------------------------- processes and size
 
-WORKER = """
-import json, os, sys, torch
-torch.set_num_threads(1)
-from dataclasses import asdict
-from vader_nb import evaluate, load, rewards
-model = load(sys.argv[1], dtype=torch.float32)
-model.defaults |= {"num_inference_steps": 3, "num_frames": 2, "height": 16, "width": 16, "guidance_scale": 2.0}
-groups = {"training": ["a red star"] * 7, "held-out": ["a blue circle", "a green square growing"]}
-result = evaluate(model, {"a": sys.argv[2]}, rewards.brightness(), groups, batch_size=3, keep=5, progress=False)
-out = sys.argv[3] + f"-rank{os.environ.get('RANK', 0)}"
-json.dump([asdict(row) for row in result.rows], open(out + ".json", "w"))
-torch.save([clip for _, *clips in result.clips.values() for clip in clips], out + ".pt")
-"""
+
+def compare_and_write(directory, adapter, path):
+    """Writes the rows and clips of an evaluation, per process."""
+    model = load(directory, dtype=torch.float32)
+    model.defaults |= {
+        "num_inference_steps": 3,
+        "num_frames": 2,
+        "height": 16,
+        "width": 16,
+        "guidance_scale": 2.0,
+    }
+    groups = {
+        "training": ["a red star"] * 7,
+        "held-out": ["a blue circle", "a green square growing"],
+    }
+    options = {"batch_size": 3, "keep": 5, "progress": False}
+    result = evaluate(model, {"a": adapter}, rewards.brightness(), groups, **options)
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    path = path.with_name(f"{path.name}-rank{rank}")
+    path.with_suffix(".json").write_text(json.dumps([asdict(row) for row in result.rows]))
+    clips = [clip for _, *clips in result.clips.values() for clip in clips]
+    torch.save(clips, path.with_suffix(".pt"))
 
 
 def test_two_processes_find_what_one_does(micro_directory, weaker, tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    for name, launcher in (("one", []), ("two", [*torchrun, "--rdzv-endpoint=localhost:0"])):
-        command = [
-            sys.executable,
-            *launcher,
-            str(tmp_path / "worker.py"),
-            str(micro_directory),
-            str(weaker[0]),
-        ]
-        subprocess.run([*command, str(tmp_path / name)], check=True, env=environment, timeout=300)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes, because sums round by their order
+    try:
+        compare_and_write(micro_directory, weaker[0], tmp_path / "one")
+    finally:
+        torch.set_num_threads(threads)
+    launch(compare_and_write, micro_directory, weaker[0], tmp_path / "two")
     one, *both = (tmp_path / f"{name}.json" for name in ("one-rank0", "two-rank0", "two-rank1"))
     assert one.read_text() == both[0].read_text() == both[1].read_text()
     clips = [torch.load(path.with_suffix(".pt"), weights_only=True) for path in (one, *both)]

@@ -1,6 +1,9 @@
-"""The notebook pairs: in sync, freshly executed, light, and built alike. (nbval runs them: `make test`.)"""
+"""The notebook pairs: in sync, freshly executed, light, and built alike; and each runs, solved, where Colab would run it."""
 
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,7 +14,7 @@ import jupytext
 import nbformat
 import pytest
 
-from tests import colab as colab_like
+from . import environments
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -36,6 +39,12 @@ def printed(cell):
 
 def tagged(notebook, tag):
     return [cell for cell in notebook.cells if build.tagged(cell, tag)]
+
+
+def is_current(source):
+    """Whether the stored outputs are those of this code."""
+    stored = json.loads(source.with_suffix(".ipynb").read_text())
+    return stored["metadata"]["vader_nb"]["code"] == build.digest(jupytext.read(source))
 
 
 def test_there_are_notebooks():
@@ -67,10 +76,8 @@ def test_it_is_executed_in_order_without_errors(pair):
 
 
 def test_its_outputs_are_those_of_its_code(pair):
-    _, source, notebook = pair
-    assert notebook.metadata["vader_nb"]["code"] == build.digest(source), (
-        "changed since it was run: make notebooks"
-    )
+    path, _, _ = pair
+    assert is_current(path), "changed since it was run: make notebooks"
 
 
 def test_it_is_light_and_renders_everywhere(pair):
@@ -160,26 +167,51 @@ def test_every_exercise_is_open_and_its_check_says_what_is_missing(pair):
 # ------------------------------------------------------------------- the solved copies, where Colab would run them
 
 
-@pytest.fixture(scope="module")
-def colab(tmp_path_factory):
-    """The Python of an environment like Colab's; its kernel is named "colab" for as long as the tests run."""
-    folder = tmp_path_factory.mktemp("colab")
-    python = colab_like.make(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JUPYTER_PATH", str(folder / "share" / "jupyter"))
-        yield python
+@pytest.fixture(scope="session")
+def colab():
+    """The folder of an environment like Colab's: its old ipywidgets, ipykernel and IPython, and its `google.colab`."""
+    requirements = (ROOT / "tests" / "colab.txt").read_text()
+    return environments.cached("colab", requirements, imported="google.colab")
 
 
-def test_the_environment_is_like_colabs(colab, tmp_path):
+def test_the_environment_is_like_colabs(colab, from_wheel, tmp_path):
     probe = (
         "import sys; assert 'google.colab' in sys.modules; import IPython, ipykernel, ipywidgets, vader_nb; "
         "print(IPython.__version__, ipykernel.__version__, ipywidgets.__version__, vader_nb.__file__)"
     )
     versions = subprocess.run(
-        [colab, "-c", probe], cwd=tmp_path, check=True, capture_output=True, text=True
+        [colab / "bin" / "python", "-c", probe],
+        cwd=tmp_path,
+        env=from_wheel,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     assert versions.startswith("7.34.0 6.17.1 7.7.1 ")
     assert str(ROOT) not in versions.split()[-1]
+
+
+def test_every_cell_runs_and_every_exercise_is_solved(pair, colab, from_wheel, tmp_path):
+    """nbval runs the solved copy, from the wheel, in an empty folder, with Colab's versions and the fast setting; it
+    compares what the checks and the tagged cells print."""
+    path, _, stored = pair
+    notebook = build.solved(stored)
+    for check in tagged(notebook, "check"):
+        check.metadata["tags"].append("nbval-check-output")
+        check.outputs = [nbformat.v4.new_output("stream", name="stdout", text="Right.\n")]
+    copy = tmp_path / f"{path.stem}.ipynb"
+    nbformat.write(notebook, copy)
+    options = ["--nbval-lax", "--nbval-kernel-name", "colab", "--nbval-cell-timeout", "300"]
+    plain = ["-p", "no:cacheprovider", "-p", "no:xdist", "-c", os.devnull, "--rootdir", tmp_path]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--color=no", *plain, *options, copy],
+        cwd=tmp_path,
+        env=from_wheel | {"JUPYTER_PATH": str(colab / "share" / "jupyter"), "VADER_NB_FAST": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{len(code(notebook))} passed" in result.stdout
 
 
 def test_colab_lacks_no_more_than_the_setup_cell_installs():
@@ -192,14 +224,38 @@ def test_colab_lacks_no_more_than_the_setup_cell_installs():
     assert set(wanted) - set(there) - {"torch", "torchvision"} == set(installed)
 
 
-def test_every_exercise_is_solved_by_its_solution(pair, colab, tmp_path):
-    """From the wheel, in an empty folder, with Colab's versions."""
-    _, source, _ = pair
-    notebook = build.solved(source)
-    build.run(notebook, kernel_name="colab", folder=tmp_path)
-    assert [printed(check) for check in tagged(notebook, "check")] == ["Right.\n"] * len(
-        tagged(notebook, "exercise")
-    )
+# ------------------------------------------------------------------------------------- the repository's name
+
+
+def test_the_repository_is_renamed_everywhere_and_nothing_is_stale(tmp_path):
+    old = build.repository()
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    changed = build.rename_repository("Some-One/vader.nb", tmp_path)
+    assert build.repository(tmp_path) == "Some-One/vader.nb"
+    assert {path.name for path in PAIRS} <= {path.name for path in changed}
+    for path in [*tmp_path.glob("*.*"), *(tmp_path / "notebooks").glob("*.*")]:
+        if path.is_file():
+            assert f"/{old}" not in path.read_text(), path
+    for path in PAIRS:
+        copy = tmp_path / "notebooks" / path.name
+        setup = tagged(jupytext.read(copy), "setup")[0]
+        assert "git+https://github.com/Some-One/vader.nb" in setup.source
+        assert is_current(copy) == is_current(path)
+    assert {path.name for path in build.rename_repository(old, tmp_path)} == {
+        path.name for path in changed
+    }
+    for path in changed:
+        assert path.read_bytes() == (ROOT / path.relative_to(tmp_path)).read_bytes(), path
+
+
+@pytest.mark.parametrize("name", ["owner", "https://github.com/owner/name", "owner/name/more", ""])
+def test_what_is_no_repository_is_refused_and_nothing_changes(name, tmp_path):
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with pytest.raises(ValueError, match="owner/name"):
+        build.rename_repository(name, tmp_path)
+    assert build.repository(tmp_path) == build.repository()
 
 
 # --------------------------------------------------------------------------------------- other environments

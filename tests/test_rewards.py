@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 from transformers import VideoMAEForVideoClassification
-from vader_nb.rewards.action import TINY as TINY_VIDEOMAE
 
 from vader_nb import rewards
 from vader_nb.rewards import check, parse, reward
 from vader_nb.rewards.clip import TINY as TINY_CLIP
 from vader_nb.rewards.networks import IMAGENET_MEAN, IMAGENET_STD, preprocess
+from vader_nb.rewards.video_mae import TINY as TINY_VIDEOMAE
 from vader_nb.zoo import world
 
 SPECS = [
@@ -65,7 +65,7 @@ def test_aesthetic_is_the_linear_head_on_the_unit_embedding(frames):
 
 def test_a_stack_of_linear_layers_in_laions_layout_is_one_affine_map(frames):
     from vader_nb.rewards.clip import open_clip_directory
-    from vader_nb.rewards.heads import Rated
+    from vader_nb.rewards.heads import HeadReward
 
     generator = torch.Generator().manual_seed(0)
     sizes, head = (64, 32, 16, 1), {}
@@ -76,7 +76,9 @@ def test_a_stack_of_linear_layers_in_laions_layout_is_one_affine_map(frames):
             torch.randn(outside, inside, generator=generator) / inside**0.5
         )
         head[f"layers.{number}.bias"] = torch.randn(outside, generator=generator)
-    score = Rated(open_clip_directory(TINY_CLIP, torch.float32), head, "aesthetic", (1.0, 10.0))
+    score = HeadReward(
+        open_clip_directory(TINY_CLIP, torch.float32), head, "aesthetic", (1.0, 10.0)
+    )
     weight = head["layers.4.weight"] @ head["layers.2.weight"] @ head["layers.0.weight"]
     bias = (
         head["layers.4.weight"]
@@ -90,7 +92,7 @@ def test_a_stack_of_linear_layers_in_laions_layout_is_one_affine_map(frames):
 def test_aesthetic_follows_what_it_states():
     """On frames of held-out captions, as they are and paler, fainter, off center: a linear probe follows the
     stated criterion closely, not perfectly."""
-    from vader_nb.zoo.train_clip import beauty, vary
+    from vader_nb.zoo.scripts.train_clip import beauty, vary
 
     generator = torch.Generator().manual_seed(6)
     plain = world.render(world.split()[1][:120], generator)[:, 3]
@@ -287,7 +289,7 @@ def test_our_own_rewards_are_fit(name):
 @pytest.mark.parametrize(
     ("function", "finding"),
     [
-        (lambda f, p: f.mean(), "one score a clip"),
+        (lambda f, p: f.mean(), "one score per clip"),
         (lambda f, p: f.mean(dim=(1, 2, 3, 4)).detach(), "differentiable"),
         (lambda f, p: (f * 255).byte().float().mean(dim=(1, 2, 3, 4)), "differentiable"),
         (lambda f, p: f.mean(dim=(1, 2, 3, 4)) / 0, "finite"),

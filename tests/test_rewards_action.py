@@ -6,10 +6,10 @@ import weakref
 import pytest
 import torch
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
-from vader_nb.memory import Peak
 
 from tests.reward_contract import ascend, assert_slopes
 from vader_nb import rewards
+from vader_nb.memory_planner import MemoryTracker
 from vader_nb.rewards.networks import IMAGENET_MEAN, IMAGENET_STD, preprocess
 
 LABELS = [
@@ -132,12 +132,12 @@ def test_checkpointing_its_blocks_keeps_less_than_the_plain_network(folder):
     torch.manual_seed(0)
     network = VideoMAEForVideoClassification(config).eval()
     clip = torch.rand(1, 8, 3, 64, 64, requires_grad=True)
-    with Peak() as plain:
+    with MemoryTracker() as plain:
         network(clip).logits.sum().backward()
     from vader_nb.rewards.networks import checkpoint_blocks
 
     checkpoint_blocks(network.videomae.encoder.layer)
-    with Peak() as checkpointed:
+    with MemoryTracker() as checkpointed:
         network(clip).logits.sum().backward()
     assert checkpointed.bytes < plain.bytes / 3
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torchvision.transforms import v2 as T
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
-from vader_nb.memory import Peak
 
-from tests.reward_contract import ascend, assert_slopes
+from tests.reward_contract import ascend, assert_slopes, tensor_shapes
 from vader_nb import hub, rewards
+from vader_nb.memory_planner import MemoryTracker
 from vader_nb.rewards import clip as towers
 from vader_nb.rewards import networks
 from vader_nb.rewards.gallery import SOURCES
@@ -126,22 +126,12 @@ def test_hps_is_open_clips_own(hps_file, small_hps, frames):
 
 
 @pytest.fixture(scope="module")
-def hpsv2(tmp_path_factory):
+def hpsv2(tmp_path_factory, hps_file, frames):
     """Runs hpsv2_reference.py on HPSv2's own package, which is installed without its dependencies (it pins an old
     pytest) and with the vocabulary that it lacks; returns what it prints."""
     folder = tmp_path_factory.mktemp("hpsv2")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(folder),
-        "hpsv2==1.2.0",
-    ]
-    subprocess.run(command, check=True)
+    install = ["pip", "install", "-q", "--no-deps", "hpsv2==1.2.0", "--target"]
+    subprocess.run([sys.executable, "-m", *install, str(folder)], check=True)
     vocabulary = "bpe_simple_vocab_16e6.txt.gz"
     theirs = folder / "hpsv2" / "src" / "open_clip" / vocabulary
     theirs.write_bytes((Path(open_clip.__file__).parent / vocabulary).read_bytes())
@@ -152,43 +142,41 @@ def hpsv2(tmp_path_factory):
         "PATH": "",
     }
 
-    def run(*arguments):
-        script = Path(__file__).parent / "hpsv2_reference.py"
-        done = subprocess.run(
-            [sys.executable, script, *arguments], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run
-
-
-def test_padded_hps_is_the_score_of_hpsv2s_own_package(hps_file, hpsv2, frames, tmp_path):
-    torch.save(frames[:, 0].clone(), tmp_path / "pictures.pt")
-    theirs = hpsv2(hps_file.parent / "configs", hps_file, tmp_path / "pictures.pt", *PROMPTS)
-    ours = rewards.hps(hps_file, verify=False, resize="pad")(frames[:, :1], PROMPTS)
-    torch.testing.assert_close(ours, torch.tensor(theirs), rtol=1e-5, atol=1e-5)
-
-
-def test_the_published_files_fit_key_for_key_and_shape_for_shape(hpsv2):
-    """At full size: what HPSv2's own model holds, and its files (686 tensors), loads strictly into ours."""
-    config = json.loads(
-        (Path(open_clip.__file__).parent / "model_configs" / "ViT-H-14.json").read_text()
+    torch.save(frames[:, 0].clone(), folder / "pictures.pt")
+    script = Path(__file__).parent / "hpsv2_reference.py"
+    arguments = [hps_file.parent / "configs", hps_file, folder / "pictures.pt", *PROMPTS]
+    done = subprocess.run(
+        [sys.executable, script, *arguments], env=environment, capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_padded_hps_is_the_score_of_hpsv2s_own_package(hps_file, hpsv2, frames):
+    ours = rewards.hps(hps_file, verify=False, resize="pad")(frames[:, :1], PROMPTS)
+    torch.testing.assert_close(ours, torch.tensor(hpsv2["scores"]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_published_files_fit_key_for_key_and_shape_for_shape(hpsv2, monkeypatch):
+    """At full size: what HPSv2's own model holds, and its files (686 tensors), loads strictly into ours."""
+    config = Path(open_clip.__file__).parent / "model_configs" / "ViT-H-14.json"  # not `hps_file`'s
+    config = json.loads(config.read_text())
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
     with torch.device("meta"):
-        state = {name: torch.empty(shape, dtype=torch.float16) for name, shape in hpsv2().items()}
-        ours = open_clip.CLIP(**config)
+        state = {k: torch.empty(size, dtype=torch.float16) for k, size in hpsv2["shapes"].items()}
+        ours = rewards.hps(from_config=True).clip.network
     assert len(state) == 686
     assert sum(value.numel() for value in state.values()) == 986_109_441
-    towers.filled(ours, state, Path("HPS_v2.1_compressed.pt"))
+    towers.fill(ours, state, Path("HPS_v2.1_compressed.pt"))
     assert ours.visual.proj.dtype == torch.float16
 
 
-def test_a_file_of_another_version_or_layout_is_refused(hps_file, tmp_path):
+def test_a_file_of_another_version_or_layout_is_refused(hps_file, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="SHA-256 of no published HPS file"):
         rewards.hps(hps_file)
+    monkeypatch.setattr(hub, "_download", lambda source: hps_file)
     with pytest.raises(ValueError, match="is not xswu/HPSv2.*SHA-256"):
-        hub.single_file(SOURCES["hps-v2.1"], hps_file, otherwise="")
+        hub.single_file(SOURCES["hps-v2.1"])
     with pytest.raises(ValueError, match=r"'v3'.*v2.0, v2.1, published, tiny"):
         rewards.hps("v3")
     torch.save({"state_dict": {"visual.proj": torch.zeros(2)}}, tmp_path / "other.pt")
@@ -280,6 +268,8 @@ CONFIGS = {
 def test_full_size_configurations(name, tensors, parameters):
     with torch.device("meta"):
         model = CLIPModel(CONFIGS[name])
+        built = rewards.clip_score(name.split("/")[1], from_config=True).clip.network
+    assert tensor_shapes(built) == tensor_shapes(model)
     assert len(model.state_dict()) == tensors
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.1)
 
@@ -448,14 +438,14 @@ def test_16_frames_in_chunks_of_4_need_the_memory_of_4():
     """The bytes that live at the worst moment of scoring and backward, less the frames and their gradient."""
     config = {"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8}
     model = open_clip.CLIP(64, config, {"width": 64, "heads": 2, "layers": 1})
-    reward = towers.Comparison(
+    reward = towers.PromptSimilarity(
         towers.open_clip_towers(model, open_clip.get_tokenizer("ViT-B-32")), "hps"
     )
     peaks = {}
     for count in (4, 16):
         frames = torch.rand(1, count, 3, 64, 64, requires_grad=True)
         reward(frames, ["a cat"])  # the text's vector is kept
-        with Peak() as peak:
+        with MemoryTracker() as peak:
             reward(frames, ["a cat"]).sum().backward()
         peaks[count] = peak.bytes - frames.grad.nbytes
     assert peaks[16] <= 1.15 * peaks[4]
@@ -476,17 +466,17 @@ def test_checkpointing_a_block_does_not_change_its_gradient():
 def test_texts_are_remembered_until_the_network_moves(build, frames):
     reward = build("pickscore")
     reward(frames, ["a", "b", "a"])
-    assert list(reward.clip.texts) == ["a", "b"]
+    assert list(reward.clip.text_cache) == ["a", "b"]
     reward.to(torch.float64)
-    assert not reward.clip.texts
+    assert not reward.clip.text_cache
 
 
 def test_their_number_is_bounded(build, monkeypatch):
-    monkeypatch.setattr(networks, "REMEMBERED", 3)
+    monkeypatch.setattr(networks, "CACHED_PROMPTS", 3)
     clip = build("clip_score").clip
     clip.text(["a", "b", "c"])
     kept = clip.text(["a", "d"])
-    assert list(clip.texts) == ["a", "d"]
+    assert list(clip.text_cache) == ["a", "d"]
     torch.testing.assert_close(kept, clip.text(["a", "d"]))
 
 

@@ -131,17 +131,19 @@ def test_what_is_no_file_of_weights_is_named(tmp_path):
 
 def test_one_file_from_an_address_is_kept_where_torch_keeps_them(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    source = hub.Source("https://example.org/head.pth", "head.pth", "1 kB", "MIT")
+    source = hub.Source(
+        "https://example.org/head.pth", "head.pth", "1 kB", "MIT", local="elsewhere"
+    )
     with pytest.raises(
         FileNotFoundError, match="(?s)not on this machine.*fetch https://example.org.*elsewhere"
     ):
-        hub.single_file(source, otherwise="elsewhere")
+        hub.single_file(source)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "head.pth").write_bytes(b"weights")
-    assert hub.single_file(source, otherwise="").read_bytes() == b"weights"
+    assert hub.single_file(source).read_bytes() == b"weights"
     known = hub.Source("https://example.org/head.pth", "head.pth", "1 kB", "MIT", sha256="abc")
     with pytest.raises(ValueError, match=r"SHA-256 is [0-9a-f]{64}, not abc"):
-        hub.single_file(known, otherwise="")
+        hub.single_file(known)
 
 
 # ------------------------------------------------------------------------------------- what rewards refuse

@@ -1,21 +1,17 @@
 """ImageReward: a small state dict in the published layout, scored by ours and by a forward pass written from the
 architecture's description. (By hand, once, it was compared with the authors' own code in full size.)"""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import center_crop, normalize, resize
-from vader_nb.memory import Peak
 
 from vader_nb import rewards
+from vader_nb.memory_planner import MemoryTracker
+from vader_nb.rewards import blip
 
-from .reward_contract import ascend, assert_slopes
+from .reward_contract import ascend, assert_slopes, tensor_shapes
 
-image_reward = importlib.import_module(
-    "vader_nb.rewards.image_reward"
-)  # `rewards.image_reward` is the function
 PROMPTS = ["a red star", "Two dogs, running", "snow"]
 WORDS = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 104: ","}
 WORDS |= dict(enumerate(["a", "red", "star", "two", "dogs", "running", "snow"], start=110))
@@ -251,10 +247,15 @@ def test_the_published_layout_in_full_size():
     assert len(shapes) == 625
     with torch.device("meta"):
         published = {name: torch.empty(shape) for name, shape in shapes.items()}
-        vision, text, head = image_reward.networks_of(published)
+        vision, text, head = blip.networks_of(published)
+        built = rewards.image_reward(from_config=True)
+    for network, other in zip(built.networks, (vision, text, head)):
+        assert tensor_shapes(network) == tensor_shapes(other)
+    assert built.vision.config.to_dict() == vision.config.to_dict()
+    assert built.text.config.to_dict() == text.config.to_dict()
     assert sum(value.numel() for value in published.values()) == 446_666_465  # 1.79 GB in float32
     used = sum(value.numel() for network in (vision, text) for value in network.parameters())
-    ignored = sum(published[name].numel() for name in image_reward.IGNORED)
+    ignored = sum(published[name].numel() for name in blip.IGNORED)
     published_head = sum(
         value.numel() for name, value in published.items() if name.startswith("mlp.")
     )
@@ -274,7 +275,7 @@ def test_the_head_is_one_affine_map(state):
     expected = x
     for n in (0, 2, 4, 6, 7):
         expected = F.linear(expected, layers[f"{n}.weight"], layers[f"{n}.bias"])
-    torch.testing.assert_close(image_reward.affine(layers)(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(blip.affine(layers)(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_words_after_35_tokens_are_not_read(folder, frames):
@@ -340,7 +341,7 @@ def test_16_frames_need_the_memory_of_4(folder):
     peaks = {}
     for count in (4, 16):
         frames = torch.rand(1, count, 3, 64, 64, requires_grad=True)
-        with Peak() as peak:
+        with MemoryTracker() as peak:
             reward(frames, PROMPTS[:1]).sum().backward()
         peaks[count] = peak.bytes - frames.grad.nbytes
     assert peaks[16] <= 1.15 * peaks[4]
@@ -383,7 +384,7 @@ def test_16_frames_need_the_memory_of_4(folder):
 )
 def test_a_state_dict_of_another_layout(state, change, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        image_reward.networks_of(change(state))
+        blip.networks_of(change(state))
 
 
 def without(state, name):
@@ -393,7 +394,7 @@ def without(state, name):
 
 def test_missing_files_and_a_wrong_vocabulary(folder, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"imagereward is neither 'image-reward' nor a directory with"
+        ValueError, match="'imagereward': choose one of published, image-reward, or give the path"
     ):
         rewards.image_reward("imagereward")
     with pytest.raises(FileNotFoundError, match=r"ImageReward\.pt is not a file"):

@@ -17,10 +17,10 @@ from transformers import (
     YolosForObjectDetection,
     YolosImageProcessor,
 )
-from vader_nb.memory import Peak
 
-from tests.reward_contract import ascend, assert_slopes
+from tests.reward_contract import ascend, assert_slopes, tensor_shapes
 from vader_nb import rewards
+from vader_nb.memory_planner import MemoryTracker
 from vader_nb.rewards import detection
 
 LABELS = {0: "N/A", 1: "person", 2: "book", 3: "cat", 4: "traffic light"}
@@ -252,6 +252,9 @@ def test_the_published_sizes_have_the_blocks_that_are_checkpointed(dino):
                 GroundingDinoConfig(backbone_config=base, text_config=text)
             ),
         }
+        for millions, name in {6.5: "yolos-tiny", 127.8: "yolos-base"}.items():
+            built = rewards.object_presence("book", name, from_config=True).detector.model
+            assert tensor_shapes(built) == tensor_shapes(models[millions])
     for millions, model in models.items():
         assert sum(value.numel() for value in model.parameters()) / 1e6 == pytest.approx(
             millions, abs=0.05
@@ -377,7 +380,7 @@ def test_16_frames_need_the_memory_of_4(yolos):
     peaks = {}
     for count in (4, 16):
         frames = torch.rand(1, count, 3, 48, 80, requires_grad=True)
-        with Peak() as peak:
+        with MemoryTracker() as peak:
             reward(frames, [""]).sum().backward()
         peaks[count] = peak.bytes - frames.grad.nbytes
     assert peaks[16] <= 1.15 * peaks[4]
@@ -388,7 +391,7 @@ def test_16_frames_need_the_memory_of_4(yolos):
 
 def test_unknown_names(yolos, dino, tmp_path):
     with pytest.raises(
-        ValueError, match="'yolo-tiny'; choose yolos-tiny, yolos-base, grounding-dino-tiny"
+        ValueError, match="'yolo-tiny': choose one of yolos-tiny, yolos-base, grounding-dino-tiny"
     ):
         rewards.object_removal("book", "yolo-tiny")
     with pytest.raises(ValueError, match="no 'bok'; the nearest of its labels are book"):

@@ -22,12 +22,12 @@ from transformers import (
     XCLIPModel,
     XCLIPProcessor,
 )
-from vader_nb.rewards.text_video import text_video
 
 from vader_nb.rewards import flow
 from vader_nb.rewards.flow import flow_smoothness
 from vader_nb.rewards.gallery import SOURCES
 from vader_nb.rewards.vjepa import block_masks, temporal_consistency
+from vader_nb.rewards.xclip import text_video
 from vader_nb.zoo import tokenizer
 
 PROMPTS = ["a red star moving left on a gray background", "a blue circle growing", "dog"]
@@ -190,7 +190,7 @@ def test_networks_stay_frozen_and_move_their_memory_along(build, name):
 
 @rewards
 def test_unknown_checkpoints_are_named(name):
-    with pytest.raises(FileNotFoundError, match="'nobody-7b': give '.*-.*' or "):
+    with pytest.raises(ValueError, match="'nobody-7b': choose one of published, .*-.*, or give"):
         BUILDERS[name]("nobody-7b")
 
 
@@ -451,7 +451,7 @@ def test_sentences_are_read_once_and_cut_off(xclip, monkeypatch):
         len(c["input_ids"]) for c in calls
     ] == [1, 1]
     xclip.to(torch.float32)
-    assert not xclip.sentences
+    assert not xclip.text_cache
 
 
 # -------------------------------------------------------------------------------------------- flow smoothness

@@ -10,9 +10,9 @@ import ipywidgets
 import markupsafe
 import pytest
 import torch
-from vader_nb.evaluate import BASE
 
 from vader_nb import Sampling, lora, reward, sample, zoo
+from vader_nb.evaluation import BASE
 from vader_nb.rewards import action, aesthetic, hps
 from vader_nb.widgets import RewardComparison, comparison_data, comparison_html, voting
 from vader_nb.widgets.drawing import Series, chart
@@ -420,7 +420,7 @@ def test_other_wrong_arguments(tiny, tmp_path, comparison):
         make(tiny, tmp_path, adapters={"a": "nowhere"})
     with pytest.raises(TypeError, match="a reward is"):
         make(tiny, tmp_path, rewards=[3])
-    with pytest.raises(ValueError, match="unknown prompt 'a dog'"):
+    with pytest.raises(ValueError, match="prompt must be one of .*; got 'a dog'"):
         comparison.run("a dog")
     with pytest.raises(ValueError, match="nothing to export"):
         comparison.export()
@@ -578,6 +578,9 @@ def test_the_interval_of_the_win_rate_is_wilsons():
         assert voting.wilson_interval(won, votes) == pytest.approx((low, high), abs=5e-5)
     assert voting.wilson_interval(3, 3)[0] < 0.5  # three wins of three prove nothing
     assert voting.wilson_interval(0, 0) == (0, 1)
+    # a tie is half a win: no narrower than either whole number next to it
+    bounds = [voting.wilson_interval(wins, 8) for wins in (3, 4)]
+    assert voting.wilson_interval(3.5, 8) == (bounds[0][0], bounds[1][1])
 
 
 # --------------------------------------------------------------------------------------------------------------- export
@@ -645,7 +648,7 @@ def test_leaving_blind_mode_stops_the_pair_that_is_being_made(everything):
 
 def test_sorting_before_all_is_compared_says_what_to_do_first(comparison):
     comparison.order.value = "helps most first"
-    assert "compare all first" in comparison.remark.value
+    assert "compare all prompts first" in comparison.remark.value
     assert comparison.order.value == "as given"
 
 

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
         video,
         zoo,
     )
+    from .best import best_checkpoint
     from .distributed import launch
-    from .evaluation import Validation, best_checkpoint, evaluate
+    from .evaluation import Validation, evaluate
     from .gradient import reward_gradient
     from .lora import Adapter
     from .memory_planner import memory
@@ -57,7 +58,7 @@ _MODULE_OF = {
     "Validation": "evaluation",
     "Video": "video",
     "align": "trainer",
-    "best_checkpoint": "evaluation",
+    "best_checkpoint": "best",
     "check": "rewards",
     "evaluate": "evaluation",
     "launch": "distributed",

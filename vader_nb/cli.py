@@ -88,7 +88,7 @@ def evaluation_prompts(arguments, prompts: list) -> dict[str, list]:
     return groups
 
 
-def in_its_world(arguments, reward, prompts: list) -> list:
+def in_vocabulary(arguments, reward, prompts: list) -> list:
     """The prompts, or the tiny world's captions if the tiny rewards cannot score them.
 
     The embedded model knows a few hundred words. Other prompts make it draw something, which is
@@ -138,7 +138,8 @@ def resume_of(arguments) -> bool | str:
 def run_align(arguments):
     from . import speed
     from .models import load
-    from .trainer import TrainConfig, align
+    from .train_config import TrainConfig
+    from .trainer import align
 
     # Everything that can be wrong with the words is found before anything is loaded.
     speed.read(arguments.speed or "")
@@ -152,8 +153,8 @@ def run_align(arguments):
     if arguments.evaluation or arguments.validation_steps:
         groups = evaluation_prompts(arguments, prompts)
     reward, *others = parse_rewards(arguments)
-    if arguments.model == "tiny":
-        prompts = in_its_world(arguments, reward, prompts)
+    if in_tiny_world(arguments):
+        prompts = in_vocabulary(arguments, reward, prompts)
         groups = groups and evaluation_prompts(arguments, prompts)
     model = load(arguments.model)
     speed.apply(model, arguments.speed or "")
@@ -210,7 +211,14 @@ def parse_rewards(arguments) -> list:
     from .rewards import parse
 
     texts = [arguments.reward, arguments.held_out_reward]
-    return [parse(text, arguments.model == "tiny") for text in texts if text]
+    return [parse(text, tiny=in_tiny_world(arguments)) for text in texts if text]
+
+
+def in_tiny_world(arguments) -> bool:
+    """Whether the model is an embedded one, or a copy."""
+    from .models import checkpoint_of
+
+    return checkpoint_of(arguments.model).world == "tiny"
 
 
 # ---------------------------------------------------------------------------- the other commands

@@ -167,7 +167,7 @@ def settings(group: str) -> list[Field]:
     if not group:
         return []
     from .sampling import Sampling
-    from .trainer import TrainConfig
+    from .train_config import TrainConfig
 
     wanted = {f.name for f in fields(Sampling)} | (MEMORY if group == "memory" else set())
     return [f for f in TrainConfig.flat_fields() if group == "training" or f.name in wanted]
@@ -185,8 +185,8 @@ def entry(f: Field) -> tuple[str, Any, Any]:
         kind = list[str]
     elif kind not in (bool, int, float):
         kind = str
-    optional = union and NoneType in get_args(f.type)
     default = f.default
+    optional = default is None or (union and NoneType in get_args(f.type))
     if kind is str and default not in (None, MISSING):
         default = str(default)
     made = field(default=default, default_factory=f.default_factory, metadata=f.metadata)

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -115,16 +116,17 @@ def sync_gradients(
     for p in parameters:
         if p.grad is None or non_finite:
             p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in parameters if p.grad is not None]
     numbers = [0.0 if non_finite else value for value in values.values()]
     extra = parameters[0].new_tensor([*numbers, float(non_finite), float(stop)])
     with torch.no_grad():
-        flat = torch.cat([*(p.grad.flatten() for p in parameters), extra])
-        sizes = [*(p.numel() for p in parameters), len(extra)]
-        *gradients, extra = accelerator.reduce(flat, "mean").split(sizes)
-        for p, gradient in zip(parameters, gradients):
-            p.grad.copy_(gradient.view_as(p))
-    *means, non_finite, stop = extra.tolist()
-    return SyncResult(dict(zip(values, means)), non_finite > 0, stop > 0)
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), extra])
+        means: Any = accelerator.reduce(flat, "mean")
+        *parts, extra = means.split([*(p.numel() for p in parameters), len(extra)])
+        for gradient, part in zip(gradients, parts):
+            gradient.copy_(part.view_as(gradient))
+    *averages, non_finite, stop = extra.tolist()
+    return SyncResult(dict(zip(values, averages)), non_finite > 0, stop > 0)
 
 
 def checksum(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
@@ -144,7 +146,8 @@ def check_synchronized(
     """Raise RuntimeError, in every process, unless all hold the same adapter to the last bit."""
     if accelerator.num_processes == 1:
         return
-    sums = accelerator.gather(checksum(parameters)).tolist()
+    gathered: Any = accelerator.gather(checksum(parameters))
+    sums = gathered.tolist()
     if len(set(sums)) > 1:
         different = [rank for rank, value in enumerate(sums) if value != sums[0]]
         raise RuntimeError(
@@ -244,7 +247,7 @@ def uses_engine(accelerator: Accelerator) -> bool:
 def shards_weights(accelerator: Accelerator) -> bool:
     """The engine shards the frozen model over processes: FSDP, or DeepSpeed ZeRO-3."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.deepspeed_plugin.zero_stage == 3
+        return getattr(accelerator.deepspeed_plugin, "zero_stage", None) == 3
     return accelerator.distributed_type == DistributedType.FSDP
 
 
@@ -264,8 +267,8 @@ def shard(model: VideoModel, accelerator: Accelerator) -> None:
     gathers the weights around it, block by block.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        config = accelerator.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = 1  # required, and unused
+        plugin: Any = accelerator.deepspeed_plugin
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # required, and unused
         for denoiser in model.denoisers.values():
             accelerator.prepare(denoiser)
         return

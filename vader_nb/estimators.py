@@ -22,7 +22,7 @@ from .models import VideoModel
 from .prompts import Prompt
 from .rewards import Reward, record_parts
 from .sampling import Rollout, Sampling, roll_out
-from .strategies import Frames, Last, Plan, Strategy
+from .strategies import Frames, Plan, Strategy
 
 
 @dataclass
@@ -124,12 +124,12 @@ class RewardGradient(Estimator):
     needs_reward_gradient = True
 
     def __init__(self, strategy: Strategy | None = None, frames: Frames | None = None):
-        self.strategy, self.frames = strategy, frames
+        self._strategy, self._frames = strategy, frames
 
     def setup(self, model, adapter, reward, config) -> None:
         super().setup(model, adapter, reward, config)
-        self.strategy = self.strategy or config.strategy or Last(1)
-        self.frames = self.frames or config.frames
+        self.strategy: Strategy = self._strategy or config.strategy
+        self.frames: Frames = self._frames or config.frames
         self.settings = {
             "decode_chunk_size": config.decode_chunk_size,
             "activation_offload": config.activation_offload,

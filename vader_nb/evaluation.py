@@ -1,254 +1,172 @@
-"""Base against adapters: the same prompts and seeds, every reward, oracles where they apply, and a report.
+"""Compare the base model with adapters: same prompts, same seeds, every reward, and oracles.
 
-evaluation = evaluate(model, run.adapter, reward, {"training": seen, "held-out": unseen}, held_out=[pick()])
+evaluation = evaluate(model, run, reward, {"training": seen, "held-out": unseen}, held_out=[pick()])
 evaluation.report(run.folder / "report.html", run)
 
-evaluate(model, {"K = 1": "runs/k1", "K = 5": "runs/k5"}, reward, {"held-out": unseen})     several side by side
+evaluate(model, {"K = 1": "runs/k1", "K = 5": "runs/k5"}, reward, "tiny_held_out")
 """
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import NormalDist
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from . import lora, parallel
-from .align import Run
-from .checkpoints import write
-from .gradient import Sampling, sample
+from . import distributed, lora
+from . import prompts as prompt_sets
+from .checkpoints import write_text
 from .lora import Adapter
+from .metrics import Scores, measure, motion, thumbnails, unique_metrics, videomae_features  # noqa: F401
 from .models import VideoModel
-from .rewards import Reward, as_reward
+from .rewards import Reward
+from .sampling import Sampling, sample
+from .stats import MIN_PROMPTS, paired_interval
 from .video import Gallery, Video, grid
 
-RESAMPLES = 2000
 BASE = "base"
-# Fewer paired differences than this can all have one sign by chance more often than once in twenty (2 ** -4).
-FEWEST = 6
-
-Scores = dict[
-    str, torch.Tensor
-]  # metric -> (seeds, prompts); diversity, one value a prompt, (1, prompts)
-
-
-# ------------------------------------------------------------------------------------------- the result
 
 
 @dataclass
 class Row:
-    """One metric of one adapter on one group of prompts: means of base and adapter over prompts, the mean paired
-    difference with its 95 % bootstrap interval [low, high] over prompts, and the win rate: the share of paired
-    clips (for diversity: prompts) on which the adapter is higher, ties half. held_out: nobody trained on the metric.
-    Where only the base was evaluated there is no adapter's name and everything but `base` and `prompts` is None."""
+    """One metric of one adapter on one group of prompts: means over prompts, and their difference.
+
+    Where only the base was evaluated, there is no name and only `base` and `prompts` have values.
+    """
 
     group: str
     metric: str
     base: float
     adapter: float | None
-    difference: float | None
-    low: float | None
+    difference: float | None  # paired: same prompt, same seed
+    low: float | None  # the difference's 95 % bootstrap interval over prompts
     high: float | None
     prompts: int
     name: str | None = "adapter"
-    win_rate: float | None = None
-    held_out: bool = False
+    win_rate: float | None = None  # share of clips on which the adapter is higher, ties half
+    held_out: bool = False  # not trained on
 
     @property
-    def clear(self) -> bool:
-        """The interval excludes zero, and there are enough prompts for one to mean it."""
-        return self.name is not None and self.prompts >= FEWEST and (self.low > 0 or self.high < 0)
+    def significant(self) -> bool:
+        """Whether the interval excludes zero, on at least `MIN_PROMPTS` prompts."""
+        if self.low is None or self.high is None or self.prompts < MIN_PROMPTS:
+            return False
+        return self.low > 0 or self.high < 0
 
     @property
     def decimals(self) -> int:
-        """Digits after the point that show two leading ones of the interval, and that a clear one excludes zero; 3 to 6."""
-        bounds = sorted(
-            abs(value) for value in (self.low, self.high) if value and math.isfinite(value)
-        )
-        needed = [1 - math.floor(math.log10(bounds[-1]))] if bounds else []
-        needed += [-math.floor(math.log10(bounds[0]))] if self.clear else []
-        return min(6, max([3, *needed]))
+        """Digits that show two leading ones of the interval, and that it excludes zero; 3 to 6."""
+        bounds = sorted(abs(v) for v in (self.low, self.high) if v and math.isfinite(v))
+        digits = [3]
+        if bounds:
+            digits.append(1 - math.floor(math.log10(bounds[-1])))
+        if self.significant:
+            digits.append(-math.floor(math.log10(bounds[0])))
+        return min(6, max(digits))
 
     def texts(self) -> list[str]:
-        """base, adapter, difference, interval and win rate as they stand in tables."""
+        """Base, adapter, difference, interval and win rate as they stand in tables."""
 
-        def number(value, sign=""):
+        def text(value: float | None, sign: str = "") -> str:
+            if value is None:
+                return ""
             return "nan" if math.isnan(value) else f"{value:{sign}.{self.decimals}f}"
 
-        if self.name is None:
-            return [number(self.base), "", "", "", ""]
-        difference, low, high = (
-            number(value, "+") for value in (self.difference, self.low, self.high)
-        )
+        interval = "" if self.low is None else f"{text(self.low, '+')} to {text(self.high, '+')}"
         wins = "" if self.win_rate is None else f"{self.win_rate:.0%}"
-        return [number(self.base), number(self.adapter), difference, f"{low} to {high}", wins]
+        return [text(self.base), text(self.adapter), text(self.difference, "+"), interval, wins]
 
 
 @dataclass
 class Evaluation:
-    """Rows of the comparison; the first clips of each group: group -> (prompts, base, one for each adapter), the clips
-    as (N, F, 3, H, W); the adapters' names; and every clip's scores: group -> base or adapter's name -> `Scores`."""
+    """The result of `evaluate`: shows itself as a table, saves itself and writes a report."""
 
     rows: list[Row]
+    # The first clips of each group: prompts, base, then each adapter, (N, F, 3, H, W).
     clips: dict[str, tuple]
     fps: int
     adapters: Sequence[str] = ("adapter",)
+    # The scores of all clips: group -> "base" or adapter -> metric -> (seeds, prompts).
     scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
 
     def row(self, group: str, metric: str, name: str | None = None) -> Row:
-        """The row of a metric, of the first adapter unless named."""
+        """Return the row of a metric, of the first adapter unless named."""
         for row in self.rows:
             if (row.group, row.metric) == (group, metric) and name in (None, row.name):
                 return row
-        raise KeyError(
-            f"no row {group!r}, {metric!r}{f', {name!r}' if name else ''}; there are {self._keys()}"
-        )
+        wanted = f"{group!r}, {metric!r}" + (f", {name!r}" if name else "")
+        known = "; ".join(sorted({f"{row.group!r}, {row.metric!r}" for row in self.rows}))
+        raise KeyError(f"no row {wanted}; there are {known}")
 
-    def _keys(self) -> str:
-        return "; ".join(sorted({f"{row.group!r}, {row.metric!r}" for row in self.rows}))
+    def to_pandas(self):
+        """Return the rows as a pandas DataFrame, with the fields of `Row` and `significant`."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from error
+        return pandas.DataFrame([asdict(r) | {"significant": r.significant} for r in self.rows])
 
     def __str__(self) -> str:
         several = len(self.adapters) > 1
-        lines = [
-            ["", "", *(["adapter"] if several else []), "base", "mean" if several else "adapter"]
-        ]
-        lines[0] += ["difference", "95 % interval", "wins", ""]
+        mean = "mean" if several else "adapter"
+        lines = [["", "", "adapter", "base", mean, "difference", "95 % interval", "wins", ""]]
         for row in self.rows:
-            metric = row.metric + (" †" if row.held_out else "")
-            name = [row.name or ""] if several else []
-            lines.append([row.group, metric, *name, *row.texts(), "*" if row.clear else ""])
+            metric = f"{row.metric} †" if row.held_out else row.metric
+            mark = "*" if row.significant else ""
+            lines.append([row.group, metric, row.name or "", *row.texts(), mark])
+        if not several:
+            lines = [line[:2] + line[3:] for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines)]
-        left = 3 if several else 2
-        table = [
-            "  ".join(
-                f"{cell:<{w}}" if i < left else f"{cell:>{w}}"
-                for i, (cell, w) in enumerate(zip(line, widths))
-            )
-            for line in lines
-        ]
-        notes = [f"* the interval excludes zero, on at least {FEWEST} prompts"]
-        notes += ["† not trained on"] if any(row.held_out for row in self.rows) else []
-        return "\n".join([line.rstrip() for line in table] + notes)
+        numbers = 3 if several else 2  # the first column of numbers
+        table = []
+        for line in lines:
+            cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+            cells[numbers:] = [cell.rjust(width) for cell, width in zip(line, widths)][numbers:]
+            table.append("  ".join(cells).rstrip())
+        table.append(f"* the interval excludes zero, on at least {MIN_PROMPTS} prompts")
+        if any(row.held_out for row in self.rows):
+            table.append("† not trained on")
+        return "\n".join(table)
 
     __repr__ = __str__
 
     def gallery(self, group: str, count: int = 6) -> Gallery:
-        """Base over adapters, same prompts and seeds."""
+        """Show the base over the adapters, on the same prompts and seeds."""
         prompts, *clips = self.clips[group]
-        return Gallery(
-            {
-                who: [Video(clip, self.fps, prompt) for prompt, clip in zip(prompts, row[:count])]
-                for who, row in zip([BASE, *self.adapters], clips)
-            }
-        )
+        rows = {}
+        for name, frames in zip([BASE, *self.adapters], clips):
+            pairs = zip(frames[:count], prompts)
+            rows[name] = [Video(clip, self.fps, prompt) for clip, prompt in pairs]
+        return Gallery(rows)
 
     def save(self, folder: str | Path) -> None:
-        """`evaluation.json`, and in `clips/` a gif and an mp4 of each group: base above, each adapter below it."""
+        """Write `evaluation.json`, and in `clips/` a gif and an mp4 of each group."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write(
-            folder / "evaluation.json",
-            json.dumps([asdict(row) for row in self.rows], indent=2) + "\n",
-        )
+        rows = [asdict(row) for row in self.rows]
+        write_text(folder / "evaluation.json", json.dumps(rows, indent=2) + "\n")
         for number, (_, *clips) in enumerate(self.clips.values()):
-            rows = torch.cat([row[:8] for row in clips])
-            for suffix in (".gif", ".mp4"):  # named by number: a prompt never becomes a file name
-                Video(grid(rows, len(clips[0][:8])), self.fps).save(
-                    folder / "clips" / f"group-{number}{suffix}", width=1024
-                )
+            sheet = grid(torch.cat([frames[:8] for frames in clips]), len(clips[0][:8]))
+            for suffix in (".gif", ".mp4"):  # a number, because a prompt is never a file name
+                path = folder / "clips" / f"group-{number}{suffix}"
+                Video(sheet, self.fps).save(path, width=1024)
 
-    def report(self, path: str | Path, run: Run | None = None, choice=None) -> Path:
-        """Write one HTML file that needs no other: clips, curves, table, configuration, versions. run: that of the
-        first adapter; choice: what `best.best_checkpoint` found."""
-        from .report import render
+    def report(self, path: str | Path, run=None, choice=None) -> Path:
+        """Write one HTML file that needs no other; see `report.write_report`."""
+        from .report import write_report
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, render(self, run, choice))
-        return path
-
-
-# ------------------------------------------------------------------------------------------- the metrics
-
-
-def interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of (N,) paired differences: percentiles of resampled means, taken further
-    out for small N (Hesterberg 2015)."""
-    count, normal = len(differences), NormalDist()
-    tail = normal.cdf(-widened(normal.inv_cdf(0.975), count))
-    draws = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
-    means = differences.double()[draws].mean(1)
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def widened(z: float, count: int) -> float:
-    """How many standard errors of a bootstrap over `count` draws are as rarely left as z of a normal variable: the
-    bootstrap lacks the N / (N - 1) of a sample's variance, and the heavy tails of Student's t."""
-    freedom = max(1, count - 1)
-    # Student's quantile as a series in 1 / degrees of freedom (Abramowitz & Stegun 26.7.5)
-    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    return t * math.sqrt(count / freedom)
-
-
-def thumbnails(frames: torch.Tensor) -> torch.Tensor:
-    """Features (B, D) of clips: 8x8 thumbnails of all frames, in levels of 0 to 255. A space without weights for
-    any model; `videomae_features` are those of a network, which sees meaning."""
-    return 255 * torch.nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1), 8).reshape(
-        len(frames), -1
-    )
-
-
-def videomae_features(checkpoint: str | Path = "tiny") -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from clips to VideoMAE's features (B, D), their mean over tokens: the space in which VADER's page
-    measures diversity. checkpoint: as of `rewards.action`: "tiny", "published", or a directory."""
-    from .rewards.action import action, position_table
-
-    reward = action(checkpoint)
-
-    @torch.no_grad()
-    def features(frames):
-        reward.to(frames.device)
-        pixels = reward.pixels(frames)
-        with position_table(reward.classifier, pixels.shape[1]):
-            return reward.classifier.videomae(pixels).last_hidden_state.mean(1)
-
-    return features
-
-
-def motion(frames: torch.Tensor) -> torch.Tensor:
-    """Mean absolute change from frame to frame, (B,)."""
-    return frames.diff(dim=1).abs().mean(dim=(1, 2, 3, 4))
-
-
-@torch.no_grad()
-def measure(
-    frames: torch.Tensor, prompts: list[str], rewards: list[Reward]
-) -> dict[str, torch.Tensor]:
-    """Every per-clip metric: name -> (B,). The oracles join in where all prompts are of the tiny world."""
-    from .zoo import oracles, world
-
-    result = {reward.name: reward(frames, prompts).float().cpu() for reward in rewards}
-    if all(world.parse(prompt) for prompt in prompts):
-        result |= {
-            f"oracle: {name}": value for name, value in oracles.grade(frames, prompts).items()
-        }
-    return result | {"motion": motion(frames).float().cpu()}
-
-
-# ------------------------------------------------------------------------------------------- the comparison
+        return write_report(self, path, run, choice)
 
 
 def evaluate(
     model: VideoModel,
-    adapter: Adapter | str | Path | dict[str, Adapter | str | Path] | None,
-    rewards: Reward | Callable | list[Reward | Callable],
-    prompts: dict[str, Sequence[str]],
+    adapter: Any,
+    rewards: Reward | Callable | Sequence[Reward | Callable],
+    prompts: Mapping[str, str | Path | Sequence[str]] | str | Path | Sequence[str],
     *,
     held_out: Sequence[Reward | Callable] = (),
     seeds_per_prompt: int = 2,
@@ -259,221 +177,212 @@ def evaluate(
     keep: int = 16,
     progress: bool = True,
 ) -> Evaluation:
-    """Compare base and adapters on groups of prompts at the same seeds.
+    """Compare the base model with adapters on the same prompts and seeds.
 
-    adapter: the one on the model; or a file, a run's folder or a checkpoint's; or several of these by name; or None,
-    for the base alone. Files are loaded one after another, and the base is sampled once. Afterwards the model
-    carries what it carried before.
-    rewards: what was trained on; a sum is reported as a whole and part by part. held_out: rewards that were not
-    trained on, which is why they are the ones to believe; they are marked, as the oracles are.
-    Diversity is the variance over the seeds of a prompt in the space of `features` (frames (B, F, 3, H, W) ->
-    (B, D)); it needs two seeds a prompt. keep: clips of each group that stay for pictures. Seeds start at `seed`,
-    far from a training run's. Under `accelerate launch` the processes share the batches, and all return the same.
+    Under `accelerate launch` the processes share the clips, and all return the same result.
 
-    Raises before the work starts: ValueError for an adapter that does not fit or is not on the model, FileNotFoundError
-    for a missing one, ValueError for a group without prompts or a held-out reward that was trained on.
+    Args:
+        model: The model. Afterwards it carries the adapter that it carried before.
+        adapter: An `Adapter`, run, path or `{path: weight}`; a dict of these by name; or None for
+            the base alone.
+        rewards: The rewards trained on. A sum is reported as a whole and part by part.
+        prompts: Groups of prompts by name, or one group: a list, a set's name, or a file.
+        held_out: Rewards that were not trained on, and are therefore the ones to believe.
+        seeds_per_prompt: Clips per prompt. Diversity needs two.
+        batch_size: Clips sampled at once.
+        sampling: How to sample; None for the model's defaults.
+        features: Function from frames `(B, F, 3, H, W)` to `(B, D)`, the space in which diversity
+            is the variance over the seeds of a prompt.
+        seed: The first seed, far from those of training.
+        keep: Clips of each group that are kept for pictures.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: An adapter does not fit, a group has no prompts, or rewards are in conflict.
+        FileNotFoundError: An adapter or a prompt file is missing. Both before the work starts.
     """
-    contestants = named(adapter)
-    trained, judges = panel(rewards, held_out)
-    for name, value in {
-        "seeds_per_prompt": seeds_per_prompt,
-        "batch_size": batch_size,
-        "keep": keep,
-    }.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not prompts:
-        raise ValueError("no group of prompts to evaluate on; give {'held-out': [...]}")
-    for group, texts in prompts.items():
-        if not len(texts):
-            raise ValueError(f"group {group!r} has no prompts")
-    for entry in contestants.values():
-        check_fit(model, entry)
-
-    bench = Bench(model, judges, features, sampling, seeds_per_prompt, batch_size, seed, keep)
-    scores = {group: {} for group in prompts}
-    clips = {group: [bench.texts(texts)] for group, texts in prompts.items()}
-    total = (1 + len(contestants)) * sum(map(len, prompts.values())) * seeds_per_prompt
-    with tqdm(
-        total=total, desc="evaluate", unit="clip", disable=not progress or bench.rank > 0
-    ) as bar:
-        for name, entry in ({BASE: None} | contestants).items():
-            with carrying(model, entry) as worn:
-                for group, texts in prompts.items():
-                    scores[group][name], shown = bench.run(worn, texts, bar)
-                    clips[group].append(shown)
-    rows = [
-        compared(
-            group,
-            metric,
-            whose[BASE][metric],
-            whose.get(name, {}).get(metric),
-            name,
-            metric not in trained,
-        )
-        for group, whose in scores.items()
-        for metric in whose[BASE]
-        for name in contestants or [None]
-    ]
-    return Evaluation(
-        rows,
-        {g: tuple(parts) for g, parts in clips.items()},
-        model.defaults["fps"],
-        [*contestants],
-        scores,
+    adapters, groups = named_adapters(adapter), prompt_groups(prompts)
+    metrics, trained = unique_metrics(rewards, held_out)
+    evaluator = Evaluator(
+        model, metrics, sampling, features, seeds_per_prompt, batch_size, seed, keep
     )
+    for which in adapters.values():
+        lora.check_fits(model, which)
+    clips, scores = evaluator.compare(adapters, groups, progress)
+    trained |= {"motion", "diversity"}  # descriptions that judge nothing
+    rows = []
+    for group, by_name in scores.items():
+        for metric, base in by_name[BASE].items():
+            for name in adapters or [None]:
+                after = None if name is None else by_name[name][metric]
+                rows.append(paired_row(group, metric, base, after, name, metric not in trained))
+    return Evaluation(rows, clips, model.defaults["fps"], list(adapters), scores)
 
 
-def named(adapter) -> dict[str, Adapter | str | Path]:
-    """The contestants by name; one without a name is called "adapter"."""
+def named_adapters(adapter: Any) -> dict[str, Any]:
+    """Return adapters by name; a single one is called "adapter"."""
     if adapter is None:
         return {}
-    contestants = adapter if isinstance(adapter, dict) else {"adapter": adapter}
-    if BASE in contestants:
+    several = isinstance(adapter, Mapping)
+    if several and adapter and all(isinstance(w, (int, float)) for w in adapter.values()):
+        several = False  # {path: weight} is one adapter
+    adapters = dict(adapter) if several else {"adapter": adapter}
+    if BASE in adapters:
         raise ValueError(f"no adapter can be named {BASE!r}: that is the model without one")
-    return dict(contestants)
+    return adapters
 
 
-def panel(rewards, held_out) -> tuple[set[str], list[Reward]]:
-    """The names of the metrics that are no judge of the training (rewards trained on, and the plain descriptions of
-    a clip), and all rewards to measure, each with its parts."""
-    seen = [as_reward(r) for r in (rewards if isinstance(rewards, (list, tuple)) else [rewards])]
-    seen = {part.name: part for reward in seen for part in [reward, *reward.parts()]}
-    fresh = {reward.name: reward for reward in map(as_reward, held_out)}
-    both = seen.keys() & fresh.keys()
-    if both:
-        raise ValueError(
-            f"{', '.join(sorted(both))}: trained on, so it cannot be held out; name it in one place"
-        )
-    return {*seen, "motion", "diversity"}, [*seen.values(), *fresh.values()]
-
-
-def check_fit(model: VideoModel, entry: Adapter | str | Path) -> None:
-    """Raise now what would otherwise be raised after the base has been sampled."""
-    if not isinstance(entry, Adapter):
-        with lora.bare(model):
-            lora.load(model, entry).remove()
-    elif entry.model is not model or not entry.layers:
-        raise ValueError(
-            f"the adapter is not on this {model.name!r} (any more); give its file instead"
-        )
-
-
-@contextlib.contextmanager
-def carrying(model: VideoModel, entry: Adapter | str | Path | None) -> Iterator[Adapter | None]:
-    """The model with that adapter: the one it has, one from a file for a while, or none."""
-    if isinstance(entry, Adapter):
-        yield entry
-        return
-    with lora.bare(model):
-        adapter = None if entry is None else lora.load(model, entry)
-        try:
-            yield adapter
-        finally:
-            if adapter is not None:
-                adapter.remove()
+def prompt_groups(prompts: Any) -> dict[str, Sequence[str]]:
+    """Return groups of prompts by name; a single one is called "prompts"."""
+    groups = prompts if isinstance(prompts, Mapping) else {"prompts": prompts}
+    if not groups:
+        raise ValueError("no group of prompts to evaluate on; give {'held-out': [...]}")
+    for group, source in groups.items():
+        if not isinstance(source, (str, os.PathLike)) and not len(source):
+            raise ValueError(f"group {group!r} has no prompts")
+    return {group: prompt_sets.get(source) for group, source in groups.items()}
 
 
 @dataclass
-class Bench:
-    """What is the same for everyone who is measured."""
+class Evaluator:
+    """Samples and scores groups of prompts, always in the same way; fields as in `evaluate`."""
 
     model: VideoModel
-    judges: list[Reward]
-    features: Callable[[torch.Tensor], torch.Tensor]
-    sampling: Sampling | None
-    seeds_per_prompt: int
-    batch_size: int
-    seed: int
-    keep: int
+    metrics: list[Reward]
+    sampling: Sampling | None = None
+    features: Callable[[torch.Tensor], torch.Tensor] = thumbnails
+    seeds_per_prompt: int = 2
+    batch_size: int = 8
+    seed: int = 10_000
+    keep: int = 16
 
     def __post_init__(self):
-        self.rank, self.world = 0, 1
-        # Asked of the environment first: accelerate's state, once made, decides the device of a later training.
+        for name in ("seeds_per_prompt", "batch_size", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.rank, self.num_processes = 0, 1
+        # Asked first, because accelerate's state, once made, decides the device of later training.
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from accelerate import PartialState
 
             state = PartialState(cpu=self.model.device.type == "cpu")
-            self.rank, self.world = state.process_index, state.num_processes
+            self.rank, self.num_processes = state.process_index, state.num_processes
 
-    def texts(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts of the clips that stay."""
-        return [
-            prompts[i % len(prompts)]
-            for i in range(min(self.keep, len(prompts) * self.seeds_per_prompt))
-        ]
+    def compare(
+        self, adapters: Mapping[str, Any], groups: Mapping[str, Sequence[str]], progress: bool
+    ) -> tuple[dict[str, tuple], dict[str, dict[str, Scores]]]:
+        """Run the base and each adapter on all groups; clips and scores as in `Evaluation`."""
+        clips, scores = {}, {group: {} for group in groups}
+        for group, prompts in groups.items():
+            texts = [str(prompt) for prompt in prompts] * self.seeds_per_prompt
+            clips[group] = (texts[: self.keep],)
+        total = (1 + len(adapters)) * self.seeds_per_prompt * sum(map(len, groups.values()))
+        hidden = not progress or self.rank > 0
+        with tqdm(total=total, desc="evaluate", unit="clip", disable=hidden) as bar:
+            for name, which in {BASE: None, **adapters}.items():
+                with lora.use_adapter(self.model, which) as adapter:
+                    for group, prompts in groups.items():
+                        scores[group][name], shown = self.run(adapter, prompts, bar)
+                        clips[group] += (shown,)
+        return clips, scores
 
     def run(
-        self, adapter: Adapter | None, prompts: Sequence[str], bar
+        self, adapter: Adapter | None, prompts: Sequence[str], bar: tqdm | None = None
     ) -> tuple[Scores, torch.Tensor]:
-        """Scores of all clips of a group, and the first `keep` clips (N, F, 3, H, W)."""
-        if self.model.turns is None:  # else they have their turn, as all networks do
-            for judge in self.judges:
-                judge.to(self.model.device)
+        """Score the adapter that is on the model; also return the first clips (N, F, 3, H, W)."""
+        if self.model.offloader is None:  # else networks are moved when they are needed
+            for metric in self.metrics:
+                metric.to(self.model.device)
         # Seed by seed over all prompts, so that the clips that are kept show many prompts.
         clips = range(len(prompts) * self.seeds_per_prompt)
         batches = [clips[start : start + self.batch_size] for start in clips[:: self.batch_size]]
-        mine, turns = [], len(batches)
-        if parallel.cut_up(
-            self.model.denoiser
-        ):  # all must call it equally often: some take a batch again
-            turns = -(-turns // self.world) * self.world
-        # Whole batches are shared out: of another size, one may round differently.
-        for number in range(self.rank, turns, self.world):
-            batch = batches[min(number, len(batches) - 1)]
-            names = [prompts[i % len(prompts)] for i in batch]
-            seeds = [self.seed + i for i in batch]
-            frames = sample(self.model, names, seeds=seeds, sampling=self.sampling, adapter=adapter)
-            if number >= len(batches):
+        parts = []
+        # Processes share whole batches, because another batch size may round differently.
+        for first in range(0, len(batches), self.num_processes):
+            number = first + self.rank
+            spare = number >= len(batches)
+            if spare and not distributed.is_sharded(self.model.denoiser):
                 break
-            self.model.bring(*(network for judge in self.judges for network in judge.networks))
-            metrics = measure(frames, names, self.judges)
+            batch = batches[min(number, len(batches) - 1)]
+            chosen = [prompts[i % len(prompts)] for i in batch]
+            seeds = [self.seed + i for i in batch]
+            frames = sample(
+                self.model, chosen, seeds=seeds, sampling=self.sampling, adapter=adapter
+            )
+            if spare:  # sampled only because sharded processes call the denoiser equally often
+                break
+            self.model.onload(*(module for metric in self.metrics for module in metric.networks))
+            scores = measure(frames, [str(prompt) for prompt in chosen], self.metrics)
             if self.seeds_per_prompt > 1:
-                metrics["diversity"] = self.features(frames).float().cpu()
-            mine.append((number, metrics, frames[: max(0, self.keep - batch.start)].cpu()))
-            bar.update(min(len(batch) * self.world, bar.total - bar.n))
-        done = sorted(self.gathered(mine), key=lambda part: part[0])
-        everywhere = [
-            name for name in done[0][1] if all(name in metrics for _, metrics, _ in done)
-        ]  # oracles may not be
-        columns = {
-            name: torch.cat([metrics[name] for _, metrics, _ in done]) for name in everywhere
-        }
-        columns = {
-            name: column.unflatten(0, (self.seeds_per_prompt, -1))
-            for name, column in columns.items()
-        }
-        if self.seeds_per_prompt > 1:
-            columns["diversity"] = columns["diversity"].var(0).mean(1, keepdim=True).T
-        return columns, torch.cat([frames for _, _, frames in done])
+                scores["diversity"] = self.features(frames).float().cpu()
+            parts.append((number, scores, frames[: max(0, self.keep - batch.start)].cpu()))
+            if bar is not None:
+                bar.update(min(len(batch) * self.num_processes, bar.total - bar.n))
+        if self.num_processes > 1:
+            from accelerate.utils import gather_object
 
-    def gathered(self, parts: list) -> list:
-        if self.world == 1:
-            return parts
-        from accelerate.utils import gather_object
+            parts = sorted(gather_object(parts), key=lambda part: part[0])
+        _, scores, frames = zip(*parts)
+        return self._columns(scores), torch.cat(frames)
 
-        return gather_object(parts)
+    def _columns(self, batches: Sequence[Scores]) -> Scores:
+        """Join the scores of all batches to (seeds, prompts)."""
+        columns = {}
+        for name in batches[0]:
+            if all(name in batch for batch in batches):  # oracles may apply to some batches only
+                column = torch.cat([batch[name] for batch in batches])
+                columns[name] = column.unflatten(0, (self.seeds_per_prompt, -1))
+        if "diversity" in columns:
+            columns["diversity"] = columns["diversity"].var(0).mean(1)[None]
+        return columns
 
 
-def compared(
-    group: str, metric: str, base: torch.Tensor, after: torch.Tensor | None, name, held_out: bool
-) -> Row:
-    """The row of one metric; base and after (seeds, prompts). Prompts are the independent draws, seeds are not."""
-    before = base.mean(0).double()
-    if after is None:
-        return Row(
-            group, metric, before.mean().item(), *[None] * 4, len(before), None, None, held_out
+class Validation:
+    """Scores rewards that training does not see, while it trains.
+
+    `align(..., validate=Validation(model, pick(), prompts))` calls it with the adapter on the
+    model, for the mean of each reward over one clip per prompt, always at the same seeds. Several
+    processes share the clips. Arguments as in `evaluate`.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        rewards: Reward | Callable | list[Reward | Callable],
+        prompts: str | Path | Sequence[str],
+        *,
+        sampling: Sampling | None = None,
+        batch_size: int = 8,
+        seed: int = 10_000,
+    ):
+        self.prompts = prompt_sets.get(prompts)
+        listed = rewards if isinstance(rewards, list) else [rewards]
+        self.rewards, _ = unique_metrics([], listed)
+        self.evaluator = Evaluator(
+            model, self.rewards, sampling, thumbnails, 1, batch_size, seed, keep=1
         )
-    difference = after.mean(0).double() - before
-    wins = (after > base).double() + 0.5 * (after == base)
-    means = before.mean().item(), (before + difference).mean().item(), difference.mean().item()
-    return Row(
-        group,
-        metric,
-        *means,
-        *interval(difference),
-        len(before),
-        name,
-        wins.mean().item(),
-        held_out,
-    )
+
+    def __call__(self, adapter: Adapter) -> dict[str, float]:
+        with torch.random.fork_rng():  # a reward that draws must not change what training draws
+            scores, _ = self.evaluator.run(adapter, self.prompts)
+        return {reward.name: scores[reward.name].mean().item() for reward in self.rewards}
+
+
+def paired_row(
+    group: str,
+    metric: str,
+    base: torch.Tensor,
+    after: torch.Tensor | None,
+    name: str | None,
+    held_out: bool,
+) -> Row:
+    """Make a row of scores `(seeds, prompts)`; prompts are the independent draws, seeds are not."""
+    before = base.mean(0).double()
+    mean, prompts = before.mean().item(), len(before)
+    if after is None:
+        return Row(group, metric, mean, None, None, None, None, prompts, None, None, held_out)
+    change = after.mean(0).double() - before
+    adapter, difference = (before + change).mean().item(), change.mean().item()
+    low, high = paired_interval(change)
+    wins = ((after > base).double() + 0.5 * (after == base)).mean().item()
+    return Row(group, metric, mean, adapter, difference, low, high, prompts, name, wins, held_out)

@@ -176,7 +176,7 @@ def score(
         with torch.enable_grad():
             for chunk in chunks:
                 clip = finite(model.decode(leaf, chunk), "decoded frames")
-                share = validate_scores(reward, clip, prompts) * (len(chunk) / len(frames))
+                share = validate_scores(reward, clip, list(prompts)) * (len(chunk) / len(frames))
                 (share.sum() * scale).backward()
                 rewards = rewards + share.detach()
         gradient = leaf.grad
@@ -185,12 +185,11 @@ def score(
             clip = torch.cat([model.decode(latents, chunk) for chunk in chunks], dim=1)
         clip = finite(clip, "decoded frames").requires_grad_()
         with torch.enable_grad():
-            value = validate_scores(reward, clip, prompts)
-            (value.sum() * scale).backward()
-        rewards = value.detach()
-        gradient = model.decode_vjp(latents, frames, clip.grad, decode_chunk_size)
-    finite(rewards, f"rewards of {reward.name!r}")
-    finite(gradient, f"gradients of {reward.name!r}")
+            rewards = validate_scores(reward, clip, list(prompts))
+            (pixels,) = torch.autograd.grad(rewards.sum() * scale, clip)
+        gradient = model.decode_vjp(latents, frames, pixels, decode_chunk_size)
+    rewards = finite(rewards.detach(), f"rewards of {reward.name!r}")
+    gradient = finite(gradient, f"gradients of {reward.name!r}")
     return rewards, gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
 
 

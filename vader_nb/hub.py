@@ -1,4 +1,4 @@
-"""Where published weights come from: the model hub, a web address, or a path. Never pickled code."""
+"""Where published weights come from: the model hub, a web address, a path. No pickled code."""
 
 import copy
 import hashlib
@@ -12,6 +12,8 @@ from urllib.parse import urlparse
 
 import safetensors.torch
 import torch
+
+StrPath = str | Path
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def reachable(timeout: float = 2.0) -> bool:
     return True
 
 
-def find(checkpoint: str | Path, known: Mapping[str, Source | Path]) -> Source | Path:
+def find(checkpoint: StrPath, known: Mapping[str, Source | Path]) -> Source | Path:
     """What `known` has for a checkpoint's name, or the local path that it is.
 
     Raises:
@@ -180,7 +182,7 @@ def _download(source: Source) -> Path:
     return path
 
 
-def sha256(path: str | Path) -> str:
+def sha256(path: StrPath) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -188,7 +190,20 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], problem: str) -> torch.nn.Module:
+    """A model that was made on the meta device, with these weights.
+
+    Raises:
+        ValueError: keys or shapes do not fit; it begins with `problem`.
+    """
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{problem}: {str(error)[:300]}") from error
+    return model
+
+
+def state_dict(path: StrPath) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors or torch file, on the CPU, without running code that it holds.
 
     Raises:

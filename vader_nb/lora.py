@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -36,7 +37,7 @@ class Adapter:
 
     def __init__(self, model: VideoModel, rank: int, alpha: float, targets: tuple[str, ...]):
         self.model, self.rank, self.alpha, self.targets = model, rank, alpha, targets
-        self.layers = _layers(model)
+        self.layers: dict[str, Any] = _layers(model)
         self._scale = 1.0
 
     def parameters(self) -> list[nn.Parameter]:
@@ -229,8 +230,8 @@ def add(
     with torch.random.fork_rng(devices=[]), unset_fake_temporarily():
         torch.manual_seed(seed)
         for key, names in chosen.items():
-            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
-            inject_adapter_in_model(config, model.denoisers[key])
+            options: dict[str, Any] = {"lora_alpha": alpha, "target_modules": names}
+            inject_adapter_in_model(LoraConfig(r=rank, **options), model.denoisers[key])
     names = tuple(targets or dict.fromkeys(name for names in chosen.values() for name in names))
     adapter = Adapter(model, rank, alpha, names)
     dtype = torch.promote_types(model.dtype, torch.float32)
@@ -336,7 +337,7 @@ def combine(model: VideoModel, weights: Mapping[str | Path, float]) -> Adapter:
         for state, metadata, _, weight in files:
             rank = rank_of(state)
             shape = [rank if dim == rank_dim else size for dim, size in enumerate(own.shape)]
-            part = state.get(name, own.new_zeros(shape)).to(own)
+            part = (state[name] if name in state else own.new_zeros(shape)).to(own)
             if rank_dim == 1:
                 part = part * (weight * float(metadata.get("alpha", rank)) / rank)
             parts.append(part)
@@ -402,7 +403,7 @@ def check_fits(model: VideoModel, which) -> None:
         pass
 
 
-def _layers(model: VideoModel) -> dict[str, LoraLayer]:
+def _layers(model: VideoModel) -> dict[str, Any]:
     return {
         f"{key}.{name}": layer
         for key, denoiser in model.denoisers.items()
@@ -411,11 +412,11 @@ def _layers(model: VideoModel) -> dict[str, LoraLayer]:
     }
 
 
-def _matrices(layer: LoraLayer) -> tuple[nn.Module, nn.Module]:
+def _matrices(layer: Any) -> tuple[Any, Any]:
     return layer.lora_A[NAME], layer.lora_B[NAME]
 
 
-def _detach(model: VideoModel) -> tuple[dict[str, LoraLayer], dict[str, dict]]:
+def _detach(model: VideoModel) -> tuple[dict[str, Any], dict[str, Any]]:
     """Take whatever adapter is on the model off; returns what `_attach` needs to put it back."""
     layers, configs = _layers(model), {}
     _put(model, {name: layer.get_base_layer() for name, layer in layers.items()})
@@ -428,10 +429,10 @@ def _detach(model: VideoModel) -> tuple[dict[str, LoraLayer], dict[str, dict]]:
     return layers, configs
 
 
-def _attach(model: VideoModel, layers: dict[str, LoraLayer], configs: dict[str, dict]) -> None:
+def _attach(model: VideoModel, layers: dict[str, Any], configs: dict[str, Any]) -> None:
     _put(model, layers)
     for key, config in configs.items():
-        model.denoisers[key].peft_config = config
+        vars(model.denoisers[key])["peft_config"] = config
 
 
 def _put(model: VideoModel, modules: dict[str, nn.Module]) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from .prompts import Prompt
 Callback = Callable[[int, torch.Tensor, torch.Tensor], None]  # (step index, timestep, latents)
 
 
-def setting(default, help: str, may_change: bool = False):
+def setting(default: Any, help: str, may_change: bool = False) -> Any:
     """A dataclass field with a help text. may_change: also when a run is resumed."""
     metadata = {"help": help, "may_change": may_change}
     if isinstance(default, dict):
@@ -45,13 +46,11 @@ class Sampling:
         options: settings that only the model's family has, see `VideoModel.sampling_options`.
     """
 
-    num_inference_steps: int | None = setting(None, "denoising steps; default: the model's")
-    guidance_scale: float | None = setting(
-        None, "classifier-free guidance, 1: off; default: the model's"
-    )
-    num_frames: int | None = setting(None, "frames per clip; default: the model's")
-    height: int | None = setting(None, "pixels; default: the model's")
-    width: int | None = setting(None, "pixels; default: the model's")
+    num_inference_steps: int = setting(None, "denoising steps; default: the model's")
+    guidance_scale: float = setting(None, "classifier-free guidance, 1: off; default: the model's")
+    num_frames: int = setting(None, "frames per clip; default: the model's")
+    height: int = setting(None, "pixels; default: the model's")
+    width: int = setting(None, "pixels; default: the model's")
     eta: float = setting(0.0, "DDIM's noise: 0 deterministic, 1 like DDPM")
     unconditional_gradient: bool = setting(
         True, "false: no gradient through the guidance's negative branch, half the memory"
@@ -90,8 +89,10 @@ class NonFiniteError(ValueError):
     """Latents, frames, a reward or a gradient hold NaN or infinity; training skips the step."""
 
 
-def finite(values: torch.Tensor, what: str) -> torch.Tensor:
+def finite(values: torch.Tensor | None, what: str) -> torch.Tensor:
     """The values. Raises NonFiniteError if one is NaN or infinite."""
+    if values is None:
+        raise ValueError(f"there are no {what}: it does not depend on the frames")
     if not values.detach().isfinite().all():
         shown = f": {values.tolist()}" if values.ndim == 1 else ""
         raise NonFiniteError(f"the {what} are not finite{shown}")
@@ -121,10 +122,10 @@ class Rollout:
     timesteps: list[torch.Tensor] = field(default_factory=list)
     states: list[torch.Tensor] = field(default_factory=list)
     outputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    scheduler: object = None
+    scheduler: Any = None
     window_generators: list[torch.Generator] = field(default_factory=list)
 
-    def at_window(self) -> tuple[object, list[torch.Generator]]:
+    def at_window(self) -> tuple[Any, list[torch.Generator]]:
         """Copies of the scheduler and the generators as they were at the beginning of the window."""
         return copy.deepcopy(self.scheduler), clone(self.window_generators)
 

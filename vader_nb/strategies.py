@@ -158,7 +158,7 @@ def parse_strategy(text: "str | Strategy") -> Strategy:
         return text
     try:
         node = ast.parse(text.strip(), mode="eval").body
-        name = node.func.id if isinstance(node, ast.Call) else node.id
+        name = ast.unparse(node.func if isinstance(node, ast.Call) else node)
         kinds = {key.lower(): kind for key, kind in STRATEGIES.items()}
         args = [ast.literal_eval(arg) for arg in getattr(node, "args", [])]
         options = {k.arg: ast.literal_eval(k.value) for k in getattr(node, "keywords", [])}

@@ -12,7 +12,8 @@ class TrainConfig:
     """Every setting of a training run, written once.
 
     `align(..., **settings)`, configuration files, the shell, `config.json` and the memory planner read this
-    list. Each field's help text is in its metadata; `vader-nb align --help` prints them.
+    list. Each field's help text is in its metadata; `vader-nb align --help` prints them. Strategy, frames and
+    output_dir may be given as text; None stands for the default that the help text names.
     """
 
     steps: int = setting(40, "optimizer steps")
@@ -31,11 +32,11 @@ class TrainConfig:
     targets: tuple[str, ...] | None = setting(
         None, "names of the layers that get an adapter; default: the model's attention projections"
     )
-    strategy: Strategy | str = setting(
+    strategy: Strategy = setting(
         Last(1),
         "which steps learn: Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3)",
     )
-    frames: Frames | str | None = setting(
+    frames: Frames = setting(
         None,
         "which frames are scored: random:1, ends, every:2, all, 0,4,-1; default: random:1, or all for a "
         "reward on the whole clip",
@@ -54,7 +55,7 @@ class TrainConfig:
         None, "no, fp16 or bf16; default: what accelerate launch was given, else no"
     )
     seed: int = setting(0, "of everything that is drawn")
-    output_dir: str | Path = setting("runs/align", "the run's folder", may_change=True)
+    output_dir: Path = setting(Path("runs/align"), "the run's folder", may_change=True)
     checkpointing_steps: int = setting(20, "steps between checkpoints", may_change=True)
     checkpoints_total_limit: int | None = setting(
         None,
@@ -74,7 +75,8 @@ class TrainConfig:
 
     def __post_init__(self):
         self.strategy = parse_strategy(self.strategy)
-        self.frames = None if self.frames is None else parse_frames(self.frames)
+        if self.frames is not None:
+            self.frames = parse_frames(self.frames)
         self.targets = tuple(self.targets) if self.targets else None
         self.output_dir = Path(self.output_dir)
 

@@ -9,6 +9,7 @@ folder, readable at any moment (`checkpoints`).
 """
 
 import hashlib
+import importlib
 import math
 import resource
 import time
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -62,7 +64,7 @@ class Run:
     @property
     def best(self) -> Path | None:
         """The checkpoint with the highest validation score, if the run validated."""
-        return checkpoints.list_checkpoints(self.folder).get(best_step(self.metrics))
+        return checkpoints.list_checkpoints(self.folder).get(best_step(self.metrics) or 0)
 
 
 @dataclass
@@ -274,7 +276,7 @@ class Trainer:
     def description(self) -> dict:
         """What `config.json` holds."""
         config = self.config
-        texts = [str(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]]
+        texts = [_text_of(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]]
         return {
             "model": self.model.name,
             "reward": self.reward.name,
@@ -421,7 +423,8 @@ class Trainer:
         """Clip the gradient; returns its norm before that. Raises for one that is zero or not finite."""
         engine = distributed.uses_engine(self.accelerator)
         clip = torch.nn.utils.clip_grad_norm_ if engine else self.accelerator.clip_grad_norm_
-        norm = float(clip(self.parameters, self.config.max_grad_norm))
+        total: Any = clip(self.parameters, self.config.max_grad_norm)
+        norm = float(total)
         if norm == 0 and self.state.step == 0:
             raise ValueError(
                 f"the gradient of {self.reward.name!r} that reaches the adapter is zero: nothing to learn from"
@@ -485,8 +488,8 @@ class Trainer:
         """Add validation scores to the step's row: the main process's, so that all decide alike."""
         if self.validation is None:
             return
-        scores = self.validation(self.adapter)
-        scores = distributed.broadcast_from_main(lambda: scores, self.accelerator)
+        own = self.validation(self.adapter)
+        scores: Any = distributed.broadcast_from_main(lambda: own, self.accelerator)
         named = {f"validation/{name}": value for name, value in scores.items()}
         if self.accelerator.is_main_process:
             self.journal.amend(named)
@@ -568,6 +571,11 @@ def track(call: Callable, *args, **options) -> None:
         )
 
 
+def _text_of(prompt: str | Prompt) -> str:
+    negative = getattr(prompt, "negative_prompt", "")
+    return f"{prompt}\0{negative}" if negative else str(prompt)
+
+
 def _for_tracker(value):
     return value if isinstance(value, (int, float, str)) else str(value)
 
@@ -577,7 +585,7 @@ def adamw(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.op
     kind = torch.optim.AdamW
     if config.use_8bit_adam:
         try:
-            from bitsandbytes.optim import AdamW8bit as kind
+            kind = importlib.import_module("bitsandbytes.optim").AdamW8bit
         except ImportError as error:
             raise ValueError(
                 "use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes"

@@ -171,12 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         serve(options)
-    else:
-        compare(options)
-
-
-def compare(options) -> None:
-    """Ask a process of each checkout in turn, and print medians and ratios."""
+        return
     processes = {"here": start(ROOT, options)}
     if options.against:
         processes["against"] = start(options.against.resolve(), options)

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -80,7 +81,7 @@ class VideoModel(ABC):
     world: str | None = None
     denoisers: dict[str, nn.Module]
     targets: dict[str, tuple[str, ...]]
-    scheduler: object
+    scheduler: Any
     defaults: dict
     sampling_options: dict = {}
     independent_frames = True
@@ -89,6 +90,20 @@ class VideoModel(ABC):
     offload_device = torch.device("cpu")
 
     # ------------------------------------------------------------------ what a family writes
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, checkpoint, *, name: str, dtypes: dict, **hub) -> "VideoModel":
+        """Load a `models.Checkpoint`, see `models.load`; dtypes: of parts, and "default"."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, checkpoint, *, name: str) -> "VideoModel":
+        """The architecture of a `models.Checkpoint`, see `models.from_config`."""
+
+    @abstractmethod
+    def to(self, *args, **kwargs) -> "VideoModel":
+        """Move or convert all networks, as `torch.nn.Module.to`."""
 
     @abstractmethod
     def modules(self) -> list[nn.Module]:
@@ -290,6 +305,7 @@ class VideoModel(ABC):
             for start in range(0, len(frames), decode_chunk_size):
                 part = slice(start, start + decode_chunk_size)
                 self.decode(leaf, frames[part]).backward(gradient[:, part])
+        assert leaf.grad is not None
         return leaf.grad
 
     # ------------------------------------------------------------------ where networks are

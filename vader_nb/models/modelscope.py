@@ -10,7 +10,8 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet3DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import BatchEncoding, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -179,7 +180,7 @@ class ModelScope(VideoModel):
                 )
         if sampling.num_frames < 1:
             raise ValueError(f"num_frames={sampling.num_frames} must be at least 1")
-        channels = self.denoiser.config.in_channels
+        channels = int(self.denoiser.get_parameter("conv_in.weight").shape[1])
         height, width = sampling.height // self.scale, sampling.width // self.scale
         return channels, sampling.num_frames, height, width
 

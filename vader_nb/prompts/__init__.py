@@ -35,7 +35,7 @@ class Prompt:
     Attributes:
         text: What the clip should show.
         negative_prompt: What guidance pushes away from, in place of the empty text.
-        image: The first frame, for models that continue an image.
+        image: `(3, H, W)` in [0, 1], for models that start from an image.
     """
 
     text: str
@@ -44,6 +44,11 @@ class Prompt:
 
     def __str__(self) -> str:
         return self.text
+
+
+def as_prompt(prompt: str | Prompt) -> Prompt:
+    """A `Prompt` with this text; a `Prompt` as it is."""
+    return prompt if isinstance(prompt, Prompt) else Prompt(prompt)
 
 
 def read(path: str | PathLike) -> list[str]:

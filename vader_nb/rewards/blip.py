@@ -15,6 +15,7 @@ from transformers.models.blip import (
 )
 
 from .. import hub
+from ..hub import StrPath
 from .base import Reward, at_least_float32
 from .gallery import SOURCES
 from .networks import CLIP_MEAN, CLIP_STD, ConstantTokens, NetworkReward, preprocess
@@ -66,18 +67,12 @@ class ImageReward(NetworkReward):
 
     def rate(self, pictures: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(N,) of pictures (N, 3, H, W) and their prompts' tokens and attention masks, (N, 35)."""
-        size, options = (
-            self.vision.config.image_size,
-            {"resize": "crop", "interpolation": "bicubic"},
-        )
-        pixels = preprocess(pictures, size, CLIP_MEAN, CLIP_STD, **options)
+        look = {"size": self.vision.config.image_size, "mean": CLIP_MEAN, "std": CLIP_STD}
+        pixels = preprocess(pictures, **look, resize="crop", interpolation="bicubic")
         patches = self.vision(pixels.to(self.dtype)).last_hidden_state
         states = self.text(ids, mask, encoder_hidden_states=patches).last_hidden_state  # (N, 35, D)
-        raw = F.linear(
-            at_least_float32(states[:, 0]),
-            at_least_float32(self.head.weight),
-            at_least_float32(self.head.bias),
-        )
+        weight, bias = at_least_float32(self.head.weight), at_least_float32(self.head.bias)
+        raw = F.linear(at_least_float32(states[:, 0]), weight, bias)
         return (raw[:, 0] - SCORE_MEAN) / SCORE_STD
 
 
@@ -101,15 +96,13 @@ def networks_of(state: dict[str, torch.Tensor]) -> tuple[BlipVisionModel, BlipTe
             vision = BlipVisionModel(vision_config(vision_state))
             text = BlipTextModel(text_config(text_state), False)
         renamed = {rename(key): value for key, value in vision_state.items()}
-        vision.load_state_dict(renamed, assign=True)
-        text.load_state_dict(text_state, assign=True)
+        hub.fill(vision, renamed, problem)
+        hub.fill(text, text_state, problem)
         # In no file.
         text.embeddings.position_ids = torch.arange(text.config.max_position_embeddings)[None]
         return vision, text, affine(head_state)
     except KeyError as error:
         raise ValueError(f"{problem}: no key that ends in {error}") from error
-    except RuntimeError as error:  # torch's, which lists keys and shapes
-        raise ValueError(f"{problem}: {str(error)[:300]}") from error
 
 
 def rename(key: str) -> str:
@@ -166,7 +159,7 @@ def affine(layers: dict[str, torch.Tensor]) -> nn.Linear:
 
 
 def image_reward(
-    checkpoint: str | Path = "published", *, dtype=torch.float32, from_config=False
+    checkpoint: StrPath = "published", *, dtype=torch.float32, from_config=False
 ) -> Reward:
     """Human preference for (frame, prompt), as learned from 137,000 comparisons.
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
 from .. import hub
+from ..hub import StrPath
 from .base import Reward, at_least_float32
 from .gallery import CARDS, SOURCES
 from .networks import CLIP_MEAN, CLIP_STD, ConstantTokens, FrozenNetworks, preprocess
@@ -92,7 +93,7 @@ def open_clip_towers(model: nn.Module, tokenizer: Callable, **options) -> CLIP:
 
 
 def open_clip_directory(
-    folder: str | Path, dtype: torch.dtype, from_config: bool = False, **options
+    folder: StrPath, dtype: torch.dtype, from_config: bool = False, **options
 ) -> CLIP:
     """The towers of a directory with `open_clip_config.json`, weights, and a tokenizer."""
     file = Path(folder) / "open_clip_config.json"
@@ -186,7 +187,7 @@ class PromptSimilarity(CLIPReward):
     def __init__(self, clip: CLIP, name: str, scaled: bool = False):
         super().__init__(clip, name)
         self.scaled = scaled
-        high = clip.temperature().item() if scaled else 1.0
+        high = clip.temperature().item() if scaled and not clip.logit_scale.is_meta else 1.0
         self.range, self.unit = (-high, high), "logit" if scaled else "cosine"
 
     def scores(self, frames, prompts):
@@ -195,7 +196,7 @@ class PromptSimilarity(CLIPReward):
 
 
 def hps(
-    checkpoint: str | Path = "published",
+    checkpoint: StrPath = "published",
     *,
     version: str | None = None,
     resize="squash",
@@ -250,11 +251,7 @@ def check_version(path: Path, version: str | None, versions: dict[str, hub.Sourc
 
 def fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> nn.Module:
     """A model that was made on the meta device, with these weights."""
-    try:
-        model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = str(error)[:300]
-        raise ValueError(f"{path} does not hold an open_clip ViT-H-14: {reason}") from error
+    hub.fill(model, weights, f"{path} does not hold an open_clip ViT-H-14")
     # The one tensor that no file holds: a word sees those before it.
     causal = torch.full((model.context_length, model.context_length), -torch.inf).triu(1)
     model.register_buffer("attn_mask", causal, persistent=False)
@@ -262,7 +259,7 @@ def fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> nn.M
 
 
 def pickscore(
-    checkpoint: str | Path = "published", *, resize="squash", dtype=torch.float32, from_config=False
+    checkpoint: StrPath = "published", *, resize="squash", dtype=torch.float32, from_config=False
 ) -> Reward:
     """PickScore of (frame, prompt) (arXiv 2305.01569): exp(logit scale) times the cosine.
 
@@ -279,7 +276,7 @@ def pickscore(
 
 
 def clip_score(
-    checkpoint: str | Path = "published", *, resize="crop", dtype=torch.float32, from_config=False
+    checkpoint: StrPath = "published", *, resize="crop", dtype=torch.float32, from_config=False
 ) -> Reward:
     """The cosine between frame and prompt in OpenAI's CLIP (arXiv 2103.00020).
 

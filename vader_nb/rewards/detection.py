@@ -1,4 +1,4 @@
-"""VADER's object removal, and its opposite, through YOLOS (arXiv 2106.00666) or Grounding DINO (arXiv 2303.05499)."""
+"""VADER's object removal, and its opposite, by YOLOS (2106.00666) or Grounding DINO (2303.05499)."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import (
 from transformers.models.swin.modeling_swin import SwinLayer
 
 from .. import hub
+from ..hub import StrPath
 from .base import Reward, at_least_float32
 from .gallery import SOURCES
 from .networks import IMAGENET_MEAN, IMAGENET_STD, NetworkReward, normalize
@@ -31,9 +32,7 @@ def scaled(frames: torch.Tensor, step: int) -> torch.Tensor:
     height, width = frames.shape[-2:]
     size = (HEIGHT, max(1, round(HEIGHT * width / height / step)) * step)
     if size != (height, width):
-        frames = F.interpolate(
-            frames, size=size, mode="bilinear", antialias=True, align_corners=False
-        )
+        frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
     return normalize(frames, IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -58,9 +57,7 @@ class Yolos:
         return labels[target]
 
     def log_odds(self, pixels: torch.Tensor) -> torch.Tensor:
-        logits = at_least_float32(
-            self.model(pixel_values=pixels).logits
-        )  # (N, queries, classes + 1)
+        logits = at_least_float32(self.model(pixel_values=pixels).logits)
         others = torch.cat([logits[..., : self.target], logits[..., self.target + 1 :]], dim=-1)
         return logits[..., self.target] - others.logsumexp(dim=-1)
 
@@ -68,7 +65,7 @@ class Yolos:
 class GroundingDino:
     """p(target) of a query is the mean over the phrase's tokens of the sigmoid of its match.
 
-    As in the authors' evaluation, all words of "red book" count. (With a maximum any book would do.)
+    As in the authors' evaluation, all words of "red book" count. (By a maximum any book would do.)
     """
 
     step = 1
@@ -79,9 +76,8 @@ class GroundingDino:
         self.text = tokenizer(f"{target}.", return_tensors="pt")
         ids = self.text["input_ids"][0]
         if tokenizer.unk_token_id in ids:
-            raise ValueError(
-                f"the detector's vocabulary (tokenizer.json or vocab.txt) has no tokens for {target!r}"
-            )
+            files = "tokenizer.json or vocab.txt"
+            raise ValueError(f"the detector's vocabulary ({files}) has no tokens for {target!r}")
         delimiters = tokenizer.all_special_ids + tokenizer.convert_tokens_to_ids([".", "?"])
         self.phrase = (~torch.isin(ids, torch.tensor(delimiters))).nonzero()[:, 0]
         if len(self.phrase) != len(ids) - 3:
@@ -138,14 +134,14 @@ class ObjectRemoval(NetworkReward):
 
 
 class ObjectPresence(ObjectRemoval):
-    """The detector's confidence, frame by frame, that there is a target: 1 minus `ObjectRemoval`."""
+    """The detector's confidence, frame by frame, that there is a target."""
 
     name, unit = "object presence", "confidence"
     sign = 1
 
 
 def load_detector(
-    detector: str | Path, target: str, dtype: torch.dtype, from_config: bool
+    detector: StrPath, target: str, dtype: torch.dtype, from_config: bool
 ) -> tuple[Yolos | GroundingDino, hub.Source | Path]:
     place = hub.find(detector, {name: SOURCES[name] for name in DETECTORS})
     if isinstance(place, hub.Source):
@@ -171,7 +167,7 @@ def load_detector(
 
 def object_removal(
     target: str = "book",
-    detector: str | Path = "yolos-tiny",
+    detector: StrPath = "yolos-tiny",
     *,
     dtype=torch.float32,
     from_config=False,
@@ -194,7 +190,7 @@ def object_removal(
 
 
 def object_presence(
-    target: str, detector: str | Path = "yolos-tiny", *, dtype=torch.float32, from_config=False
+    target: str, detector: StrPath = "yolos-tiny", *, dtype=torch.float32, from_config=False
 ) -> Reward:
     """How sure a detector is that a `target` is in a frame: 1 - `object_removal`."""
     found, place = load_detector(detector, target, dtype, from_config)

@@ -1,13 +1,13 @@
 """Smoothness of motion, measured by optical flow: torchvision's RAFT (arXiv 2003.12039)."""
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torchvision.models.optical_flow import RAFT, raft_small
 
 from .. import hub
+from ..hub import StrPath
 from .base import Reward, at_least_float32
 from .gallery import SOURCES
 from .networks import NetworkReward, default_dtype
@@ -40,18 +40,15 @@ class FlowSmoothness(NetworkReward):
         """
         height, width = frames.shape[-2:]
         grown = max(1.0, SMALLEST / min(height, width))
-        size = [
-            max(SMALLEST, MULTIPLE * round(side * grown / MULTIPLE)) for side in (height, width)
-        ]
+        rounded = [MULTIPLE * round(side * grown / MULTIPLE) for side in (height, width)]
+        size = [max(SMALLEST, side) for side in rounded]
         unit = frames.new_tensor([width / size[1], height / size[0]], dtype=self.dtype)
         unit = (unit / math.hypot(height, width))[:, None, None]
 
         def between(pairs):
             pictures = at_least_float32(pairs.unflatten(1, (2, 3)).flatten(0, 1))
             if size != [height, width]:
-                pictures = F.interpolate(
-                    pictures, size, mode="bilinear", antialias=True, align_corners=False
-                )
+                pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True)
             first, second = (pictures * 2 - 1).to(self.dtype).unflatten(0, (-1, 2)).unbind(1)
             return estimate(self.raft, first, second) * unit
 
@@ -59,9 +56,8 @@ class FlowSmoothness(NetworkReward):
 
     def scores(self, frames, prompts):
         if frames.shape[1] < 3:
-            raise ValueError(
-                f"flow smoothness needs at least 3 frames, got {frames.shape[1]}; score more frames"
-            )
+            got = frames.shape[1]
+            raise ValueError(f"flow smoothness needs at least 3 frames, got {got}; score more")
         flow = self.flow(frames)
         change = flow.diff(dim=1).norm(dim=2).mean(dim=(1, 2, 3))
         missing = (self.floor - flow.norm(dim=2).mean(dim=(1, 2, 3))).relu()
@@ -90,9 +86,8 @@ def estimate(raft: RAFT, first: torch.Tensor, second: torch.Tensor) -> torch.Ten
     start = torch.stack(torch.meshgrid(across, down, indexing="xy")).expand(len(one), -1, -1, -1)
     flow = torch.zeros_like(start)
     for _ in range(UPDATES):
-        state, step = raft.update_block(
-            state, context, raft.corr_block.index_pyramid(start + flow), flow
-        )
+        compared = raft.corr_block.index_pyramid(start + flow)
+        state, step = raft.update_block(state, context, compared, flow)
         flow = flow + step
     raft.corr_block.corr_pyramid = []  # frees the last pair's comparisons, and their graph
     scale = first.shape[-1] // one.shape[-1]
@@ -100,7 +95,7 @@ def estimate(raft: RAFT, first: torch.Tensor, second: torch.Tensor) -> torch.Ten
 
 
 def flow_smoothness(
-    checkpoint: str | Path = "published", *, floor=0.0, dtype=torch.float32, from_config=False
+    checkpoint: StrPath = "published", *, floor=0.0, dtype=torch.float32, from_config=False
 ) -> Reward:
     """Smooth motion of the whole clip, as RAFT sees it: 0 for motion that does not change.
 
@@ -125,10 +120,6 @@ def flow_smoothness(
         path = hub.single_file(place)
         with torch.device("meta"):  # no memory, no random numbers
             raft = raft_small(weights=None)
-        try:
-            raft.load_state_dict(hub.state_dict(path), assign=True)
-        except RuntimeError as error:
-            reason = str(error)[:300]
-            raise ValueError(f"{path} does not hold raft_small's weights: {reason}") from error
+        hub.fill(raft, hub.state_dict(path), f"{path} does not hold raft_small's weights")
     reward = FlowSmoothness(raft, floor).identified(place, floor=floor)
     return reward if from_config else reward.to(dtype)

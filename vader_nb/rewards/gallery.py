@@ -91,5 +91,5 @@ class Table:
 
 
 def table() -> Table:
-    """All rewards: what each sees, its backbone, download, license, memory, usual scores, failures."""
+    """All rewards: what each sees, its download, license and memory, usual scores, failures."""
     return Table()

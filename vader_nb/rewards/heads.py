@@ -1,5 +1,6 @@
 """Small heads on CLIP's picture vector: LAION's aesthetic predictor, VADER's other heads."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -8,12 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from .. import hub
+from ..hub import StrPath
 from .base import Reward
 from .clip import CLIP, TINY, CLIPReward, hps, open_clip_directory, vision_tower
 from .gallery import SOURCES
 
 # Layer sizes of the published heads, all on the 768 numbers of CLIP ViT-L/14.
 LAION_SIZES, COMPRESSION_SIZES = (768, 1024, 128, 64, 16, 1), (768, 512, 128, 32, 1)
+WEATHER = {"range": (0.0, 1.0), "final_activation": torch.sigmoid}
 
 
 class HeadReward(CLIPReward):
@@ -63,7 +66,7 @@ def empty_layers(sizes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 def read_layers(
-    file: hub.Source | str | Path, sizes: tuple[int, ...], from_config: bool = False
+    file: hub.Source | Path, sizes: tuple[int, ...], from_config: bool = False
 ) -> dict[str, torch.Tensor]:
     """The tensors of a head with layers of these sizes.
 
@@ -73,10 +76,7 @@ def read_layers(
     """
     if from_config:
         return empty_layers(sizes)
-    if not isinstance(file, hub.Source) and not Path(file).is_file():
-        layers = " -> ".join(map(str, sizes))
-        raise FileNotFoundError(f"{file} is not a file: it should be a head with layers {layers}")
-    path = hub.single_file(file if isinstance(file, hub.Source) else Path(file))
+    path = hub.single_file(file)
     head = hub.state_dict(path)
     found = [tuple(value.shape) for key, value in head.items() if key.endswith("weight")]
     expected = [(outputs, inputs) for inputs, outputs in pairwise(sizes)]
@@ -87,13 +87,26 @@ def read_layers(
     return head
 
 
-def large_clip(checkpoint: str | Path) -> hub.Source | Path:
-    return hub.find(checkpoint, {"published": SOURCES["clip-vit-large-patch14"]})
+def large_clip_head(
+    name: str,
+    sizes: tuple[int, ...],
+    file: hub.Source | Path,
+    checkpoint: StrPath,
+    resize: str,
+    dtype: torch.dtype,
+    from_config: bool,
+    **description,
+) -> Reward:
+    """A head on the published CLIP, or on a copy of it."""
+    layers = read_layers(file, sizes, from_config)
+    place = hub.find(checkpoint, {"published": SOURCES["clip-vit-large-patch14"]})
+    clip = vision_tower(place, dtype, from_config, resize=resize)
+    return HeadReward(clip, layers, name, **description).identified(place, file, resize=resize)
 
 
 def aesthetic(
-    checkpoint: str | Path = "published",
-    head: str | Path | None = None,
+    checkpoint: StrPath = "published",
+    head: StrPath | None = None,
     *,
     resize="squash",
     dtype=torch.float32,
@@ -107,28 +120,26 @@ def aesthetic(
         checkpoint: "published" (openai/clip-vit-large-patch14), or a local copy of that directory;
             "tiny", the embedded one, which rates what can be seen: 40 % saturation of the object,
             40 % its contrast with the background, 20 % how central it is
-            (`vader_nb.zoo.train_clip.beauty`); or an open_clip directory that holds an
+            (`vader_nb.zoo.scripts.train_clip.beauty`); or an open_clip directory that holds an
             `aesthetic_head.safetensors`.
         head: a local copy of sac+logos+ava1-l14-linearMSE.pth.
         resize: "squash" as VADER, "crop" as the authors.
     """
+    description = {"range": (1.0, 10.0), "unit": "rating"}
     folder = TINY if checkpoint == "tiny" else Path(checkpoint)
-    place, file = folder, folder / "aesthetic_head.safetensors"
-    if file.is_file():
-        clip = open_clip_directory(folder, dtype, from_config, resize=resize)
-        width = clip.network.visual.output_dim
-        layers = empty_layers((width, 1)) if from_config else hub.state_dict(file)
-    else:
-        file = Path(head) if head else SOURCES["laion-v2"]
-        layers = read_layers(file, LAION_SIZES, from_config)
-        place = large_clip(checkpoint)
-        clip = vision_tower(place, dtype, from_config, resize=resize)
-    reward = HeadReward(clip, layers, "aesthetic", (1.0, 10.0), unit="rating")
-    return reward.identified(place, file, resize=resize)
+    file = folder / "aesthetic_head.safetensors"
+    if not file.is_file():
+        file, options = Path(head) if head else SOURCES["laion-v2"], (resize, dtype, from_config)
+        return large_clip_head("aesthetic", LAION_SIZES, file, checkpoint, *options, **description)
+    clip = open_clip_directory(folder, dtype, from_config, resize=resize)
+    width = clip.network.visual.output_dim
+    layers = empty_layers((width, 1)) if from_config else hub.state_dict(file)
+    reward = HeadReward(clip, layers, "aesthetic", **description)
+    return reward.identified(folder, resize=resize)
 
 
 def aesthetic_hps(
-    checkpoint: str | Path = "published", *, resize="squash", dtype=torch.float32, from_config=False
+    checkpoint: StrPath = "published", *, resize="squash", dtype=torch.float32, from_config=False
 ) -> Reward:
     """VADER's mix, as it trains on it: minus (0.15 |aesthetic - 10| + |1 - hps|) / 2.
 
@@ -145,11 +156,7 @@ def aesthetic_hps(
 
 
 def compression(
-    head: str | Path,
-    checkpoint: str | Path = "published",
-    *,
-    dtype=torch.float32,
-    from_config=False,
+    head: StrPath, checkpoint: StrPath = "published", *, dtype=torch.float32, from_config=False
 ) -> Reward:
     """VADER's compression reward: minus the size in kB that a head predicts for each frame.
 
@@ -160,25 +167,16 @@ def compression(
             own class does not fit this file; the layers 768, 512, 128, 32, 1 with ReLU do.)
         checkpoint: as in `aesthetic`.
     """
-    layers, place = read_layers(head, COMPRESSION_SIZES, from_config), large_clip(checkpoint)
-    clip, limits = vision_tower(place, dtype, from_config), (0.0, float("inf"))
-    size = HeadReward(clip, layers, "JPEG size", limits, unit="kB", hidden_activation=F.relu)
-    return (-size.identified(place, Path(head))).renamed("compression")
-
-
-def _weather(name, head, checkpoint, dtype, from_config) -> Reward:
-    layers, place = read_layers(head, LAION_SIZES, from_config), large_clip(checkpoint)
-    clip = vision_tower(place, dtype, from_config)
-    reward = HeadReward(clip, layers, name, (0.0, 1.0), final_activation=torch.sigmoid)
-    return reward.identified(place, Path(head))
+    options = ("squash", dtype, from_config)
+    description = {"range": (0.0, math.inf), "unit": "kB", "hidden_activation": F.relu}
+    size = large_clip_head(
+        "JPEG size", COMPRESSION_SIZES, Path(head), checkpoint, *options, **description
+    )
+    return (-size).renamed("compression")
 
 
 def rainy(
-    head: str | Path,
-    checkpoint: str | Path = "published",
-    *,
-    dtype=torch.float32,
-    from_config=False,
+    head: StrPath, checkpoint: StrPath = "published", *, dtype=torch.float32, from_config=False
 ) -> Reward:
     """How much it rains in each frame, 0 to 1.
 
@@ -186,15 +184,12 @@ def rainy(
         head: rainy_reward.pt of VADER, your own copy (it has no license).
         checkpoint: as in `aesthetic`.
     """
-    return _weather("rainy", head, checkpoint, dtype, from_config)
+    options = (Path(head), checkpoint, "squash", dtype, from_config)
+    return large_clip_head("rainy", LAION_SIZES, *options, **WEATHER)
 
 
 def snowy(
-    head: str | Path,
-    checkpoint: str | Path = "published",
-    *,
-    dtype=torch.float32,
-    from_config=False,
+    head: StrPath, checkpoint: StrPath = "published", *, dtype=torch.float32, from_config=False
 ) -> Reward:
     """How much it snows in each frame, 0 to 1.
 
@@ -202,4 +197,5 @@ def snowy(
         head: snowy_reward.pt of VADER, your own copy (it has no license).
         checkpoint: as in `aesthetic`.
     """
-    return _weather("snowy", head, checkpoint, dtype, from_config)
+    options = (Path(head), checkpoint, "squash", dtype, from_config)
+    return large_clip_head("snowy", LAION_SIZES, *options, **WEATHER)

@@ -55,9 +55,7 @@ def preprocess(
         ratio = size / max(height, width)
         target = tuple(max(1, round(side * ratio + 1e-6)) for side in (height, width))
     if target != (height, width):
-        frames = F.interpolate(
-            frames, size=target, mode=interpolation, antialias=antialias, align_corners=False
-        )
+        frames = F.interpolate(frames, target, mode=interpolation, antialias=antialias)
     if resize == "crop":
         # An odd margin as transformers cuts it; torchvision rounds, and may be a pixel further.
         top, left = (target[0] - size) // 2, (target[1] - size) // 2
@@ -106,7 +104,7 @@ class FrozenNetworks:
     def per_picture(
         self, function: Callable, frames: torch.Tensor, *per_clip: torch.Tensor
     ) -> torch.Tensor:
-        """function((N, 3, H, W), …) -> (N, …) on all pictures of frames (B, F, 3, H, W), in groups.
+        """function((N, 3, H, W), …) -> (N, …) on all pictures of (B, F, 3, H, W), in groups.
 
         Each group's graph is dropped, and made again in the backward pass.
 
@@ -124,7 +122,7 @@ class FrozenNetworks:
         return torch.cat([function(*group) for group in groups]).unflatten(0, frames.shape[:2])
 
     def cached_text(self, prompts: list[str], compute: Callable) -> torch.Tensor:
-        """Embeddings (B, …) of prompts, each computed once by compute(prompts), without a graph."""
+        """Embeddings (B, …) of prompts, each computed once, without a graph, by `compute`."""
         known = self.text_cache
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         if len(known) + len(new) > CACHED_PROMPTS:

@@ -56,6 +56,9 @@ class Compressibility(Reward):
     An 8x8 block's transform coefficients c, divided by the quantization table q, cost about
     log2(1 + |c / q|) bits each; rounding, which has no gradient, is left out. The estimate's rank
     correlation with real JPEG files of the same quality is tested.
+
+    Args:
+        quality: 1 to 100.
     """
 
     name, range, unit = "compressibility", (-24.0, 0.0), "bits/pixel"
@@ -106,26 +109,10 @@ class MotionSmoothness(Reward):
         return -(acceleration + missing).unsqueeze(1)
 
 
-def brightness() -> Reward:
-    """Mean brightness of each frame, 0 to 1."""
-    return Brightness()
-
-
-def colorfulness() -> Reward:
-    """Hasler and Süsstrunk's colorfulness of each frame."""
-    return Colorfulness()
-
-
-def compressibility(quality: int = 75) -> Reward:
-    """Minus the estimated JPEG size in bits per pixel at this quality, 1 to 100."""
-    return Compressibility(quality)
-
-
 def incompressibility(quality: int = 75) -> Reward:
     """The opposite of `compressibility`: rewards detail."""
     return (-Compressibility(quality)).renamed("incompressibility")
 
 
-def motion_smoothness(floor: float = 0.01) -> Reward:
-    """Smooth motion of the whole clip, with a floor under the amount of motion."""
-    return MotionSmoothness(floor)
+brightness, colorfulness = Brightness, Colorfulness
+compressibility, motion_smoothness = Compressibility, MotionSmoothness

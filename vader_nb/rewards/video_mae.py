@@ -1,4 +1,4 @@
-"""VADER's action reward: a VideoMAE classifier (arXiv 2203.12602) recognizes what the prompt asks for."""
+"""VADER's action reward: a VideoMAE classifier (arXiv 2203.12602) looks for what prompts name."""
 
 import contextlib
 import math
@@ -11,6 +11,7 @@ from transformers import VideoMAEForVideoClassification
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
 from .. import hub
+from ..hub import StrPath
 from .base import Reward, at_least_float32
 from .gallery import SOURCES
 from .networks import IMAGENET_MEAN, IMAGENET_STD, NetworkReward, preprocess
@@ -76,9 +77,8 @@ class Action(NetworkReward):
         """The classifier's input, with the last frame repeated to fill the last tubelet."""
         config = self.classifier.config
         if frames.shape[1] < 2:
-            raise ValueError(
-                f"the action reward needs at least 2 frames, got {frames.shape[1]}; score all frames"
-            )
+            got = frames.shape[1]
+            raise ValueError(f"the action reward needs at least 2 frames, got {got}; score all")
         missing = -frames.shape[1] % config.tubelet_size
         frames = torch.cat([frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
         pixels = preprocess(frames.flatten(0, 1), config.image_size, IMAGENET_MEAN, IMAGENET_STD)
@@ -114,7 +114,7 @@ def position_table(classifier: VideoMAEForVideoClassification, num_frames: int):
 
 
 def action(
-    checkpoint: str | Path = "published",
+    checkpoint: StrPath = "published",
     label: str | None = None,
     *,
     dtype=torch.float32,

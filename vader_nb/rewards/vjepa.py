@@ -1,7 +1,6 @@
 """Temporal consistency as VADER's paper describes it, without a release: minus V-JEPA's loss."""
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import VJEPA2Model
 
 from .. import hub
+from ..hub import StrPath
 from .base import Reward, at_least_float32
 from .gallery import SOURCES
 from .networks import IMAGENET_MEAN, IMAGENET_STD, NetworkReward, preprocess
@@ -78,7 +78,7 @@ class TemporalConsistency(NetworkReward):
         self.model, self.config = model, model.config
         grid = self.config.crop_size // self.config.patch_size
         self.patches = grid * grid
-        with unset_fake_temporarily():  # masks are numbers, also where tensors are fake
+        with unset_fake_temporarily(), torch.device("cpu"):  # masks are numbers in any case
             self.masks = block_masks(grid, seed)
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,7 @@ class TemporalConsistency(NetworkReward):
 
 
 def temporal_consistency(
-    checkpoint: str | Path = "published", *, seed=0, dtype=torch.float32, from_config=False
+    checkpoint: StrPath = "published", *, seed=0, dtype=torch.float32, from_config=False
 ) -> Reward:
     """How well V-JEPA 2 (arXiv 2506.09985) predicts hidden parts of a clip from the rest of it.
 

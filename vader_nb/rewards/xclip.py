@@ -1,12 +1,11 @@
 """Text-video similarity through X-CLIP (arXiv 2208.02816), which sees a clip as a whole."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, XCLIPModel
 
 from .. import hub
+from ..hub import StrPath
 from .base import Reward, at_least_float32
 from .gallery import SOURCES
 from .networks import IMAGENET_MEAN, IMAGENET_STD, ConstantTokens, NetworkReward, preprocess
@@ -73,7 +72,7 @@ class TextVideo(NetworkReward):
 
 
 def text_video(
-    checkpoint: str | Path = "published", *, dtype=torch.float32, from_config=False
+    checkpoint: StrPath = "published", *, dtype=torch.float32, from_config=False
 ) -> Reward:
     """How well a clip fits its prompt, -1 to 1, in X-CLIP: motion counts, not just single frames.
 

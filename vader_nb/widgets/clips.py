@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def denoising(
     with torch.no_grad():
         latents, generators = initial_noise(model, seeds, sampling)
         conditioning = model.encode(prompts, sampling)
-    scheduler = model.new_scheduler(sampling)
+    scheduler: Any = model.new_scheduler(sampling)
     steps = len(scheduler.timesteps)
     for i, t in enumerate(scheduler.timesteps):
         active = adapter if adapter_active(i, steps, start, end) else None
@@ -62,4 +63,5 @@ def validate_adapters(
 
 def examples(model: VideoModel, count: int) -> list[str]:
     """Return prompts to begin with."""
-    return list(prompts.get("tiny_held_out" if model.world == "tiny" else "hps_custom")[:count])
+    name = "tiny_held_out" if model.world == "tiny" else "hps_custom"
+    return [str(prompt) for prompt in prompts.get(name)[:count]]

@@ -7,12 +7,13 @@ comparison.run_all(); comparison.export()     every prompt's scores, and the las
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from ipywidgets import HTML, ToggleButton, VBox
 
 from ..checkpoints import write_text
-from ..evaluate import BASE, named
+from ..evaluation import BASE, named_adapters
 from ..models import VideoModel
 from ..rewards import Reward
 from ..sampling import Sampling
@@ -71,14 +72,14 @@ class RewardComparison(SettingsPanel):
         self.votes.read()  # raises for a damaged file now, not after the first vote
         by_name = metrics(model, rewards)
         self.prompts = choose_prompts(model, prompts, by_name)
-        adapters = clips.validate_adapters(model, None if adapters is None else named(adapters))
+        adapters = clips.validate_adapters(model, adapters and named_adapters(adapters))
         sampling = (sampling or Sampling()).resolve(model)
         self.data = Comparison(model, adapters, by_name, sampling, seed)
         self.pair: Pair | None = None  # waits for a vote
         self._picture: Video | None = None  # what the player shows
         self._images = ((), [])  # what the picture was made of, and its <img>s
         self._sweeping = False  # whether all prompts are being compared
-        self.player = Player(sampling.num_frames)
+        self.player = Player(sampling.num_frames or 1)
         self.caption, self.why, self.counts, self.saved = HTML(), HTML(), HTML(), HTML()
         self._controls()
         sweep = row(self.all_button, self.stop_button, self.order, self.adapter)
@@ -90,11 +91,11 @@ class RewardComparison(SettingsPanel):
         self.changed()
 
     def _controls(self) -> None:
-        self.prompt = choice("prompt", self.prompts)
-        self.reward = choice("reward", [*self.data.rewards])
+        self.prompt: Any = choice("prompt", self.prompts)
+        self.reward: Any = choice("reward", [*self.data.rewards])
         self.heat = switch("gradient heat map", False)
         self.order = choice("sort prompts", [GIVEN, HELPS, HURTS])
-        self.adapter = choice("by adapter", self.data.names[1:])
+        self.adapter: Any = choice("by adapter", self.data.names[1:])
         for narrow in (self.reward, self.order, self.adapter):
             narrow.layout.width = "250px"
         self.settings = {"prompt": self.prompt, "reward": self.reward, "heat": self.heat}
@@ -195,8 +196,8 @@ class RewardComparison(SettingsPanel):
         """
         self.set(prompt=self.prompt.value if prompt is None else prompt)
         self.jobs.finish(self._one)
-        data, prompt = self.data, self.prompt.value
-        return {n: {r: data.mean(prompt, n, r) for r in data.rewards} for n in data.names}
+        data, shown = self.data, self.prompt.value
+        return {n: {r: data.mean(shown, n, r) for r in data.rewards} for n in data.names}
 
     def run_all(self) -> None:
         """Compare on all prompts now."""
@@ -250,7 +251,10 @@ class RewardComparison(SettingsPanel):
         for page, image in enumerate(self._draw((text, *made), frames, text)):
             left = columns(data.names, image, *rows) + below
             right = comparison_html.curve(data, prompt, reward, page - 1 if page else None)
-            pages.append(comparison_html.beside(left, right))
+            pages.append(
+                f"<div class=vader-side><div style='flex:3 1 320px;min-width:0'>{left}</div>"
+                f"<div style='flex:2 1 260px;min-width:0'>{right}</div></div>"
+            )
         self.player.show(pages[0], pages[1:])
         s = data.sampling
         how = f"seed {data.seed} · {s.num_inference_steps} steps · guidance {s.guidance_scale:g}"
@@ -294,10 +298,7 @@ class RewardComparison(SettingsPanel):
         self.changed()
 
     def vote(self, choice: str) -> Vote:
-        """Vote on the pair that is shown, save the vote, and make the next pair.
-
-        Args:
-            choice: "A", "B" or "=" for no difference.
+        """Vote on the pair that is shown: "A", "B" or "=" for no difference; then make the next pair.
 
         Raises:
             ValueError: Another choice, or there is no pair.
@@ -320,15 +321,14 @@ class RewardComparison(SettingsPanel):
     def export(self, path: str | Path | None = None) -> Path:
         """Write one HTML file: scores of all compared prompts, clips of the last 24 used, votes.
 
-        Args:
-            path: Default: `comparison.html` in the folder.
+        Its default path is `comparison.html` in the folder.
 
         Raises:
             ValueError: Nothing is compared yet.
         """
         path = Path(path or self.folder / "comparison.html")
         tallies = [self.votes.tally(name) for name in self.data.adapters]
-        page = comparison_html.render(self.data, self.prompts, tallies)
+        page = comparison_html.export(self.data, self.prompts, tallies)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page)
         link = download_link(path) if path.stat().st_size < MAX_LINK else ""
@@ -350,7 +350,7 @@ class RewardComparison(SettingsPanel):
         return columns(names, self._picture.to_html(256 * len(names)), *rows)
 
 
-def _scaled(job: Generator, start: float, length: float) -> Generator:
+def _scaled(job: Generator[float, None, Any], start: float, length: float) -> Generator:
     """A job's fractions as those of a part of a longer one; returns what the job returns."""
     while True:
         try:

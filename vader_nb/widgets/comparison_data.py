@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import prompts as prompt_sets
-from ..evaluate import BASE
+from ..evaluation import BASE
 from ..lora import Adapter
 from ..models import VideoModel
 from ..rewards import Reward, as_reward
@@ -176,12 +176,12 @@ def choose_prompts(
 
     Raises ValueError for none, too many, or one that a reward cannot score.
     """
-    prompts = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
-    if len(prompts) > MAX_PROMPTS:
+    given = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
+    if len(given) > MAX_PROMPTS:
         raise ValueError(
-            f"a comparison takes up to {MAX_PROMPTS} prompts, got {len(prompts)}: give it some"
+            f"a comparison takes up to {MAX_PROMPTS} prompts, got {len(given)}: give it fewer"
         )
-    listed = [*dict.fromkeys(prompt for prompt in prompts if prompt.strip())]
+    listed = [*dict.fromkeys(str(prompt) for prompt in given if str(prompt).strip())]
     for reward in rewards.values():
         reward.check_prompts(listed)
     return listed

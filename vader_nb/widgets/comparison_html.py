@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 
 from .. import report
-from ..evaluate import BASE
+from ..evaluation import BASE
 from ..stats import MIN_PROMPTS, paired_interval
 from ..video import Video, grid
 from .comparison_data import Clip, Comparison
@@ -20,17 +20,45 @@ from .drawing import Series, chart, path
 from .panel import escape, note
 from .voting import Tally
 
-# Told apart by color and by dashes; the base is gray. Legible on white and on black.
-LINES = (
-    ("#7d8590", "2 3"),
-    ("#3b82c4", ""),
-    ("#d97706", "7 3"),
-    ("#2f9e6e", "7 2 2 2"),
-    ("#a855c7", "4 2"),
-)
+# Contestants are told apart by color and by dashes; the base is gray. Legible on white and black.
+COLORS = ("#7d8590", "#3b82c4", "#d97706", "#2f9e6e", "#a855c7")
+DASHES = ("2 3", "", "7 3", "7 2 2 2", "4 2")
 GAP = 4  # pixels between clips
 BACKGROUND = 0.25  # their gray, which is seen beside white, gray and black clips
 HEAT = LinearSegmentedColormap.from_list("heat", ["#d9001a", "#ff8c00", "#ffff66"])
+
+# Added to the report's style. On a phone a table scrolls; it does not break names into letters.
+STYLE = """
+section :is(td, th) { text-align: left; white-space: normal; border: 0; padding: .1rem 0 }
+.text { min-width: 4.5rem }
+.vader-note { color: var(--note); font-size: .85rem }
+.vader-up { color: var(--good) } .vader-down { color: var(--bad) } .vader-scroll { overflow-x: auto }
+"""
+EXPORT = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>vader_nb comparison</title><style>{{ style }}</style></head><body>
+<h1>{{ "Base against " ~ adapters|join(", ") if adapters else "Base" }}</h1>
+<p>{{ sections|length }} of {{ total }} prompts. Side by side: the same prompt, the same noise; they
+play in step. Beside an adapter's score: its difference to the base.</p>
+{% if adapters %}
+<h2>Differences to the base</h2>
+<div class="scroll"><table>
+<tr><th class="text">reward<th class="text">adapter<th>mean difference<th>95 % interval<th>higher on
+{% for reward, name, mean, bounds, higher in means %}
+<tr><td class="text">{{ reward }}<td class="text">{{ name }}
+<td>{{ mean }}<td>{{ bounds }}<td>{{ higher }}
+{% endfor %}
+</table></div>
+{% endif %}
+<h2>Prompts</h2>
+{% for prompt, body in sections %}
+<section><p>{{ prompt }}</p>{{ body }}</section>
+{% endfor %}
+{% if votes %}
+<h2>Blind votes</h2><ul>{% for tally in votes %}<li>{{ tally }}.{% endfor %}</ul>
+{% endif %}
+<h2>Settings</h2><pre>{{ settings }}</pre></body></html>
+"""
 
 
 def joined(clips: Sequence[torch.Tensor | None], fps: int, text: str) -> Video:
@@ -41,12 +69,9 @@ def joined(clips: Sequence[torch.Tensor | None], fps: int, text: str) -> Video:
 
 
 def heat_overlay(clip: Clip, reward: str) -> torch.Tensor:
-    """Return the frames (F, 3, H, W) in dim gray, with the heat map in color over them.
-
-    Strength is the heat map's square root: most gradients are far below the largest, so that
-    without it only a point would be seen.
-    """
+    """Return the frames (F, 3, H, W) in dim gray, with the heat map in color over them."""
     gray = 0.1 + 0.5 * clip.pixels().mean(1, keepdim=True)
+    # Most gradients are far below the largest; without the root only a point would be seen.
     strength = clip.heat_maps[reward].float().sqrt()
     color = torch.from_numpy(HEAT(strength.numpy())[..., :3]).float().movedim(-1, 1)
     return torch.lerp(gray.expand_as(color), color, (1.6 * strength[:, None]).clamp(max=1))
@@ -68,11 +93,12 @@ def heat_legend(reward: str) -> str:
 def columns(names: Sequence[str], picture: str, *rows: Sequence[str]) -> str:
     """Return a table: names, one picture with a clip per column, and rows of cells of HTML."""
     count = len(names)
-    heads = "".join(f"<th>{escape(name)}</th>" for name in names)
+    heads = "".join(f"<th align=left>{escape(name)}</th>" for name in names)
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    style = f"width:100%;max-width:{256 * count}px;min-width:{64 * count}px"
+    width = f"width:100%;max-width:{256 * count}px;min-width:{64 * count}px"
     return (
-        f"<div class=vader-scroll><table class=vader-columns style='{style}'><tr>{heads}</tr>"
+        "<div class=vader-scroll><table class=vader-columns "
+        f"style='table-layout:fixed;{width}'><tr>{heads}</tr>"
         f"<tr><td colspan={count}>{picture}</td></tr>{lines}</table></div>"
     )
 
@@ -113,7 +139,7 @@ def curve(comparison: Comparison, prompt: str, reward: str, frame: int | None = 
     for i, name in enumerate(comparison.names):
         if name not in comparison.scores_of(prompt):
             continue
-        color, dashes = LINES[i % len(LINES)]
+        color, dashes = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
         values = comparison.scores[prompt][name][reward].tolist()
         count = len(values)
         series.append(Series([*enumerate(values, 1)], name, color, dashes))
@@ -124,74 +150,34 @@ def curve(comparison: Comparison, prompt: str, reward: str, frame: int | None = 
             f"<svg width=22 height=10 aria-hidden=true>{line}</svg> {escape(name)} "
             f"<span class=vader-note>{value}</span></span>"
         )
-    where = "of each frame" if frame is None else f"at frame {frame + 1}"
-    drawing = chart(
-        series,
-        label=f"{reward} {where}",
-        x_label="frame",
-        x_ticks=range(1, count + 1, -(-count // 8)),
-        marker=None if frame is None else frame + 1,
-    )
-    return f"{drawing}<div>{legend}</div>"
+    label = f"{reward} of each frame" if frame is None else f"{reward} at frame {frame + 1}"
+    ticks, marker = range(1, count + 1, -(-count // 8)), None if frame is None else frame + 1
+    return f"{chart(series, label=label, x_ticks=ticks, marker=marker)}<div>{legend}</div>"
 
 
-# Added to the report's style. On a phone a table scrolls; it does not break names into letters.
-STYLE = """
-section { margin: 1.5rem 0 } section td { text-align: left; white-space: normal; border: 0 }
-.text { overflow-wrap: break-word; min-width: 4.5rem }
-.vader-note { color: var(--note); font-size: .85rem }
-.vader-up { color: var(--good) } .vader-down { color: var(--bad) }
-"""
+def export(comparison: Comparison, prompts: Sequence[str], tallies: Sequence[Tally]) -> str:
+    """Return a page: means, clips with scores for all compared prompts, votes, settings.
 
-PAGE = """<!doctype html>
-<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>
-<title>vader_nb comparison</title><style>{{ style }}</style></head><body>
-<h1>{{ names[0] if names|length > 1 else "Base" }}
-{%- if names|length > 1 %} against {{ names[1:]|join(", ") }}{% endif %}</h1>
-<p>{{ sections|length }} of {{ total }} prompts. Side by side: the same prompt, the same noise; they
-play in step. Beside an adapter's score: its difference to the base.</p>
-{% if means %}<h2>Differences to the base</h2><div class=scroll><table>
-<tr><th class=text>reward<th class=text>adapter<th>mean difference<th>95 % interval<th>higher on
-{% for reward, name, mean, bounds, wins in means %}
-<tr><td class=text>{{ reward }}<td class=text>{{ name }}<td>{{ mean }}<td>{{ bounds }}<td>{{ wins }}
-{% endfor %}</table></div>{% endif %}
-<h2>Prompts</h2>
-{% for prompt, body in sections %}<section><p>{{ prompt }}</p>{{ body }}</section>
-{% endfor %}
-{% if votes %}<h2>Blind votes</h2><ul>{% for tally in votes %}<li>{{ tally }}.
-{% endfor %}</ul>{% endif %}
-<h2>Settings</h2><pre>{{ settings }}</pre></body></html>
-"""
-
-
-def render(comparison: Comparison, prompts: Sequence[str], tallies: Sequence[Tally]) -> str:
-    """Return the page: means, clips with scores for all compared prompts, votes, settings.
-
-    Raises:
-        ValueError: Nothing is compared yet.
+    Raises ValueError if nothing is compared yet.
     """
     compared = [prompt for prompt in prompts if comparison.is_scored(prompt)]
     if not compared:
         raise ValueError("there is nothing to export yet: comparison.run() or run_all() first")
-    settings = {
-        "model": comparison.model.name,
-        "adapters": {name: str(path) for name, path in comparison.adapters.items()},
-        "seed": comparison.seed,
-    }
-    sampling = {k: v for k, v in vars(comparison.sampling).items() if v is not None}
-    settings |= sampling | report.versions()
-    return template(PAGE).render(
+    adapters = {name: str(path) for name, path in comparison.adapters.items()}
+    settings = {"model": comparison.model.name, "adapters": adapters, "seed": comparison.seed}
+    settings |= {k: v for k, v in vars(comparison.sampling).items() if v is not None}
+    return template(EXPORT).render(
         style=Markup(report.STYLE + STYLE),
-        names=comparison.names,
+        adapters=list(adapters),
         total=len(prompts),
         means=_means(comparison, compared),
-        sections=[(prompt, Markup(_clips(comparison, prompt))) for prompt in compared],
+        sections=[(prompt, Markup(_section(comparison, prompt))) for prompt in compared],
         votes=[str(tally) for tally in tallies if tally.votes],
-        settings=json.dumps(settings, indent=2, ensure_ascii=False),
+        settings=json.dumps(settings | report.versions(), indent=2, ensure_ascii=False),
     )
 
 
-def _clips(comparison: Comparison, prompt: str) -> str:
+def _section(comparison: Comparison, prompt: str) -> str:
     """Clips and scores of a prompt."""
     names, clips = comparison.names, comparison.clips_of(prompt)
     picture = "<p class=note>Its clips were not kept: too many prompts came after it.</p>"
@@ -211,6 +197,6 @@ def _means(comparison: Comparison, prompts: Sequence[str]) -> list[tuple]:
             bounds = f"from {MIN_PROMPTS} prompts on"
             if len(changes) >= MIN_PROMPTS:
                 bounds = " to ".join(number(bound, "+") for bound in paired_interval(changes))
-            wins = f"{(changes > 0).sum()} of {len(changes)}"
-            rows.append((reward, name, Markup(signed(changes.mean().item())), bounds, wins))
+            higher = f"{(changes > 0).sum()} of {len(changes)}"
+            rows.append((reward, name, Markup(signed(changes.mean().item())), bounds, higher))
     return rows

@@ -47,14 +47,15 @@ PAIRS = """
 <tr><td>{{ names }}</td><td>{{ cosine }}</td><td>{{ verdict }}</td></tr>
 {% endfor %}
 </table>
-<div class=vader-note>Mean over the clips of the cosine between two rewards’ gradients on the pixels:
-1 the same way, 0 at right angles, −1 what one gains the other loses.</div>
+<div class=vader-note>Mean over the clips of the cosine between two rewards’ gradients on the
+pixels: 1 the same way, 0 at right angles, −1 what one gains the other loses.</div>
 {% endif %}
 """
 CODE = """
-<div class=vader-note>The sum as code, for <code>rewards.parse</code> and <code>reward=</code> on the
-command line; in Python it is this panel’s <code>reward</code>.
-{% if own %}In it, {{ own|join(", ") }} stands for the reward that was given by this name.{% endif %}
+<div class=vader-note>The sum as code, for <code>rewards.parse</code> and <code>reward=</code> on
+the command line; in Python it is this panel’s <code>reward</code>.
+{% if own %}In it, {{ own|join(", ") }} stands for the reward that was given by this name.
+{% endif %}
 One click selects all of it.</div>
 <div class=vader-code>{{ expression }}</div>
 """
@@ -69,18 +70,18 @@ STILL = """
 
 
 class RewardComposer(Panel):
-    """A weighted sum of rewards, and how it ranks a few clips of the base model, which are made once.
+    """A weighted sum of rewards, and how it ranks a few clips of the base model, made once.
 
     Args:
         model: makes the clips.
-        rewards: expressions for `rewards.parse`, or rewards and expressions by name. A reward that is
-            not an expression needs a Python name, under which it stands in `expression`.
+        rewards: expressions for `rewards.parse`, or rewards and expressions by name. A reward that
+            is not an expression needs a Python name, under which it stands in `expression`.
         prompts: of the clips, two or more.
         seed: of the first clip; those of the others follow.
 
     Attributes:
         weights: a slider from -2 to 2 per reward.
-        standardized: a checkbox: count rewards in standard deviations from their mean over the clips.
+        standardized: a checkbox: count rewards in standard deviations from their mean.
         scores: of each reward, (B,).
         statistics: mean and standard deviation of each reward over the clips, to 4 digits.
         cosines: of each pair of rewards, the mean cosine of their gradients on the pixels.
@@ -111,13 +112,14 @@ class RewardComposer(Panel):
             )
         given = by_name(rewards)
         self.own = [name for name, value in given.items() if not isinstance(value, str)]
-        self.sources = {n: n if n in self.own else grouped(value) for n, value in given.items()}
         self.rewards: dict[str, Reward] = {}
         for name, value in given.items():
             tiny = model.world == "tiny"
             reward = as_reward(value) if name in self.own else parse(value, tiny=tiny)
             reward.check_prompts(self.prompts)
-            self.rewards[name] = reward.to(model.device)
+            reward.to(model.device)
+            self.rewards[name] = reward
+        self.sources = {n: n if n in self.own else grouped(value) for n, value in given.items()}
         self.frames: torch.Tensor | None = None  # (B, F, 3, H, W)
         self.scores: dict[str, torch.Tensor] = {}
         self.statistics: dict[str, tuple[float, float]] = {}
@@ -175,7 +177,7 @@ class RewardComposer(Panel):
     # ---------------------------------------------------------------------------------- the clips
 
     def measure(self) -> None:
-        """Make the clips, score them and compare the gradients of the rewards, unless it is done."""
+        """Make and score the clips and compare the rewards' gradients, unless it is done."""
         self._sample()
         if self._missing:
             self.jobs.finish(self._comparing)
@@ -211,7 +213,7 @@ class RewardComposer(Panel):
         return [pair for pair in pairs if pair not in self.cosines]
 
     def _comparing(self):
-        """Compare clip by clip: this takes the memory of one clip, and can be stopped in between."""
+        """Compare clip by clip: it takes the memory of one clip, and can be stopped."""
         missing, count = self._missing, len(self.prompts)
         try:
             for done, pair in enumerate(missing):
@@ -298,7 +300,7 @@ class RewardComposer(Panel):
 
 
 class Slot:
-    """The place of a clip; `box.layout.order` decides where it is shown."""
+    """The place of a clip, which is shown at `box.layout.order`."""
 
     def __init__(self):
         self.picture, self.text = HTML(), HTML()
@@ -326,7 +328,10 @@ def by_name(rewards: Mapping | Sequence[str] | str) -> dict:
 def grouped(expression: str) -> str:
     """The expression, in parentheses unless it is a name or a call."""
     text = expression.strip()
-    atom = isinstance(ast.parse(text, mode="eval").body, (ast.Name, ast.Call))
+    try:
+        atom = isinstance(ast.parse(text, mode="eval").body, (ast.Name, ast.Call))
+    except SyntaxError:  # a function of a file
+        atom = False
     return text if atom else f"({text})"
 
 

@@ -1,4 +1,4 @@
-"""What panels are built from: rows and columns, HTML from templates, settings that have names."""
+"""What panels are built from: controls, columns, HTML from templates, named settings."""
 
 import functools
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Drawings as text: curves, bars against a limit, and the chain that a gradient follows.
 
-They take the text color of the page, so light and dark themes both show them. A figure of a plotting
-library would be ten times as heavy, and too slow to follow a run.
+They take the text color of the page, so light and dark themes both show them. A figure of a
+plotting library would be ten times as heavy, and too slow to follow a run.
 """
 
 import base64

@@ -7,6 +7,7 @@ between, a newer request takes over. It runs in no thread: Colab loses a page's 
 import asyncio
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ..models import MODEL_LOCK
 
@@ -14,30 +15,27 @@ DEBOUNCE = 0.3  # seconds without another change until work starts
 LISTEN = 0.005  # seconds between two steps, for messages from the page
 RETRY = 0.2  # seconds until a model in use is asked for again
 
-Job = Iterator[float]
+Job = Iterator[float]  # a generator
 
 
 class Jobs:
     """The jobs of one panel.
 
-    Args:
-        busy: Called with the fraction that is done, and with None when there is no work.
-        waiting: Called with whether the job waits for a model that is in use.
-        failed: Called with an error.
+    They call busy(fraction or None) with the progress, waiting(bool) when a model is in use or free
+    again, failed(error) with an error.
     """
 
     def __init__(self, busy: Callable, waiting: Callable, failed: Callable):
         self.busy, self.waiting, self.failed = busy, waiting, failed
         self.newest = 0  # number of the last request
         self.task: asyncio.Task | None = None
-        self.job: Job | None = None
+        self.job: Any = None  # between two of its steps
 
     def submit(self, make: Callable[[], Job], debounce: float = DEBOUNCE) -> None:
         """Start a job instead of the current one.
 
-        In a notebook this returns at once, and the job runs while the kernel is idle. Without an
-        event loop, and on Colab, which shows only what happens while a click is answered, the job
-        is done when this returns.
+        In a notebook the job runs while the kernel is idle. Without an event loop, and on Colab,
+        which shows only what happens while a click is answered, it is done when this returns.
         """
         if "google.colab" in sys.modules or not running():
             self.finish(make)

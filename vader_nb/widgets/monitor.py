@@ -3,10 +3,11 @@
     monitor = TrainingMonitor("runs/mine", model, held_out=hps, prompts=texts[:4])
     monitor                                                  in a cell of its own
     align(model, reward, training, output_dir=monitor.folder, **monitor.hooks)
-    TrainingMonitor("runs/mine")                             later, or in another notebook: the same run
+    TrainingMonitor("runs/mine")                             later, or elsewhere: the same run
 
-The panel shows what is in the run's folder, so after a restart of the kernel, or in another notebook, it shows the same.
-A kernel that trains in a cell does not react to buttons: there, ■ in the toolbar stops the run.
+The panel shows what is in the run's folder, so it shows the same after a restart of the kernel and
+in another notebook. A kernel that trains in a cell does not react to buttons: there, ■ in the
+toolbar stops the run.
 """
 
 import asyncio
@@ -56,7 +57,7 @@ STATE = """
 {% else %}
 <div><b>{{ status }}</b> · step {{ step }} of {{ steps }} · {{ place }}
 {% if best %} · best held-out at step {{ best }}{% endif %}
-{% if silence %}<br>no step for {{ silence }} seconds: it was killed, or a step takes long{% endif %}
+{% if silence %}<br>no step for {{ silence }} s: it was killed, or a step takes long{% endif %}
 {% if kept %}<br>kept: {{ kept }}{% endif %}
 {% if resumable %}; continue with <code>align(…, resume=True)</code>{% endif %}
 </div>
@@ -142,7 +143,7 @@ class TrainingMonitor(Panel):
         return {"callback": self.follow_step, **validation}
 
     def follow_step(self, metrics: dict) -> None:
-        """The callback of `align`: saves the clips of this step and redraws, `REDRAWS` times per second at most.
+        """The callback of `align`: saves the clips of this step, and redraws if it is time to.
 
         Errors are shown in the panel; the run goes on.
         """
@@ -171,10 +172,8 @@ class TrainingMonitor(Panel):
         prompts = [prompt for prompt in self.prompts for _ in range(SEEDS)]
         texts, seeds = [str(p) for p in prompts], [self.seed + i for i in range(len(prompts))]
         with torch.random.fork_rng():  # a reward that draws must not change what training draws
-            frames = sample(
-                self.model, prompts, seeds=seeds, adapter=adapter, sampling=self.sampling
-            ).float()
-            scores = {}
+            options = {"seeds": seeds, "adapter": adapter, "sampling": self.sampling}
+            frames, scores = sample(self.model, prompts, **options).float(), {}
             for reward in self.held_out:
                 reward.to(self.model.device)
                 scores[reward.name] = reward(frames, texts).mean().item()
@@ -185,7 +184,7 @@ class TrainingMonitor(Panel):
         return scores
 
     def _save_clips(self, step: int) -> None:
-        """Save one picture, a column per prompt, and delete those of later steps of a resumed run."""
+        """Save one picture, a column per prompt; a resumed run replaces those of later steps."""
         folder = self.folder / CLIPS
         folder.mkdir(parents=True, exist_ok=True)
         texts = json.dumps([str(prompt) for prompt in self.prompts])
@@ -304,7 +303,7 @@ class TrainingMonitor(Panel):
     # ----------------------------------------------------------------- runs of other processes
 
     def stop(self) -> None:
-        """Ask the run to end after its current step, whichever process trains it; it keeps its adapter."""
+        """Ask the run, in any process, to end after its current step; it keeps its adapter."""
         if self.status not in ("running", "silent"):
             raise ValueError(f"the run in {self.folder} is {self.status}: there is nothing to stop")
         checkpoints.request_stop(self.folder)

@@ -1,4 +1,4 @@
-"""What all panels share: a frame with a place for errors, a look, labeled controls, a still picture."""
+"""What all panels share: a frame with a place for errors, a look, a still picture."""
 
 import base64
 import mimetypes
@@ -29,7 +29,7 @@ STYLE = """<style>
 .vader table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 .vader td, .vader th { padding: 1px 8px 1px 0; text-align: right }
 .vader td:first-child, .vader th:first-child, .vader .vader-columns :is(td, th) { text-align: left }
-.vader-columns { table-layout: fixed } .vader-columns td { overflow-wrap: anywhere }
+.vader-columns td { overflow-wrap: anywhere }
 .vader-up { color: #1f9d4d } .vader-down { color: #e0573e }
 .vader-scroll { overflow-x: auto; max-width: 100% }
 .vader-frames > .p-TabBar, .vader-frames > .lm-TabBar { display: none !important }
@@ -57,19 +57,16 @@ def data_url(data: bytes, kind: str) -> str:
 
 def download_link(path: Path) -> str:
     """Return a link that carries a file within the page."""
-    url = data_url(path.read_bytes(), mimetypes.guess_type(path, strict=False)[0])
+    kind = mimetypes.guess_type(path, strict=False)[0] or "application/octet-stream"
+    url = data_url(path.read_bytes(), kind)
     return f' · <a download="{escape(path.name)}" href="{url}">download</a>'
 
 
 class Panel:
     """A control panel, shown in a notebook as `box`, a widget; without a kernel as `to_html()`.
 
-    Attributes that are widgets (`prompt`, `seed`, …) can be set from Python by their `value`, with
-    the same effect as in the page.
-
-    Attributes:
-        error: The last error, None if there was none. The panel shows it, because a notebook drops
-            what an event handler raises.
+    Attributes that are widgets (`prompt`, `seed`, …) can be set from Python by their `value`. `error`
+    is the last error or None; the panel shows it, since a notebook drops what a handler raises.
     """
 
     title = ""
@@ -82,15 +79,13 @@ class Panel:
         self.progress = FloatProgress(min=0, max=1, **look)
         self.progress.layout.visibility = "hidden"
         self.jobs = Jobs(self.busy, self.waiting, self.failed)
-        self.box: VBox | None = None
+        self.box = VBox()  # filled by `assemble`
 
     def assemble(self, *children) -> None:
         """Put the panel together, once its parts are made."""
         title = HTML(f"{STYLE}<div class=vader-title>{escape(self.title)}</div>{note(self.hint)}")
         self.box = VBox([title, *children, self.progress, self.remark], layout=FULL)
         self.box.add_class("vader")
-
-    # ------------------------------------------------------------------------------------ messages
 
     def say(self, text: str) -> None:
         """Show a remark; an empty one removes it."""
@@ -116,7 +111,7 @@ class Panel:
         elif text in self.remark.value:
             self.say("")
 
-    def on(self, handler: Callable[[], None], *controls) -> None:
+    def on(self, handler: Callable[[], object], *controls) -> None:
         """Call handler() when one of the controls changes or is clicked, and show its errors."""
 
         def respond(_event) -> None:
@@ -132,8 +127,6 @@ class Panel:
                 source.on_click(respond)
             else:
                 source.observe(respond, "value")
-
-    # ------------------------------------------------------------------------------------- display
 
     def prepare(self) -> None:
         """Make what the panel needs before it is first shown."""

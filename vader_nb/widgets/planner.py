@@ -8,21 +8,20 @@ import shlex
 
 from ipywidgets import HTML, Text
 
-from ..memory_planner import GIB, GPUS, MARGIN, STAGES, Memory, describe, search_settings, simulate
-from ..models import CHECKPOINTS, checkpoint_of
-from ..rewards import syntax
-from .controls import (
-    FRAMES,
-    SettingsPanel,
-    beside,
-    button,
-    choice,
-    column,
-    row,
-    slider,
-    switch,
-    template,
+from ..memory_planner import (
+    GIB,
+    GPUS,
+    MARGIN,
+    STAGES,
+    Memory,
+    describe,
+    is_per_frame,
+    search_settings,
+    simulate,
 )
+from ..models import CHECKPOINTS, checkpoint_of
+from . import controls as ui
+from .controls import SettingsPanel
 from .drawing import bars
 from .panel import LABEL, WIDE, disable, note
 
@@ -40,8 +39,10 @@ ATOMIC = "A simulation takes seconds to half a minute and cannot be stopped midw
 VERDICT = """
 <div role=status>
 {% if not memory %}{{ unknown }}{% else %}
-<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b> {{ "%.2f"|format(need) }} GiB and {{ margin }} GiB to spare, of {{ size }} GiB on a {{ gpu }}.
-{% if gpu in memory.suggestions %}{{ "It fits " if suggestion }}{{ describe(suggestion) }}.
+<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b> {{ "%.2f"|format(need) }} GiB
+and {{ margin }} GiB to spare, of {{ size }} GiB on a {{ gpu }}.
+{% if gpu in memory.suggestions %}
+{{ "It fits" if suggestion else "Nothing helps:" }} {{ describe(suggestion) }}.
 {% elif not memory.fits[gpu] %}Press “simulate” to search for settings that fit.{% endif %}
 {% endif %}
 </div>
@@ -74,7 +75,7 @@ class MemoryPlanner(SettingsPanel):
     def __init__(self, model: str = "modelscope", reward: str = "hps", gpu_memory: str = "T4"):
         super().__init__()
         checkpoint_of(model)
-        syntax(reward)
+        is_per_frame(str(model), reward)
         if gpu_memory not in GPUS:
             raise ValueError(f"unknown GPU {gpu_memory!r}; choose one of {', '.join(GPUS)}")
         self.answers: dict[tuple, Memory] = {}
@@ -89,33 +90,33 @@ class MemoryPlanner(SettingsPanel):
         lengths = [DEFAULT, *((str(n), n) for n in LENGTHS)]
         look = {"continuous_update": False, "style": LABEL, "layout": WIDE}
         self.settings = {
-            "model": choice("model", models, model),
+            "model": ui.choice("model", models, model),
             "reward": Text(reward, description="reward", **look),
-            "gpu_memory": choice("GPU", gpus, gpu),
-            "height": choice("height", pixels),
-            "width": choice("width", pixels),
-            "num_frames": choice("num_frames", lengths),
-            "batch_size": slider("batch_size", 1, 1, 16),
-            "K": slider("K, steps", 1, 1, 50),
-            "frames": choice("frames", FRAMES),
-            "dtype": choice("dtype", ("float16", "bfloat16", "float32")),
-            "gradient_checkpointing": switch("gradient_checkpointing: compute blocks again", True),
-            "sequential_guidance": switch("sequential_guidance: its halves one by one", False),
-            "model_cpu_offload": switch("model_cpu_offload: idle networks wait on the CPU", False),
+            "gpu_memory": ui.choice("GPU", gpus, gpu),
+            "height": ui.choice("height", pixels),
+            "width": ui.choice("width", pixels),
+            "num_frames": ui.choice("num_frames", lengths),
+            "batch_size": ui.slider("batch_size", 1, 1, 16),
+            "K": ui.slider("K, steps", 1, 1, 50),
+            "frames": ui.choice("frames", ui.FRAMES),
+            "dtype": ui.choice("dtype", ("float16", "bfloat16", "float32")),
+            "gradient_checkpointing": ui.switch("gradient_checkpointing: recompute blocks", True),
+            "sequential_guidance": ui.switch("sequential_guidance: its halves one by one", False),
+            "model_cpu_offload": ui.switch("model_cpu_offload: idle networks wait", False),
         }
         vars(self).update(self.settings)
         self._defaults = self.values()
-        self.simulate_button = button("simulate", "play", 110, primary=True)
-        self.fit_button = button("make it fit", "wrench", 120)
+        self.simulate_button = ui.button("simulate", "play", 110, primary=True)
+        self.fit_button = ui.button("make it fit", "wrench", 120)
         self.why, self.drawing, self.verdict, self.code = HTML(), HTML(), HTML(), HTML()
         self.on(self._limit_steps, self.model)
         self.watch_settings()
         self.on(lambda: self.jobs.submit(self._job), self.simulate_button)
         self.on(self.make_it_fit, self.fit_button)
-        buttons = row(self.simulate_button, self.fit_button)
-        answer = column(buttons, self.drawing, self.verdict, flex="2 1 330px")
-        controls = column(*self.settings.values(), self.why, max_width="440px")
-        self.assemble(beside(controls, answer), self.code)
+        buttons = ui.row(self.simulate_button, self.fit_button)
+        answer = ui.column(buttons, self.drawing, self.verdict, flex="2 1 330px")
+        controls = ui.column(*self.settings.values(), self.why, max_width="440px")
+        self.assemble(ui.beside(controls, answer), self.code)
 
     def _limit_steps(self) -> None:
         defaults = checkpoint_of(self.model.value).defaults
@@ -124,16 +125,11 @@ class MemoryPlanner(SettingsPanel):
     @property
     def changes(self) -> dict:
         """The settings of `vader_nb.memory` that are not at their defaults."""
-        always = ("frames",)  # their default depends on the reward
-        values = {
-            name: value
-            for name, value in self.values().items()
-            if name in always or value != self._defaults[name]
-        }
-        for name in ("model", "reward", "gpu_memory"):
-            values.pop(name, None)
-        strategy = {"strategy": f"Last({values.pop('K')})"} if "K" in values else {}
-        return values | strategy
+        values = {n: v for n, v in self.values().items() if v != self._defaults[n]}
+        values["frames"] = self.frames.value  # whose default depends on the reward
+        if "K" in values:
+            values["strategy"] = f"Last({values.pop('K')})"
+        return {n: v for n, v in values.items() if n not in ("model", "reward", "gpu_memory")}
 
     @property
     def memory(self) -> Memory | None:
@@ -154,7 +150,6 @@ class MemoryPlanner(SettingsPanel):
     def _job(self):
         asked, changes = (self.model.value, self.reward.value), self.changes
         gpu, question = self.gpu_memory.value, self._question()
-        syntax(self.reward.value)
         self.say(f"Simulating one training step. {ATOMIC}")
         yield 0.05
         answer = Memory(*asked, changes, simulate(*asked, **changes))
@@ -194,13 +189,13 @@ class MemoryPlanner(SettingsPanel):
 
     def changed(self) -> None:
         self._show()
-        syntax(self.reward.value)  # an error is shown in the panel
+        is_per_frame(self.model.value, self.reward.value)  # raises what the panel shows
 
     def _show(self) -> None:
         try:
-            syntax(self.reward.value)
+            is_per_frame(self.model.value, self.reward.value)
             unreadable = ""
-        except ValueError:
+        except (ValueError, OSError):
             unreadable = UNREADABLE
         memory, gpu, suggestion = self.memory, self.gpu_memory.value, self.suggestion
         disable(unreadable, self.simulate_button)
@@ -208,7 +203,7 @@ class MemoryPlanner(SettingsPanel):
         self.fit_button.layout.display = "" if suggestion else "none"
         self.why.value = note(unreadable)
         self.drawing.value = self._bars()
-        self.verdict.value = template(VERDICT).render(
+        self.verdict.value = ui.template(VERDICT).render(
             memory=memory,
             unknown=unreadable or UNKNOWN,
             gpu=gpu,
@@ -218,7 +213,7 @@ class MemoryPlanner(SettingsPanel):
             suggestion=suggestion,
             describe=describe,
         )
-        code = template(CODE).render(python=self.python, shell=self.shell)
+        code = ui.template(CODE).render(python=self.python, shell=self.shell)
         self.code.value = "" if unreadable else code
 
     def _bars(self) -> str:

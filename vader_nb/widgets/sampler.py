@@ -136,8 +136,6 @@ class Sampler(SettingsPanel):
         self.on(self.roll, self.dice)
         self.on(self.save, self.save_button)
 
-    # ----------------------------------------------------------------------------------- settings
-
     @property
     def request(self) -> Request:
         """The settings in the controls."""
@@ -199,8 +197,6 @@ class Sampler(SettingsPanel):
         disable(choose, self.scale, self.second, self.part)
         disable("" if mixing else "choose a second adapter", self.second_scale)
         self.why.value = note(why)
-
-    # --------------------------------------------------------------------------------------- clip
 
     def run(self, **changes) -> Video:
         """Set controls by name, as `set` does, and sample a clip now."""
@@ -274,8 +270,6 @@ class Sampler(SettingsPanel):
         path = self.adapters[name]
         return f"zoo.adapters()[{name!r}]" if path == zoo.adapters().get(name) else repr(str(path))
 
-    # ------------------------------------------------------------------------------------ history
-
     def back(self, index: int) -> None:
         """Show a clip of the history again, with its settings; 0 is the newest."""
         entry = self.history[index]
@@ -310,8 +304,6 @@ class Sampler(SettingsPanel):
         path.with_suffix(".txt").write_text(text, encoding="utf-8")
         self.saved.value = f"{note(f'saved as {path}')}{download_link(path)}"
         return path
-
-    # ------------------------------------------------------------------------------------ display
 
     def prepare(self) -> None:
         if not self.history:

@@ -1,4 +1,4 @@
-"""What a truncated reward gradient costs and where it points: memory, seconds, cosine to the exact one.
+"""What a truncated reward gradient costs and where it points: memory, time, cosine to the exact.
 
 explorer = TruncationExplorer(model)                   in a notebook
 explorer.measure(K=2, frames="all")                    the same from Python: a Measured
@@ -21,18 +21,8 @@ from ..rewards import Reward, as_reward, parse
 from ..sampling import Sampling
 from ..strategies import Last, parse_frames
 from . import clips
-from .controls import (
-    FRAMES,
-    SettingsPanel,
-    beside,
-    button,
-    choice,
-    column,
-    row,
-    slider,
-    switch,
-    template,
-)
+from . import controls as ui
+from .controls import SettingsPanel
 from .drawing import chain, image
 from .panel import disable, note
 
@@ -52,7 +42,7 @@ TABLE = """
 <tr><td>{{ setting.K }}</td><td>{{ setting.frames }}</td>
 {{ bar("%.1f MB"|format(result.bytes / 1e6), result.bytes / most_bytes) }}
 {{ bar("%.2f s"|format(result.seconds), result.seconds / most_seconds) }}
-{{ bar("%.3f (%.0f°)"|format(result.cosine, result.angle), [result.cosine, 0]|max) }}
+{{ bar("%.3f (%.0f°)"|format(result.cosine, angle(result.cosine)), [result.cosine, 0]|max) }}
 <td>{{ "yes" if setting.gradient_checkpointing else "no" }}</td>
 <td>{{ "–" if result.frames|length == 1 else "yes" if setting.streaming else "no" }}</td></tr>
 {% endfor %}
@@ -65,45 +55,26 @@ right angle, below 0 the wrong way.</div>
 
 @dataclass(frozen=True)
 class Truncation:
-    """A truncated gradient.
-
-    Attributes:
-        K: the last denoising steps that learn.
-        frames: the frames that are scored, as for `strategies.parse_frames`.
-        gradient_checkpointing: compute the denoiser's blocks again in the backward pass.
-        streaming: decode and score the frames one by one.
-    """
+    """A truncated gradient: K denoising steps learn, the last ones, and some frames are scored."""
 
     K: int = 1
-    frames: str = "random:1"
-    gradient_checkpointing: bool = True
-    streaming: bool = True
+    frames: str = "random:1"  # as for `strategies.parse_frames`
+    gradient_checkpointing: bool = True  # compute the denoiser's blocks again in the backward pass
+    streaming: bool = True  # decode and score the frames one by one
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one `reward_gradient` call took.
+    """What one `reward_gradient` call took."""
 
-    Attributes:
-        bytes: the peak of all tensors that were made.
-        seconds: wall-clock time.
-        cosine: of the adapter's gradient to the exact one.
-        frames: indices of the scored frames.
-    """
-
-    bytes: int
+    bytes: int  # the peak of all tensors that were made
     seconds: float
-    cosine: float
-    frames: tuple[int, ...]
-
-    @property
-    def angle(self) -> float:
-        """Degrees between the gradient and the exact one."""
-        return math.degrees(math.acos(max(-1.0, min(1.0, self.cosine))))
+    cosine: float  # of the adapter's gradient to the exact one
+    frames: tuple[int, ...]  # indices of the scored frames
 
 
 class TruncationExplorer(SettingsPanel):
-    """The chain adapter, denoising steps, decoder, frames, reward, and how far back its gradient goes.
+    """The chain from adapter to reward, and how far back its gradient is followed.
 
     The adapter is a new one with a random B, since A has no gradient where B is zero. The exact
     gradient goes through all steps and all frames, at the same seed.
@@ -150,27 +121,22 @@ class TruncationExplorer(SettingsPanel):
 
     def _build(self) -> None:
         steps = self.sampling.num_inference_steps
-        self.K = slider("K, steps", 1, 1, steps)
-        self.frames = choice("frames", FRAMES if self.reward.per_frame else ["all"])
-        self.gradient_checkpointing = switch("gradient checkpointing: compute blocks again", True)
-        self.streaming = switch("streaming: decode and score frames one by one", True)
-        self.measure_button = button("measure", "play", 110, primary=True)
+        self.K = ui.slider("K, steps", 1, 1, steps)
+        self.frames = ui.choice("frames", ui.FRAMES if self.reward.per_frame else ["all"])
+        self.gradient_checkpointing = ui.switch("gradient checkpointing: recompute blocks", True)
+        self.streaming = ui.switch("streaming: decode and score frames one by one", True)
+        self.measure_button = ui.button("measure", "play", 110, primary=True)
         self.why, self.drawing, self.table = HTML(), HTML(), HTML()
         self.settings = {name: getattr(self, name) for name in Truncation.__annotations__}
         self.watch_settings()
         self.on(lambda: self.jobs.submit(self._job), self.measure_button)
-        buttons = [self.why, row(self.measure_button), HTML(note(self.given))]
-        controls = column(*self.settings.values(), *buttons, max_width="400px")
-        self.assemble(beside(controls, column(self.drawing, flex="2 1 330px")), self.table)
-
-    @property
-    def given(self) -> str:
-        """What is the same in all measurements."""
-        return (
-            f"Reward {self.reward.name}, prompt “{self.prompt}”, seed {self.seed}, "
-            f"{self.sampling.num_inference_steps} steps; an adapter of rank {self.adapter.rank} "
-            "with random parameters."
+        self.given = (  # in all measurements
+            f"Reward {self.reward.name}, prompt “{self.prompt}”, seed {self.seed}, {steps} steps; "
+            f"an adapter of rank {self.adapter.rank} with random parameters."
         )
+        buttons = [self.why, ui.row(self.measure_button), HTML(note(self.given))]
+        controls = ui.column(*self.settings.values(), *buttons, max_width="400px")
+        self.assemble(ui.beside(controls, ui.column(self.drawing, flex="2 1 330px")), self.table)
 
     @property
     def setting(self) -> Truncation:
@@ -288,10 +254,11 @@ class TruncationExplorer(SettingsPanel):
         if not results:
             self.table.value = note(EMPTY)
             return
-        self.table.value = template(TABLE).render(
+        self.table.value = ui.template(TABLE).render(
             rows=reversed(self.measured.items()),
             most_bytes=max(result.bytes for result in results),
             most_seconds=max(result.seconds for result in results),
+            angle=lambda cosine: math.degrees(math.acos(max(-1.0, min(1.0, cosine)))),
         )
 
     def to_html(self) -> str:

@@ -6,7 +6,7 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..evaluate import BASE
+from ..evaluation import BASE
 
 CHOICES = ("A", "B", "=")
 
@@ -39,9 +39,7 @@ class Vote(Pair):
     @property
     def value(self) -> float:
         """1 for the adapter, 0 for the base, 0.5 for neither."""
-        if self.choice == "=":
-            return 0.5
-        return float(self.sides[CHOICES.index(self.choice)] == self.adapter)
+        return 0.5 if self.choice == "=" else float((self.choice == "A") != (self.left == BASE))
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,7 @@ class Tally:
 
 
 class Votes:
-    """The votes in a folder, one per line of `votes.jsonl`.
-
-    The file is read for each question, so nothing is lost and two panels on one folder agree.
-    """
+    """The votes in a folder's `votes.jsonl`, read each time, so that two panels on it agree."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / "votes.jsonl"
@@ -104,8 +99,7 @@ class Votes:
     def next(self, adapter: str, prompts: list[str], seed: int) -> Pair:
         """Return the pair after the last vote on this adapter, prompt by prompt.
 
-        Each has its own noise seed, after `seed`, which the open view shows with names. Sides are
-        random, and the same in every run with this seed.
+        Its noise has a new seed: clips of `seed` are shown with names. Sides are reproducible.
         """
         number = sum(vote.adapter == adapter for vote in self.read())
         left = random.Random(f"{seed} {adapter} {number}").choice([BASE, adapter])
@@ -113,9 +107,10 @@ class Votes:
 
     def tally(self, adapter: str) -> Tally:
         values = [vote.value for vote in self.read() if vote.adapter == adapter]
-        counts = [values.count(value) for value in (1.0, 0.0, 0.5)]
+        wins, losses, ties = (values.count(value) for value in (1.0, 0.0, 0.5))
         rate = sum(values) / len(values) if values else math.nan
-        return Tally(adapter, *counts, rate, *wilson_interval(sum(values), len(values)))
+        low, high = wilson_interval(sum(values), len(values))
+        return Tally(adapter, wins, losses, ties, rate, low, high)
 
 
 def wilson_interval(wins: float, votes: int) -> tuple[float, float]:

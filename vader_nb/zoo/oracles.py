@@ -32,7 +32,7 @@ class Reading(NamedTuple):
     color: str | None
     shape: str | None
     motion: str | None
-    ground: str | None
+    background: str | None
 
 
 def _nearest(rgb: torch.Tensor, palette: dict[str, tuple], limit: float) -> list[str | None]:
@@ -44,13 +44,13 @@ def _nearest(rgb: torch.Tensor, palette: dict[str, tuple], limit: float) -> list
 def _object(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Background color (B, 3) and how much each pixel belongs to the object (B, F, H, W) in [0, 1]."""
     border = torch.cat([frames[..., :2, :].flatten(-2), frames[..., -2:, :].flatten(-2)], dim=-1)
-    ground = border.transpose(1, 2).flatten(2).median(dim=-1).values  # (B, 3)
-    difference = (frames - ground[:, None, :, None, None]).norm(dim=2)  # (B, F, H, W)
+    background = border.transpose(1, 2).flatten(2).median(dim=-1).values  # (B, 3)
+    difference = (frames - background[:, None, :, None, None]).norm(dim=2)  # (B, F, H, W)
     # The inside of the object sets the scale: a mean over its brightest 2 % is steadier than the maximum.
     inside = difference.flatten(1).topk(max(1, difference[0].numel() // 50), dim=1).values.mean(1)
     mask = (difference / inside.clamp(min=1e-6)[:, None, None, None]).clamp(0, 1)
-    mask = ((mask - 0.25) / 0.5).clamp(0, 1)  # drop the noise of the ground, keep the edge soft
-    return ground, mask * (inside > VISIBLE)[:, None, None, None]
+    mask = ((mask - 0.25) / 0.5).clamp(0, 1)  # drop the noise of the background, keep the edge soft
+    return background, mask * (inside > VISIBLE)[:, None, None, None]
 
 
 def _templates() -> torch.Tensor:
@@ -121,7 +121,7 @@ def read(frames: torch.Tensor) -> list[Reading]:
     """Read clips (B, F, 3, H, W) in [0, 1], F >= 5, of the tiny world's geometry (64 x 64)."""
     frames = frames.detach().float().cpu()
     batch, count, _, height, width = frames.shape
-    ground, mask = _object(frames)
+    background, mask = _object(frames)
     area = mask.sum(dim=(2, 3))  # (B, F)
     pixel_x, pixel_y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
     safe = area.clamp(min=1e-6)
@@ -136,23 +136,25 @@ def read(frames: torch.Tensor) -> list[Reading]:
     best = overlap.amax(dim=3).mean(dim=1)  # (B, 4)
 
     colors = _nearest(color, world.COLORS, SAME_COLOR)
-    grounds = _nearest(ground, world.GROUNDS, SAME_COLOR)
+    backgrounds = _nearest(background, world.BACKGROUNDS, SAME_COLOR)
     readings = []
     for i in range(batch):
         if area[i].min() < MIN_AREA:
-            readings.append(Reading(None, None, None, grounds[i]))
+            readings.append(Reading(None, None, None, backgrounds[i]))
             continue
         index = int(best[i].argmax())
         turned = _turned(overlap[i, :, index], world.SHAPES[index])
         shape = world.SHAPES[index] if best[i, index] > MIN_OVERLAP else None
-        readings.append(Reading(colors[i], shape, _motion(center[i], area[i], turned), grounds[i]))
+        readings.append(
+            Reading(colors[i], shape, _motion(center[i], area[i], turned), backgrounds[i])
+        )
     return readings
 
 
 def grade(frames: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
     """Which attributes of each prompt the clip shows: name -> (B,) of 0. or 1.
 
-    Keys: color, shape, motion, ground, and `color and shape` for both at once.
+    Keys: color, shape, motion, background, and `color and shape` for both at once.
     Raises ValueError for a prompt that is not a caption of the tiny world: it cannot be graded.
     """
     wanted = [world.parse(prompt) for prompt in prompts]

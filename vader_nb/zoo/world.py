@@ -28,7 +28,7 @@ COLORS = {
     "purple": (0.54, 0.18, 0.74),
     "pink": (0.97, 0.50, 0.74),
 }
-GROUNDS = {
+BACKGROUNDS = {
     "white": (0.95, 0.95, 0.95),
     "gray": (0.50, 0.50, 0.50),
     "black": (0.05, 0.05, 0.05),
@@ -66,16 +66,16 @@ class Spec(NamedTuple):
     color: str
     shape: str
     motion: str
-    ground: str
+    background: str
 
     @property
     def caption(self) -> str:
-        return f"a {self.color} {self.shape} {self.motion} on a {self.ground} background"
+        return f"a {self.color} {self.shape} {self.motion} on a {self.background} background"
 
 
 def specs() -> list[Spec]:
     """All 868 clips that can be told apart: a circle looks the same however it turns, so none spins."""
-    every = (Spec(*words) for words in product(COLORS, SHAPES, MOTIONS, GROUNDS))
+    every = (Spec(*words) for words in product(COLORS, SHAPES, MOTIONS, BACKGROUNDS))
     return [spec for spec in every if (spec.shape, spec.motion) != ("circle", "spinning")]
 
 
@@ -183,8 +183,10 @@ def render(specs: list[Spec], generator: torch.Generator) -> torch.Tensor:
             mask[rows] = coverage(shape, *flat).unflatten(0, (len(rows), NUM_FRAMES))
     mask = mask.unsqueeze(2)  # (B, F, 1, H, W)
     color = torch.tensor([COLORS[spec.color] for spec in specs])[:, None, :, None, None]
-    ground = torch.tensor([GROUNDS[spec.ground] for spec in specs])[:, None, :, None, None]
-    return ground + mask * (color - ground)
+    background = torch.tensor([BACKGROUNDS[spec.background] for spec in specs])[
+        :, None, :, None, None
+    ]
+    return background + mask * (color - background)
 
 
 def sample(

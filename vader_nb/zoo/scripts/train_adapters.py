@@ -1,7 +1,7 @@
 """Align the tiny model to three rewards; the adapters are shipped, so that comparisons have something to show at once.
-`python -m vader_nb.zoo.train_adapters [name …]` (four minutes each on two cores)
+`python -m vader_nb.zoo.scripts.train_adapters [name …]` (four minutes each on two cores)
 
-Short runs of few numbers: rank 4, 217 kB a file. Each goes on from its checkpoint if it was interrupted.
+Short runs of few parameters: rank 4, 217 kB a file. Each goes on from its checkpoint if it was interrupted.
 """
 
 import sys
@@ -9,19 +9,16 @@ from pathlib import Path
 
 import torch
 
-from .. import lora, prompts, rewards
-from ..align import align
-from ..evaluate import evaluate
-from ..gradient import Frames
-from ..models import load
-from . import WEIGHTS, adapters
+from vader_nb import align, evaluate, load, lora, prompts, rewards
+
+from .. import WEIGHTS, adapters
 from .cards import card, write
 
 SEED, RANK, STEPS = 0, 4, 60
 REWARDS = {"aesthetic": rewards.aesthetic, "hps": rewards.hps, "action": rewards.action}
 # High enough that a short run shows; for the aesthetic reward so high that other rewards fall, which is worth seeing too.
 LEARNING_RATES = {"aesthetic": 5e-3, "hps": 1e-3, "action": 4e-3}
-JUDGED = 60  # held-out captions of the card
+GRADED = 60  # held-out captions of the card
 RUNS = Path("runs/zoo/adapters")
 
 
@@ -34,7 +31,6 @@ def train(name: str) -> None:
         steps=STEPS,
         learning_rate=LEARNING_RATES[name],
         rank=RANK,
-        frames=Frames() if reward.per_frame else Frames("all"),
         seed=SEED,
         output_dir=RUNS / name,
         resume="latest",
@@ -46,9 +42,9 @@ def train(name: str) -> None:
 
 def quality() -> dict[str, float]:
     """Mean differences to the base on held-out captions, same seeds: every reward, the oracles, motion."""
-    judges = [make("tiny") for make in REWARDS.values()]
-    captions = {"held-out": prompts.get("tiny_held_out")[:JUDGED]}
-    result = evaluate(load("tiny"), adapters(), judges, captions, seeds_per_prompt=1)
+    metrics = [make("tiny") for make in REWARDS.values()]
+    captions = {"held-out": prompts.get("tiny_held_out")[:GRADED]}
+    result = evaluate(load("tiny"), adapters(), metrics, captions, seeds_per_prompt=1)
     return {
         f"{row.name}: {row.metric}, {row.base:.3f} changes by": row.difference
         for row in result.rows
@@ -63,14 +59,14 @@ def main(names: list[str]) -> None:
         "tiny-adapters",
         card(
             "tiny-adapters: three adapters for tiny",
-            f"LoRA of rank {RANK}, {size:,} numbers each, in diffusers' key layout: `lora.load(model, zoo.adapters()['hps'])`.\n"
+            f"LoRA of rank {RANK}, {size:,} parameters each, in diffusers' key layout: `lora.load(model, zoo.adapters()['hps'])`.\n"
             "`aesthetic`, `hps`, `action` are named after the one reward that each was aligned to, alone.",
-            f"`vader_nb/zoo/train_adapters.py`: `align`, {STEPS} steps of 4 clips; learning rates\n"
+            f"`vader_nb/zoo/scripts/train_adapters.py`: `align`, {STEPS} steps of 4 clips; learning rates\n"
             + ", ".join(f"{rate:g} ({name})" for name, rate in LEARNING_RATES.items())
             + ". The aesthetic one went too far, for the others to compare with: look at what it costs.",
             SEED,
             quality(),
-            f"Means over {JUDGED} held-out captions, one clip each, of the base and of the paired difference to it. The base names\n"
+            f"Means over {GRADED} held-out captions, one clip each, of the base and of the paired difference to it. The base names\n"
             "nearly all motions right already, so the action adapter has little to win: what it gains here is not sure.",
         ),
     )

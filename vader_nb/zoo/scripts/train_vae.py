@@ -1,15 +1,15 @@
-"""Train the tiny autoencoder: 64x64 frames to 4x8x8 latents. `python -m vader_nb.zoo.train_vae`
+"""Train the tiny autoencoder: 64x64 frames to 4x8x8 latents. `python -m vader_nb.zoo.scripts.train_vae`
 
-Why the loss is weighted. The shapes cover a tenth of the pixels, so with a plain mean the grounds
+Why the loss is weighted. The shapes cover a tenth of the pixels, so with a plain mean the backgrounds
 dominate: such a model reached a fine whole-frame PSNR and had lost every color and shape. Here the
-object (what differs from the corner pixel, and a margin around it) and the ground weigh the same.
+object (what differs from the corner pixel, and a margin around it) and the background weigh the same.
 """
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from . import WEIGHTS, oracles, world
+from .. import WEIGHTS, oracles, world
 from .training import rank_and_world, save_half, share, train
 
 STEPS, FRAMES, SEED = 2600, 24, 0
@@ -48,13 +48,14 @@ def reconstruction_loss(
     return (error * weight).sum() + 1e-3 * mean.square().mean()
 
 
-def report(vae: AutoencoderKL) -> dict[str, float]:
-    """Oracle accuracy of reconstructions of held-out captions, and PSNR over all pixels in dB."""
-    clips = world.render(world.split()[1], torch.Generator().manual_seed(1))
+def report(vae: AutoencoderKL, specs: list[world.Spec] | None = None) -> dict[str, float]:
+    """Oracle accuracy of reconstructions of captions (default: all held-out ones), and PSNR over all pixels in dB."""
+    specs = specs or world.split()[1]
+    clips = world.render(specs, torch.Generator().manual_seed(1))
     with torch.no_grad():
         latents = vae.encode(clips.flatten(0, 1) * 2 - 1).latent_dist.mean
         again = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).unflatten(0, clips.shape[:2])
-    grades = oracles.grade(again, [spec.caption for spec in world.split()[1]])
+    grades = oracles.grade(again, [spec.caption for spec in specs])
     psnr = -10 * (again - clips).square().mean().log10()
     return {name: value.mean().item() for name, value in grades.items()} | {"psnr": psnr.item()}
 

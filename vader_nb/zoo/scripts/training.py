@@ -73,21 +73,7 @@ def train(
         weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
     )
     mean = [p.detach().clone() for p in weights]
-    start = 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        for p, m, value, averaged in zip(weights, mean, state["weights"], state["mean"]):
-            p.data.copy_(value)
-            m.copy_(averaged)
-
-    def swap():
-        for p, m in zip(weights, mean):
-            kept = p.data.clone()
-            p.data.copy_(m)
-            m.copy_(kept)
-
+    start = restore(path, weights, mean, optimizer) if path.exists() else 0
     began, recent = time.time(), []
     for step in range(start, steps):
         for group in optimizer.param_groups:
@@ -95,11 +81,8 @@ def train(
         value = loss(torch.Generator().manual_seed(seed * 1_000_003 + step), step)
         optimizer.zero_grad()
         value.backward()
-        if world > 1:  # one all-reduce of one flat tensor: thousands of small ones would cost more
-            flat = torch.cat([p.grad.flatten() for p in weights])
-            dist.all_reduce(flat)
-            for p, part in zip(weights, flat.split([p.numel() for p in weights])):
-                p.grad.copy_(part.view_as(p) / world)
+        if world > 1:
+            average_gradients(weights, world)
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         # Early on an average over everything would be an average with the random start.
@@ -120,7 +103,33 @@ def train(
                 state |= {"weights": [p.detach() for p in weights], "mean": mean}
                 save_atomically(state, path)
             if on_save is not None:
-                swap()
+                swap(weights, mean)
                 on_save(done)
-                swap()
-    swap()
+                swap(weights, mean)
+    swap(weights, mean)
+
+
+def restore(path: Path, weights: list, mean: list, optimizer: torch.optim.Optimizer) -> int:
+    """Load weights, their average and the optimizer's state; returns the step."""
+    state = torch.load(path, weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    for p, m, value, averaged in zip(weights, mean, state["weights"], state["mean"]):
+        p.data.copy_(value)
+        m.copy_(averaged)
+    return state["step"]
+
+
+def average_gradients(weights: list[nn.Parameter], world: int) -> None:
+    """One all-reduce of one flat tensor: thousands of small ones would cost more."""
+    flat = torch.cat([p.grad.flatten() for p in weights])
+    dist.all_reduce(flat)
+    for p, part in zip(weights, flat.split([p.numel() for p in weights])):
+        p.grad.copy_(part.view_as(p) / world)
+
+
+def swap(weights: list[nn.Parameter], mean: list[torch.Tensor]) -> None:
+    """Exchange the weights and their average."""
+    for p, m in zip(weights, mean):
+        kept = p.data.clone()
+        p.data.copy_(m)
+        m.copy_(kept)

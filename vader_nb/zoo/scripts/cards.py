@@ -1,4 +1,4 @@
-"""Measure the shipped models and write their cards. `python -m vader_nb.zoo.cards [name …]`
+"""Measure the shipped models and write their cards. `python -m vader_nb.zoo.scripts.cards [name …]`
 
 Every figure of a card is printed by this script; none is typed in.
 """
@@ -9,23 +9,14 @@ import time
 import open_clip
 import torch
 
-from .. import rewards
-from ..gradient import sample
-from ..models import load
-from . import (
-    WEIGHTS,
-    oracles,
-    tokenizer,
-    train_clip,
-    train_generator,
-    train_vae,
-    train_videomae,
-    world,
-)
+from vader_nb import Sampling, load, rewards, sample
+
+from .. import WEIGHTS, oracles, tokenizer, world
+from . import train_clip, train_generator, train_vae, train_videomae
 
 WORLD = f"""## Data
 Synthetic clips of one colored shape on a plain background, rendered by `vader_nb/zoo/world.py`:
-{len(world.COLORS)} colors × {len(world.SHAPES)} shapes × {len(world.MOTIONS)} motions × {len(world.GROUNDS)} backgrounds
+{len(world.COLORS)} colors × {len(world.SHAPES)} shapes × {len(world.MOTIONS)} motions × {len(world.BACKGROUNDS)} backgrounds
 ({len(world.specs())} captions, since a circle cannot be seen to spin), {world.NUM_FRAMES} frames of {world.SIZE}×{world.SIZE}.
 200 captions, drawn with a fixed seed, are held out of every training.
 """
@@ -69,7 +60,7 @@ def generator_quality(model, batch: int = 20) -> dict[str, float]:
         f"{name}, oracle": value.mean().item()
         for name, value in oracles.grade(clips, captions).items()
     }
-    scheduler = model.new_scheduler(model.defaults["num_inference_steps"])
+    scheduler = model.new_scheduler(Sampling().resolve(model))
     gain = (1 - scheduler.alphas_cumprod[int(scheduler.timesteps[-1])]).sqrt().item()
     began = time.time()
     sample(model, captions[:4], seeds=0)
@@ -92,7 +83,7 @@ def tiny() -> None:
             "tiny: text to video, 8 frames of 64×64",
             "A diffusers `TextToVideoSDPipeline`: AutoencoderKL (factor 8), CLIPTextModel with a CLIPTokenizer of its own\n"
             "vocabulary, UNet3DConditionModel. `DiffusionPipeline.from_pretrained` loads it.",
-            f"`vader_nb/zoo/train_vae.py`, {train_vae.STEPS} steps. `vader_nb/zoo/train_generator.py`: the text encoder\n"
+            f"`vader_nb/zoo/scripts/train_vae.py`, {train_vae.STEPS} steps. `vader_nb/zoo/scripts/train_generator.py`: the text encoder\n"
             f"learns to spell out the caption's four attributes ({train_generator.TEXT_STEPS} steps) and is then frozen; the UNet\n"
             f"trains for {train_generator.STEPS} steps of {train_generator.BATCH} clips, the first {train_generator.NOISY_STEPS} on nearly pure noise only, with v\n"
             "prediction and zero terminal SNR. Sampled by DDIM with trailing timesteps, "
@@ -112,17 +103,16 @@ def tiny_clip() -> None:
     picked = train_clip.right_of_16(clip, tokenizer.build())
     held_out = world.render(world.split()[1], torch.Generator().manual_seed(5))
     rated = rewards.aesthetic("tiny").scores(held_out, [""] * len(held_out)).flatten()
-    agreement = torch.corrcoef(torch.stack([rated, train_clip.beauty(held_out.flatten(0, 1))]))[
-        0, 1
-    ].item()
+    stated = train_clip.beauty(held_out.flatten(0, 1))
+    agreement = torch.corrcoef(torch.stack([rated, stated]))[0, 1].item()
     write(
         "tiny-clip",
         card(
             "tiny-clip: an open_clip CLIP for 64×64 frames, with an aesthetic head",
             "An open_clip directory (`open_clip.create_model('local-dir:…')`), the base of the HPS-style reward, and\n"
             "`aesthetic_head.safetensors`, a linear layer in the LAION predictor's key layout that rates a frame 1 to 10:\n"
-            "40 % saturation of the object, 40 % contrast against the ground, 20 % centring.",
-            f"`vader_nb/zoo/train_clip.py`, {train_clip.STEPS} steps of {train_clip.BATCH} frames, clean, blurred, noisy, and\n"
+            "40 % saturation of the object, 40 % contrast against the background, 20 % centering.",
+            f"`vader_nb/zoo/scripts/train_clip.py`, {train_clip.STEPS} steps of {train_clip.BATCH} frames, clean, blurred, noisy, and\n"
             "through the autoencoder; the head by ridge regression.",
             train_clip.SEED,
             {
@@ -141,7 +131,7 @@ def tiny_videomae() -> None:
         card(
             "tiny-videomae: names the motion of a clip",
             "A `VideoMAEForVideoClassification` with eight classes, the base of the action reward.",
-            f"`vader_nb/zoo/train_videomae.py`, {train_videomae.STEPS} steps of {train_videomae.BATCH} clips with noise.",
+            f"`vader_nb/zoo/scripts/train_videomae.py`, {train_videomae.STEPS} steps of {train_videomae.BATCH} clips with noise.",
             train_videomae.SEED,
             {"right motion": right},
             "On rendered clips of the 200 held-out captions.",

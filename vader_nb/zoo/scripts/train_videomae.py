@@ -1,11 +1,11 @@
-"""Train the tiny VideoMAE that names the motion of a clip. `python -m vader_nb.zoo.train_videomae`"""
+"""Train the tiny VideoMAE that names the motion of a clip. `python -m vader_nb.zoo.scripts.train_videomae`"""
 
 import torch
 import torch.nn.functional as F
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
-from ..rewards.networks import IMAGENET_MEAN, IMAGENET_STD, preprocess
-from . import WEIGHTS, world
+from ...rewards.networks import IMAGENET_MEAN, IMAGENET_STD, preprocess
+from .. import WEIGHTS, world
 from .training import rank_and_world, save_half, share, train
 
 STEPS, BATCH, CLIPS, SEED = 1600, 32, 3000, 3

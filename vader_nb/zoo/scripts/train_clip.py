@@ -1,6 +1,6 @@
 """Train the tiny open_clip CLIP on (frame, caption), and its two reward heads.
 
-`python -m vader_nb.zoo.train_clip` writes `tiny-clip` (an open_clip directory, the base), and beside it
+`python -m vader_nb.zoo.scripts.train_clip` writes `tiny-clip` (an open_clip directory, the base), and beside it
 the aesthetic head (a linear probe of the image embedding, in the LAION predictor's key layout).
 
 The frames are shown clean, noisy, blurred and through the autoencoder, so that the reward that is
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
-from . import WEIGHTS, world
-from .tokenizer import CONTEXT_LENGTH
-from .tokenizer import build as build_tokenizer
-from .tokenizer import save as save_tokenizer
+from .. import WEIGHTS, world
+from ..tokenizer import CONTEXT_LENGTH
+from ..tokenizer import build as build_tokenizer
+from ..tokenizer import save as save_tokenizer
 from .training import rank_and_world, share, train
 
 STEPS, BATCH, SEED = 900, 64, 1
@@ -66,7 +66,7 @@ def normalize(frames: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def right_of_16(clip: open_clip.CLIP, tokenizer) -> float:
     """How often a frame of a held-out caption prefers its caption to 15 others that differ from it, and
-    from each other, in what one frame can show (color, shape, ground)."""
+    from each other, in what one frame can show (color, shape, background)."""
     generator = torch.Generator().manual_seed(2)
     held_out = world.split()[1]
     frames = world.render(held_out, generator)[:, world.NUM_FRAMES // 2]
@@ -74,8 +74,8 @@ def right_of_16(clip: open_clip.CLIP, tokenizer) -> float:
     right = 0
     for spec, image in zip(held_out, images):
         others = [held_out[i] for i in torch.randperm(len(held_out), generator=generator).tolist()]
-        visible = {(s.color, s.shape, s.ground): s.caption for s in reversed(others)}
-        visible.pop((spec.color, spec.shape, spec.ground))
+        visible = {(s.color, s.shape, s.background): s.caption for s in reversed(others)}
+        visible.pop((spec.color, spec.shape, spec.background))
         captions = [spec.caption, *list(visible.values())[:15]]
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
         right += (clip.encode_text(tokens, normalize=True) @ image).argmax().item() == 0
@@ -84,27 +84,27 @@ def right_of_16(clip: open_clip.CLIP, tokenizer) -> float:
 
 def beauty(frames: torch.Tensor) -> torch.Tensor:
     """What the tiny world calls beautiful, 1 to 10 for frames (N, 3, H, W): a saturated object (40 %)
-    that stands out from its ground (40 %) and sits in the middle (20 %). Every part can be seen."""
-    ground = frames[:, :, :1, :1]
-    difference = (frames - ground).norm(dim=1)  # (N, H, W)
+    that stands out from its background (40 %) and sits in the middle (20 %). Every part can be seen."""
+    background = frames[:, :, :1, :1]
+    difference = (frames - background).norm(dim=1)  # (N, H, W)
     mask = (difference / difference.flatten(1).amax(1).clamp(min=1e-3)[:, None, None] > 0.5).float()
     area = mask.sum((1, 2)).clamp(min=1)
     color = (frames * mask.unsqueeze(1)).sum((2, 3)) / area[:, None]
     saturation = (color.amax(1) - color.amin(1)) / color.amax(1).clamp(min=1e-3)
-    contrast = (color - ground[:, :, 0, 0]).norm(dim=1) / 1.2
+    contrast = (color - background[:, :, 0, 0]).norm(dim=1) / 1.2
     axis = torch.linspace(-1, 1, frames.shape[-1])
     away = ((mask.sum(1) * axis).sum(1) / area) ** 2 + ((mask.sum(2) * axis).sum(1) / area) ** 2
-    centring = (1 - 2 * away.sqrt()).clamp(0, 1)
-    score = 0.4 * saturation.clamp(0, 1) + 0.4 * contrast.clamp(0, 1) + 0.2 * centring
+    centering = (1 - 2 * away.sqrt()).clamp(0, 1)
+    score = 0.4 * saturation.clamp(0, 1) + 0.4 * contrast.clamp(0, 1) + 0.2 * centering
     return 1 + 9 * score
 
 
 def vary(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Frames paler, fainter and off center, so that the rating is fitted on all that it speaks of; the world
     itself knows seven colors and hardly leaves the middle."""
-    gray, ground = frames.mean(dim=1, keepdim=True), frames[:, :, :1, :1]
+    gray, background = frames.mean(dim=1, keepdim=True), frames[:, :, :1, :1]
     pale, faint = torch.rand(2, len(frames), 1, 1, 1, generator=generator)
-    frames = ground + (frames + 0.8 * pale * (gray - frames) - ground) * (1 - 0.6 * faint)
+    frames = background + (frames + 0.8 * pale * (gray - frames) - background) * (1 - 0.6 * faint)
     shifts = torch.randint(-14, 15, (len(frames), 2), generator=generator).tolist()
     return torch.stack([frame.roll(shift, dims=(1, 2)) for frame, shift in zip(frames, shifts)])
 
@@ -140,7 +140,7 @@ def main() -> None:
     # Identical up to the motion, which no frame shows: such a pair is no mistake, so it is no negative either.
     sight = {}
     looks = torch.tensor(
-        [sight.setdefault((s.color, s.shape, s.ground), len(sight)) for s in specs]
+        [sight.setdefault((s.color, s.shape, s.background), len(sight)) for s in specs]
     )
     through_vae = torch.rand(len(clips), generator=generator) < 0.4
     with torch.no_grad():
@@ -181,21 +181,19 @@ def main() -> None:
         shown = clips[~through_vae, ::2].flatten(0, 1)
         head, correlation = fit_head(clip.eval(), torch.cat([shown, vary(shown, generator)]))
         print({"aesthetic head correlation": correlation})
-        folder = WEIGHTS / "tiny-clip"
-        save_tokenizer(folder)
-        save_file(
-            {k: v.half().contiguous() for k, v in clip.state_dict().items()},
-            folder / "open_clip_model.safetensors",
-        )
-        preprocess = {
-            "mean": MEAN,
-            "std": STD,
-            "interpolation": "bilinear",
-            "resize_mode": "squash",
-        }
-        config = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
-        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(head, folder / "aesthetic_head.safetensors")
+        save(clip, head)
+
+
+def save(clip, head: dict[str, torch.Tensor]) -> None:
+    """Write the checkpoint in open_clip's layout, and the aesthetic head beside it."""
+    folder = WEIGHTS / "tiny-clip"
+    save_tokenizer(folder)
+    tensors = {name: value.half().contiguous() for name, value in clip.state_dict().items()}
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash"}
+    config = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(head, folder / "aesthetic_head.safetensors")
 
 
 if __name__ == "__main__":

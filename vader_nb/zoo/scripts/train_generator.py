@@ -1,8 +1,8 @@
 """Train the tiny text-to-video generator: text encoder and UNet on the autoencoder's latents.
 
-`torchrun --nproc-per-node 2 -m vader_nb.zoo.train_generator` (or plain `python -m` on one core) writes a
+`torchrun --nproc-per-node 2 -m vader_nb.zoo.scripts.train_generator` (or plain `python -m` on one core) writes a
 diffusers `TextToVideoSDPipeline` directory. Two choices that matter at this size: the model predicts v
-and the noise schedule ends in pure noise (Lin et al. 2023, arXiv 2305.08891), because flat grounds live
+and the noise schedule ends in pure noise (Lin et al. 2023, arXiv 2305.08891), because flat backgrounds live
 in the lowest frequencies, which a noise-predicting model learns last; and the UNet trains in eval mode,
 since its temporal convolutions hold a dropout of 0.1.
 """
@@ -15,10 +15,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
 from diffusers.models.resnet import TemporalConvLayer
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from . import WEIGHTS, world
-from .tokenizer import CONTEXT_LENGTH
-from .tokenizer import build as build_tokenizer
-from .tokenizer import save as save_tokenizer
+from .. import WEIGHTS, world
+from ..tokenizer import CONTEXT_LENGTH
+from ..tokenizer import build as build_tokenizer
+from ..tokenizer import save as save_tokenizer
 from .training import rank_and_world, save_atomically, save_half, share, train
 
 STEPS, BATCH, CLIPS, SEED = 1600, 12, 3000, 2
@@ -29,6 +29,14 @@ EMPTY = (
     0.1  # share of captions left out, so that classifier-free guidance has an unconditional half
 )
 FOLDER = WEIGHTS / "tiny"
+# What `vader_nb.load` reads beside the pipeline: captions that the oracles can grade, and how to sample.
+DEFAULTS = {
+    "num_inference_steps": 10,
+    "guidance_scale": 2.0,
+    "num_frames": world.NUM_FRAMES,
+    "fps": world.FPS,
+}
+SETTINGS = {"world": "tiny", "defaults": DEFAULTS}
 
 
 def build_unet() -> UNet3DConditionModel:
@@ -72,8 +80,8 @@ def teach_words(text_encoder: CLIPTextModel, tokenizer) -> float:
     """Give the text encoder what the big models' encoders bring along: states in which meanings are far apart.
 
     It learns (40 s) to write the caption's four attributes, one dimension for each word, into every token from
-    the caption's end on. From a random encoder, whose captions all look alike, the UNet had learnt colors
-    and grounds after 1,900 steps, but neither shape nor motion. Returns the mean squared error that is left.
+    the caption's end on. From a random encoder, whose captions all look alike, the UNet had learned colors
+    and backgrounds after 1,900 steps, but neither shape nor motion. Returns the mean squared error that is left.
     """
     specs = world.split()[0]
     tokens = tokenizer(
@@ -200,6 +208,7 @@ def save(unet, text_encoder, scheduler) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (FOLDER / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (FOLDER / "vader_nb.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""What is measured on a clip: rewards, motion, oracles of the tiny world, features for diversity."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from .rewards import Reward, as_reward
+
+# Metric -> scores (B,), or (seeds, prompts); diversity has one value per prompt, (1, prompts).
+Scores = dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def measure(frames: torch.Tensor, prompts: list[str], metrics: Iterable[Reward]) -> Scores:
+    """Score clips with rewards, motion, and the oracles if all prompts are of the tiny world.
+
+    Args:
+        frames: Shape `(B, F, 3, H, W)`.
+        prompts: One per clip.
+        metrics: The rewards.
+
+    Returns:
+        Scores `(B,)` by name.
+    """
+    from .zoo import oracles, world
+
+    scores = {metric.name: metric(frames, prompts) for metric in metrics}
+    if all(world.parse(prompt) for prompt in prompts):
+        for name, value in oracles.grade(frames, prompts).items():
+            scores[f"oracle: {name}"] = value
+    scores["motion"] = motion(frames)
+    return {name: value.float().cpu() for name, value in scores.items()}
+
+
+def motion(frames: torch.Tensor) -> torch.Tensor:
+    """Return the mean absolute change from frame to frame, `(B, F, 3, H, W)` -> `(B,)`."""
+    return frames.diff(dim=1).abs().mean(dim=(1, 2, 3, 4))
+
+
+def thumbnails(frames: torch.Tensor) -> torch.Tensor:
+    """Shrink frames `(B, F, 3, H, W)` to 8 x 8 pixels of 0 to 255, features `(B, D)`.
+
+    This space needs no weights. `videomae_features` are those of a network, which sees meaning.
+    """
+    small = torch.nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1), 8)
+    return 255 * small.reshape(len(frames), -1)
+
+
+def videomae_features(checkpoint: str | Path = "tiny") -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make a function from clips `(B, F, 3, H, W)` to VideoMAE's features `(B, D)`, token means.
+
+    This is the space in which VADER's page measures diversity.
+
+    Args:
+        checkpoint: "tiny", "published", or a directory, as in `rewards.action`.
+    """
+    from .rewards.video_mae import action, position_table
+
+    reward = action(checkpoint)
+
+    @torch.no_grad()
+    def features(frames: torch.Tensor) -> torch.Tensor:
+        reward.to(frames.device)
+        pixels = reward.pixels(frames)
+        with position_table(reward.classifier, pixels.shape[1]):
+            return reward.classifier.videomae(pixels).last_hidden_state.mean(1)
+
+    return features
+
+
+def unique_metrics(
+    rewards: Reward | Callable | Sequence[Reward | Callable],
+    held_out: Iterable[Reward | Callable] = (),
+) -> tuple[list[Reward], set[str]]:
+    """Return each reward and each of its parts once, and the names of those trained on.
+
+    Raises:
+        ValueError: A held-out reward was trained on, or different rewards share a name.
+    """
+    listed = rewards if isinstance(rewards, Sequence) else [rewards]
+    trained = {}
+    for reward in map(as_reward, listed):
+        for part in (reward, *reward.parts()):
+            trained.setdefault(part.fingerprint, part)
+    metrics = dict(trained)
+    for reward in map(as_reward, held_out):
+        if reward.fingerprint in trained:
+            raise ValueError(f"{reward.name}: trained on, so it cannot be held out")
+        metrics.setdefault(reward.fingerprint, reward)
+    named = {}
+    for fingerprint, reward in metrics.items():
+        other = named.setdefault(reward.name, fingerprint)
+        if other != fingerprint:
+            raise ValueError(
+                f"two rewards are named {reward.name!r}: {other} and {fingerprint}; "
+                "give one of them another name with reward.renamed('...')"
+            )
+    return list(metrics.values()), {reward.name for reward in trained.values()}
