@@ -223,9 +223,9 @@ def test_a_mistake_is_a_failed_process(tmp_path):
     [
         (
             "align resume=latest",
-            "resume=latest goes on with the run of a name, and there is none: write name=",
+            "resume=latest continues the run of a name, and there is none: write name=",
         ),
-        ("align resume=true", "resume=true goes on with the run of a name"),
+        ("align resume=true", "resume=true continues the run of a name"),
         ("align resume=nowhere", "nowhere is no checkpoint"),
         ("align seeds_per_prompt=0", "seeds_per_prompt must be at least 1, got 0"),
         (
