@@ -9,6 +9,7 @@ import torch
 
 import vader_nb
 from vader_nb import Sampling, align, evaluate, load, lora, prompts, rewards, sample
+from vader_nb.zoo import oracles
 
 FEW = Sampling(num_inference_steps=2)
 
@@ -27,7 +28,7 @@ def main(folder: Path) -> None:
     captions = prompts.get("tiny_held_out")[:2]
     clips = sample(model, captions, seeds=0)
     # What these weights make of this seed: a checkpoint that is read wrongly would make noise.
-    graded = vader_nb.zoo.oracles.grade(clips, captions)
+    graded = oracles.grade(clips, captions)
     assert graded["shape"].mean() == graded["motion"].mean() == 1
     for name in ("aesthetic", "hps", "action"):
         assert getattr(rewards, name)("tiny")(clips, captions).isfinite().all(), name

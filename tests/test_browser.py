@@ -55,18 +55,18 @@ TrainingMonitor("run")
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("lab")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(folder):
     with browser.lab(folder) as address:
         yield address
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
     with browser.chromium() as chromium:
         yield chromium
@@ -78,7 +78,7 @@ def page(chromium):
         yield page
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sampled(address, folder, chromium):
     """A page with a sampler that has its first clip."""
     browser.notebook(folder / "sampler.ipynb", SAMPLER)
@@ -259,7 +259,7 @@ def test_one_compares_and_votes(address, folder, page):
     expect(panel.get_by_role("link")).to_be_visible()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def app(folder):
     """The playground as `make app` serves it."""
     target = folder / "app" / "playground.ipynb"
@@ -317,7 +317,7 @@ def test_the_playground_fits_a_phone(app, chromium):
             assert seen > 300
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def seven(tmp_path_factory):
     """A JupyterLab whose kernel and page have ipywidgets 7.7."""
     place = tmp_path_factory.mktemp("seven")

@@ -302,7 +302,7 @@ def test_every_control_has_a_picture_for_readers_without_a_kernel():
             shown[name] = output.data["text/html"]  # of two, the later
     assert sorted(shown) == widgets.__all__
     for name, page in shown.items():
-        assert re.search(r'<img[^>]*alt="[^"]|<svg[^>]*aria-label=.[^"\']', page), name
+        assert re.search(r'<img[^>]*alt="[^"]|<(svg|table)[^>]*aria-label=.[^"\']', page), name
 
 
 def test_the_page_of_controls_has_them_all_and_trains_nothing(tmp_path):

@@ -185,7 +185,8 @@ class Trainer:
             except KeyboardInterrupt:
                 stopped = True
                 self.optimizer.zero_grad()
-                bar.write(f"stopped after step {state.step}; kept in {config.output_dir}")
+                if state.step:
+                    bar.write(f"stopped after step {state.step}; kept in {config.output_dir}")
                 (config.output_dir / checkpoints.STOP).unlink(missing_ok=True)
             except BaseException:
                 if self.accelerator.num_processes == 1 or state.non_finite >= self.max_non_finite:
