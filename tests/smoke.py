@@ -29,7 +29,12 @@ def main(folder: Path) -> None:
     clips = sample(model, captions, seeds=0)
     # What these weights make of this seed: a checkpoint that is read wrongly would make noise.
     graded = oracles.grade(clips, captions)
-    assert graded["shape"].mean() == graded["motion"].mean() == 1
+    assert graded["color and shape"].tolist() == [1, 1]
+    assert graded["motion"].tolist() == [
+        0,
+        1,
+    ]  # the first square does not shrink: the model is not perfect
+    assert abs(clips.mean().item() - 0.5071) < 1e-3
     for name in ("aesthetic", "hps", "action"):
         assert getattr(rewards, name)("tiny")(clips, captions).isfinite().all(), name
 
