@@ -91,22 +91,21 @@ def train(
         recent.append(value.item())
         done = step + 1
         if rank == 0 and done % 20 == 0:
-            seconds = (time.time() - began) / (done - start)
-            print(
-                f"{name} {done}/{steps} loss {sum(recent) / len(recent):.4f} {seconds:.2f} s/step",
-                flush=True,
-            )
+            report(f"{name} {done}/{steps}", recent, (time.time() - began) / (done - start))
             recent = []
         if done % save_every == 0 or done == steps:
             if rank == 0:
-                state = {"step": done, "optimizer": optimizer.state_dict()}
-                state |= {"weights": [p.detach() for p in weights], "mean": mean}
-                save_atomically(state, path)
+                tensors = {"weights": [p.detach() for p in weights], "mean": mean}
+                save_atomically({"step": done, "optimizer": optimizer.state_dict()} | tensors, path)
             if on_save is not None:
                 swap(weights, mean)
                 on_save(done)
                 swap(weights, mean)
     swap(weights, mean)
+
+
+def report(progress: str, recent: list[float], seconds: float) -> None:
+    print(f"{progress} loss {sum(recent) / len(recent):.4f} {seconds:.2f} s/step", flush=True)
 
 
 def restore(path: Path, weights: list, mean: list, optimizer: torch.optim.Optimizer) -> int:
