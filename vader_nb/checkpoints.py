@@ -1,14 +1,7 @@
 """A run's folder: readable at any moment, and never the worse for a crash.
 
-    config.json                      what the run was asked to do
-    metrics.jsonl                    one line per step
-    checkpoints/step-000020/         adapter.safetensors, and state.pt: all that the next step depends on
-    adapter.safetensors              at the end, or when stopped
-    stop                             written to request that the run ends after its current step
-
-Files are written beside their place, forced to the disk and renamed, so that a kill at any moment, a power
-cut or a full disk leaves the last whole one. A checkpoint that cannot be written is a warning, and the run
-goes on: what was trained is in memory still, and there may be room for the next checkpoint.
+Files are written beside their place, forced to the disk and renamed: a kill, a power cut or a full disk
+leaves the last whole one. A checkpoint that cannot be written is a warning: there may be room for the next.
 """
 
 import json
@@ -37,11 +30,7 @@ def list_checkpoints(folder: str | Path) -> dict[int, Path]:
 
 
 def find_checkpoint(folder: Path, resume: bool | str | Path) -> Path | None:
-    """The checkpoint that `resume` means (see `TrainConfig.resume`); None for a run that starts anew.
-
-    Raises FileExistsError for a new run in a folder that holds one, FileNotFoundError if there is no such
-    checkpoint.
-    """
+    """The checkpoint that `resume` means (see `TrainConfig.resume`); None for a run that starts anew."""
     if resume is False:
         if (folder / "metrics.jsonl").exists():
             raise FileExistsError(f"{folder} holds another run; choose another name, or resume it")
@@ -55,7 +44,7 @@ def find_checkpoint(folder: Path, resume: bool | str | Path) -> Path | None:
 
 
 def checkpoint_at(path: str | Path) -> Path:
-    """The checkpoint at a path. Raises FileNotFoundError if there is none."""
+    """The path, if a checkpoint is there."""
     if not (Path(path) / "state.pt").is_file():
         raise FileNotFoundError(
             f"cannot resume: {path} is no checkpoint; write resume=latest or …/step-000020"
@@ -64,7 +53,7 @@ def checkpoint_at(path: str | Path) -> Path:
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """The folder of the run that made a checkpoint. Raises ValueError if it lies in none."""
+    """The folder of the run that made a checkpoint."""
     for folder in Path(os.path.abspath(checkpoint)).parents[:2]:
         if (folder / "config.json").is_file():
             return folder
@@ -125,11 +114,7 @@ def check_writable(folder: Path) -> None:
 
 
 def begin(folder: Path, config: dict, step: int) -> None:
-    """Write what the run was asked to do, and discard what it did after the step that it goes on from.
-
-    Later checkpoints would count as newer than what comes. This is the first thing that changes a
-    folder, after everything that could be refused.
-    """
+    """Write config.json, and discard what the run did after the step that it goes on from."""
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     (folder / STOP).unlink(missing_ok=True)  # meant for another run
     for leftover in (folder / "checkpoints").glob("step-*.part"):  # of a kill while writing one
@@ -163,14 +148,14 @@ def fsync(path: Path) -> None:
 
 
 class Journal:
-    """metrics.jsonl. Rows that did not fit on a full disk are kept, and written when there is room."""
+    """metrics.jsonl. Rows that did not fit on a full disk are kept, and written when there is room.
 
-    def __init__(self, path: Path, rows: list[dict]):
-        self.path, self.rows, self.saved = (
-            path,
-            rows,
-            None,
-        )  # None: the file does not hold what it should
+    Without a path, as in all processes but the main one, rows are only kept.
+    """
+
+    def __init__(self, path: Path | None, rows: list[dict]):
+        self.path, self.rows = path, rows
+        self.saved: int | None = None  # rows in the file; None: it does not hold what it should
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
@@ -183,6 +168,8 @@ class Journal:
         self.flush()
 
     def flush(self) -> None:
+        if self.path is None:
+            return
         try:
             if self.saved is None:
                 write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -218,10 +205,7 @@ def set_random_states(states: dict) -> None:
 
 
 def save(folder: Path, step: int, adapter: lora.Adapter, contents: dict, **metadata) -> bool:
-    """Write a checkpoint, a folder that appears under its name only when it is complete.
-
-    Returns False, after a warning, if it could not be written; older checkpoints are untouched.
-    """
+    """Write a checkpoint, whole or not at all. Returns False, after a warning, if that failed."""
     final = folder / "checkpoints" / f"step-{step:06d}"
     if final.exists():
         return True

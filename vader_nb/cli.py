@@ -1,13 +1,7 @@
 """`vader-nb …` and `python -m vader_nb …`: the package's functions in a shell.
 
 vader-nb align reward="hps + 0.02 * aesthetic" prompts=tiny held_out=tiny_held_out
-accelerate launch --num_processes 4 -m vader_nb align config=modelscope prompt_fn=hps_custom reward_fn=aesthetic
-vader-nb evaluate runs/NAME
-vader-nb sample "a red star spinning on a white background" adapter=runs/NAME
-vader-nb memory model=modelscope reward=hps gpu_memory=T4
-vader-nb check colorfulness
-vader-nb rewards
-vader-nb translate-config config.yaml
+accelerate launch --num_processes 4 -m vader_nb align config=modelscope reward=aesthetic
 """
 
 import os
@@ -43,9 +37,6 @@ def say(text: str) -> None:
 
     if is_main_process():
         print(f"vader-nb: {text}", file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------------- prompts
 
 
 def training_prompts(arguments) -> list:
@@ -89,11 +80,7 @@ def evaluation_prompts(arguments, prompts: list) -> dict[str, list]:
 
 
 def in_vocabulary(arguments, reward, prompts: list) -> list:
-    """The prompts, or the tiny world's captions if the tiny rewards cannot score them.
-
-    The embedded model knows a few hundred words. Other prompts make it draw something, which is
-    enough to try a command.
-    """
+    """The prompts, or the tiny world's captions if the tiny rewards cannot score them."""
     from .prompts import SETS, get
 
     if arguments.prompts not in SETS or arguments.prompts.startswith("tiny"):

@@ -1,10 +1,7 @@
 """What a command is asked to do: defaults < YAML file < key=value, by OmegaConf.
 
-    vader-nb align model=tiny steps=40 reward="hps + 0.02 * aesthetic"
-    vader-nb align config=mine.yaml learning_rate=2e-4
-
-The settings of training and sampling are the fields of `TrainConfig` and `Sampling`, help texts included;
-the classes here add what only a shell needs. VADER's own names are read as well (`translate`), in a file too.
+Settings of training and sampling are the fields of `TrainConfig` and `Sampling`, help texts included; the
+classes here add what only a shell needs. VADER's own names are read as well (`translate`), in a file too.
 """
 
 import difflib
@@ -207,19 +204,7 @@ def usage(name: str, command: type[Common]) -> str:
 
 
 def read(command: type[Common], words: Sequence[str]) -> Any:
-    """The configuration that the words of a command line ask for.
-
-    Args:
-        command: One of the classes above.
-        words: `key=value`, or values of the command's positional key.
-
-    Returns:
-        An instance of `schema(command)`.
-
-    Raises:
-        ValueError: An unknown key, a value of the wrong type, or a word that cannot be read.
-        FileNotFoundError: There is no such configuration file.
-    """
+    """An instance of `schema(command)`: what the words of a command line ask for."""
     known = {f.name: f.type for f in fields(schema(command))}
     positional = command.positional
     given: dict[str, Any] = {}
@@ -327,17 +312,12 @@ def merged(command: type[Common], layers: list[dict]) -> Any:
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
 
 
-def to_yaml(command: type[Common], ours: dict) -> str:
-    """These settings as a YAML file, with the types that the command gives them."""
-    from omegaconf import OmegaConf
-
-    typed = merged(command, [ours])
-    return OmegaConf.to_yaml(OmegaConf.create({name: getattr(typed, name) for name in ours}))
-
-
 def translated(path: str | Path, source: str | None = None) -> tuple[str, list[str]]:
     """Another tool's file as YAML of `align`'s keys, and notes on what differs."""
+    from omegaconf import OmegaConf
+
     known = {f.name for f in fields(schema(Align))}
     source, ours, notes = translate.translate_file(path, source, known)
     head = f"# {source} arguments of {Path(path).name}, as settings of vader_nb\n"
-    return head + to_yaml(Align, ours), notes
+    typed = merged(Align, [ours])
+    return head + OmegaConf.to_yaml({name: getattr(typed, name) for name in ours}), notes

@@ -1,9 +1,7 @@
 """Several processes that train one adapter, on accelerate.
 
-The denoiser is called several times per step, and without DDP's wrapper, whose reduction of gradients would
-silently not happen: in much code that backpropagates rewards under DDP, each process trains an adapter of its
-own, and the first one's is saved. Here the gradient of the adapter is averaged explicitly, in one all-reduce
-per optimizer step, and after the step a checksum verifies that all processes still hold the same adapter.
+DDP's wrapper would silently not reduce gradients here, as the denoiser is called several times per step.
+They are averaged explicitly, in one all-reduce; a checksum verifies that all hold the same adapter.
 """
 
 import contextlib
@@ -28,10 +26,7 @@ TRACKERS = ("tensorboard", "wandb")  # accelerate's names, and the packages'
 def accelerator_for(
     device: torch.device, mixed_precision: str | None, log_with: str | None, folder
 ) -> Accelerator:
-    """The accelerator of a run; a notebook's next run may want another one.
-
-    Raises ValueError for an unknown tracker, one whose package is missing, or a model on another GPU.
-    """
+    """The accelerator of a run; a notebook's next run may want another one."""
     AcceleratorState._reset_state()
     if log_with is not None:
         if log_with not in TRACKERS:
@@ -40,9 +35,8 @@ def accelerator_for(
 
         if log_with not in [str(name) for name in get_available_trackers()]:
             raise ValueError(f"log_with={log_with} needs a package: pip install {log_with}")
-    engine = any(
-        os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")
-    )
+    engines = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    engine = any(os.environ.get(name) == "true" for name in engines)
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=device.type == "cpu" and not engine,
@@ -54,12 +48,9 @@ def accelerator_for(
             f"the model lies on {device}, but this process's GPU is {accelerator.device}: in several processes, leave "
             f"load(device=…) out, or give it that one"
         )
-    single_process = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
-    if (
-        single_process
-        and accelerator.num_processes == 1
-        and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    ):
+    launched = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if launched and on_cpu and accelerator.num_processes == 1:
         warnings.warn(
             "`accelerate launch --cpu` starts one process, whatever --num_processes says; for several on a CPU: "
             "torchrun --nproc-per-node 2 -m vader_nb align …",
@@ -70,13 +61,7 @@ def accelerator_for(
 
 @dataclass
 class SyncResult:
-    """What all processes know after `sync_gradients`.
-
-    Attributes:
-        values: means over the processes, by name.
-        non_finite: at least one process saw a number that was not finite.
-        stop: at least one process was asked to stop.
-    """
+    """What all processes know after `sync_gradients`: means, and whether one must skip or stop."""
 
     values: dict[str, float]
     non_finite: bool
@@ -90,10 +75,9 @@ def sync_gradients(
     non_finite: bool,
     stop: bool,
 ) -> SyncResult:
-    """Average the gradients and `values` over processes, in place, in one all-reduce before clipping.
+    """Average gradients (in place) and values over processes, in one all-reduce before clipping.
 
-    The same all-reduce lets all processes agree on what to do next: one that skipped a step (it has no
-    finite gradient), or stopped, on its own would leave the others waiting.
+    It also lets all agree on what comes next: one that skipped a step alone would leave others waiting.
     """
     if accelerator.num_processes == 1:
         return SyncResult(values, non_finite, stop)
@@ -169,10 +153,8 @@ def is_main_process() -> bool:
 
 # ------------------------------------------------------------------------------------------- signals
 
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-)  # the stop button or Ctrl-C; a cluster's warning before it kills
+# The stop button or Ctrl-C; a cluster's warning before it kills.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -191,10 +173,7 @@ def signal_handler(handler: Callable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def catch_signals(accelerator: Accelerator) -> Iterator[list]:
-    """Inside, a signal raises KeyboardInterrupt in a single process.
-
-    One of several processes only appends it to the list that is yielded, for `sync_gradients` to share.
-    """
+    """Yields a list of the signals that came; in a single process they raise KeyboardInterrupt, too."""
     received = []
 
     def handler(number, frame):
@@ -220,11 +199,7 @@ def delay_signals() -> Iterator[None]:
 
 
 def uses_engine(accelerator: Accelerator) -> bool:
-    """The processes were launched for FSDP or DeepSpeed.
-
-    An engine would take over the loop's backward pass and optimizer. Here it gets the frozen model at
-    most; the adapter, whole in every process, stays with the loop.
-    """
+    """Launched for FSDP or DeepSpeed, which get the frozen model at most; the adapter stays here."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -236,20 +211,13 @@ def shards_weights(accelerator: Accelerator) -> bool:
 
 
 def is_sharded(network: torch.nn.Module) -> bool:
-    """Each process holds a part of this network's weights.
-
-    FSDP's are DTensors, ZeRO-3's have an attribute of DeepSpeed. All processes must then call the network
-    equally often, for each call is a collective.
-    """
+    """Each process holds a part of the weights: all must then call the network equally often."""
+    # FSDP's are DTensors, ZeRO-3's have an attribute of DeepSpeed.
     return any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in network.parameters())
 
 
 def shard(model: VideoModel, accelerator: Accelerator) -> None:
-    """Let the engine shard the frozen denoisers, before they get an adapter.
-
-    The adapter, which comes later, is whole in every process and trains as without an engine; the engine
-    gathers the weights around it, block by block.
-    """
+    """Let the engine shard the frozen denoisers, before they get an adapter (whole in each process)."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin: Any = accelerator.deepspeed_plugin
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # required, and unused
@@ -263,14 +231,11 @@ def shard(model: VideoModel, accelerator: Accelerator) -> None:
         raise ValueError(
             "fsdp_version must be 2: version 1 flattens an adapter and frozen weights into one tensor"
         )
+    offload, reshard = plugin.cpu_offload, plugin.reshard_after_forward
     for block in model.blocks():
-        fully_shard(
-            block,
-            reshard_after_forward=plugin.reshard_after_forward,
-            offload_policy=plugin.cpu_offload,
-        )
+        fully_shard(block, reshard_after_forward=reshard, offload_policy=offload)
     for denoiser in model.denoisers.values():
-        fully_shard(denoiser, offload_policy=plugin.cpu_offload)
+        fully_shard(denoiser, offload_policy=offload)
 
 
 # -------------------------------------------------------------------------------------------- launching
@@ -282,17 +247,11 @@ def launch(function: Callable, *args, num_processes: int = 2) -> None:
 
     There is one process per GPU or, with fewer GPUs than processes, all run on the CPU, to see how it
     works. Everything heavy (`load`, rewards) belongs inside the function, and results belong in files: the
-    processes are forked, and what they change in memory is lost with them. A process that fails takes the
-    others with it.
-
-    Args:
-        function: what to run.
-        *args: its arguments.
-        num_processes: how many.
+    processes are forked, and what they change in memory is lost with them.
 
     Raises:
         RuntimeError: if CUDA is in use in this process already, which no forked process could then use.
-        Exception: what a process raised.
+        Exception: what a process raised; the others end with it.
     """
     from accelerate import debug_launcher, notebook_launcher
 
@@ -310,8 +269,7 @@ def launch(function: Callable, *args, num_processes: int = 2) -> None:
 
 
 def _run_forked(threads: int | None, function: Callable, *args) -> None:
-    """A forked process does not inherit its parent's threads, and would wait for them; and a notebook's
-    progress bars, which are widgets, belong to the parent."""
+    """A forked process has neither its parent's threads nor a notebook's progress bars."""
     import diffusers
     import transformers
 

@@ -1,13 +1,7 @@
 """Estimators: what turns a batch of prompts into a gradient on the adapter.
 
-The trainer owns everything else: which prompts and seeds are drawn, accumulation, several processes,
-clipping, the optimizer, checkpoints, validation and the record. For one optimizer step it calls
-
-    collected = [estimator.collect(batch) for batch in its micro-batches]
-    estimator.advantages(collected, gather)                             rewards of all processes can meet here
-    rows = [estimator.accumulate(c, weight, backward) for c in collected]
-
-and repeats the last line `updates_per_rollout` times, with an optimizer update after each.
+For one optimizer step the trainer calls `collect` for each micro-batch, `advantages` once with all that was
+collected, and `accumulate` for each; the last, and the update after it, `updates_per_rollout` times.
 """
 
 from abc import ABC, abstractmethod
@@ -30,8 +24,7 @@ class Batch:
     """One micro-batch of one process.
 
     Attributes:
-        prompts: one per clip.
-        seeds: one per clip.
+        prompts, seeds: one per clip.
         generator: for what the estimator draws; seeded by (seed, step, micro-batch).
     """
 
@@ -45,11 +38,9 @@ class Collected:
     """A roll-out of one micro-batch, without a graph.
 
     Attributes:
-        rollout: what was sampled; `states` and `outputs` hold the steps that the estimator learns from.
-        plan: the steps that learn.
-        frames: indices of the frames that are scored.
-        rewards: (B,), if they are known before the gradient is taken.
-        advantages: (B,), set by `advantages` where the estimator needs them.
+        rollout: `states` and `outputs` hold the steps that the estimator learns from.
+        plan, frames: the steps that learn, and indices of the frames that are scored.
+        rewards, advantages: (B,), where the estimator needs them before it takes the gradient.
     """
 
     rollout: Rollout
@@ -66,7 +57,7 @@ class Row:
     Attributes:
         rewards: (B,).
         parts: (B,) for every part of a mixed reward, by its name.
-        info: more, that is recorded as it is.
+        info: recorded in metrics.jsonl as it is.
     """
 
     rewards: torch.Tensor
@@ -99,15 +90,11 @@ class Estimator(ABC):
 
     @abstractmethod
     def accumulate(
-        self,
-        collected: Collected,
-        weight: float,
-        backward: Callable[[torch.Tensor], None],
+        self, collected: Collected, weight: float, backward: Callable[[torch.Tensor], None]
     ) -> Row:
         """Add  weight * gradient of a loss  to `.grad` of the adapter's parameters.
 
         Args:
-            collected: from `collect`.
             weight: 1 / the number of micro-batches.
             backward: runs the backward pass of a scalar.
         """
@@ -130,11 +117,8 @@ class RewardGradient(Estimator):
         super().setup(model, adapter, reward, config)
         self.strategy: Strategy = self._strategy or config.strategy
         self.frames: Frames = self._frames or config.frames
-        self.settings = {
-            "decode_chunk_size": config.decode_chunk_size,
-            "activation_offload": config.activation_offload,
-            "gradient_checkpointing": config.gradient_checkpointing,
-        }
+        names = ("decode_chunk_size", "activation_offload", "gradient_checkpointing")
+        self.settings = {name: getattr(config, name) for name in names}
 
     def collect(self, batch: Batch) -> Collected:
         plan = self.strategy.plan(self.sampling.num_inference_steps, batch.generator)

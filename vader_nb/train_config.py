@@ -9,11 +9,10 @@ from .strategies import Frames, Last, Strategy, parse_frames, parse_strategy
 
 @dataclass
 class TrainConfig:
-    """Every setting of a training run, written once.
+    """The settings of `align`, of configuration files, the shell and the memory planner.
 
-    `align(..., **settings)`, configuration files, the shell, `config.json` and the memory planner read this
-    list. Each field's help text is in its metadata; `vader-nb align --help` prints them. Strategy, frames and
-    output_dir may be given as text; None stands for the default that the help text names.
+    `vader-nb align --help` prints each field's help text, from its metadata. Strategy, frames and output_dir
+    may be given as text; None stands for the default that the help text names.
     """
 
     steps: int = setting(40, "optimizer steps")
@@ -94,10 +93,10 @@ class TrainConfig:
             raise ValueError(
                 f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}"
             )
-        names = {f.name for f in fields(Sampling)}
-        sampling = {name: value for name, value in settings.items() if name in names}
-        others = {name: value for name, value in settings.items() if name not in names}
-        return cls(sampling=Sampling(**sampling), **others)
+        others = dict(settings)
+        names = {f.name for f in fields(Sampling)} & settings.keys()
+        sampling = Sampling(**{name: others.pop(name) for name in names})
+        return cls(sampling=sampling, **others)
 
     def to_json(self) -> dict:
         """As `config.json` holds it."""

@@ -2,10 +2,8 @@
 
     run = align(load("tiny"), hps("tiny") + 0.02 * aesthetic("tiny"), "tiny", steps=40)
 
-One step of a run: draw prompts and seeds from a generator seeded with (seed, step), so that neither a
-resumed run nor another number of processes draws anything else; let the estimator collect and accumulate
-gradients; average them over processes (`distributed`); clip; AdamW. Everything a run has made lies in its
-folder, readable at any moment (`checkpoints`).
+Everything is drawn from generators seeded with (seed, step), so that neither a resumed run nor another
+number of processes draws anything else.
 """
 
 import hashlib
@@ -37,9 +35,6 @@ MAX_NON_FINITE_SCALED = 20  # with fp16, whose loss scale comes down by such ste
 CHECKED_PROMPTS = 1000  # are checked before the work starts, and compared when a run is resumed
 
 
-# -------------------------------------------------------------------------------------------- a run
-
-
 @dataclass
 class Run:
     """What training returns.
@@ -58,7 +53,7 @@ class Run:
 
     @property
     def rewards(self) -> list[float]:
-        """The mean reward of each step that was not skipped."""
+        """Means over clips, one per step that was not skipped."""
         return [row["reward"] for row in self.metrics if "reward" in row]
 
     @property
@@ -93,23 +88,21 @@ def align(
         model: from `load`, without an adapter on it.
         reward: what to raise; a `Reward` or a function (frames, prompts) -> (B,).
         prompts: to train on: a list, the name of a set, or a file.
-        adapter: to start from: an `Adapter` on the model, a `Run`, a path, or several by weight. By
-            default a fresh one.
-        estimator: what turns a batch into a gradient; by default `RewardGradient`.
+        adapter: to start from: an `Adapter` on the model, a `Run`, a path, or several by weight; default:
+            a fresh one.
+        estimator: what turns a batch into a gradient; default: `RewardGradient`.
         validate: called every `validation_steps` with the adapter on the model. Returns named scores, which
             enter the metrics; the first one decides which checkpoint is best. See `Validation`.
         callback: called with each step's metrics.
         **settings: fields of `TrainConfig`: steps=40, batch_size=4, learning_rate=1e-3, rank=8,
-            strategy=Last(1), frames=Frames.random(1), sampling=Sampling(…), seed=0, output_dir="runs/mine",
-            resume=True, …
+            strategy=Last(1), frames=Frames.random(1), sampling=Sampling(…), output_dir="runs/mine", …
 
     Returns:
         The `Run`, with the trained adapter on the model.
 
     Raises:
-        FileExistsError: before anything is changed, if the folder holds another run.
-        ValueError: before anything is changed, for settings that cannot be met.
-        OSError: before anything is changed, if the folder cannot be written.
+        FileExistsError, ValueError, OSError: before anything is changed, if the folder holds another run,
+            for settings that cannot be met, or if the folder cannot be written.
         RuntimeError: after 3 non-finite steps in a row, or if processes come to hold different adapters.
 
     Ctrl-C, SIGTERM or a stop file end the run early; everything up to the last whole step is kept. A full
@@ -166,8 +159,6 @@ class Trainer:
         config.strategy.plan(config.sampling.num_inference_steps, generator)
         config.frames.choose(config.sampling.num_frames, generator)
 
-    # ------------------------------------------------------------------ the whole
-
     @exclusive
     def fit(self) -> Run:
         """Train; see `align`."""
@@ -206,7 +197,7 @@ class Trainer:
             collected = self.collect(self.state.step)
             row = self.gradients(collected)
         except NonFiniteError as error:
-            collected, row = [], self.skipped(error)
+            collected, row = [], {"step": self.state.step + 1, "skipped": str(error)}
             bar.write(f"step {self.state.step + 1} skipped: {error}")
         with distributed.delay_signals():  # a step is taken and recorded, or neither
             self.update(row)
@@ -224,10 +215,7 @@ class Trainer:
     # ------------------------------------------------------------------ before the first step
 
     def prepare(self) -> None:
-        """Make the accelerator, the adapter and the optimizer, or restore them from a checkpoint.
-
-        Everything that can be refused is refused before the run's folder is changed.
-        """
+        """Make or restore all that a run needs; what can be refused is, before its folder is changed."""
         config, model = self.config, self.model
         self.accelerator = distributed.accelerator_for(
             model.device, config.mixed_precision, config.log_with, config.output_dir
@@ -244,12 +232,16 @@ class Trainer:
                 self.restore(*found)
             self.place_reward()
             self.estimator.setup(model, self.adapter, self.reward, config)
-            distributed.broadcast_from_main(self.begin, self.accelerator)
+            distributed.broadcast_from_main(
+                lambda: checkpoints.begin(config.output_dir, self.description(), self.state.step),
+                self.accelerator,
+            )
         except BaseException:
             if self.adapter is not self.start_adapter:
                 self.adapter.remove()
             raise
-        self.journal = checkpoints.Journal(config.output_dir / "metrics.jsonl", self.state.metrics)
+        file = config.output_dir / "metrics.jsonl" if self.accelerator.is_main_process else None
+        self.journal = checkpoints.Journal(file, self.state.metrics)
         if config.log_with:
             settings = {name: _for_tracker(value) for name, value in self.description().items()}
             options = {"wandb": {"dir": str(config.output_dir)}}
@@ -269,10 +261,6 @@ class Trainer:
             return None
         tensors, contents = checkpoints.read(start)
         return tensors, contents, checkpoints.read_metrics(config.output_dir, contents["step"])
-
-    def begin(self) -> None:
-        """In the main process: the first change to the run's folder."""
-        checkpoints.begin(self.config.output_dir, self.description(), self.state.step)
 
     def description(self) -> dict:
         """What `config.json` holds."""
@@ -348,11 +336,7 @@ class Trainer:
     # ------------------------------------------------------------------ one step
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """This process's share of the step's micro-batches.
-
-        What all processes together draw depends on the seed, the step and the number of micro-batches,
-        not on how these are divided.
-        """
+        """This process's share of the step's micro-batches; how they are divided changes no draw."""
         config, accelerator = self.config, self.accelerator
         count = accelerator.num_processes * config.gradient_accumulation_steps
         base = config.seed * 1_000_003 + step
@@ -393,9 +377,7 @@ class Trainer:
             try:
                 with self.accelerator.autocast():
                     rows.append(self.estimator.accumulate(part, 1 / len(collected), self.backward))
-            except (
-                NonFiniteError
-            ) as error:  # the other processes must know before the step is skipped
+            except NonFiniteError as error:  # all processes must know before the step is skipped
                 problem = problem or str(error)
                 if not sharded:  # else they wait for this one at the next micro-batch, too
                     break
@@ -420,9 +402,8 @@ class Trainer:
     def clip(self) -> float:
         """Clip the gradient; returns its norm before that. Raises for one that is zero or not finite."""
         engine = distributed.uses_engine(self.accelerator)
-        clip = torch.nn.utils.clip_grad_norm_ if engine else self.accelerator.clip_grad_norm_
-        total: Any = clip(self.parameters, self.config.max_grad_norm)
-        norm = float(total)
+        clip: Any = torch.nn.utils.clip_grad_norm_ if engine else self.accelerator.clip_grad_norm_
+        norm = float(clip(self.parameters, self.config.max_grad_norm))
         if norm == 0 and self.state.step == 0:
             raise ValueError(
                 f"the gradient of {self.reward.name!r} that reaches the adapter is zero: nothing to learn from"
@@ -430,10 +411,6 @@ class Trainer:
         if not math.isfinite(norm):
             raise NonFiniteError(f"gradient norm {norm}")
         return norm
-
-    def skipped(self, error: Exception) -> dict:
-        """The row of a step that was not taken."""
-        return {"step": self.state.step + 1, "skipped": str(error)}
 
     def update(self, row: dict) -> None:
         """The optimizer's step, unless the row says that the step is skipped."""
@@ -455,21 +432,14 @@ class Trainer:
             memory = torch.cuda.max_memory_allocated(self.model.device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            "seconds": seconds,
-            "clips_per_second": clips / seconds,
-            "peak_memory": memory,
-        }
+        return {"seconds": seconds, "clips_per_second": clips / seconds, "peak_memory": memory}
 
     # ------------------------------------------------------------------ after a step
 
     def record(self, row: dict) -> None:
         """Write the row; validate, and save a checkpoint, where they are due."""
         config, state = self.config, self.state
-        if self.accelerator.is_main_process:
-            self.journal.add(row)
-        else:
-            state.metrics.append(row)
+        self.journal.add(row)
         if state.step % config.validation_steps == 0 or state.step == config.steps:
             self.validate()
         if state.non_finite >= self.max_non_finite:
@@ -488,11 +458,7 @@ class Trainer:
             return
         own = self.validation(self.adapter)
         scores: Any = distributed.broadcast_from_main(lambda: own, self.accelerator)
-        named = {f"validation/{name}": value for name, value in scores.items()}
-        if self.accelerator.is_main_process:
-            self.journal.amend(named)
-        else:
-            self.state.metrics[-1].update(named)
+        self.journal.amend({f"validation/{name}": value for name, value in scores.items()})
 
     def save(self) -> bool:
         """A checkpoint of this moment: all processes bring their part, the main one writes."""
@@ -541,9 +507,6 @@ class Trainer:
                         )
         for tracker in self.accelerator.trackers if self.config.log_with else []:
             track(tracker.finish)
-
-
-# --------------------------------------------------------------------------------------------- helpers
 
 
 def mean_rewards(rows: list, reward: Reward) -> dict[str, float]:

@@ -1,9 +1,6 @@
 """Other tools' arguments as our settings: VADER's three scripts, VideoX-Fun's reward LoRA, TRL's AlignProp.
 
-    ours, notes = translate("vader", {"lora_rank": 16, "backprop_mode": "rand"})
-
-The tables are `configs/foreign/*.yaml`. This module reads other tools' files, looks names and values up,
-and puts together the settings that depend on several arguments (the reward, the steps that learn).
+The tables are `configs/foreign/*.yaml`; here are the settings that depend on several arguments.
 """
 
 import functools
@@ -44,7 +41,7 @@ class Tool:
 
 @functools.cache
 def tool(source: str) -> Tool:
-    """The table of one of `SOURCES`. Raises ValueError for another name."""
+    """The table of one of `SOURCES`."""
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}; choose one of {', '.join(SOURCES)}")
     return Tool(**read_yaml(FOLDER / f"{source}.yaml"))
@@ -135,25 +132,11 @@ TOGETHER: dict[tuple[str, str], Callable[[str, dict], Translated]] = {
 
 
 def translate(
-    source: str,
-    given: dict,
-    known: Collection[str] | None = None,
-    everything: dict | None = None,
+    source: str, given: dict, known: Collection[str] | None = None, everything: dict | None = None
 ) -> Translated:
-    """Another tool's arguments as our settings.
+    """Another tool's arguments as our settings; `known` are those that make sense here.
 
-    Args:
-        source: One of `SOURCES`.
-        given: Its arguments, name -> value.
-        known: The settings that make sense here; others are left out, with a note.
-        everything: `given` and what is set beside it, under either's names: values that a
-            translation may depend on.
-
-    Returns:
-        Our settings (name -> value), and notes on what differs.
-
-    Raises:
-        ValueError: An unknown source, or a value that the tool itself does not know.
+    `everything`, by default `given`, are all values that a translation may depend on.
     """
     table, ours, notes, groups = tool(source), {}, [], []
     for name, value in given.items():
@@ -184,16 +167,7 @@ def translate(
 def translate_file(
     path: str | Path, source: str | None = None, known: Collection[str] | None = None
 ) -> tuple[str, dict, list[str]]:
-    """The settings in another tool's configuration file or launch script.
-
-    Args:
-        path: The file.
-        source: One of `SOURCES`; default: the one with most of the names in the file.
-        known: As for `translate`.
-
-    Returns:
-        The source, our settings, and notes on what differs.
-    """
+    """The source (by default the one with most of the file's names), our settings, and notes."""
     given = {name: value for name, value in read(path).items() if name not in ACCELERATE}
     if source is None:
         source = max(SOURCES, key=lambda name: len(given.keys() & set(tool(name).arguments)))
@@ -228,7 +202,7 @@ def drop_unusable(ours: dict, given: dict) -> Iterator[str]:
 
 
 def read_yaml(path: str | Path) -> dict:
-    """The keys of a YAML file. Raises ValueError if it is not YAML, or has no keys."""
+    """The keys of a YAML file."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 

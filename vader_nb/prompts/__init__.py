@@ -1,13 +1,8 @@
 """Prompts: named sets, text files with one prompt per line, and nouns × activities.
 
-    prompts.get("chatgpt_custom_instruments")     a set under VADER's name; the sentences are our own
-    prompts.get("my_prompts.txt")                 a file
-    prompts.nouns_activities("nouns.txt", "activities.txt")
-
-A set is a text file in `sets/`. Sets under VADER's names hold the same kind of sentence as VADER's:
-`…_rainy` and `…_snowy` are streets without a word about the weather, which the reward adds; `…_dog`
-always has a cat and a dog, and `…_book_cup` a book and a cup, for a detector to tell apart;
-`…_actpred` names actions of Kinetics-400.
+Sets are text files in `sets/`. Under VADER's names are our own sentences of the same kind: `…_rainy` and
+`…_snowy` leave the weather to the reward; `…_dog` has a cat and a dog, and `…_book_cup` a book and a cup, for
+a detector to tell apart; `…_actpred` names actions of Kinetics-400.
 """
 
 import codecs
@@ -46,18 +41,8 @@ class Prompt:
         return self.text
 
 
-def as_prompt(prompt: str | Prompt) -> Prompt:
-    """A `Prompt` with this text; a `Prompt` as it is."""
-    return prompt if isinstance(prompt, Prompt) else Prompt(prompt)
-
-
 def read(path: str | PathLike) -> list[str]:
-    """The prompts of a UTF-8 text file, one per line.
-
-    Line endings of any system are understood; blank lines and a byte order mark are skipped.
-
-    Args:
-        path: The file.
+    """The prompts of a UTF-8 text file, one per line; blank lines are skipped.
 
     Raises:
         FileNotFoundError: There is no such file; the message names the nearest set.
