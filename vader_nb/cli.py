@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import Field, fields
 from pathlib import Path
 
+import vader_nb  # whose names are imported when they are used: help and mistakes need no torch
+
 from . import config
 
 EPILOG = "Errors that you can fix are one line and exit code 2; others are bugs, with a traceback."
@@ -26,28 +28,25 @@ def settings_of(arguments, names: Iterable[Field]) -> dict:
 
 
 def sampling_of(arguments):
-    from .sampling import Sampling
-
-    return Sampling(**settings_of(arguments, fields(Sampling)))
+    kind = vader_nb.Sampling
+    return kind(**settings_of(arguments, fields(kind)))
 
 
 def say(text: str) -> None:
     """Print a remark beside a command's output, once for all processes."""
-    from .distributed import is_main_process
-
-    if is_main_process():
+    if vader_nb.distributed.is_main_process():
         print(f"vader-nb: {text}", file=sys.stderr)
 
 
 def training_prompts(arguments) -> list:
-    from . import prompts
-
     paths = {name: getattr(arguments, name) for name in ("nouns_file", "activities_file")}
     files = {name: path for name, path in paths.items() if path}
     if files and arguments.prompts != "nouns_activities":
         names = " and ".join(files)
         raise ValueError(f"{names} go with prompts=nouns_activities, not {arguments.prompts!r}")
-    return prompts.nouns_activities(**files) if files else prompts.get(arguments.prompts)
+    if files:
+        return vader_nb.prompts.nouns_activities(**files)
+    return vader_nb.prompts.get(arguments.prompts)
 
 
 def spread(prompts: list, count: int) -> list:
@@ -58,8 +57,6 @@ def spread(prompts: list, count: int) -> list:
 
 def evaluation_prompts(arguments, prompts: list) -> dict[str, list]:
     """Groups of training and held-out prompts, or one group for a given number of clips."""
-    from .prompts import get
-
     for name, least in LEAST.items():
         value = getattr(arguments, name, None)
         if value is not None and value < least:
@@ -71,7 +68,7 @@ def evaluation_prompts(arguments, prompts: list) -> dict[str, list]:
     groups = {"training": spread(prompts, arguments.eval_training_prompts)}
     held_out = arguments.held_out or ("tiny_held_out" if arguments.prompts == "tiny" else None)
     if held_out:
-        groups["held-out"] = spread(get(held_out), arguments.eval_prompts)
+        groups["held-out"] = spread(vader_nb.prompts.get(held_out), arguments.eval_prompts)
     groups = {name: texts for name, texts in groups.items() if texts}
     if not groups:
         hint = "set eval_training_prompts to 1 or more, or name some: held_out=my_prompts.txt"
@@ -81,16 +78,14 @@ def evaluation_prompts(arguments, prompts: list) -> dict[str, list]:
 
 def in_vocabulary(arguments, reward, prompts: list) -> list:
     """The prompts, or the tiny world's captions if the tiny rewards cannot score them."""
-    from .prompts import SETS, get
-
-    if arguments.prompts not in SETS or arguments.prompts.startswith("tiny"):
+    if arguments.prompts not in vader_nb.prompts.SETS or arguments.prompts.startswith("tiny"):
         return prompts
     try:
         reward.check_prompts(prompts[:1000])
     except ValueError as error:
         say(str(error))
         say("the embedded model knows one world only; its captions are used: prompts=tiny")
-        return get("tiny")
+        return vader_nb.prompts.get("tiny")
     say(
         f"the embedded model does not know the words of {arguments.prompts}, and will not show them"
     )
@@ -124,18 +119,13 @@ def resume_of(arguments) -> bool | str:
 
 
 def run_align(arguments):
-    from . import speed
-    from .models import load
-    from .train_config import TrainConfig
-    from .trainer import align
-
     # Everything that can be wrong with the words is found before anything is loaded.
-    speed.read(arguments.speed or "")
-    settings = settings_of(arguments, TrainConfig.flat_fields())
+    vader_nb.speed.read(arguments.speed or "")
+    settings = settings_of(arguments, vader_nb.TrainConfig.flat_fields())
     settings |= {"output_dir": run_folder(arguments), "resume": resume_of(arguments)}
     if arguments.validation_steps is None:
         del settings["validation_steps"]
-    training = TrainConfig.from_flat(settings)
+    training = vader_nb.TrainConfig.from_flat(settings)
     prompts = training_prompts(arguments)
     groups = {}
     if arguments.evaluation or arguments.validation_steps:
@@ -144,17 +134,16 @@ def run_align(arguments):
     if in_tiny_world(arguments):
         prompts = in_vocabulary(arguments, reward, prompts)
         groups = groups and evaluation_prompts(arguments, prompts)
-    model = load(arguments.model)
-    speed.apply(model, arguments.speed or "")
+    model = vader_nb.load(arguments.model)
+    vader_nb.speed.apply(model, arguments.speed or "")
     if arguments.model_cpu_offload:
         model.enable_model_cpu_offload()
     validate = None
     if arguments.validation_steps:
         validate = validation(arguments, model, [*others, reward][0], groups)
     began = time.time()
-    run = align(
-        model, reward, prompts, adapter=arguments.adapter, validate=validate, **vars(training)
-    )
+    options = {"adapter": arguments.adapter, "validate": validate} | vars(training)
+    run = vader_nb.align(model, reward, prompts, **options)
     report_run(run, groups, time.time() - began)
     if arguments.evaluation and groups and not run.stopped:
         compare(arguments, model, run.adapter, [reward, *others], groups, run.folder, run)
@@ -162,12 +151,10 @@ def run_align(arguments):
 
 def report_run(run, groups: dict, seconds: float) -> None:
     """Say what a run made. Ends the process with an error if it kept nothing."""
-    from .distributed import is_main_process
-
     if run.stopped and not run.metrics:
         say("stopped before the first step; nothing to keep")
         sys.exit(INTERRUPTED)
-    if not is_main_process():
+    if not vader_nb.distributed.is_main_process():
         return
     file = run.folder / "adapter.safetensors"
     print(f"trained {len(run.metrics)} steps in {seconds:.0f} s: {file}")
@@ -185,28 +172,22 @@ def validation_group(groups: dict) -> str:
 
 
 def validation(arguments, model, reward, groups: dict):
-    from .evaluation import Validation
-
     name, size = validation_group(groups), arguments.eval_batch_size
     if name == "training":
         say("no held_out prompts are given: validation_steps measures training prompts")
-    sampling = sampling_of(arguments)
-    return Validation(model, reward, groups[name], sampling=sampling, batch_size=size)
+    options = {"sampling": sampling_of(arguments), "batch_size": size}
+    return vader_nb.Validation(model, reward, groups[name], **options)
 
 
 def parse_rewards(arguments) -> list:
     """The reward, and after it the held-out one if there is one."""
-    from .rewards import parse
-
-    texts = [arguments.reward, arguments.held_out_reward]
-    return [parse(text, tiny=in_tiny_world(arguments)) for text in texts if text]
+    texts, tiny = [arguments.reward, arguments.held_out_reward], in_tiny_world(arguments)
+    return [vader_nb.rewards.parse(text, tiny=tiny) for text in texts if text]
 
 
 def in_tiny_world(arguments) -> bool:
     """Whether the model is an embedded one, or a copy."""
-    from .models import checkpoint_of
-
-    return checkpoint_of(arguments.model).world == "tiny"
+    return vader_nb.models.checkpoint_of(arguments.model).world == "tiny"
 
 
 # ---------------------------------------------------------------------------- the other commands
@@ -214,10 +195,9 @@ def in_tiny_world(arguments) -> bool:
 
 def compare(arguments, model, adapter, rewards: list, groups: dict, folder: Path, run=None) -> None:
     """Evaluate base and adapter by the rewards, of which the first was trained on; write a report."""
-    from .distributed import is_main_process
-    from .evaluation import evaluate, thumbnails, videomae_features
+    from .evaluation import thumbnails, videomae_features
 
-    evaluation = evaluate(
+    evaluation = vader_nb.evaluate(
         model,
         adapter,
         rewards[0],
@@ -228,7 +208,7 @@ def compare(arguments, model, adapter, rewards: list, groups: dict, folder: Path
         sampling=sampling_of(arguments),
         features=videomae_features("tiny") if model.world == "tiny" else thumbnails,
     )
-    if is_main_process():
+    if vader_nb.distributed.is_main_process():
         evaluation.save(folder)
         evaluation.report(folder / "report.html", run)
         print(evaluation)
@@ -236,63 +216,52 @@ def compare(arguments, model, adapter, rewards: list, groups: dict, folder: Path
 
 
 def run_evaluate(arguments):
-    from . import lora
-    from .models import load
-
     rewards = parse_rewards(arguments)
     groups = evaluation_prompts(arguments, training_prompts(arguments))
     folder, adapter = Path("runs/evaluation"), None
     if arguments.adapter:
         path = Path(arguments.adapter)
-        lora.read(path)  # a wrong file is an error before a model is loaded
+        vader_nb.lora.read(path)  # a wrong file is an error before a model is loaded
         folder = (path if path.is_dir() else path.parent) / "evaluation"
     folder = Path(arguments.output_dir or folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model = load(arguments.model)
+    model = vader_nb.load(arguments.model)
     if arguments.adapter:
-        adapter = lora.load(model, arguments.adapter, arguments.scale)
+        adapter = vader_nb.lora.load(model, arguments.adapter, arguments.scale)
     compare(arguments, model, adapter, rewards, groups, folder)
 
 
 def run_sample(arguments):
-    from .models import load
-    from .sampling import sample
-    from .video import Video
-
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    model = load(arguments.model)
+    model = vader_nb.load(arguments.model)
     adapter = {arguments.adapter: arguments.scale} if arguments.adapter else None
     texts, seed = arguments.prompts, arguments.seed
-    clips = sample(model, texts, seeds=seed, sampling=sampling_of(arguments), adapter=adapter)
+    options = {"seeds": seed, "sampling": sampling_of(arguments), "adapter": adapter}
+    clips = vader_nb.sample(model, texts, **options)
     for i, (text, clip) in enumerate(zip(texts, clips)):
         path = folder / f"seed-{seed + i}.{arguments.format}"  # never named after the prompt
-        print(f"{Video(clip, model.defaults['fps'], text).save(path, width=256)}  {text[:80]}")
+        video = vader_nb.Video(clip, model.defaults["fps"], text)
+        print(f"{video.save(path, width=256)}  {text[:80]}")
 
 
 def run_memory(arguments):
-    from .memory_planner import memory
-
     common = {f.name for f in fields(config.Common)}
     wanted = [f for f in fields(arguments) if f.name not in common]
-    print(memory(**settings_of(arguments, wanted)))
+    print(vader_nb.memory(**settings_of(arguments, wanted)))
 
 
 def run_check(arguments):
-    from .rewards import check, parse
-
     if not arguments.reward:
         raise ValueError("which reward? vader-nb check colorfulness")
-    report = check(parse(arguments.reward))
+    report = vader_nb.check(vader_nb.rewards.parse(arguments.reward))
     print(report)
     if not report.passed:
         sys.exit(1)
 
 
 def run_rewards(arguments):
-    from .rewards import table
-
-    print(table())
+    print(vader_nb.rewards.table())
 
 
 def run_translate(arguments):

@@ -15,6 +15,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Optional, Union, get_args, get_origin
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from . import translate
 
 FOLDER = Path(__file__).parent / "configs"  # settings of published runs: config=modelscope
@@ -267,8 +270,6 @@ def check_keys(given: dict, known: dict, where: str = "") -> None:
 
 def parsed(key: str, text: str, kind: Any) -> Any:
     """A value for OmegaConf, which converts numbers and switches itself."""
-    from omegaconf import OmegaConf
-
     kinds = {kind, *get_args(kind)}
     if text == "null" and NoneType in kinds:
         return None
@@ -302,9 +303,6 @@ def foreign(source: dict, known: dict, everything: dict) -> dict:
 
 def merged(command: type[Common], layers: list[dict]) -> Any:
     """The command's keys, set by layers of which later ones win."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema(command)), *layers))
     except OmegaConfBaseException as error:
@@ -314,8 +312,6 @@ def merged(command: type[Common], layers: list[dict]) -> Any:
 
 def translated(path: str | Path, source: str | None = None) -> tuple[str, list[str]]:
     """Another tool's file as YAML of `align`'s keys, and notes on what differs."""
-    from omegaconf import OmegaConf
-
     known = {f.name for f in fields(schema(Align))}
     source, ours, notes = translate.translate_file(path, source, known)
     head = f"# {source} arguments of {Path(path).name}, as settings of vader_nb\n"

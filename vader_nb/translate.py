@@ -11,6 +11,9 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
 FOLDER = Path(__file__).parent / "configs" / "foreign"
 SOURCES = ("vader", "videox_fun", "trl")
 ACCELERATE = {"num_processes", "multi_gpu", "main_process_port", "config_file", "num_machines"}
@@ -203,9 +206,6 @@ def drop_unusable(ours: dict, given: dict) -> Iterator[str]:
 
 def read_yaml(path: str | Path) -> dict:
     """The keys of a YAML file."""
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except YAMLError as error:
