@@ -23,6 +23,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
+from vader_nb import translate
+
 HERE = Path(__file__).parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kilobytes on Linux
@@ -278,6 +280,28 @@ def contents(folder: Path) -> None:
     print(f"look at: {folder / 'index.html'}")
 
 
+ARGUMENTS = """\
+# Other tools' arguments, and what they are called here
+
+`vader-nb align` and `evaluate` read VADER's names as they are; `vader-nb translate-config FILE`
+turns a configuration or launch script of any of these tools into ours and reports what differs.
+This page is generated from `vader_nb/configs/foreign/*.yaml`.
+"""
+
+
+def arguments() -> str:
+    """The text of arguments.md."""
+    lines = [ARGUMENTS]
+    for table in map(translate.tool, translate.SOURCES):
+        lines += [f"## {table.title}", "", "| argument | here | |", "|---|---|---|"]
+        for name, setting in table.names.items():
+            lines.append(f"| `{name}` | `{setting}` | {table.notes.get(name, '')} |")
+        for reason, names in table.left_out.items():
+            lines.append(f"| `{'`, `'.join(names)}` | none | {reason} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -297,6 +321,7 @@ def main() -> None:
     elif chosen.contents:
         contents(chosen.contents)
     else:
+        (HERE / "arguments.md").write_text(arguments())
         for path in sorted(HERE.glob("[0-9][0-9]_*.py")):
             if not chosen.names or path.stem in chosen.names:
                 build(path)

@@ -316,10 +316,6 @@ def test_every_translated_name_is_one_of_ours(source):
     assert all(table.left_out)  # what is left out has a reason
 
 
-def test_the_table_that_is_read_is_the_one_that_is_used():
-    assert (ROOT / "notebooks" / "arguments.md").read_text() == translate.markdown()
-
-
 VADER_YAML = """
 pretrained_model_path: "damo-vilab/text-to-video-ms-1.7b"
 gradient_accumulation_steps: 1

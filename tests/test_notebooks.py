@@ -51,6 +51,10 @@ def test_there_are_notebooks():
     assert PAIRS
 
 
+def test_the_table_of_other_tools_arguments_is_the_one_that_is_used():
+    assert (ROOT / "notebooks" / "arguments.md").read_text() == build.arguments()
+
+
 @pytest.fixture(params=PAIRS, ids=lambda path: path.stem)
 def pair(request):
     return (

@@ -41,47 +41,25 @@ if TYPE_CHECKING:
     from .trainer import TrainConfig, Trainer, align
     from .video import Gallery, Video
 
-_MODULE_OF = {
-    "Adapter": "lora",
-    "DRTune": "strategies",
-    "DRaFTLV": "strategies",
-    "Frames": "strategies",
-    "Gallery": "video",
-    "Last": "strategies",
-    "Prompt": "prompts",
-    "Random": "strategies",
-    "ReFL": "strategies",
-    "Sampling": "sampling",
-    "Step": "strategies",
-    "TrainConfig": "trainer",
-    "Trainer": "trainer",
-    "Validation": "evaluation",
-    "Video": "video",
-    "align": "trainer",
-    "best_checkpoint": "best",
-    "check": "rewards",
-    "evaluate": "evaluation",
-    "launch": "distributed",
-    "load": "models",
-    "memory": "memory_planner",
-    "reward": "rewards",
-    "reward_gradient": "gradient",
-    "sample": "sampling",
+_NAMES = {
+    "best": ("best_checkpoint",),
+    "distributed": ("launch",),
+    "evaluation": ("Validation", "evaluate"),
+    "gradient": ("reward_gradient",),
+    "lora": ("Adapter",),
+    "memory_planner": ("memory",),
+    "models": ("load",),
+    "prompts": ("Prompt",),
+    "rewards": ("check", "reward"),
+    "sampling": ("Sampling", "sample"),
+    "speed": (),
+    "strategies": ("DRaFTLV", "DRTune", "Frames", "Last", "Random", "ReFL", "Step"),
+    "trainer": ("TrainConfig", "Trainer", "align"),
+    "video": ("Gallery", "Video"),
+    "zoo": (),
 }
-_MODULES = (
-    "distributed",
-    "gradient",
-    "lora",
-    "models",
-    "prompts",
-    "rewards",
-    "sampling",
-    "speed",
-    "strategies",
-    "trainer",
-    "video",
-    "zoo",
-)
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_MODULES = sorted(_NAMES.keys() - {"best", "evaluation", "memory_planner"})
 __all__ = ["__version__", *_MODULE_OF, *_MODULES]
 
 

@@ -1,5 +1,11 @@
 """A run's folder: readable at any moment, and never the worse for a crash.
 
+    config.json                      what the run was asked to do
+    metrics.jsonl                    one line per step
+    checkpoints/step-000020/         adapter.safetensors, and state.pt: all that the next step depends on
+    adapter.safetensors              at the end, or when stopped
+    stop                             written to request that the run ends after its current step
+
 Files are written beside their place, forced to the disk and renamed: a kill, a power cut or a full disk
 leaves the last whole one. A checkpoint that cannot be written is a warning: there may be room for the next.
 """

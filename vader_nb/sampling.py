@@ -7,6 +7,7 @@ Shapes: latents (B, C, F, H, W), frames (B, F, 3, H, W) in [0, 1].
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -29,22 +30,17 @@ def setting(default: Any, help: str, may_change: bool = False) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def with_help(cls: type) -> type:
+    """Lists a settings class's fields and their help texts in its docstring, for Shift-Tab."""
+    lines = [f"    {f.name}: {f.metadata.get('help', 'see `Sampling`')}." for f in fields(cls)]
+    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
+    return cls
+
+
+@with_help
 @dataclass
 class Sampling:
-    """How videos are made. None means the model's own default. The names are diffusers'.
-
-    Attributes:
-        num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 turns it off.
-        num_frames: frames per clip.
-        height, width: pixels.
-        eta: DDIM's noise: 0 is deterministic, 1 is like DDPM.
-        unconditional_gradient: False leaves the negative branch of the guidance without a gradient, which
-            halves the memory of a denoiser call.
-        sequential_guidance: run the branches of the guidance one after the other: the same gradient in
-            half the memory.
-        options: settings that only the model's family has, see `VideoModel.sampling_options`.
-    """
+    """How videos are made. None means the model's own default. The names are diffusers'."""
 
     num_inference_steps: int = setting(None, "denoising steps; default: the model's")
     guidance_scale: float = setting(None, "classifier-free guidance, 1: off; default: the model's")
@@ -56,7 +52,7 @@ class Sampling:
         True, "false: no gradient through the guidance's negative branch, half the memory"
     )
     sequential_guidance: bool = setting(
-        False, "the guidance's branches one after the other: half the memory, same result"
+        False, "the guidance's branches one after the other: half the memory, same gradient"
     )
     options: dict = setting({}, "settings that only the model's family has")
 

@@ -3,16 +3,16 @@
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 
-from .sampling import Sampling, setting
+from .sampling import Sampling, setting, with_help
 from .strategies import Frames, Last, Strategy, parse_frames, parse_strategy
 
 
+@with_help
 @dataclass
 class TrainConfig:
     """The settings of `align`, of configuration files, the shell and the memory planner.
 
-    `vader-nb align --help` prints each field's help text, from its metadata. Strategy, frames and output_dir
-    may be given as text; None stands for the default that the help text names.
+    Strategy, frames and output_dir may be given as text.
     """
 
     steps: int = setting(40, "optimizer steps")

@@ -258,25 +258,3 @@ def leaves(tree: dict) -> Iterator[tuple[str, object]]:
             yield from leaves(value)
         elif value is not None:
             yield name, value
-
-
-HEADER = """\
-# Other tools' arguments, and what they are called here
-
-`vader-nb align` and `evaluate` read VADER's names as they are; `vader-nb translate-config FILE`
-turns a configuration or launch script of any of these tools into ours and reports what differs.
-This page is generated from `vader_nb/configs/foreign/*.yaml`.
-"""
-
-
-def markdown() -> str:
-    """The text of notebooks/arguments.md."""
-    lines = [HEADER]
-    for table in map(tool, SOURCES):
-        lines += [f"## {table.title}", "", "| argument | here | |", "|---|---|---|"]
-        for name, setting in table.names.items():
-            lines.append(f"| `{name}` | `{setting}` | {table.notes.get(name, '')} |")
-        for reason, names in table.left_out.items():
-            lines.append(f"| `{'`, `'.join(names)}` | none | {reason} |")
-        lines.append("")
-    return "\n".join(lines)
