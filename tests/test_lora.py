@@ -198,6 +198,312 @@ def test_files_that_are_refused(micro, tmp_path, kind):
     assert all(torch.equal(before[n], v) for n, v in weights(micro).items())
 
 
+# ---------------------------------------------------------------------------------- files of other tools
+
+
+def kohya(layers, alpha):
+    """As kohya's trainer names them: layers with underscores, and an alpha beside each."""
+    state = {}
+    for name, (a, b) in layers.items():
+        name = "lora_unet_" + name.replace(".", "_")
+        state |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+        state[f"{name}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+def old_processors(layers, alpha):
+    """As diffusers' attention processors named them; strength alpha / rank was in no file."""
+    state = {}
+    for name, (a, b) in layers.items():
+        attention, _, projection = name.removesuffix(".0").rpartition(".")
+        name = f"{attention}.processor.{projection}_lora"
+        state |= {f"{name}.down.weight": a, f"{name}.up.weight": b * (alpha / len(a))}
+    return state
+
+
+def prefixed(before, a_name="lora_A", b_name="lora_B", alphas=False):
+    def make(layers, alpha):
+        state = {}
+        for name, (a, b) in layers.items():
+            b = b if alphas else b * (alpha / len(a))
+            state |= {f"{before}{name}.{a_name}.weight": a, f"{before}{name}.{b_name}.weight": b}
+            if alphas:
+                state[f"{before}{name}.alpha"] = torch.tensor(alpha)
+        return state
+
+    return make
+
+
+def with_text_encoder(layers, alpha):
+    more = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": (2, 8)}
+    more |= {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (2, 8)}
+    texts = {name: torch.ones(shape) for name, shape in more.items()}
+    return prefixed("unet.")(layers, alpha) | texts
+
+
+LAYOUTS = {
+    "kohya": kohya,
+    "old attention processors": old_processors,
+    "old attention processors, unet.": lambda *args: {
+        f"unet.{name}": value for name, value in old_processors(*args).items()
+    },
+    "ComfyUI": prefixed("diffusion_model.", "lora_down", "lora_up", alphas=True),
+    "ComfyUI, peft's names": prefixed("diffusion_model.", alphas=True),
+    "no prefix": prefixed(""),
+    "peft's adapter name": prefixed("unet.", "lora_A.default", "lora_B.default"),
+    "diffusers' .lora.down": prefixed("unet.", "lora.down", "lora.up"),
+    "peft's state dict": prefixed("base_model.model."),
+}
+
+
+@pytest.fixture
+def trained(micro):
+    """What an adapter of rank 2 and alpha 5 holds, layer by layer, and the clip that it makes."""
+    adapter = lora.add(micro, 2, 5.0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    clip = sample(micro, PROMPTS, seeds=SEEDS, adapter=adapter)
+    halves = [p.detach().clone() for p in adapter.parameters()]
+    names = [name.removeprefix("unet.") for name in adapter.layers]
+    layers = dict(zip(names, zip(halves[::2], halves[1::2])))
+    adapter.remove()
+    assert not torch.allclose(clip, sample(micro, PROMPTS, seeds=SEEDS), atol=1e-3)
+    return layers, clip
+
+
+def same_clip(model, path, clip):
+    made = sample(model, PROMPTS, seeds=SEEDS, adapter=path)
+    torch.testing.assert_close(made, clip, rtol=0, atol=1e-6)
+    assert not lora._layers(model)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_adapter_acts_alike_under_the_names_of_every_tool(micro, tmp_path, trained, layout):
+    layers, clip = trained
+    path = tmp_path / "theirs.safetensors"
+    save_file({k: v.contiguous() for k, v in LAYOUTS[layout](layers, 5.0).items()}, path)
+    same_clip(micro, path, clip)
+
+
+def test_tensors_for_the_text_encoder_are_left_out_with_a_warning(micro, tmp_path, trained):
+    layers, clip = trained
+    path = tmp_path / "both.safetensors"
+    save_file({k: v.contiguous() for k, v in with_text_encoder(layers, 5.0).items()}, path)
+    with pytest.warns(UserWarning, match="2 tensors are for the text encoder"):
+        same_clip(micro, path, clip)
+
+
+def peft_wrapped(model, layers, **config):
+    """A copy of the denoiser as peft's own model, with these layers' matrices in it."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(copy.deepcopy(model.denoiser), LoraConfig(**config))
+    with torch.no_grad():
+        for name, (a, b) in layers.items():
+            layer = wrapped.base_model.model.get_submodule(name)
+            layer.lora_A.default.weight.copy_(a)
+            layer.lora_B.default.weight.copy_(b)
+    return wrapped
+
+
+def clip_with(model, denoiser):
+    """What the model makes with another denoiser, whatever is on that."""
+    other = copy.copy(model)
+    other.denoisers = {"unet": denoiser}
+    return other.decode(roll_out(other, PROMPTS, SEEDS, Sampling().resolve(other)).latents)
+
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def test_a_folder_of_pefts_save_pretrained(micro, tmp_path, trained):
+    layers, clip = trained
+    wrapped = peft_wrapped(micro, layers, r=2, lora_alpha=5, target_modules=TARGETS)
+    wrapped.save_pretrained(tmp_path / "peft")
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
+    same_clip(micro, tmp_path / "peft", clip)
+
+
+def test_ranks_and_alphas_that_differ_by_layer_and_rslora(micro, tmp_path):
+    """peft's own model with peft's own patterns is what ours is compared with."""
+    config = {"r": 3, "lora_alpha": 7, "target_modules": TARGETS, "use_rslora": True}
+    config |= {"rank_pattern": {"to_k": 1, r"attn2\.to_q": 4}, "alpha_pattern": {"to_v": 2}}
+    wrapped = peft_wrapped(micro, {}, **config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    clip = clip_with(micro, wrapped.base_model.model)
+    wrapped.save_pretrained(tmp_path / "peft")
+    same_clip(micro, tmp_path / "peft", clip)
+    assert lora.load(micro, tmp_path / "peft").rank == 4
+
+
+def test_diffusers_own_file_acts_at_its_own_strength(micro, tmp_path, trained):
+    """Written by diffusers' pipeline class with its metadata: r=2, lora_alpha=5."""
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from diffusers.pipelines.deprecated.text_to_video_synthesis import TextToVideoSDPipeline
+    from safetensors import safe_open
+
+    layers, clip = trained
+    state = prefixed("", alphas=True)(layers, 5.0)
+    state = {name: value for name, value in state.items() if not name.endswith(".alpha")}
+    TextToVideoSDPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=state,
+        unet_lora_adapter_metadata={"r": 2, "lora_alpha": 5, "target_modules": TARGETS},
+    )
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert LORA_ADAPTER_METADATA_KEY in file.metadata()
+    same_clip(micro, tmp_path, clip)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"X.dora_scale": (4, 1)}, "a DoRA adapter .*dora_scale"),
+        ({"X.lora_magnitude_vector": (4,)}, "a DoRA adapter"),
+        ({"X.hada_w1_a": (4, 2)}, "a LoHa adapter"),
+        ({"X.lokr_w1": (4, 2)}, "a LoKr adapter"),
+        ({"X.lora_mid.weight": (2, 2, 3, 3)}, "LoCon"),
+        ({"X.oft_blocks": (2, 2)}, "an OFT adapter"),
+        ({"X.diff": (2, 2)}, "full weights"),
+        ({"X.lora_B.bias": (4,)}, "biases"),
+        ({"Y.weight": (4,)}, "Y.weight is no tensor of a LoRA"),
+        ({"X.alpha": ()}, r"alpha of unet.*must lie in \(0, 1e6\], got 0"),
+        ({"X.lora_A.weight": (8000, 8)}, "shape|rank"),
+        ({"X.lora_A.weight": ()}, r"has shape \(\)"),
+        ({"X.lora_B.weight": (3, 2)}, r"lora_B of unet.* has shape \(3, 2\)"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_its_name(micro, tmp_path, trained, change, message):
+    layers, _ = trained
+    state = prefixed("unet.")(layers, 5.0)
+    name = f"unet.{next(iter(layers))}"
+    state |= {key.replace("X", name): torch.zeros(shape) for key, shape in change.items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=message):
+        lora.load(micro, tmp_path / "other.safetensors")
+    assert not lora._layers(micro)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(micro, tmp_path, trained, value):
+    state = prefixed("unet.")(trained[0], 5.0)
+    name = min(state)
+    state[name] = torch.full_like(state[name], value)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinity"):
+        lora.load(micro, tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"alpha": "abc"}, {"alpha": "nan"}, {"alpha": "1e400"}, {"alpha": "-1"}, {"alpha": "null"}],
+)
+def test_an_alpha_that_is_no_number_names_the_file(micro, tmp_path, trained, metadata):
+    state = {k: v.contiguous() for k, v in prefixed("unet.")(trained[0], 5.0).items()}
+    save_file(state, tmp_path / "odd.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"odd\.safetensors: alpha of "):
+        lora.load(micro, tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("targets", ["abc", "null", "1e400", "[1, 2]"])
+def test_odd_targets_in_a_file_do_no_harm(micro, tmp_path, trained, targets):
+    state = {k: v.contiguous() for k, v in prefixed("unet.")(trained[0], 5.0).items()}
+    save_file(state, tmp_path / "odd.safetensors", {"targets": targets})
+    adapter = lora.load(micro, tmp_path / "odd.safetensors")
+    assert all(isinstance(name, str) for name in adapter.targets)
+
+
+# ------------------------------------------------------------------------------------------- the way out
+
+
+@pytest.mark.parametrize("format", ["diffusers", "peft", "kohya", "comfyui"])
+def test_what_is_exported_comes_back_and_acts_alike(micro, tmp_path, trained, format):
+    layers, clip = trained
+    save_file(
+        {k: v.contiguous() for k, v in kohya(layers, 5.0).items()}, tmp_path / "mine.safetensors"
+    )
+    adapter = lora.load(micro, tmp_path / "mine.safetensors")
+    place = tmp_path / ("out" if format in ("diffusers", "peft") else "out.safetensors")
+    assert adapter.export(place, format).is_file()
+    adapter.remove()
+    same_clip(micro, place, clip)
+    with pytest.raises(ValueError, match="unknown format 'a1111'"):
+        adapter.export(place, "a1111")
+
+
+def test_pefts_own_loader_takes_the_exported_folder(micro, tmp_path, trained):
+    from peft import PeftModel
+
+    layers, clip = trained
+    save_file(
+        {k: v.contiguous() for k, v in kohya(layers, 5.0).items()}, tmp_path / "mine.safetensors"
+    )
+    adapter = lora.load(micro, tmp_path / "mine.safetensors")
+    adapter.export(tmp_path / "peft", "peft")
+    adapter.remove()
+    wrapped = PeftModel.from_pretrained(copy.deepcopy(micro.denoiser), tmp_path / "peft")
+    made = clip_with(micro, wrapped.base_model.model)
+    torch.testing.assert_close(made, clip, rtol=0, atol=1e-6)
+
+
+def test_diffusers_own_loader_takes_the_exported_folder(tmp_path):
+    """Where the class has `load_lora_adapter`: a UNet for pictures, with an alpha that is not the rank."""
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    options = {
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }
+    options |= {"block_out_channels": (8,), "norm_num_groups": 4, "cross_attention_dim": 8}
+    unet = UNet2DConditionModel(layers_per_block=1, attention_head_dim=4, **options).eval()
+    plain = copy.deepcopy(unet)
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=5, target_modules=TARGETS), unet)
+    with torch.no_grad():
+        for name, p in unet.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.3)
+    state = {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
+    lora.lora_files.export(state, 5.0, tmp_path, "diffusers")
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor(10), torch.randn(1, 3, 8)
+    base = plain(*inputs).sample
+    plain.load_lora_adapter(
+        tmp_path, prefix="unet", weight_name="pytorch_lora_weights.safetensors"
+    )
+    assert not torch.allclose(base, unet(*inputs).sample, atol=1e-3)
+    torch.testing.assert_close(plain(*inputs).sample, unet(*inputs).sample)
+
+
+def test_a_merged_pipeline_needs_no_adapter(micro, tmp_path, trained):
+    """Plain diffusers loads it; and our own `load`, with the model's own defaults."""
+    from diffusers import UNet3DConditionModel
+
+    from vader_nb import load
+
+    layers, clip = trained
+    save_file(
+        {k: v.contiguous() for k, v in kohya(layers, 5.0).items()}, tmp_path / "mine.safetensors"
+    )
+    adapter = lora.load(micro, tmp_path / "mine.safetensors")
+    before = weights(micro)
+    adapter.merge(tmp_path / "merged")
+    assert adapter.attached and all(torch.equal(before[k], v) for k, v in weights(micro).items())
+    model = load(tmp_path / "merged", dtype=torch.float64)
+    assert model.defaults == micro.defaults
+    torch.testing.assert_close(sample(model, PROMPTS, seeds=SEEDS), clip, rtol=0, atol=1e-6)
+    unet = UNet3DConditionModel.from_pretrained(tmp_path / "merged", subfolder="unet")
+    assert not [name for name, _ in unet.named_parameters() if "lora" in name or "base" in name]
+    with pytest.raises(FileExistsError, match="not empty"):
+        adapter.merge(tmp_path / "merged")
+
+
 # ------------------------------------------------------------------------- several adapters, and parts of the chain
 
 

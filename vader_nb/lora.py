@@ -18,7 +18,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
-from .lora_files import State, layers_of, rank_of, read, write
+from . import lora_files
+from .lora_files import MAX_RANK, LoRA, State, match, read, write
 from .models import MODEL_LOCK, VideoModel, exclusive
 
 NAME = "default"  # peft's name for the only adapter of a denoiser
@@ -174,6 +175,28 @@ class Adapter:
         }
         return write(path, self.state_dict(), text)
 
+    def export(self, path: str | Path, format: str = "diffusers") -> Path:
+        """Write the adapter, as trained (at scale 1), for another tool; see `lora_files.export`."""
+        return lora_files.export(self.state_dict(), self.alpha, path, format)
+
+    @exclusive
+    def merge(self, folder: str | Path) -> Path:
+        """Save the model's whole pipeline with the adapter, at its scale, folded into the weights.
+
+        Plain diffusers loads the folder and needs neither peft nor this package.
+
+        Raises:
+            ValueError: if the adapter is not on its model.
+            FileExistsError: if the folder is not empty.
+        """
+        self.check_attached(self.model)
+        with self.fused():
+            before = _detach(self.model)
+            try:
+                return self.model.save_pretrained(folder)
+            finally:
+                _attach(self.model, *before)
+
     @exclusive
     def remove(self) -> None:
         """Take the adapter's layers off the model for good; the denoisers are then the base model's."""
@@ -223,14 +246,16 @@ def add(
     Raises:
         ValueError: if no layer matches, or if there is an adapter already.
     """
-    if rank < 1:
-        raise ValueError(f"an adapter's rank must be at least 1, got {rank}")
+    alpha = rank if alpha is None else alpha
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"an adapter's rank must lie in 1..{MAX_RANK}, got {rank}")
+    if not 0 < alpha <= 1e6:
+        raise ValueError(f"an adapter's alpha must lie in (0, 1e6], got {alpha}")
     if _layers(model):
         raise ValueError(
             f"{model.name!r} carries an adapter already: adapter.remove() first, or load a second model"
         )
     chosen = _targets_by_denoiser(model, targets)
-    alpha = rank if alpha is None else alpha
     # peft converts what it makes, which must not be done to the fake tensors of `vader_nb.memory`.
     with torch.random.fork_rng(devices=[]), unset_fake_temporarily():
         torch.manual_seed(seed)
@@ -283,31 +308,30 @@ def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
 
     Args:
         model: without an adapter on it.
-        path: a file in diffusers' key layout, ours or not; or a run's or a checkpoint's folder. Alpha is
-            taken as the rank, diffusers' own rule, where a file does not name it.
+        path: a file of diffusers, peft, kohya or ComfyUI, or of ours; or a folder that holds one, such as
+            a run's or a checkpoint's. Alpha is taken as the rank where neither the file nor the
+            configuration beside it names it.
         scale: of the adapter's effect, 0 to 10.
 
     Raises:
-        FileNotFoundError, ValueError: see `read`; ValueError for a file that does not fit the model. The
-            model is then as it was.
+        FileNotFoundError, ValueError: see `read` and `match`, among them for a file that does not fit the
+            model. The model is then as it was.
     """
     validate_scale(scale)
     state, metadata = read(path)
-    rank = rank_of(state)
-    adapter = add(
-        model,
-        rank,
-        float(metadata.get("alpha", rank)),
-        layers_of(model, state, metadata, path),
-    )
+    adapter = _attached(model, match(model, state, metadata, path))
+    adapter.targets = lora_files.targets_of(metadata) or adapter.targets
+    adapter.scale = scale
+    return adapter
+
+
+def _attached(model: VideoModel, file: LoRA) -> Adapter:
+    adapter = add(model, file.rank, file.alpha, file.layers)
     try:
-        adapter.load_state_dict(state, str(path))
-    except ValueError:
+        adapter.load_state_dict(file.state)
+    except BaseException:
         adapter.remove()
         raise
-    if "targets" in metadata:
-        adapter.targets = tuple(json.loads(metadata["targets"]))
-    adapter.scale = scale
     return adapter
 
 
@@ -329,30 +353,21 @@ def combine(model: VideoModel, weights: Mapping[str | Path, float]) -> Adapter:
         raise ValueError("nothing to combine: name at least one adapter file and its weight")
     for path, weight in weights.items():
         validate_scale(weight, f"{path}: an adapter's weight")
-    files = [(*read(path), path, weight) for path, weight in weights.items()]
-    layers = {}
-    for state, metadata, path, _ in files:
-        layers |= dict.fromkeys(layers_of(model, state, metadata, path))
-    rank = sum(rank_of(state) for state, *_ in files)
-    adapter = add(model, rank, rank, tuple(layers))
-    combined = {}
-    for name, own in adapter.state_dict().items():
-        rank_dim = 0 if ".lora_A." in name else 1
-        parts = []
-        for state, metadata, _, weight in files:
-            rank = rank_of(state)
-            shape = [rank if dim == rank_dim else size for dim, size in enumerate(own.shape)]
-            part = (state[name] if name in state else own.new_zeros(shape)).to(own)
-            if rank_dim == 1:
-                part = part * (weight * float(metadata.get("alpha", rank)) / rank)
-            parts.append(part)
-        combined[name] = torch.cat(parts, dim=rank_dim)
-    try:
-        adapter.load_state_dict(combined, " + ".join(map(str, weights)))
-    except ValueError:
-        adapter.remove()
-        raise
-    return adapter
+    files = {path: match(model, *read(path), path) for path in weights}
+    layers = tuple(dict.fromkeys(layer for file in files.values() for layer in file.layers))
+    state = {}
+    for layer in layers:
+        a, b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        some = next(file.state for file in files.values() if a in file.state)
+        downs, ups = [], []
+        for path, file in files.items():
+            down = file.state.get(a, some[a].new_zeros(file.rank, *some[a].shape[1:]))
+            up = file.state.get(b, some[b].new_zeros(len(some[b]), file.rank, *some[b].shape[2:]))
+            downs.append(down)
+            ups.append(up * (weights[path] * file.alpha / file.rank))
+        state |= {a: torch.cat(downs), b: torch.cat(ups, dim=1)}
+    rank = sum(file.rank for file in files.values())
+    return _attached(model, LoRA(state, rank, rank, layers))
 
 
 # ------------------------------------------------------------------------- which adapter is on the model

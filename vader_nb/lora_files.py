@@ -1,33 +1,78 @@
-"""Adapter files: safetensors in diffusers' key layout, read without running any code.
+"""Adapter files of this and of other tools, read without running any code, and written.
 
-`unet.<layer>.lora_A.weight` (rank, in) and `unet.<layer>.lora_B.weight` (out, rank).
+Our own layout is diffusers': `unet.<layer>.lora_A.weight` (rank, in) and `unet.<layer>.lora_B.weight`
+(out, rank). Read as well: diffusers' old attention processors, kohya, ComfyUI, peft, and keys without a prefix.
 """
 
 import json
+import math
+import re
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from .models import VideoModel
 
 State = dict[str, torch.Tensor]
+FILES = ("adapter.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+MAX_RANK = 4096
+# What else files hold under the name of LoRA, by a part of the tensors' names.
+OTHER_KINDS = {
+    "dora_scale": "a DoRA adapter",
+    "lora_magnitude_vector": "a DoRA adapter",
+    "hada_": "a LoHa adapter of LyCORIS",
+    "lokr_": "a LoKr adapter of LyCORIS",
+    "oft_": "an OFT adapter",
+    "boft_": "a BOFT adapter",
+    "lora_mid": "a LoCon adapter in Tucker form",
+    "on_input": "an IA3 adapter",
+    ".diff": "an adapter with full weights of layers",
+    "_norm": "an adapter with weights of normalization layers",
+    "lora_B.bias": "a LoRA with biases",
+}
+TENSOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up)(\.\w+)?\.weight")
+PREFIXES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "lora_")
+TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoder|text_model|lora_te|te\d?[._])")
 
 
-def read(path: str | Path) -> tuple[State, dict[str, str]]:
-    """Tensors and metadata of an adapter file.
+@dataclass
+class LoRA:
+    """The contents of an adapter file, for one model.
+
+    Attributes:
+        state: under our own names.
+        rank, alpha: of all layers; the product is multiplied by alpha / rank.
+        layers: names, with the denoiser's key in front.
+    """
+
+    state: State
+    rank: int
+    alpha: float
+    layers: tuple[str, ...]
+
+
+def read(path: str | Path) -> tuple[State, dict[str, Any]]:
+    """Tensors and metadata of an adapter file, under the names that it gives them.
 
     Args:
-        path: of the file, or of a run's or checkpoint's folder that holds `adapter.safetensors`.
+        path: of the file, or of a folder that holds one: a run's or checkpoint's, diffusers' or peft's.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a pickle (which could run code), a damaged file, or one without LoRA tensors.
+        ValueError: for a pickle (which could run code), a damaged file, one without LoRA tensors, one of
+            another kind of adapter (DoRA, LoHa, …), or numbers that are not finite.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
-        path = path / "adapter.safetensors"
+        path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
     with path.open("rb") as file:
@@ -39,19 +84,190 @@ def read(path: str | Path) -> tuple[State, dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
+            metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}); copy it again"
         ) from error
-    if not any(".lora_A." in name for name in state):
-        raise ValueError(f"{path} holds no LoRA tensors (names like 'unet.….lora_A.weight')")
+    if path.name == "adapter_model.safetensors":
+        metadata |= read_peft_config(path.with_name("adapter_config.json"))
+    elif "lora_adapter_metadata" in metadata:
+        metadata |= parse_json(metadata.pop("lora_adapter_metadata"), path)
+    check_kind(state, metadata, path)
     return state, metadata
+
+
+def parse_json(text: str, path: Path) -> dict:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its description of the adapter is not JSON ({error})") from error
+
+
+def read_peft_config(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path.name} beside the adapter in {path.parent}: it holds alpha"
+        )
+    config = parse_json(path.read_text(encoding="utf-8"), path)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} is of a {config.get('peft_type')} adapter; only LORA can be read")
+    return config
+
+
+def check_kind(state: State, metadata: dict, path: Path) -> None:
+    """Raise ValueError for what is no plain LoRA."""
+    for name, value in state.items():
+        for mark, kind in OTHER_KINDS.items():
+            if mark in name:
+                raise ValueError(f"{path} is {kind} ({name}), which cannot be read: only LoRA can")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity")
+    if any(key.endswith("use_dora") and value for key, value in metadata.items()):
+        raise ValueError(f"{path} is a DoRA adapter, which cannot be read: only LoRA can")
+    if not any(TENSOR.fullmatch(name) for name in convert_unet_state_dict_to_peft(state)):
+        raise ValueError(f"{path} holds no LoRA tensors (names like 'unet.….lora_A.weight')")
+
+
+# ----------------------------------------------------------------------------- names and strengths
+
+
+def match(model: VideoModel, state: State, metadata: dict, path: str | Path) -> LoRA:
+    """A file's tensors as an adapter of the model, which acts exactly as where they come from.
+
+    Layers may differ in rank and alpha: the smaller are filled up with zeros, and differing factors
+    alpha / rank are multiplied into B.
+
+    Raises:
+        ValueError: for a layer that the model lacks, tensors of wrong shapes, or an alpha that is no
+            positive number.
+    """
+    names, found = layer_names(model), {}
+    ignored = 0
+    for name, value in convert_unet_state_dict_to_peft(state).items():
+        if TEXT_ENCODER.match(name):
+            ignored += 1
+            continue
+        matched = TENSOR.fullmatch(name)
+        base = matched[1] if matched else name.removesuffix(".alpha")
+        if not matched and base == name:
+            raise ValueError(f"{path}: {name} is no tensor of a LoRA")
+        layer = names.get(plain_name(base))
+        if layer is None:
+            raise ValueError(
+                f"{path} does not fit {model.name!r}: it has no layer {base!r}. The file "
+                f"says it was made for {metadata.get('base_model', 'an unnamed model')!r}"
+            )
+        half = "alpha" if not matched else "A" if matched[2] in ("lora_A", "lora_down") else "B"
+        wide = torch.promote_types(value.dtype, torch.float32)
+        found.setdefault(layer, {})[half] = value.to(wide)
+    if ignored:
+        warnings.warn(
+            f"{path}: {ignored} tensors are for the text encoder, which is not adapted; they are left out",
+            stacklevel=3,
+        )
+    for layer, parts in found.items():
+        check_shapes(model, layer, parts, path)
+    alphas = {layer: alpha_of(layer, parts, metadata, path) for layer, parts in found.items()}
+    ranks = {layer: len(parts["A"]) for layer, parts in found.items()}
+    rank = max(ranks.values())
+    alike = len(set(alphas.values())) == 1 and len(set(ranks.values())) == 1
+    filled = {}
+    for layer, parts in found.items():
+        a, b = parts["A"], parts["B"]
+        if not alike:
+            missing = rank - ranks[layer]
+            b = b * (alphas[layer] / ranks[layer])
+            a = torch.cat([a, a.new_zeros(missing, *a.shape[1:])])
+            b = torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], dim=1)
+        filled |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+    alpha = next(iter(alphas.values())) if alike else rank
+    return LoRA(filled, rank, alpha, tuple(found))
+
+
+def plain_name(name: str) -> str:
+    """A layer's name as kohya writes it, without prefixes."""
+    name = name.replace(".", "_")
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def layer_names(model: VideoModel) -> dict[str, str]:
+    """Plain name -> our name, of every layer that can have an adapter; the first denoiser's first."""
+    names = {}
+    for key, denoiser in model.denoisers.items():
+        for name, module in denoiser.named_modules():
+            if hasattr(module, "weight"):
+                names[plain_name(f"{key}.{name}")] = f"{key}.{name}"
+                names.setdefault(plain_name(name), f"{key}.{name}")
+    return names
+
+
+def check_shapes(model: VideoModel, layer: str, parts: State, path: str | Path) -> None:
+    key, _, name = layer.partition(".")
+    weight = model.denoisers[key].get_parameter(f"{name}.weight")
+    for half, other in ("AB", "BA"):
+        if half not in parts:
+            raise ValueError(
+                f"{path}: {layer} has a lora_{other} but no lora_{half}: one is missing"
+            )
+    a, b = parts["A"], parts["B"]
+    rank = len(a) if a.ndim else 0
+    shapes = ((rank, *weight.shape[1:]), (len(weight), rank, *[1] * (weight.ndim - 2)))
+    for half, value, shape in zip("AB", (a, b), shapes):
+        if tuple(value.shape) != shape or not rank:
+            raise ValueError(
+                f"{path}: lora_{half} of {layer} has shape {tuple(value.shape)}, expected {shape}"
+            )
+    if rank > MAX_RANK:
+        raise ValueError(f"{path}: {layer} has rank {rank}; at most {MAX_RANK} can be read")
+
+
+def alpha_of(layer: str, parts: State, metadata: dict, path: str | Path) -> float:
+    """The layer's alpha, whose product with 1 / rank is what B A is multiplied by."""
+    key, _, name = layer.partition(".")
+    # Ours and peft's have no prefix, diffusers' the denoiser's.
+    settings = metadata | {
+        entry.removeprefix(f"{key}."): value
+        for entry, value in metadata.items()
+        if entry.startswith(f"{key}.")
+    }
+    rank = len(parts["A"])
+    if "alpha" in parts:
+        alpha = parts["alpha"].item() if parts["alpha"].numel() == 1 else math.nan
+    elif "lora_alpha" in settings:
+        patterns = settings.get("alpha_pattern") or {}
+        alpha = patterns.get(get_pattern_key(patterns.keys(), name), settings["lora_alpha"])
+    else:
+        alpha = settings.get("alpha", rank)
+    try:
+        alpha = float(alpha)
+    except (TypeError, ValueError):
+        alpha = math.nan
+    if not 0 < alpha <= 1e6:
+        raise ValueError(f"{path}: alpha of {layer} must lie in (0, 1e6], got {alpha}")
+    return (
+        alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+    )  # rsLoRA, arXiv 2312.03732
+
+
+def targets_of(metadata: dict) -> tuple[str, ...]:
+    """The names of layers that our own files note; empty for other files."""
+    try:
+        names = json.loads(metadata.get("targets", "[]"))
+    except (TypeError, ValueError):
+        return ()
+    fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if fits else ()
+
+
+# --------------------------------------------------------------------------------------- writing
 
 
 def write(path: str | Path, state: State, metadata: dict[str, str]) -> Path:
     """Write an adapter file, whole or not at all; its folder is made."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous().cpu() for name, value in state.items()}
     unfinished = path.with_name(path.name + ".part")
@@ -70,22 +286,60 @@ def with_sorted_header(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
-def rank_of(state: State) -> int:
-    return next(value.shape[0] for name, value in state.items() if ".lora_A." in name)
+# (what stands before a layer's name, what between its parts, the names of A and B)
+LAYOUTS = {
+    "diffusers": ("{key}.", ".", "lora_A", "lora_B"),
+    "peft": ("base_model.model.", ".", "lora_A", "lora_B"),
+    "kohya": ("lora_unet_", "_", "lora_down", "lora_up"),
+    "comfyui": ("diffusion_model.", ".", "lora_A", "lora_B"),
+}
 
 
-def layers_of(model: VideoModel, state: State, metadata: dict, path: str | Path) -> tuple[str, ...]:
-    """The layers that a file is for. Raises ValueError if the model lacks one."""
-    layers = [name.rsplit(".lora_A.", 1)[0] for name in state if ".lora_A." in name]
-    known = {
-        f"{key}.{name}"
-        for key, denoiser in model.denoisers.items()
-        for name, _ in denoiser.named_modules()
+def export(state: State, alpha: float, path: str | Path, format: str = "diffusers") -> Path:
+    """Write an adapter for another tool.
+
+    Args:
+        state: under our own names.
+        alpha: of all layers.
+        path: for "diffusers" and "peft" a folder, as their `from_pretrained` and `load_lora_weights` take;
+            for "kohya" and "comfyui" a file.
+        format: a key of `LAYOUTS`.
+
+    Returns:
+        The file with the tensors.
+
+    Raises:
+        ValueError: for an unknown format, or one that has no names for several denoisers.
+    """
+    if format not in LAYOUTS:
+        raise ValueError(f"unknown format {format!r}; choose one of {', '.join(LAYOUTS)}")
+    prefix, separator, *halves = LAYOUTS[format]
+    keys = dict.fromkeys(name.partition(".")[0] for name in state)
+    if len(keys) > 1 and format != "diffusers":
+        raise ValueError(f"{format} has no names for several denoisers: use format=diffusers")
+    rank = next(len(value) for name, value in state.items() if ".lora_A." in name)
+    path, tensors, metadata, layers = Path(path).expanduser(), {}, {"format": "pt"}, {}
+    for name, value in state.items():
+        layer, _, half = name.rpartition(".lora_")
+        key, _, inner = layer.partition(".")
+        layers.setdefault(key, []).append(inner)
+        base = prefix.format(key=key) + inner.replace(".", separator)
+        tensors[f"{base}.{halves['AB'.index(half[0])]}.weight"] = value
+        if format in ("kohya", "comfyui"):
+            tensors[f"{base}.alpha"] = torch.tensor(float(alpha))
+    described = {
+        key: {"r": rank, "lora_alpha": alpha, "target_modules": sorted(set(names))}
+        for key, names in layers.items()
     }
-    unknown = [layer for layer in layers if layer not in known]
-    if unknown:
-        raise ValueError(
-            f"{path} does not fit {model.name!r}: it has no layer {unknown[0]!r}. The file "
-            f"says it was made for {metadata.get('base_model', 'an unnamed model')!r}"
-        )
-    return tuple(layers)
+    if format == "diffusers":
+        path = path / "pytorch_lora_weights.safetensors"
+        packed = {
+            f"{key}.{name}": value for key, x in described.items() for name, value in x.items()
+        }
+        metadata["lora_adapter_metadata"] = json.dumps(packed)
+    elif format == "peft":
+        path = path / "adapter_model.safetensors"
+        LoraConfig(**described[next(iter(keys))]).save_pretrained(str(path.parent))
+    else:
+        metadata |= {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+    return write(path, tensors, metadata)

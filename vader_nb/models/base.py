@@ -7,11 +7,13 @@ are (B, F, 3, H, W) in [0, 1], and frames are counted in pixels, never in latent
 
 import functools
 import inspect
+import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +102,10 @@ class VideoModel(ABC):
     @abstractmethod
     def from_config(cls, checkpoint, *, name: str) -> "VideoModel":
         """The architecture of a `models.Checkpoint`, see `models.from_config`."""
+
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """diffusers' pipeline, made of the same parts."""
 
     @abstractmethod
     def to(self, *args, **kwargs) -> "VideoModel":
@@ -328,6 +334,20 @@ class VideoModel(ABC):
         """With model offload: these have the device to themselves from now on."""
         if self.offloader is not None:
             self.offloader.onload(*modules)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Save the pipeline directory, which plain diffusers and `load` read.
+
+        Raises:
+            FileExistsError: if the folder is not empty.
+        """
+        folder = Path(folder).expanduser()
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty; choose another folder")
+        self.pipeline().save_pretrained(folder, safe_serialization=True)
+        extra = json.dumps({"defaults": self.defaults, "world": self.world}, indent=2)
+        (folder / "vader_nb.json").write_text(extra + "\n", encoding="utf-8")
+        return folder
 
     @property
     def denoiser(self) -> nn.Module:

@@ -117,6 +117,12 @@ class ModelScope(VideoModel):
             checkpoint.world,
         )
 
+    def pipeline(self):
+        from diffusers.pipelines.deprecated.text_to_video_synthesis import TextToVideoSDPipeline
+
+        parts = {"vae": self.vae, "text_encoder": self.text_encoder, "unet": self.denoiser}
+        return TextToVideoSDPipeline(**parts, tokenizer=self.tokenizer, scheduler=self.scheduler)
+
     def modules(self) -> list[nn.Module]:
         return [self.denoiser, self.vae, self.text_encoder]
 
