@@ -474,9 +474,7 @@ def test_diffusers_own_loader_takes_the_exported_folder(tmp_path):
     lora.lora_files.export(state, 5.0, tmp_path, "diffusers")
     inputs = torch.randn(1, 4, 8, 8), torch.tensor(10), torch.randn(1, 3, 8)
     base = plain(*inputs).sample
-    plain.load_lora_adapter(
-        tmp_path, prefix="unet", weight_name="pytorch_lora_weights.safetensors"
-    )
+    plain.load_lora_adapter(tmp_path, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
     assert not torch.allclose(base, unet(*inputs).sample, atol=1e-3)
     torch.testing.assert_close(plain(*inputs).sample, unet(*inputs).sample)
 

@@ -251,6 +251,14 @@ def run_memory(arguments):
     print(vader_nb.memory(**settings_of(arguments, wanted)))
 
 
+def run_export(arguments):
+    if not arguments.adapter:
+        raise ValueError("which adapter? vader-nb export runs/NAME format=diffusers")
+    common = {f.name for f in fields(config.Common)}
+    wanted = [f for f in fields(arguments) if f.name not in common]
+    print(vader_nb.publish.export(**settings_of(arguments, wanted)))
+
+
 def run_check(arguments):
     if not arguments.reward:
         raise ValueError("which reward? vader-nb check colorfulness")
@@ -287,6 +295,7 @@ COMMANDS = {
     "evaluate": (run_evaluate, config.Evaluate),
     "sample": (run_sample, config.Sample),
     "memory": (run_memory, config.Memory),
+    "export": (run_export, config.Export),
     "check": (run_check, config.Check),
     "rewards": (run_rewards, config.Rewards),
     "engine": (run_engine, config.Engine),

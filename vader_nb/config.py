@@ -115,6 +115,22 @@ class Memory(Common):
 
 
 @dataclass
+class Export(Common):
+    """An adapter for another tool, with a model card; to the Hub if you like."""
+
+    positional = "adapter"
+    adapter: str = option("", "a run's folder, or an adapter file of any tool")
+    format: str = option("diffusers", "diffusers, peft, kohya, comfyui; merged: the whole pipeline")
+    model: str = option("tiny", "that the adapter is for")
+    scale: float = option(1.0, "of the adapter, for merged")
+    output: str | None = option(
+        None, "the folder to make; default: named as the format, in the run's"
+    )
+    push_to_hub: str | None = option(None, "user/name of the repository to upload it to")
+    private: bool = option(False, "whether that repository is private")
+
+
+@dataclass
 class Check(Common):
     """Is a reward fit for training?"""
 

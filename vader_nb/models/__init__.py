@@ -180,7 +180,7 @@ def directory_checkpoint(folder: Path) -> Checkpoint:
     """A pipeline directory, with its own scheduler.
 
     Defaults of sampling are the family's, unless the directory has a file `vader_nb.json` with
-    {"defaults": {"num_inference_steps": 10, …}, "world": "tiny" or null}.
+    {"defaults": {"num_inference_steps": 10, …}, "world": "tiny" or null, "license": "…"}.
     """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     extra = {}
@@ -192,6 +192,7 @@ def directory_checkpoint(folder: Path) -> Checkpoint:
         index["scheduler"][1],
         extra.get("defaults", {}),
         extra.get("world"),
+        license=extra.get("license", ""),
     )
 
 
