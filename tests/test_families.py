@@ -119,6 +119,12 @@ KINDS = {
     "UniPC of noise": {"predict_x0": False},
     "EulerDiscreteScheduler": {},
     "HeunDiscreteScheduler": {},
+    "KDPM2DiscreteScheduler": {},
+    "LMSDiscreteScheduler": {},
+    "DEISMultistepScheduler": {},
+    "DPMSolverSinglestepScheduler": {},
+    "SASolverScheduler": {},
+    "TCDScheduler": {},
     "FlowMatchEulerDiscreteScheduler": {},
 }
 
@@ -149,6 +155,86 @@ def test_x0_is_the_clean_video_whatever_the_scheduler(micro, kind, prediction):
         torch.testing.assert_close(
             micro.x0(scheduler, output, t, noised), clean, rtol=1e-4, atol=1e-4
         )
+
+
+OTHERS = {
+    "LCMScheduler": TRAINED,
+    "PNDMScheduler": TRAINED,
+    "TCDScheduler": TRAINED,
+    "IPNDMScheduler": {},
+    "SASolverScheduler": TRAINED,
+    "UniPCMultistepScheduler": TRAINED | {"predict_x0": False, "final_sigmas_type": "sigma_min"},
+    "HeunDiscreteScheduler": TRAINED,
+    "KDPM2DiscreteScheduler": TRAINED,
+}
+
+
+@pytest.mark.parametrize("strategy", [ReFL(0.6), DRTune(2, stop=2), Last(2)], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_schedulers_that_predict_no_clean_video_themselves(micro, name, strategy):
+    """Against plain autograd, where x0 is computed by the same formula; its value is checked above."""
+    micro.scheduler = getattr(diffusers, name)(**OTHERS[name])
+    adapter = adapted(micro)
+    sampling = Sampling(num_inference_steps=4)
+    setup = micro, adapter, REWARDS["frames"], sampling, strategy, Frames.all()
+    assert_equal(staged(*setup), plain_autograd(*setup))
+
+
+@pytest.mark.parametrize(
+    "name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"]
+)
+def test_K_counts_calls_of_the_denoiser(micro, name):
+    """A solver of second order calls it almost twice a step: all calls together are the whole chain."""
+    micro.scheduler = getattr(diffusers, name)(**TRAINED)
+    sampling = Sampling(num_inference_steps=4).resolve(micro)
+    calls, predict = [], micro.predict
+    micro.predict = lambda *a, **k: (calls.append(1), predict(*a, **k))[1]
+    sample(micro, "a cat", sampling=sampling)
+    assert micro.num_steps(sampling) == len(calls) > 4
+    del micro.predict
+    adapter = adapted(micro)
+    every = Last(micro.num_steps(sampling))
+    setup = micro, adapter, REWARDS["frames"], sampling, every, Frames.all()
+    assert_equal(staged(*setup), plain_autograd(*setup))
+    with pytest.raises(ValueError, match=f"K=99 must lie in 1..{len(calls)}"):
+        staged(micro, adapter, REWARDS["frames"], sampling, Last(99), Frames.all())
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_the_noise_level_is_the_one_the_scheduler_scales_by(micro, name):
+    """Also halfway between two steps."""
+    micro.scheduler = getattr(diffusers, name)(**TRAINED)
+    scheduler = micro.new_scheduler(Sampling(num_inference_steps=3))
+    latents = torch.ones(1, 4, 2, 4, 4, dtype=torch.float64)
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, t).max()
+        _, sigma = micro.signal_and_noise(scheduler, t)
+        torch.testing.assert_close(scaled, latents.max() / (sigma**2 + 1) ** 0.5)
+        latents = scheduler.step(0.1 * latents, t, latents).prev_sample.clamp(min=1.0)
+
+
+def test_guidance_rescale_is_diffusers(micro):
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    outputs = {name: torch.randn(2, 4, 2, 4, 4) for name in ("negative", "prompt")}
+    sampling = Sampling(guidance_scale=7.0, guidance_rescale=0.7).resolve(micro)
+    guided = outputs["negative"] + 7.0 * (outputs["prompt"] - outputs["negative"])
+    theirs = rescale_noise_cfg(guided, outputs["prompt"], guidance_rescale=0.7)
+    torch.testing.assert_close(micro.combine(outputs, torch.tensor(5), sampling), theirs)
+    setup = micro, adapted(micro), REWARDS["frames"], sampling, Last(3), Frames.all()
+    assert_equal(staged(*setup), plain_autograd(*setup))
+
+
+@pytest.mark.parametrize("steps", [3, 7, 25])
+def test_full_noise_in_ddim_is_finite_at_zero_terminal_snr(tiny, steps):
+    sampling = Sampling(num_inference_steps=steps, eta=1.0, num_frames=1)
+    assert sample(tiny, "a red star", sampling=sampling).isfinite().all()
+
+
+def test_an_eta_that_the_scheduler_does_not_have_is_an_error(micro):
+    micro.scheduler = diffusers.DPMSolverMultistepScheduler(**TRAINED)
+    with pytest.raises(ValueError, match="eta=0.5 has no effect with DPMSolverMultistep"):
+        sample(micro, "a cat", sampling=Sampling(eta=0.5))
 
 
 @pytest.mark.parametrize(

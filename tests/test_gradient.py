@@ -67,9 +67,7 @@ def plain_autograd(model, adapter, reward, sampling, strategy, frames):
     Follows the papers' definitions, not the package's plan: each branch detaches what its paper detaches."""
     sampling = sampling.resolve(model)
     generator = torch.Generator().manual_seed(0)
-    plan = strategy.plan(
-        sampling.num_inference_steps, generator
-    )  # only to draw the same random numbers
+    plan = strategy.plan(model.num_steps(sampling), generator)  # only to draw the same numbers
     chosen = frames.choose(sampling.num_frames, generator)
     conditioning = model.encode(PROMPTS)
     latents, generators = initial_noise(model, SEEDS, sampling)
@@ -508,3 +506,69 @@ def test_an_adapter_that_is_not_on_the_model_is_refused(micro, micro_directory):
     for adapter in (other, removed):
         with pytest.raises(ValueError, match="the adapter is not on this"):
             staged(micro, adapter, REWARDS["frames"], Sampling(), Last(1), Frames.all())
+
+
+# --------------------------------------------------------------------------------- numbers out of range
+
+
+def spoiled(model, part):
+    """The model with NaN or infinity in what one of its networks returns."""
+    module = {"text": model.text_encoder, "denoiser": model.denoiser, "decoder": model.vae.decoder}
+    return next(p for p in module[part].parameters() if p.ndim > 1)
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        ("text", "text encoder's states are not finite"),
+        ("denoiser", r"latents after step 1 of 5 are not finite; a likely cause: .*learning_rate"),
+        ("decoder", "decoded frames are not finite; a likely cause: the decoder overflows"),
+    ],
+)
+def test_numbers_that_are_not_finite_name_their_stage(micro, part, message):
+    adapter = adapted(micro)
+    with torch.no_grad():
+        spoiled(micro, part).fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=message):
+        sample(micro, PROMPTS, seeds=SEEDS)
+    with pytest.raises(NonFiniteError, match=message):
+        staged(micro, adapter, REWARDS["frames"], Sampling(), Last(1), Frames.all())
+
+
+LARGE = {
+    "sum": lambda f, p: f.sum(dim=(1, 2, 3, 4)),
+    "squared error in 0..255": lambda f, p: -((255 * f - 100) ** 2).mean(dim=(2, 3, 4)).sum(1),
+    "tiny": lambda f, p: 1e-9 * f.mean(dim=(1, 2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("per_frame", [True, False])
+@pytest.mark.parametrize("name", LARGE)
+def test_float16_carries_gradients_of_any_size(micro_directory, name, per_frame):
+    from vader_nb import load
+    from vader_nb.gradient import score
+    from vader_nb.rewards import reward
+
+    judge = reward(LARGE[name], per_frame=per_frame)
+    latents = torch.randn(2, 4, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        model = load(micro_directory, dtype=dtype)
+        found[dtype] = score(model, latents.to(dtype), judge, PROMPTS, [0, 1])[1].double()
+    full, half = found.values()
+    assert half.isfinite().all() and half.any()
+    assert (half - full).norm() < 0.02 * full.norm()
+
+
+def test_a_network_that_overflows_at_the_usual_scale_is_asked_at_a_smaller_one():
+    from vader_nb.rewards.base import Reward, pixel_gradient
+
+    class Half(Reward):
+        """Its pixels go through float16 with a factor of 1000."""
+
+        def scores(self, frames, prompts):
+            return (frames.half() * 1000).float().mean(dim=(2, 3, 4)) * frames[0, 0].numel()
+
+    frames = torch.rand(1, 1, 3, 8, 8, dtype=torch.float16)
+    _, gradient = pixel_gradient(Half(), frames, ["a cat"])
+    torch.testing.assert_close(gradient, torch.full_like(gradient, 1000.0))

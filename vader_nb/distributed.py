@@ -48,6 +48,8 @@ def accelerator_for(
             f"the model lies on {device}, but this process's GPU is {accelerator.device}: in several processes, leave "
             f"load(device=…) out, or give it that one"
         )
+    if accelerator.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision=fp16 needs a GPU; on a CPU use bf16, or no")
     launched = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if launched and on_cpu and accelerator.num_processes == 1:

@@ -121,7 +121,7 @@ class RewardGradient(Estimator):
         self.settings = {name: getattr(config, name) for name in names}
 
     def collect(self, batch: Batch) -> Collected:
-        plan = self.strategy.plan(self.sampling.num_inference_steps, batch.generator)
+        plan = self.strategy.plan(self.model.num_steps(self.sampling), batch.generator)
         frames = self.frames.choose(self.sampling.num_frames, batch.generator)
         rollout = roll_out(
             self.model,

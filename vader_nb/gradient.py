@@ -24,12 +24,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .lora import Adapter
+from .lora import Adapter, scale_for
 from .models import VideoModel, exclusive
 from .offload import recomputation
 from .prompts import Prompt
-from .rewards import Reward, as_reward, validate_scores
+from .rewards import Reward, as_reward, pixel_gradient
 from .sampling import (
+    DECODER,
     NonFiniteError,
     Rollout,
     Sampling,
@@ -87,7 +88,7 @@ def reward_gradient(
     """
     sampling = (sampling or Sampling()).resolve(model)
     adapter.check_attached(model)
-    plan = strategy.plan(sampling.num_inference_steps, generator)
+    plan = strategy.plan(model.num_steps(sampling), generator)
     chosen = frames.choose(sampling.num_frames, generator)
     fused = adapter if fuse else None
     rollout = roll_out(
@@ -132,6 +133,7 @@ def accumulate(
     for _ in range(count):
         scored = renoise(model, rollout) if plan.renoise else rollout
         try:
+            scored.check()
             value, gradient = score(
                 model, scored.latents, reward, scored.prompts, frames, decode_chunk_size
             )
@@ -148,9 +150,6 @@ def accumulate(
 
 
 # ------------------------------------------------------------------------ stage 2: the reward's gradient
-
-# A reward's gradient on one pixel of many is below what float16 can hold; it is scaled on its way down.
-HALF_SCALE = 2.0**12
 
 
 def score(
@@ -169,29 +168,31 @@ def score(
     not finite, ValueError for a reward of another shape or without a gradient.
     """
     model.onload(*model.decoders(), *reward.networks)
-    scale = HALF_SCALE if latents.dtype == torch.float16 else 1.0
+    wide = torch.promote_types(latents.dtype, torch.float32)
     chunks = [frames[i : i + decode_chunk_size] for i in range(0, len(frames), decode_chunk_size)]
     if reward.per_frame and model.independent_frames:
         leaf = latents.detach().requires_grad_()
         rewards = torch.zeros(len(latents), device=latents.device)
-        with torch.enable_grad():
-            for chunk in chunks:
-                clip = finite(model.decode(leaf, chunk), "decoded frames")
-                share = validate_scores(reward, clip, list(prompts)) * (len(chunk) / len(frames))
-                (share.sum() * scale).backward()
-                rewards = rewards + share.detach()
-        gradient = leaf.grad
+        gradient = torch.zeros_like(latents, dtype=wide)
+        for chunk in chunks:
+            with torch.enable_grad():
+                clip = finite(model.decode(leaf, chunk), "decoded frames", DECODER)
+            part = len(chunk) / len(frames)
+            share, pixels = pixel_gradient(reward, clip, list(prompts), part)
+            scale = scale_for(pixels, clip.dtype)
+            (pulled,) = torch.autograd.grad(clip, leaf, (pixels * scale).to(clip.dtype))
+            rewards, gradient = rewards + share, gradient + pulled.to(wide) / scale
     else:
         with torch.no_grad():
             clip = torch.cat([model.decode(latents, chunk) for chunk in chunks], dim=1)
-        clip = finite(clip, "decoded frames").requires_grad_()
-        with torch.enable_grad():
-            rewards = validate_scores(reward, clip, list(prompts))
-            (pixels,) = torch.autograd.grad(rewards.sum() * scale, clip)
-        gradient = model.decode_vjp(latents, frames, pixels, decode_chunk_size)
-    rewards = finite(rewards.detach(), f"rewards of {reward.name!r}")
-    gradient = finite(gradient, f"gradients of {reward.name!r}")
-    return rewards, gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
+        clip = finite(clip, "decoded frames", DECODER)
+        rewards, pixels = pixel_gradient(reward, clip, list(prompts))
+        scale = scale_for(pixels, clip.dtype)
+        pixels = (pixels * scale).to(clip.dtype)
+        gradient = model.decode_vjp(latents, frames, pixels, decode_chunk_size).to(wide) / scale
+    cause = "the reward (see vader_nb.check): a root or a division at zero"
+    rewards = finite(rewards, f"rewards of {reward.name!r}", cause)
+    return rewards, finite(gradient, f"gradients of {reward.name!r}", cause)
 
 
 # ------------------------------------------------------------------------------- stage 3: the replay

@@ -112,10 +112,10 @@ class Adapter:
         For float16 it is scaled to about 1, and what reaches the adapter inside is scaled back; for
         other precisions it is handed out as it is.
         """
-        if self.model.dtype != torch.float16 or not gradient.any():
+        scale = scale_for(gradient, self.model.dtype)
+        if scale == 1:
             yield gradient
             return
-        scale = 2.0 ** -math.floor(math.log2(gradient.abs().max().item()))
         parameters = self.parameters()
         before = [p.grad for p in parameters]
         for p in parameters:
@@ -213,6 +213,13 @@ class Adapter:
         """Raise ValueError unless the adapter is on this model now."""
         if self.model is not model or not self.attached:
             raise ValueError(f"the adapter is not on this {model.name!r}: lora.load its file first")
+
+
+def scale_for(gradient: torch.Tensor, dtype: torch.dtype) -> float:
+    """The power of two that brings a gradient's largest entry to about 1, if it goes on in float16; else 1."""
+    if dtype != torch.float16 or not gradient.any():
+        return 1.0
+    return 2.0 ** -math.floor(math.log2(gradient.abs().max().item()))
 
 
 def validate_scale(value: float, what: str = "an adapter's scale") -> float:

@@ -30,6 +30,27 @@ def setting(default: Any, help: str, may_change: bool = False) -> Any:
     return field(default=default, metadata=metadata)
 
 
+SAMPLING_BOUNDS = {
+    "num_inference_steps": (1, 1000),
+    "guidance_scale": (0, 1000),
+    "guidance_rescale": (0, 1),
+    "num_frames": (1, 10_000),
+    "height": (1, 16_384),
+    "width": (1, 16_384),
+    "eta": (0, 1),
+}
+
+
+def check_bounds(settings: Any, bounds: dict[str, tuple[float, float]]) -> None:
+    """Raise ValueError for a number that is not within its bounds (NaN is not); None is left out."""
+    for name, (least, most) in bounds.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value is not None and value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
 def with_help(cls: type) -> type:
     """Lists a settings class's fields and their help texts in its docstring, for Shift-Tab."""
     lines = [f"    {f.name}: {f.metadata.get('help', 'see `Sampling`')}." for f in fields(cls)]
@@ -44,6 +65,9 @@ class Sampling:
 
     num_inference_steps: int = setting(None, "denoising steps; default: the model's")
     guidance_scale: float = setting(None, "classifier-free guidance, 1: off; default: the model's")
+    guidance_rescale: float = setting(
+        0.0, "keep the contrast of strong guidance down, 0 to 1 (arXiv 2305.08891)"
+    )
     num_frames: int = setting(None, "frames per clip; default: the model's")
     height: int = setting(None, "pixels; default: the model's")
     width: int = setting(None, "pixels; default: the model's")
@@ -60,7 +84,8 @@ class Sampling:
         """A copy with the model's defaults in the place of None.
 
         Raises:
-            ValueError: for less than one step, or an option that the model's family does not have.
+            ValueError: for a number out of bounds, an eta that the scheduler does not have, or an option that
+                the model's family does not have.
         """
         unknown = self.options.keys() - model.sampling_options.keys()
         if unknown:
@@ -74,9 +99,10 @@ class Sampling:
             if getattr(self, f.name) is None and f.name in model.defaults
         }
         settings = replace(self, **defaults, options=model.sampling_options | self.options)
-        if settings.num_inference_steps < 1:
+        check_bounds(settings, SAMPLING_BOUNDS)
+        if settings.eta and "eta" not in inspect.signature(model.scheduler.step).parameters:
             raise ValueError(
-                f"num_inference_steps must be at least 1, got {settings.num_inference_steps}"
+                f"eta={settings.eta} has no effect with {type(model.scheduler).__name__}: set it to 0"
             )
         return settings
 
@@ -85,13 +111,17 @@ class NonFiniteError(ValueError):
     """Latents, frames, a reward or a gradient hold NaN or infinity; training skips the step."""
 
 
-def finite(values: torch.Tensor | None, what: str) -> torch.Tensor:
-    """The values. Raises NonFiniteError if one is NaN or infinite."""
+DECODER = "the decoder overflows in half precision (load with dtype={'vae': torch.float32})"
+
+
+def finite(values: torch.Tensor | None, what: str, cause: str = "") -> torch.Tensor:
+    """The values. Raises NonFiniteError, with a likely cause, if one is NaN or infinite."""
     if values is None:
         raise ValueError(f"there are no {what}: it does not depend on the frames")
     if not values.detach().isfinite().all():
         shown = f": {values.tolist()}" if values.ndim == 1 else ""
-        raise NonFiniteError(f"the {what} are not finite{shown}")
+        hint = f"; a likely cause: {cause}" if cause else ""
+        raise NonFiniteError(f"the {what} are not finite{shown}{hint}")
     return values
 
 
@@ -108,6 +138,7 @@ class Rollout:
         outputs: the denoiser's outputs at each step, by branch of the guidance.
         scheduler: a copy from the beginning of the window, so that multistep solvers replay exactly.
         window_generators: copies from there, so that the sampler's noise replays exactly.
+        finite: of the text's states and of the latents after each step, whether all numbers are.
     """
 
     prompts: Sequence[str | Prompt]
@@ -120,10 +151,25 @@ class Rollout:
     outputs: list[dict[str, torch.Tensor]] = field(default_factory=list)
     scheduler: Any = None
     window_generators: list[torch.Generator] = field(default_factory=list)
+    finite: list[torch.Tensor] = field(default_factory=list)
 
     def at_window(self) -> tuple[Any, list[torch.Generator]]:
         """Copies of the scheduler and the generators as they were at the beginning of the window."""
         return copy.deepcopy(self.scheduler), clone(self.window_generators)
+
+    def check(self) -> None:
+        """Raise NonFiniteError with the first stage whose numbers were not finite. Waits for the GPU once."""
+        flags = torch.stack(self.finite)
+        if flags.all():
+            return
+        first = flags.tolist().index(False)
+        cause = "float16 overflows (load with dtype=torch.bfloat16)"
+        if self.latents.dtype != torch.float16:
+            cause = "weights that are too large (lower learning_rate), or the scheduler's settings"
+        stage = (
+            f"latents after step {first} of {len(flags) - 1}" if first else "text encoder's states"
+        )
+        raise NonFiniteError(f"the {stage} are not finite; a likely cause: {cause}")
 
 
 def clone(generators: list[torch.Generator]) -> list[torch.Generator]:
@@ -196,6 +242,8 @@ def roll_out(
     conditioning = model.encode(prompts, sampling)
     latents, generators = initial_noise(model, seeds, sampling)
     rollout = Rollout(prompts, conditioning, sampling, latents, generators)
+    states = [x for branch in conditioning.branches.values() for x in branch.values()]
+    rollout.finite.append(torch.stack([x.isfinite().all() for x in states]).all())
     scheduler = model.new_scheduler(sampling)
     timesteps = list(scheduler.timesteps)
     cut, end, mode = len(timesteps) - window, len(timesteps) - stop, ""
@@ -221,6 +269,7 @@ def roll_out(
                 latents = model.x0(scheduler, output, t, latents)
             else:
                 latents = next_latents(model, scheduler, output, t, latents, rollout)
+            rollout.finite.append(latents.isfinite().all())
             if callback is not None:
                 callback(i, t, latents)
     rollout.latents = latents
@@ -240,6 +289,7 @@ def renoise(model: VideoModel, rollout: Rollout) -> Rollout:
     again.outputs = [model.all_branches(scaled, t, rollout.conditioning, sampling)]
     output = model.combine(again.outputs[0], t, sampling)
     again.latents = next_latents(model, scheduler, output, t, state, rollout)
+    again.finite = [*rollout.finite, again.latents.isfinite().all()]
     return again
 
 
@@ -295,6 +345,7 @@ def sample(
     Raises:
         ValueError: for as many seeds as there are not prompts, settings that cannot be met, or an
             adapter that is another model's.
+        NonFiniteError: for latents or frames that are not finite.
         FileNotFoundError: for an adapter path that does not exist.
     """
     prompts = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
@@ -318,4 +369,5 @@ def sample(
             adapter_range=(adapter_start, adapter_end),
             callback=callback,
         )
-        return model.decode(rollout.latents)
+        rollout.check()
+        return finite(model.decode(rollout.latents), "decoded frames", DECODER)

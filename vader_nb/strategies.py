@@ -138,9 +138,7 @@ STRATEGIES = {
 
 def _within(value: int, steps: int, name: str) -> int:
     if not 1 <= value <= steps:
-        raise ValueError(
-            f"{name}={value} must lie in 1..{steps}: the sampler takes num_inference_steps={steps} steps"
-        )
+        raise ValueError(f"{name}={value} must lie in 1..{steps}: the sampler takes {steps} steps")
     return value
 
 

@@ -3,8 +3,26 @@
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 
-from .sampling import Sampling, setting, with_help
+from .lora_files import MAX_RANK
+from .sampling import Sampling, check_bounds, setting, with_help
 from .strategies import Frames, Last, Strategy, parse_frames, parse_strategy
+
+BOUNDS = {
+    "steps": (1, 10**9),
+    "batch_size": (1, 10_000),
+    "gradient_accumulation_steps": (1, 100_000),
+    "learning_rate": (1e-38, 100),
+    "lr_warmup_steps": (0, 10**9),
+    "weight_decay": (0, 100),
+    "max_grad_norm": (0, 1e9),
+    "rank": (1, MAX_RANK),
+    "alpha": (1e-6, 1e6),
+    "decode_chunk_size": (1, 10_000),
+    "seed": (0, 2**40 - 1),
+    "checkpointing_steps": (1, 10**9),
+    "checkpoints_total_limit": (1, 10**9),
+    "validation_steps": (1, 10**9),
+}
 
 
 @with_help
@@ -24,7 +42,7 @@ class TrainConfig:
     )
     lr_warmup_steps: int = setting(0, "steps in which the learning rate rises")
     weight_decay: float = setting(0.0, "of AdamW")
-    max_grad_norm: float = setting(1.0, "longer gradients are clipped to this norm")
+    max_grad_norm: float = setting(1.0, "longer gradients are clipped to this norm; 0: none are")
     use_8bit_adam: bool = setting(False, "optimizer state in 8 bits, by the package bitsandbytes")
     rank: int = setting(8, "of the adapter")
     alpha: float | None = setting(None, "the adapter acts with alpha / rank; default: its rank")
@@ -107,11 +125,4 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ValueError for a number that makes no sense."""
-        counts = (
-            "steps batch_size gradient_accumulation_steps decode_chunk_size checkpointing_steps "
-            "validation_steps checkpoints_total_limit rank"
-        )
-        for name in counts.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_bounds(self, BOUNDS)

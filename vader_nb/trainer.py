@@ -156,7 +156,7 @@ class Trainer:
             )
         # Draw once, so that a window or frames that do not fit are an error now.
         generator = torch.Generator().manual_seed(config.seed)
-        config.strategy.plan(config.sampling.num_inference_steps, generator)
+        config.strategy.plan(model.num_steps(config.sampling), generator)
         config.frames.choose(config.sampling.num_frames, generator)
 
     @exclusive
@@ -200,10 +200,9 @@ class Trainer:
             collected, row = [], {"step": self.state.step + 1, "skipped": str(error)}
             bar.write(f"step {self.state.step + 1} skipped: {error}")
         with distributed.delay_signals():  # a step is taken and recorded, or neither
-            self.update(row)
+            row = self.update(row)
             for _ in range(self.estimator.updates_per_rollout - 1 if collected else 0):
-                row = self.gradients(collected)
-                self.update(row)
+                row = self.update(self.gradients(collected))
             self.state.step += 1
             self.record(row | self.costs(time.perf_counter() - began))
             bar.update()
@@ -394,35 +393,48 @@ class Trainer:
         return {
             "step": self.state.step + 1,
             **synced.values,
-            "grad_norm": self.clip(),
+            "grad_norm": self.clip(synced.values["reward"] >= self.reward.range[1] - 1e-6),
             "learning_rate": self.schedule.get_last_lr()[0],
             **rows[-1].info,
         }
 
-    def clip(self) -> float:
-        """Clip the gradient; returns its norm before that. Raises for one that is zero or not finite."""
+    def clip(self, at_cap: bool) -> float:
+        """Clip the gradient; returns its norm before that. Raises for one that is not finite, or zero at
+        the start though the reward is below its cap."""
         engine = distributed.uses_engine(self.accelerator)
         clip: Any = torch.nn.utils.clip_grad_norm_ if engine else self.accelerator.clip_grad_norm_
-        norm = float(clip(self.parameters, self.config.max_grad_norm))
+        norm = float(clip(self.parameters, self.config.max_grad_norm or math.inf))
         if norm == 0 and self.state.step == 0:
-            raise ValueError(
-                f"the gradient of {self.reward.name!r} that reaches the adapter is zero: nothing to learn from"
-            )
+            what = f"the gradient of {self.reward.name!r} that reaches the adapter is zero"
+            if not at_cap:
+                raise ValueError(f"{what}: nothing to learn from")
+            warnings.warn(f"{what}: the first batch is at the reward's upper end", stacklevel=2)
         if not math.isfinite(norm):
-            raise NonFiniteError(f"gradient norm {norm}")
+            raise NonFiniteError(
+                f"the gradient's norm is {norm}; a likely cause: the denoiser overflows in half precision"
+            )
         return norm
 
-    def update(self, row: dict) -> None:
-        """The optimizer's step, unless the row says that the step is skipped."""
-        taken = "reward" in row
+    def update(self, row: dict) -> dict:
+        """The optimizer's step, unless the row says that the step is skipped; returns the row to record."""
         scaler = self.accelerator.scaler
-        if taken or (scaler is not None and self.parameters[0].grad is not None):
+        before = [p.detach().clone() for p in self.parameters]
+        if "reward" in row or (scaler is not None and self.parameters[0].grad is not None):
             self.optimizer.step()  # a loss scaler skips an overflow by itself, and lowers its scale
+        if not all(p.isfinite().all() for p in self.parameters):
+            rate = self.config.learning_rate
+            problem = f"the weights after the update are not finite: lower learning_rate={rate:g}"
+            row = {"step": row["step"], "skipped": problem}
+            with torch.no_grad():
+                for p, value in zip(self.parameters, before):
+                    p.copy_(value)
+        taken = "reward" in row
         if taken and not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
         self.optimizer.zero_grad()
         self.state.non_finite = 0 if taken else self.state.non_finite + 1
         distributed.check_synchronized(self.parameters, self.accelerator, self.state.step + 1)
+        return row
 
     def costs(self, seconds: float) -> dict:
         """What a step took: time, clips per second in all processes, peak memory in bytes."""

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ipndm import IPNDMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
@@ -179,7 +181,12 @@ class VideoModel(ABC):
         if len(outputs) == 1:
             return outputs["prompt"]
         negative, prompt = outputs["negative"], outputs["prompt"]
-        return negative + sampling.guidance_scale * (prompt - negative)
+        guided = negative + sampling.guidance_scale * (prompt - negative)
+        if sampling.guidance_rescale:  # arXiv 2305.08891, section 3.4
+            dims = list(range(1, guided.ndim))
+            ratio = prompt.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+            guided = guided * (1 + sampling.guidance_rescale * (ratio - 1))
+        return guided
 
     def all_branches(
         self, latents: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, sampling
@@ -211,6 +218,11 @@ class VideoModel(ABC):
         scheduler.set_timesteps(sampling.num_inference_steps, device=self.device)
         return scheduler
 
+    def num_steps(self, sampling) -> int:
+        """Steps of a trajectory, one denoiser call each: solvers of second order take almost twice
+        `num_inference_steps`. A strategy's K counts these."""
+        return len(self.new_scheduler(sampling).timesteps)
+
     def initial_latents(self, sampling, generators: list[torch.Generator]) -> torch.Tensor:
         """Noise of unit variance (B, C, F, H, W), one generator per clip."""
         shape = (len(generators), *self.latent_shape(sampling))
@@ -238,17 +250,25 @@ class VideoModel(ABC):
     ) -> torch.Tensor:
         """The next latents. diffusers' `step` is differentiable; only its pipelines are not."""
         accepted = inspect.signature(scheduler.step).parameters
+        if eta and isinstance(scheduler, DDIMScheduler):
+            eta = rounded_eta(scheduler, t, eta)
         options = {"eta": eta, "generator": generators}
         options = {name: value for name, value in options.items() if name in accepted}
         return scheduler.step(output, t, latents, **options).prev_sample
 
     def signal_and_noise(self, scheduler, t) -> tuple[torch.Tensor, torch.Tensor]:
         """(alpha, sigma) of latents = alpha * clean + sigma * noise at timestep t of this scheduler."""
-        if not hasattr(scheduler, "sigmas"):
+        if not hasattr(scheduler, "sigmas") and not isinstance(scheduler, IPNDMScheduler):
             alpha_squared = scheduler.alphas_cumprod[int(t)]
             return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
         index = scheduler.step_index
-        sigma = scheduler.sigmas[scheduler.index_for_timestep(t) if index is None else index]
+        index = scheduler.index_for_timestep(t) if index is None else index
+        if isinstance(scheduler, IPNDMScheduler):
+            return scheduler.alphas[index], scheduler.betas[index]
+        sigmas = scheduler.sigmas
+        if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:
+            sigmas = scheduler.sigmas_interpol  # KDPM2's every second call
+        sigma = sigmas[index]
         if is_flow(scheduler):
             return 1 - sigma, sigma
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # DPM++, UniPC, DEIS: variance preserving
@@ -272,7 +292,7 @@ class VideoModel(ABC):
             "v_prediction": lambda: alpha * latents - sigma * output,
             "sample": lambda: output,
         }
-        prediction = scheduler.config.prediction_type
+        prediction = scheduler.config.get("prediction_type", "v_prediction")  # IPNDM names none
         if prediction not in predictions:
             raise ValueError(
                 f"unknown prediction_type {prediction!r}; known: {', '.join(predictions)}"
@@ -365,6 +385,17 @@ class VideoModel(ABC):
     def dtype(self) -> torch.dtype:
         """The denoiser's."""
         return next(self.denoiser.parameters()).dtype
+
+
+def rounded_eta(scheduler: DDIMScheduler, t, eta: float) -> float:
+    """DDIM's eta, lowered by rounding: at zero terminal SNR its square root is else one of -1e-8."""
+    before = int(t) - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    final = scheduler.final_alpha_cumprod
+    remaining = 1 - (scheduler.alphas_cumprod[before] if before >= 0 else final)
+    variance = scheduler._get_variance(int(t), before)
+    while remaining - (eta * variance**0.5) ** 2 < 0:
+        eta *= 1 - 2**-23
+    return eta
 
 
 def is_flow(scheduler) -> bool:

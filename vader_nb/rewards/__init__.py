@@ -11,7 +11,7 @@ that are out of reach.
 import importlib
 from typing import TYPE_CHECKING
 
-from .base import Reward, as_reward, conflict, record_parts, reward, statistics, validate_scores
+from .base import Reward, as_reward, conflict, pixel_gradient, record_parts, reward, statistics
 from .expression import EMBEDDED, MODULES, NAMES, parse
 
 if TYPE_CHECKING:

@@ -62,7 +62,13 @@ class Reward:
 
     def __call__(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         frames = validate_frames(frames, prompts)
-        return self.scores(frames, [str(prompt) for prompt in prompts]).mean(dim=1)
+        before = frames._version
+        scores = self.scores(frames, [str(prompt) for prompt in prompts])
+        if frames._version != before:  # what is judged next would see other frames
+            raise ValueError(
+                f"reward {self.name!r} changes its frames in place; write frames = frames * 0.5"
+            )
+        return scores.mean(dim=1)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -186,6 +192,7 @@ class FunctionReward(Reward):
         self.fingerprint = describe(function) + (" per frame" if per_frame else "")
 
     def scores(self, frames, prompts):
+        frames = frames.clone()  # which the function may change
         clips = frames.split(1, dim=1) if self.per_frame else [frames]
         return torch.cat([as_column(self.function(clip, prompts)) for clip in clips], dim=1)
 
@@ -194,7 +201,7 @@ class FunctionReward(Reward):
             return super().__call__(frames, prompts)
         frames = validate_frames(frames, prompts)
         # Of any shape: the caller checks it and names the reward.
-        return self.function(frames, [str(prompt) for prompt in prompts])
+        return self.function(frames.clone(), [str(prompt) for prompt in prompts])
 
 
 def describe(value) -> str:
@@ -299,6 +306,33 @@ def validate_scores(reward: Reward, frames: torch.Tensor, prompts: list) -> torc
             "uint8, PIL, numpy, argmax). vader_nb.check(reward) shows more"
         )
     return value
+
+
+def pixel_gradient(
+    reward: Reward, frames: torch.Tensor, prompts: list, weight: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight * scores (B,), and the gradient of their sum on the frames, in float32 or wider.
+
+    Where networks run in float16 the scores are scaled up, else small gradients would vanish in
+    them; and down where those overflow.
+
+    Raises:
+        ValueError: for scores of another shape or without a gradient on the frames.
+    """
+    scores, gradient, scale = frames, None, 1.0
+    for scale in (2.0**12, 1.0, 2.0**-12) if frames.dtype == torch.float16 else (1.0,):
+        leaf = at_least_float32(frames.detach()).requires_grad_()
+        with torch.enable_grad():
+            scores = validate_scores(reward, leaf, prompts) * weight
+            (gradient,) = torch.autograd.grad(scores.sum() * scale, leaf, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                f"reward {reward.name!r} has no gradient: it does not look at the frames"
+            )
+        if gradient.isfinite().all():
+            break
+    assert gradient is not None
+    return scores.detach(), gradient / scale
 
 
 @torch.no_grad()
