@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from . import lora
 
@@ -78,7 +79,10 @@ def check_same_run(folder: Path, config: dict, may_change: set[str]) -> None:
         raise ValueError(
             f"cannot resume in {folder}, which holds no run: a checkpoint goes on in its own run's folder"
         )
-    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: it holds no settings") from error
     now = json.loads(json.dumps(config))
     fixed = [name for name in now if name not in may_change and name not in CLIPS]
     # A setting that an older version did not record counts as unchanged.
@@ -117,6 +121,22 @@ def check_writable(folder: Path) -> None:
             f"only {free / 1e6:.0f} MB free where {folder} lies; a run needs at least "
             f"{MIN_FREE_SPACE / 1e6:.0f} MB"
         )
+
+
+def claim(folder: Path) -> FileLock:
+    """Hold a run's folder until the lock is released or this process ends.
+
+    Raises:
+        FileExistsError: if another process, or another run of this one, holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(
+            f"{folder} is being written by another run; wait for its end, or choose another name"
+        ) from None
+    return lock
 
 
 def begin(folder: Path, config: dict, step: int) -> None:
@@ -253,21 +273,41 @@ def discard(path: Path) -> None:
     shutil.rmtree(stale, ignore_errors=True)
 
 
+CONTENTS = {"step": int, "non_finite": int, "optimizer": dict, "schedule": dict, "random": list}
+
+
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The adapter's tensors and the state of a checkpoint, on the CPU. Raises ValueError if damaged."""
+    advice = f"resume from an older one: resume={path.parent}/step-…"
     try:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        return lora.read(path / "adapter.safetensors")[0], state
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        tensors = lora.read(path / "adapter.safetensors")[0]
+    except pickle.UnpicklingError:  # torch would advise to load what could run code
         raise ValueError(
-            f"{path} is damaged ({str(error).splitlines()[0]}); resume from an older one: "
-            f"resume={path.parent}/step-…"
-        ) from error
+            f"{path / 'state.pt'} is damaged, or holds more than tensors and numbers; {advice}"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); {advice}") from error
+    fits = isinstance(state, dict) and all(
+        isinstance(state.get(name), kind) for name, kind in CONTENTS.items()
+    )
+    if not fits or state["step"] < 1 or not state["random"]:
+        raise ValueError(f"{path / 'state.pt'} is not the state of a run; {advice}")
+    return tensors, state
 
 
 def read_metrics(folder: str | Path, step: float = math.inf) -> list[dict]:
     """The rows of metrics.jsonl up to a step; a kill may have torn the last line."""
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [row for row in rows if row["step"] <= step]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            row = json.loads(line)
+            if row["step"] <= step:
+                rows.append(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged: line {number} is no row of a step") from error
+    return rows

@@ -4,8 +4,12 @@ vader-nb align reward="hps + 0.02 * aesthetic" prompts=tiny held_out=tiny_held_o
 accelerate launch --num_processes 4 -m vader_nb align config=modelscope reward=aesthetic
 """
 
+import contextlib
 import os
+import secrets
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import Field, fields
@@ -107,7 +111,9 @@ def run_folder(arguments) -> Path:
         )
     if name is None and resume:
         return checkpoints.run_folder(checkpoints.checkpoint_at(str(resume)))
-    name = name or f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if name is None:  # not even two starts in the same second have one name
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        name = f"{Path(arguments.model).name}-{vader_nb.distributed.broadcast_from_main(lambda: stamp)}"
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"a run's name is one folder's name, not {name!r}; see output_dir")
     return folder / name
@@ -157,11 +163,11 @@ def report_run(run, groups: dict, seconds: float) -> None:
     if not vader_nb.distributed.is_main_process():
         return
     file = run.folder / "adapter.safetensors"
+    if not file.exists():
+        raise OSError(f"the adapter could not be written to {run.folder}: see the warning above")
     print(f"trained {len(run.metrics)} steps in {seconds:.0f} s: {file}")
     if run.best:
         print(f"best by the validation, on {validation_group(groups)} prompts: {run.best}")
-    if not file.exists():
-        raise OSError(f"the adapter could not be written to {run.folder}: see the warning above")
     if run.stopped:
         place = f"name={run.folder.name} output_dir={run.folder.parent}"
         print(f"stopped; continue with: vader-nb align resume=true {place} …")
@@ -323,6 +329,10 @@ def main(argv: list[str] | None = None) -> None:
         print(config.usage(name, kind))
         return
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    before = signal.getsignal(signal.SIGINT)
+    at_once = before is signal.default_int_handler and in_main_thread()
+    if at_once:
+        signal.signal(signal.SIGINT, exit_interrupted)
     try:
         arguments = config.read(kind, words[1:])
         if arguments.threads:
@@ -337,7 +347,13 @@ def main(argv: list[str] | None = None) -> None:
             raise
         sys.exit(failed(error))
     finally:
+        if at_once:
+            signal.signal(signal.SIGINT, before)
         leave_process_group()
+
+
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def failed(error: object, code: int = 2) -> int:
@@ -346,8 +362,17 @@ def failed(error: object, code: int = 2) -> int:
 
 
 def leave_process_group() -> None:
-    if "torch" in sys.modules:
-        import torch.distributed as dist
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+
+def exit_interrupted(*_) -> None:
+    """End the process at once, with one line: an import in between would print its traceback.
+
+    Training has handlers of its own, which keep what there is.
+    """
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os.write(2, b"vader-nb: interrupted\n")
+    os._exit(INTERRUPTED)

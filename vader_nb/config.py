@@ -255,7 +255,9 @@ def pairs(words: Sequence[str], known: dict, positional: str) -> Iterator[tuple[
         if re.match(r"--|-[A-Za-z]", word):
             name = key.strip("-").replace("-", "_")
             raise ValueError(f"cannot read {word!r}: settings are key=value: {name}={value or '…'}")
-        if equals and key.isidentifier() and not (free_text and is_text(key, known)):
+        if equals and key == positional and free_text:
+            yield from ((key, str(text)) for text in texts_of(value))
+        elif equals and key.isidentifier() and not (free_text and is_text(key, known)):
             yield key, value
         elif not positional:
             raise ValueError(f"cannot read {word!r}: write key=value, as in steps=40")
@@ -264,6 +266,14 @@ def pairs(words: Sequence[str], known: dict, positional: str) -> Iterator[tuple[
         else:
             seen = True
             yield positional, word
+
+
+def texts_of(value: str) -> list:
+    """Prompts of a set or a file, or the value as the one prompt."""
+    from . import prompts
+
+    is_source = value in prompts.SETS or Path(value).suffix in prompts.SUFFIXES
+    return prompts.get(value) if is_source or Path(value).is_file() else [value]
 
 
 def is_text(key: str, known: dict) -> bool:
@@ -293,15 +303,25 @@ def parsed(key: str, text: str, kind: Any) -> Any:
         made: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={text}"]))
         value = made[key]
         return [value] if isinstance(value, str) else value
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # ${shop} in a text is no reference to a key
+    return literal(text)
+
+
+def literal(value: Any) -> Any:
+    """A value in whose texts ${shop} is no reference to a key, nor to an environment variable."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: literal(item) for key, item in value.items()}
+    return [literal(item) for item in value] if isinstance(value, list) else value
 
 
 def from_file(name: str) -> dict:
-    path = next((p for p in (Path(name), FOLDER / f"{name}.yaml") if p.is_file()), None)
+    places = (Path(name).expanduser(), FOLDER / f"{name}.yaml")
+    path = next((place for place in places if place.is_file()), None)
     if path is None:
         shipped = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
         raise FileNotFoundError(f"no configuration at {name}; give a YAML file, or: {shipped}")
-    return translate.read_yaml(path)
+    return literal(translate.read_yaml(path))
 
 
 def foreign(source: dict, known: dict, everything: dict) -> dict:
@@ -309,6 +329,10 @@ def foreign(source: dict, known: dict, everything: dict) -> dict:
     theirs = {key: value for key, value in source.items() if key not in known}
     if not theirs:
         return {}
+    table = translate.tool("vader")
+    for key, value in theirs.items():
+        if str(value) not in table.fixed.get(key, [str(value)]):
+            raise ValueError(f"{key}={value} cannot be met: {table.reasons[key]}")
     ours, notes = translate.translate("vader", theirs, known, everything)
     if os.environ.get("RANK", "0") == "0":
         meant = ", ".join(f"{key}={value}" for key, value in ours.items())

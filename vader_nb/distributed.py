@@ -132,8 +132,9 @@ def gather(value, accelerator: Accelerator) -> list:
     return gather_object([value]) if accelerator.num_processes > 1 else [value]
 
 
-def broadcast_from_main(make: Callable, accelerator: Accelerator):
+def broadcast_from_main(make: Callable, accelerator: Accelerator | PartialState | None = None):
     """In every process, what `make()` returns in the main one; or raises there. Files need not be shared."""
+    accelerator = accelerator or PartialState(cpu=not torch.cuda.is_available())
     if accelerator.num_processes == 1:
         return make()
     result = [None]
@@ -156,12 +157,14 @@ def is_main_process() -> bool:
 # ------------------------------------------------------------------------------------------- signals
 
 # The stop button or Ctrl-C; a cluster's warning before it kills.
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# The stop button or Ctrl-C; a cluster's warning before it kills; a terminal that is closed.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # no SIGHUP on Windows
 
 
 @contextlib.contextmanager
 def signal_handler(handler: Callable) -> Iterator[None]:
-    """Inside, both signals call the handler. Does nothing outside of the main thread."""
+    """Inside, these signals call the handler. Does nothing outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -143,6 +143,7 @@ class Trainer:
         self.start_adapter, self.validation, self.callback = adapter, validate, callback
         self.estimator = estimator or RewardGradient()
         self.state = State()
+        self.lock: checkpoints.FileLock | None = None
         config.validate()
         config.sampling = config.sampling.resolve(model)
         if config.frames is None:
@@ -162,6 +163,13 @@ class Trainer:
     @exclusive
     def fit(self) -> Run:
         """Train; see `align`."""
+        try:
+            return self.run()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def run(self) -> Run:
         self.prepare()
         config, state = self.config, self.state
         hidden = not (config.progress and self.accelerator.is_main_process)
@@ -247,7 +255,7 @@ class Trainer:
             self.accelerator.init_trackers(config.output_dir.name, settings, options)
 
     def find_checkpoint(self) -> tuple | None:
-        """In the main process: the tensors, the state and the metrics to go on from, if any."""
+        """In the main process: hold the folder; the tensors, the state and the metrics to go on from, if any."""
         config = self.config
         start = checkpoints.find_checkpoint(config.output_dir, config.resume)
         if start is not None:
@@ -256,6 +264,7 @@ class Trainer:
                 may_change.add("steps")
             checkpoints.check_same_run(config.output_dir, self.description(), may_change)
         checkpoints.check_writable(config.output_dir)
+        self.lock = checkpoints.claim(config.output_dir)
         if start is None:
             return None
         tensors, contents = checkpoints.read(start)
@@ -584,10 +593,14 @@ def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig):
 
 
 def best_step(metrics: list[dict]) -> int | None:
-    """The step with the highest validation score (the first one that `validate` names), if any."""
+    """The step with the highest validation score (the first one that `validate` names), if any.
+
+    If a resumed run validates by another score, steps before that do not count.
+    """
     scored = [row for row in metrics if any(key.startswith("validation/") for key in row)]
     if not scored:
         return None
-    first = next(key for key in scored[0] if key.startswith("validation/"))
+    first = next(key for key in scored[-1] if key.startswith("validation/"))
     # NaN is never the best.
-    return max(scored, key=lambda row: -math.inf if math.isnan(row[first]) else row[first])["step"]
+    scores = {row["step"]: row[first] for row in scored if first in row}
+    return max(scores, key=lambda step: -math.inf if math.isnan(scores[step]) else scores[step])

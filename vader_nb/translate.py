@@ -31,6 +31,7 @@ class Tool:
     rewards: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, str] = field(default_factory=dict)
     other_models: dict[str, list[str]] = field(default_factory=dict)
+    fixed: dict[str, list[str]] = field(default_factory=dict)
 
     @functools.cached_property
     def reasons(self) -> dict[str, str]:
@@ -208,8 +209,9 @@ def read_yaml(path: str | Path) -> dict:
     """The keys of a YAML file."""
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        shown = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not YAML in UTF-8: {shown}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds no keys: write lines such as steps: 40")
     return {str(key): value for key, value in loaded.items()}

@@ -6,6 +6,9 @@ a detector to tell apart; `…_actpred` names actions of Kinetics-400.
 """
 
 import codecs
+import csv
+import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +51,7 @@ def read(path: str | PathLike) -> list[str]:
         FileNotFoundError: There is no such file; the message names the nearest set.
         ValueError: The file is not text (with the number of the line), or has no prompts.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         near = get_close_matches(str(path), SETS, n=1, cutoff=0.5)
         hint = f" (the nearest is {near[0]!r})" if near else ""
@@ -62,11 +65,52 @@ def read(path: str | PathLike) -> list[str]:
     except UnicodeDecodeError as error:
         number = 1 + len(re.findall(rb"\r\n?|\n", data[: error.start]))
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} in line {number}") from error
-    lines = [line.strip() for line in re.split(r"\r\n?|\n", text)]
-    found = [line for line in lines if line]
+    form = FORMS.get(path.suffix.lower(), plain_lines)
+    try:
+        found = form(text)
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if not found:
         raise ValueError(f"{path} holds no prompt: write one per line")
     return found
+
+
+COLUMNS = ("prompt", "caption", "text")  # where tables have their prompts
+
+
+def plain_lines(text: str) -> list[str]:
+    """One prompt per line, with or without quotation marks; lines that begin with # are comments."""
+    lines = [line.strip() for line in re.split(r"\r\n?|\n", text)]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    return [line[1:-1] if re.fullmatch(r'".+"', line) else line for line in lines]
+
+
+def table(text: str, delimiter: str = ",") -> list[str]:
+    rows = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    names = {(name or "").strip().lower(): name for name in rows.fieldnames or []}
+    column = next((names[name] for name in COLUMNS if name in names), None)
+    if column is None:
+        raise ValueError(f"none of its columns is named {', '.join(COLUMNS)}")
+    return [row[column].strip() for row in rows if (row[column] or "").strip()]
+
+
+def json_lines(text: str) -> list[str]:
+    """One JSON value per line: a text, or an object with one of `COLUMNS`."""
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    texts = [
+        row[next((name for name in COLUMNS if name in row), COLUMNS[0])]
+        if isinstance(row, dict)
+        else row
+        for row in rows
+    ]
+    odd = [value for value in texts if not isinstance(value, str)]
+    if odd:
+        raise ValueError(f"{odd[0]!r} is no prompt")
+    return [value.strip() for value in texts if value.strip()]
+
+
+FORMS = {".csv": table, ".tsv": partial(table, delimiter="\t"), ".jsonl": json_lines}
+SUFFIXES = (".txt", *FORMS)
 
 
 def tiny() -> list[str]:
