@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vader_nb
 from tests import simulations
+from tests.selfcheck import counted
 from vader_nb import load, memory_planner, models
 from vader_nb.memory_planner import (
     GIB,
@@ -23,7 +26,6 @@ from vader_nb.memory_planner import (
     simulate,
 )
 from vader_nb.offload import CPUOffloader
-from vader_nb.selfcheck import counted
 from vader_nb.strategies import DRaFTLV, Frames, Last
 
 KB = torch.zeros(256).nbytes  # a tensor of 256 floats
@@ -174,6 +176,14 @@ def test_it_leaves_no_trace(small):
     tiny = load("tiny")
     states = tiny.encode(["a red star"])["prompt"]["encoder_hidden_states"]
     assert type(states) is torch.Tensor
+
+
+def test_a_process_that_simulates_ends_as_it_should():
+    """Deep copies of fake tensors corrupt the heap, which shows when Python frees it at the end."""
+    code = "import vader_nb; print(vader_nb.memory('tiny', num_inference_steps=1))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tiny + hps, simulated" in done.stdout
 
 
 def test_frames_are_by_default_those_that_training_would_take(small):

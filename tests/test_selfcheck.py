@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests import selfcheck
 from tests.test_gradient import PROMPTS, SEEDS, adapted, bright
-from vader_nb import gradient, selfcheck, speed
+from vader_nb import gradient, speed
 from vader_nb.gradient import reward_gradient
 from vader_nb.rewards import reward
 from vader_nb.sampling import Sampling, roll_out

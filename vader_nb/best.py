@@ -134,13 +134,9 @@ def best_checkpoint(
 def choose(
     paths: dict[int, Path | None], scores: torch.Tensor, trained: dict[int, float], name: str
 ) -> Choice:
-    """Choose among checkpoints.
+    """Choose by scores `(paths, prompts)` of the held-out reward `name`; the base comes first.
 
-    Args:
-        paths: Folders by step, first the base: `{0: None, 20: ...}`.
-        scores: Held-out scores of each on each prompt, `(checkpoints, prompts)`.
-        trained: The training reward by step.
-        name: Name of the held-out reward.
+    `trained` is the training reward by step.
     """
     steps, prompts = list(paths), scores.shape[1]
     means = scores.mean(1)

@@ -71,7 +71,7 @@ class Align(Judged):
     validation_steps: int | None = option(None, "steps between validations, which find the best")
     resume: str = option("false", "true: from the newest checkpoint; latest: or anew; or a path")
     model_cpu_offload: bool = option(False, "only the networks of the current stage on the GPU")
-    speed: str | None = option(None, "switches, such as channels_last,compile (vader_nb.selfcheck)")
+    speed: str | None = option(None, "switches, such as channels_last,compile (tests.selfcheck)")
     evaluation: bool = option(True, "compare base and adapter at the end")
 
 

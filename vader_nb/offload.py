@@ -19,19 +19,12 @@ class CPUOffloader:
     offloading transfers nothing. (The hooks of accelerate and diffusers move a whole module, copy
     its weights back each time, and keep one module on the device, not the decoder and the reward
     together.)
-
-    Args:
-        device: Where the work is done.
-        offload_device: Where idle networks wait, usually the CPU.
-
-    Attributes:
-        loaded: The networks whose weights are on `device`.
     """
 
     def __init__(self, device: torch.device, offload_device: torch.device):
         self.device = device
         self.offload_device = offload_device
-        self.loaded: list[nn.Module] = []
+        self.loaded: list[nn.Module] = []  # whose weights are on `device`
         self._copies: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()
 
     def onload(self, *modules: nn.Module) -> None:
@@ -80,10 +73,6 @@ def offload_saved_tensors(device: torch.device, network: nn.Module) -> saved_ten
 
     The network's own weights, which autograd saves as well, stay where they are (torch's
     `save_on_cpu` would copy each of them).
-
-    Args:
-        device: Where saved tensors wait, usually the CPU.
-        network: The network that runs inside.
     """
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
 

@@ -3,7 +3,7 @@
     speed.apply(model, "channels_last,compile")     # from now on
     with speed.apply(model, "channels_last"):       # only inside
 
-`python -m vader_nb.selfcheck` measures them on a machine. None changes the result, beyond rounding, nor
+`python -m tests.selfcheck`, in a clone, measures them on a machine. None changes the result, beyond rounding, nor
 the names of weights and of the adapter's tensors.
 
 A switch is a function of the model and an `ExitStack`, on which it puts what turns it off again. It

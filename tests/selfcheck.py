@@ -1,4 +1,4 @@
-"""A checklist for a machine: `python -m vader_nb.selfcheck`
+"""A checklist for a machine: `python -m tests.selfcheck`, in a clone
 
 Gradients against plain autograd, memory against the simulator, an interrupted run against an uninterrupted
 one, half precision, several GPUs, and which switches of `speed` help here; as a table to paste into an issue.
@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.collect_env
 
-from . import lora, speed
-from .gradient import reward_gradient
-from .memory_planner import MemoryTracker, Step
-from .models import VideoModel, load
-from .rewards import Reward, parse
-from .sampling import Sampling, denoising_step, initial_noise
-from .strategies import Frames, Last
-from .trainer import Run, align
+from vader_nb import lora, speed
+from vader_nb.gradient import reward_gradient
+from vader_nb.memory_planner import MemoryTracker, Step
+from vader_nb.models import VideoModel, load
+from vader_nb.rewards import Reward, parse
+from vader_nb.sampling import Sampling, denoising_step, initial_noise
+from vader_nb.strategies import Frames, Last
+from vader_nb.trainer import Run, align
 
 PROMPTS = [
     "a red star spinning on a white background",
@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     import diffusers
     import transformers
 
-    parser = argparse.ArgumentParser("python -m vader_nb.selfcheck", description=__doc__)
+    parser = argparse.ArgumentParser("python -m tests.selfcheck", description=__doc__)
     quick = "small clips, few rounds, no compiling: a minute or two"
     parser.add_argument("--quick", action="store_true", help=quick)
     which = "for speed and, on CUDA, memory; the other checks take tiny"
