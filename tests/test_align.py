@@ -438,7 +438,7 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(fresh, tmp_path):
     align(fresh(), brightness(), PROMPTS, steps=4, **options)
     (tmp_path / "run" / "checkpoints" / "step-000004" / "state.pt").write_bytes(b"not what it was")
     model = fresh()
-    with pytest.raises(ValueError, match="step-000004 is damaged .*resume from an older one"):
+    with pytest.raises(ValueError, match="step-000004.* is damaged.*resume from an older one"):
         align(model, brightness(), PROMPTS, steps=5, resume=True, **options)
     older = tmp_path / "run" / "checkpoints" / "step-000002"
     assert len(align(model, brightness(), PROMPTS, steps=5, resume=older, **options).metrics) == 5
@@ -988,3 +988,205 @@ def test_every_setting_is_known_to_the_flat_list():
     assert config.strategy == DRTune(2, stop=1)
     with pytest.raises(ValueError, match="unknown setting 'stepz'"):
         TrainConfig.from_flat({"stepz": 3})
+
+
+# ------------------------------------------------------------- one folder, one run; settings that act
+
+
+def test_a_folder_in_which_a_run_works_is_not_anothers(fresh, tmp_path):
+    folder, refused = tmp_path / "run", []
+
+    def second(row):
+        if row["step"] == 1:
+            with pytest.raises(FileExistsError, match="is being written by another run"):
+                align(fresh(), brightness(), PROMPTS, steps=1, output_dir=folder, resume="latest")
+            refused.append(recorded(folder))
+
+    run = align(fresh(), brightness(), PROMPTS, steps=2, output_dir=folder, callback=second, **FAST)
+    assert len(refused) == 1 and [row["step"] for row in recorded(folder)] == [1, 2]
+    again = align(  # and it is free afterwards
+        fresh(), brightness(), PROMPTS, steps=3, output_dir=folder, resume=True, **FAST
+    )
+    assert untimed(again.metrics[:2]) == untimed(run.metrics)
+
+
+def test_a_resumed_run_may_validate_by_another_score(fresh, tmp_path):
+    options = FAST | {"output_dir": tmp_path / "run", "validation_steps": 1}
+    scores = iter([0.9, 0.8, 0.1, 0.3, 0.2])
+    first = align(
+        fresh(), brightness(), PROMPTS, steps=2, validate=lambda a: {"old": next(scores)}, **options
+    )
+    assert best_step(first.metrics) == 1
+    for steps, best in ((4, 4), (5, 4)):
+        run = align(
+            fresh(),
+            brightness(),
+            PROMPTS,
+            steps=steps,
+            resume=True,
+            validate=lambda a: {"new": next(scores)},
+            **options,
+        )
+        assert best_step(run.metrics) == best
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [[], {}, 3, {"step": 4}, {"step": 4, "random": []}, {"step": -1}, object],
+    ids=["list", "empty", "int", "keys", "no generators", "negative", "code"],
+)
+def test_an_odd_state_is_named_and_nothing_of_torchs_advice_is_repeated(fresh, tmp_path, contents):
+    options = FAST | {"output_dir": tmp_path / "run"}
+    align(fresh(), brightness(), PROMPTS, steps=2, **options)
+    path = tmp_path / "run" / "checkpoints" / "step-000002" / "state.pt"
+    if isinstance(contents, dict) and "step" in contents:
+        contents = torch.load(path, weights_only=True) | contents
+        if len(contents) > 1 and contents["step"] == 4 and contents["random"]:
+            del contents["optimizer"]
+    torch.save(contents, path)
+    with pytest.raises(ValueError, match=r"state\.pt is .*resume from an older one") as raised:
+        align(fresh(), brightness(), PROMPTS, steps=4, resume=True, **options)
+    assert "weights_only" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [("config.json", '{"steps": 2'), ("config.json", "[]x"), ("metrics.jsonl", "3\n")]
+    + [("metrics.jsonl", text) for text in ("null\n", "[]\n", '{"reward": 1}\n', "{\n")],
+)
+def test_odd_files_of_a_run_are_named(fresh, tmp_path, name, text):
+    options = FAST | {"output_dir": tmp_path / "run"}
+    align(fresh(), brightness(), PROMPTS, steps=2, **options)
+    (tmp_path / "run" / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        align(fresh(), brightness(), PROMPTS, steps=4, resume=True, **options)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (999_999, 1_000_000, 20):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    assert list(list_checkpoints(tmp_path)) == [20, 999_999, 1_000_000]
+
+
+def test_a_first_batch_above_the_cap_trains_on(fresh, tmp_path):
+    """The next batch may lie below it."""
+    with pytest.warns(UserWarning, match="the first batch is at the reward's upper end"):
+        run = align(
+            fresh(),
+            brightness().capped(0.001),
+            PROMPTS,
+            steps=2,
+            output_dir=tmp_path / "run",
+            **FAST,
+        )
+    assert [row["grad_norm"] for row in run.metrics] == [0, 0]
+
+
+def test_no_clipping_is_zero(fresh, tmp_path):
+    """Elsewhere, too: with 0 nothing is clipped."""
+    adapters = []
+    for norm in (0, 1e9):
+        folder = tmp_path / str(norm)
+        run = align(
+            fresh(), brightness(), PROMPTS, steps=2, output_dir=folder, max_grad_norm=norm, **FAST
+        )
+        adapters.append(torch.cat([p.detach().flatten() for p in run.adapter.parameters()]))
+    assert torch.equal(*adapters) and adapters[0].any()
+
+
+def test_weights_that_overflow_are_put_back(fresh, tmp_path, monkeypatch):
+    """The step is skipped, and its weights are those before it."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def overflowing(self, *arguments, **options):
+        parameters = self.param_groups[0]["params"]
+        seen.append([p.detach().clone() for p in parameters])
+        step(self, *arguments, **options)
+        if len(seen) == 2:
+            parameters[0].data.fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    run = align(fresh(), brightness(), PROMPTS, steps=3, output_dir=tmp_path / "run", **FAST)
+    assert ["skipped" in row for row in run.metrics] == [False, True, False]
+    assert "lower learning_rate" in run.metrics[1]["skipped"]
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2]))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"learning_rate": float("nan")}, "learning_rate must be at least"),
+        ({"learning_rate": float("inf")}, "learning_rate must be at most"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be at least 0"),
+        ({"rank": 10**6}, "rank must be at most 4096"),
+        ({"seed": 10**30}, "seed must be at most"),
+        ({"decode_chunk_size": 0}, "decode_chunk_size must be at least 1"),
+        ({"validation_steps": 0}, "validation_steps must be at least 1"),
+        ({"sampling": Sampling(guidance_scale=float("nan"))}, "guidance_scale must be at least 0"),
+        ({"sampling": Sampling(guidance_scale=1e30)}, "guidance_scale must be at most"),
+        ({"sampling": Sampling(width=100_000)}, "width must be at most"),
+        ({"sampling": Sampling(eta=1.5)}, "eta must be at most 1"),
+        ({"mixed_precision": "fp16"}, "mixed_precision=fp16 needs a GPU"),
+    ],
+)
+def test_numbers_out_of_bounds_are_found_first(fresh, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        align(fresh(), brightness(), PROMPTS, **FAST | options, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+# --------------------------------------------------------------------------- after any exception
+
+
+def test_after_any_exception_the_model_is_as_it_was(fresh, tmp_path):
+    """Weights, layers, hooks and scheduler, whatever failed and however far it got."""
+    from vader_nb import evaluate, reward_gradient, sample
+
+    model = fresh()
+    good = lora.add(model, 2).save(tmp_path / "good.safetensors")
+    lora.use_adapter(model, None)
+    lora._detach(model)
+
+    def picture():
+        modules = list(model.denoiser.named_modules())
+        hooks = [(name, len(m._forward_hooks), "forward" in vars(m)) for name, m in modules]
+        weights = {name: p.clone() for name, p in model.denoiser.named_parameters()}
+        return [name for name, _ in modules], hooks, weights, vars(model.scheduler).keys()
+
+    def raising(frames, prompts):
+        raise ZeroDivisionError("the user's own code")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def gradient(judge):
+        adapter = lora.load(model, good)
+        try:
+            reward_gradient(model, adapter, judge, PROMPTS[:1], seeds=[0])
+        finally:
+            adapter.remove()
+
+    options = FAST | {"output_dir": tmp_path / "run", "steps": 1}
+    attempts = [
+        lambda: lora.load(model, good, scale=11),
+        lambda: lora.load(model, tmp_path / "none.safetensors"),
+        lambda: lora.combine(model, {good: 1.0, tmp_path / "none.safetensors": 1.0}),
+        lambda: lora.add(model, 2, targets=("nothing",)),
+        lambda: sample(model, PROMPTS, adapter=good, callback=interrupted),
+        lambda: sample(model, PROMPTS, adapter={good: 99}),
+        lambda: gradient(raising),
+        lambda: align(model, raising, PROMPTS, **options),
+        lambda: align(model, brightness(), PROMPTS, callback=raising, **options),
+        lambda: align(model, brightness(), PROMPTS, adapter=good, rank=3, **options),
+        lambda: evaluate(model, None, raising, {"all": PROMPTS}),
+    ]
+    before = picture()
+    for number, attempt in enumerate(attempts):
+        with pytest.raises(BaseException):  # noqa: B017
+            attempt()
+        names, hooks, weights, scheduler = picture()
+        assert (names, hooks, scheduler) == (before[0], before[1], before[3]), number
+        assert all(torch.equal(weights[name], p) for name, p in before[2].items()), number
+    lora.load(model, good).remove()

@@ -148,6 +148,29 @@ def test_a_stop_before_the_first_step_is_said_as_it_is(shell, monkeypatch):
     assert done.returncode == 130 and "interrupted" in done.stderr
 
 
+def test_two_unnamed_starts_in_one_second_are_two_runs(shell, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.time, "strftime", lambda form: "20261125-083159")
+    for rate in ("1e-3", "1e-2"):
+        assert shell("align", *QUICK, f"learning_rate={rate}").returncode == 0
+    configs = [path.read_text() for path in (tmp_path / "runs").glob("*/config.json")]
+    assert sorted("0.01" in text for text in configs) == [False, True]
+
+
+@pytest.mark.parametrize("command", [["align"], ["check", "colorfulness"], ["memory"]])
+def test_ctrl_c_while_importing_is_one_line(tmp_path, command):
+    """A real SIGINT in the first second of a real process."""
+    code = (
+        "import signal, sys, threading, os, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        f"from vader_nb.cli import main; main({command!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (130, "vader-nb: interrupted\n")
+
+
 def test_prompt_files_as_editors_write_them(tmp_path):
     from vader_nb import prompts
 

@@ -498,3 +498,37 @@ else:
         "zero3": "zero 3 3",
     }
     assert expected[name] in done.stdout
+
+
+def test_a_strangers_yaml_reads_no_environment_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    path = tmp_path / "theirs.yaml"
+    path.write_text("name: ${oc.env:SECRET}\nprompts: 'buy ${shop}'\n", encoding="utf-8")
+    arguments = read(Align, [f"config={path}"])
+    assert (arguments.name, arguments.prompts) == ("${oc.env:SECRET}", "buy ${shop}")
+
+
+def test_yaml_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.yaml is not YAML: .utf-8. codec"):
+        read(Align, [f"config={tmp_path / 'latin.yaml'}"])
+
+
+def test_a_file_of_prompts_is_its_prompts(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("a red star\na blue circle\n", encoding="utf-8")
+    assert read(Sample, [f"prompts={path}"]).prompts == ["a red star", "a blue circle"]
+    assert read(Sample, ["prompts=a red star", "a cat"]).prompts == ["a red star", "a cat"]
+    assert len(read(Sample, ["prompts=animals"]).prompts) == 45
+    with pytest.raises(FileNotFoundError, match="no prompt file at"):
+        read(Sample, [f"prompts={tmp_path / 'none.txt'}"])
+
+
+@pytest.mark.parametrize(
+    "word", ["adam_beta1=0.5", "lora_unet_dropout=0.1", "load_videodataset=True"]
+)
+def test_an_argument_that_would_change_what_is_trained_is_an_error(word):
+    with pytest.raises(ValueError, match=f"{word} cannot be met: "):
+        read(Align, [word])
+    read(Align, ["adam_beta1=0.9", "lora_unet_dropout=0", "load_videodataset=False"])
+    assert read(Align, ["lora_path=runs/mine"]).adapter == "runs/mine"

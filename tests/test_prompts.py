@@ -149,3 +149,35 @@ PHRASES = (
 def test_articles(phrase):
     noun = phrase.removeprefix("a ").removeprefix("an ")
     assert with_article(noun) == with_article(phrase) == phrase
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.txt", '# my prompts\na red star\n"a cat, a dog"\n#\n'),
+        ("a.csv", 'id,Prompt\n1,a red star\n2,"a cat, a dog"\n3,\n'),
+        ("a.csv", 'caption,id\na red star,1\n"a cat, a dog",2\n'),
+        ("a.tsv", "text\tid\na red star\t1\na cat, a dog\t2\n"),
+        ("a.jsonl", '"a red star"\n{"prompt": "a cat, a dog", "id": 2}\n\n'),
+        ("a.JSONL", '{"caption": "a red star"}\n{"text": "a cat, a dog"}\n'),
+    ],
+)
+def test_files_of_other_forms(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert prompts.get(tmp_path / name) == ["a red star", "a cat, a dog"]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.csv", "a red star\na cat\n", "none of its columns is named prompt, caption, text"),
+        ("a.jsonl", '{"id": 1}\n', "cannot be read: 'prompt'"),
+        ("a.jsonl", "a red star\n", "cannot be read: Expecting value"),
+        ("a.jsonl", "[1]\n", r"\[1\] is no prompt"),
+        ("a.txt", "# nothing yet\n", "holds no prompt"),
+    ],
+)
+def test_files_without_prompts_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        prompts.get(tmp_path / name)

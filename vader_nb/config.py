@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -233,7 +233,7 @@ def read(command: type[Common], words: Sequence[str]) -> Any:
             texts.append(value)
         else:
             given[key] = parsed(key, value, known.get(key))
-    file = from_file(given["config"]) if given.get("config") else {}
+    file = from_file(given["config"], known) if given.get("config") else {}
     check_keys(file, known, f" in {given.get('config')}")
     check_keys(given, known)
     layers = []
@@ -306,22 +306,24 @@ def parsed(key: str, text: str, kind: Any) -> Any:
     return literal(text)
 
 
-def literal(value: Any) -> Any:
-    """A value in whose texts ${shop} is no reference to a key, nor to an environment variable."""
+def literal(value: Any, keys: Collection[str] = ()) -> Any:
+    """A value in whose texts ${…} is no reference, unless to one of these keys: ${oc.env:…} would read
+    environment variables into a run that a stranger's file describes."""
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        known = "|".join(map(re.escape, keys)) or "(?!)"
+        return re.sub(rf"(\\*)\$\{{(?!({known})\}})", r"\1\1\\${", value)
     if isinstance(value, dict):
-        return {key: literal(item) for key, item in value.items()}
-    return [literal(item) for item in value] if isinstance(value, list) else value
+        return {key: literal(item, keys) for key, item in value.items()}
+    return [literal(item, keys) for item in value] if isinstance(value, list) else value
 
 
-def from_file(name: str) -> dict:
+def from_file(name: str, keys: Collection[str]) -> dict:
     places = (Path(name).expanduser(), FOLDER / f"{name}.yaml")
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         shipped = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
         raise FileNotFoundError(f"no configuration at {name}; give a YAML file, or: {shipped}")
-    return literal(translate.read_yaml(path))
+    return literal(translate.read_yaml(path), keys)
 
 
 def foreign(source: dict, known: dict, everything: dict) -> dict:

@@ -211,7 +211,7 @@ def read_yaml(path: str | Path) -> dict:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, UnicodeDecodeError) as error:
         shown = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not YAML in UTF-8: {shown}") from error
+        raise ValueError(f"{path} is not YAML: {shown}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds no keys: write lines such as steps: 40")
     return {str(key): value for key, value in loaded.items()}
