@@ -1,7 +1,6 @@
-"""Control panels for notebooks, made of ipywidgets' own parts, and usable without a browser.
+"""Control panels for notebooks, made of ipywidgets' own parts, 7.7 (Colab) or 8.
 
-Each panel is one call. They run on ipywidgets 7.7 (Colab) and 8; nothing else in the package imports
-them. A panel is imported on first use.
+Each is one call, usable without a browser, imported on first use, and by nothing in the package.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """Base and adapters on the same prompts and noise: clips in step, rewards, heat maps, blind votes.
 
-comparison = RewardComparison(model, adapters={"hps": "runs/hps"}, rewards=[hps()])     in a notebook
-comparison.run(prompt="…")                    the same from Python: scores by contestant and reward
-comparison.run_all(); comparison.export()     every prompt's scores, and the last clips, as one HTML file
+comparison = RewardComparison(model, adapters={"hps": "runs/hps"}, rewards=[hps()])   in a notebook
+comparison.run(prompt="…")                  the same from Python: scores by contestant and reward
+comparison.run_all(); comparison.export()   scores of all prompts and the last clips as an HTML file
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from .comparison_data import Comparison, choose_prompts, metrics
 from .comparison_html import columns, number, score_rows
 from .controls import SettingsPanel, button, choice, row, switch
 from .panel import FULL, disable, download_link, escape, note
-from .player import EMPTY, Player, moving, still
+from .player import EMPTY, Player, pictures
 from .voting import Pair, Tally, Vote, Votes
 
 GIVEN, HELPS, HURTS = "as given", "helps most first", "hurts most first"
@@ -37,13 +37,12 @@ class RewardComparison(SettingsPanel):
     The first picture waits for two contestants only; `run()` before it is shown makes all.
 
     Args:
-        model: The video model.
+        model, sampling: What makes the clips; default: the model's settings.
         adapters: Name -> file or folder of a run; default: those shipped for the model "tiny".
         rewards: Default: those of the tiny world.
         prompts: A list, a set's name or a file, up to 200; default: six.
         seed: Of the noise.
         folder: Where votes and exports are saved.
-        sampling: Default: the model's settings.
 
     Raises:
         FileNotFoundError: An adapter's file does not exist.
@@ -77,7 +76,8 @@ class RewardComparison(SettingsPanel):
         self.data = Comparison(model, adapters, by_name, sampling, seed)
         self.pair: Pair | None = None  # waits for a vote
         self._picture: Video | None = None  # what the player shows
-        self._images = ((), [])  # what the picture was made of, and its <img>s
+        self._key: tuple | None = None  # what it was made of
+        self._images: list[str] = []  # its <img>s
         self._sweeping = False  # whether all prompts are being compared
         self.player = Player(sampling.num_frames or 1)
         self.caption, self.why, self.counts, self.saved = HTML(), HTML(), HTML(), HTML()
@@ -98,8 +98,8 @@ class RewardComparison(SettingsPanel):
         self.adapter: Any = choice("by adapter", self.data.names[1:])
         for narrow in (self.reward, self.order, self.adapter):
             narrow.layout.width = "250px"
-        self.settings = {"prompt": self.prompt, "reward": self.reward, "heat": self.heat}
-        self.settings |= {"order": self.order, "adapter": self.adapter}
+        names = ("prompt", "reward", "heat", "order", "adapter")
+        self.settings = {name: getattr(self, name) for name in names}
         self.all_button = button("compare all prompts", "play", 170)
         self.stop_button = button("stop", "stop", 80)
         self.tally_button = button("show tally", "", 110)
@@ -118,18 +118,16 @@ class RewardComparison(SettingsPanel):
 
     def changed(self) -> None:
         """Show what can act now; disable the rest, and say why."""
-        data = self.data
-        alone = unsorted = blind = ""
-        if not data.adapters:
+        alone = unsorted = ""
+        if not self.data.adapters:
             alone = "there is no adapter: RewardComparison(model, adapters={'name': 'runs/…'})"
-        missing = sum(not data.is_scored(prompt) for prompt in self.prompts)
+        missing, total = self._missing(), len(self.prompts)
         if missing:
-            unsorted = f"compare all prompts first, {missing} of {len(self.prompts)} are missing"
-        if self.blind.value:
-            blind = "blind vote: leave it first"
+            unsorted = f"compare all prompts first, {missing} of {total} are missing"
+        blind = "blind vote: leave it first" if self.blind.value else ""
         finished = "" if missing else "all prompts are compared"
         sweeping = "it is under way" if self._sweeping else ""
-        unscored = "" if data.scores else "there is nothing to export yet"
+        unscored = "" if self.data.scores else "there is nothing to export yet"
         disable(blind, self.prompt, self.reward, self.heat)
         disable(blind or alone, self.adapter)
         disable(blind or alone or unsorted, self.order)
@@ -143,6 +141,10 @@ class RewardComparison(SettingsPanel):
         self.blind.description = "leave the blind vote" if blind else vote
         self.open_box.layout.display = "none" if blind else "flex"
         self.ballot_box.layout.display = "flex" if blind else "none"
+
+    def _missing(self) -> int:
+        """The number of prompts without scores of all contestants."""
+        return sum(not self.data.is_scored(prompt) for prompt in self.prompts)
 
     def _complete(self, prompts: Iterable[str], names: Sequence[str]) -> Iterator[float]:
         """Score what has no scores; for the chosen prompt, make also clips that were dropped."""
@@ -182,8 +184,9 @@ class RewardComparison(SettingsPanel):
 
     def _stop(self) -> None:
         self.jobs.give_up()
-        done, total = sum(map(self.data.is_scored, self.prompts)), len(self.prompts)
-        self.say(f"stopped: {done} of {total} prompts are compared; the same button continues")
+        total = len(self.prompts)
+        done = f"{total - self._missing()} of {total} prompts are compared"
+        self.say(f"stopped: {done}; the same button continues")
 
     def run(self, prompt: str | None = None) -> dict[str, dict[str, float]]:
         """Compare on a prompt now, default: the chosen one.
@@ -216,15 +219,13 @@ class RewardComparison(SettingsPanel):
 
     def _missing_heat_maps(self) -> list[str]:
         """Contestants whose heat map is asked for, but not computed."""
-        if not self.heat.value:
-            return []
-        return self.data.missing_heat_maps(self.prompt.value, self.reward.value)
+        made = self.data.clips.get(self.prompt.value, {}) if self.heat.value else {}
+        return [name for name, clip in made.items() if self.reward.value not in clip.heat_maps]
 
     def _sort(self, jump: bool) -> None:
         options = [(prompt, prompt) for prompt in self.prompts]
         if self.order.value != GIVEN:
-            missing = sum(not self.data.is_scored(prompt) for prompt in self.prompts)
-            if missing:
+            if missing := self._missing():
                 self.set(order=GIVEN)
                 raise ValueError(f"sorting: compare all prompts first, {missing} are missing")
             adapter, reward = self.adapter.value, self.reward.value
@@ -261,18 +262,16 @@ class RewardComparison(SettingsPanel):
         self.caption.value = f"<b>{escape(prompt)}</b> {note(how)}"
 
     def _draw(self, key: tuple, frames: Sequence[torch.Tensor | None], text: str) -> list[str]:
-        """Return the clips side by side as <img>s, playing and frame by frame; cached by `key`."""
-        if self._images[0] != key:
+        """The clips side by side as <img>s, playing and frame by frame; cached by `key`."""
+        if self._key != key:
             self._picture = comparison_html.joined(frames, self.data.model.defaults["fps"], text)
-            singles = [still(self._picture, i, text) for i in range(len(self._picture.frames))]
-            self._images = key, [moving(self._picture, text), *singles]
-        return self._images[1]
+            self._key, self._images = key, pictures(self._picture, text)
+        return self._images
 
     def _switch_view(self) -> None:
         """Enter or leave blind mode: nothing of the other view stays on the page or goes on."""
         self.jobs.give_up()
-        self.pair = self._picture = None
-        self._images = ((), [])
+        self.pair = self._picture = self._key = None
         self.player.show(EMPTY, [EMPTY] * self.player.num_frames)
         self.caption.value = self.saved.value = self.counts.value = ""
         self.changed()
@@ -291,14 +290,14 @@ class RewardComparison(SettingsPanel):
             made[name] = yield from _scaled(job, start, 0.5)
         frames = [made[name].float().cpu() for name in pair.sides]
         images = self._draw((pair,), frames, f"A and B: {pair.prompt}")
-        pages = [columns("AB", image) for image in images]
-        self.player.show(pages[0], pages[1:])
+        playing, *stills = [columns("AB", image) for image in images]
+        self.player.show(playing, stills)
         self.caption.value = f"<b>{escape(pair.prompt)}</b> {note('which clip is better?')}"
         self.pair = pair
         self.changed()
 
     def vote(self, choice: str) -> Vote:
-        """Vote on the pair that is shown: "A", "B" or "=" for no difference; then make the next pair.
+        """Vote "A", "B" or "=", no difference, on the pair that is shown; then make the next pair.
 
         Raises:
             ValueError: Another choice, or there is no pair.
@@ -321,10 +320,8 @@ class RewardComparison(SettingsPanel):
     def export(self, path: str | Path | None = None) -> Path:
         """Write one HTML file: scores of all compared prompts, clips of the last 24 used, votes.
 
-        Its default path is `comparison.html` in the folder.
-
-        Raises:
-            ValueError: Nothing is compared yet.
+        Its default path is `comparison.html` in the folder. Raises ValueError if nothing is
+        compared yet.
         """
         path = Path(path or self.folder / "comparison.html")
         tallies = [self.votes.tally(name) for name in self.data.adapters]

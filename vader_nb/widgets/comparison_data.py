@@ -12,7 +12,7 @@ from .. import prompts as prompt_sets
 from ..evaluation import BASE
 from ..lora import Adapter
 from ..models import VideoModel
-from ..rewards import Reward, as_reward
+from ..rewards import Reward, as_reward, parse
 from ..rewards.base import at_least_float32
 from ..sampling import Sampling
 from . import clips
@@ -25,13 +25,10 @@ Scores = dict[str, torch.Tensor]  # reward -> (F,), or (1,) for a reward on whol
 
 @dataclass
 class Clip:
-    """frames: uint8 (F, 3, H, W), as they are shown. heat_maps: reward -> (F, H, W)."""
-
-    frames: torch.Tensor
-    heat_maps: dict[str, torch.Tensor] = field(default_factory=dict)
+    frames: torch.Tensor  # uint8 (F, 3, H, W), as they are shown
+    heat_maps: dict[str, torch.Tensor] = field(default_factory=dict)  # reward -> (F, H, W)
 
     def pixels(self) -> torch.Tensor:
-        """Return the frames in [0, 1]."""
         return self.frames.float() / 255
 
 
@@ -39,8 +36,7 @@ class Clip:
 class Comparison:
     """Contestants on prompts, each from the noise of `seed`: the base, then the adapters.
 
-    scores: prompt -> contestant -> `Scores`. clips: prompt -> contestant -> `Clip`, for the prompts
-    that were used last.
+    scores and clips: prompt -> contestant; clips only of the prompts that were used last.
     """
 
     model: VideoModel
@@ -57,7 +53,7 @@ class Comparison:
         return [BASE, *self.adapters]
 
     def sample(self, name: str, prompt: str, seed: int) -> Generator[float, None, torch.Tensor]:
-        """Sample a contestant's clip (F, 3, H, W); yield the fraction that is done."""
+        """Sample a contestant's clip (F, 3, H, W)."""
         if name not in self.merged:
             self.merged[name] = clips.merged(self.model, {self.adapters[name]: 1.0})
         adapter = self.merged[name]
@@ -65,7 +61,7 @@ class Comparison:
         return frames[0]
 
     def add(self, prompt: str, name: str) -> Generator[float, None, None]:
-        """Sample and score a contestant's clip; yield the fraction that is done."""
+        """Sample and score a contestant's clip."""
         frames = yield from self.sample(name, prompt, self.seed)
         scores = {}
         for reward in self.rewards.values():
@@ -80,30 +76,22 @@ class Comparison:
             self.clips.popitem(last=False)
 
     def add_heat_map(self, prompt: str, name: str, reward: str) -> None:
-        """Compute the heat map of a clip."""
         clip, metric = self.clips[prompt][name], self.rewards[reward]
         with _errors_named(metric):
             frames = clip.pixels().to(self.model.device)
             clip.heat_maps[reward] = heat_map(metric, frames, prompt)
 
     def clips_of(self, prompt: str) -> dict[str, Clip]:
-        """Return the clips of a prompt by contestant, and count it as used last."""
+        """The clips of a prompt by contestant; it counts as used last."""
         if prompt in self.clips:
             self.clips.move_to_end(prompt)
         return self.clips.get(prompt, {})
 
     def scores_of(self, prompt: str) -> dict[str, Scores]:
-        """Return what is known about a prompt, by contestant."""
         return self.scores.get(prompt, {})
 
     def missing_clips(self, prompt: str) -> list[str]:
-        """Return the contestants without a clip of this prompt."""
         return [name for name in self.names if name not in self.clips.get(prompt, {})]
-
-    def missing_heat_maps(self, prompt: str, reward: str) -> list[str]:
-        """Return the contestants with a clip of this prompt, but without its heat map."""
-        made = self.clips.get(prompt, {}).items()
-        return [name for name, clip in made if reward not in clip.heat_maps]
 
     def is_scored(self, prompt: str) -> bool:
         return len(self.scores_of(prompt)) == len(self.names)
@@ -112,16 +100,12 @@ class Comparison:
         return self.scores[prompt][name][reward].mean().item()
 
     def difference(self, prompt: str, name: str, reward: str) -> float:
-        """Return an adapter's mean minus the base's."""
+        """An adapter's mean minus the base's."""
         return self.mean(prompt, name, reward) - self.mean(prompt, BASE, reward)
 
 
 def heat_map(reward: Reward, frames: torch.Tensor, prompt: str) -> torch.Tensor:
-    """Return |∂ reward / ∂ pixel|, summed over channels, relative to the clip's largest.
-
-    For a clip (F, 3, H, W) it is (F, H, W) in [0, 1], all zero for a constant reward. Raises
-    ValueError for a reward without a gradient.
-    """
+    """|∂ reward / ∂ pixel| of a clip (F, 3, H, W), relative to its largest: (F, H, W) in [0, 1]."""
     with torch.enable_grad():
         leaf = at_least_float32(frames.detach())[None].requires_grad_()
         score = reward(leaf, [prompt]).sum()
@@ -139,20 +123,14 @@ def _errors_named(reward: Reward) -> Iterator[None]:
         yield
     except Exception as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"reward {reward.name!r} failed ({what}). vader_nb.check(reward) tries it on its own"
-        ) from error
+        hint = "vader_nb.check(reward) tries it on its own"
+        raise ValueError(f"reward {reward.name!r} failed ({what}). {hint}") from error
 
 
 def metrics(model: VideoModel, rewards: Sequence | None) -> dict[str, Reward]:
-    """Return the rewards by name, on the model's device; default: those of the tiny world.
-
-    Raises ValueError for none, or two of the same name.
-    """
+    """The rewards by name, on the model's device; default: those of the tiny world."""
     if rewards is None and model.world == "tiny":
-        from ..rewards import action, aesthetic, hps
-
-        rewards = [hps("tiny"), aesthetic("tiny"), action("tiny")]
+        rewards = [parse(name, tiny=True) for name in ("hps", "aesthetic", "action")]
     if callable(rewards):
         rewards = [rewards]
     listed = [as_reward(reward) for reward in rewards or []]
@@ -160,22 +138,18 @@ def metrics(model: VideoModel, rewards: Sequence | None) -> dict[str, Reward]:
         raise ValueError(
             f"no rewards to compare by: RewardComparison(model, rewards=[hps()]) for {model.name!r}"
         )
-    by_name = {reward.name: reward.to(model.device) for reward in listed}
-    if len(by_name) < len(listed):
-        names = [reward.name for reward in listed]
+    names = [reward.name for reward in listed]
+    if len(set(names)) < len(names):
         raise ValueError(
             f"rewards need different names, got {names}; reward.renamed('…') gives one"
         )
-    return by_name
+    return {reward.name: reward.to(model.device) for reward in listed}
 
 
 def choose_prompts(
     model: VideoModel, prompts: Sequence[str] | None, rewards: dict[str, Reward]
 ) -> list[str]:
-    """Return the prompts, each once; default: six examples.
-
-    Raises ValueError for none, too many, or one that a reward cannot score.
-    """
+    """The prompts, each once; default: six examples."""
     given = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
     if len(given) > MAX_PROMPTS:
         raise ValueError(

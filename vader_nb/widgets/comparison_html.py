@@ -62,14 +62,14 @@ play in step. Beside an adapter's score: its difference to the base.</p>
 
 
 def joined(clips: Sequence[torch.Tensor | None], fps: int, text: str) -> Video:
-    """Return clips (F, 3, H, W) side by side as one video; None: an empty place, not made yet."""
+    """Clips (F, 3, H, W) side by side as one video; None: an empty place, not made yet."""
     like = next(clip for clip in clips if clip is not None)
     filled = [torch.full_like(like, BACKGROUND) if clip is None else clip for clip in clips]
     return Video(grid(torch.stack(filled), len(filled), GAP, BACKGROUND), fps, text)
 
 
 def heat_overlay(clip: Clip, reward: str) -> torch.Tensor:
-    """Return the frames (F, 3, H, W) in dim gray, with the heat map in color over them."""
+    """The frames (F, 3, H, W) in dim gray, with the heat map in color over them."""
     gray = 0.1 + 0.5 * clip.pixels().mean(1, keepdim=True)
     # Most gradients are far below the largest; without the root only a point would be seen.
     strength = clip.heat_maps[reward].float().sqrt()
@@ -78,11 +78,8 @@ def heat_overlay(clip: Clip, reward: str) -> torch.Tensor:
 
 
 def heat_legend(reward: str) -> str:
-    """Return what the heat map of a reward means."""
-    ramp = ",".join(to_hex(HEAT(place)) for place in (0.0, 0.5, 1.0))
-    bar = (
-        f"display:inline-block;width:60px;height:9px;background:linear-gradient(90deg,#333,{ramp})"
-    )
+    ramp = f"linear-gradient(90deg,#333,{','.join(to_hex(HEAT(x)) for x in (0.0, 0.5, 1.0))})"
+    bar = f"display:inline-block;width:60px;height:9px;background:{ramp}"
     return (
         f"<div class=vader-note>Heat map: <span style='{bar}'></span> weak to strong: how much "
         f"{escape(reward)} changes with the pixel, |∂ reward / ∂ pixel|, relative to each clip's "
@@ -91,7 +88,7 @@ def heat_legend(reward: str) -> str:
 
 
 def columns(names: Sequence[str], picture: str, *rows: Sequence[str]) -> str:
-    """Return a table: names, one picture with a clip per column, and rows of cells of HTML."""
+    """A table: names, one picture with a clip per column, and rows of cells of HTML."""
     count = len(names)
     heads = "".join(f"<th align=left>{escape(name)}</th>" for name in names)
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
@@ -108,7 +105,7 @@ def number(value: float, sign: str = "") -> str:
 
 
 def signed(difference: float) -> str:
-    """Return a difference as HTML, with its sign and a color for it."""
+    """A difference as HTML, with its sign and a color for it."""
     if round(difference, 3) == 0:
         return "±0.000"
     direction = "up" if difference > 0 else "down"
@@ -116,7 +113,7 @@ def signed(difference: float) -> str:
 
 
 def score_rows(comparison: Comparison, prompt: str) -> list[list[str]]:
-    """Return a row per reward: scores and differences to the base; "…" for clips not made yet."""
+    """A row per reward: scores and differences to the base; "…" for clips not made yet."""
     rows = []
     for reward in comparison.rewards:
         row = []
@@ -132,7 +129,7 @@ def score_rows(comparison: Comparison, prompt: str) -> list[list[str]]:
 
 
 def curve(comparison: Comparison, prompt: str, reward: str, frame: int | None = None) -> str:
-    """Return a reward over the frames; its legend has the values at `frame`, or the means."""
+    """A reward over the frames; its legend has the values at `frame`, or the means."""
     if not comparison.rewards[reward].per_frame:
         return note(f"{reward} looks at the clip as a whole: one score per clip, no curve.")
     series, legend, count = [], "", 1
@@ -156,10 +153,7 @@ def curve(comparison: Comparison, prompt: str, reward: str, frame: int | None = 
 
 
 def export(comparison: Comparison, prompts: Sequence[str], tallies: Sequence[Tally]) -> str:
-    """Return a page: means, clips with scores for all compared prompts, votes, settings.
-
-    Raises ValueError if nothing is compared yet.
-    """
+    """A page: means, clips with scores for all compared prompts, votes, settings."""
     compared = [prompt for prompt in prompts if comparison.is_scored(prompt)]
     if not compared:
         raise ValueError("there is nothing to export yet: comparison.run() or run_all() first")

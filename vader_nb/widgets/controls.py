@@ -5,19 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-from ipywidgets import (
-    Button,
-    Checkbox,
-    Dropdown,
-    FloatSlider,
-    HBox,
-    IntSlider,
-    Layout,
-    VBox,
-    Widget,
-)
+from ipywidgets import Button, Checkbox, Dropdown, FloatSlider, HBox, IntSlider, VBox, Widget
 
-from .panel import LABEL, ROW, SIDE, WIDE, Panel
+from .panel import LINE, ROW, SIDE, Panel
 
 FRAMES = ("random:1", "ends", "every:2", "all")  # choices of the frames that are scored
 
@@ -33,15 +23,13 @@ def template(source: str) -> jinja2.Template:
 def slider(description: str, value: float, low: float, high: float, **options) -> Widget:
     """A slider, of whole numbers if `value` is one."""
     kind = IntSlider if isinstance(value, int) else FloatSlider
-    look = {"description": description, "style": LABEL, "layout": WIDE}
-    return kind(value, min=low, max=high, **look, **options)
+    return kind(value, min=low, max=high, description=description, **LINE, **options)
 
 
 def choice(description: str, options: Sequence, value=None) -> Dropdown:
     """A list to choose from; by default its first entry is chosen."""
-    look = {"description": description, "style": LABEL, "layout": WIDE}
     chosen = {} if value is None else {"value": value}
-    return Dropdown(options=options, **chosen, **look)
+    return Dropdown(options=options, description=description, **chosen, **LINE)
 
 
 def switch(description: str, value: bool) -> Checkbox:
@@ -49,8 +37,8 @@ def switch(description: str, value: bool) -> Checkbox:
 
 
 def button(description: str, icon: str, width: int, primary: bool = False) -> Button:
-    look = {"icon": icon, "button_style": "primary" if primary else ""}
-    return Button(description=description, layout={"width": f"{width}px"}, **look)
+    style, layout = "primary" if primary else "", {"width": f"{width}px"}
+    return Button(description=description, icon=icon, button_style=style, layout=layout)
 
 
 def row(*children: Widget) -> HBox:
@@ -59,7 +47,7 @@ def row(*children: Widget) -> HBox:
 
 def column(*children: Widget, flex: str = "1 1 300px", max_width: str = "560px") -> VBox:
     """Widgets below each other, for `beside`."""
-    return VBox(children, layout=Layout(flex=flex, max_width=max_width, min_width="0"))
+    return VBox(children, layout={"flex": flex, "max_width": max_width, "min_width": "0"})
 
 
 def beside(*columns: Widget) -> HBox:
@@ -84,14 +72,13 @@ class SettingsPanel(Panel):
         raise NotImplementedError
 
     def values(self) -> dict:
-        """The values of the settings by name."""
         return {name: control.value for name, control in self.settings.items()}
 
     def set(self, **changes) -> None:
         """Set controls by name, in the order of `settings`.
 
         Raises:
-            ValueError: an unknown name, or a value that a control does not offer. What was set
+            ValueError: an unknown name, or a value that a control does not offer; what was set
                 before it stays set.
         """
         for name in changes:
@@ -108,7 +95,6 @@ class SettingsPanel(Panel):
 
 
 def validate_value(name: str, control: Any, value) -> None:
-    """Raise ValueError if a control does not offer a value."""
     if isinstance(control, Dropdown):
         offered = [option[1] if isinstance(option, tuple) else option for option in control.options]
         if value not in offered:

@@ -1,7 +1,7 @@
-"""What a control starts: one job at a time, the newest, in steps between which the page is heard.
+"""What a control starts: one job at a time, the newest.
 
-A job is a generator. From one `yield` to the next it takes a denoising step or work of that size; in
-between, a newer request takes over. It runs in no thread: Colab loses a page's updates from threads.
+A job is a generator, which yields after each denoising step or work of that size. In between, the
+page is heard, and a newer request takes over. Not a thread: Colab loses a page's updates from them.
 """
 
 import asyncio
@@ -19,11 +19,7 @@ Job = Iterator[float]  # a generator
 
 
 class Jobs:
-    """The jobs of one panel.
-
-    They call busy(fraction or None) with the progress, waiting(bool) when a model is in use or free
-    again, failed(error) with an error.
-    """
+    """The jobs of one panel, which gets their progress, whether they wait for a model, and errors."""
 
     def __init__(self, busy: Callable, waiting: Callable, failed: Callable):
         self.busy, self.waiting, self.failed = busy, waiting, failed
@@ -32,10 +28,10 @@ class Jobs:
         self.job: Any = None  # between two of its steps
 
     def submit(self, make: Callable[[], Job], debounce: float = DEBOUNCE) -> None:
-        """Start a job instead of the current one.
+        """Start a job instead of the current one; it runs while the kernel is idle.
 
-        In a notebook the job runs while the kernel is idle. Without an event loop, and on Colab,
-        which shows only what happens while a click is answered, it is done when this returns.
+        Without an event loop, and on Colab, which shows only what happens while a click is
+        answered, it is done when this returns.
         """
         if "google.colab" in sys.modules or not running():
             self.finish(make)
@@ -45,7 +41,7 @@ class Jobs:
             self.task = asyncio.ensure_future(self._work(make, self.newest, debounce))
 
     def give_up(self) -> None:
-        """Stop the current job, between two of its steps."""
+        """Stop the current job."""
         self.newest += 1
         self._close()
         self._idle()
@@ -104,7 +100,7 @@ class Jobs:
 
 
 def running() -> bool:
-    """Return whether an event loop runs in this thread, as in a notebook's kernel."""
+    """Whether an event loop runs in this thread, as in a notebook's kernel."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -42,21 +42,22 @@ FULL = {"width": "100%"}
 ROW = FULL | {"flex_flow": "row wrap", "align_items": "center"}
 SIDE = FULL | {"flex_flow": "row wrap", "align_items": "flex-start", "grid_gap": "4px 16px"}
 LABEL = {"description_width": "96px"}
+LINE = {"style": LABEL, "layout": WIDE}  # of a control with a label
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def note(text: str) -> str:
-    """Return a text as a small line of HTML, nothing for an empty one."""
+    """A text as a small line of HTML, nothing for an empty one."""
     return f"<div class=vader-note>{escape(text)}</div>" if text else ""
 
 
 def data_url(data: bytes, kind: str) -> str:
-    """Return data as an address that holds it, for an <img> or a link. kind: as in "image/png"."""
+    """An address that holds data of a kind such as "image/png", for an <img> or a link."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def download_link(path: Path) -> str:
-    """Return a link that carries a file within the page."""
+    """A link that carries a file within the page."""
     kind = mimetypes.guess_type(path, strict=False)[0] or "application/octet-stream"
     url = data_url(path.read_bytes(), kind)
     return f' · <a download="{escape(path.name)}" href="{url}">download</a>'
@@ -75,8 +76,7 @@ class Panel:
     def __init__(self):
         self.error: Exception | None = None
         self.remark = HTML()
-        look = {"description": "working", "style": LABEL, "layout": WIDE}
-        self.progress = FloatProgress(min=0, max=1, **look)
+        self.progress = FloatProgress(min=0, max=1, description="working", **LINE)
         self.progress.layout.visibility = "hidden"
         self.jobs = Jobs(self.busy, self.waiting, self.failed)
         self.box = VBox()  # filled by `assemble`
@@ -88,11 +88,9 @@ class Panel:
         self.box.add_class("vader")
 
     def say(self, text: str) -> None:
-        """Show a remark; an empty one removes it."""
         self.remark.value = note(text)
 
     def failed(self, error: Exception) -> None:
-        """Show an error."""
         self.error = error
         expected = isinstance(error, (ValueError, OSError))
         text = str(error) if expected else f"{type(error).__name__}: {error}"
@@ -104,7 +102,6 @@ class Panel:
         self.progress.value = fraction or 0.0
 
     def waiting(self, on: bool) -> None:
-        """Show or remove that a model is in use elsewhere."""
         text = "waiting: another cell is using a model"
         if on:
             self.say(text)
@@ -132,7 +129,7 @@ class Panel:
         """Make what the panel needs before it is first shown."""
 
     def to_html(self) -> str:
-        """Return the panel as a still picture."""
+        """The panel as a still picture."""
         raise NotImplementedError
 
     def _repr_mimebundle_(self, **_):

@@ -1,8 +1,7 @@
-"""A clip with a frame slider that works without JavaScript of ours and without the kernel.
+"""A clip with a frame slider that needs no JavaScript of ours.
 
-All frames are in the page. The slider selects a page of a Tab widget: the first plays the clip, the
-others show one frame each. Both are linked in the browser (`jslink`), so a remote kernel causes no
-delay and no message is sent per frame.
+All frames are in the page, as pages of a Tab widget. The slider is linked to it in the browser
+(`jslink`), so a remote kernel causes no delay.
 """
 
 import io
@@ -11,35 +10,36 @@ from collections.abc import Sequence
 from ipywidgets import HTML, SelectionSlider, Tab, VBox, jslink
 
 from ..video import Video
-from .panel import FULL, LABEL, WIDE, data_url, escape
+from .panel import FULL, LINE, data_url, escape
 
 EMPTY = "<div class=vader-note>no clip yet</div>"
 
 
 def moving(video: Video, alt: str) -> str:
-    """Return the clip as an <img> that plays."""
+    """The clip as an <img> that plays."""
     source = data_url(video.encoded(".gif"), "image/gif")
     return f'<img class=vader-frame src="{source}" alt="{escape(alt)}">'
 
 
 def still(video: Video, frame: int, alt: str) -> str:
-    """Return one frame as an <img>."""
+    """One frame as an <img>."""
     buffer = io.BytesIO()
     Video(video.frames[frame : frame + 1]).images()[0].save(buffer, "PNG")
     source = data_url(buffer.getvalue(), "image/png")
     return f'<img class=vader-frame src="{source}" alt="{escape(alt)}, frame {frame + 1}">'
 
 
-class Player:
-    """A stack of pages in `box`: page 0 plays the clip, page i shows frame i.
+def pictures(video: Video, alt: str) -> list[str]:
+    """The clip that plays, then each of its frames."""
+    return [moving(video, alt), *(still(video, i, alt) for i in range(len(video.frames)))]
 
-    `scrubber.index` is the page that is open.
-    """
+
+class Player:
+    """A stack of pages in `box`: page 0 plays the clip, page i shows frame i."""
 
     def __init__(self, num_frames: int):
-        self.scrubber = SelectionSlider(
-            options=_labels(num_frames), description="frame", style=LABEL, layout=WIDE
-        )
+        options = _labels(num_frames)
+        self.scrubber = SelectionSlider(options=options, description="frame", **LINE)
         self.pages = Tab([HTML(EMPTY) for _ in range(num_frames + 1)], layout=FULL)
         self.pages.add_class("vader-frames")
         self.pages.selected_index = 0

@@ -1,4 +1,4 @@
-"""Sampling by hand: prompt, seed, steps, guidance, adapters, and what each does to the clip.
+"""Sampling by hand: what prompt, seed, steps, guidance and adapters do to the clip.
 
 Sampler(model, adapters={"hps": "runs/hps"})          in a notebook
 sampler.run(prompt="…", seed=3, scale=0.7)            the same from Python: a Video
@@ -18,8 +18,8 @@ from ..sampling import Sampling
 from ..video import Video
 from . import clips
 from .controls import SettingsPanel, beside, button, choice, column, row, slider, switch
-from .panel import LABEL, WIDE, disable, download_link, escape, note
-from .player import Player, moving, still
+from .panel import LABEL, LINE, disable, download_link, escape, note
+from .player import Player, moving, pictures
 
 NONE = "none (base model)"
 HISTORY = 8  # clips that are kept to go back to
@@ -27,25 +27,21 @@ HISTORY = 8  # clips that are kept to go back to
 
 @dataclass(frozen=True)
 class Request:
-    """The settings of a clip.
-
-    adapter and second are names of the panel's adapters or `NONE`, with scales 0 to 1.5; they act
-    from `start` to `end`, parts of the denoising.
-    """
+    """The settings of a clip."""
 
     prompt: str
     seed: int = 0
     num_inference_steps: int = 10
     guidance_scale: float = 2.0
-    adapter: str = NONE
-    scale: float = 1.0
+    adapter: str = NONE  # a name of the panel's adapters or `NONE`
+    scale: float = 1.0  # 0 to 1.5
     second: str = NONE
     second_scale: float = 0.5
-    start: float = 0.0
+    start: float = 0.0  # the part of the denoising in which the adapters act
     end: float = 1.0
 
     def weights(self) -> dict[str, float]:
-        """Return the adapters that act, by name. A second one acts only beside a first."""
+        """The adapters that act, by name. A second one acts only beside a first."""
         if self.adapter == NONE:
             return {}
         chosen = {self.second: self.second_scale, self.adapter: self.scale}
@@ -64,10 +60,9 @@ class Sampler(SettingsPanel):
     """A clip of a prompt, sampled again whenever a control changes.
 
     Args:
-        model: The video model.
+        model: What makes the clips.
         adapters: Name -> file or folder of a run; default: those shipped for the model "tiny".
-        prompt: The first prompt.
-        folder: Where clips are saved.
+        prompt, folder: The first prompt, and where clips are saved.
 
     Raises:
         FileNotFoundError: An adapter's file does not exist.
@@ -110,9 +105,8 @@ class Sampler(SettingsPanel):
         steps = self.model.defaults["num_inference_steps"]
         guidance = float(self.model.defaults["guidance_scale"])
         names = [NONE, *self.adapters]
-        look = {"continuous_update": False, "style": LABEL, "layout": WIDE}
         fine = {"continuous_update": False, "step": 0.05}
-        self.prompt = Text(prompt, description="prompt", **look)
+        self.prompt = Text(prompt, description="prompt", continuous_update=False, **LINE)
         self.seed = IntText(0, description="seed", style=LABEL, layout={"width": "220px"})
         self.dice = button("new seed", "random", 110)
         self.lock = switch("keep the seed when the prompt changes", True)
@@ -123,8 +117,8 @@ class Sampler(SettingsPanel):
         self.scale = slider("scale", 1.0, 0, 1.5, **fine)
         self.second = choice("mixed with", names)
         self.second_scale = slider("its scale", 0.5, 0, 1.5, **fine)
-        part = {"min": 0, "max": 1, "step": 0.05, "readout_format": ".0%"}
-        self.part = FloatRangeSlider(value=(0, 1), description="adapter acts", **look, **part)
+        part = {"description": "adapter acts", "min": 0, "max": 1, "readout_format": ".0%"}
+        self.part = FloatRangeSlider(value=(0, 1), **part, **fine, **LINE)
         self.why = HTML()
         self.format = choice("save as", [".mp4", ".gif", ".webp"])
         self.format.layout.width = "210px"
@@ -147,10 +141,7 @@ class Sampler(SettingsPanel):
         return Request(**values)
 
     def set(self, **changes) -> None:
-        """Set controls without sampling.
-
-        Args:
-            **changes: Fields of `Request`.
+        """Set controls by the names of `Request`'s fields, without sampling.
 
         Raises:
             ValueError: An unknown name, or a value out of range.
@@ -227,9 +218,8 @@ class Sampler(SettingsPanel):
 
     def _show(self) -> None:
         request, video = self.history[0]
-        alt = f"clip of: {request.prompt}"
-        singles = [still(video, i, alt) for i in range(len(video.frames))]
-        self.player.show(moving(video, alt), singles)
+        playing, *stills = pictures(video, f"clip of: {request.prompt}")
+        self.player.show(playing, stills)
         self.caption.value = f"<b>{escape(request.prompt)}</b>{note(str(request))}"
         self.listing.value = (
             f"<details><summary>as code</summary>{note('one click selects all of it')}"
@@ -250,8 +240,7 @@ class Sampler(SettingsPanel):
         request = self.history[0][0] if self.history else self.request
         steps, guidance = request.num_inference_steps, request.guidance_scale
         call = [repr(request.prompt), f"seeds={request.seed}", "sampling=sampling"]
-        weights = request.weights()
-        if weights:
+        if weights := request.weights():
             adapters = [f"{self._path_code(name)}: {weight:g}" for name, weight in weights.items()]
             call.append(f"adapter={{{', '.join(adapters)}}}")
             if (request.start, request.end) != (0, 1):
@@ -287,11 +276,7 @@ class Sampler(SettingsPanel):
         return VBox([HTML(), again], layout=layout)
 
     def save(self) -> Path:
-        """Save the clip that is shown in the chosen format, and its settings in a text file.
-
-        Raises:
-            ValueError: There is no clip yet.
-        """
+        """Save the clip that is shown, and its settings as text. Raises ValueError without a clip."""
         if not self.history:
             raise ValueError("there is no clip yet to save")
         request, video = self.history[0]
