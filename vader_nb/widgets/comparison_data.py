@@ -1,7 +1,6 @@
 """The base model and adapters on prompts: clips, scores and heat maps, computed in steps and kept."""
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,11 @@ from ..rewards import Reward, as_reward, parse
 from ..rewards.base import at_least_float32
 from ..sampling import Sampling
 from . import clips
+from .jobs import Job
+from .panel import remember
 
 MAX_CLIPS = 24  # prompts whose clips stay in memory; scores are small, and stay for all prompts
 MAX_PROMPTS = 200  # each costs a clip per contestant
-
-Scores = dict[str, torch.Tensor]  # reward -> (F,), or (1,) for a reward on whole clips
 
 
 @dataclass
@@ -32,25 +31,26 @@ class Clip:
         return self.frames.float() / 255
 
 
-@dataclass
 class Comparison:
-    """Contestants on prompts, each from the noise of `seed`: the base, then the adapters.
+    """Contestants on prompts, each from the noise of `seed`: the base, then the adapters."""
 
-    scores and clips: prompt -> contestant; clips only of the prompts that were used last.
-    """
-
-    model: VideoModel
-    adapters: dict[str, str | Path]
-    rewards: dict[str, Reward]
-    sampling: Sampling
-    seed: int
-    scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
-    clips: OrderedDict[str, dict[str, Clip]] = field(default_factory=OrderedDict)
-    merged: dict[str, Adapter | None] = field(default_factory=lambda: {BASE: None})
-
-    @property
-    def names(self) -> list[str]:
-        return [BASE, *self.adapters]
+    def __init__(
+        self,
+        model: VideoModel,
+        adapters: dict[str, str | Path],
+        rewards: dict[str, Reward],
+        prompts: list[str],
+        sampling: Sampling,
+        seed: int,
+    ):
+        self.model, self.adapters, self.rewards = model, adapters, rewards
+        self.prompts, self.sampling, self.seed = prompts, sampling, seed
+        self.names = [BASE, *adapters]
+        # prompt -> contestant -> reward -> (F,), or (1,) for a reward on whole clips
+        self.scores: dict[str, dict[str, dict[str, torch.Tensor]]] = {p: {} for p in prompts}
+        # prompt -> contestant, of the prompts that were used last
+        self.clips: dict[str, dict[str, Clip]] = {}
+        self.merged: dict[str, Adapter | None] = {BASE: None}
 
     def sample(self, name: str, prompt: str, seed: int) -> Generator[float, None, torch.Tensor]:
         """Sample a contestant's clip (F, 3, H, W)."""
@@ -60,7 +60,7 @@ class Comparison:
         frames = yield from clips.denoising(self.model, [prompt], [seed], self.sampling, adapter)
         return frames[0]
 
-    def add(self, prompt: str, name: str) -> Generator[float, None, None]:
+    def add(self, prompt: str, name: str) -> Job:
         """Sample and score a contestant's clip."""
         frames = yield from self.sample(name, prompt, self.seed)
         scores = {}
@@ -68,12 +68,9 @@ class Comparison:
             with torch.no_grad(), _errors_named(reward):
                 values = reward.scores(at_least_float32(frames[None]), [prompt])
                 scores[reward.name] = values[0].float().cpu()
-        self.scores.setdefault(prompt, {})[name] = scores
+        self.scores[prompt][name] = scores
         clip = Clip((frames.clamp(0, 1) * 255).round().byte().cpu())
-        self.clips.setdefault(prompt, {})[name] = clip
-        self.clips.move_to_end(prompt)
-        while len(self.clips) > MAX_CLIPS:
-            self.clips.popitem(last=False)
+        remember(self.clips, prompt, self.clips_of(prompt) | {name: clip}, MAX_CLIPS)
 
     def add_heat_map(self, prompt: str, name: str, reward: str) -> None:
         clip, metric = self.clips[prompt][name], self.rewards[reward]
@@ -84,17 +81,14 @@ class Comparison:
     def clips_of(self, prompt: str) -> dict[str, Clip]:
         """The clips of a prompt by contestant; it counts as used last."""
         if prompt in self.clips:
-            self.clips.move_to_end(prompt)
+            remember(self.clips, prompt, self.clips[prompt], MAX_CLIPS)
         return self.clips.get(prompt, {})
-
-    def scores_of(self, prompt: str) -> dict[str, Scores]:
-        return self.scores.get(prompt, {})
 
     def missing_clips(self, prompt: str) -> list[str]:
         return [name for name in self.names if name not in self.clips.get(prompt, {})]
 
     def is_scored(self, prompt: str) -> bool:
-        return len(self.scores_of(prompt)) == len(self.names)
+        return len(self.scores[prompt]) == len(self.names)
 
     def mean(self, prompt: str, name: str, reward: str) -> float:
         return self.scores[prompt][name][reward].mean().item()
@@ -131,19 +125,18 @@ def metrics(model: VideoModel, rewards: Sequence | None) -> dict[str, Reward]:
     """The rewards by name, on the model's device; default: those of the tiny world."""
     if rewards is None and model.world == "tiny":
         rewards = [parse(name, tiny=True) for name in ("hps", "aesthetic", "action")]
-    if callable(rewards):
-        rewards = [rewards]
-    listed = [as_reward(reward) for reward in rewards or []]
+    listed = [as_reward(reward) for reward in ([rewards] if callable(rewards) else rewards or [])]
     if not listed:
         raise ValueError(
             f"no rewards to compare by: RewardComparison(model, rewards=[hps()]) for {model.name!r}"
         )
-    names = [reward.name for reward in listed]
-    if len(set(names)) < len(names):
+    named = {reward.name: reward.to(model.device) for reward in listed}
+    if len(named) < len(listed):
         raise ValueError(
-            f"rewards need different names, got {names}; reward.renamed('…') gives one"
+            f"rewards need different names, got {[reward.name for reward in listed]}; "
+            "reward.renamed('…') gives one"
         )
-    return {reward.name: reward.to(model.device) for reward in listed}
+    return named
 
 
 def choose_prompts(

@@ -6,8 +6,7 @@ page is heard, and a newer request takes over. Not a thread: Colab loses a page'
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator
 
 from ..models import MODEL_LOCK
 
@@ -15,7 +14,7 @@ DEBOUNCE = 0.3  # seconds without another change until work starts
 LISTEN = 0.005  # seconds between two steps, for messages from the page
 RETRY = 0.2  # seconds until a model in use is asked for again
 
-Job = Iterator[float]  # a generator
+Job = Generator[float, None, object]
 
 
 class Jobs:
@@ -25,7 +24,7 @@ class Jobs:
         self.busy, self.waiting, self.failed = busy, waiting, failed
         self.newest = 0  # number of the last request
         self.task: asyncio.Task | None = None
-        self.job: Any = None  # between two of its steps
+        self.job: Job | None = None  # between two of its steps
 
     def submit(self, make: Callable[[], Job], debounce: float = DEBOUNCE) -> None:
         """Start a job instead of the current one; it runs while the kernel is idle.
@@ -36,46 +35,34 @@ class Jobs:
         if "google.colab" in sys.modules or not running():
             self.finish(make)
         else:
-            self.newest += 1
+            self.give_up()
             # Kept in an attribute: the event loop alone would let the task be collected.
             self.task = asyncio.ensure_future(self._work(make, self.newest, debounce))
 
     def give_up(self) -> None:
-        """Stop the current job."""
+        """Stop the current job; it restores what it had changed."""
         self.newest += 1
-        self._close()
-        self._idle()
+        if self.job is not None:
+            with MODEL_LOCK:
+                self.job.close()
+            self.job = None
+        self.busy(None)
 
     def finish(self, make: Callable[[], Job]) -> None:
         """Do a whole job now, instead of the current one. Raises what the job raises."""
-        self.newest += 1
         try:
             with MODEL_LOCK:
-                self._close()
+                self.give_up()
                 for fraction in make():
                     self.busy(fraction)
         except Exception as error:
             self.failed(error)
             raise
         finally:
-            self._idle()
-
-    def _close(self) -> None:
-        """End the job that waits between two steps; it restores what it had changed."""
-        if self.job is not None:
-            with MODEL_LOCK:
-                self.job.close()
-            self.job = None
-
-    def _idle(self) -> None:
-        self.waiting(False)
-        self.busy(None)
+            self.busy(None)
 
     async def _work(self, make: Callable[[], Job], number: int, debounce: float) -> None:
         await asyncio.sleep(debounce)
-        if number != self.newest:
-            return
-        self._close()
         try:
             while number == self.newest:
                 if not MODEL_LOCK.acquire(blocking=False):
@@ -94,9 +81,9 @@ class Jobs:
         except Exception as error:  # nobody awaits this task, so the panel shows it
             self.failed(error)
         finally:
+            self.waiting(False)
             if number == self.newest:
-                self._close()
-                self._idle()
+                self.give_up()
 
 
 def running() -> bool:

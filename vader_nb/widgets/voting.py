@@ -76,10 +76,9 @@ class Votes:
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
         votes = []
         for number, line in enumerate(lines, 1):
-            if not line:
-                continue
             try:
-                votes.append(Vote(**json.loads(line)))
+                if line:
+                    votes.append(Vote(**json.loads(line)))
             except (TypeError, ValueError) as error:
                 message = f"{self.path}, line {number} is not a vote ({error}); delete the line"
                 raise ValueError(message) from error
@@ -94,7 +93,7 @@ class Votes:
 
     def next(self, adapter: str, prompts: list[str], seed: int) -> Pair:
         """The pair after the last vote on this adapter; of a new seed, as `seed` is seen by name."""
-        number = sum(vote.adapter == adapter for vote in self.read())
+        number = self.tally(adapter).votes
         left = random.Random(f"{seed} {adapter} {number}").choice([BASE, adapter])
         return Pair(prompts[number % len(prompts)], seed + 1 + number, adapter, left)
 
@@ -102,8 +101,7 @@ class Votes:
         values = [vote.value for vote in self.read() if vote.adapter == adapter]
         wins, losses, ties = (values.count(value) for value in (1.0, 0.0, 0.5))
         rate = sum(values) / len(values) if values else math.nan
-        low, high = wilson_interval(sum(values), len(values))
-        return Tally(adapter, wins, losses, ties, rate, low, high)
+        return Tally(adapter, wins, losses, ties, rate, *wilson_interval(sum(values), len(values)))
 
 
 def wilson_interval(wins: float, votes: int) -> tuple[float, float]:
