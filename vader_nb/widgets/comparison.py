@@ -12,13 +12,13 @@ from pathlib import Path
 from ipywidgets import HTML, ToggleButton, VBox
 
 from ..checkpoints import write_text
-from ..evaluation import BASE, named_adapters
+from ..evaluation import BASE
 from ..models import VideoModel
 from ..rewards import Reward
 from ..sampling import Sampling
 from ..video import Video
-from . import clips, comparison_html
-from .comparison_data import Comparison, choose_prompts, metrics
+from . import comparison_html
+from .comparison_data import Comparison
 from .comparison_html import columns, number, score_rows
 from .controls import FULL, choice, disable, row, switch
 from .drawing import download_link, note
@@ -69,11 +69,8 @@ class RewardComparison(Panel):
     ):
         self.folder, self.votes = Path(folder), Votes(folder)
         self.votes.read()  # raises for a damaged file now, not after the first vote
-        by_name = metrics(model, rewards)
-        self.prompts = choose_prompts(model, prompts, by_name)
-        adapters = clips.validate_adapters(model, adapters and named_adapters(adapters))
-        sampling = (sampling or Sampling()).resolve(model)
-        self.data = Comparison(model, adapters, by_name, self.prompts, sampling, seed)
+        self.data = Comparison(model, adapters, rewards, prompts, sampling, seed)
+        self.prompts = self.data.prompts
         self.pair: Pair | None = None  # waits for a vote
         self._picture: Video | None = None  # what the player shows
         self._key: tuple | None = None  # what it was made of
@@ -81,10 +78,10 @@ class RewardComparison(Panel):
         self._sweeping = False  # whether all prompts are being compared
         super().__init__(
             prompt=choice("prompt", self.prompts),
-            reward=choice("reward", [*by_name], width="250px"),
+            reward=choice("reward", [*self.data.rewards], width="250px"),
             heat=switch("gradient heat map", False),
             order=choice("sort prompts", [GIVEN, HELPS, HURTS], width="250px"),
-            adapter=choice("by adapter", [*adapters], width="250px"),
+            adapter=choice("by adapter", [*self.data.adapters], width="250px"),
         )
         self.on(self._update, self.prompt, self.reward, self.heat, self.adapter)
         self.on(lambda: self._update(jump=True), self.order)
@@ -101,7 +98,7 @@ class RewardComparison(Panel):
             self.ballot[side] = self.button(
                 label, "", 120, lambda side=side: self.pair and self.vote(side)
             )
-        self.player = Player(sampling.num_frames or 1)
+        self.player = Player(self.data.sampling.num_frames or 1)
         self.caption, self.counts, self.saved = HTML(), HTML(), HTML()
         sweep = row(self.all_button, self.stop_button, self.order, self.adapter)
         lines = [self.prompt, row(self.reward, self.heat), sweep, self.why]

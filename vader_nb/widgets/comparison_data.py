@@ -1,14 +1,14 @@
 """The base model and adapters on prompts: clips, scores and heat maps, computed in steps and kept."""
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from .. import prompts as prompt_sets
-from ..evaluation import BASE
+from ..evaluation import BASE, named_adapters
 from ..lora import Adapter
 from ..models import VideoModel
 from ..rewards import Reward, as_reward, parse
@@ -37,17 +37,27 @@ class Comparison:
     def __init__(
         self,
         model: VideoModel,
-        adapters: dict[str, str | Path],
-        rewards: dict[str, Reward],
-        prompts: list[str],
-        sampling: Sampling,
+        adapters: Mapping[str, str | Path] | None,
+        rewards: Sequence[Reward | Callable] | None,
+        prompts: Sequence[str] | None,
+        sampling: Sampling | None,
         seed: int,
     ):
-        self.model, self.adapters, self.rewards = model, adapters, rewards
-        self.prompts, self.sampling, self.seed = prompts, sampling, seed
-        self.names = [BASE, *adapters]
+        self.model, self.seed = model, seed
+        self.rewards = metrics(model, rewards)
+        given = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
+        if len(given) > MAX_PROMPTS:
+            raise ValueError(
+                f"a comparison takes up to {MAX_PROMPTS} prompts, got {len(given)}: give it fewer"
+            )
+        self.prompts = [*dict.fromkeys(str(prompt) for prompt in given if str(prompt).strip())]
+        for reward in self.rewards.values():
+            reward.check_prompts(self.prompts)
+        self.adapters = clips.validate_adapters(model, adapters and named_adapters(adapters))
+        self.sampling = (sampling or Sampling()).resolve(model)
+        self.names = [BASE, *self.adapters]
         # prompt -> contestant -> reward -> (F,), or (1,) for a reward on whole clips
-        self.scores: dict[str, dict[str, dict[str, torch.Tensor]]] = {p: {} for p in prompts}
+        self.scores: dict[str, dict[str, dict[str, torch.Tensor]]] = {p: {} for p in self.prompts}
         # prompt -> contestant, of the prompts that were used last
         self.clips: dict[str, dict[str, Clip]] = {}
         self.merged: dict[str, Adapter | None] = {BASE: None}
@@ -137,18 +147,3 @@ def metrics(model: VideoModel, rewards: Sequence | None) -> dict[str, Reward]:
             "reward.renamed('…') gives one"
         )
     return named
-
-
-def choose_prompts(
-    model: VideoModel, prompts: Sequence[str] | None, rewards: dict[str, Reward]
-) -> list[str]:
-    """The prompts, each once; default: six examples."""
-    given = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
-    if len(given) > MAX_PROMPTS:
-        raise ValueError(
-            f"a comparison takes up to {MAX_PROMPTS} prompts, got {len(given)}: give it fewer"
-        )
-    listed = [*dict.fromkeys(str(prompt) for prompt in given if str(prompt).strip())]
-    for reward in rewards.values():
-        reward.check_prompts(listed)
-    return listed

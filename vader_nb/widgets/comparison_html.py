@@ -56,7 +56,8 @@ def heat_legend(reward: str) -> str:
 def columns(names: Sequence[str], picture: str, rows: Sequence[Sequence] = ()) -> str:
     """A picture with a clip per contestant, above their names and rows of cells."""
     size = f"max-width:{256 * len(names)}px;min-width:{64 * len(names)}px"
-    body = picture + table(names, rows, "class=vader-columns")
+    fixed = "class=vader-columns style='table-layout:fixed;width:100%'"
+    body = picture + table(names, rows, fixed)
     return f"<div class=vader-scroll><div style='{size}'>{body}</div></div>"
 
 
@@ -147,4 +148,5 @@ def _differences(comparison: Comparison, prompts: Sequence[str]) -> str:
                 bounds = " to ".join(number(bound, "+") for bound in paired_interval(changes))
             higher = f"{(changes > 0).sum()} of {len(changes)}"
             rows.append((reward, name, signed(changes.mean().item()), bounds, higher))
-    return table(("reward", "adapter", "mean difference", "95 % interval", "higher on"), rows)
+    head = "reward", "adapter", "mean difference", "95 % interval", "higher on"
+    return table(head, rows, "class=differences")

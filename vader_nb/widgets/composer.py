@@ -9,6 +9,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from ipywidgets import HTML
@@ -95,9 +96,9 @@ class RewardComposer(Panel):
         self.scores: dict[str, torch.Tensor] = {}
         self.statistics: dict[str, tuple[float, float]] = {}
         self.cosines: dict[tuple[str, str], float] = {}
-        self.weights = {
-            name: slider(name.translate(PLAIN), 1.0, -2, 2, step=0.05) for name in self.rewards
-        }
+        self.weights: dict[str, Any] = {}
+        for name in self.rewards:
+            self.weights[name] = slider(name.translate(PLAIN), 1.0, -2, 2, step=0.05)
         self.standardized = switch("in standard deviations, so that units do not matter", True)
         self.on(self._show, *self.weights.values(), self.standardized)
         self.pairs, self.code = HTML(), HTML()
@@ -243,11 +244,12 @@ class RewardComposer(Panel):
     def to_html(self) -> str:
         self._sample()
         weights = ", ".join(f"{name} {item.value:g}" for name, item in self.weights.items())
-        page = note(f"Weights: {weights}. Clips in the order of the weighted sum:")
+        head, page = f"Weights: {weights}. Clips in the order of the weighted sum:", ""
         for i in self.order:
             caption = f"<figcaption>{self.captions[i].value}</figcaption>"
             page += f"<figure>{self.pictures[i].value}{caption}</figure>"
-        return f"<div class=vader-side>{page}</div>{self.pairs.value}{self.code.value}"
+        figures = f"<div style='display:flex;flex-wrap:wrap;gap:10px'>{page}</div>"
+        return f"{note(head)}{figures}{self.pairs.value}{self.code.value}"
 
 
 def by_name(rewards: Mapping | Sequence[str] | str) -> Mapping:

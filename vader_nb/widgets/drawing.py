@@ -168,11 +168,10 @@ def bars(values: Mapping[str, float], limit: float, margin: float, name: str, la
             f"linear-gradient(90deg,transparent {line}%,{RED} 0 calc({line}% + 2px),transparent 0),"
             f"linear-gradient(90deg,#8888 {end}%,#8883 0 {light}%,transparent 0)"
         )
-        bar = Markup(f'<div class="bar" style="background:{look}">&nbsp;</div>')
+        bar = Markup(f'<div class="bar" style="min-width:200px;background:{look}">&nbsp;</div>')
         rows.append((stage, bar, f"{value:.2f}" if value else ""))
     head = "", Markup(f"<div style='padding-right:{100 - line}%'>{escape(name)}</div>"), "GiB"
-    look = f'class=vader-bars aria-label="{escape(label)}" style="width:100%;max-width:560px"'
-    return table(head, rows, look)
+    return table(head, rows, f'aria-label="{escape(label)}" style="width:100%;max-width:560px"')
 
 
 def chain(

@@ -30,7 +30,7 @@ class Panel:
     box: VBox  # made by `assemble`
 
     def __init__(self, **settings: Widget):
-        self.settings = settings
+        self.settings: dict[str, Any] = settings
         self.error: Exception | None = None
         self.remark, self.why = HTML(), HTML()
         self.progress = FloatProgress(min=0, max=1, description="working", **LINE)

@@ -159,14 +159,15 @@ class MemoryPlanner(Panel):
         disable("" if suggestion else "no settings that fit are known", self.fit_button)
         self.fit_button.layout.display = "" if suggestion else "none"
         self.why.value = note(unreadable)
-        values, label, remark = dict.fromkeys(STAGES, 0.0), f"A {gpu} has {size:g} GiB.", ""
+        values: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        label, remark = f"A {gpu} has {size:g} GiB.", "not simulated yet"
         verdict = f"<div role=status>{unreadable or UNKNOWN}</div>"
         if memory:
             values |= {stage: peak / GIB for stage, peak in memory.stages.items()}
             peaks = ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
             label = f"Peak memory by stage in GiB: {peaks}; a {gpu} has {size:g}."
+            remark = f"light: {MARGIN:g} GiB to spare"
             verdict = self._verdict(memory, gpu)
-        remark = f"light: {MARGIN:g} GiB to spare" if memory else "not simulated yet"
         drawn = bars(values, size, MARGIN, f"{gpu}: {size:g} GiB", label)
         self.drawing.value, self.verdict.value = drawn + note(remark), verdict
         asking = note("The same question from Python, and from a shell:")

@@ -127,7 +127,8 @@ class TruncationExplorer(Panel):
     def setting(self) -> Truncation:
         """The settings; a single frame is streamed, whatever the switch says."""
         streaming = len(self.chosen) == 1 or self.streaming.value
-        return Truncation(**self.values() | {"streaming": streaming})
+        values: dict[str, Any] = self.values() | {"streaming": streaming}
+        return Truncation(**values)
 
     @property
     def chosen(self) -> list[int]:
