@@ -14,9 +14,10 @@ import torch
 from vader_nb import Sampling, align, lora, prompts, rewards, sample, zoo
 from vader_nb.models import MODEL_LOCK
 from vader_nb.widgets import Sampler, TrainingMonitor, clips, jobs
+from vader_nb.widgets.controls import disable
 from vader_nb.widgets.drawing import Series, chart
 from vader_nb.widgets.monitor import load_clip
-from vader_nb.widgets.panel import VIEW, Panel, disable
+from vader_nb.widgets.panel import VIEW, Panel
 from vader_nb.widgets.player import Player
 from vader_nb.widgets.sampler import HISTORY, NONE, Request
 
@@ -279,7 +280,7 @@ def test_a_disabled_control_says_why():
 
 def test_the_pages_of_a_player_are_turned_in_the_browser():
     player = Player(3)
-    player.show("all", ["1", "2", "3"])
+    player.show(["all", "1", "2", "3"])
     assert [page.value for page in player.pages.children] == ["all", "1", "2", "3"]
     assert list(player.scrubber.options) == ["▶ all", "1 of 3", "2 of 3", "3 of 3"]
 
@@ -288,11 +289,11 @@ def test_a_player_takes_clips_of_another_length_and_closes_what_it_does_not_need
     player = Player(8)
     before = alive()
     player.scrubber.index = 7
-    player.show("all", ["1", "2"])
-    assert player.num_frames == 2
+    player.show(["all", "1", "2"])
+    assert len(player.pages.children) == 3
     assert player.scrubber.index == 0
     assert alive() == before - 18  # six pages, each with its layout and style
-    player.show("all", list("12345678"))
+    player.show(["all", *"12345678"])
     assert alive() == before
     assert [page.value for page in player.pages.children][-1] == "8"
 
@@ -774,10 +775,10 @@ def test_when_a_run_goes_back_to_a_checkpoint_its_clips_do_too(tiny, tmp_path):
         run.adapter.remove()
 
     train(5)
-    assert watched()._saved_steps() == [1, 2, 3, 4, 5]
+    assert list(watched()._saved_clips()) == [1, 2, 3, 4, 5]
     old = (tmp_path / "watched" / "step-000003.webp").stat().st_mtime_ns
     train(4, resume=tmp_path / "checkpoints" / "step-000002")
-    assert watched()._saved_steps() == [1, 2, 3, 4]
+    assert list(watched()._saved_clips()) == [1, 2, 3, 4]
     assert (tmp_path / "watched" / "step-000003.webp").stat().st_mtime_ns > old
 
 

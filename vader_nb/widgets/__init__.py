@@ -1,27 +1,20 @@
-"""Control panels for notebooks, made of ipywidgets' own parts, and usable without a browser.
+"""Control panels for notebooks, made of ipywidgets' own parts, 7.7 (Colab) or 8.
 
-Each panel is one call. They run on ipywidgets 7.7 (Colab) and 8; nothing else in the package imports
-them. A panel is imported on first use.
+Each is one call, usable without a browser; nothing in the package imports them.
 """
 
-import importlib
+from .comparison import RewardComparison
+from .composer import RewardComposer
+from .monitor import TrainingMonitor
+from .planner import MemoryPlanner
+from .sampler import Sampler
+from .truncation import TruncationExplorer
 
-_MODULES = {
-    "MemoryPlanner": "planner",
-    "RewardComparison": "comparison",
-    "RewardComposer": "composer",
-    "Sampler": "sampler",
-    "TrainingMonitor": "monitor",
-    "TruncationExplorer": "truncation",
-}
-__all__ = sorted(_MODULES)
-
-
-def __getattr__(name: str):
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__all__ = [
+    "MemoryPlanner",
+    "RewardComparison",
+    "RewardComposer",
+    "Sampler",
+    "TrainingMonitor",
+    "TruncationExplorer",
+]

@@ -1,4 +1,4 @@
-"""Sampling as a job: what `vader_nb.sample` returns, in steps between which the page is heard."""
+"""Sampling as a job of a panel, and what panels begin with."""
 
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +21,10 @@ def denoising(
     start: float = 0.0,
     end: float = 1.0,
 ) -> Generator[float, None, torch.Tensor]:
-    """Sample videos (B, F, 3, H, W) in [0, 1]; yield the fraction done after each denoising step.
+    """What `vader_nb.sample` returns; yields the fraction done after each denoising step.
 
-    The adapter, from `merged`, acts from `start` to `end`, parts of the denoising. It is on the
-    model only during a step: a cell that runs between two steps finds the model as it left it.
+    The adapter, from `merged`, is on the model only during a step: a cell that runs between two
+    steps finds the model as it left it.
     """
     sampling = (sampling or Sampling()).resolve(model)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def denoising(
 
 
 def merged(model: VideoModel, weights: Mapping[str | Path, float]) -> Adapter | None:
-    """Return the weighted sum of adapter files, off the model; None if all weights are zero."""
+    """The weighted sum of adapter files, off the model; None if all weights are zero."""
     weights = {path: weight for path, weight in weights.items() if weight}
     with lora.use_adapter(model, None):
         return lora.combine(model, weights) if weights else None
@@ -53,7 +53,7 @@ def merged(model: VideoModel, weights: Mapping[str | Path, float]) -> Adapter | 
 def validate_adapters(
     model: VideoModel, adapters: Mapping[str, str | Path] | None
 ) -> dict[str, str | Path]:
-    """Return the adapters by name, default: those shipped for "tiny". Raises for one that does not fit."""
+    """The adapters by name, default: those shipped for "tiny". Raises for one that does not fit."""
     if adapters is None:
         adapters = zoo.adapters() if model.world == "tiny" else {}
     for path in adapters.values():
@@ -62,6 +62,6 @@ def validate_adapters(
 
 
 def examples(model: VideoModel, count: int) -> list[str]:
-    """Return prompts to begin with."""
+    """Prompts to begin with."""
     name = "tiny_held_out" if model.world == "tiny" else "hps_custom"
     return [str(prompt) for prompt in prompts.get(name)[:count]]

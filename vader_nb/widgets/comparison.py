@@ -1,29 +1,30 @@
 """Base and adapters on the same prompts and noise: clips in step, rewards, heat maps, blind votes.
 
-comparison = RewardComparison(model, adapters={"hps": "runs/hps"}, rewards=[hps()])     in a notebook
-comparison.run(prompt="…")                    the same from Python: scores by contestant and reward
-comparison.run_all(); comparison.export()     every prompt's scores, and the last clips, as one HTML file
+comparison = RewardComparison(model, adapters={"hps": "runs/hps"}, rewards=[hps()])   in a notebook
+comparison.run(prompt="…")                  the same from Python: scores by contestant and reward
+comparison.run_all(); comparison.export()   scores of all prompts and the last clips as an HTML file
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import Any
 
-import torch
 from ipywidgets import HTML, ToggleButton, VBox
 
 from ..checkpoints import write_text
-from ..evaluation import BASE, named_adapters
+from ..evaluation import BASE
 from ..models import VideoModel
 from ..rewards import Reward
 from ..sampling import Sampling
 from ..video import Video
-from . import clips, comparison_html
-from .comparison_data import Comparison, choose_prompts, metrics
+from . import comparison_html
+from .comparison_data import Comparison
 from .comparison_html import columns, number, score_rows
-from .controls import SettingsPanel, button, choice, row, switch
-from .panel import FULL, disable, download_link, escape, note
-from .player import EMPTY, Player, moving, still
+from .controls import FULL, choice, disable, row, switch
+from .drawing import download_link, note
+from .jobs import Job
+from .panel import Panel
+from .player import EMPTY, Player, pictures
 from .voting import Pair, Tally, Vote, Votes
 
 GIVEN, HELPS, HURTS = "as given", "helps most first", "hurts most first"
@@ -31,19 +32,18 @@ BALLOT = {"A": "A is better", "=": "no difference", "B": "B is better"}
 MAX_LINK = 4_000_000  # bytes of an export up to which the panel has a link that holds it
 
 
-class RewardComparison(SettingsPanel):
+class RewardComparison(Panel):
     """Clips of the base and of each adapter, from the same noise, side by side.
 
     The first picture waits for two contestants only; `run()` before it is shown makes all.
 
     Args:
-        model: The video model.
+        model, sampling: What makes the clips; default: the model's settings.
         adapters: Name -> file or folder of a run; default: those shipped for the model "tiny".
         rewards: Default: those of the tiny world.
         prompts: A list, a set's name or a file, up to 200; default: six.
         seed: Of the noise.
         folder: Where votes and exports are saved.
-        sampling: Default: the model's settings.
 
     Raises:
         FileNotFoundError: An adapter's file does not exist.
@@ -67,21 +67,39 @@ class RewardComparison(SettingsPanel):
         folder: str | Path = "runs/comparison",
         sampling: Sampling | None = None,
     ):
-        super().__init__()
         self.folder, self.votes = Path(folder), Votes(folder)
         self.votes.read()  # raises for a damaged file now, not after the first vote
-        by_name = metrics(model, rewards)
-        self.prompts = choose_prompts(model, prompts, by_name)
-        adapters = clips.validate_adapters(model, adapters and named_adapters(adapters))
-        sampling = (sampling or Sampling()).resolve(model)
-        self.data = Comparison(model, adapters, by_name, sampling, seed)
+        self.data = Comparison(model, adapters, rewards, prompts, sampling, seed)
+        self.prompts = self.data.prompts
         self.pair: Pair | None = None  # waits for a vote
         self._picture: Video | None = None  # what the player shows
-        self._images = ((), [])  # what the picture was made of, and its <img>s
+        self._key: tuple | None = None  # what it was made of
+        self._images: list[str] = []  # its <img>s
         self._sweeping = False  # whether all prompts are being compared
-        self.player = Player(sampling.num_frames or 1)
-        self.caption, self.why, self.counts, self.saved = HTML(), HTML(), HTML(), HTML()
-        self._controls()
+        super().__init__(
+            prompt=choice("prompt", self.prompts),
+            reward=choice("reward", [*self.data.rewards], width="250px"),
+            heat=switch("gradient heat map", False),
+            order=choice("sort prompts", [GIVEN, HELPS, HURTS], width="250px"),
+            adapter=choice("by adapter", [*self.data.adapters], width="250px"),
+        )
+        self.on(self._update, self.prompt, self.reward, self.heat, self.adapter)
+        self.on(lambda: self._update(jump=True), self.order)
+        self.all_button = self.button(
+            "compare all prompts", "play", 170, lambda: self.jobs.submit(self._all, 0)
+        )
+        self.stop_button = self.button("stop", "stop", 80, self._stop)
+        self.tally_button = self.button("show tally", "", 110, self._show_tally)
+        self.export_button = self.button("export as HTML", "download", 150, self.export)
+        self.blind = ToggleButton(icon="eye-slash", layout={"width": "auto"})
+        self.on(self._switch_view, self.blind)
+        self.ballot = {}
+        for side, label in BALLOT.items():  # a second click can come too late
+            self.ballot[side] = self.button(
+                label, "", 120, lambda side=side: self.pair and self.vote(side)
+            )
+        self.player = Player(self.data.sampling.num_frames or 1)
+        self.caption, self.counts, self.saved = HTML(), HTML(), HTML()
         sweep = row(self.all_button, self.stop_button, self.order, self.adapter)
         lines = [self.prompt, row(self.reward, self.heat), sweep, self.why]
         self.open_box = VBox(lines, layout=FULL)
@@ -90,46 +108,17 @@ class RewardComparison(SettingsPanel):
         self.assemble(*views, row(self.blind, self.export_button, self.saved))
         self.changed()
 
-    def _controls(self) -> None:
-        self.prompt: Any = choice("prompt", self.prompts)
-        self.reward: Any = choice("reward", [*self.data.rewards])
-        self.heat = switch("gradient heat map", False)
-        self.order = choice("sort prompts", [GIVEN, HELPS, HURTS])
-        self.adapter: Any = choice("by adapter", self.data.names[1:])
-        for narrow in (self.reward, self.order, self.adapter):
-            narrow.layout.width = "250px"
-        self.settings = {"prompt": self.prompt, "reward": self.reward, "heat": self.heat}
-        self.settings |= {"order": self.order, "adapter": self.adapter}
-        self.all_button = button("compare all prompts", "play", 170)
-        self.stop_button = button("stop", "stop", 80)
-        self.tally_button = button("show tally", "", 110)
-        self.export_button = button("export as HTML", "download", 150)
-        self.blind = ToggleButton(icon="eye-slash", layout={"width": "auto"})
-        self.ballot = {side: button(text, "", 120) for side, text in BALLOT.items()}
-        self.on(self._update, self.prompt, self.reward, self.heat, self.adapter)
-        self.on(lambda: self._update(jump=True), self.order)
-        self.on(lambda: self.jobs.submit(self._all, 0), self.all_button)
-        self.on(self._stop, self.stop_button)
-        self.on(self._switch_view, self.blind)
-        self.on(self._show_tally, self.tally_button)
-        self.on(self.export, self.export_button)
-        for side, widget in self.ballot.items():  # a second click can come too late
-            self.on(lambda side=side: self.pair and self.vote(side), widget)
-
     def changed(self) -> None:
         """Show what can act now; disable the rest, and say why."""
-        data = self.data
-        alone = unsorted = blind = ""
-        if not data.adapters:
+        alone = unsorted = ""
+        if not self.data.adapters:
             alone = "there is no adapter: RewardComparison(model, adapters={'name': 'runs/…'})"
-        missing = sum(not data.is_scored(prompt) for prompt in self.prompts)
-        if missing:
+        if missing := self._missing():
             unsorted = f"compare all prompts first, {missing} of {len(self.prompts)} are missing"
-        if self.blind.value:
-            blind = "blind vote: leave it first"
+        blind = "blind vote: leave it first" if self.blind.value else ""
         finished = "" if missing else "all prompts are compared"
         sweeping = "it is under way" if self._sweeping else ""
-        unscored = "" if data.scores else "there is nothing to export yet"
+        unscored = "" if any(self.data.scores.values()) else "there is nothing to export yet"
         disable(blind, self.prompt, self.reward, self.heat)
         disable(blind or alone, self.adapter)
         disable(blind or alone or unsorted, self.order)
@@ -144,22 +133,31 @@ class RewardComparison(SettingsPanel):
         self.open_box.layout.display = "none" if blind else "flex"
         self.ballot_box.layout.display = "flex" if blind else "none"
 
-    def _complete(self, prompts: Iterable[str], names: Sequence[str]) -> Iterator[float]:
+    def _missing(self) -> int:
+        """The number of prompts without scores of all contestants."""
+        return sum(not self.data.is_scored(prompt) for prompt in self.prompts)
+
+    def _missing_heat_maps(self) -> list[str]:
+        """Contestants whose heat map is asked for, but not computed."""
+        made = self.data.clips.get(self.prompt.value, {}) if self.heat.value else {}
+        return [name for name, clip in made.items() if self.reward.value not in clip.heat_maps]
+
+    def _complete(self, prompts: Iterable[str], names: Sequence[str]) -> Job:
         """Score what has no scores; for the chosen prompt, make also clips that were dropped."""
         work = []
         for prompt in prompts:
             chosen = prompt == self.prompt.value
-            known = self.data.clips_of(prompt) if chosen else self.data.scores_of(prompt)
+            known = self.data.clips_of(prompt) if chosen else self.data.scores[prompt]
             work += [(prompt, name) for name in names if name not in known]
         for i, (prompt, name) in enumerate(work):
-            yield from _scaled(self.data.add(prompt, name), i / len(work), 1 / len(work))
+            for fraction in self.data.add(prompt, name):
+                yield (i + fraction) / len(work)
             self.changed()
-            # Marks the chosen prompt as used last, so that its clips stay.
-            made = len(self.data.clips_of(self.prompt.value))
-            if prompt == self.prompt.value and made in (2, len(self.data.names)):
+            self.data.clips_of(self.prompt.value)  # used last, so that its clips stay
+            if prompt == self.prompt.value:
                 self._show()
 
-    def _one(self) -> Iterator[float]:
+    def _one(self) -> Job:
         """Make what the controls ask for."""
         yield from self._complete([self.prompt.value], self.data.names)
         for name in self._missing_heat_maps():
@@ -168,7 +166,7 @@ class RewardComparison(SettingsPanel):
         self.changed()
         self._show()
 
-    def _all(self) -> Iterator[float]:
+    def _all(self) -> Job:
         """Compare on every prompt, the chosen one first."""
         self._sweeping = True
         try:
@@ -182,8 +180,9 @@ class RewardComparison(SettingsPanel):
 
     def _stop(self) -> None:
         self.jobs.give_up()
-        done, total = sum(map(self.data.is_scored, self.prompts)), len(self.prompts)
-        self.say(f"stopped: {done} of {total} prompts are compared; the same button continues")
+        total = len(self.prompts)
+        done = f"{total - self._missing()} of {total} prompts are compared"
+        self.say(f"stopped: {done}; the same button continues")
 
     def run(self, prompt: str | None = None) -> dict[str, dict[str, float]]:
         """Compare on a prompt now, default: the chosen one.
@@ -205,7 +204,7 @@ class RewardComparison(SettingsPanel):
 
     def _update(self, jump: bool = False) -> None:
         """Show what the controls ask for, after making what is missing. jump: to the first prompt."""
-        if self._setting or self.blind.value:
+        if self.blind.value:
             return
         self._sort(jump)
         self.changed()
@@ -214,17 +213,10 @@ class RewardComparison(SettingsPanel):
         else:
             self._show()
 
-    def _missing_heat_maps(self) -> list[str]:
-        """Contestants whose heat map is asked for, but not computed."""
-        if not self.heat.value:
-            return []
-        return self.data.missing_heat_maps(self.prompt.value, self.reward.value)
-
     def _sort(self, jump: bool) -> None:
         options = [(prompt, prompt) for prompt in self.prompts]
         if self.order.value != GIVEN:
-            missing = sum(not self.data.is_scored(prompt) for prompt in self.prompts)
-            if missing:
+            if missing := self._missing():
                 self.set(order=GIVEN)
                 raise ValueError(f"sorting: compare all prompts first, {missing} are missing")
             adapter, reward = self.adapter.value, self.reward.value
@@ -232,10 +224,9 @@ class RewardComparison(SettingsPanel):
             ranked = sorted(self.prompts, key=change.__getitem__, reverse=self.order.value == HELPS)
             options = [(f"{number(change[prompt], '+')} · {prompt}", prompt) for prompt in ranked]
         chosen = options[0][1] if jump else self.prompt.value
-        self._setting = True
-        self.prompt.options = options
-        self.prompt.value = chosen
-        self._setting = False
+        with self.quiet():
+            self.prompt.options = options
+            self.prompt.value = chosen
 
     def _show(self) -> None:
         prompt, reward, data = self.prompt.value, self.reward.value, self.data
@@ -243,37 +234,36 @@ class RewardComparison(SettingsPanel):
         if self.blind.value or not made:
             return
         frames = [made[name].pixels() if name in made else None for name in data.names]
-        text, below = f"{', '.join(data.names)}: {prompt}", ""
+        alt, below = f"{', '.join(data.names)}: {prompt}", ""
         if self.heat.value and not self._missing_heat_maps():
             frames = [comparison_html.heat_overlay(clip, reward) for clip in made.values()]
-            text, below = f"{text}, heat maps of {reward}", comparison_html.heat_legend(reward)
+            alt, below = f"{alt}, heat maps of {reward}", comparison_html.heat_legend(reward)
+        if self._key != (alt, *made):  # else another reward of the same clips
+            self._draw(frames, alt)
+            self._key = (alt, *made)
         rows, pages = score_rows(data, prompt), []
-        for page, image in enumerate(self._draw((text, *made), frames, text)):
-            left = columns(data.names, image, *rows) + below
-            right = comparison_html.curve(data, prompt, reward, page - 1 if page else None)
+        for frame, image in enumerate(self._images):
+            left = columns(data.names, image, rows) + below
+            right = comparison_html.curve(data, prompt, reward, frame)
             pages.append(
-                f"<div class=vader-side><div style='flex:3 1 320px;min-width:0'>{left}</div>"
-                f"<div style='flex:2 1 260px;min-width:0'>{right}</div></div>"
+                f"<div class=vader-side><div style='flex:3 1 320px'>{left}</div>"
+                f"<div style='flex:2 1 260px'>{right}</div></div>"
             )
-        self.player.show(pages[0], pages[1:])
+        self.player.show(pages)
         s = data.sampling
         how = f"seed {data.seed} · {s.num_inference_steps} steps · guidance {s.guidance_scale:g}"
         self.caption.value = f"<b>{escape(prompt)}</b> {note(how)}"
 
-    def _draw(self, key: tuple, frames: Sequence[torch.Tensor | None], text: str) -> list[str]:
-        """Return the clips side by side as <img>s, playing and frame by frame; cached by `key`."""
-        if self._images[0] != key:
-            self._picture = comparison_html.joined(frames, self.data.model.defaults["fps"], text)
-            singles = [still(self._picture, i, text) for i in range(len(self._picture.frames))]
-            self._images = key, [moving(self._picture, text), *singles]
-        return self._images[1]
+    def _draw(self, frames: Sequence, alt: str) -> None:
+        """Join clips side by side, playing and frame by frame."""
+        self._picture = comparison_html.joined(frames, self.data.model.defaults["fps"], alt)
+        self._images = pictures(self._picture, alt)
 
     def _switch_view(self) -> None:
         """Enter or leave blind mode: nothing of the other view stays on the page or goes on."""
         self.jobs.give_up()
-        self.pair = self._picture = None
-        self._images = ((), [])
-        self.player.show(EMPTY, [EMPTY] * self.player.num_frames)
+        self.pair = self._picture = self._key = None
+        self.player.show([EMPTY for _ in self.player.pages.children])
         self.caption.value = self.saved.value = self.counts.value = ""
         self.changed()
         if self.blind.value:
@@ -282,23 +272,21 @@ class RewardComparison(SettingsPanel):
             self._show_tally()
             self._update()
 
-    def _next_pair(self) -> Iterator[float]:
+    def _next_pair(self) -> Job:
         """Make the next pair. The base is always first: the order would tell which side it is."""
         made = {}
         pair = self.votes.next(self.adapter.value, self.prompts, self.data.seed)
-        for start, name in ((0.0, BASE), (0.5, pair.adapter)):
-            job = self.data.sample(name, pair.prompt, pair.seed)
-            made[name] = yield from _scaled(job, start, 0.5)
+        for name in (BASE, pair.adapter):
+            made[name] = yield from self.data.sample(name, pair.prompt, pair.seed)
         frames = [made[name].float().cpu() for name in pair.sides]
-        images = self._draw((pair,), frames, f"A and B: {pair.prompt}")
-        pages = [columns("AB", image) for image in images]
-        self.player.show(pages[0], pages[1:])
+        self._draw(frames, f"A and B: {pair.prompt}")
+        self.player.show([columns("AB", image) for image in self._images])
         self.caption.value = f"<b>{escape(pair.prompt)}</b> {note('which clip is better?')}"
         self.pair = pair
         self.changed()
 
     def vote(self, choice: str) -> Vote:
-        """Vote on the pair that is shown: "A", "B" or "=" for no difference; then make the next pair.
+        """Vote "A", "B" or "=", no difference, on the pair that is shown; then make the next pair.
 
         Raises:
             ValueError: Another choice, or there is no pair.
@@ -327,12 +315,11 @@ class RewardComparison(SettingsPanel):
             ValueError: Nothing is compared yet.
         """
         path = Path(path or self.folder / "comparison.html")
-        tallies = [self.votes.tally(name) for name in self.data.adapters]
-        page = comparison_html.export(self.data, self.prompts, tallies)
+        page = comparison_html.export(self.data, map(self.votes.tally, self.data.adapters))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page)
         link = download_link(path) if path.stat().st_size < MAX_LINK else ""
-        self.saved.value = f"<span class=vader-note>exported to {escape(str(path))}{link}</span>"
+        self.saved.value = f"{note(f'exported to {path}')}{link}"
         return path
 
     def prepare(self) -> None:
@@ -347,14 +334,4 @@ class RewardComparison(SettingsPanel):
         names, rows = self.data.names, score_rows(self.data, self.prompt.value)
         if self.blind.value:
             names, rows = "AB", []
-        return columns(names, self._picture.to_html(256 * len(names)), *rows)
-
-
-def _scaled(job: Generator[float, None, Any], start: float, length: float) -> Generator:
-    """A job's fractions as those of a part of a longer one; returns what the job returns."""
-    while True:
-        try:
-            fraction = next(job)
-        except StopIteration as end:
-            return end.value
-        yield start + length * fraction
+        return columns(names, self._picture.to_html(256 * len(names)), rows)

@@ -1,127 +1,115 @@
 """The base model and adapters on prompts: clips, scores and heat maps, computed in steps and kept."""
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from .. import prompts as prompt_sets
-from ..evaluation import BASE
+from ..evaluation import BASE, named_adapters
 from ..lora import Adapter
 from ..models import VideoModel
-from ..rewards import Reward, as_reward
+from ..rewards import Reward, as_reward, parse
 from ..rewards.base import at_least_float32
 from ..sampling import Sampling
 from . import clips
+from .jobs import Job
+from .panel import remember
 
 MAX_CLIPS = 24  # prompts whose clips stay in memory; scores are small, and stay for all prompts
 MAX_PROMPTS = 200  # each costs a clip per contestant
 
-Scores = dict[str, torch.Tensor]  # reward -> (F,), or (1,) for a reward on whole clips
-
 
 @dataclass
 class Clip:
-    """frames: uint8 (F, 3, H, W), as they are shown. heat_maps: reward -> (F, H, W)."""
-
-    frames: torch.Tensor
-    heat_maps: dict[str, torch.Tensor] = field(default_factory=dict)
+    frames: torch.Tensor  # uint8 (F, 3, H, W), as they are shown
+    heat_maps: dict[str, torch.Tensor] = field(default_factory=dict)  # reward -> (F, H, W)
 
     def pixels(self) -> torch.Tensor:
-        """Return the frames in [0, 1]."""
         return self.frames.float() / 255
 
 
-@dataclass
 class Comparison:
-    """Contestants on prompts, each from the noise of `seed`: the base, then the adapters.
+    """Contestants on prompts, each from the noise of `seed`: the base, then the adapters."""
 
-    scores: prompt -> contestant -> `Scores`. clips: prompt -> contestant -> `Clip`, for the prompts
-    that were used last.
-    """
-
-    model: VideoModel
-    adapters: dict[str, str | Path]
-    rewards: dict[str, Reward]
-    sampling: Sampling
-    seed: int
-    scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
-    clips: OrderedDict[str, dict[str, Clip]] = field(default_factory=OrderedDict)
-    merged: dict[str, Adapter | None] = field(default_factory=lambda: {BASE: None})
-
-    @property
-    def names(self) -> list[str]:
-        return [BASE, *self.adapters]
+    def __init__(
+        self,
+        model: VideoModel,
+        adapters: Mapping[str, str | Path] | None,
+        rewards: Sequence[Reward | Callable] | None,
+        prompts: Sequence[str] | None,
+        sampling: Sampling | None,
+        seed: int,
+    ):
+        self.model, self.seed = model, seed
+        self.rewards = metrics(model, rewards)
+        given = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
+        if len(given) > MAX_PROMPTS:
+            raise ValueError(
+                f"a comparison takes up to {MAX_PROMPTS} prompts, got {len(given)}: give it fewer"
+            )
+        self.prompts = [*dict.fromkeys(str(prompt) for prompt in given if str(prompt).strip())]
+        for reward in self.rewards.values():
+            reward.check_prompts(self.prompts)
+        self.adapters = clips.validate_adapters(model, adapters and named_adapters(adapters))
+        self.sampling = (sampling or Sampling()).resolve(model)
+        self.names = [BASE, *self.adapters]
+        # prompt -> contestant -> reward -> (F,), or (1,) for a reward on whole clips
+        self.scores: dict[str, dict[str, dict[str, torch.Tensor]]] = {p: {} for p in self.prompts}
+        # prompt -> contestant, of the prompts that were used last
+        self.clips: dict[str, dict[str, Clip]] = {}
+        self.merged: dict[str, Adapter | None] = {BASE: None}
 
     def sample(self, name: str, prompt: str, seed: int) -> Generator[float, None, torch.Tensor]:
-        """Sample a contestant's clip (F, 3, H, W); yield the fraction that is done."""
+        """Sample a contestant's clip (F, 3, H, W)."""
         if name not in self.merged:
             self.merged[name] = clips.merged(self.model, {self.adapters[name]: 1.0})
         adapter = self.merged[name]
         frames = yield from clips.denoising(self.model, [prompt], [seed], self.sampling, adapter)
         return frames[0]
 
-    def add(self, prompt: str, name: str) -> Generator[float, None, None]:
-        """Sample and score a contestant's clip; yield the fraction that is done."""
+    def add(self, prompt: str, name: str) -> Job:
+        """Sample and score a contestant's clip."""
         frames = yield from self.sample(name, prompt, self.seed)
         scores = {}
         for reward in self.rewards.values():
             with torch.no_grad(), _errors_named(reward):
                 values = reward.scores(at_least_float32(frames[None]), [prompt])
                 scores[reward.name] = values[0].float().cpu()
-        self.scores.setdefault(prompt, {})[name] = scores
+        self.scores[prompt][name] = scores
         clip = Clip((frames.clamp(0, 1) * 255).round().byte().cpu())
-        self.clips.setdefault(prompt, {})[name] = clip
-        self.clips.move_to_end(prompt)
-        while len(self.clips) > MAX_CLIPS:
-            self.clips.popitem(last=False)
+        remember(self.clips, prompt, self.clips_of(prompt) | {name: clip}, MAX_CLIPS)
 
     def add_heat_map(self, prompt: str, name: str, reward: str) -> None:
-        """Compute the heat map of a clip."""
         clip, metric = self.clips[prompt][name], self.rewards[reward]
         with _errors_named(metric):
             frames = clip.pixels().to(self.model.device)
             clip.heat_maps[reward] = heat_map(metric, frames, prompt)
 
     def clips_of(self, prompt: str) -> dict[str, Clip]:
-        """Return the clips of a prompt by contestant, and count it as used last."""
+        """The clips of a prompt by contestant; it counts as used last."""
         if prompt in self.clips:
-            self.clips.move_to_end(prompt)
+            remember(self.clips, prompt, self.clips[prompt], MAX_CLIPS)
         return self.clips.get(prompt, {})
 
-    def scores_of(self, prompt: str) -> dict[str, Scores]:
-        """Return what is known about a prompt, by contestant."""
-        return self.scores.get(prompt, {})
-
     def missing_clips(self, prompt: str) -> list[str]:
-        """Return the contestants without a clip of this prompt."""
         return [name for name in self.names if name not in self.clips.get(prompt, {})]
 
-    def missing_heat_maps(self, prompt: str, reward: str) -> list[str]:
-        """Return the contestants with a clip of this prompt, but without its heat map."""
-        made = self.clips.get(prompt, {}).items()
-        return [name for name, clip in made if reward not in clip.heat_maps]
-
     def is_scored(self, prompt: str) -> bool:
-        return len(self.scores_of(prompt)) == len(self.names)
+        return len(self.scores[prompt]) == len(self.names)
 
     def mean(self, prompt: str, name: str, reward: str) -> float:
         return self.scores[prompt][name][reward].mean().item()
 
     def difference(self, prompt: str, name: str, reward: str) -> float:
-        """Return an adapter's mean minus the base's."""
+        """An adapter's mean minus the base's."""
         return self.mean(prompt, name, reward) - self.mean(prompt, BASE, reward)
 
 
 def heat_map(reward: Reward, frames: torch.Tensor, prompt: str) -> torch.Tensor:
-    """Return |∂ reward / ∂ pixel|, summed over channels, relative to the clip's largest.
-
-    For a clip (F, 3, H, W) it is (F, H, W) in [0, 1], all zero for a constant reward. Raises
-    ValueError for a reward without a gradient.
-    """
+    """|∂ reward / ∂ pixel| of a clip (F, 3, H, W), relative to its largest: (F, H, W) in [0, 1]."""
     with torch.enable_grad():
         leaf = at_least_float32(frames.detach())[None].requires_grad_()
         score = reward(leaf, [prompt]).sum()
@@ -139,49 +127,23 @@ def _errors_named(reward: Reward) -> Iterator[None]:
         yield
     except Exception as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"reward {reward.name!r} failed ({what}). vader_nb.check(reward) tries it on its own"
-        ) from error
+        hint = "vader_nb.check(reward) tries it on its own"
+        raise ValueError(f"reward {reward.name!r} failed ({what}). {hint}") from error
 
 
 def metrics(model: VideoModel, rewards: Sequence | None) -> dict[str, Reward]:
-    """Return the rewards by name, on the model's device; default: those of the tiny world.
-
-    Raises ValueError for none, or two of the same name.
-    """
+    """The rewards by name, on the model's device; default: those of the tiny world."""
     if rewards is None and model.world == "tiny":
-        from ..rewards import action, aesthetic, hps
-
-        rewards = [hps("tiny"), aesthetic("tiny"), action("tiny")]
-    if callable(rewards):
-        rewards = [rewards]
-    listed = [as_reward(reward) for reward in rewards or []]
+        rewards = [parse(name, tiny=True) for name in ("hps", "aesthetic", "action")]
+    listed = [as_reward(reward) for reward in ([rewards] if callable(rewards) else rewards or [])]
     if not listed:
         raise ValueError(
             f"no rewards to compare by: RewardComparison(model, rewards=[hps()]) for {model.name!r}"
         )
-    by_name = {reward.name: reward.to(model.device) for reward in listed}
-    if len(by_name) < len(listed):
-        names = [reward.name for reward in listed]
+    named = {reward.name: reward.to(model.device) for reward in listed}
+    if len(named) < len(listed):
         raise ValueError(
-            f"rewards need different names, got {names}; reward.renamed('…') gives one"
+            f"rewards need different names, got {[reward.name for reward in listed]}; "
+            "reward.renamed('…') gives one"
         )
-    return by_name
-
-
-def choose_prompts(
-    model: VideoModel, prompts: Sequence[str] | None, rewards: dict[str, Reward]
-) -> list[str]:
-    """Return the prompts, each once; default: six examples.
-
-    Raises ValueError for none, too many, or one that a reward cannot score.
-    """
-    given = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
-    if len(given) > MAX_PROMPTS:
-        raise ValueError(
-            f"a comparison takes up to {MAX_PROMPTS} prompts, got {len(given)}: give it fewer"
-        )
-    listed = [*dict.fromkeys(str(prompt) for prompt in given if str(prompt).strip())]
-    for reward in rewards.values():
-        reward.check_prompts(listed)
-    return listed
+    return named

@@ -5,7 +5,6 @@ composer.weights["aesthetic"].value = 0.5                 the same from Python
 align(model, composer.reward, …)                          or rewards.parse(composer.expression)
 """
 
-import ast
 import functools
 import itertools
 import operator
@@ -13,82 +12,53 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from ipywidgets import HTML, HBox
+from ipywidgets import HTML
 
 from ..models import VideoModel
 from ..rewards import Reward, as_reward, conflict, parse, statistics
 from ..video import Video
 from . import clips
-from .controls import beside, column, slider, switch, template
-from .panel import SIDE, Panel, disable, note
+from .controls import beside, column, disable, row, slider, switch
+from .drawing import code, note, table
+from .jobs import Job
+from .panel import Panel
 from .player import moving
 
 REWARDS = ("hps", "aesthetic", "action")
 CLIPS = 4
 NEUTRAL = 0.05  # smaller cosines happen by chance
-MEASURING, UNKNOWN = "measuring…", "not measured yet"
+UNKNOWN = "not measured yet"
 NO_WEIGHT = "All weights are 0: nothing is asked for. Move a slider."
-
-CLIP = """
-<div><b>{{ rank }}. &nbsp; {{ "%+.2f"|format(total) }}</b></div>
-<div class=vader-note>{{ prompt }}</div>
-<table class=vader-note><tr><th></th><th>score</th><th>adds</th></tr>
-{% for name, score, added in rows %}
-<tr><td>{{ name }}</td><td>{{ "%.3g"|format(score) }}</td><td>{{ "%+.2f"|format(added) }}</td></tr>
-{% endfor %}
-</table>
-"""
-PAIRS = """
-{% if not rows %}
-<div class=vader-note>One reward alone has no conflict.</div>
-{% else %}
-<b>Do they pull the same way?</b>
-<table><tr><th>gradients of</th><th>cosine</th><th>they</th></tr>
-{% for names, cosine, verdict in rows %}
-<tr><td>{{ names }}</td><td>{{ cosine }}</td><td>{{ verdict }}</td></tr>
-{% endfor %}
-</table>
-<div class=vader-note>Mean over the clips of the cosine between two rewards’ gradients on the
-pixels: 1 the same way, 0 at right angles, −1 what one gains the other loses.</div>
-{% endif %}
-"""
-CODE = """
-<div class=vader-note>The sum as code, for <code>rewards.parse</code> and <code>reward=</code> on
-the command line; in Python it is this panel’s <code>reward</code>.
-{% if own %}In it, {{ own|join(", ") }} stands for the reward that was given by this name.
-{% endif %}
-One click selects all of it.</div>
-<div class=vader-code>{{ expression }}</div>
-"""
-STILL = """
-<div><p>Weights: {{ weights }}. Clips in the order of the weighted sum:</p>
-<div style="display:flex;flex-wrap:wrap;gap:10px">
-{% for clip, caption in figures %}
-<figure>{{ clip|safe }}<figcaption>{{ caption|safe }}</figcaption></figure>
-{% endfor %}
-</div></div>
-"""
+PLAIN = str.maketrans("<>&", "‹›+")  # labels are HTML in ipywidgets 7, and texts in 8
+COSINE = (
+    "Mean over the clips of the cosine between two rewards’ gradients on the pixels: 1 the same "
+    "way, 0 at right angles, −1 what one gains the other loses."
+)
+CODE = (
+    "The sum as code, for rewards.parse and reward= on the command line; in Python it is this "
+    "panel’s reward. One click selects all of it."
+)
 
 
 class RewardComposer(Panel):
     """A weighted sum of rewards, and how it ranks a few clips of the base model, made once.
 
     Args:
-        model: makes the clips.
-        rewards: expressions for `rewards.parse`, or rewards and expressions by name. A reward that
+        model: Makes the clips.
+        rewards: Expressions for `rewards.parse`, or rewards and expressions by name. A reward that
             is not an expression needs a Python name, under which it stands in `expression`.
-        prompts: of the clips, two or more.
-        seed: of the first clip; those of the others follow.
+        prompts: Of the clips, two or more.
+        seed: Of the first clip; those of the others follow.
 
     Attributes:
-        weights: a slider from -2 to 2 per reward.
-        standardized: a checkbox: count rewards in standard deviations from their mean.
-        scores: of each reward, (B,).
-        statistics: mean and standard deviation of each reward over the clips, to 4 digits.
-        cosines: of each pair of rewards, the mean cosine of their gradients on the pixels.
+        weights: A slider from -2 to 2 per reward.
+        standardized: A checkbox: count rewards in standard deviations from their mean.
+        scores: Of each reward, (B,).
+        statistics: Mean and standard deviation of each reward over the clips, to 4 digits.
+        cosines: Of each pair of rewards, the mean cosine of their gradients on the pixels.
 
     Raises:
-        ValueError: unknown rewards, fewer than two prompts, or an empty one.
+        ValueError: Unknown rewards, fewer than two prompts, or an empty one.
     """
 
     title = "Reward composer"
@@ -109,36 +79,37 @@ class RewardComposer(Panel):
         if len(self.prompts) < 2 or not all(prompt.strip() for prompt in self.prompts):
             needed = "rewards are compared on 2 or more clips, none with an empty prompt"
             raise ValueError(f"{needed}; got {self.prompts}")
-        given, tiny = by_name(rewards), model.world == "tiny"
-        self.own = [name for name, value in given.items() if not isinstance(value, str)]
         self.rewards: dict[str, Reward] = {}
-        for name, value in given.items():
-            reward = as_reward(value) if name in self.own else parse(value, tiny=tiny)
+        self.own: list[str] = []  # that are no expressions
+        self.sources: dict[str, str] = {}  # how they stand in the expression
+        for name, value in by_name(rewards).items():
+            if isinstance(value, str):
+                reward, source = parse(value, tiny=model.world == "tiny"), value.strip()
+                self.sources[name] = source if source.isidentifier() else f"({source})"
+            else:
+                reward, self.sources[name] = as_reward(value), name
+                self.own.append(name)
             reward.check_prompts(self.prompts)
-            reward.to(model.device)
-            self.rewards[name] = reward
-        self.sources = {n: n if n in self.own else grouped(value) for n, value in given.items()}
+            self.rewards[name] = reward.to(model.device)
+        self._pairs = [*itertools.combinations(self.rewards, 2)]
         self.frames: torch.Tensor  # (B, F, 3, H, W), made with the scores
         self.scores: dict[str, torch.Tensor] = {}
         self.statistics: dict[str, tuple[float, float]] = {}
         self.cosines: dict[tuple[str, str], float] = {}
-        self._build()
-        self._show()
-
-    def _build(self) -> None:
         self.weights: dict[str, Any] = {}
         for name in self.rewards:
-            self.weights[name] = slider(plain(name), 1.0, -2, 2, step=0.05)
+            self.weights[name] = slider(name.translate(PLAIN), 1.0, -2, 2, step=0.05)
         self.standardized = switch("in standard deviations, so that units do not matter", True)
-        self.why, self.pairs, self.code = HTML(), HTML(), HTML()
         self.on(self._show, *self.weights.values(), self.standardized)
+        self.pairs, self.code = HTML(), HTML()
         self.pictures = [HTML() for _ in self.prompts]
         self.captions = [HTML() for _ in self.prompts]
         look = {"flex": "1 1 150px", "max_width": "230px"}
         self.slots = [column(*parts, **look) for parts in zip(self.pictures, self.captions)]
         sliders = column(*self.weights.values(), self.standardized, self.why, max_width="520px")
-        strip = HBox(self.slots, layout=SIDE)
+        strip = row(*self.slots, align="flex-start")
         self.assemble(beside(sliders, column(self.pairs)), strip, self.code)
+        self._show()
 
     @property
     def used(self) -> dict[str, float]:
@@ -174,158 +145,126 @@ class RewardComposer(Panel):
             terms.append(weight * reward)
         return functools.reduce(operator.add, terms)
 
-    def measure(self) -> None:
-        """Make and score the clips and compare the rewards' gradients, unless it is done."""
-        self._sample()
-        if self._missing:
-            self.jobs.finish(self._comparing)
-
-    def _sample(self) -> None:
-        if not self.scores:
-            self.jobs.finish(self._sampling)
-
-    def _sampling(self):
-        frames = yield from clips.denoising(self.model, self.prompts, self.seeds)
-        scores = {}
-        for name, reward in self.rewards.items():
-            with torch.no_grad():
-                scores[name] = reward(frames, self.prompts).float().cpu()
-            # Rounded, so that `reward` and `expression` have the same numbers.
-            mean, std = statistics(reward, frames, self.prompts)
-            self.statistics[name] = float(f"{mean:.4g}"), float(f"{std:.4g}")
-        self.frames, self.scores = frames, scores
-        for picture, clip, prompt in zip(self.pictures, frames, self.prompts):
-            video = Video(clip, self.model.defaults["fps"], prompt)
-            picture.value = moving(video, f"clip of: {prompt}")
-        if self._constant:
-            self.standardized.value = False
-        self._show()
-
-    @property
-    def _constant(self) -> list[str]:
-        """Rewards with one score for all clips, up to rounding."""
-        return [name for name, (mean, std) in self.statistics.items() if not std > 1e-6 * abs(mean)]
-
-    @property
-    def _missing(self) -> list[tuple[str, str]]:
-        pairs = itertools.combinations(self.rewards, 2)
-        return [pair for pair in pairs if pair not in self.cosines]
-
-    def _comparing(self):
-        """Compare clip by clip: it takes the memory of one clip, and can be stopped."""
-        missing, count = self._missing, len(self.prompts)
-        try:
-            for done, pair in enumerate(missing):
-                self.pairs.value = self._table(MEASURING)
-                first, second = (self.rewards[name] for name in pair)
-                cosines = []
-                for i in range(count):
-                    yield (done + i / count) / len(missing)
-                    clip, prompt = self.frames[i : i + 1], self.prompts[i : i + 1]
-                    cosines.append(conflict(first, second, clip, prompt).item())
-                self.cosines[pair] = sum(cosines) / count
-        finally:
-            self.pairs.value = self._table()
+    def added(self, name: str) -> torch.Tensor:
+        """What a reward adds to the sum of each clip, (B,)."""
+        mean, std = self.statistics[name] if self.standardized.value else (0.0, 1.0)
+        return self.used.get(name, 0.0) * (self.scores[name] - mean) / std
 
     def composed(self) -> torch.Tensor:
         """The weighted sum for each clip, (B,), from scores that were measured once."""
         self._sample()
-        parts = [weight * self._in_units(name) for name, weight in self.used.items()]
-        return sum(parts, torch.zeros(len(self.prompts)))
-
-    def _in_units(self, name: str) -> torch.Tensor:
-        mean, std = self.statistics[name] if self.standardized.value else (0.0, 1.0)
-        return (self.scores[name] - mean) / std
+        return torch.stack([self.added(name) for name in self.rewards]).sum(0)
 
     @property
     def order(self) -> list[int]:
         """Indices of the clips, the best first."""
         return self.composed().argsort(descending=True, stable=True).tolist()
 
+    def measure(self) -> None:
+        """Make and score the clips and compare the rewards' gradients, unless it is done."""
+        self._sample()
+        self.jobs.finish(self._comparing)
+
+    def _sample(self) -> None:
+        if not self.scores:
+            self.jobs.finish(self._sampling)
+
+    def _sampling(self) -> Job:
+        self.frames = yield from clips.denoising(self.model, self.prompts, self.seeds)
+        scores = {}
+        for name, reward in self.rewards.items():
+            with torch.no_grad():
+                scores[name] = reward(self.frames, self.prompts).float().cpu()
+            # Rounded, so that `reward` and `expression` have the same numbers.
+            mean, std = statistics(reward, self.frames, self.prompts)
+            self.statistics[name] = float(f"{mean:.4g}"), float(f"{std:.4g}")
+        self.scores = scores
+        for picture, clip, prompt in zip(self.pictures, self.frames, self.prompts):
+            video = Video(clip, self.model.defaults["fps"], prompt)
+            picture.value = moving(video, f"clip of: {prompt}")
+        # One score for all clips, up to rounding, has no standard deviation.
+        constant = [n for n, (mean, std) in self.statistics.items() if not std > 1e-6 * abs(mean)]
+        if constant:
+            self.standardized.value = False
+            why = f"{', '.join(constant)} gives all clips one score: no standard deviation."
+            disable(why, self.standardized, remark=self.why)
+        self._show()
+
+    def _comparing(self) -> Job:
+        """Compare clip by clip: it takes the memory of one clip, and can be stopped."""
+        missing = [pair for pair in self._pairs if pair not in self.cosines]
+        for done, pair in enumerate(missing):
+            first, second = (self.rewards[name] for name in pair)
+            cosines = []
+            for i, prompt in enumerate(self.prompts):
+                yield (done + i / len(self.prompts)) / len(missing)
+                clip = self.frames[i : i + 1]
+                cosines.append(conflict(first, second, clip, [prompt]).item())
+            self.cosines[pair] = sum(cosines) / len(cosines)
+            self.pairs.value = self._conflicts()
+
     def _show(self) -> None:
-        constant = ", ".join(self._constant)
-        reason = f"{constant} gives all clips one score: there is no standard deviation."
-        disable(reason if constant else "", self.standardized, remark=self.why)
-        self.pairs.value = self._table()
+        self.pairs.value = self._conflicts()
         if not self.scores:
             self.code.value = note("The clips are not made yet.")
             return
         for rank, i in enumerate(self.order):
+            rows = []
+            for name, score in self.scores.items():
+                rows.append((name, f"{score[i]:.3g}", f"{self.added(name)[i]:+.2f}"))
+            head = f"<b>{rank + 1}. &nbsp; {self.composed()[i]:+.2f}</b>{note(self.prompts[i])}"
+            self.captions[i].value = head + table(("", "score", "adds"), rows, "class=vader-note")
             self.slots[i].layout.order = str(rank)
-            self.captions[i].value = self._caption(i, rank)
-        self.code.value = self._code()
+        own = ", ".join(name for name in self.own if name in self.used)
+        remark = f"{own} stands for the reward that was given by this name." if own else ""
+        self.code.value = note(NO_WEIGHT)
+        if self.used:
+            self.code.value = note(CODE) + note(remark) + code(self.expression)
 
-    def _caption(self, i: int, rank: int) -> str:
-        """A clip's rank and sum, and what each reward adds to it."""
-        rows = []
-        for name, score in self.scores.items():
-            added = self.used.get(name, 0.0) * self._in_units(name)[i].item()
-            rows.append((name, score[i].item(), added))
-        total, prompt = self.composed()[i].item(), self.prompts[i]
-        return template(CLIP).render(rank=rank + 1, total=total, prompt=prompt, rows=rows)
-
-    def _table(self, unknown: str = UNKNOWN) -> str:
+    def _conflicts(self) -> str:
         """Whether the weighted rewards conflict: one with a negative weight pulls the other way."""
+        if not self._pairs:
+            return note("One reward alone has no conflict.")
         negative = {name for name, item in self.weights.items() if item.value < 0}
         rows = []
-        for pair in itertools.combinations(self.rewards, 2):
+        for pair in self._pairs:
             names = " and ".join(f"−{name}" if name in negative else name for name in pair)
-            if pair not in self.cosines:
-                rows.append((names, "", unknown))
-                continue
-            cosine = self.cosines[pair] * (-1 if len(negative & {*pair}) == 1 else 1)
-            rows.append((names, f"{round(cosine, 2) + 0.0:+.2f}", verdict(cosine)))
-        return template(PAIRS).render(rows=rows)
-
-    def _code(self) -> str:
-        if not self.used:
-            return note(NO_WEIGHT)
-        own = [name for name in self.own if name in self.used]
-        return template(CODE).render(own=own, expression=self.expression)
+            cells = "", UNKNOWN
+            if pair in self.cosines:
+                cosine = self.cosines[pair] * (-1 if len(negative & {*pair}) == 1 else 1)
+                cells = f"{round(cosine, 2) + 0.0:+.2f}", verdict(cosine)
+            rows.append((names, *cells))
+        found = table(("gradients of", "cosine", "they"), rows)
+        return f"<b>Do they pull the same way?</b>{found}{note(COSINE)}"
 
     def prepare(self) -> None:
         self._sample()
-        if self._missing:
-            self.jobs.submit(self._comparing, 0)
+        self.jobs.submit(self._comparing, 0)
 
     def to_html(self) -> str:
         self._sample()
         weights = ", ".join(f"{name} {item.value:g}" for name, item in self.weights.items())
-        clips = [(self.pictures[i].value, self.captions[i].value) for i in self.order]
-        page = template(STILL).render(weights=weights, figures=clips)
-        return f"{page}{self._table()}{self._code()}"
+        head, page = f"Weights: {weights}. Clips in the order of the weighted sum:", ""
+        for i in self.order:
+            caption = f"<figcaption>{self.captions[i].value}</figcaption>"
+            page += f"<figure>{self.pictures[i].value}{caption}</figure>"
+        figures = f"<div style='display:flex;flex-wrap:wrap;gap:10px'>{page}</div>"
+        return f"{note(head)}{figures}{self.pairs.value}{self.code.value}"
 
 
-def by_name(rewards: Mapping | Sequence[str] | str) -> dict:
+def by_name(rewards: Mapping | Sequence[str] | str) -> Mapping:
     """Rewards and expressions by name."""
-    if isinstance(rewards, str):
-        rewards = [rewards]
-    if not isinstance(rewards, Mapping):
-        if len(set(rewards)) != len(rewards):
-            raise ValueError(f"each reward once, got {', '.join(rewards)}")
-        rewards = {text: text for text in rewards}
-    if not rewards:
+    listed = [rewards] if isinstance(rewards, str) else rewards
+    named = listed if isinstance(listed, Mapping) else {text: text for text in listed}
+    if not named:
         raise ValueError("no rewards to compose: name at least one, such as 'hps'")
-    for name, value in rewards.items():
+    if len(named) < len(listed):
+        raise ValueError(f"each reward once, got {', '.join(listed)}")
+    for name, value in named.items():
         if not isinstance(value, str) and not name.isidentifier():
             needed = "your own reward needs a Python name for the expression"
             raise ValueError(f"{needed}, got {name!r}")
-    return dict(rewards)
-
-
-def grouped(expression: str) -> str:
-    """The expression, in parentheses unless it is a name or a call."""
-    text = expression.strip()
-    try:
-        atom = isinstance(ast.parse(text, mode="eval").body, (ast.Name, ast.Call))
-    except SyntaxError:  # a function of a file
-        atom = False
-    return text if atom else f"({text})"
-
-
-def plain(name: str) -> str:
-    """For the label of a control, which ipywidgets 7 takes for HTML and 8 for text."""
-    return name.translate(str.maketrans("<>&", "‹›+"))
+    return named
 
 
 def verdict(cosine: float) -> str:

@@ -1,117 +1,74 @@
-"""What panels are built from: controls, columns, HTML from templates, named settings."""
+"""What panels are built from: controls with labels, and columns of them."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-from ipywidgets import (
-    Button,
-    Checkbox,
-    Dropdown,
-    FloatSlider,
-    HBox,
-    IntSlider,
-    Layout,
-    VBox,
-    Widget,
-)
+from ipywidgets import HTML, Checkbox, Dropdown, FloatSlider, HBox, IntSlider, Text, VBox, Widget
 
-from .panel import LABEL, ROW, SIDE, WIDE, Panel
+from .drawing import note
 
+# Layouts are dictionaries, of which each widget makes a Layout of its own.
+WIDE = {"width": "auto", "max_width": "640px"}  # of a control: one line, also on a phone
+FULL = {"width": "100%"}
+LABEL = {"description_width": "96px"}
+LINE = {"style": LABEL, "layout": WIDE}  # of a control with a label
 FRAMES = ("random:1", "ends", "every:2", "all")  # choices of the frames that are scored
 
-_ENVIRONMENT = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
-
-@functools.cache
-def template(source: str) -> jinja2.Template:
-    """A jinja2 template that escapes all texts but those that are Markup."""
-    return _ENVIRONMENT.from_string(source)
+def text(description: str, value: str) -> Text:
+    """A line of text, heard when it is finished."""
+    return Text(value, description=description, continuous_update=False, **LINE)
 
 
 def slider(description: str, value: float, low: float, high: float, **options) -> Widget:
     """A slider, of whole numbers if `value` is one."""
     kind = IntSlider if isinstance(value, int) else FloatSlider
-    look = {"description": description, "style": LABEL, "layout": WIDE}
-    return kind(value, min=low, max=high, **look, **options)
+    return kind(value, min=low, max=high, description=description, **LINE, **options)
 
 
-def choice(description: str, options: Sequence, value=None) -> Dropdown:
+def choice(description: str, options: Sequence, value=None, width: str = "auto") -> Dropdown:
     """A list to choose from; by default its first entry is chosen."""
-    look = {"description": description, "style": LABEL, "layout": WIDE}
     chosen = {} if value is None else {"value": value}
-    return Dropdown(options=options, **chosen, **look)
+    layout = WIDE | {"width": width}
+    return Dropdown(options=options, description=description, **chosen, style=LABEL, layout=layout)
 
 
 def switch(description: str, value: bool) -> Checkbox:
     return Checkbox(value, description=description, indent=False, layout={"width": "auto"})
 
 
-def button(description: str, icon: str, width: int, primary: bool = False) -> Button:
-    look = {"icon": icon, "button_style": "primary" if primary else ""}
-    return Button(description=description, layout={"width": f"{width}px"}, **look)
-
-
-def row(*children: Widget) -> HBox:
-    return HBox(children, layout=ROW)
+def row(*children: Widget, align: str = "center") -> HBox:
+    return HBox(children, layout=FULL | {"flex_flow": "row wrap", "align_items": align})
 
 
 def column(*children: Widget, flex: str = "1 1 300px", max_width: str = "560px") -> VBox:
     """Widgets below each other, for `beside`."""
-    return VBox(children, layout=Layout(flex=flex, max_width=max_width, min_width="0"))
+    return VBox(children, layout={"flex": flex, "max_width": max_width, "min_width": "0"})
 
 
 def beside(*columns: Widget) -> HBox:
     """Columns beside each other; on a phone they are below each other."""
-    return HBox(columns, layout=SIDE)
+    look = {"flex_flow": "row wrap", "align_items": "flex-start", "grid_gap": "4px 16px"}
+    return HBox(columns, layout=FULL | look)
 
 
-class SettingsPanel(Panel):
-    """A panel with named controls, `settings`, which `set` changes from Python."""
-
-    def __init__(self):
-        super().__init__()
-        self.settings: dict[str, Any] = {}
-        self._setting = False
-
-    def watch_settings(self) -> None:
-        """Call `changed` after each change of a setting, and once after a `set`."""
-        self.on(lambda: None if self._setting else self.changed(), *self.settings.values())
-
-    def changed(self) -> None:
-        """Show the settings as they are now."""
-        raise NotImplementedError
-
-    def values(self) -> dict:
-        """The values of the settings by name."""
-        return {name: control.value for name, control in self.settings.items()}
-
-    def set(self, **changes) -> None:
-        """Set controls by name, in the order of `settings`.
-
-        Raises:
-            ValueError: an unknown name, or a value that a control does not offer. What was set
-                before it stays set.
-        """
-        for name in changes:
-            if name not in self.settings:
-                raise ValueError(f"unknown setting {name!r}; there are {', '.join(self.settings)}")
-        self._setting = True
-        try:
-            for name in (name for name in self.settings if name in changes):
-                validate_value(name, self.settings[name], changes[name])
-                self.settings[name].value = changes[name]
-        finally:
-            self._setting = False
-            self.changed()
+def disable(why: str, *controls, remark: HTML | None = None) -> None:
+    """Disable controls and say why, in their tooltips and in `remark`; an empty reason enables."""
+    for item in controls:
+        item.disabled = bool(why)
+        # the trait's name in ipywidgets 8, and in 7
+        trait = "tooltip" if item.has_trait("tooltip") else "description_tooltip"
+        setattr(item, trait, why)
+    if remark is not None:
+        remark.value = note(why)
 
 
-def validate_value(name: str, control: Any, value) -> None:
-    """Raise ValueError if a control does not offer a value."""
+def set_value(name: str, control: Any, value) -> None:
+    """Set a control. Raises ValueError for a value that it does not offer."""
     if isinstance(control, Dropdown):
         offered = [option[1] if isinstance(option, tuple) else option for option in control.options]
         if value not in offered:
             raise ValueError(f"{name} must be one of {', '.join(map(str, offered))}; got {value!r}")
     elif hasattr(control, "max") and not control.min <= value <= control.max:
         raise ValueError(f"{name} must lie in {control.min:g}..{control.max:g}, got {value}")
+    control.value = value

@@ -1,20 +1,52 @@
-"""Drawings as text: curves, bars against a limit, and the chain that a gradient follows.
+"""What panels show, as text: notes, tables, curves, and the chain that a gradient follows.
 
-They take the text color of the page, so light and dark themes both show them. A figure of a
+Drawings take the text color of the page, so light and dark themes both show them. A figure of a
 plotting library would be ten times as heavy, and too slow to follow a run.
 """
 
+import base64
 import math
-from collections.abc import Collection, Mapping, Sequence
+import mimetypes
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
-from .controls import template
-from .panel import data_url
+from markupsafe import Markup
 
 BLUE, RED, GRAY = "#3b82c4", "#e0573e", "#808080"  # legible on white and on black
 WIDTH, LEFT, RIGHT = 480, 10, 470  # of the chain; a phone shows it at three quarters
-ADAPTER, STEPS, DECODER, FRAMES, REWARD = 4, 52, 128, 180, 232  # tops of its rows
+
+
+def note(text: str) -> str:
+    """A text as a small line of HTML, nothing for an empty one."""
+    return f"<div class=vader-note>{escape(text)}</div>" if text else ""
+
+
+def code(text: str) -> str:
+    """Code of which one click selects all."""
+    return f"<div class=vader-code>{escape(text)}</div>"
+
+
+def table(head: Iterable, rows: Iterable[Iterable], look: str = "") -> str:
+    """A table, whose cells are escaped unless they are Markup; `look` has attributes of its tag."""
+    lines = ""
+    for tag, cells in [("th", head), *(("td", row) for row in rows)]:
+        texts = (cell if isinstance(cell, Markup) else escape(str(cell)) for cell in cells)
+        lines += f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>"
+    return f"<div class=vader-scroll><table {look}>{lines}</table></div>"
+
+
+def data_url(data: bytes, kind: str) -> str:
+    """An address that holds data of a kind such as "image/png", for an <img> or a link."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def download_link(path: Path) -> str:
+    """A link that carries a file within the page."""
+    kind = mimetypes.guess_type(path, strict=False)[0] or "application/octet-stream"
+    url = data_url(path.read_bytes(), kind)
+    return f' · <a download="{escape(path.name)}" href="{url}">download</a>'
 
 
 def element(kind: str, text: str = "", **attributes) -> str:
@@ -30,7 +62,7 @@ def words(x: float, y: float, text: str, size: float = 12, anchor: str = "start"
     return element("text", text, x=x, y=y, font_size=size, text_anchor=anchor, **more)
 
 
-def path(points: Sequence[tuple[float, float]], **attributes) -> str:
+def path(points: Iterable[tuple[float, float]], **attributes) -> str:
     """A line through points, with a gap where y is not finite."""
     shape, gap = "", True
     for x, y in points:
@@ -41,7 +73,7 @@ def path(points: Sequence[tuple[float, float]], **attributes) -> str:
     return element("path", d=shape, fill="none", **attributes)
 
 
-def svg(width: float, height: float, parts: Sequence[str], label: str, max_width: int = 560) -> str:
+def svg(width: float, height: float, parts: Iterable[str], label: str, max_width: int) -> str:
     """A drawing for a page; `label` is its alternative text."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
@@ -79,20 +111,18 @@ def chart(
     label: str,
     x_label: str = "",
     x_range: tuple[float, float] | None = None,
-    x_ticks: Sequence[float] | None = None,
     marker: float | None = None,
     width: int = 360,
     height: int = 150,
 ) -> str:
     """Curves over one x axis, each a <path class="curve">, with a dot at `marker` or at its end."""
     points = [point for curve in series for point in curve.finite]
-    parts = [words(4, 12, label, 11, font_weight=600)]
+    parts, spoken = [words(4, 12, label, 11, font_weight=600)], []
     if not points:
         parts.append(words(width / 2, height / 2, "nothing yet", 10, "middle", opacity=0.75))
         return svg(width, height, parts, f"{label}: nothing yet", 460)
     left, right = x_range or (min(points)[0], max(points)[0])
-    heights = [y for _, y in points]
-    low, high = min(heights), max(heights)
+    low, high = min(y for _, y in points), max(y for _, y in points)
 
     def place(x: float, y: float) -> tuple[float, float]:
         along = (x - left) / (right - left) if right > left else 0.5
@@ -104,63 +134,44 @@ def chart(
         parts.append(path([(42, y), (width - 10, y)], stroke="currentColor", opacity=0.2))
         parts.append(words(38, y + 4, f"{value:.3g}", 10, "end", opacity=0.75))
     parts.append(words(4, height - 3, x_label, 10, opacity=0.75))
-    for x in dict.fromkeys((left, right) if x_ticks is None else x_ticks):
+    for x in dict.fromkeys((left, right)):
         parts.append(words(place(x, low)[0], height - 3, f"{x:g}", 10, "middle", opacity=0.75))
     if marker is not None:
         x = place(marker, low)[0]
         ends = [(x, 18), (x, height - 16)]
         parts.append(path(ends, class_="vader-marker", stroke=GRAY, stroke_width=2))
-    return svg(width, height, parts + _curves(series, marker, place), _spoken(label, series), 460)
-
-
-def _curves(series: Sequence[Series], marker: float | None, place) -> list[str]:
-    parts = []
     for curve in series:
         look = {"stroke": curve.color, "stroke_width": 2, "stroke_dasharray": curve.dashes}
         parts.append(path([place(*point) for point in curve.points], class_="curve", **look))
         known = curve.finite
-        dots = known[-1:] if marker is None else [point for point in known if point[0] == marker]
-        for x, y in (place(*dot) for dot in dots):
-            parts.append(element("circle", cx=x, cy=y, r=3, fill=curve.color))
-    return parts
+        for dot in known[-1:] if marker is None else known:
+            if marker in (None, dot[0]):
+                x, y = place(*dot)
+                parts.append(element("circle", cx=x, cy=y, r=3, fill=curve.color))
+        if known:
+            spoken.append(f"{curve.name} from {known[0][1]:.3g} to {known[-1][1]:.3g}".strip())
+    return svg(width, height, parts, f"{label}: {'; '.join(spoken)}", 460)
 
 
-def _spoken(label: str, series: Sequence[Series]) -> str:
-    """The curves in words: their finite ends."""
-    texts = []
-    for curve in series:
-        if known := curve.finite:
-            texts.append(f"{curve.name} from {known[0][1]:.3g} to {known[-1][1]:.3g}".strip())
-    return f"{label}: {'; '.join(texts)}"
-
-
-BARS = """
-<table aria-label="{{ label }}" style="width:100%;max-width:560px">
-<tr><th></th><th style="padding-right:{{ 100 - limit }}%">{{ limit_label }}</th><th>GiB</th></tr>
-{% for name, value, end, margin in rows %}
-<tr><td>{{ name }}</td><td class="bar" style="width:75%;background:
-linear-gradient(90deg,transparent {{ limit }}%,#e0573e 0 calc({{ limit }}% + 2px),transparent 0),
-linear-gradient(90deg,#8888 {{ end }}%,#8883 0 {{ end + margin }}%,transparent 0)"></td>
-<td>{{ value }}</td></tr>
-{% endfor %}
-</table>
-<div class=vader-note>{{ remark }}</div>
-"""
-
-
-def bars(values: Mapping[str, float], limit: float, margin: float, **texts: str) -> str:
-    """A bar per value in GiB (NaN: not known yet), and a line at the limit, as an HTML table.
+def bars(values: Mapping[str, float], limit: float, margin: float, name: str, label: str) -> str:
+    """A bar per value in GiB (0: not known yet), and a line at the limit of this name.
 
     The largest bar grows by the margin, in a lighter shade.
     """
-    known, most = math.isfinite(max(values.values())), max(values.values())
-    scale = 100 / (max(limit * 1.08, most + margin) if known else limit * 1.08)
-    rows = [
-        (name, f"{value:.2f}", value * scale, margin * scale * (value == most))
-        for name, value in values.items()
-    ]
-    rows = rows if known else [(name, "", 0, 0) for name in values]
-    return template(BARS).render(rows=rows, limit=limit * scale, **texts)
+    most = max(values.values())
+    scale = 100 / max(limit * 1.08, most + margin)
+    line, rows = limit * scale, []
+    for stage, value in values.items():
+        end = value * scale
+        light = end + margin * scale if value == most > 0 else end
+        look = (
+            f"linear-gradient(90deg,transparent {line}%,{RED} 0 calc({line}% + 2px),transparent 0),"
+            f"linear-gradient(90deg,#8888 {end}%,#8883 0 {light}%,transparent 0)"
+        )
+        bar = Markup(f'<div class="bar" style="min-width:200px;background:{look}">&nbsp;</div>')
+        rows.append((stage, bar, f"{value:.2f}" if value else ""))
+    head = "", Markup(f"<div style='padding-right:{100 - line}%'>{escape(name)}</div>"), "GiB"
+    return table(head, rows, f'aria-label="{escape(label)}" style="width:100%;max-width:560px"')
 
 
 def chain(
@@ -175,68 +186,53 @@ def chain(
     stream: bool,
     label: str,
 ) -> str:
-    """The way of a gradient from the reward to the adapter in thick arrows, as an <svg>.
+    """The way of a gradient from the reward up to the adapter in red arrows, as an <svg>.
 
     The last `window` of the steps, and the scored frames (indices), are of the class "marked".
     """
-    learning, scored_x = centers(steps)[-window:], [centers(num_frames)[i] for i in scored]
-    start, last = RIGHT - window * (RIGHT - LEFT) / steps, learning[-1]
-    inside = RIGHT - start > 8 * len(adapter)  # room for its name
-    name_x, anchor = ((start + RIGHT) / 2, "middle") if inside else (start - 8, "end")
     kept = "their blocks computed again" if recompute else "all that they compute is kept"
-    decoded = f"frames {'one by one' if stream else 'all at once'}"
+    decoded = f"{len(scored)} frames {'one by one' if stream else 'all at once'}"
+    frames = [i + 1 for i in scored]
     parts = [
-        box(start, ADAPTER, RIGHT - start, 24),
-        words(name_x, ADAPTER + 16, adapter, anchor=anchor, font_weight=600),
-        *numbered_boxes(STEPS, range(steps, 0, -1), range(1, window + 1), "step"),
-        *(arrow(x, STEPS - 2, x, ADAPTER + 27) for x in learning),
-        arrow(last, STEPS + 34, learning[0], STEPS + 34) if window > 1 else "",
-        words(LEFT, STEPS + 52, "noise → denoising steps, counted from the end", 11),
-        words(LEFT, STEPS + 66, f"in the gradient: {window} of {steps}, {kept}", 11),
-        arrow(last + 6, STEPS + 30, last + 6, DECODER - 2, gradient=False),
-        arrow(last - 6, DECODER - 2, last - 6, STEPS + 30),
-        box(LEFT, DECODER, RIGHT - LEFT, 26),
-        words(WIDTH / 2, DECODER + 17, "decoder", anchor="middle", font_weight=600),
-        words(RIGHT - 8, DECODER + 17, decoded if len(scored) > 1 else "one frame", 11, "end"),
-        *numbered_boxes(FRAMES, range(1, num_frames + 1), [i + 1 for i in scored], "frame"),
-        *(arrow(x, FRAMES - 2, x, DECODER + 29) for x in scored_x),
-        *(arrow(x, REWARD - 2, x, FRAMES + 29) for x in scored_x),
-        box(LEFT, REWARD, RIGHT - LEFT, 26),
-        words(WIDTH / 2, REWARD + 17, f"reward: {reward}", anchor="middle", font_weight=600),
-        words(LEFT, REWARD + 44, "thick arrows: the gradient; filled: what it passes through", 11),
+        *wide_box(4, adapter),
+        *boxes(54, range(steps, 0, -1), range(1, window + 1), [1], "step"),
+        words(LEFT, 108, "noise → denoising steps, counted from the end", 11),
+        words(LEFT, 122, f"in the gradient: {window} of {steps}, {kept}", 11),
+        *wide_box(130, f"decoder: {decoded if len(scored) > 1 else 'one frame'}"),
+        *boxes(180, range(1, num_frames + 1), frames, frames, "frame"),
+        *wide_box(230, f"reward: {reward}"),
+        words(LEFT, 274, "arrows: the gradient; filled: what it passes through", 11),
     ]
-    return svg(WIDTH, REWARD + 52, parts, label)
+    return svg(WIDTH, 282, parts, label, 560)
 
 
-def centers(count: int) -> list[float]:
-    """The x of so many boxes in a row."""
-    return [LEFT + (i + 0.5) * (RIGHT - LEFT) / count for i in range(count)]
+def wide_box(y: float, text: str) -> tuple[str, str]:
+    middle = words(WIDTH / 2, y + 17, text, anchor="middle", font_weight=600)
+    return box(LEFT, y, RIGHT - LEFT), middle
 
 
-def numbered_boxes(y: float, numbers: Sequence[int], marked: Collection[int], kind: str) -> list:
-    """A row of boxes with their numbers where there is room; marked ones are filled and ticked."""
+def boxes(
+    y: float, numbers: Sequence[int], marked: Collection[int], entered: Collection[int], kind: str
+) -> list[str]:
+    """A row of numbered boxes. Of the marked ones arrows go up; into those entered, from below."""
     parts, width, roomy = [], (RIGHT - LEFT) / len(numbers), len(numbers) <= 15
-    for x, number in zip(centers(len(numbers)), numbers):
-        on = number in marked
-        parts.append(box(x - 0.46 * width, y, 0.92 * width, 26, kind + " marked" * on, filled=on))
+    up = {"size": 16, "anchor": "middle", "fill": RED}
+    for i, number in enumerate(numbers):
+        x, on = LEFT + (i + 0.5) * width, number in marked
+        parts.append(box(x - 0.46 * width, y, 0.92 * width, kind + " marked" * on, filled=on))
         if len(numbers) <= 26 or number % 5 == 0:
             text, size = f"{number}{' ✓' * (on and roomy)}", 12 if roomy else 9
             parts.append(words(x, y + 17, text, size, "middle", font_weight=600 if on else 400))
+        if on:
+            parts.append(words(x, y - 5, "▲", **up))
+        if number in entered:
+            parts.append(words(x, y + 44, "▲", **up))
+        if kind == "step" and on and number + 1 in marked:  # on to the step before it
+            parts.append(words(x - width / 2, y + 18, "◀", **up))
     return parts
 
 
-def box(x: float, y: float, width: float, height: float, kind: str = "", filled=False) -> str:
+def box(x: float, y: float, width: float, kind: str = "", filled: bool = False) -> str:
     opacity, stroke = (0.3, 0.9) if filled else (0.05, 0.35)
-    size = {"x": x, "y": y, "width": width, "height": height, "rx": 4, "fill_opacity": opacity}
-    return element("rect", class_=kind, **size, stroke="currentColor", stroke_opacity=stroke)
-
-
-def arrow(x: float, y: float, to_x: float, to_y: float, gradient: bool = True) -> str:
-    """A thick arrow for the gradient, a thin one for what is computed forwards."""
-    length, angle = math.dist((x, y), (to_x, to_y)), math.degrees(math.atan2(to_y - y, to_x - x))
-    size, width, color = (6, 3, RED) if gradient else (4, 1, "currentColor")
-    look = {"fill": color, "stroke": color, "stroke_width": width, "stroke_linejoin": "round"}
-    shape = f"M{-length:.1f} 0H{-size}v{size / 2}L-1 0L{-size} {-size / 2}V0"
-    return element(
-        "path", d=shape, transform=f"translate({to_x:.1f} {to_y:.1f}) rotate({angle:.0f})", **look
-    )
+    look = {"fill_opacity": opacity, "stroke": "currentColor", "stroke_opacity": stroke}
+    return element("rect", class_=kind, x=x, y=y, width=width, height=26, rx=4, **look)

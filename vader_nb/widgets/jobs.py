@@ -1,13 +1,12 @@
-"""What a control starts: one job at a time, the newest, in steps between which the page is heard.
+"""What a control starts: one job at a time, the newest.
 
-A job is a generator. From one `yield` to the next it takes a denoising step or work of that size; in
-between, a newer request takes over. It runs in no thread: Colab loses a page's updates from threads.
+A job is a generator, which yields after each denoising step or work of that size. In between, the
+page is heard, and a newer request takes over. Not a thread: Colab loses a page's updates from them.
 """
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator
 
 from ..models import MODEL_LOCK
 
@@ -15,71 +14,55 @@ DEBOUNCE = 0.3  # seconds without another change until work starts
 LISTEN = 0.005  # seconds between two steps, for messages from the page
 RETRY = 0.2  # seconds until a model in use is asked for again
 
-Job = Iterator[float]  # a generator
+Job = Generator[float, None, object]
 
 
 class Jobs:
-    """The jobs of one panel.
-
-    They call busy(fraction or None) with the progress, waiting(bool) when a model is in use or free
-    again, failed(error) with an error.
-    """
+    """The jobs of one panel, which gets their progress, whether they wait for a model, and errors."""
 
     def __init__(self, busy: Callable, waiting: Callable, failed: Callable):
         self.busy, self.waiting, self.failed = busy, waiting, failed
         self.newest = 0  # number of the last request
         self.task: asyncio.Task | None = None
-        self.job: Any = None  # between two of its steps
+        self.job: Job | None = None  # between two of its steps
 
     def submit(self, make: Callable[[], Job], debounce: float = DEBOUNCE) -> None:
-        """Start a job instead of the current one.
+        """Start a job instead of the current one; it runs while the kernel is idle.
 
-        In a notebook the job runs while the kernel is idle. Without an event loop, and on Colab,
-        which shows only what happens while a click is answered, it is done when this returns.
+        Without an event loop, and on Colab, which shows only what happens while a click is
+        answered, it is done when this returns.
         """
         if "google.colab" in sys.modules or not running():
             self.finish(make)
         else:
-            self.newest += 1
+            self.give_up()
             # Kept in an attribute: the event loop alone would let the task be collected.
             self.task = asyncio.ensure_future(self._work(make, self.newest, debounce))
 
     def give_up(self) -> None:
-        """Stop the current job, between two of its steps."""
+        """Stop the current job; it restores what it had changed."""
         self.newest += 1
-        self._close()
-        self._idle()
+        if self.job is not None:
+            with MODEL_LOCK:
+                self.job.close()
+            self.job = None
+        self.busy(None)
 
     def finish(self, make: Callable[[], Job]) -> None:
         """Do a whole job now, instead of the current one. Raises what the job raises."""
-        self.newest += 1
         try:
             with MODEL_LOCK:
-                self._close()
+                self.give_up()
                 for fraction in make():
                     self.busy(fraction)
         except Exception as error:
             self.failed(error)
             raise
         finally:
-            self._idle()
-
-    def _close(self) -> None:
-        """End the job that waits between two steps; it restores what it had changed."""
-        if self.job is not None:
-            with MODEL_LOCK:
-                self.job.close()
-            self.job = None
-
-    def _idle(self) -> None:
-        self.waiting(False)
-        self.busy(None)
+            self.busy(None)
 
     async def _work(self, make: Callable[[], Job], number: int, debounce: float) -> None:
         await asyncio.sleep(debounce)
-        if number != self.newest:
-            return
-        self._close()
         try:
             while number == self.newest:
                 if not MODEL_LOCK.acquire(blocking=False):
@@ -98,13 +81,13 @@ class Jobs:
         except Exception as error:  # nobody awaits this task, so the panel shows it
             self.failed(error)
         finally:
+            self.waiting(False)
             if number == self.newest:
-                self._close()
-                self._idle()
+                self.give_up()
 
 
 def running() -> bool:
-    """Return whether an event loop runs in this thread, as in a notebook's kernel."""
+    """Whether an event loop runs in this thread, as in a notebook's kernel."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

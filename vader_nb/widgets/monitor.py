@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +27,16 @@ from ..rewards import Reward, as_reward
 from ..sampling import Sampling, sample
 from ..trainer import Run, best_step
 from ..video import Video, grid
-from .controls import beside, button, column, row, template
-from .drawing import Series, chart, image
+from .controls import LINE, beside, column, disable, row
+from .drawing import Series, chart, image, note
 from .jobs import running
-from .panel import LABEL, WIDE, Panel, disable, note
-from .player import Player, moving, still
+from .panel import Panel
+from .player import Player, pictures
 
 REDRAWS = 4  # per second while a cell trains: some pages cannot take more
 POLL = 1.0  # seconds between two looks at a folder
 SILENT = 120  # seconds without a step after which a run may be dead
 SEEDS = 2  # clips per prompt; diversity needs two
-CLIPS = "watched"  # the folder of the clips in the run's folder
 NONE = "none yet"
 DESCRIPTIONS = ("diversity", "motion")  # they describe the clips, and are no rewards
 NO_STOP = {  # why there is nothing to stop
@@ -46,34 +46,22 @@ NO_STOP = {  # why there is nothing to stop
     "stopping": "It stops after the current step.",
 }
 HERE = "This kernel trains and does not react to buttons: press ■ in the toolbar. The run is kept."
-STATE = """
-{% if status == "waiting" %}
-<div><b>waiting</b> for the first step of {{ place }}</div>
-{% else %}
-<div><b>{{ status }}</b> · step {{ step }} of {{ steps }} · {{ place }}
-{% if best %} · best held-out at step {{ best }}{% endif %}
-{% if silence %}<br>no step for {{ silence }} s: it was killed, or a step takes long{% endif %}
-{% if kept %}<br>kept: {{ kept }}{% endif %}
-{% if resumable %}; continue with <code>align(…, resume=True)</code>{% endif %}
-</div>
-{% endif %}
-"""
 
 
 class TrainingMonitor(Panel):
     """The curves, the clips at fixed seeds and the state of a run.
 
     Args:
-        run: folder of the run, which need not exist yet, or the `Run` that `align` returned.
-        model: makes the clips; without it the monitor shows what is in the folder.
-        held_out: rewards that the run is not trained on, which score the clips.
-        prompts: prompts of the clips, as for `align`.
-        sampling: settings of the clips; by default those of the model.
-        every: optimizer steps between two sets of clips.
-        seed: the first seed of the clips.
+        run: Folder of the run, which need not exist yet, or the `Run` that `align` returned.
+        model: Makes the clips; without it the monitor shows what is in the folder.
+        held_out: Rewards that the run is not trained on, which score the clips.
+        prompts: Prompts of the clips, as for `align`.
+        sampling: Settings of the clips; default: those of the model.
+        every: Optimizer steps between two sets of clips.
+        seed: The first seed of the clips.
 
     Raises:
-        ValueError: a held-out reward or prompts without the model, or the model without prompts.
+        ValueError: A held-out reward or prompts without the model, or the model without prompts.
     """
 
     title = "Training monitor"
@@ -109,24 +97,17 @@ class TrainingMonitor(Panel):
         self._clips: Video | None = None  # of the current step
         self._drawn = 0.0
         self._task: asyncio.Task | None = None
-        self._build()
-        self.refresh()
-
-    def _build(self) -> None:
-        self.state, self.curves, self.why, self.caption = HTML(), HTML(), HTML(), HTML()
-        self.stop_button = button("stop and keep", "stop", 150)
-        self.refresh_button = button("refresh", "refresh", 100)
-        self.step = SelectionSlider(
-            options=[NONE], description="clips of step", style=LABEL, layout=WIDE
-        )
-        self.player = Player(self.model.defaults["num_frames"] if self.model else 1)
-        self.on(self.stop, self.stop_button)
-        self.on(self.refresh, self.refresh_button)
+        self.state, self.curves, self.caption = HTML(), HTML(), HTML()
+        self.stop_button = self.button("stop and keep", "stop", 150, self.stop)
+        self.refresh_button = self.button("refresh", "refresh", 100, self.refresh)
+        self.step = SelectionSlider(options=[NONE], description="clips of step", **LINE)
         self.on(self._show_clips, self.step)
+        self.player = Player(model.defaults["num_frames"] if model else 1)
+        self.progress.description = "steps"
         clips = column(self.step, self.player.box, self.caption, max_width="480px")
         buttons = row(self.stop_button, self.refresh_button, self.why)
         self.assemble(self.state, buttons, beside(column(self.curves, flex="2 1 300px"), clips))
-        self.progress.description = "steps"
+        self.refresh()
 
     @property
     def hooks(self) -> dict:
@@ -177,24 +158,21 @@ class TrainingMonitor(Panel):
         self._clips = Video(grid(by_seed, len(self.prompts)), self.model.defaults["fps"])
         return scores
 
+    def _saved_clips(self) -> dict[int, Path]:
+        """The pictures of clips in the run's folder by step."""
+        paths = sorted((self.folder / "watched").glob("step-*.webp"))
+        return {int(path.stem.removeprefix("step-")): path for path in paths}
+
     def _save_clips(self, clips: Video, step: int) -> None:
         """Save one picture, a column per prompt; a resumed run replaces those of later steps."""
-        folder = self.folder / CLIPS
+        folder = self.folder / "watched"
         folder.mkdir(parents=True, exist_ok=True)
         texts = json.dumps([str(prompt) for prompt in self.prompts])
         checkpoints.write_text(folder / "prompts.json", texts)
-        for later in self._saved_steps():
+        for later, path in self._saved_clips().items():
             if later > step:
-                self._clip_path(later).unlink()
-        unfinished = folder / ".part.webp"
-        clips.save(unfinished)
-        unfinished.replace(self._clip_path(step))
-
-    def _clip_path(self, step: int) -> Path:
-        return self.folder / CLIPS / f"step-{step:06d}.webp"
-
-    def _saved_steps(self) -> list[int]:
-        return sorted(int(path.stem[5:]) for path in (self.folder / CLIPS).glob("step-*.webp"))
+                path.unlink()
+        clips.save(folder / ".part.webp").replace(folder / f"step-{step:06d}.webp")
 
     def _step(self) -> int:
         return self.rows[-1]["step"] if self.rows else 0
@@ -202,6 +180,9 @@ class TrainingMonitor(Panel):
     def _total_steps(self) -> int:
         path = self.folder / "config.json"
         return json.loads(path.read_text(encoding="utf-8"))["steps"] if path.exists() else 0
+
+    def _last_written(self) -> float:
+        return (self.folder / "metrics.jsonl").stat().st_mtime
 
     @property
     def status(self) -> str:
@@ -217,16 +198,6 @@ class TrainingMonitor(Panel):
             return "silent"
         return "stopping" if (self.folder / checkpoints.STOP).exists() else "running"
 
-    def _last_written(self) -> float:
-        return (self.folder / "metrics.jsonl").stat().st_mtime
-
-    def _kept(self) -> str:
-        """What can be loaded: the path within the folder."""
-        if self.shown != "silent" and (self.folder / "adapter.safetensors").exists():
-            return "adapter.safetensors"
-        saved = checkpoints.list_checkpoints(self.folder).values()
-        return max((f"checkpoints/{path.name}" for path in saved), default="")
-
     def refresh(self) -> None:
         """Read the folder again and show it."""
         self.rows = checkpoints.read_metrics(self.folder)
@@ -235,12 +206,13 @@ class TrainingMonitor(Panel):
         self.busy(self._step() / self._total_steps() if active else None)
         self.state.value = self._state(self.folder)
         self.curves.value = flow(self._charts().values())
-        saved = [str(step) for step in self._saved_steps()] or [NONE]
+        saved = [str(step) for step in self._saved_clips()] or [NONE]
         if list(self.step.options) != saved:
             at_newest = self.step.index == len(self.step.options) - 1
             chosen = saved[-1] if at_newest or self.step.value not in saved else self.step.value
-            self.step.options = saved
-            self.step.value = chosen
+            with self.quiet():
+                self.step.options = saved
+                self.step.value = chosen
             self._show_clips()
         here = active and self._step() == self._trained_here
         reason = NO_STOP.get(self.shown, HERE if here else "")
@@ -248,18 +220,24 @@ class TrainingMonitor(Panel):
 
     def _state(self, place: Path | str) -> str:
         """The state of the run in words; `place` is how its folder is named."""
-        ended = self.shown in ("stopped", "finished", "silent")
-        kept = self._kept() if ended else ""
-        return template(STATE).render(
-            status=self.shown,
-            place=str(place),
-            step=self._step(),
-            steps=self._total_steps(),
-            best=best_step(self.rows),
-            silence=round(time.time() - self._last_written()) if self.shown == "silent" else 0,
-            kept=str(Path(place) / kept) if kept else "",
-            resumable=kept and self.shown != "finished",
-        )
+        if self.shown == "waiting":
+            return f"<div><b>waiting</b> for the first step of {escape(str(place))}</div>"
+        lines = [f"step {self._step()} of {self._total_steps()} · {place}"]
+        if best := best_step(self.rows):
+            lines[0] += f" · best held-out at step {best}"
+        if self.shown == "silent":
+            silence = round(time.time() - self._last_written())
+            lines.append(f"no step for {silence} s: it was killed, or a step takes long")
+        names = [
+            f"checkpoints/{path.name}"
+            for path in checkpoints.list_checkpoints(self.folder).values()
+        ]
+        if self.shown != "silent" and (self.folder / "adapter.safetensors").exists():
+            names.append("adapter.safetensors")
+        if names and self.shown in ("stopped", "finished", "silent"):
+            more = "" if self.shown == "finished" else "; continue with align(…, resume=True)"
+            lines.append(f"kept: {Path(place) / names[-1]}{more}")
+        return f"<div><b>{self.shown}</b> · {'<br>'.join(map(escape, lines))}</div>"
 
     def _charts(self) -> dict[str, str]:
         """The curves by their titles."""
@@ -268,21 +246,20 @@ class TrainingMonitor(Panel):
             name = key.removeprefix("validation/")
             titles[key] = name if name in DESCRIPTIONS else f"{name}, held out"
         titles["grad_norm"] = "gradient norm"
-        steps, drawings = (0, self._step() or 1), {}
+        look = {"x_label": "step", "x_range": (0, self._step() or 1), "width": 230, "height": 104}
+        drawings = {}
         for key, title in titles.items():
             curve = Series([(r["step"], r[key]) for r in self.rows if key in r])
-            look = {"x_label": "step", "x_range": steps, "width": 230, "height": 104}
             drawings[title] = chart([curve], label=title, **look)
         return drawings
 
     def _show_clips(self) -> None:
         if self.step.value == NONE:
             return
-        path = self._clip_path(int(self.step.value))
+        path = self._saved_clips()[int(self.step.value)]
         prompts = json.loads((path.parent / "prompts.json").read_text(encoding="utf-8"))
-        video, alt = load_clip(path), f"clips of step {self.step.value}: {', '.join(prompts)}"
-        frames = [still(video, i, alt) for i in range(len(video.frames))]
-        self.player.show(moving(video, alt), frames)
+        alt = f"clips of step {self.step.value}: {', '.join(prompts)}"
+        self.player.show(pictures(load_clip(path), alt))
         self.caption.value = note(f"from left to right, {SEEDS} seeds each: {' · '.join(prompts)}")
 
     def to_html(self) -> str:

@@ -4,27 +4,16 @@ planner = MemoryPlanner("modelscope", "hps", gpu_memory="T4")   in a notebook
 planner.simulate(height=320, width=576)                         the same from Python: a Memory
 """
 
-import math
 import shlex
-from typing import Any
 
-from ipywidgets import HTML, Text
+from ipywidgets import HTML
 
-from ..memory_planner import (
-    GIB,
-    GPUS,
-    MARGIN,
-    STAGES,
-    Memory,
-    describe,
-    is_per_frame,
-    simulate,
-)
+from ..memory_planner import GIB, GPUS, MARGIN, STAGES, Memory, describe, is_per_frame, simulate
 from ..models import CHECKPOINTS, checkpoint_of
-from . import controls as ui
-from .controls import SettingsPanel
-from .drawing import bars
-from .panel import LABEL, WIDE, disable, note
+from .controls import FRAMES, beside, choice, column, disable, row, slider, switch, text
+from .drawing import bars, code, note
+from .jobs import Job
+from .panel import Panel, remember
 
 ASKED = ("model", "reward", "gpu_memory")  # the controls that are no settings of the step
 DEFAULT = ("default of the model", 0)  # of a size
@@ -38,94 +27,67 @@ UNKNOWN = (
     "seconds for tiny, and about half a minute for the large models."
 )
 ATOMIC = "A simulation takes seconds to half a minute and cannot be stopped midway."
-VERDICT = """
-<div role=status>
-{% if not memory %}{{ unknown }}{% else %}
-<b>{{ "Fits" if memory.fits[gpu] else "Too small" }}:</b> {{ "%.2f"|format(memory.bytes / GIB) }} GiB
-and {{ margin }} GiB to spare, of {{ size }} GiB on a {{ gpu }}.
-{% if gpu in memory.suggestions %}
-{{ "It fits" if suggestion else "Nothing helps:" }} {{ describe(suggestion) }}.
-{% elif not memory.fits[gpu] %}Press “simulate” to search for settings that fit.{% endif %}
-{% endif %}
-</div>
-"""
-CODE = """
-<div class=vader-note>The same question from Python, and from a shell:</div>
-<div class=vader-code>{{ python }}</div><div class=vader-code>{{ shell }}</div>
-"""
 
 
-class MemoryPlanner(SettingsPanel):
+class MemoryPlanner(Panel):
     """The peak memory of a training step by stage, simulated without weights and without a GPU.
 
     The controls have the names of the settings of `vader_nb.memory`.
 
     Args:
-        model: a name of `models.CHECKPOINTS` or the directory of a pipeline.
-        reward: an expression.
-        gpu_memory: one of `memory.GPUS`.
+        model: A name of `models.CHECKPOINTS` or the directory of a pipeline.
+        reward: An expression.
+        gpu_memory: One of `memory.GPUS`.
 
     Raises:
-        ValueError: an unknown model, reward or GPU.
-        FileNotFoundError: a directory without a pipeline.
+        ValueError: An unknown model, reward or GPU.
+        FileNotFoundError: A directory without a pipeline.
     """
 
     title = "Memory planner"
     hint = "Choose what to train and on which GPU, then press “simulate”: does a training step fit?"
 
-    model: Any  # the controls, which are also in `settings`
-    reward: Any
-    gpu_memory: Any
-    K: Any
-    frames: Any
-
     def __init__(self, model: str = "modelscope", reward: str = "hps", gpu_memory: str = "T4"):
-        super().__init__()
         checkpoint_of(model)
         is_per_frame(str(model), reward)
         if gpu_memory not in GPUS:
             raise ValueError(f"unknown GPU {gpu_memory!r}; choose one of {', '.join(GPUS)}")
-        self.answers: dict[tuple, Memory] = {}
-        self._build(str(model), reward, gpu_memory)
-        self._limit_steps()
-        self.changed()
-
-    def _build(self, model: str, reward: str, gpu: str) -> None:
-        models = list(dict.fromkeys([*CHECKPOINTS, model]))
         gpus = [(f"{name}, {size:g} GiB", name) for name, size in GPUS.items()]
         pixels = [DEFAULT, *((f"{n} pixels", n) for n in PIXELS)]
         lengths = [DEFAULT, *((str(n), n) for n in LENGTHS)]
-        look = {"continuous_update": False, "style": LABEL, "layout": WIDE}
-        self.settings = {
-            "model": ui.choice("model", models, model),
-            "reward": Text(reward, description="reward", **look),
-            "gpu_memory": ui.choice("GPU", gpus, gpu),
-            "height": ui.choice("height", pixels),
-            "width": ui.choice("width", pixels),
-            "num_frames": ui.choice("num_frames", lengths),
-            "batch_size": ui.slider("batch_size", 1, 1, 16),
-            "K": ui.slider("K, steps", 1, 1, 50),
-            "frames": ui.choice("frames", ui.FRAMES),
-            "dtype": ui.choice("dtype", ("float16", "bfloat16", "float32")),
-            "gradient_checkpointing": ui.switch("gradient_checkpointing: recompute blocks", True),
-            "sequential_guidance": ui.switch("sequential_guidance: its halves one by one", False),
-            "model_cpu_offload": ui.switch("model_cpu_offload: idle networks wait", False),
-        }
-        vars(self).update(self.settings)
+        super().__init__(
+            model=choice("model", list(dict.fromkeys([*CHECKPOINTS, str(model)])), str(model)),
+            reward=text("reward", reward),
+            gpu_memory=choice("GPU", gpus, gpu_memory),
+            height=choice("height", pixels),
+            width=choice("width", pixels),
+            num_frames=choice("num_frames", lengths),
+            batch_size=slider("batch_size", 1, 1, 16),
+            K=slider("K, steps", 1, 1, MAX_STEPS),
+            frames=choice("frames", FRAMES),
+            dtype=choice("dtype", ("float16", "bfloat16", "float32")),
+            gradient_checkpointing=switch("gradient_checkpointing: recompute blocks", True),
+            sequential_guidance=switch("sequential_guidance: its halves one by one", False),
+            model_cpu_offload=switch("model_cpu_offload: idle networks wait", False),
+        )
+        self.answers: dict[tuple, Memory] = {}
         self._defaults = self.values()
-        self.simulate_button = ui.button("simulate", "play", 110, primary=True)
-        self.fit_button = ui.button("make it fit", "wrench", 120)
-        self.why, self.drawing, self.verdict, self.code = HTML(), HTML(), HTML(), HTML()
-        self.on(self._limit_steps, self.model)
-        self.watch_settings()
-        self.on(lambda: self.jobs.submit(self._job), self.simulate_button)
-        self.on(self.make_it_fit, self.fit_button)
-        buttons = ui.row(self.simulate_button, self.fit_button)
-        answer = ui.column(buttons, self.drawing, self.verdict, flex="2 1 330px")
-        controls = ui.column(*self.settings.values(), self.why, max_width="440px")
-        self.assemble(ui.beside(controls, answer), self.code)
+        # Also within `set`, in which the model comes before K.
+        self.model.observe(self._limit_steps, "value")
+        self.on(self.changed, *self.settings.values())
+        self.simulate_button = self.button(
+            "simulate", "play", 110, lambda: self.jobs.submit(self._job), "primary"
+        )
+        self.fit_button = self.button("make it fit", "wrench", 120, self.make_it_fit)
+        self.drawing, self.verdict, self.code = HTML(), HTML(), HTML()
+        buttons = row(self.simulate_button, self.fit_button)
+        answer = column(buttons, self.drawing, self.verdict, flex="2 1 330px")
+        controls = column(*self.settings.values(), self.why, max_width="440px")
+        self.assemble(beside(controls, answer), self.code)
+        self._limit_steps()
+        self.changed()
 
-    def _limit_steps(self) -> None:
+    def _limit_steps(self, _change=None) -> None:
         defaults = checkpoint_of(self.model.value).defaults
         self.K.max = defaults.get("num_inference_steps", MAX_STEPS)
 
@@ -138,41 +100,24 @@ class MemoryPlanner(SettingsPanel):
             values["strategy"] = f"Last({values.pop('K')})"
         return {n: v for n, v in values.items() if n not in ASKED}
 
+    def _question(self) -> tuple:
+        return self.model.value, self.reward.value, *self.changes.items()
+
     @property
     def memory(self) -> Memory | None:
         """The answer for the current settings; None if it has not been simulated."""
         return self.answers.get(self._question())
 
-    def _question(self) -> tuple:
-        return self.model.value, self.reward.value, *self.changes.items()
+    @property
+    def suggestion(self) -> dict | None:
+        """The settings to change so that it fits; None if none are known."""
+        return self.memory.suggestions.get(self.gpu_memory.value) if self.memory else None
 
     def simulate(self, **changes) -> Memory:
         """Simulate now, after setting controls by name, and wait for the result."""
         self.set(**changes)
         self.jobs.finish(self._job)
         return self.answers[self._question()]
-
-    def _job(self):
-        asked, changes = (self.model.value, self.reward.value), self.changes
-        gpu, question = self.gpu_memory.value, self._question()
-        self.say(f"Simulating one training step. {ATOMIC}")
-        yield 0.05
-        answer = Memory(*asked, changes, simulate(*asked, **changes))
-        self.answers[question] = answer
-        for old in list(self.answers)[:-KEPT]:
-            del self.answers[old]
-        self._show()
-        if not answer.fits[gpu]:
-            for tried, _ in enumerate(answer.search(gpu), 1):
-                self.say(f"Too small for a {gpu}. Searching, simulation {tried}. {ATOMIC}")
-                yield min(0.95, 0.3 + 0.1 * tried)
-        self.say("")
-        self._show()
-
-    @property
-    def suggestion(self) -> dict | None:
-        """The settings to change so that it fits; None if none are known."""
-        return self.memory.suggestions.get(self.gpu_memory.value) if self.memory else None
 
     def make_it_fit(self) -> None:
         """Change the settings to what was found to fit, and simulate that."""
@@ -184,40 +129,62 @@ class MemoryPlanner(SettingsPanel):
         self.set(**changes)
         self.jobs.submit(self._job, 0)
 
-    def changed(self) -> None:
+    def _job(self) -> Job:
+        asked, changes = (self.model.value, self.reward.value), self.changes
+        gpu, question = self.gpu_memory.value, self._question()
+        self.say(f"Simulating one training step. {ATOMIC}")
+        yield 0.05
+        answer = Memory(*asked, changes, simulate(*asked, **changes))
+        remember(self.answers, question, answer, KEPT)
         self._show()
-        is_per_frame(self.model.value, self.reward.value)  # raises what the panel shows
+        if not answer.fits[gpu]:
+            for tried, _ in enumerate(answer.search(gpu), 1):
+                self.say(f"Too small for a {gpu}. Searching, simulation {tried}. {ATOMIC}")
+                yield min(0.95, 0.3 + 0.1 * tried)
+        self.say("")
+        self._show()
 
-    def _show(self) -> None:
+    def changed(self) -> None:
         try:
             is_per_frame(self.model.value, self.reward.value)
-            unreadable = ""
         except (ValueError, OSError):
-            unreadable = UNREADABLE
-        suggestion, gpu = self.suggestion, self.gpu_memory.value
+            self._show(UNREADABLE)
+            raise
+        self._show()
+
+    def _show(self, unreadable: str = "") -> None:
+        memory, suggestion = self.memory, self.suggestion
+        gpu, size = self.gpu_memory.value, GPUS[self.gpu_memory.value]
         disable(unreadable, self.simulate_button)
         disable("" if suggestion else "no settings that fit are known", self.fit_button)
         self.fit_button.layout.display = "" if suggestion else "none"
         self.why.value = note(unreadable)
-        self.drawing.value = self._bars()
-        found = {"memory": self.memory, "suggestion": suggestion, "describe": describe}
-        sizes = {"gpu": gpu, "size": GPUS[gpu], "margin": f"{MARGIN:g}", "GIB": GIB}
-        unknown = unreadable or UNKNOWN
-        self.verdict.value = ui.template(VERDICT).render(unknown=unknown, **found, **sizes)
-        code = ui.template(CODE).render(python=self.python, shell=self.shell)
-        self.code.value = "" if unreadable else code
-
-    def _bars(self) -> str:
-        gpu, size = self.gpu_memory.value, GPUS[self.gpu_memory.value]
-        values: dict[str, float] = dict.fromkeys(STAGES, math.nan)
+        values: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         label, remark = f"A {gpu} has {size:g} GiB.", "not simulated yet"
-        if self.memory:
-            values |= {stage: peak / GIB for stage, peak in self.memory.stages.items()}
+        verdict = f"<div role=status>{unreadable or UNKNOWN}</div>"
+        if memory:
+            values |= {stage: peak / GIB for stage, peak in memory.stages.items()}
             peaks = ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
             label = f"Peak memory by stage in GiB: {peaks}; a {gpu} has {size:g}."
             remark = f"light: {MARGIN:g} GiB to spare"
-        texts = {"label": label, "limit_label": f"{gpu}: {size:g} GiB", "remark": remark}
-        return bars(values, size, MARGIN, **texts)
+            verdict = self._verdict(memory, gpu)
+        drawn = bars(values, size, MARGIN, f"{gpu}: {size:g} GiB", label)
+        self.drawing.value, self.verdict.value = drawn + note(remark), verdict
+        asking = note("The same question from Python, and from a shell:")
+        self.code.value = "" if unreadable else asking + code(self.python) + code(self.shell)
+
+    def _verdict(self, memory: Memory, gpu: str) -> str:
+        """Whether it fits, and what would help."""
+        answer, advice = "Fits" if memory.fits[gpu] else "Too small", ""
+        if gpu in memory.suggestions:
+            found = memory.suggestions[gpu]
+            advice = f"{'It fits' if found else 'Nothing helps:'} {describe(found)}."
+        elif not memory.fits[gpu]:
+            advice = "Press “simulate” to search for settings that fit."
+        return (
+            f"<div role=status><b>{answer}:</b> {memory.bytes / GIB:.2f} GiB and {MARGIN:g} GiB to "
+            f"spare, of {GPUS[gpu]:g} GiB on a {gpu}. {advice}</div>"
+        )
 
     @property
     def python(self) -> str:
@@ -229,7 +196,7 @@ class MemoryPlanner(SettingsPanel):
     @property
     def shell(self) -> str:
         """The command that answers the same question."""
-        asked = {name: value for name, value in self.values().items() if name in ASKED}
+        asked = {name: self.settings[name].value for name in ASKED}
         words = [f"{name}={value}" for name, value in (asked | self.changes).items()]
         return shlex.join(["vader-nb", "memory", *words])
 

@@ -1,72 +1,64 @@
-"""A clip with a frame slider that works without JavaScript of ours and without the kernel.
+"""A clip with a frame slider that needs no JavaScript of ours.
 
-All frames are in the page. The slider selects a page of a Tab widget: the first plays the clip, the
-others show one frame each. Both are linked in the browser (`jslink`), so a remote kernel causes no
-delay and no message is sent per frame.
+All frames are in the page, as pages of a Tab widget. The slider is linked to it in the browser
+(`jslink`), so a remote kernel causes no delay.
 """
 
 import io
 from collections.abc import Sequence
+from html import escape
 
 from ipywidgets import HTML, SelectionSlider, Tab, VBox, jslink
 
 from ..video import Video
-from .panel import FULL, LABEL, WIDE, data_url, escape
+from .controls import FULL, LINE
+from .drawing import data_url, note
 
-EMPTY = "<div class=vader-note>no clip yet</div>"
+EMPTY = note("no clip yet")
 
 
 def moving(video: Video, alt: str) -> str:
-    """Return the clip as an <img> that plays."""
+    """The clip as an <img> that plays."""
     source = data_url(video.encoded(".gif"), "image/gif")
     return f'<img class=vader-frame src="{source}" alt="{escape(alt)}">'
 
 
-def still(video: Video, frame: int, alt: str) -> str:
-    """Return one frame as an <img>."""
-    buffer = io.BytesIO()
-    Video(video.frames[frame : frame + 1]).images()[0].save(buffer, "PNG")
-    source = data_url(buffer.getvalue(), "image/png")
-    return f'<img class=vader-frame src="{source}" alt="{escape(alt)}, frame {frame + 1}">'
+def pictures(video: Video, alt: str) -> list[str]:
+    """The clip as an <img> that plays, then each of its frames."""
+    found = [moving(video, alt)]
+    for number, image in enumerate(video.images(), 1):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        source, text = data_url(buffer.getvalue(), "image/png"), f"{alt}, frame {number}"
+        found.append(f'<img class=vader-frame src="{source}" alt="{escape(text)}">')
+    return found
 
 
 class Player:
-    """A stack of pages in `box`: page 0 plays the clip, page i shows frame i.
-
-    `scrubber.index` is the page that is open.
-    """
+    """A stack of pages in `box`: page 0 plays the clip, page i shows frame i."""
 
     def __init__(self, num_frames: int):
-        self.scrubber = SelectionSlider(
-            options=_labels(num_frames), description="frame", style=LABEL, layout=WIDE
-        )
-        self.pages = Tab([HTML(EMPTY) for _ in range(num_frames + 1)], layout=FULL)
+        options = _labels(num_frames)
+        self.scrubber = SelectionSlider(options=options, description="frame", **LINE)
+        self.pages = Tab([HTML(EMPTY) for _ in options], layout=FULL)
         self.pages.add_class("vader-frames")
         self.pages.selected_index = 0
         jslink((self.scrubber, "index"), (self.pages, "selected_index"))
         self.box = VBox([self.pages, self.scrubber], layout=FULL)
 
-    @property
-    def num_frames(self) -> int:
-        return len(self.pages.children) - 1
-
-    def show(self, playing: str, frames: Sequence[str]) -> None:
-        """Show HTML pages: the playing clip, and each frame. The open page stays open."""
-        if len(frames) != self.num_frames:
-            self._resize(len(frames))
-        for page, value in zip(self.pages.children, [playing, *frames]):
+    def show(self, pages: Sequence[str]) -> None:
+        """Show pages of HTML, the playing clip first. The open page stays open."""
+        old = list(self.pages.children)
+        if len(pages) != len(old):
+            self.scrubber.index = 0
+            added = [HTML() for _ in range(len(pages) - len(old))]
+            self.pages.children = (old + added)[: len(pages)]
+            self.scrubber.options = _labels(len(pages) - 1)
+            for page in old[len(pages) :]:  # widgets that are not closed stay in memory
+                for part in (page.style, page.layout, page):
+                    part.close()
+        for page, value in zip(self.pages.children, pages):
             page.value = value
-
-    def _resize(self, num_frames: int) -> None:
-        """Add pages, or remove and close some: widgets that are not closed stay in memory."""
-        pages = list(self.pages.children)
-        added = [HTML(EMPTY) for _ in range(num_frames + 1 - len(pages))]
-        self.scrubber.index = 0
-        self.pages.children = (pages + added)[: num_frames + 1]
-        self.scrubber.options = _labels(num_frames)
-        for page in pages[num_frames + 1 :]:
-            for part in (page.style, page.layout, page):
-                part.close()
 
 
 def _labels(num_frames: int) -> list[str]:

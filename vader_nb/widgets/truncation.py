@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from ipywidgets import HTML
+from markupsafe import Markup
 
 from .. import lora
 from ..gradient import reward_gradient
@@ -22,36 +23,21 @@ from ..rewards import Reward, as_reward, parse
 from ..sampling import Sampling
 from ..strategies import Last, parse_frames
 from . import clips
-from . import controls as ui
-from .controls import SettingsPanel
-from .drawing import chain, image
-from .panel import disable, note
+from .controls import FRAMES, beside, choice, column, disable, row, slider, switch
+from .drawing import chain, image, note, table
+from .jobs import Job
+from .panel import Panel, remember
 
 ROWS = 12  # settings that are kept in the table
 B_STD = 0.05  # of the adapter's B
 EMPTY = "Nothing measured yet: press “measure”."
 ATOMIC = "one gradient cannot be stopped midway"
-TABLE = """
-{% macro bar(text, share) -%}
-<td style="background:linear-gradient(90deg,#8884 {{ "%.0f"|format(100 * share) }}%,transparent 0)">
-{{- text }}</td>
-{%- endmacro %}
-<div class=vader-scroll><table class=vader-measured style="white-space:nowrap">
-<tr><th>K</th><th>frames</th><th>memory</th><th>time</th><th>cosine</th>
-<th>checkpointing</th><th>streaming</th></tr>
-{% for setting, result in rows %}
-<tr><td>{{ setting.K }}</td><td>{{ setting.frames }}</td>
-{{ bar("%.1f MB"|format(result.bytes / 1e6), result.bytes / results|map(attribute="bytes")|max) }}
-{{ bar("%.2f s"|format(result.seconds), result.seconds / results|map(attribute="seconds")|max) }}
-{{ bar("%.3f (%.0f°)"|format(result.cosine, angle(result.cosine)), [result.cosine, 0]|max) }}
-<td>{{ "yes" if setting.gradient_checkpointing else "no" }}</td>
-<td>{{ "–" if result.frames|length == 1 else "yes" if setting.streaming else "no" }}</td></tr>
-{% endfor %}
-</table></div>
-<div class=vader-note>Memory: the peak of all tensors that one gradient makes, without the weights.
-Cosine to the exact gradient, which goes through all steps and frames: 1 is its direction (0°), 0 a
-right angle, below 0 the wrong way.</div>
-"""
+COLUMNS = ("K", "frames", "memory", "time", "cosine", "checkpointing", "streaming")
+EXPLANATION = (  # of the table
+    "Memory: the peak of all tensors that one gradient makes, without the weights. Cosine to the "
+    "exact gradient, which goes through all steps and frames: 1 is its direction (0°), 0 a right "
+    "angle, below 0 the wrong way."
+)
 
 
 @dataclass(frozen=True)
@@ -74,21 +60,21 @@ class Measured:
     frames: tuple[int, ...]  # indices of the scored frames
 
 
-class TruncationExplorer(SettingsPanel):
+class TruncationExplorer(Panel):
     """The chain from adapter to reward, and how far back its gradient is followed.
 
     The adapter is a new one with a random B, since A has no gradient where B is zero. The exact
     gradient goes through all steps and all frames, at the same seed.
 
     Args:
-        model: the video model; its own adapter is left alone.
-        reward: a reward or an expression; by default "hps".
-        prompt: of the clip.
-        seed: of the clip, of the adapter and of a random frame.
-        rank: of the adapter.
+        model: Its own adapter is left alone.
+        reward: A reward or an expression.
+        prompt: Of the clip.
+        seed: Of the clip, of the adapter and of a random frame.
+        rank: Of the adapter.
 
     Raises:
-        ValueError: an unknown reward, an empty prompt, or a rank below 1.
+        ValueError: An unknown reward, an empty prompt, or a rank below 1.
     """
 
     title = "Truncation explorer"
@@ -102,7 +88,6 @@ class TruncationExplorer(SettingsPanel):
         seed: int = 0,
         rank: int = 4,
     ):
-        super().__init__()
         self.model, self.seed = model, seed
         self.prompt = clips.examples(model, 1)[0] if prompt is None else prompt
         if not self.prompt.strip():
@@ -117,79 +102,72 @@ class TruncationExplorer(SettingsPanel):
         self.adapter = random_adapter(model, rank, seed)
         self.exact: torch.Tensor | None = None  # the exact gradient (N,), of all parameters
         self.measured: dict[Truncation, Measured] = {}  # the newest last
-        self._build()
-        self.changed()
-        self._show_table()
-
-    def _build(self) -> None:
         steps = self.sampling.num_inference_steps
-        self.K: Any = ui.slider("K, steps", 1, 1, steps)
-        self.frames = ui.choice("frames", ui.FRAMES if self.reward.per_frame else ["all"])
-        self.gradient_checkpointing = ui.switch("gradient checkpointing: recompute blocks", True)
-        self.streaming = ui.switch("streaming: decode and score frames one by one", True)
-        self.measure_button = ui.button("measure", "play", 110, primary=True)
-        self.why, self.drawing, self.table = HTML(), HTML(), HTML()
-        self.settings = {name: getattr(self, name) for name in Truncation.__annotations__}
-        self.watch_settings()
-        self.on(lambda: self.jobs.submit(self._job), self.measure_button)
-        self.given = (  # in all measurements
-            f"Reward {self.reward.name}, prompt “{self.prompt}”, seed {self.seed}, {steps} steps; "
-            f"an adapter of rank {self.adapter.rank} with random parameters."
+        super().__init__(
+            K=slider("K, steps", 1, 1, steps),
+            frames=choice("frames", FRAMES if self.reward.per_frame else ["all"]),
+            gradient_checkpointing=switch("gradient checkpointing: recompute blocks", True),
+            streaming=switch("streaming: decode and score frames one by one", True),
         )
-        buttons = [self.why, ui.row(self.measure_button), HTML(note(self.given))]
-        controls = ui.column(*self.settings.values(), *buttons, max_width="400px")
-        self.assemble(ui.beside(controls, ui.column(self.drawing, flex="2 1 330px")), self.table)
+        self.on(self.changed, *self.settings.values())
+        self.measure_button = self.button(
+            "measure", "play", 110, lambda: self.jobs.submit(self._job), "primary"
+        )
+        self.drawing, self.table = HTML(), HTML(note(EMPTY))
+        self.given = (  # in all measurements
+            f"Reward {self.reward.name}, prompt “{self.prompt}”, seed {seed}, {steps} steps; "
+            f"an adapter of rank {rank} with random parameters."
+        )
+        below = self.why, row(self.measure_button), HTML(note(self.given))
+        controls = column(*self.settings.values(), *below, max_width="400px")
+        self.assemble(beside(controls, column(self.drawing, flex="2 1 330px")), self.table)
+        self.changed()
 
     @property
     def setting(self) -> Truncation:
         """The settings; a single frame is streamed, whatever the switch says."""
         streaming = len(self.chosen) == 1 or self.streaming.value
-        return Truncation(**{**self.values(), "streaming": streaming})
+        values: dict[str, Any] = self.values() | {"streaming": streaming}
+        return Truncation(**values)
 
     @property
     def chosen(self) -> list[int]:
         """Indices of the scored frames; a random one is the one that `reward_gradient` draws."""
         generator = torch.Generator().manual_seed(self.seed)
-        return parse_frames(self.values()["frames"]).choose(self.sampling.num_frames, generator)
+        return parse_frames(self.frames.value).choose(self.sampling.num_frames, generator)
 
     def changed(self) -> None:
-        whole = ""
+        setting, chosen, steps = self.setting, self.chosen, self.sampling.num_inference_steps
+        whole = single = ""
         if not self.reward.per_frame:
             whole = f"“{self.reward.name}” scores the whole clip: it needs all frames."
-        single = "With one frame there is nothing to stream." if len(self.chosen) == 1 else ""
+        if len(chosen) == 1:
+            single = "With one frame there is nothing to stream."
         disable(whole, self.frames)
         disable(single, self.streaming)
         self.why.value = note(whole or single)
-        self.drawing.value = self.chain + note(self.description)
-
-    @property
-    def description(self) -> str:
-        """The current setting in words."""
-        setting, steps, chosen = self.setting, self.sampling.num_inference_steps, self.chosen
         frames = ", ".join(str(i + 1) for i in chosen)
         order = "one by one" if setting.streaming else "all at once"
         window = f"all {steps}" if steps == setting.K else f"the last {setting.K} of {steps}"
         recomputed = "only inputs of blocks are kept, the rest is computed again"
         inside = recomputed if setting.gradient_checkpointing else "everything is kept"
-        return (
+        self.description = (
             f"The gradient goes back from the reward through {len(chosen)} of "
             f"{self.sampling.num_frames} frames ({frames}), {order}, and {window} steps to the "
             f"adapter. Inside a step {inside}."
         )
-
-    @property
-    def chain(self) -> str:
-        """The drawing of the current setting."""
-        setting, sampling = self.setting, self.sampling
-        sizes = sampling.num_inference_steps, setting.K, sampling.num_frames, self.chosen
-        return chain(
-            *sizes,
+        self.chain = chain(
+            steps,
+            setting.K,
+            self.sampling.num_frames,
+            chosen,
             adapter=f"adapter, rank {self.adapter.rank}",
             reward=self.reward.name,
             recompute=setting.gradient_checkpointing,
             stream=setting.streaming,
             label=self.description,
         )
+        self.drawing.value = self.chain + note(self.description)
 
     def measure(self, **changes) -> Measured:
         """Measure now, after setting controls by name, and wait for the result."""
@@ -200,11 +178,13 @@ class TruncationExplorer(SettingsPanel):
     def gradient(self, setting: Truncation, meter: AbstractContextManager) -> torch.Tensor:
         """The adapter's gradient (N,) in float64; `meter` is a context around the call."""
         parameters = self.adapter.parameters()
-        asked = self.model, self.adapter, self.reward, [self.prompt]
         try:
             with lora.use_adapter(self.model, self.adapter), meter:
                 reward_gradient(
-                    *asked,
+                    self.model,
+                    self.adapter,
+                    self.reward,
+                    [self.prompt],
                     seeds=[self.seed],
                     strategy=Last(setting.K),
                     frames=parse_frames(setting.frames),
@@ -219,42 +199,51 @@ class TruncationExplorer(SettingsPanel):
             for p in parameters:
                 p.grad = None
 
-    def _job(self):
-        setting, chosen, nothing = self.setting, tuple(self.chosen), nullcontext()
+    def _job(self) -> Job:
+        setting, chosen = self.setting, tuple(self.chosen)
+        where = f"at K = {setting.K}, frames: {setting.frames}; {ATOMIC}."
         if self.exact is None:
             self.say(f"First the exact gradient, through all steps and frames; {ATOMIC}.")
             yield 0.05
-            self.exact = self.gradient(Truncation(self.K.max, "all"), nothing)
-        self.say(f"Measuring memory at K = {setting.K}, frames: {setting.frames}; {ATOMIC}.")
+            self.exact = self.gradient(Truncation(self.K.max, "all"), nullcontext())
+        self.say(f"Measuring memory {where}")
         yield 0.4
         tracker = MemoryTracker(self.model.device.type)
         gradient = self.gradient(setting, tracker)
-        self.say(f"Measuring time at K = {setting.K}, frames: {setting.frames}; {ATOMIC}.")
+        self.say(f"Measuring time {where}")
         yield 0.7  # time is measured apart, since the memory tracker takes time
         began = time.perf_counter()
-        self.gradient(setting, nothing)
+        self.gradient(setting, nullcontext())
         seconds = time.perf_counter() - began
         cosine = torch.cosine_similarity(gradient, self.exact, dim=0).item()
-        self.measured.pop(setting, None)
-        self.measured[setting] = Measured(tracker.bytes, seconds, cosine, chosen)
-        for old in list(self.measured)[:-ROWS]:
-            del self.measured[old]
+        result = Measured(tracker.bytes, seconds, cosine, chosen)
+        remember(self.measured, setting, result, ROWS)
         self.say("")
         self._show_table()
 
     def _show_table(self) -> None:
-        rows = list(reversed(self.measured.items()))
-        table = ui.template(TABLE).render(rows=rows, results=self.measured.values(), angle=angle)
-        self.table.value = table if rows else note(EMPTY)
+        results, rows = self.measured.values(), []
+        most, longest = max(r.bytes for r in results), max(r.seconds for r in results)
+        for setting, result in reversed(self.measured.items()):
+            angle = math.degrees(math.acos(max(-1.0, min(1.0, result.cosine))))
+            memory = bar(f"{result.bytes / 1e6:.1f} MB", result.bytes / most)
+            duration = bar(f"{result.seconds:.2f} s", result.seconds / longest)
+            cosine = bar(f"{result.cosine:.3f} ({angle:.0f}°)", max(result.cosine, 0))
+            checkpointing = "yes" if setting.gradient_checkpointing else "no"
+            streaming = "yes" if setting.streaming else "no"
+            numbers = memory, duration, cosine, checkpointing
+            rows.append((setting.K, setting.frames, *numbers, streaming))
+        self.table.value = table(COLUMNS, rows, "style='white-space:nowrap'") + note(EXPLANATION)
 
     def to_html(self) -> str:
         drawing = image(self.chain, self.description)
         return f"<div>{drawing}{note(f'{self.description} {self.given}')}{self.table.value}</div>"
 
 
-def angle(cosine: float) -> float:
-    """In degrees."""
-    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+def bar(text: str, share: float) -> Markup:
+    """A number over a bar that fills its share of the cell."""
+    look = f"background:linear-gradient(90deg,#8884 {100 * share:.0f}%,transparent 0)"
+    return Markup(f'<div style="{look}">{text}</div>')
 
 
 def random_adapter(model: VideoModel, rank: int, seed: int) -> lora.Adapter:

@@ -13,7 +13,7 @@ CHOICES = ("A", "B", "=")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two clips of a prompt from the same noise. left: which one is A, the base or the adapter."""
+    """Two clips of a prompt from the same noise. left: the base or the adapter, which is A."""
 
     prompt: str
     seed: int
@@ -22,15 +22,12 @@ class Pair:
 
     @property
     def sides(self) -> tuple[str, str]:
-        """The names of A and B."""
         return (BASE, self.adapter) if self.left == BASE else (self.adapter, BASE)
 
 
 @dataclass(frozen=True)
 class Vote(Pair):
-    """choice: "A", "B" or "=", no difference."""
-
-    choice: str
+    choice: str  # "A", "B" or "=", no difference
 
     def __post_init__(self):
         if self.choice not in CHOICES or self.left not in (BASE, self.adapter):
@@ -44,13 +41,13 @@ class Vote(Pair):
 
 @dataclass(frozen=True)
 class Tally:
-    """Votes on an adapter; rate: its win rate, ties counted half; low, high: its 95 % interval."""
+    """Votes on an adapter, and the 95 % interval of its win rate."""
 
     adapter: str
     wins: int
     losses: int
     ties: int
-    rate: float
+    rate: float  # ties counted half; NaN without votes
     low: float
     high: float
 
@@ -75,18 +72,16 @@ class Votes:
         self.path = Path(folder) / "votes.jsonl"
 
     def read(self) -> list[Vote]:
-        """Return all votes. Raises ValueError for a line that is none."""
+        """All votes. Raises ValueError for a line that is none."""
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
         votes = []
         for number, line in enumerate(lines, 1):
-            if not line:
-                continue
             try:
-                votes.append(Vote(**json.loads(line)))
+                if line:
+                    votes.append(Vote(**json.loads(line)))
             except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{self.path}, line {number} is not a vote ({error}); delete the line"
-                ) from error
+                message = f"{self.path}, line {number} is not a vote ({error}); delete the line"
+                raise ValueError(message) from error
         return votes
 
     def add(self, pair: Pair, choice: str) -> Vote:
@@ -97,11 +92,8 @@ class Votes:
         return vote
 
     def next(self, adapter: str, prompts: list[str], seed: int) -> Pair:
-        """Return the pair after the last vote on this adapter, prompt by prompt.
-
-        Its noise has a new seed: clips of `seed` are shown with names. Sides are reproducible.
-        """
-        number = sum(vote.adapter == adapter for vote in self.read())
+        """The pair after the last vote on this adapter; of a new seed, as `seed` is seen by name."""
+        number = self.tally(adapter).votes
         left = random.Random(f"{seed} {adapter} {number}").choice([BASE, adapter])
         return Pair(prompts[number % len(prompts)], seed + 1 + number, adapter, left)
 
@@ -109,15 +101,14 @@ class Votes:
         values = [vote.value for vote in self.read() if vote.adapter == adapter]
         wins, losses, ties = (values.count(value) for value in (1.0, 0.0, 0.5))
         rate = sum(values) / len(values) if values else math.nan
-        low, high = wilson_interval(sum(values), len(values))
-        return Tally(adapter, wins, losses, ties, rate, low, high)
+        return Tally(adapter, wins, losses, ties, rate, *wilson_interval(sum(values), len(values)))
 
 
 def wilson_interval(wins: float, votes: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a win rate; (0, 1) without votes.
+    """The 95 % score interval of a win rate; (0, 1) without votes.
 
-    Unlike a bootstrap it does not shrink to a point when a few votes agree. Ties count half a win;
-    for half a win it covers the intervals of both whole numbers next to it.
+    Unlike a bootstrap it does not shrink to a point when a few votes agree. For half a win, a tie,
+    it covers the intervals of both whole numbers next to it.
     """
     from scipy.stats import binomtest
 
