@@ -309,3 +309,76 @@ def test_check_finds(function, finding):
     assert not report.passed
     assert finding in {f.test for f in report.findings if not f.passed}, report
     assert finding in str(report)
+
+
+# ------------------------------------------------------------------------- algebra, and users' own code
+
+
+def frames_of(value=0.5):
+    return torch.full((2, 3, 3, 8, 8), value)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("brightness + 1", 1.5),
+        ("1 + brightness", 1.5),
+        ("1 - brightness", 0.5),
+        ("brightness - 2", -1.5),
+        ("brightness / 4", 0.125),
+        ("-brightness * 2", -1.0),
+        ("(brightness + 1) / 3", 0.5),
+    ],
+)
+def test_numbers_beside_rewards(text, value):
+    for judge in (rewards.parse(text), eval(text, {"brightness": rewards.brightness()})):
+        torch.testing.assert_close(judge(frames_of(), ["a", "b"]), torch.full((2,), value))
+
+
+def test_the_sum_of_a_list():
+    total = sum([rewards.brightness(), 2 * rewards.brightness()])
+    torch.testing.assert_close(total(frames_of(), ["a", "b"]), torch.full((2,), 1.5))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("brightness * brightness", "a reward is multiplied by a number"),
+        ("brightness + 'a'", "is a text"),
+        ("-'a'", "is a text"),
+        ("'a' * 99999999999999", "is a text"),
+        ("brightness / 0", "divided by a number that is not zero"),
+        ("1 / brightness", "unsupported operand"),
+        ("9 ** 9", "cannot read"),
+    ],
+)
+def test_expressions_that_mean_nothing_are_one_line(text, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        rewards.parse(text)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("per_frame", [True, False])
+def test_a_function_may_work_in_place_and_spoils_nothing(per_frame):
+    def spoiling(frames, prompts):
+        frames.mul_(0.5)
+        return frames.mean(dim=(1, 2, 3, 4))
+
+    judge, frames = rewards.reward(spoiling, per_frame=per_frame), frames_of()
+    for _ in range(2):
+        torch.testing.assert_close(judge(frames, ["a", "b"]), torch.full((2,), 0.25))
+    assert torch.equal(frames, frames_of())
+    leaf = frames_of().requires_grad_()
+    judge(leaf, ["a", "b"]).sum().backward()
+    torch.testing.assert_close(leaf.grad.sum(), torch.tensor(1.0))
+
+
+def test_a_class_that_works_in_place_is_told():
+    class Spoiling(rewards.Reward):
+        name = "spoiling"
+
+        def scores(self, frames, prompts):
+            return frames.sub_(0.5).mean(dim=(2, 3, 4))
+
+    with pytest.raises(ValueError, match="'spoiling' changes its frames in place"):
+        Spoiling()(frames_of(), ["a", "b"])

@@ -68,3 +68,46 @@ def test_grid_lays_clips_out_row_by_row():
     assert sheet[0, 0, 0, 5].item() == pytest.approx(0.2)
     assert sheet[0, 0, 5, 0].item() == pytest.approx(0.3)
     assert sheet[0, 0, 5, 5].item() == 1.0  # nothing there
+
+
+@pytest.mark.parametrize(
+    "fps, frames", [(8, 20), (24, 48), (30, 60), (50, 50), (60, 120), (120, 60)]
+)
+def test_a_gif_plays_at_its_speed(fps, frames, tmp_path):
+    """In hundredths of a second, and never below two, which browsers would slow down."""
+    clip = Video(torch.rand(frames, 3, 4, 4, generator=torch.Generator().manual_seed(0)), fps=fps)
+    picture, shown = Image.open(clip.save(tmp_path / "clip.gif")), []
+    for number in range(picture.n_frames):
+        picture.seek(number)
+        shown.append(picture.info["duration"])
+    assert min(shown) >= 20
+    assert sum(shown) == pytest.approx(1000 * frames / fps, abs=20)
+
+
+def test_a_clip_of_real_size_is_a_video_in_a_page():
+    from vader_nb.video import SMALL
+
+    frames = torch.rand(16, 3, 255, 257, generator=torch.Generator().manual_seed(0))
+    shown = Video(frames, caption='a "cat"').to_html()
+    assert shown.startswith('<video src="data:video/mp4;base64,')
+    assert 'aria-label="a &quot;cat&quot;"' in shown and "autoplay loop muted playsinline" in shown
+    assert 16 * 255 * 257 > SMALL > 8 * 64 * 64 * 8
+
+
+@pytest.mark.parametrize("name", ["-y.mp4", "a:b.mp4", "https:.mp4", "%d.mp4"])
+def test_names_that_ffmpeg_would_take_for_something_else(clip, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert clip.save(name).read_bytes()[4:8] == b"ftyp"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), 1000])
+def test_a_rate_that_cannot_be(fps):
+    with pytest.raises(ValueError, match="fps must lie in"):
+        Video(torch.zeros(2, 3, 8, 8), fps=fps)
+
+
+def test_home_is_understood(clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    clip.save("~/clip.gif")
+    assert (tmp_path / "clip.gif").is_file()

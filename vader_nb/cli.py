@@ -103,7 +103,11 @@ def run_folder(arguments) -> Path:
     """The run's folder. A name made of the time could not be found again by a resumed run."""
     from . import checkpoints
 
-    resume, name, folder = resume_of(arguments), arguments.name, Path(arguments.output_dir)
+    resume, name, folder = (
+        resume_of(arguments),
+        arguments.name,
+        Path(arguments.output_dir).expanduser(),
+    )
     if name is None and resume in (True, "latest"):
         raise ValueError(
             f"resume={arguments.resume} continues the run of a name, and there is none: write name=…, "
@@ -226,10 +230,10 @@ def run_evaluate(arguments):
     groups = evaluation_prompts(arguments, training_prompts(arguments))
     folder, adapter = Path("runs/evaluation"), None
     if arguments.adapter:
-        path = Path(arguments.adapter)
+        path = Path(arguments.adapter).expanduser()
         vader_nb.lora.read(path)  # a wrong file is an error before a model is loaded
         folder = (path if path.is_dir() else path.parent) / "evaluation"
-    folder = Path(arguments.output_dir or folder)
+    folder = Path(arguments.output_dir or folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     model = vader_nb.load(arguments.model)
     if arguments.adapter:
@@ -238,7 +242,10 @@ def run_evaluate(arguments):
 
 
 def run_sample(arguments):
-    folder = Path(arguments.output_dir)
+    if not arguments.prompts:
+        raise ValueError('which prompt? vader-nb sample "a red star growing on a black background"')
+    vader_nb.video.check_suffix(f"clip.{arguments.format}")
+    folder = Path(arguments.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     model = vader_nb.load(arguments.model)
     adapter = {arguments.adapter: arguments.scale} if arguments.adapter else None
@@ -281,7 +288,7 @@ def run_rewards(arguments):
 def run_translate(arguments):
     text, notes = config.translated(arguments.file, arguments.source)
     if arguments.output:
-        Path(arguments.output).write_text(text, encoding="utf-8")
+        Path(arguments.output).expanduser().write_text(text, encoding="utf-8")
     else:
         print(text, end="")
     for note in notes:

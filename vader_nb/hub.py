@@ -60,13 +60,14 @@ def find(checkpoint: StrPath, known: Mapping[str, Source | Path]) -> Source | Pa
     """
     if str(checkpoint) in known:
         return known[str(checkpoint)]
-    if not Path(checkpoint).exists():
+    path = Path(checkpoint).expanduser()
+    if not path.exists():
         names = ", ".join(known)
         raise ValueError(
             f"unknown checkpoint {str(checkpoint)!r}: choose one of {names}, "
             "or give the path of a local copy"
         )
-    return Path(checkpoint)
+    return path
 
 
 def identity(place: Source | Path) -> str:

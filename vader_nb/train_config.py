@@ -95,7 +95,7 @@ class TrainConfig:
         if self.frames is not None:
             self.frames = parse_frames(self.frames)
         self.targets = tuple(self.targets) if self.targets else None
-        self.output_dir = Path(self.output_dir)
+        self.output_dir = Path(self.output_dir).expanduser()
 
     @classmethod
     def flat_fields(cls) -> list[Field]:

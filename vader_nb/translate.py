@@ -219,7 +219,7 @@ def read_yaml(path: str | Path) -> dict:
 
 def read(path: str | Path) -> dict:
     """Arguments in a YAML file (sections are flattened), or in the script that starts a tool."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     if path.suffix in (".yaml", ".yml"):

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,35 @@ import torch
 from PIL import Image
 
 SUFFIXES = (".gif", ".webp", ".mp4")
+SMALL = 500_000  # pixels of a clip that is a gif in a page; larger ones are H.264
+
+
+def check_suffix(path: str | Path) -> None:
+    """Raise ValueError for a name that does not end as a video's."""
+    if Path(path).suffix not in SUFFIXES:
+        endings = ", ".join(SUFFIXES)
+        raise ValueError(f"cannot save a video as {Path(path).name!r}: it must end in {endings}")
+
+
+def durations(count: int, fps: float, unit: int) -> list[int]:
+    """Milliseconds per frame, in whole units, whose sum is right to within one."""
+    ends = [round(1000 / unit * i / fps) * unit for i in range(count + 1)]
+    return [after - before for before, after in zip(ends, ends[1:])]
+
+
+def h264(images: list[Image.Image], fps: float) -> bytes:
+    """An mp4 that browsers play; the last row or column is doubled where a size is odd."""
+    import imageio_ffmpeg
+    import mediapy
+
+    mediapy.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
+    frames = np.stack([np.asarray(image) for image in images])
+    odd = [(0, size % 2) for size in frames.shape[1:3]]
+    frames = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
+    with tempfile.TemporaryDirectory() as folder:  # ffmpeg reads some names as options or protocols
+        path = Path(folder) / "clip.mp4"
+        mediapy.write_video(path, frames, fps=fps)
+        return path.read_bytes()
 
 
 @dataclass
@@ -25,13 +55,15 @@ class Video:
     """
 
     frames: torch.Tensor
-    fps: int = 8
+    fps: float = 8
     caption: str = ""
 
     def __post_init__(self):
         shape = tuple(self.frames.shape)
         if len(shape) != 4 or shape[1] != 3:
             raise ValueError(f"a video's frames have shape (F, 3, H, W), got {shape}")
+        if not 0 < self.fps <= 240:
+            raise ValueError(f"fps must lie in (0, 240], got {self.fps}")
         self.frames = self.frames.detach().float().cpu()
 
     def images(self, width: int | None = None) -> list[Image.Image]:
@@ -41,14 +73,24 @@ class Video:
         return [Image.fromarray(frame.repeat(factor, 0).repeat(factor, 1)) for frame in pixels]
 
     def encoded(self, suffix: str = ".gif", width: int | None = None) -> bytes:
-        """Encode the clip as an endless gif or a lossless webp."""
+        """Encode the clip as an endless gif, a lossless webp, or an mp4 (H.264)."""
         images = self.images(width)
-        options = {"duration": round(1000 / self.fps), "loop": 0}
+        if suffix == ".mp4":
+            return h264(images, self.fps)
+        options: dict = {"loop": 0}
         if suffix == ".webp":
-            options["lossless"] = True
-        else:  # one palette for the whole clip, or flat backgrounds would flicker
+            options |= {"lossless": True, "duration": durations(len(images), self.fps, 1)}
+        else:
+            if self.fps > 50:  # browsers slow down what is shown for less than 20 ms
+                images = [
+                    images[int(i * self.fps / 50)]
+                    for i in range(math.ceil(len(images) * 50 / self.fps))
+                ]
+            options["duration"] = durations(len(images), min(self.fps, 50), 10)
+            # One palette for the whole clip, or flat backgrounds would flicker; refined where that is quick.
             sheet = Image.fromarray(np.concatenate([np.asarray(image) for image in images]))
-            palette = sheet.quantize(255, method=Image.Quantize.MEDIANCUT, kmeans=2)
+            kmeans = 2 if sheet.width * sheet.height < SMALL else 0
+            palette = sheet.quantize(255, method=Image.Quantize.MEDIANCUT, kmeans=kmeans)
             images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
         buffer = io.BytesIO()
         first, *rest = images
@@ -57,30 +99,28 @@ class Video:
 
     def save(self, path: str | Path, width: int | None = None) -> Path:
         """Write a .gif, .webp or .mp4, as the file's name ends; `width` as in `images`."""
-        path = Path(path)
-        if path.suffix not in SUFFIXES:
-            endings = ", ".join(SUFFIXES)
-            raise ValueError(f"cannot save a video as {path.name!r}: it must end in {endings}")
+        path = Path(path).expanduser()
+        check_suffix(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix != ".mp4":
-            path.write_bytes(self.encoded(path.suffix, width))
-            return path
-        import imageio_ffmpeg
-        import mediapy
-
-        mediapy.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
-        frames = np.stack([np.asarray(image) for image in self.images(width)])
-        mediapy.write_video(path, frames, fps=self.fps)
+        path.write_bytes(self.encoded(path.suffix, width))
         return path
 
     def to_html(self, width: int = 192, alt: str = "") -> str:
-        """Return an `<img>` with the clip inside; `alt` describes a clip without a caption."""
-        data = base64.b64encode(self.encoded(".gif")).decode()
+        """Return an `<img>`, or for a larger clip a `<video>`, with the clip inside.
+
+        `alt` describes a clip without a caption.
+        """
         text = html.escape(self.caption or alt)
         style = f"image-rendering:pixelated;border-radius:6px;width:100%;max-width:{width}px"
+        shared = f'title="{text}" width="{width}" style="{style}"'
+        count, _, height, columns = self.frames.shape
+        if count * height * columns < SMALL:
+            data = base64.b64encode(self.encoded(".gif")).decode()
+            return f'<img src="data:image/gif;base64,{data}" alt="{text}" {shared}>'
+        data = base64.b64encode(self.encoded(".mp4")).decode()
         return (
-            f'<img src="data:image/gif;base64,{data}" alt="{text}" title="{text}" '
-            f'width="{width}" style="{style}">'
+            f'<video src="data:video/mp4;base64,{data}" aria-label="{text}" {shared} '
+            "autoplay loop muted playsinline></video>"
         )
 
     def _repr_html_(self) -> str:

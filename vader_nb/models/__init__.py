@@ -161,7 +161,7 @@ def checkpoint_of(name: str | Path) -> Checkpoint:
         ValueError: for an unknown name.
         FileNotFoundError: for a directory that is no pipeline's.
     """
-    found = CHECKPOINTS.get(str(name), Path(name))
+    found = CHECKPOINTS.get(str(name), Path(name).expanduser())
     if isinstance(found, Checkpoint):
         return found
     if (found / "model_index.json").is_file():

@@ -127,13 +127,27 @@ class Reward:
         result.name, result.unit, result.typical = f"normalized {self.name}", "std", (-2.0, 2.0)
         return result
 
-    def __add__(self, other: "Reward | Callable") -> "Reward":
-        other = as_reward(other)
-        result = Combined(operator.add, "{} + {}", self, other)
-        result.range = (self.range[0] + other.range[0], self.range[1] + other.range[1])
+    def __add__(self, other: "Reward | Callable | float") -> "Reward":
+        if isinstance(other, int | float):
+            shift = other
+            if not other:  # as sum(…) begins with
+                return self
+            result = Combined(lambda x: x + shift, "{} + {}", self, shift)
+            result.range = (self.range[0] + shift, self.range[1] + shift)
+        else:
+            other = as_reward(other)
+            result = Combined(operator.add, "{} + {}", self, other)
+            result.range = (self.range[0] + other.range[0], self.range[1] + other.range[1])
         return result
 
+    __radd__ = __add__
+
     def __mul__(self, weight: float) -> "Reward":
+        if not isinstance(weight, int | float):
+            raise TypeError(
+                f"a reward is multiplied by a number, not by {_shape(weight)}: 0.5 * {self.name}"
+            )
+
         def scaled(bounds):  # 0 times infinity is 0 here, and there is no minus zero
             low, high = sorted(weight * bound + 0.0 if weight else 0.0 for bound in bounds)
             return low, high
@@ -148,8 +162,16 @@ class Reward:
     def __neg__(self) -> "Reward":
         return self * -1.0
 
-    def __sub__(self, other: "Reward | Callable") -> "Reward":
-        return self + -as_reward(other)
+    def __truediv__(self, divisor: float) -> "Reward":
+        if not isinstance(divisor, int | float) or not divisor:
+            raise TypeError(f"a reward is divided by a number that is not zero, not by {divisor!r}")
+        return self * (1 / divisor)
+
+    def __sub__(self, other: "Reward | Callable | float") -> "Reward":
+        return self + (-other if isinstance(other, int | float) else -as_reward(other))
+
+    def __rsub__(self, other: float) -> "Reward":
+        return -self + other
 
     def __repr__(self) -> str:
         return self.name
@@ -184,7 +206,10 @@ class Combined(Reward):
 
 
 class FunctionReward(Reward):
-    """A plain function (frames, prompts) -> (B,), on the whole clip unless `per_frame`."""
+    """A plain function (frames, prompts) -> (B,), on the whole clip unless `per_frame`.
+
+    It gets copies of the frames, which it may change.
+    """
 
     def __init__(self, function: Callable, name: str | None, per_frame: bool, differentiable: bool):
         self.function, self.name = function, name or getattr(function, "__name__", "function")
@@ -192,9 +217,8 @@ class FunctionReward(Reward):
         self.fingerprint = describe(function) + (" per frame" if per_frame else "")
 
     def scores(self, frames, prompts):
-        frames = frames.clone()  # which the function may change
         clips = frames.split(1, dim=1) if self.per_frame else [frames]
-        return torch.cat([as_column(self.function(clip, prompts)) for clip in clips], dim=1)
+        return torch.cat([as_column(self.function(clip.clone(), prompts)) for clip in clips], dim=1)
 
     def __call__(self, frames, prompts):
         if self.per_frame:

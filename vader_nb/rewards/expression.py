@@ -27,7 +27,12 @@ MODULES = {name: module for module, names in _REWARDS.items() for name in names.
 NAMES = sorted(MODULES)
 EMBEDDED = ("action", "aesthetic", "aesthetic_hps", "hps")  # the package holds a tiny one of these
 METHODS = ("towards", "capped", "normalized", "renamed")
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+OPERATORS: dict[type, Callable] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 _KNOWN = f"known rewards: {', '.join(NAMES)}"
 FILE_FUNCTION = re.compile(r"([^\s()*+,'\"]+\.py):(\w+)")
 
@@ -36,7 +41,7 @@ def parse(expression: str, tiny: bool = False, from_config: bool = False) -> Rew
     """The reward that an expression describes.
 
     An expression may hold names of `NAMES`, functions of files (`path/to/file.py:function`, or a
-    call of one that returns a reward), numbers, strings, + - *, calls, and the methods of
+    call of one that returns a reward), numbers, strings, + - * /, calls, and the methods of
     `METHODS`. Nothing else in the text can run.
 
     Args:
@@ -90,18 +95,27 @@ class _Parser:
             case ast.Call(func=ast.Attribute(value=inner, attr=method)) if method in METHODS:
                 return self.call(node, getattr(self.build(inner), method))
             case ast.BinOp() if type(node.op) in OPERATORS:
-                return OPERATORS[type(node.op)](self.build(node.left), self.build(node.right))
+                operands = self.build(node.left), self.build(node.right)
+                return self.apply(node, OPERATORS[type(node.op)], *operands)
             case ast.UnaryOp(op=ast.USub()):
-                return -self.build(node.operand)
+                return self.apply(node, operator.neg, self.build(node.operand))
         raise ValueError(f"cannot read {self.text(node)!r} in reward {self.expression!r}; {_KNOWN}")
 
     def call(self, node: ast.expr, function: Callable, *args) -> Reward:
         """The function's value for the arguments that the node has, if it is a call."""
         args = [*args, *map(self.build, getattr(node, "args", []))]
         options = {word.arg: self.build(word.value) for word in getattr(node, "keywords", [])}
+        return self.apply(node, function, *args, **options)
+
+    def apply(self, node: ast.expr, function: Callable, *args, **options) -> Any:
+        if any(isinstance(value, str) for value in args) and function in (
+            *OPERATORS.values(),
+            operator.neg,
+        ):
+            raise ValueError(f"{self.text(node)!r} of the reward {self.expression!r} is a text")
         try:
             return function(*args, **options)
-        except TypeError as error:  # an argument that is absent, or that it does not take
+        except (TypeError, ArithmeticError) as error:  # an argument that it does not take
             text = self.text(node)
             raise ValueError(f"in {text!r} of the reward {self.expression!r}: {error}") from error
 
