@@ -199,9 +199,7 @@ def test_every_frame_choice_equals_plain_autograd(micro, name, frames):
 @pytest.mark.parametrize(
     "options",
     [
-        {"fuse": False},
         {"gradient_checkpointing": False},
-        {"fuse": False, "gradient_checkpointing": False},
         {"activation_offload": True},
         {"decode_chunk_size": 2},
         {"decode_chunk_size": 3, "activation_offload": True, "gradient_checkpointing": False},
@@ -572,3 +570,28 @@ def test_a_network_that_overflows_at_the_usual_scale_is_asked_at_a_smaller_one()
     frames = torch.rand(1, 1, 3, 8, 8, dtype=torch.float16)
     _, gradient = pixel_gradient(Half(), frames, ["a cat"])
     torch.testing.assert_close(gradient, torch.full_like(gradient, 1000.0))
+
+
+# ------------------------------------------------------------------------- the last call's kept graph
+
+
+@pytest.mark.parametrize("strategy", [Last(1), Last(3), ReFL(0.6)], ids=str)
+@pytest.mark.parametrize("kind", ["frames", "clip"])
+def test_keeping_the_last_calls_graph_changes_no_bit(micro, strategy, kind, monkeypatch):
+    from vader_nb import gradient
+
+    adapter, found, calls = adapted(micro), [], []
+    predict = micro.predict
+    micro.predict = lambda *a, **k: (calls.append(torch.is_grad_enabled()), predict(*a, **k))[1]
+    for keep in (True, False):
+        if not keep:
+            monkeypatch.setattr(gradient, "kept_call", lambda *a, **k: None)
+        calls.clear()
+        found.append(
+            staged(micro, adapter, REWARDS[kind], Sampling(), strategy, Frames.all(), True)
+        )
+        found[-1] = *found[-1], calls.count(True), len(calls)
+    (*kept, with_graph, total), (*again, with_graph_again, total_again) = found
+    for a, b in zip(kept, again):
+        assert all(map(torch.equal, a, b)) if isinstance(a, list) else torch.equal(a, b)
+    assert with_graph == with_graph_again and total == total_again - 1

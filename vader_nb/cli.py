@@ -5,6 +5,7 @@ accelerate launch --num_processes 4 -m vader_nb align config=modelscope reward=a
 """
 
 import contextlib
+import io
 import os
 import secrets
 import signal
@@ -23,8 +24,9 @@ EPILOG = "Errors that you can fix are one line and exit code 2; others are bugs,
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
 # The least that a number of prompts or clips may be.
-LEAST = {"seeds_per_prompt": 1, "eval_batch_size": 1, "clips": 1}
-LEAST |= {"eval_prompts": 0, "eval_training_prompts": 0}
+LEAST = {"seeds_per_prompt": 1, "eval_batch_size": 1, "clips": 1, "threads": 1, "seed": 0}
+LEAST |= {"eval_prompts": 0, "eval_training_prompts": 0, "validation_steps": 1}
+MOST = 10**9  # of any of these
 
 
 def settings_of(arguments, names: Iterable[Field]) -> dict:
@@ -61,10 +63,6 @@ def spread(prompts: list, count: int) -> list:
 
 def evaluation_prompts(arguments, prompts: list) -> dict[str, list]:
     """Groups of training and held-out prompts, or one group for a given number of clips."""
-    for name, least in LEAST.items():
-        value = getattr(arguments, name, None)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
     if getattr(arguments, "clips", None) is not None:
         texts = spread(prompts, arguments.clips)
         arguments.seeds_per_prompt = -(-arguments.clips // len(texts))
@@ -286,6 +284,8 @@ def run_rewards(arguments):
 
 
 def run_translate(arguments):
+    if not arguments.file:
+        raise ValueError("which file? vader-nb translate-config train.sh")
     text, notes = config.translated(arguments.file, arguments.source)
     if arguments.output:
         Path(arguments.output).expanduser().write_text(text, encoding="utf-8")
@@ -317,7 +317,12 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = ["vader-nb: align video diffusion models to rewards", ""]
+    lines = [
+        "vader-nb: align video diffusion models to rewards",
+        "",
+        f"  {config.Align.example}",
+        "",
+    ]
     lines += [f"  vader-nb {name:<18}{kind.__doc__}" for name, (_, kind) in COMMANDS.items()]
     return "\n".join([*lines, "", "vader-nb COMMAND --help lists the keys of a command.", EPILOG])
 
@@ -325,6 +330,9 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run a command. Exits with 1 if a check fails, 2 after an error that its user can fix."""
     words = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack × and †
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     name = words[0] if words else "--help"
     if name in ("-h", "--help"):
         print(usage())
@@ -333,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(failed(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}"))
     function, kind = COMMANDS[name]
     if {"-h", "--help"} & set(words):
-        print(config.usage(name, kind))
+        print(config.usage(kind))
         return
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     before = signal.getsignal(signal.SIGINT)
@@ -342,6 +350,12 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGINT, exit_interrupted)
     try:
         arguments = config.read(kind, words[1:])
+        for key, least in LEAST.items():
+            value = getattr(arguments, key, None)
+            if value is not None and value < least:
+                raise ValueError(f"{key} must be at least {least}, got {value}")
+            if value is not None and value > MOST:
+                raise ValueError(f"{key} must be at most {MOST}, got {value}")
         if arguments.threads:
             import torch
 

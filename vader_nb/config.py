@@ -30,10 +30,12 @@ def option(default: Any, text: str) -> Any:
 @dataclass
 class Common:
     """The keys of every command. `settings` names the fields of TrainConfig that a command has beside
-    its own ("training", "memory", "sampling" or none), `positional` the key of words without one."""
+    its own ("training", "memory", "sampling" or none), `positional` the key of words without one, `example` a
+    command that works."""
 
     settings = ""
     positional = ""
+    example = ""
 
     config: str | None = option(None, "a YAML file, or the name of a shipped one: modelscope")
     threads: int | None = option(None, "CPU threads; default: torch's choice")
@@ -64,6 +66,7 @@ class Judged(Modeled):
 class Align(Judged):
     """Train an adapter with reward gradients, evaluate it, write a report."""
 
+    example = 'vader-nb align reward="hps + 0.02 * aesthetic" prompts=tiny name=mine'
     settings = "training"
     adapter: str | None = option(None, "an adapter file, or a run's folder, to start from")
     name: str | None = option(None, "the run's name; default: the model's and the time")
@@ -79,6 +82,7 @@ class Align(Judged):
 class Evaluate(Judged):
     """Compare base and adapter; write a report."""
 
+    example = "vader-nb evaluate runs/mine held_out=tiny_held_out"
     settings, positional = "sampling", "adapter"
     adapter: str | None = option(None, "a file, or a run's folder; default: the base alone")
     scale: float = option(1.0, "of the adapter, 0 to 1.5")
@@ -90,6 +94,7 @@ class Evaluate(Judged):
 class Sample(Modeled):
     """Generate clips of prompts."""
 
+    example = 'vader-nb sample "a red star growing on a black background" adapter=runs/mine'
     settings, positional = "sampling", "prompts"
     prompts: list[str] = field(default_factory=list, metadata={"help": "one clip each"})
     adapter: str | None = option(None, "an adapter file, or a run's folder")
@@ -103,6 +108,7 @@ class Sample(Modeled):
 class Memory(Common):
     """Will it fit? Peak memory of a configuration, without a GPU and without weights."""
 
+    example = "vader-nb memory model=modelscope reward=hps gpu_memory=T4"
     settings = "memory"
     model: str = option("modelscope", "tiny, modelscope, zeroscope, or a pipeline directory")
     reward: str = option("hps", "an expression of rewards")
@@ -118,6 +124,7 @@ class Memory(Common):
 class Export(Common):
     """An adapter for another tool, with a model card; to the Hub if you like."""
 
+    example = "vader-nb export runs/mine format=diffusers"
     positional = "adapter"
     adapter: str = option("", "a run's folder, or an adapter file of any tool")
     format: str = option("diffusers", "diffusers, peft, kohya, comfyui; merged: the whole pipeline")
@@ -134,6 +141,7 @@ class Export(Common):
 class Check(Common):
     """Is a reward fit for training?"""
 
+    example = "vader-nb check my_rewards.py:blueness"
     positional = "reward"
     reward: str = option("", "an expression, such as hps('tiny'), or file.py:function")
 
@@ -142,11 +150,14 @@ class Check(Common):
 class Rewards(Common):
     """All rewards: what they see, cost, and when they fail."""
 
+    example = "vader-nb rewards"
+
 
 @dataclass
 class Engine(Common):
     """Path of accelerate's configuration: accelerate launch --config_file "$(vader-nb engine fsdp)" …"""
 
+    example = 'accelerate launch --config_file "$(vader-nb engine fsdp)" -m vader_nb align'
     positional = "name"
     name: str = option("", "cpu, ddp, fsdp, zero2, zero3")
 
@@ -155,6 +166,7 @@ class Engine(Common):
 class TranslateConfig(Common):
     """Another tool's configuration as ours, with what differs."""
 
+    example = "vader-nb translate-config train.sh output=mine.yaml"
     positional = "file"
     file: str = option("", "its YAML file, or the shell script that starts it")
     source: str | None = option(None, "vader, videox_fun or trl; default: guessed from its names")
@@ -210,9 +222,9 @@ def entry(f: Field) -> tuple[str, Any, Any]:
     return f.name, Optional[kind] if optional else kind, field(**made)  # noqa: UP045
 
 
-def usage(name: str, command: type[Common]) -> str:
+def usage(command: type[Common]) -> str:
     """The help text of a command."""
-    lines = [f"vader-nb {name} key=value …", "", command.__doc__ or "", ""]
+    lines = [command.example, "", command.__doc__ or "", ""]
     for f in fields(schema(command)):
         default = "" if f.default in (None, MISSING, "") else f"={f.default}"
         lines.append(f"  {f.name + default:<34} {f.metadata.get('help', '')}".rstrip())
@@ -241,6 +253,10 @@ def read(command: type[Common], words: Sequence[str]) -> Any:
         layers += [foreign(source, known, file | given)]
         layers += [{key: value for key, value in source.items() if key in known}]
     result = merged(command, layers)
+    for key, kind in known.items():
+        values = getattr(result, key) or [] if kind == list[str] else []
+        if not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{key} must be a list of texts, got {values}")
     if texts:
         setattr(result, positional, texts)
     return result
@@ -251,6 +267,10 @@ def pairs(words: Sequence[str], known: dict, positional: str) -> Iterator[tuple[
     free_text = bool(positional) and known[positional] == list[str]
     seen = False
     for word in words:
+        if not word.isprintable() and any("\ud800" <= c <= "\udfff" for c in word):
+            raise ValueError(
+                f"cannot read {word.encode('utf-8', 'replace').decode()!r}: it is not UTF-8"
+            )
         key, equals, value = word.partition("=")
         if re.match(r"--|-[A-Za-z]", word):
             name = key.strip("-").replace("-", "_")
@@ -291,7 +311,8 @@ def check_keys(given: dict, known: dict, where: str = "") -> None:
         if key not in keys:
             near = difflib.get_close_matches(key, keys, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown key {key!r}{where}{hint} (--help lists all)")
+            shown = key if len(key) < 60 else f"{key[:50]}…"
+            raise ValueError(f"unknown key {shown!r}{where}{hint} (--help lists all)")
 
 
 def parsed(key: str, text: str, kind: Any) -> Any:

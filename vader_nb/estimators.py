@@ -15,7 +15,7 @@ from .lora import Adapter
 from .models import VideoModel
 from .prompts import Prompt
 from .rewards import Reward, record_parts
-from .sampling import Rollout, Sampling, roll_out
+from .sampling import Rollout, Sampling
 from .strategies import Frames, Plan, Strategy
 
 
@@ -71,10 +71,13 @@ class Estimator(ABC):
     Attributes:
         updates_per_rollout: optimizer updates for each collected batch.
         needs_reward_gradient: the reward must be differentiable in the frames.
+        compares_rollouts: all of a step's batches are collected before the first is accumulated; else one
+            is in memory at a time.
     """
 
     updates_per_rollout = 1
     needs_reward_gradient = False
+    compares_rollouts = True
 
     def setup(self, model: VideoModel, adapter: Adapter, reward: Reward, config) -> None:
         """Remember what to work with; `config` is the run's `TrainConfig`, sampling resolved."""
@@ -109,6 +112,7 @@ class RewardGradient(Estimator):
     """
 
     needs_reward_gradient = True
+    compares_rollouts = False
 
     def __init__(self, strategy: Strategy | None = None, frames: Frames | None = None):
         self._strategy, self._frames = strategy, frames
@@ -123,14 +127,14 @@ class RewardGradient(Estimator):
     def collect(self, batch: Batch) -> Collected:
         plan = self.strategy.plan(self.model.num_steps(self.sampling), batch.generator)
         frames = self.frames.choose(self.sampling.num_frames, batch.generator)
-        rollout = roll_out(
+        rollout = gradient.rolled_out(
             self.model,
+            self.adapter,
             batch.prompts,
             batch.seeds,
             self.sampling,
-            adapter=self.adapter,
-            window=max(plan.active),
-            stop=plan.stop,
+            plan,
+            **self.settings,
         )
         return Collected(rollout, plan, frames)
 

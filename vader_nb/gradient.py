@@ -26,14 +26,14 @@ import torch
 
 from .lora import Adapter, scale_for
 from .models import VideoModel, exclusive
-from .offload import recomputation
+from .offload import kept_call, recomputation
 from .prompts import Prompt
 from .rewards import Reward, as_reward, pixel_gradient
 from .sampling import (
-    DECODER,
     NonFiniteError,
     Rollout,
     Sampling,
+    decode,
     finite,
     next_latents,
     renoise,
@@ -63,38 +63,38 @@ def reward_gradient(
     strategy: Strategy = Last(1),
     frames: Frames = Frames.random(1),
     sampling: Sampling | None = None,
-    fuse: bool = True,
     generator: torch.Generator | None = None,
     **settings,
 ) -> Result:
     """Add the gradient of  -weight * mean(reward)  to `.grad` of the adapter's parameters.
 
     Args:
-        model: from `load`.
-        adapter: the one on the model.
+        model, adapter: from `load`, and the adapter on it.
         reward: differentiable in the frames.
         prompts, seeds: one per clip.
-        strategy: which steps learn.
-        frames: which frames are scored.
-        sampling: how clips are made; by default the model's own settings.
-        fuse: run the steps before the window with the adapter fused into the weights.
+        strategy, frames: which steps learn, and which frames are scored.
+        sampling: how; by default the model's own settings.
         generator: draws the plan and the frames.
         **settings: of `accumulate`.
 
     Raises:
         ValueError: before any work, if the adapter is not on the model, the window does not fit the steps or
-            the frames do not fit the clip; later for a reward without a gradient or of another shape than (B,).
-        NonFiniteError: for frames, rewards or a gradient that are not finite.
+            the frames do not fit the clip; later for a reward without a gradient or of another shape.
+        NonFiniteError: for numbers that are not finite, with the stage that they come from.
     """
     sampling = (sampling or Sampling()).resolve(model)
     adapter.check_attached(model)
     plan = strategy.plan(model.num_steps(sampling), generator)
     chosen = frames.choose(sampling.num_frames, generator)
-    fused = adapter if fuse else None
-    rollout = roll_out(
-        model, prompts, seeds, sampling, adapter=fused, window=max(plan.active), stop=plan.stop
-    )
+    rollout = rolled_out(model, adapter, prompts, seeds, sampling, plan, **settings)
     return accumulate(model, adapter, as_reward(reward), rollout, plan, chosen, **settings)
+
+
+def rolled_out(model, adapter, prompts, seeds, sampling, plan, **settings) -> Rollout:
+    """Stage 1: what `accumulate`, with these settings, needs."""
+    options = {"adapter": adapter, "window": max(plan.active), "stop": plan.stop}
+    last_call = kept_call(model, sampling, plan, **settings)
+    return roll_out(model, prompts, seeds, sampling, last_call=last_call, **options)
 
 
 def accumulate(
@@ -164,8 +164,7 @@ def score(
 
     A reward on single frames streams decode -> reward -> backward, `decode_chunk_size` frames at a time.
     A reward on the whole clip is given all frames, decoded without a graph, and its gradient is then
-    streamed back through the decoder. Raises NonFiniteError for frames, rewards or a gradient that are
-    not finite, ValueError for a reward of another shape or without a gradient.
+    streamed back through the decoder. For float16 it is scaled to about 1 before that.
     """
     model.onload(*model.decoders(), *reward.networks)
     wide = torch.promote_types(latents.dtype, torch.float32)
@@ -176,7 +175,7 @@ def score(
         gradient = torch.zeros_like(latents, dtype=wide)
         for chunk in chunks:
             with torch.enable_grad():
-                clip = finite(model.decode(leaf, chunk), "decoded frames", DECODER)
+                clip = decode(model, leaf, chunk)
             part = len(chunk) / len(frames)
             share, pixels = pixel_gradient(reward, clip, list(prompts), part)
             scale = scale_for(pixels, clip.dtype)
@@ -184,8 +183,7 @@ def score(
             rewards, gradient = rewards + share, gradient + pulled.to(wide) / scale
     else:
         with torch.no_grad():
-            clip = torch.cat([model.decode(latents, chunk) for chunk in chunks], dim=1)
-        clip = finite(clip, "decoded frames", DECODER)
+            clip = torch.cat([decode(model, latents, chunk) for chunk in chunks], dim=1)
         rewards, pixels = pixel_gradient(reward, clip, list(prompts))
         scale = scale_for(pixels, clip.dtype)
         pixels = (pixels * scale).to(clip.dtype)
@@ -201,8 +199,8 @@ def score(
 class Replayed(torch.autograd.Function):
     """A denoiser call whose forward pass has been run already.
 
-    Forward hands out the noted outputs; backward computes the call again, with a graph, and passes the
-    gradients on through it.
+    Forward hands out the noted outputs; backward computes the call again, with a graph (or takes the one that
+    was kept), and passes the gradients on through it.
     """
 
     @staticmethod
@@ -216,7 +214,8 @@ class Replayed(torch.autograd.Function):
     def backward(ctx, *gradients):
         latents = ctx.saved_tensors[0].detach().requires_grad_(ctx.wants_latents)
         with torch.enable_grad(), ctx.context():
-            torch.autograd.backward(ctx.call(latents), gradients)
+            latents, outputs = ctx.call(latents)
+            torch.autograd.backward(list(outputs.values()), gradients)
         return latents.grad, *[None] * (3 + len(gradients))
 
 
@@ -227,9 +226,7 @@ def replay(
     context: Callable[[bool], contextlib.AbstractContextManager],
 ) -> torch.Tensor:
     """The final latents once more: the same values, now with a graph to the adapter over the window.
-
-    `context(active)` surrounds each denoiser call that is computed again.
-    """
+    `context(active)` surrounds each denoiser call that is computed again."""
     scheduler, generators = rollout.at_window()
     sampling, latents = rollout.sampling, rollout.states[0]
     anchor = torch.zeros((), device=latents.device, requires_grad=True)
@@ -243,7 +240,7 @@ def replay(
         if active or (scaled.requires_grad and not plan.linear):
             before, outputs = scaled.detach() if plan.linear else scaled, dict(outputs)
             for group in groups:
-                call = functools.partial(denoise, model, rollout, t, group)
+                call = functools.partial(denoise, model, rollout, t, group, remaining == 1)
                 noted = (outputs[name] for name in group)
                 again = Replayed.apply(
                     before, anchor, call, functools.partial(context, active), *noted
@@ -256,5 +253,9 @@ def replay(
     return latents
 
 
-def denoise(model, rollout, t, branches, latents) -> tuple[torch.Tensor, ...]:
-    return tuple(model.predict_branches(latents, t, rollout.conditioning, branches).values())
+def denoise(model, rollout, t, branches, last, latents) -> tuple[torch.Tensor, dict]:
+    """Input and outputs of a call with a graph."""
+    if last and rollout.kept:
+        kept, rollout.kept = rollout.kept, None
+        return kept
+    return latents, model.predict_branches(latents, t, rollout.conditioning, branches)

@@ -24,10 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import lora, models
-from .gradient import accumulate
+from .gradient import accumulate, rolled_out
 from .models import VideoModel
 from .rewards import Reward, parse
-from .sampling import roll_out
 from .strategies import Frames, parse_frames, parse_strategy
 from .train_config import TrainConfig
 
@@ -193,7 +192,7 @@ class Step:
         sampling = config.sampling.resolve(model)
         frames = config.frames or (Frames.random(1) if reward.per_frame else Frames.all())
         with unset_fake_temporarily():
-            plan = parse_strategy(config.strategy).plan(sampling.num_inference_steps, generator)
+            plan = parse_strategy(config.strategy).plan(model.num_steps(sampling), generator)
             chosen = parse_frames(frames).choose(sampling.num_frames, generator)
         steps = min(sampling.num_inference_steps, max(plan.active) + 1)
         adapter = lora.add(model, config.rank, targets=config.targets)
@@ -209,22 +208,15 @@ class Step:
         _report_stages(model, tracker.enter)
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision or "")
         with torch.autocast(model.device.type, half, enabled=half is not None):
-            rollout = roll_out(
-                model,
-                ["a prompt"] * config.batch_size,
-                range(config.batch_size),
-                replace(sampling, num_inference_steps=steps),
-                adapter=adapter,
-                window=max(plan.active),
-                stop=plan.stop,
-            )
+            settings = {
+                "gradient_checkpointing": bool(config.gradient_checkpointing),
+                "activation_offload": config.activation_offload,
+            }
+            few = replace(sampling, num_inference_steps=steps)
+            prompts, seeds = ["a prompt"] * config.batch_size, range(config.batch_size)
+            rollout = rolled_out(model, adapter, prompts, seeds, few, plan, **settings)
             staged = model, adapter, ReportingReward(reward, tracker.enter), rollout, plan, chosen
-            accumulate(
-                *staged,
-                decode_chunk_size=config.decode_chunk_size,
-                gradient_checkpointing=bool(config.gradient_checkpointing),
-                activation_offload=config.activation_offload,
-            )
+            accumulate(*staged, decode_chunk_size=config.decode_chunk_size, **settings)
         tracker.enter("optimizer")
         optimizer.step()
         optimizer.zero_grad()

@@ -111,9 +111,6 @@ class NonFiniteError(ValueError):
     """Latents, frames, a reward or a gradient hold NaN or infinity; training skips the step."""
 
 
-DECODER = "the decoder overflows in half precision (load with dtype={'vae': torch.float32})"
-
-
 def finite(values: torch.Tensor | None, what: str, cause: str = "") -> torch.Tensor:
     """The values. Raises NonFiniteError, with a likely cause, if one is NaN or infinite."""
     if values is None:
@@ -123,6 +120,14 @@ def finite(values: torch.Tensor | None, what: str, cause: str = "") -> torch.Ten
         hint = f"; a likely cause: {cause}" if cause else ""
         raise NonFiniteError(f"the {what} are not finite{shown}{hint}")
     return values
+
+
+def decode(
+    model: VideoModel, latents: torch.Tensor, frames: list[int] | None = None
+) -> torch.Tensor:
+    """Frames (B, F, 3, H, W) as `VideoModel.decode`. Raises NonFiniteError."""
+    cause = "the decoder overflows in half precision (load with dtype={'vae': torch.float32})"
+    return finite(model.decode(latents, frames), "decoded frames", cause)
 
 
 @dataclass
@@ -139,6 +144,7 @@ class Rollout:
         scheduler: a copy from the beginning of the window, so that multistep solvers replay exactly.
         window_generators: copies from there, so that the sampler's noise replays exactly.
         finite: of the text's states and of the latents after each step, whether all numbers are.
+        kept: the last call's input and its outputs by branch, with their graph, where that was asked for.
     """
 
     prompts: Sequence[str | Prompt]
@@ -152,6 +158,7 @@ class Rollout:
     scheduler: Any = None
     window_generators: list[torch.Generator] = field(default_factory=list)
     finite: list[torch.Tensor] = field(default_factory=list)
+    kept: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
 
     def at_window(self) -> tuple[Any, list[torch.Generator]]:
         """Copies of the scheduler and the generators as they were at the beginning of the window."""
@@ -224,6 +231,7 @@ def roll_out(
     adapter_range: tuple[float, float] = (0.0, 1.0),
     window: int = 0,
     stop: int = 0,
+    last_call: Callable[[], contextlib.AbstractContextManager] | None = None,
     callback: Callback | None = None,
 ) -> Rollout:
     """Sample a batch without a graph, and note the last `window` steps.
@@ -237,6 +245,7 @@ def roll_out(
         adapter_range: the part of the chain in which the adapter acts, see `adapter_active`.
         window: how many of the last steps to note.
         stop: stop before this many last steps, at the clean latents predicted there.
+        last_call: keep the graph of the last denoiser call, made in this context.
         callback: called after each step with (step index, timestep, latents).
     """
     conditioning = model.encode(prompts, sampling)
@@ -259,7 +268,14 @@ def roll_out(
                 rollout.scheduler = copy.deepcopy(scheduler)
                 rollout.window_generators = clone(generators)
             scaled = model.scale_input(scheduler, latents, t)
-            outputs = model.all_branches(scaled, t, conditioning, sampling)
+            if i == end - 1 and last_call is not None:
+                leaf = scaled.detach().requires_grad_(window - stop > 1)
+                with torch.enable_grad(), last_call():
+                    kept = model.all_branches(leaf, t, conditioning, sampling)
+                rollout.kept = leaf, kept
+                outputs = {name: output.detach() for name, output in kept.items()}
+            else:
+                outputs = model.all_branches(scaled, t, conditioning, sampling)
             if i >= cut:
                 rollout.timesteps.append(t)
                 rollout.states.append(latents)
@@ -370,4 +386,4 @@ def sample(
             callback=callback,
         )
         rollout.check()
-        return finite(model.decode(rollout.latents), "decoded frames", DECODER)
+        return decode(model, rollout.latents)

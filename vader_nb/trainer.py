@@ -12,7 +12,7 @@ import math
 import resource
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -363,16 +363,19 @@ class Trainer:
                 generators[i - accelerator.process_index if together else i],
             )
 
-    def collect(self, step: int) -> list[Collected]:
-        """Roll-outs of all micro-batches."""
+    def collect(self, step: int) -> Iterable[Collected]:
+        """Roll-outs of all micro-batches; one by one as they are needed, unless they are compared."""
+        rollouts = map(self.estimator.collect, self.batches(step))
+        if not self.estimator.compares_rollouts:
+            return rollouts
         with self.accelerator.autocast():
-            collected = [self.estimator.collect(batch) for batch in self.batches(step)]
+            collected = list(rollouts)
         self.estimator.advantages(
             collected, lambda value: distributed.gather(value, self.accelerator)
         )
         return collected
 
-    def gradients(self, collected: list[Collected]) -> dict:
+    def gradients(self, collected: Iterable[Collected]) -> dict:
         """Gradients of all micro-batches, averaged over processes and clipped; returns the step's row.
 
         Raises:
@@ -381,14 +384,17 @@ class Trainer:
         """
         rows, problem = [], ""
         sharded = distributed.shards_weights(self.accelerator)
-        for part in collected:
-            try:
-                with self.accelerator.autocast():
-                    rows.append(self.estimator.accumulate(part, 1 / len(collected), self.backward))
-            except NonFiniteError as error:  # all processes must know before the step is skipped
-                problem = problem or str(error)
-                if not sharded:  # else they wait for this one at the next micro-batch, too
-                    break
+        weight = 1 / self.config.gradient_accumulation_steps
+        with self.accelerator.autocast():
+            for part in collected:
+                try:
+                    rows.append(self.estimator.accumulate(part, weight, self.backward))
+                except (
+                    NonFiniteError
+                ) as error:  # all processes must know before the step is skipped
+                    problem = problem or str(error)
+                    if not sharded:  # else they wait for this one at the next micro-batch, too
+                        break
         means = mean_rewards(rows, self.reward)
         stop = bool(self.signals) or (self.config.output_dir / checkpoints.STOP).exists()
         synced = distributed.sync_gradients(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 FOLDER = Path(__file__).parent / "configs" / "foreign"
@@ -209,7 +210,7 @@ def read_yaml(path: str | Path) -> dict:
     """The keys of a YAML file."""
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         shown = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not YAML: {shown}") from error
     if not isinstance(loaded, dict):

@@ -75,6 +75,9 @@ class _Parser:
         for node in ast.walk(tree):  # before any weights are loaded
             if isinstance(node, ast.Name) and node.id not in (*NAMES, *self.files):
                 raise ValueError(f"unknown reward {node.id!r} in {self.expression!r}; {_KNOWN}")
+            operands = [getattr(node, name, None) for name in ("left", "right", "operand")]
+            if any(isinstance(getattr(part, "value", None), str) for part in operands):
+                raise ValueError(f"{self.text(node)!r} in {self.expression!r} computes with a text")
         return self.build(tree)
 
     def placeholder(self, match: re.Match) -> str:
@@ -108,11 +111,6 @@ class _Parser:
         return self.apply(node, function, *args, **options)
 
     def apply(self, node: ast.expr, function: Callable, *args, **options) -> Any:
-        if any(isinstance(value, str) for value in args) and function in (
-            *OPERATORS.values(),
-            operator.neg,
-        ):
-            raise ValueError(f"{self.text(node)!r} of the reward {self.expression!r} is a text")
         try:
             return function(*args, **options)
         except (TypeError, ArithmeticError) as error:  # an argument that it does not take
