@@ -1,7 +1,5 @@
 """What is asked of every reward with a network inside, for the tests of each family."""
 
-import contextlib
-
 import torch
 
 
@@ -37,14 +35,3 @@ def assert_slopes(reward, clip, prompt, step=1e-5, rtol=1e-5, atol=1e-9):
 def tensor_shapes(network):
     """The names and shapes of a network's tensors."""
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    """The dtype in which networks are made inside."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from tests.reward_contract import default_dtype
 from tests.test_rewards_clip import write_clip
 from vader_nb import rewards
 from vader_nb.memory_planner import FakeMode
 from vader_nb.rewards import parse
 from vader_nb.rewards.gallery import CARDS
+from vader_nb.rewards.networks import default_dtype
 
 FRAMES = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

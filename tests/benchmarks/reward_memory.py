@@ -10,10 +10,10 @@ import sys
 
 import torch
 
-from tests.reward_contract import default_dtype
 from vader_nb.memory_planner import FakeMode, MemoryTracker
 from vader_nb.rewards import parse
 from vader_nb.rewards.base import at_least_float32
+from vader_nb.rewards.networks import default_dtype
 
 FRAMES = (1, 16, 3, 256, 256)
 PROMPT = "a prompt"

@@ -10,7 +10,7 @@ from .. import hub
 from ..hub import StrPath
 from .base import Reward, at_least_float32
 from .gallery import find
-from .networks import NetworkReward
+from .networks import NetworkReward, default_dtype
 
 SMALLEST, MULTIPLE = 128, 8  # of the sides that RAFT takes
 UPDATES = 12  # of the flow, as torchvision's default
@@ -111,7 +111,8 @@ def flow_smoothness(
         raise ValueError(f"the floor under the mean flow must be 0 or more, got {floor}")
     place = find(checkpoint, "raft-small")
     if from_config:
-        raft = raft_small(weights=None).float()
+        with default_dtype(torch.float32):
+            raft = raft_small(weights=None)
     else:
         path = hub.single_file(place)
         with torch.device("meta"):  # no memory, no random numbers

@@ -1,6 +1,7 @@
 """What rewards with networks share: preprocessing that keeps the gradient, and bounded memory."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -137,3 +138,14 @@ class FrozenNetworks:
 
 class NetworkReward(FrozenNetworks, Reward):
     """A reward with frozen networks of its own."""
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The dtype in which networks are made inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
