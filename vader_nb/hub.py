@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
 
+import huggingface_hub
 import safetensors.torch
 import torch
 
@@ -62,9 +63,8 @@ def find(checkpoint: StrPath, known: Mapping[str, Source | Path]) -> Source | Pa
         return known[str(checkpoint)]
     path = Path(checkpoint).expanduser()
     if not path.exists():
-        names = ", ".join(known)
         raise ValueError(
-            f"unknown checkpoint {str(checkpoint)!r}: choose one of {names}, "
+            f"unknown checkpoint {str(checkpoint)!r}: choose one of {', '.join(known)}, "
             "or give the path of a local copy"
         )
     return path
@@ -86,12 +86,11 @@ def identity(place: Source | Path) -> str:
     return f"digest:{digest.hexdigest()[:16]}"
 
 
-def missing(source: Source, cause: Exception | str) -> FileNotFoundError:
+def missing(source: Source, cause: Exception) -> FileNotFoundError:
     """The one error for weights that are neither here nor within reach."""
+    fetch = f"hf download {source.repo} {source.filename}".rstrip()
     if source.repo.startswith("https://"):
         fetch = f"fetch {source.repo}"
-    else:
-        fetch = f"hf download {source.repo} {source.filename}".rstrip()
     return FileNotFoundError(
         f"the weights are not on this machine and cannot be fetched: {source}.\n"
         f"  with a network:  {fetch}\n"
@@ -110,9 +109,10 @@ def pretrained(load: Callable, place: Source | Path, **options):
         if not (place / "config.json").is_file():
             raise FileNotFoundError(f"{place} is not a checkpoint directory: it has no config.json")
         return load(str(place), **options)
-    options |= {"revision": place.revision, "local_files_only": not reachable()}
     try:
-        return load(place.repo, **options)
+        return load(
+            place.repo, revision=place.revision, local_files_only=not reachable(), **options
+        )
     except OSError as error:
         raise missing(place, error) from error
 
@@ -148,6 +148,28 @@ def network(
     return model
 
 
+def tokenizer(place: Source | Path, from_config: bool = False) -> Callable:
+    """The tokenizer beside a transformers model, or one that needs no files."""
+    if from_config:
+        return DummyTokenizer()
+    from transformers import AutoTokenizer
+
+    return pretrained(AutoTokenizer.from_pretrained, place)
+
+
+class DummyTokenizer:
+    """In place of a tokenizer whose vocabulary is not here: `max_length` times the token 1."""
+
+    model_max_length = 77
+
+    def __call__(self, texts: str | list[str], *, max_length: int, **options):
+        from transformers import BatchEncoding
+
+        count = 1 if isinstance(texts, str) else len(texts)
+        ids = torch.ones(count, max_length, dtype=torch.long)
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
 def single_file(place: Source | Path) -> Path:
     """The path of a source's file, downloaded once and with the known SHA-256, or the local file.
 
@@ -159,27 +181,20 @@ def single_file(place: Source | Path) -> Path:
         if not place.is_file():
             raise FileNotFoundError(f"{place} is not a file")
         return place
+    path = Path(torch.hub.get_dir(), "checkpoints", place.filename)
     try:
-        path = _download(place)
+        if not place.repo.startswith("https://"):
+            options = {"revision": place.revision, "local_files_only": not reachable()}
+            path = Path(huggingface_hub.hf_hub_download(place.repo, place.filename, **options))
+        elif not path.is_file():
+            if offline():
+                raise OSError("HF_HUB_OFFLINE is set")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(place.repo, str(path), place.sha256 or None)
     except OSError as error:
         raise missing(place, error) from error
     if place.sha256 and not (found := sha256(path)).startswith(place.sha256):
         raise ValueError(f"{path} is not {place}: its SHA-256 is {found}, not {place.sha256}")
-    return path
-
-
-def _download(source: Source) -> Path:
-    if not source.repo.startswith("https://"):
-        from huggingface_hub import hf_hub_download
-
-        options = {"revision": source.revision, "local_files_only": not reachable()}
-        return Path(hf_hub_download(source.repo, source.filename, **options))
-    path = Path(torch.hub.get_dir()) / "checkpoints" / source.filename
-    if not path.is_file():
-        if offline():
-            raise OSError("HF_HUB_OFFLINE is set")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(source.repo, str(path), source.sha256 or None)
     return path
 
 
@@ -191,8 +206,8 @@ def sha256(path: StrPath) -> str:
     return digest.hexdigest()
 
 
-def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], problem: str) -> torch.nn.Module:
-    """A model that was made on the meta device, with these weights.
+def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], problem: str) -> None:
+    """Gives a model that was made on the meta device these weights.
 
     Raises:
         ValueError: keys or shapes do not fit; it begins with `problem`.
@@ -201,7 +216,6 @@ def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], problem: str)
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{problem}: {str(error)[:300]}") from error
-    return model
 
 
 def state_dict(path: StrPath) -> dict[str, torch.Tensor]:
@@ -219,7 +233,8 @@ def state_dict(path: StrPath) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is not a file of weights alone: {reason}") from error
     if isinstance(content, dict):
         content = content.get("state_dict", content)
-    tensors = isinstance(content, dict) and [isinstance(x, torch.Tensor) for x in content.values()]
-    if not tensors or not all(tensors):
+    if not isinstance(content, dict) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
         raise ValueError(f"{path} does not hold tensors by name")
     return content

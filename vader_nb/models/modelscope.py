@@ -14,8 +14,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import BatchEncoding, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..hub import DummyTokenizer
 from ..prompts import Prompt
 from .base import Conditioning, VideoModel
 
@@ -217,15 +218,6 @@ class ModelScope(VideoModel):
             for module in self.denoiser.modules()
             if wrapped & {cls.__name__ for cls in type(module).__mro__}
         ]
-
-
-class DummyTokenizer:
-    """In place of a tokenizer whose vocabulary is not at hand: as many tokens, all of them 0."""
-
-    model_max_length = 77
-
-    def __call__(self, prompt: str, **options) -> BatchEncoding:
-        return BatchEncoding({"input_ids": torch.zeros(1, self.model_max_length, dtype=torch.long)})
 
 
 def read_config(folder: Path) -> dict:

@@ -27,11 +27,7 @@ _RECORD: ContextVar[dict[str, list[torch.Tensor]] | None] = ContextVar("parts", 
 
 @contextlib.contextmanager
 def record_parts() -> Iterator[dict[str, list[torch.Tensor]]]:
-    """Inside, the scores of every part of a mixed reward are noted, at no cost.
-
-    Yields:
-        Name of the part -> its scores (B, F) or (B, 1), one tensor per call.
-    """
+    """Inside, the scores (B, F) or (B, 1) of every part of a mixed reward are noted by its name."""
     record: dict[str, list[torch.Tensor]] = {}
     token = _RECORD.set(record)
     try:
@@ -45,14 +41,13 @@ class Reward:
 
     A subclass gives `scores(frames, prompts)`: (B, F) for a reward on single frames (`per_frame`,
     decoding can then stream), or (B, 1) for one on the whole clip. The reward is the mean over
-    dim 1. `range`, `typical` and `unit` describe it for plots.
+    dim 1.
     """
 
     name: str = "reward"
     per_frame: bool = True
     differentiable: bool = True
     range: tuple[float, float] = (-math.inf, math.inf)
-    typical: tuple[float, float] | None = None  # scores of usual pictures or clips, where known
     unit: str = ""
     networks: list[torch.nn.Module] = []  # the modules inside
     children: tuple["Reward", ...] = ()  # the rewards that it is computed from
@@ -113,9 +108,9 @@ class Reward:
         return result
 
     def normalized(self, mean: float, std: float) -> "Reward":
-        """In standard deviations from the mean, to weigh rewards of different units.
+        """In standard deviations from the mean, as `statistics` measures them on the base's clips.
 
-        `statistics` measures mean and std on clips of the base model.
+        It makes rewards of different units comparable.
         """
         if not std > 0:
             raise ValueError(
@@ -124,7 +119,7 @@ class Reward:
         template = "({} normalized by {}, {})"
         result = Combined(lambda x: (x - mean) / std, template, self, mean, std)
         result.range = ((self.range[0] - mean) / std, (self.range[1] - mean) / std)
-        result.name, result.unit, result.typical = f"normalized {self.name}", "std", (-2.0, 2.0)
+        result.name, result.unit = f"normalized {self.name}", "std"
         return result
 
     def __add__(self, other: "Reward | Callable | float") -> "Reward":
@@ -147,14 +142,10 @@ class Reward:
             raise TypeError(
                 f"a reward is multiplied by a number, not by {_shape(weight)}: 0.5 * {self.name}"
             )
-
-        def scaled(bounds):  # 0 times infinity is 0 here, and there is no minus zero
-            low, high = sorted(weight * bound + 0.0 if weight else 0.0 for bound in bounds)
-            return low, high
-
         result = Combined(lambda x: weight * x, "{} × {}", weight, self)
-        result.range, result.unit = scaled(self.range), self.unit
-        result.typical = self.typical and scaled(self.typical)
+        # 0 times infinity is 0 here, and there is no minus zero.
+        low, high = sorted(weight * bound + 0.0 if weight else 0.0 for bound in self.range)
+        result.range, result.unit = (low, high), self.unit
         return result
 
     __rmul__ = __mul__
@@ -178,11 +169,9 @@ class Reward:
 
 
 class Combined(Reward):
-    """A function of the scores of one or more rewards; frame scores broadcast over clip scores.
+    """A function of the scores of rewards; frame scores broadcast over clip scores.
 
-    Args:
-        template: of the name.
-        operands: what to fill it with: rewards, and numbers that the function holds.
+    `template` makes the name of the operands: rewards, and numbers that the function holds.
     """
 
     def __init__(self, function: Callable, template: str, *operands: Reward | float):
@@ -218,7 +207,14 @@ class FunctionReward(Reward):
 
     def scores(self, frames, prompts):
         clips = frames.split(1, dim=1) if self.per_frame else [frames]
-        return torch.cat([as_column(self.function(clip.clone(), prompts)) for clip in clips], dim=1)
+        columns = [self.function(clip.clone(), prompts) for clip in clips]
+        for value in columns:
+            if not isinstance(value, torch.Tensor) or value.ndim != 1:
+                raise ValueError(
+                    "a reward function must return one score per clip, shape (B,); "
+                    f"got {_shape(value)}"
+                )
+        return torch.stack(columns, dim=1)
 
     def __call__(self, frames, prompts):
         if self.per_frame:
@@ -253,11 +249,7 @@ def at_least_float32(values: torch.Tensor) -> torch.Tensor:
 
 
 def validate_frames(frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """The frames in float32 at least.
-
-    Raises:
-        ValueError: no reward can judge these frames and prompts.
-    """
+    """The frames in float32 at least; ValueError if no reward can judge them and the prompts."""
     if not isinstance(frames, torch.Tensor) or frames.ndim != 5 or frames.shape[2] != 3:
         raise ValueError(f"frames must be a tensor (B, F, 3, H, W), got {_shape(frames)}")
     if not frames.is_floating_point():
@@ -273,14 +265,6 @@ def validate_frames(frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         hint = "; from [-1, 1] write frames / 2 + 0.5" if low < 0 else ""
         raise ValueError(f"frames must lie in [0, 1], got {low:.3g} to {high:.3g}{hint}")
     return at_least_float32(frames)
-
-
-def as_column(value: torch.Tensor) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or value.ndim != 1:
-        raise ValueError(
-            f"a reward function must return one score per clip, shape (B,); got {_shape(value)}"
-        )
-    return value.unsqueeze(1)
 
 
 def _shape(value) -> tuple | str:
@@ -313,11 +297,7 @@ def as_reward(value: Reward | Callable) -> Reward:
 
 
 def validate_scores(reward: Reward, frames: torch.Tensor, prompts: list) -> torch.Tensor:
-    """The reward's scores (B,) of frames, with a graph.
-
-    Raises:
-        ValueError: the reward returns something else.
-    """
+    """The reward's scores (B,) of frames, with a graph; ValueError if it returns something else."""
     value = reward(frames, prompts)
     if not isinstance(value, torch.Tensor) or value.shape != (len(prompts),):
         raise ValueError(
@@ -385,11 +365,6 @@ def conflict(
     directions = []
     for reward in map(as_reward, (first, second)):
         leaf = at_least_float32(frames.detach()).clone().requires_grad_()
-        score = reward(leaf, prompts).sum()
-        if not score.requires_grad:
-            raise ValueError(
-                f"reward {reward.name!r} has no gradient; vader_nb.check(reward) shows why"
-            )
-        (gradient,) = torch.autograd.grad(score, leaf)
+        (gradient,) = torch.autograd.grad(validate_scores(reward, leaf, prompts).sum(), leaf)
         directions.append(gradient.flatten(1).double())  # sums over all pixels of a clip
     return torch.cosine_similarity(*directions, dim=1).to(leaf.dtype)

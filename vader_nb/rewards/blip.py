@@ -17,8 +17,8 @@ from transformers.models.blip import (
 from .. import hub
 from ..hub import StrPath
 from .base import Reward, at_least_float32
-from .gallery import SOURCES
-from .networks import CLIP_MEAN, CLIP_STD, ConstantTokens, NetworkReward, preprocess
+from .gallery import SOURCES, find
+from .networks import CLIP_MEAN, CLIP_STD, NetworkReward, preprocess
 
 # BLIP's, after BERT's 30,522. The first token of a prompt stays BERT's [CLS].
 ADDED_TOKENS = ["[DEC]", "[ENC]"]
@@ -28,16 +28,16 @@ HEAD_WIDTH = 64  # of an attention head, in every size of BERT and of the ViTs
 
 VISION, TEXT, MLP = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
 MLP_LAYERS = (0, 2, 4, 6, 7)  # of the training, the others were dropout
-VISION_NAMES = (  # the text encoder's names are transformers' own
-    (r"^cls_token$", "embeddings.class_embedding"),
-    (r"^pos_embed$", "embeddings.position_embedding"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
-    (r"^norm\.", "post_layernorm."),
-    (r"^blocks\.(\d+)\.norm([12])\.", r"encoder.layers.\1.layer_norm\2."),
-    (r"^blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.\1.self_attn.qkv."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
-    (r"^blocks\.(\d+)\.mlp\.fc([12])\.", r"encoder.layers.\1.mlp.fc\2."),
-)
+VISION_NAMES = {  # the text encoder's names are transformers' own
+    r"^cls_token$": "embeddings.class_embedding",
+    r"^pos_embed$": "embeddings.position_embedding",
+    r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"^norm\.": "post_layernorm.",
+    r"^blocks\.(\d+)\.norm([12])\.": r"encoder.layers.\1.layer_norm\2.",
+    r"^blocks\.(\d+)\.attn\.qkv\.": r"encoder.layers.\1.self_attn.qkv.",
+    r"^blocks\.(\d+)\.attn\.proj\.": r"encoder.layers.\1.self_attn.projection.",
+    r"^blocks\.(\d+)\.mlp\.fc([12])\.": r"encoder.layers.\1.mlp.fc\2.",
+}
 IGNORED = (  # a constant, and the projections of BLIP's contrastive training: not in the score
     "blip.text_encoder.embeddings.position_ids",
     "blip.vision_proj.weight",
@@ -54,7 +54,7 @@ class ImageReward(NetworkReward):
     tokens can be computed ahead.
     """
 
-    name, unit, typical = "image reward", "standard deviations", (-2.0, 2.0)
+    name, unit = "image reward", "standard deviations"
 
     def __init__(self, vision: BlipVisionModel, text: BlipTextModel, head: nn.Linear, tokenizer):
         super().__init__([vision, text, head], [*vision.encoder.layers, *text.encoder.layer])
@@ -82,38 +82,32 @@ def networks_of(state: dict[str, torch.Tensor]) -> tuple[BlipVisionModel, BlipTe
     Raises:
         ValueError: a key is missing, or neither used nor known to be useless, or of wrong shape.
     """
-    unknown = [k for k in state if k not in IGNORED and not k.startswith((VISION, TEXT, MLP))]
     problem = "not a state dict in ImageReward's layout"
-    if unknown:
-        raise ValueError(f"{problem}: unknown {', '.join(unknown[:5])}")
-    used = {key: value for key, value in state.items() if key not in IGNORED}
-    vision_state, text_state, head_state = (
-        {key.removeprefix(prefix): used[key] for key in used if key.startswith(prefix)}
-        for prefix in (VISION, TEXT, MLP)
-    )
+    parts: dict[str, dict] = {VISION: {}, TEXT: {}, MLP: {}}
+    for key, value in state.items():
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), None)
+        if prefix is None and key not in IGNORED:
+            raise ValueError(f"{problem}: unknown {key}")
+        if key not in IGNORED:
+            parts[prefix][key.removeprefix(prefix)] = value
     try:
         with torch.device("meta"):  # no memory and no random numbers for what is replaced
-            vision = BlipVisionModel(vision_config(vision_state))
-            text = BlipTextModel(text_config(text_state), False)
-        renamed = {rename(key): value for key, value in vision_state.items()}
-        hub.fill(vision, renamed, problem)
-        hub.fill(text, text_state, problem)
-        places = torch.arange(text.config.max_position_embeddings)[None]  # in no file
-        text.embeddings.register_buffer("position_ids", places, persistent=False)
-        return vision, text, affine(head_state)
+            vision = BlipVisionModel(vision_config(parts[VISION]))
+            text = BlipTextModel(text_config(parts[TEXT]), False)
+        head = affine(parts[MLP])
     except KeyError as error:
         raise ValueError(f"{problem}: no key that ends in {error}") from error
+    for pattern, name in VISION_NAMES.items():
+        parts[VISION] = {re.sub(pattern, name, key): x for key, x in parts[VISION].items()}
+    hub.fill(vision, parts[VISION], problem)
+    hub.fill(text, parts[TEXT], problem)
+    places = torch.arange(text.config.max_position_embeddings)[None]  # in no file
+    text.embeddings.register_buffer("position_ids", places, persistent=False)
+    return vision, text, head
 
 
-def rename(key: str) -> str:
-    for pattern, name in VISION_NAMES:
-        key = re.sub(pattern, name, key)
-    return key
-
-
-def count_layers(weights: dict[str, torch.Tensor], prefix: str) -> int:
-    layers = [key.removeprefix(prefix) for key in weights if key.startswith(prefix)]
-    return len({key.split(".")[0] for key in layers})
+def count_layers(weights: dict[str, torch.Tensor], pattern: str) -> int:
+    return len({match[0] for match in map(re.compile(pattern).match, weights) if match})
 
 
 def vision_config(weights: dict[str, torch.Tensor]) -> BlipVisionConfig:
@@ -121,7 +115,7 @@ def vision_config(weights: dict[str, torch.Tensor]) -> BlipVisionConfig:
     return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=len(weights["blocks.0.mlp.fc1.weight"]),
-        num_hidden_layers=count_layers(weights, "blocks."),
+        num_hidden_layers=count_layers(weights, r"blocks\.\d+"),
         num_attention_heads=width // HEAD_WIDTH,
         image_size=round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch,
         patch_size=patch,
@@ -136,7 +130,7 @@ def text_config(weights: dict[str, torch.Tensor]) -> BlipTextConfig:
         hidden_size=width,
         encoder_hidden_size=weights["encoder.layer.0.crossattention.self.key.weight"].shape[1],
         intermediate_size=len(weights["encoder.layer.0.intermediate.dense.weight"]),
-        num_hidden_layers=count_layers(weights, "encoder.layer."),
+        num_hidden_layers=count_layers(weights, r"encoder\.layer\.\d+"),
         num_attention_heads=width // HEAD_WIDTH,  # transformers' default is 8, BLIP has 12
         max_position_embeddings=len(weights["embeddings.position_embeddings.weight"]),
         is_decoder=True,  # makes the cross-attention; causality is decided when it is called
@@ -145,13 +139,12 @@ def text_config(weights: dict[str, torch.Tensor]) -> BlipTextConfig:
 
 def affine(layers: dict[str, torch.Tensor]) -> nn.Linear:
     """The published head, five linear layers with nothing between them, as one affine map."""
-    weights = [layers[f"{n}.weight"].double() for n in MLP_LAYERS]
-    biases = [layers[f"{n}.bias"].double() for n in MLP_LAYERS]
-    if len(layers) != len(weights) + len(biases):
+    pairs = [(layers[f"{n}.weight"].double(), layers[f"{n}.bias"].double()) for n in MLP_LAYERS]
+    if len(layers) != 2 * len(pairs):
         found = ", ".join(sorted(layers))
         raise ValueError(f"the head has other keys than those of the layers {MLP_LAYERS}: {found}")
-    weight, bias = weights[0], biases[0]
-    for matrix, shift in zip(weights[1:], biases[1:]):
+    (weight, bias), *rest = pairs
+    for matrix, shift in rest:
         weight, bias = matrix @ weight, matrix @ bias + shift
     head = nn.Linear(weight.shape[1], 1)
     head.load_state_dict({"weight": weight, "bias": bias})
@@ -170,14 +163,14 @@ def image_reward(
         checkpoint: "published", or a directory that holds the published `ImageReward.pt` and the
             `vocab.txt` of bert-base-uncased.
     """
+    place = find(checkpoint, "image-reward")
     sources = [SOURCES["image-reward"], SOURCES["bert-vocabulary"]]
-    place = hub.find(checkpoint, {"published": sources[0], "image-reward": sources[0]})
     if from_config:
-        config = SOURCES["image-reward"].config
+        config = sources[0].config
         vision = BlipVisionModel(BlipVisionConfig(**config["vision_config"]))
         text = BlipTextModel(BlipTextConfig(**config["text_config"]), False)
         head = nn.Linear(text.config.hidden_size, 1)
-        return ImageReward(vision, text, head, ConstantTokens()).identified(place)
+        return ImageReward(vision, text, head, hub.DummyTokenizer()).identified(place)
     if isinstance(place, Path):
         sources = [place / source.filename for source in sources]
     path, vocabulary = map(hub.single_file, sources)

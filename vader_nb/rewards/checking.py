@@ -64,7 +64,11 @@ def check(
     report = Report(reward.name, [])
     generator = torch.Generator().manual_seed(seed)
     if frames is None:
-        frames, prompts = _default_clips(generator)
+        from ..zoo import world
+
+        prompts = ["a red star moving left on a gray background"]
+        prompts.append("a blue circle growing on a sand background")
+        frames = world.render([*map(world.parse, prompts)], generator)
     if prompts is None or len(prompts) != len(frames):
         raise ValueError(f"{len(frames)} clips need as many prompts, got {len(prompts or [])}")
     # Away from 0 and 1, so that a reward's own clamping shows, and ours does not.
@@ -84,16 +88,6 @@ def check(
         return report
     _check_batch(report, reward, value.detach(), frames, prompts)
     return report
-
-
-def _default_clips(generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-    from ..zoo import world
-
-    specs = [
-        world.Spec("red", "star", "moving left", "gray"),
-        world.Spec("blue", "circle", "growing", "sand"),
-    ]
-    return world.render(specs, generator), [spec.caption for spec in specs]
 
 
 def _check_gradient(report, reward, value, leaf, prompts) -> bool:

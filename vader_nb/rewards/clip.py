@@ -1,7 +1,5 @@
 """CLIP, and rewards that compare a frame with its prompt: HPS, PickScore, CLIP score."""
 
-import contextlib
-import copy
 import json
 import logging
 from collections.abc import Callable
@@ -11,16 +9,16 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from .. import hub
 from ..hub import StrPath
 from .base import Reward, at_least_float32
-from .gallery import CARDS, SOURCES
-from .networks import CLIP_MEAN, CLIP_STD, ConstantTokens, FrozenNetworks, preprocess
+from .gallery import SOURCES, find
+from .networks import CLIP_MEAN, CLIP_STD, FrozenNetworks, preprocess
 
 TINY = Path(__file__).parent.parent / "zoo" / "weights" / "tiny-clip"
+HPS_VERSIONS = {"v2.0": SOURCES["hps-v2.0"], "v2.1": SOURCES["hps-v2.1"]}
 
 
 class CLIP(FrozenNetworks):
@@ -59,26 +57,22 @@ class CLIP(FrozenNetworks):
     def image(self, frames: torch.Tensor) -> torch.Tensor:
         """Unit vectors (B, F, D) of frames (B, F, 3, H, W), in float32 at least."""
 
-        def unit_vectors(pictures):
+        def encode(pictures):
             pixels = preprocess(pictures, **self.preprocessing).to(self.dtype)
-            return F.normalize(at_least_float32(self.encode_image(pixels)), dim=-1)
+            return unit_vectors(self.encode_image(pixels))
 
-        return self.per_picture(unit_vectors, frames)
+        return self.per_picture(encode, frames)
 
     def text(self, prompts: list[str]) -> torch.Tensor:
         """Unit vectors (B, D) of prompts."""
-
-        def unit_vectors(new):
-            return F.normalize(at_least_float32(self.encode_text(new)), dim=-1)
-
-        return self.cached_text(prompts, unit_vectors)
-
-    def cosine(self, frames: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """(B, F): each frame with the prompt of its own clip."""
-        return (self.image(frames) * self.text(prompts).unsqueeze(1)).sum(-1)
+        return self.cached_text(prompts, lambda new: unit_vectors(self.encode_text(new)))
 
     def temperature(self) -> torch.Tensor:
         return self.logit_scale.exp()
+
+
+def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
+    return F.normalize(at_least_float32(vectors), dim=-1)
 
 
 def open_clip_towers(model: Any, tokenizer: Callable, **options) -> CLIP:
@@ -106,18 +100,22 @@ def open_clip_directory(
     config = json.loads(file.read_text())
     statistics = config.get("preprocess_cfg", {})
     options |= {key: tuple(statistics[key]) for key in ("mean", "std") if key in statistics}
-    with quiet():
+    # open_clip announces through the root logger that a directory has no preset of its own.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
         if from_config:
             model = open_clip_model(config["model_cfg"])
         else:
             model = open_clip.create_model(f"local-dir:{folder}", device="cpu").to(dtype)
         return open_clip_towers(model, open_clip.get_tokenizer(f"local-dir:{folder}"), **options)
+    finally:
+        logging.disable(before)
 
 
 def open_clip_model(config: Any) -> open_clip.CLIP:
     """A model of random weights."""
-    config = {key: value for key, value in copy.deepcopy(config).items() if key != "custom_text"}
-    return open_clip.CLIP(**config)
+    return open_clip.CLIP(**{key: x for key, x in config.items() if key != "custom_text"})
 
 
 def clip_towers(
@@ -125,21 +123,15 @@ def clip_towers(
 ) -> CLIP:
     """The towers of a `CLIPModel` with its tokenizer."""
     model = hub.network(CLIPModel, place, from_config=from_config)
-    if from_config:
-        tokenizer = ConstantTokens()
-    else:
-        tokenizer = hub.pretrained(AutoTokenizer.from_pretrained, place)
-    length = model.config.text_config.max_position_embeddings
+    tokenizer = hub.tokenizer(place, from_config)
+    cut = {"truncation": True, "max_length": model.config.text_config.max_position_embeddings}
 
-    # The parts by hand: what get_image_features returns differs between transformers 4 and 5.
     def encode_image(pixels):
-        return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        return model.get_image_features(pixel_values=pixels).pooler_output
 
     def encode_text(prompts):
-        tokens = tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
-        return model.text_projection(model.text_model(**tokens.to(model.device)).pooler_output)
+        tokens = tokenizer(prompts, padding="max_length", return_tensors="pt", **cut)
+        return model.get_text_features(**tokens.to(model.device)).pooler_output
 
     size, blocks = model.config.vision_config.image_size, model.vision_model.encoder.layers
     towers = CLIP(model, encode_image, encode_text, size, blocks, **options)
@@ -150,8 +142,7 @@ def vision_tower(
     place: hub.Source | Path, dtype: torch.dtype, from_config: bool = False, **options
 ) -> CLIP:
     """The picture half of a `CLIPModel`, for heads that read no prompt."""
-    kind = CLIPVisionModelWithProjection
-    model = hub.network(kind, place, dtype=dtype, from_config=from_config)
+    model = hub.network(CLIPVisionModelWithProjection, place, dtype, from_config)
 
     def encode_image(pixels):
         return model(pixel_values=pixels).image_embeds
@@ -160,23 +151,11 @@ def vision_tower(
     return CLIP(model, encode_image, None, size, blocks, **options)
 
 
-@contextlib.contextmanager
-def quiet():
-    """open_clip announces through the root logger that a directory has no preset of its own."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 class CLIPReward(Reward):
     """A reward that is read from CLIP's vectors."""
 
     def __init__(self, clip: CLIP, name: str):
         self.clip, self.name, self.networks = clip, name, clip.networks
-        self.typical = CARDS[name].typical if name in CARDS else None
 
     def to(self, *args, **kwargs):
         self.clip.to(*args, **kwargs)
@@ -193,7 +172,7 @@ class PromptSimilarity(CLIPReward):
         self.range, self.unit = (-high, high), "logit" if scaled else "cosine"
 
     def scores(self, frames, prompts):
-        cosine = self.clip.cosine(frames, prompts)
+        cosine = (self.clip.image(frames) * self.clip.text(prompts).unsqueeze(1)).sum(-1)
         return cosine * self.clip.temperature().to(cosine) if self.scaled else cosine
 
 
@@ -219,8 +198,7 @@ def hps(
         resize: "squash" gives VADER's numbers and every pixel a gradient, "pad" the benchmark's.
         verify: a file must have the SHA-256 of a known version.
     """
-    versions = {"v2.0": SOURCES["hps-v2.0"], "v2.1": SOURCES["hps-v2.1"]}
-    known = versions | {"published": versions["v2.1"], "tiny": TINY}
+    known = HPS_VERSIONS | {"published": HPS_VERSIONS["v2.1"], "tiny": TINY}
     place = hub.find(checkpoint, known)
     if isinstance(place, Path) and place.is_dir():
         clip = open_clip_directory(place, dtype, from_config, resize=resize)
@@ -231,18 +209,19 @@ def hps(
     else:
         path = hub.single_file(place)
         if isinstance(place, Path) and verify:
-            check_version(path, version, versions)
+            check_version(path, version)
         with torch.device("meta"):  # no memory, no random numbers
             model = open_clip_model(config)
-        model = fill(model, hub.state_dict(path), path).to(dtype)
+        fill(model, hub.state_dict(path), path)
+        model.to(dtype)
     clip = open_clip_towers(model, open_clip.get_tokenizer("ViT-H-14"), resize=resize)
     return PromptSimilarity(clip, "hps").identified(place, resize=resize)
 
 
-def check_version(path: Path, version: str | None, versions: dict[str, hub.Source]) -> None:
+def check_version(path: Path, version: str | None) -> None:
     """Raises ValueError unless the file is a known version of HPS, and this one if it is given."""
     digest = hub.sha256(path)
-    found = [name for name, source in versions.items() if source.sha256 == digest]
+    found = [name for name, source in HPS_VERSIONS.items() if source.sha256 == digest]
     if not found:
         raise ValueError(
             f"{path} has the SHA-256 of no published HPS file; if it is your own, say verify=False"
@@ -251,13 +230,12 @@ def check_version(path: Path, version: str | None, versions: dict[str, hub.Sourc
         raise ValueError(f"{path} is HPS {found[0]}, not {version}")
 
 
-def fill(model: Any, weights: dict[str, torch.Tensor], path: Path) -> nn.Module:
-    """A model that was made on the meta device, with these weights."""
+def fill(model: Any, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Gives a model that was made on the meta device these weights."""
     hub.fill(model, weights, f"{path} does not hold an open_clip ViT-H-14")
     # The one tensor that no file holds: a word sees those before it.
     causal = torch.full((model.context_length, model.context_length), -torch.inf).triu(1)
     model.register_buffer("attn_mask", causal, persistent=False)
-    return model
 
 
 def pickscore(
@@ -272,7 +250,7 @@ def pickscore(
             its tokenizer.
         resize: "squash" as VADER, "crop" as the authors.
     """
-    place = hub.find(checkpoint, {"published": SOURCES["pickscore-v1"]})
+    place = find(checkpoint, "pickscore-v1")
     clip = clip_towers(place, dtype, from_config, resize=resize)
     return PromptSimilarity(clip, "pickscore", scaled=True).identified(place, resize=resize)
 
@@ -287,8 +265,6 @@ def clip_score(
             a local `CLIPModel` directory with its tokenizer.
         resize: as in `pickscore`.
     """
-    known = {name: SOURCES[name] for name in ("clip-vit-base-patch32", "clip-vit-large-patch14")}
-    known = {"published": known["clip-vit-base-patch32"], **known}
-    place = hub.find(checkpoint, known)
+    place = find(checkpoint, "clip-vit-base-patch32", "clip-vit-large-patch14")
     clip = clip_towers(place, dtype, from_config, resize=resize)
     return PromptSimilarity(clip, "clip_score").identified(place, resize=resize)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoTokenizer,
     GroundingDinoForObjectDetection,
     PretrainedConfig,
     YolosForObjectDetection,
@@ -26,9 +25,9 @@ SHARPNESS = 4.0  # of the smooth maximum over the queries
 
 
 def scaled(frames: torch.Tensor, step: int) -> torch.Tensor:
-    """Frames (N, 3, H, W) in [0, 1] to (N, 3, 512, W'), normalized with ImageNet's statistics.
+    """Frames (N, 3, H, W) to a detector's input (N, 3, 512, W'): W' a multiple of `step` near W 512/H.
 
-    W' is in proportion, to the nearest multiple of `step`. Antialiased, unlike VADER's own resize.
+    Antialiased, unlike VADER's own resize.
     """
     height, width = frames.shape[-2:]
     size = (HEIGHT, max(1, round(HEIGHT * width / height / step)) * step)
@@ -44,19 +43,16 @@ class Yolos:
 
     def __init__(self, model: YolosForObjectDetection, target: str):
         self.model, self.blocks = model, model.vit.encoder.layer
-        self.config: Any = model.config
-        self.step = self.config.patch_size  # otherwise the last columns would not be looked at
-        self.target = self.index(target)
-
-    def index(self, target: str) -> int:
-        names = self.config.id2label.items()
+        config: Any = model.config
+        self.step = config.patch_size  # otherwise the last columns would not be looked at
+        names = config.id2label.items()
         labels = {name.lower(): i for i, name in names if name != "N/A"}  # ids not used by COCO
         if target not in labels:
             near = get_close_matches(target, labels, n=3, cutoff=0)
             raise ValueError(
                 f"the detector knows no {target!r}; the nearest of its labels are {', '.join(near)}"
             )
-        return labels[target]
+        self.target = labels[target]
 
     def log_odds(self, pixels: torch.Tensor) -> torch.Tensor:
         logits = at_least_float32(self.model(pixel_values=pixels).logits)
@@ -113,10 +109,9 @@ class ObjectRemoval(NetworkReward):
 
     Its gradient reaches every query, in proportion to exp(4 l_i), and never points the wrong way.
     For one sure query it is that query's p. N equal ones multiply their odds by N^(1/4): a
-    background of 100 times p = 1e-4 gives 3e-4, one of 900 times 0.01 gives 0.05. The plainer
-    1 - prod(1 - p_i) would give 0.01 and 0.9999; and where two queries are sure of one object, as
-    is common, each one's gradient would be multiplied by the other's 1 - p, so that an object in
-    plain view could not be removed.
+    background of 900 times p = 0.01 gives 0.05. The plainer 1 - prod(1 - p_i) would give 0.9999;
+    and where two queries are sure of one object, as is common, each one's gradient would be
+    multiplied by the other's 1 - p, so that an object in plain view could not be removed.
     """
 
     name, range, unit = "object removal", (0.0, 1.0), "1 - confidence"
@@ -158,13 +153,12 @@ def load_detector(
         if from_config and isinstance(place, hub.Source):
             target = "label_0"  # any one: memory does not depend on it
         return Yolos(model, target), place
-    if family == "grounding-dino" and from_config:
+    if family != "grounding-dino":
+        raise ValueError(f"{place} holds a {family!r} model, not a yolos or grounding-dino one")
+    if from_config:
         raise ValueError(f"detector {str(detector)!r} cannot be simulated, only yolos ones can")
-    if family == "grounding-dino":
-        model = hub.network(GroundingDinoForObjectDetection, place, dtype)
-        tokenizer = hub.pretrained(AutoTokenizer.from_pretrained, place)
-        return GroundingDino(model, tokenizer, target), place
-    raise ValueError(f"{place} holds a {family!r} model, not a yolos or grounding-dino one")
+    model = hub.network(GroundingDinoForObjectDetection, place, dtype)
+    return GroundingDino(model, hub.tokenizer(place), target), place
 
 
 def object_removal(

@@ -9,7 +9,7 @@ from torchvision.models.optical_flow import RAFT, raft_small
 from .. import hub
 from ..hub import StrPath
 from .base import Reward, at_least_float32
-from .gallery import SOURCES
+from .gallery import find
 from .networks import NetworkReward, default_dtype
 
 SMALLEST, MULTIPLE = 128, 8  # of the sides that RAFT takes
@@ -20,9 +20,9 @@ class FlowSmoothness(NetworkReward):
     """Minus the mean change of the optical flow between pairs of frames, with a floor under it.
 
     What the mean flow falls short of `floor` is subtracted: otherwise a frozen clip is perfect.
-    Flows are vectors in fractions of the picture's diagonal per frame, so that the size of the
-    frames does not matter; both means are of their lengths, and compare flows at the same place of
-    the picture (not along the path of what moves there, so that an object's edge counts as change).
+    Flows are in fractions of the picture's diagonal per frame, so that the size of the frames does
+    not matter, and are compared at the same place of the picture (not along the path of what moves
+    there, so that an object's edge counts as change).
     """
 
     name, range, unit, per_frame = "flow smoothness", (-float("inf"), 0.0), "diagonals/frame", False
@@ -33,10 +33,9 @@ class FlowSmoothness(NetworkReward):
         self.raft, self.floor = raft, floor
 
     def flow(self, frames: torch.Tensor) -> torch.Tensor:
-        """The flow from each frame of (B, F, 3, H, W) to the next, in diagonals of the picture.
+        """(B, F - 1, 2, h, w): the flow from each frame of (B, F, 3, H, W) to the next.
 
-        Returns:
-            (B, F - 1, 2, h, w), across and down, of the size at which RAFT saw them.
+        Across and down, in diagonals of the picture, of the size at which RAFT saw it.
         """
         height, width = frames.shape[-2:]
         grown = max(1.0, SMALLEST / min(height, width))
@@ -99,9 +98,8 @@ def flow_smoothness(
 ) -> Reward:
     """Smooth motion of the whole clip, as RAFT sees it: 0 for motion that does not change.
 
-    Prompts are ignored. Clips have 3 frames or more (ValueError otherwise); sides that RAFT cannot
-    take are resized to the nearest multiples of 8, at least 128. The network runs in float32 even
-    when `dtype`, or a later `.to`, asks for less.
+    Prompts are ignored. Clips have 3 frames or more; sides that RAFT cannot take are resized to the
+    nearest multiples of 8, at least 128. The network runs in float32 even when `dtype` asks for less.
 
     Args:
         checkpoint: "published" (torchvision's raft_small_C_T_V2-01064c6d.pth, 1 M parameters,
@@ -111,8 +109,7 @@ def flow_smoothness(
     """
     if not floor >= 0:
         raise ValueError(f"the floor under the mean flow must be 0 or more, got {floor}")
-    source = SOURCES["raft-small"]
-    place = hub.find(checkpoint, {"published": source, "raft-small": source})
+    place = find(checkpoint, "raft-small")
     if from_config:
         with default_dtype(torch.float32):
             raft = raft_small(weights=None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from ..hub import Source
+from .. import hub
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,12 @@ class Card:
 
     def row(self) -> tuple[str, ...]:
         """The cells under `HEADINGS`."""
-        sources = [SOURCES[name] for name in self.sources]
-        downloads = [
-            f"{s.filename if s.repo.startswith('https://') else s.repo}, {s.size}" for s in sources
-        ]
-        licenses = [
-            s.license + (" (not for commercial use)" if "-NC" in s.license else "") for s in sources
-        ]
+        downloads, licenses = [], []
+        for source in (SOURCES[name] for name in self.sources):
+            is_address = source.repo.startswith("https://")
+            downloads.append(f"{source.filename if is_address else source.repo}, {source.size}")
+            forbidden = " (not for commercial use)" if "-NC" in source.license else ""
+            licenses.append(source.license + forbidden)
         if "your file" in self.backbone:
             licenses.append("none stated for the head")
         memory = f"{self.parameters * 2 / 1e3:.2f} GB + {self.beside or 'not measured'}"
@@ -57,8 +56,14 @@ HEADINGS = ("reward", "sees", "backbone", "download", "license", "fp16 memory", 
 README_HEADINGS = ("reward", "sees", "backbone", "download", "license", "fails")
 
 _DATA = yaml.safe_load((Path(__file__).parent / "cards.yaml").read_text(encoding="utf-8"))
-SOURCES = {name: Source(**fields) for name, fields in _DATA["sources"].items()}
+SOURCES = {name: hub.Source(**fields) for name, fields in _DATA["sources"].items()}
 CARDS = {name: Card(name, **fields) for name, fields in _DATA["cards"].items()}
+
+
+def find(checkpoint: hub.StrPath, *names: str, **more: Path) -> hub.Source | Path:
+    """`hub.find` among sources of these names, of which the first is the published one."""
+    known = {name: SOURCES[name] for name in names}
+    return hub.find(checkpoint, {"published": SOURCES[names[0]], **known, **more})
 
 
 class Table:

@@ -12,10 +12,11 @@ from .. import hub
 from ..hub import StrPath
 from .base import Reward
 from .clip import CLIP, TINY, CLIPReward, hps, open_clip_directory, vision_tower
-from .gallery import SOURCES
+from .gallery import SOURCES, find
 
 # Layer sizes of the published heads, all on the 768 numbers of CLIP ViT-L/14.
 LAION_SIZES, COMPRESSION_SIZES = (768, 1024, 128, 64, 16, 1), (768, 512, 128, 32, 1)
+RATING = {"range": (1.0, 10.0), "unit": "rating"}
 WEATHER = {"range": (0.0, 1.0), "final_activation": torch.sigmoid}
 
 
@@ -65,17 +66,8 @@ def empty_layers(sizes: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return layers
 
 
-def read_layers(
-    file: hub.Source | Path, sizes: tuple[int, ...], from_config: bool = False
-) -> dict[str, torch.Tensor]:
-    """The tensors of a head with layers of these sizes.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has another layout.
-    """
-    if from_config:
-        return empty_layers(sizes)
+def read_layers(file: hub.Source | Path, sizes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The tensors of a head; ValueError unless its layers have these sizes."""
     path = hub.single_file(file)
     head = hub.state_dict(path)
     found = [tuple(value.shape) for key, value in head.items() if key.endswith("weight")]
@@ -92,14 +84,14 @@ def large_clip_head(
     sizes: tuple[int, ...],
     file: hub.Source | Path,
     checkpoint: StrPath,
-    resize: str,
     dtype: torch.dtype,
     from_config: bool,
+    resize: str = "squash",
     **description,
 ) -> Reward:
     """A head on the published CLIP, or on a copy of it."""
-    layers = read_layers(file, sizes, from_config)
-    place = hub.find(checkpoint, {"published": SOURCES["clip-vit-large-patch14"]})
+    layers = empty_layers(sizes) if from_config else read_layers(file, sizes)
+    place = find(checkpoint, "clip-vit-large-patch14")
     clip = vision_tower(place, dtype, from_config, resize=resize)
     return HeadReward(clip, layers, name, **description).identified(place, file, resize=resize)
 
@@ -125,17 +117,15 @@ def aesthetic(
         head: a local copy of sac+logos+ava1-l14-linearMSE.pth.
         resize: "squash" as VADER, "crop" as the authors.
     """
-    description = {"range": (1.0, 10.0), "unit": "rating"}
     folder = TINY if checkpoint == "tiny" else Path(checkpoint)
     file = folder / "aesthetic_head.safetensors"
     if not file.is_file():
-        file, options = Path(head) if head else SOURCES["laion-v2"], (resize, dtype, from_config)
-        return large_clip_head("aesthetic", LAION_SIZES, file, checkpoint, *options, **description)
+        file, options = Path(head) if head else SOURCES["laion-v2"], (dtype, from_config, resize)
+        return large_clip_head("aesthetic", LAION_SIZES, file, checkpoint, *options, **RATING)
     clip = open_clip_directory(folder, dtype, from_config, resize=resize)
     width = clip.network.visual.output_dim
     layers = empty_layers((width, 1)) if from_config else hub.state_dict(file)
-    reward = HeadReward(clip, layers, "aesthetic", **description)
-    return reward.identified(folder, resize=resize)
+    return HeadReward(clip, layers, "aesthetic", **RATING).identified(folder, resize=resize)
 
 
 def aesthetic_hps(
@@ -167,12 +157,10 @@ def compression(
             own class does not fit this file; the layers 768, 512, 128, 32, 1 with ReLU do.)
         checkpoint: as in `aesthetic`.
     """
-    options = ("squash", dtype, from_config)
-    description = {"range": (0.0, math.inf), "unit": "kB", "hidden_activation": F.relu}
-    size = large_clip_head(
-        "JPEG size", COMPRESSION_SIZES, Path(head), checkpoint, *options, **description
-    )
-    return (-size).renamed("compression")
+    options = (Path(head), checkpoint, dtype, from_config)
+    size = {"range": (0.0, math.inf), "unit": "kB", "hidden_activation": F.relu}
+    kilobytes = large_clip_head("JPEG size", COMPRESSION_SIZES, *options, **size)
+    return (-kilobytes).renamed("compression")
 
 
 def rainy(
@@ -184,18 +172,13 @@ def rainy(
         head: rainy_reward.pt of VADER, your own copy (it has no license).
         checkpoint: as in `aesthetic`.
     """
-    options = (Path(head), checkpoint, "squash", dtype, from_config)
+    options = (Path(head), checkpoint, dtype, from_config)
     return large_clip_head("rainy", LAION_SIZES, *options, **WEATHER)
 
 
 def snowy(
     head: StrPath, checkpoint: StrPath = "published", *, dtype=torch.float32, from_config=False
 ) -> Reward:
-    """How much it snows in each frame, 0 to 1.
-
-    Args:
-        head: snowy_reward.pt of VADER, your own copy (it has no license).
-        checkpoint: as in `aesthetic`.
-    """
-    options = (Path(head), checkpoint, "squash", dtype, from_config)
+    """How much it snows in each frame, 0 to 1, by snowy_reward.pt; otherwise as `rainy`."""
+    options = (Path(head), checkpoint, dtype, from_config)
     return large_clip_head("snowy", LAION_SIZES, *options, **WEATHER)

@@ -17,7 +17,7 @@ CACHED_PROMPTS = 10_000  # of which a reward keeps the embeddings
 
 
 def normalize(
-    frames: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
+    frames: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> torch.Tensor:
     center, scale = (frames.new_tensor(values)[:, None, None] for values in (mean, std))
     return (frames - center) / scale
@@ -26,15 +26,15 @@ def normalize(
 def preprocess(
     frames: torch.Tensor,
     size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
     *,
     resize: str = "squash",
     interpolation: str = "bilinear",
     antialias: bool = True,
     shorter: int | None = None,
 ) -> torch.Tensor:
-    """A network's input (N, 3, size, size) from frames (N, 3, H, W) in [0, 1], within the graph.
+    """A network's input (…, 3, size, size) from frames (…, 3, H, W) in [0, 1], within the graph.
 
     Args:
         resize: "squash" both sides to `size` (as VADER); "crop": the shorter side to `shorter`
@@ -45,7 +45,7 @@ def preprocess(
     """
     if resize not in RESIZES:
         raise ValueError(f"unknown resize {resize!r}; choose one of {', '.join(RESIZES)}")
-    height, width = frames.shape[-2:]
+    *outer, _, height, width = frames.shape
     target = (size, size)
     # As the reference processors round: a crop's longer side down, a padded one to the nearest.
     if resize == "crop":
@@ -54,6 +54,7 @@ def preprocess(
     elif resize == "pad":
         ratio = size / max(height, width)
         target = tuple(max(1, round(side * ratio + 1e-6)) for side in (height, width))
+    frames = frames.reshape(-1, 3, height, width)
     if target != (height, width):
         frames = F.interpolate(frames, target, mode=interpolation, antialias=antialias)
     if resize == "crop":
@@ -63,7 +64,7 @@ def preprocess(
     if resize == "pad":
         down, right = size - target[0], size - target[1]
         frames = F.pad(frames, (right // 2, right - right // 2, down // 2, down - down // 2))
-    return normalize(frames, mean, std)
+    return normalize(frames, mean, std).reshape(*outer, 3, size, size)
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
@@ -104,15 +105,10 @@ class FrozenNetworks:
     def per_picture(
         self, function: Callable, frames: torch.Tensor, *per_clip: torch.Tensor
     ) -> torch.Tensor:
-        """function((N, 3, H, W), …) -> (N, …) on all pictures of (B, F, 3, H, W), in groups.
+        """function((N, 3, H, W), …) -> (N, …) on all pictures of (B, F, 3, H, W): (B, F, …).
 
-        Each group's graph is dropped, and made again in the backward pass.
-
-        Args:
-            per_clip: tensors (B, …) that are repeated for the frames of each clip.
-
-        Returns:
-            (B, F, …).
+        In groups: each one's graph is dropped, and made again in the backward pass. Tensors
+        `per_clip` (B, …) are repeated for the frames of each clip.
         """
         count = frames.shape[1]
         inputs = [frames.flatten(0, 1), *(x.repeat_interleave(count, dim=0) for x in per_clip)]
@@ -142,16 +138,6 @@ class FrozenNetworks:
 
 class NetworkReward(FrozenNetworks, Reward):
     """A reward with frozen networks of its own."""
-
-
-class ConstantTokens:
-    """Replaces a tokenizer whose vocabulary is not here: token 1, `max_length` times."""
-
-    def __call__(self, prompts: list[str], *, max_length: int, **options):
-        from transformers import BatchEncoding
-
-        ids = torch.ones(len(prompts), max_length, dtype=torch.long)
-        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from .base import Reward
-from .gallery import CARDS
 
 LUMA_CHROMA = ((0.299, 0.587, 0.114), (-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))
 # JPEG's luminance quantization at quality 50 (ITU-T T.81, table K.1).
@@ -27,19 +26,16 @@ LUMINANCE = torch.tensor([
 class Brightness(Reward):
     """Mean of all channels of each frame, in [0, 1]."""
 
-    name, typical, range = "brightness", CARDS["brightness"].typical, (0.0, 1.0)
+    name, range = "brightness", (0.0, 1.0)
 
     def scores(self, frames, prompts):
         return frames.mean(dim=(2, 3, 4))
 
 
 class Colorfulness(Reward):
-    """Hasler and Süsstrunk's metric (2003) of each frame, divided by 255.
+    """Hasler and Süsstrunk's metric (2003) of each frame, divided by 255: 0.2 is colorful."""
 
-    About 0 for gray pictures, 0.2 for colorful ones.
-    """
-
-    name, typical, range = "colorfulness", CARDS["colorfulness"].typical, (0.0, 1.5)
+    name, range = "colorfulness", (0.0, 1.5)
 
     def scores(self, frames, prompts):
         red, green, blue = frames.unbind(dim=2)
@@ -62,7 +58,6 @@ class Compressibility(Reward):
     """
 
     name, range, unit = "compressibility", (-24.0, 0.0), "bits/pixel"
-    typical = CARDS["compressibility"].typical
 
     def __init__(self, quality: int = 75):
         if not 1 <= quality <= 100:
@@ -94,7 +89,6 @@ class MotionSmoothness(Reward):
     """
 
     name, range, per_frame = "motion smoothness", (-4.0, 0.0), False
-    typical = CARDS["motion_smoothness"].typical
 
     def __init__(self, floor: float = 0.01):
         self.floor = floor

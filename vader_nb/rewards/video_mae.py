@@ -1,7 +1,6 @@
 """VADER's action reward: a VideoMAE classifier (arXiv 2203.12602) looks for what prompts name."""
 
 import contextlib
-import math
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,8 +13,8 @@ from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding
 from .. import hub
 from ..hub import StrPath
 from .base import Reward, at_least_float32
-from .gallery import SOURCES
-from .networks import IMAGENET_MEAN, IMAGENET_STD, NetworkReward, preprocess
+from .gallery import find
+from .networks import NetworkReward, preprocess
 
 # In the published files queries and values have a bias under their own names, and keys have none.
 # transformers 5.15, for one, looks for query.bias, key.bias and value.bias: random ones otherwise.
@@ -39,16 +38,14 @@ class Action(NetworkReward):
         self.classifier = classifier
         self.config: Any = classifier.config
         self.labels = {plain(name): i for name, i in self.config.label2id.items()}
-        self.typical = (-math.log(len(self.labels)), 0.0)  # from a blind guess to certainty
         self.label = label
         if label is not None:
             self.index(label)  # an unknown label is an error now, not after the first roll-out
 
     def index(self, prompt: str) -> int:
-        """The class that a prompt names.
+        """The class that a prompt names: by its label, else by the longest label inside the prompt.
 
-        That is the label itself, else the longest label inside the prompt, else the longest one
-        with all its words in the prompt in order ("playing guitar": a cat is playing the guitar).
+        Else the longest with all its words in it, in order (a cat is playing the guitar).
         """
         text = plain(prompt)
         if text in self.labels:
@@ -82,9 +79,7 @@ class Action(NetworkReward):
             raise ValueError(f"the action reward needs at least 2 frames, got {got}; score all")
         missing = -frames.shape[1] % self.config.tubelet_size
         frames = torch.cat([frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
-        size = self.config.image_size
-        pixels = preprocess(frames.flatten(0, 1), size, IMAGENET_MEAN, IMAGENET_STD)
-        return pixels.unflatten(0, frames.shape[:2]).to(self.dtype)
+        return preprocess(frames, self.config.image_size).to(self.dtype)
 
 
 def plain(text: str) -> str:
@@ -134,16 +129,9 @@ def action(
             world), or a local `VideoMAEForVideoClassification` directory.
         label: the action, whatever the prompt.
     """
-    known = {"published": SOURCES["videomae-base-kinetics"], "tiny": TINY}
-    place = hub.find(checkpoint, known)
-    classifier = hub.network(
-        VideoMAEForVideoClassification,
-        place,
-        dtype,
-        from_config,
-        zero="attention.key.bias",
-        key_mapping=PUBLISHED_KEYS,
-    )
+    place = find(checkpoint, "videomae-base-kinetics", tiny=TINY)
+    options = {"zero": "attention.key.bias", "key_mapping": PUBLISHED_KEYS}
+    classifier = hub.network(VideoMAEForVideoClassification, place, dtype, from_config, **options)
     if from_config and (label is None or isinstance(place, hub.Source)):
         label = next(iter(classifier.config.label2id))  # any one: memory does not depend on it
     return Action(classifier, label).identified(place, label=label)

@@ -11,8 +11,8 @@ from transformers import VJEPA2Model
 from .. import hub
 from ..hub import StrPath
 from .base import Reward, at_least_float32
-from .gallery import SOURCES
-from .networks import IMAGENET_MEAN, IMAGENET_STD, NetworkReward, preprocess
+from .gallery import find
+from .networks import NetworkReward, preprocess
 
 # V-JEPA's two families of masks (its configs/pretrain/vitl16.yaml, the same in V-JEPA 2): the
 # number of blocks, and each one's share of the picture. All blocks of a family have one shape, and
@@ -22,14 +22,7 @@ ASPECTS = (0.75, 1.5)  # a block's height over its width
 
 
 def block_masks(grid: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each family the visible and the hidden patches of the `grid * grid` ones of a picture.
-
-    Returns:
-        Pairs of ascending indices, which together hold every patch once.
-
-    Raises:
-        ValueError: the grid is so coarse that blocks hide nothing or everything.
-    """
+    """For each family the indices of the visible and of the hidden ones of `grid * grid` patches."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int, share: float) -> torch.Tensor:
@@ -84,14 +77,9 @@ class TemporalConsistency(NetworkReward):
             self.masks = block_masks(grid, seed)
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
-        """The model's input (B, F, 3, size, size).
-
-        As in its processor: the shorter side to 8/7 of the size, then the center.
-        """
+        """The model's input (B, F, 3, size, size): the shorter side to 8/7 of it, then the center."""
         size = self.config.crop_size
-        crop = {"resize": "crop", "shorter": int(size * 256 / 224)}
-        pixels = preprocess(frames.flatten(0, 1), size, IMAGENET_MEAN, IMAGENET_STD, **crop)
-        return pixels.to(self.dtype).unflatten(0, frames.shape[:2])
+        return preprocess(frames, size, resize="crop", shorter=int(size * 256 / 224)).to(self.dtype)
 
     def encode(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Features (B, N, D) of embedded tubelets (B, N, D) at the places (N,) of the clip."""
@@ -102,12 +90,7 @@ class TemporalConsistency(NetworkReward):
     def predict(
         self, context: torch.Tensor, visible: torch.Tensor, hidden: torch.Tensor, token: int
     ) -> torch.Tensor:
-        """Features (B, M, D) at the places `hidden` (M,).
-
-        Args:
-            context: the encoded tokens (B, N, D) at the places `visible` (N,).
-            token: the mask token's number.
-        """
+        """Features (B, M, D) at the places `hidden` (M,), from `context` (B, N, D) at `visible` (N,)."""
         predictor = self.model.predictor
         blank = predictor.embeddings.mask_tokens[token].expand(len(context), len(hidden), -1)
         tokens = torch.cat([predictor.embeddings.predictor_embeddings(context), blank], dim=1)
@@ -118,11 +101,8 @@ class TemporalConsistency(NetworkReward):
         return predictor.proj(predictor.layernorm(tokens[:, len(visible) :]))
 
     def mask_token(self, family: int) -> int:
-        """The mask token of a family of masks.
-
-        V-JEPA trains one for each family, V-JEPA 2's released code token 0 for both (its index
-        counts clip lengths). They start at zero: one that is still zero was never trained.
-        """
+        # V-JEPA trains one for each family, V-JEPA 2's released code token 0 for both (its index
+        # counts clip lengths). They start at zero: one that is still zero was never trained.
         return family if self.model.predictor.embeddings.mask_tokens[family].any() else 0
 
     def scores(self, frames, prompts):
@@ -152,22 +132,21 @@ def temporal_consistency(
     """How well V-JEPA 2 (arXiv 2506.09985) predicts hidden parts of a clip from the rest of it.
 
     Minus its own training loss, as VADER's paper rewards image-to-video models (arXiv 2407.08737).
-    Prompts are ignored, and the central square is seen of an even number of frames (ValueError
-    otherwise). It was trained on 16 and 64 frames at 4 per second.
+    Prompts are ignored, and the central square is seen of an even number of frames. It was trained
+    on 16 and 64 frames at 4 per second.
 
     The paper names neither masks nor checkpoint nor what the gradient goes through. Here the masks
     are V-JEPA's; the one published encoder encodes both context and target (the training's moving
-    average is not published); and the gradient is that of the score: it goes through the target,
-    too, which V-JEPA's training holds constant to keep the encoder from collapsing. Our encoder is
-    frozen, but pictures can collapse: a clip that is plain or does not move is easy to predict, so
-    pair this with a reward for motion or detail.
+    average is not published); and the gradient goes through the target, too, which training holds
+    constant to keep the encoder from collapsing. Our encoder is frozen, but pictures can collapse:
+    a clip that is plain or does not move is easy to predict, so pair this with a reward for motion
+    or detail.
 
     Args:
         checkpoint: "published" (facebook/vjepa2-vitl-fpc64-256, 326 M parameters), or a local
             `VJEPA2Model` directory.
         seed: of the masks, which are drawn once: all clips are judged by the same.
     """
-    source = SOURCES["vjepa2-vitl"]
-    place = hub.find(checkpoint, {"published": source, "vjepa2-vitl": source})
+    place = find(checkpoint, "vjepa2-vitl")
     model = hub.network(VJEPA2Model, place, dtype, from_config)
     return TemporalConsistency(model, seed).identified(place, seed=seed)

@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, XCLIPModel
+from transformers import XCLIPModel
 
 from .. import hub
 from ..hub import StrPath
 from .base import Reward, at_least_float32
-from .gallery import SOURCES
-from .networks import IMAGENET_MEAN, IMAGENET_STD, ConstantTokens, NetworkReward, preprocess
+from .gallery import find
+from .networks import NetworkReward, preprocess
 
 
 class TextVideo(NetworkReward):
@@ -37,16 +37,13 @@ class TextVideo(NetworkReward):
         """The model's input (B, N, 3, size, size), for the N frames that it takes.
 
         They are the middles of N equal stretches of the clip, as in X-CLIP's evaluation; of fewer
-        frames some are repeated. ImageNet's statistics, not CLIP's, as in the checkpoint's
-        preprocessor_config.json.
+        frames some are repeated.
         """
         config = self.config.vision_config
         place = (torch.arange(config.num_frames) + 0.5) * frames.shape[1] / config.num_frames
         chosen = frames[:, place.long().to(frames.device)]
-        pixels = preprocess(
-            chosen.flatten(0, 1), config.image_size, IMAGENET_MEAN, IMAGENET_STD, resize="crop"
-        )
-        return pixels.to(self.dtype).unflatten(0, chosen.shape[:2])
+        # ImageNet's statistics, not CLIP's, as in the checkpoint's preprocessor_config.json.
+        return preprocess(chosen, config.image_size, resize="crop").to(self.dtype)
 
     def video(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors (B, D) of clips and (B, P, D) of their patches, from (B, N, 3, size, size)."""
@@ -59,11 +56,9 @@ class TextVideo(NetworkReward):
 
     def encode_text(self, prompts: list[str]) -> torch.Tensor:
         """(B, D). Longer prompts than the model takes are cut off."""
-        length, model = self.config.text_config.max_position_embeddings, self.model
-        tokens = self.tokenizer(
-            prompts, padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        return model.text_projection(model.text_model(**tokens.to(model.device)).pooler_output)
+        cut = {"truncation": True, "max_length": self.config.text_config.max_position_embeddings}
+        tokens = self.tokenizer(prompts, padding=True, return_tensors="pt", **cut)
+        return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
 
     def scores(self, frames, prompts):
         clip, patches = self.video(self.pixels(frames))
@@ -78,22 +73,15 @@ def text_video(
 ) -> Reward:
     """How well a clip fits its prompt, -1 to 1, in X-CLIP: motion counts, not just single frames.
 
-    Of any number of frames 8 are seen, evenly spread, and of them the central square.
-
-    VADER's site shows ViCLIP here, whose published files need remote code and have a disputed
-    license; X-CLIP needs neither. This checkpoint learned from the names of Kinetics-400's
-    actions, so it knows what people do better than how things look; a zero-shot one, such as
-    microsoft/xclip-base-patch16-zero-shot, loads the same way.
+    Of any number of frames 8 are seen, evenly spread, and of them the central square. (VADER's site
+    shows ViCLIP here, whose published files need remote code and have a disputed license.) This
+    checkpoint learned from the names of Kinetics-400's actions, so it knows what people do better
+    than how things look; microsoft/xclip-base-patch16-zero-shot loads the same way.
 
     Args:
         checkpoint: "published" (microsoft/xclip-base-patch32, 197 M parameters, MIT), or a local
             `XCLIPModel` directory with its tokenizer, for any size and number of frames.
     """
-    source = SOURCES["xclip-base-patch32"]
-    place = hub.find(checkpoint, {"published": source, "xclip-base-patch32": source})
+    place = find(checkpoint, "xclip-base-patch32")
     model = hub.network(XCLIPModel, place, dtype, from_config)
-    if from_config:
-        tokenizer = ConstantTokens()
-    else:
-        tokenizer = hub.pretrained(AutoTokenizer.from_pretrained, place)
-    return TextVideo(model, tokenizer).identified(place)
+    return TextVideo(model, hub.tokenizer(place, from_config)).identified(place)
