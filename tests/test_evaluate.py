@@ -1,9 +1,11 @@
 """The comparison is paired, its intervals are honest, and it grades what can be graded."""
 
 import json
+import math
 import sys
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -20,7 +22,12 @@ from vader_nb.evaluation import (
     thumbnails,
     videomae_features,
 )
-from vader_nb.stats import expanded_quantile, paired_interval
+from vader_nb.stats import (
+    expanded_quantile,
+    paired_interval,
+    proportions_interval,
+    sign_flip_p,
+)
 from vader_nb.trainer import Run
 
 from .test_gradient import adapted
@@ -33,10 +40,13 @@ def test_an_adapter_that_does_nothing_makes_no_difference(micro):
     adapter = lora.add(micro, rank=2)
     evaluation = evaluate(micro, adapter, rewards.brightness(), GROUPS, progress=False)
     assert {row.metric for row in evaluation.rows} == {"brightness", "motion", "diversity"}
-    assert all(
-        row.difference == row.low == row.high == 0 and not row.significant
-        for row in evaluation.rows
-    )
+    for row in evaluation.rows:
+        assert row.difference == row.low == row.high == 0 and not row.significant
+    one = evaluate(micro, adapter, rewards.brightness(), ["a red star"], progress=False)
+    assert one.row("prompts", "brightness").texts()[3:5] == [
+        "",
+        "",
+    ]  # of one prompt nothing is known
     assert evaluation.row("held-out", "motion").prompts == 3
     assert all(row.win_rate == 0.5 for row in evaluation.rows)  # ties
     with pytest.raises(KeyError, match="'training', 'brightness'"):
@@ -325,12 +335,36 @@ def test_win_rate_and_interval_of_a_known_case():
     means = torch.tensor([1, 1, 1, 1, 0.5, 0.5, 0.5, -1])  # over the seeds of a prompt
     assert row.difference == pytest.approx(means.mean().item())
     assert (row.low, row.high) == paired_interval(means)
-    # A mean of 8 draws of this spread: the percentiles of a normal approximation are near enough.
-    reach = (
-        expanded_quantile(scipy.stats.norm.isf(0.025), 8) * means.std(correction=0).item() / 8**0.5
-    )
-    assert row.low == pytest.approx(row.difference - reach, abs=0.2)
-    assert row.high == pytest.approx(row.difference + reach, abs=0.2)
+    reach = scipy.stats.t.isf(0.025, 7) * means.std().item() / 8**0.5
+    assert row.high == pytest.approx(row.difference + reach)
+    assert row.low < row.difference - reach  # where the tail is, the bootstrap-t reaches further
+
+
+def test_intervals_of_zeros_and_ones():
+    """Eight prompts without a change had the interval from 0 to 0."""
+    for count in (8, 32):  # without a change Tango's interval is +-z^2 / (n + z^2)
+        same = paired_row("all", "oracle", torch.ones(2, count), torch.ones(2, count), "a", True)
+        reach = 1.959964**2 / (count + 1.959964**2)
+        assert (same.low, same.high) == pytest.approx((-reach, reach), abs=1e-6)
+        assert same.p == 1 and not same.significant and "+0.000 to" not in same.texts()[3]
+    # Airway hyper-responsiveness before and after a transplantation (Fagerland et al. 2014)
+    assert proportions_interval(1, 7, 21) == pytest.approx((-0.517, -0.026), abs=6e-4)
+    assert proportions_interval(8, 0, 8)[1] == pytest.approx(1)
+    base, after = torch.zeros(1, 8), torch.tensor([[1.0, 1, 1, 1, 1, 0, 0, 0]])
+    row = paired_row("all", "oracle", base, after, "a", True)  # five of five: 2 / 2 ** 5
+    assert row.low > 0 and row.p == pytest.approx(0.0625) and not row.significant
+    assert row.texts()[4] == "0.062"
+    row = paired_row("all", "oracle", base, torch.ones(1, 8), "a", True)
+    assert row.p == pytest.approx(2**-7) and row.significant
+
+
+def test_the_test_of_signs_is_exact():
+    assert sign_flip_p(torch.tensor([1.0] * 6 + [0] * 20 + [-1])) == pytest.approx(16 / 128)
+    assert sign_flip_p(torch.tensor([3.0, 2, 1])) == pytest.approx(2 / 8)
+    assert sign_flip_p(torch.zeros(9)) == 1 and math.isnan(sign_flip_p(torch.tensor([1, math.nan])))
+    strong = torch.linspace(0.1, 1, 40)
+    assert sign_flip_p(strong) < 0.001
+    assert paired_row("all", "x", 0 * strong[None], strong[None], "a", True).texts()[4] == "<0.001"
 
 
 def test_one_clip_without_a_score_spoils_its_own_row_only(micro, tmp_path):
@@ -377,14 +411,39 @@ def test_students_quantiles():
         )
 
 
-def test_the_interval_covers_as_often_as_it_says():
-    generator = torch.Generator().manual_seed(0)
-    for count in (8, 40):
-        covered = 0
-        for _ in range(200):
-            low, high = paired_interval(0.3 + torch.randn(count, generator=generator))
-            covered += low <= 0.3 <= high
-        assert 0.91 <= covered / 200 <= 0.99
+KINDS = {
+    "normal": (lambda rng, n: rng.standard_normal(n), 0.0),
+    "heavy-tailed": (lambda rng, n: rng.standard_t(3, n), 0.0),
+    "skewed": (lambda rng, n: np.exp(rng.standard_normal(n) / 2), math.exp(1 / 8)),
+    "exponential": (lambda rng, n: rng.exponential(size=n), 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_interval_covers_as_often_as_it_says(kind):
+    draw, truth = KINDS[kind]
+    rng, covered = np.random.default_rng(0), []
+    for count in (6, 8, 16, 32):
+        for seed in range(300):
+            low, high = paired_interval(torch.tensor(draw(rng, count)), seed)
+            covered.append(low <= truth <= high)
+    assert 0.93 <= np.mean(covered) <= 0.98
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 4])
+def test_the_interval_of_zeros_and_ones_covers_whatever_seeds_have_in_common(seeds):
+    rng = np.random.default_rng(0)
+    for gain, loss in ((0.02, 0.02), (0.05, 0), (0.1, 0.05), (0.25, 0), (0.3, 0.1)):
+        for alike in (0, 0.5, 1) if seeds > 1 else (0,):  # chance that a prompt's clips all agree
+            covered = []
+            for count in (6, 8, 16, 32):
+                for _ in range(40):
+                    luck = rng.random((seeds, count))
+                    luck = np.where(rng.random(count) < alike, luck[0], luck)
+                    up, down = luck < gain, luck > 1 - loss
+                    bounds = proportions_interval(up.mean(0).sum(), down.mean(0).sum(), count)
+                    covered.append(bounds[0] <= gain - loss <= bounds[1])
+            assert np.mean(covered) >= 0.93
 
 
 def test_motion_and_features():

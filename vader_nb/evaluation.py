@@ -26,7 +26,7 @@ from .models import VideoModel
 from .prompts import Prompt
 from .rewards import Reward
 from .sampling import Sampling, sample
-from .stats import MIN_PROMPTS, paired_interval
+from .stats import NOTES, paired_interval, proportions_interval, sign_flip_p
 from .video import Gallery, Video, grid
 
 BASE = "base"
@@ -44,19 +44,20 @@ class Row:
     base: float
     adapter: float | None
     difference: float | None  # paired: same prompt, same seed
-    low: float | None  # the difference's 95 % bootstrap interval over prompts
+    low: float | None  # the difference's 95 % interval over prompts, from two prompts on
     high: float | None
     prompts: int
     name: str | None = "adapter"
     win_rate: float | None = None  # share of clips on which the adapter is higher, ties half
     held_out: bool = False  # not trained on
+    p: float | None = None  # of the test of signs over prompts; see `stats.sign_flip_p`
 
     @property
     def significant(self) -> bool:
-        """Whether the interval excludes zero, on at least `MIN_PROMPTS` prompts."""
-        if self.low is None or self.high is None or self.prompts < MIN_PROMPTS:
+        """Whether the interval excludes zero and p < 0.05, which takes six prompts."""
+        if self.low is None or self.high is None or self.p is None:
             return False
-        return self.low > 0 or self.high < 0
+        return self.p < 0.05 and (self.low > 0 or self.high < 0)
 
     @property
     def decimals(self) -> int:
@@ -70,7 +71,7 @@ class Row:
         return min(6, max(digits))
 
     def texts(self) -> list[str]:
-        """Base, adapter, difference, interval and win rate as they stand in tables."""
+        """Base, adapter, difference, interval, p and win rate as they stand in tables."""
 
         def text(value: float | None, sign: str = "") -> str:
             if value is None:
@@ -78,8 +79,10 @@ class Row:
             return "nan" if math.isnan(value) else f"{value:{sign}.{self.decimals}f}"
 
         interval = "" if self.low is None else f"{text(self.low, '+')} to {text(self.high, '+')}"
+        p = "" if self.p is None else "<0.001" if self.p < 0.001 else f"{self.p:.3f}"
         wins = "" if self.win_rate is None else f"{self.win_rate:.0%}"
-        return [text(self.base), text(self.adapter), text(self.difference, "+"), interval, wins]
+        values = [text(self.base), text(self.adapter), text(self.difference, "+")]
+        return [*values, interval, p, wins]
 
 
 @dataclass
@@ -114,7 +117,7 @@ class Evaluation:
     def __str__(self) -> str:
         several = len(self.adapters) > 1
         mean = "mean" if several else "adapter"
-        lines = [["", "", "adapter", "base", mean, "difference", "95 % interval", "wins", ""]]
+        lines = [["", "", "adapter", "base", mean, "difference", "95 % interval", "p", "wins", ""]]
         for row in self.rows:
             metric = f"{row.metric} †" if row.held_out else row.metric
             mark = "*" if row.significant else ""
@@ -128,10 +131,10 @@ class Evaluation:
             cells = [cell.ljust(width) for cell, width in zip(line, widths)]
             cells[numbers:] = [cell.rjust(width) for cell, width in zip(line, widths)][numbers:]
             table.append("  ".join(cells).rstrip())
-        table.append(f"* the interval excludes zero, on at least {MIN_PROMPTS} prompts")
-        if any(row.held_out for row in self.rows):
-            table.append("† not trained on")
-        return "\n".join(table)
+        notes = [f"* {NOTES[0]}", *NOTES[1:]] + ["† not trained on"] * any(
+            row.held_out for row in self.rows
+        )
+        return "\n".join([*table, *notes])
 
     __repr__ = __str__
 
@@ -384,6 +387,14 @@ def paired_row(
         return Row(group, metric, mean, None, None, None, None, prompts, None, None, held_out)
     change = after.mean(0).double() - before
     adapter, difference = (before + change).mean().item(), change.mean().item()
-    low, high = paired_interval(change)
-    wins = ((after > base).double() + 0.5 * (after == base)).mean().item()
-    return Row(group, metric, mean, adapter, difference, low, high, prompts, name, wins, held_out)
+    up, down = (after > base).double(), (after < base).double()
+    low = high = p = None
+    if prompts > 1:
+        # The clips of a prompt may all agree: each prompt counts as one draw, of shares of its clips.
+        counts = up.mean(0).sum().item(), down.mean(0).sum().item(), prompts
+        zero_one = all(((scores == 0) | (scores == 1)).all() for scores in (base, after))
+        low, high = proportions_interval(*counts) if zero_one else paired_interval(change)
+        p = sign_flip_p(change)
+    wins = 0.5 + (up - down).mean().item() / 2
+    values = (mean, adapter, difference, low, high, prompts, name, wins, held_out, p)
+    return Row(group, metric, *values)

@@ -1,34 +1,107 @@
-"""Bootstrap intervals of paired differences, over prompts: clips of one prompt are not independent."""
+"""Intervals and tests of paired differences, over prompts: clips of one prompt are not independent.
+
+Share of samples, of 2000, whose 95 % interval holds the truth (`paired_interval`, n prompts):
+
+    differences                        n = 6     8    16    32
+    normal                              0.97  0.97  0.95  0.96
+    heavy-tailed (Student's t, 3)       0.97  0.97  0.96  0.95
+    skewed (lognormal, sigma 0.5)       0.95  0.95  0.96  0.96
+    very skewed (lognormal, sigma 1)    0.90  0.90  0.93  0.93
+"""
 
 import math
 
+import scipy.optimize
 import scipy.stats
 import torch
 
 RESAMPLES = 2000
+Z = float(scipy.stats.norm.isf(0.025))
 # Fewer differences than this can all have one sign by chance more often than once in 20 (2 ** -4).
 MIN_PROMPTS = 6
+# What a table of `Row` says of its star, its intervals and p.
+NOTES = (
+    "the interval excludes zero and p < 0.05, each row by itself: without any effect, 1 in 20 may",
+    "interval: over prompts; Tango's for paired proportions where all scores are 0 or 1, else",
+    "Student's t or, beyond it, the bootstrap-t. p: exact test of signs (McNemar's for 0 and 1)",
+)
 
 
 def paired_interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap the 95 % interval of a mean difference.
+    """Return the 95 % interval of a mean difference: Student's t, or the bootstrap-t beyond it.
 
-    The percentiles of the resampled means are taken further out for few prompts (Hesterberg 2015,
-    "What Teachers Should Know About the Bootstrap").
+    Student's t misses the long tail of skewed differences and the bootstrap-t (Efron and
+    Tibshirani 1993, section 12.5), which sees it, is too short for heavy tails of both sides.
 
     Args:
-        differences: One paired difference per prompt, shape `(N,)`.
+        differences: One paired difference per prompt, shape `(N,)`, at least two.
         seed: Seed of the resampling.
 
     Returns:
         The bounds `(low, high)`, NaN where a difference is NaN.
     """
-    count = len(differences)
-    z = float(scipy.stats.norm.isf(0.025))
-    tail = scipy.stats.norm.sf(expanded_quantile(z, count))
-    means = differences.double()[_resamples(count, seed)].mean(1)
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
+    values = differences.double()
+    mean, std = values.mean(), values.std()
+    draws = values[_resamples(len(values), seed)]
+    # A resample of a few values over and over has a spread near zero, and would reach anywhere.
+    spread = draws.std(1).clamp(min=0.2 * std.item() + 1e-300)
+    levels = torch.tensor([0.975, 0.025], dtype=torch.float64)
+    reach = ((draws.mean(1) - mean) / spread).quantile(levels)  # of the truth, as seen from here
+    student = float(scipy.stats.t.isf(0.025, len(values) - 1)) / math.sqrt(len(values))
+    low, high = mean - std * reach[0].clamp(min=student), mean - std * reach[1].clamp(max=-student)
+    return low.item(), high.item()
+
+
+def proportions_interval(gained: float, lost: float, count: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a difference of paired proportions, (gained - lost) / count.
+
+    Tango 1998, "Equivalence test and confidence interval for the difference in proportions for the
+    paired-sample design", Statistics in Medicine 17, 891-908.
+
+    Args:
+        gained: Number of pairs that went from 0 to 1.
+        lost: Number of pairs that went from 1 to 0.
+        count: Number of all pairs.
+    """
+
+    def score(d: float) -> float:
+        b = (2 * count - gained + lost) * d - gained - lost
+        q = (math.sqrt(max(0.0, b * b + 8 * count * lost * d * (1 - d))) - b) / (4 * count)
+        variance = count * (2 * q + d * (1 - d))
+        return (gained - lost - count * d) / math.sqrt(max(variance, 1e-12))
+
+    difference, edge = (gained - lost) / count, 1 - 1e-9
+    bounds = []
+    for end, z in ((-edge, Z), (edge, -Z)):
+        inside = abs(score(end)) > Z
+        root = (
+            scipy.optimize.brentq(lambda d, z=z: score(d) - z, end, difference) if inside else end
+        )
+        bounds.append(round(root, 8))
+    return bounds[0], bounds[1]
+
+
+def sign_flip_p(differences: torch.Tensor) -> float:
+    """Return how often a mean so far from zero comes about if each difference's sign is chance.
+
+    Two-sided and, up to 13 differences other than zero, exact; for differences of -1, 0 and 1 it
+    is McNemar's exact test.
+    """
+    if differences.isnan().any():
+        return math.nan
+    changed = differences[differences != 0].double().numpy()
+    if not len(changed):
+        return 1.0
+    if abs(changed).min() == abs(changed).max():
+        return float(scipy.stats.binomtest(int((changed > 0).sum()), len(changed)).pvalue)
+    test = scipy.stats.permutation_test(
+        (changed,),
+        lambda x, axis: x.mean(axis),
+        permutation_type="samples",
+        vectorized=True,
+        random_state=0,
+    )
+    return float(test.pvalue)
 
 
 def simultaneous_intervals(
