@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -509,6 +510,30 @@ def test_a_checkpoint_is_known_by_what_it_holds_not_by_its_name(fresh, tmp_path)
             resume=kept,
             **options | {"output_dir": tmp_path / "other"},
         )
+
+
+def test_random_states_come_back_from_a_file_numpys_too(tmp_path):
+    def numbers():
+        return torch.rand(1).item(), random.random(), *np.random.normal(size=3)  # noqa: NPY002
+
+    np.random.normal()  # noqa: NPY002, leaves one more in the generator
+    torch.save(checkpoints.random_states(), tmp_path / "states.pt")
+    expected = numbers()
+    states = torch.load(tmp_path / "states.pt", weights_only=True)
+    checkpoints.set_random_states(states)
+    assert numbers() == expected
+    del states["numpy"]  # as an older version wrote it
+    checkpoints.set_random_states(states)
+    assert numbers()[:2] == expected[:2] and numbers()[2] != expected[2]
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_journal(tmp_path):
+    rows = [{"step": 1, "reward": math.nan, "parts": {"a": math.inf}, "all": [0.5, math.nan]}]
+    checkpoints.Journal(tmp_path / "metrics.jsonl", []).add(rows[0])
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail)["reward"] is None
+    (row,) = checkpoints.read_metrics(tmp_path)
+    assert math.isnan(row["reward"]) and math.isnan(row["parts"]["a"]) and row["all"][0] == 0.5
 
 
 def test_a_checkpoint_of_four_gpus_goes_on_where_there_is_one_or_none(fresh, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import sys
 from dataclasses import asdict
 
@@ -12,6 +13,7 @@ import torch
 
 from vader_nb import Sampling, Validation, best_checkpoint, load, lora, prompts, rewards, sample
 from vader_nb.best import choose
+from vader_nb.checkpoints import random_states, set_random_states
 from vader_nb.distributed import launch
 from vader_nb.evaluation import (
     BASE,
@@ -20,6 +22,7 @@ from vader_nb.evaluation import (
     named_adapters,
     paired_row,
     thumbnails,
+    unique_metrics,
     videomae_features,
 )
 from vader_nb.stats import (
@@ -170,7 +173,8 @@ def test_several_adapters_are_each_what_it_is_alone(micro, weaker, tmp_path):
     )
     both.save(tmp_path)
     assert {"weak", "strong"} == {
-        row["name"] for row in json.loads((tmp_path / "evaluation.json").read_text())
+        row["name"]
+        for row in json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     }
     assert len(list((tmp_path / "clips").iterdir())) == 4
     nothing.save(tmp_path / "base")
@@ -214,7 +218,7 @@ def test_held_out_rewards_are_marked(micro, weaker, tmp_path):
     )
     assert {row.metric for row in evaluation.rows if row.held_out} == {"colorfulness"}
     assert "colorfulness †" in str(evaluation) and "† not trained on" in str(evaluation)
-    page = evaluation.report(tmp_path / "report.html").read_text()
+    page = evaluation.report(tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("not trained on</span>") == 2  # once a group
 
 
@@ -232,6 +236,7 @@ def test_rows_as_a_data_frame(micro, monkeypatch):
         evaluation.to_pandas()
 
 
+@pytest.mark.filterwarnings("ignore:left out")
 def test_a_text_is_a_set_or_a_file_of_prompts_not_letters(micro, tmp_path):
     """It was taken for a list of prompts, each a letter."""
     shown = []
@@ -242,7 +247,7 @@ def test_a_text_is_a_set_or_a_file_of_prompts_not_letters(micro, tmp_path):
 
     captions = prompts.get("tiny_held_out")
     path = tmp_path / "mine.txt"
-    path.write_text("a red star\na blue circle\n")
+    path.write_text("a red star\na blue circle\n", encoding="utf-8")
     options = {"sampling": Sampling(num_inference_steps=1), "seeds_per_prompt": 1}
     options |= {"progress": False, "keep": 1, "batch_size": 100}
     result = evaluate(micro, None, spy, {"held-out": "tiny_held_out", "file": path}, **options)
@@ -286,6 +291,71 @@ def test_rewards_are_told_apart_by_what_they_are_not_by_their_names(micro):
         run(one, held_out=[one.renamed("another")])
 
 
+def test_names_and_rewards_in_conflict_are_found_before_the_work(micro):
+    def refused(match, trained, *held_out):
+        with pytest.raises(ValueError, match=match):
+            evaluate(micro, None, trained, ["a red star"], held_out=held_out, progress=False)
+        with pytest.raises(ValueError, match=match):
+            unique_metrics(trained, held_out)
+
+    def never(frames, prompts):
+        raise AssertionError("sampled before the names were looked at")
+
+    one = rewards.reward(never, "one")
+    for name in ("motion", "diversity", "oracle: color"):
+        refused(f"is named '{name}', as the metric that evaluate adds", one.renamed(name))
+        refused(f"is named '{name}'", [], one.renamed(name))
+    both = one + rewards.brightness()
+    refused("brightness is trained on", both, rewards.brightness())
+    refused("2 × brightness: brightness is trained on", both, 2 * rewards.brightness())
+    refused("trained on", one, one.renamed("another"))
+    with pytest.raises(ValueError, match="is named 'motion'"):
+        Validation(micro, one.renamed("motion"), ["a red star"])
+
+
+def test_what_needs_more_frames_is_an_error_or_left_out(tiny):
+    """Clips of one frame had motion nan, and an oracle of motion that said 0."""
+    short = Sampling(num_inference_steps=1, num_frames=1)
+    captions = ["a red star moving left on a white background"] * 2
+    options = {"sampling": short, "progress": False, "features": videomae_features("tiny")}
+    with pytest.warns(UserWarning, match="motion, oracle: motion, diversity; num_frames=1") as told:
+        result = evaluate(tiny, None, rewards.brightness(), captions, **options)
+    assert len([warning for warning in told if "left out" in str(warning.message)]) == 1
+    metrics = [row.metric for row in result.rows]
+    assert metrics == ["brightness"] + [
+        f"oracle: {name}" for name in ("color", "shape", "background", "color and shape")
+    ]
+    action, smooth = rewards.action("tiny"), 0.5 * rewards.motion_smoothness()
+    for reward, least in (
+        (action, "action needs at least 2"),
+        (smooth, "smoothness needs at least 3"),
+    ):
+        for start in (evaluate, lambda model, _, *rest, **more: Validation(model, *rest, **more)):
+            with pytest.raises(ValueError, match=f"{least} frames, got 1"):
+                start(tiny, None, reward, captions, sampling=short)
+
+
+def test_draws_of_a_reward_change_none_outside(micro):
+    def numbers():
+        return torch.rand(1).item(), np.random.uniform(), random.random()  # noqa: NPY002
+
+    def lucky(frames, prompts):
+        return frames.mean(dim=(1, 2, 3, 4)) + sum(numbers())
+
+    adapter = lora.add(micro, 2)
+    validation = Validation(micro, lucky, ["a red star"], sampling=QUICK)
+
+    states = random_states()
+    expected = numbers()
+    for draw in (
+        lambda: validation(adapter),
+        lambda: evaluate(micro, adapter, lucky, ["a red star"], sampling=QUICK, progress=False),
+    ):
+        set_random_states(states)
+        draw()
+        assert numbers() == expected
+
+
 def test_adapters_are_whatever_a_model_can_use(micro, weaker, tmp_path):
     """A file at half its weight, a run and an adapter; each is what sampling with it gives."""
     folder, strong = weaker
@@ -313,13 +383,13 @@ def test_a_report_escapes_names_too(micro, weaker, tmp_path):
         sampling=QUICK,
     )
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(evil)
+    (tmp_path / "run" / "config.json").write_text(evil, encoding="utf-8")
     row = {"step": 1, "reward": 0.1, "grad_norm": 1.0}
     choice = choose({0: None, 20: tmp_path}, torch.zeros(2, 3, dtype=torch.float64), {}, evil)
     choice.verdict += evil
     page = evaluation.report(
         tmp_path / "r.html", Run(weaker[1], [row, row], tmp_path / "run"), choice
-    ).read_text()
+    ).read_text(encoding="utf-8")
     assert evil not in page and page.count("&lt;script&gt;") > 5
     assert page.count("<svg") == 3
 
@@ -383,7 +453,9 @@ def test_one_clip_without_a_score_spoils_its_own_row_only(micro, tmp_path):
         and "nan" not in evaluation.row("training", "brightness").texts()
     )
     evaluation.save(tmp_path)
-    assert "nan to nan" in evaluation.report(tmp_path / "report.html").read_text()
+    text = (tmp_path / "evaluation.json").read_text(encoding="utf-8")
+    assert "NaN" not in text and None in [row["base"] for row in json.loads(text)]
+    assert "nan to nan" in evaluation.report(tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_checkpoint_without_a_score_is_not_the_best_and_hides_no_difference():
@@ -625,7 +697,11 @@ def test_two_processes_find_what_one_does(micro_directory, weaker, tmp_path):
         torch.set_num_threads(threads)
     launch(compare_and_write, micro_directory, weaker[0], tmp_path / "two")
     one, *both = (tmp_path / f"{name}.json" for name in ("one-rank0", "two-rank0", "two-rank1"))
-    assert one.read_text() == both[0].read_text() == both[1].read_text()
+    assert (
+        one.read_text(encoding="utf-8")
+        == both[0].read_text(encoding="utf-8")
+        == both[1].read_text(encoding="utf-8")
+    )
     clips = [torch.load(path.with_suffix(".pt"), weights_only=True) for path in (one, *both)]
     assert [len(clip) for clip in clips[0]] == [5, 5, 4, 4]
     for parts in zip(*clips):

@@ -6,9 +6,9 @@ evaluation.report(run.folder / "report.html", run)
 evaluate(model, {"K = 1": "runs/k1", "K = 5": "runs/k5"}, reward, "tiny_held_out")
 """
 
-import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,15 +19,24 @@ from tqdm.auto import tqdm
 
 from . import distributed, lora
 from . import prompts as prompt_sets
-from .checkpoints import write_text
+from .checkpoints import random_states_kept, to_json, write_text
 from .lora import Adapter
-from .metrics import Scores, measure, motion, thumbnails, unique_metrics, videomae_features  # noqa: F401
+from .metrics import (  # noqa: F401
+    MIN_FRAMES,
+    Scores,
+    measure,
+    motion,
+    thumbnails,
+    unique_metrics,
+    videomae_features,
+)
 from .models import VideoModel
 from .prompts import Prompt
 from .rewards import Reward
 from .sampling import Sampling, sample
 from .stats import NOTES, paired_interval, proportions_interval, sign_flip_p
 from .video import Gallery, Video, grid
+from .zoo import world
 
 BASE = "base"
 
@@ -152,7 +161,7 @@ class Evaluation:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         rows = [asdict(row) for row in self.rows]
-        write_text(folder / "evaluation.json", json.dumps(rows, indent=2) + "\n")
+        write_text(folder / "evaluation.json", to_json(rows, indent=2) + "\n")
         for number, (_, *clips) in enumerate(self.clips.values()):
             sheet = grid(torch.cat([frames[:8] for frames in clips]), len(clips[0][:8]))
             for suffix in (".gif", ".mp4"):  # a number, because a prompt is never a file name
@@ -212,6 +221,7 @@ def evaluate(
     )
     for which in adapters.values():
         lora.check_fits(model, which)
+    evaluator.tell_what_is_left_out(groups)
     clips, scores = evaluator.compare(adapters, groups, progress)
     trained |= {"motion", "diversity"}  # descriptions that judge nothing
     rows = []
@@ -264,6 +274,11 @@ class Evaluator:
         for name in ("seeds_per_prompt", "batch_size", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.num_frames = (self.sampling or Sampling()).resolve(self.model).num_frames
+        for metric in self.metrics:
+            metric.check_frames(self.num_frames)
+        least = getattr(self.features, "min_frames", 1)
+        self.diverse = self.seeds_per_prompt > 1 and self.num_frames >= least
         self.rank, self.num_processes = 0, 1
         # Asked first, because accelerate's state, once made, decides the device of later training.
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -271,6 +286,21 @@ class Evaluator:
 
             state = PartialState(cpu=self.model.device.type == "cpu")
             self.rank, self.num_processes = state.process_index, state.num_processes
+
+    def tell_what_is_left_out(self, groups: Mapping[str, Sequence]) -> None:
+        """Warn of metrics that need more frames than the clips have."""
+        short = [name for name, least in MIN_FRAMES.items() if self.num_frames < least]
+        if "oracle: motion" in short and not any(
+            world.parse(str(prompt)) for prompts in groups.values() for prompt in prompts
+        ):
+            short.remove("oracle: motion")
+        if self.seeds_per_prompt > 1 and not self.diverse:
+            short.append("diversity")
+        if short and self.rank == 0:
+            warnings.warn(
+                f"left out, for lack of frames: {', '.join(short)}; num_frames={self.num_frames}",
+                stacklevel=3,
+            )
 
     def compare(
         self, adapters: Mapping[str, Any], groups: Mapping[str, Sequence], progress: bool
@@ -290,6 +320,7 @@ class Evaluator:
                         clips[group] += (shown,)
         return clips, scores
 
+    @random_states_kept()  # a reward that draws must not change what training draws
     def run(
         self, adapter: Adapter | None, prompts: Sequence[str | Prompt], bar: tqdm | None = None
     ) -> tuple[Scores, torch.Tensor]:
@@ -317,7 +348,7 @@ class Evaluator:
                 break
             self.model.onload(*(module for metric in self.metrics for module in metric.networks))
             scores = measure(frames, [str(prompt) for prompt in chosen], self.metrics)
-            if self.seeds_per_prompt > 1:
+            if self.diverse:
                 scores["diversity"] = self.features(frames).float().cpu()
             parts.append((number, scores, frames[: max(0, self.keep - batch.start)].cpu()))
             if bar is not None:
@@ -367,8 +398,7 @@ class Validation:
         )
 
     def __call__(self, adapter: Adapter) -> dict[str, float]:
-        with torch.random.fork_rng():  # a reward that draws must not change what training draws
-            scores, _ = self.evaluator.run(adapter, self.prompts)
+        scores, _ = self.evaluator.run(adapter, self.prompts)
         return {reward.name: scores[reward.name].mean().item() for reward in self.rewards}
 
 
