@@ -20,7 +20,7 @@ import torch
 
 from vader_nb import Prompt, checkpoints, lora
 from vader_nb.checkpoints import list_checkpoints, read
-from vader_nb.rewards import brightness, reward
+from vader_nb.rewards import brightness, motion_smoothness, reward
 from vader_nb.sampling import Sampling
 from vader_nb.strategies import DRTune, Frames, Last
 from vader_nb.trainer import align, best_step
@@ -253,6 +253,13 @@ def test_settings_that_cannot_be_met(fresh, tmp_path, options, message):
             output_dir=tmp_path / "run",
             **(FAST | {"steps": 2} | options),
         )
+
+
+def test_a_clip_reward_that_needs_more_frames_than_are_scored(fresh, tmp_path):
+    for options in ({"sampling": Sampling(num_frames=2)}, {"frames": Frames.at(0, 1)}):
+        with pytest.raises(ValueError, match="smoothness needs at least 3 frames, got 2"):
+            align(fresh(), motion_smoothness(), PROMPTS, output_dir=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_runs_of_one_name(fresh, tmp_path):

@@ -11,7 +11,17 @@ import pytest
 import scipy.stats
 import torch
 
-from vader_nb import Sampling, Validation, best_checkpoint, load, lora, prompts, rewards, sample
+from vader_nb import (
+    Sampling,
+    Validation,
+    best_checkpoint,
+    cli,
+    load,
+    lora,
+    prompts,
+    rewards,
+    sample,
+)
 from vader_nb.best import choose
 from vader_nb.checkpoints import random_states, set_random_states
 from vader_nb.distributed import launch
@@ -311,6 +321,14 @@ def test_names_and_rewards_in_conflict_are_found_before_the_work(micro):
     refused("trained on", one, one.renamed("another"))
     with pytest.raises(ValueError, match="is named 'motion'"):
         Validation(micro, one.renamed("motion"), ["a red star"])
+
+
+def test_the_shell_says_so_before_it_trains(tmp_path, capsys):
+    words = f"align reward=brightness held_out_reward=brightness name=mine output_dir={tmp_path}"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words.split())
+    assert ended.value.code == 2 and "cannot be held out" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
 
 
 def test_what_needs_more_frames_is_an_error_or_left_out(tiny):
