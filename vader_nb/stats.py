@@ -1,4 +1,4 @@
-"""Intervals and tests of paired differences, over prompts: clips of one prompt are not independent.
+"""Rows of paired differences with interval and test, over prompts: one prompt's clips have it in common.
 
 Share of samples, of 4000, whose 95 % interval holds the truth (`paired_interval`, n prompts):
 
@@ -11,6 +11,7 @@ Share of samples, of 4000, whose 95 % interval holds the truth (`paired_interval
 """
 
 import math
+from dataclasses import dataclass
 
 import scipy.optimize
 import scipy.stats
@@ -22,10 +23,86 @@ Z = float(scipy.stats.norm.isf(0.025))
 MIN_PROMPTS = 6
 # What a table of `Row` says of its star, its intervals and p.
 NOTES = (
-    "the interval excludes zero and p < 0.05, each row by itself: without any effect, 1 in 20 may",
+    "the interval excludes zero and p < 0.05, row by row: of 20 rows without any effect, one may",
     "interval: over prompts; Tango's for paired proportions where all scores are 0 or 1, else",
     "Student's t or, beyond it, the bootstrap-t. p: exact test of signs (McNemar's for 0 and 1)",
 )
+
+
+@dataclass
+class Row:
+    """One metric of one adapter on one group of prompts: means over prompts, and their difference.
+
+    Where only the base was evaluated, there is no name and only `base` and `prompts` have values.
+    """
+
+    group: str
+    metric: str
+    base: float
+    adapter: float | None
+    difference: float | None  # paired: same prompt, same seed
+    low: float | None  # the difference's 95 % interval over prompts, from two prompts on
+    high: float | None
+    prompts: int
+    name: str | None = "adapter"
+    win_rate: float | None = None  # share of clips on which the adapter is higher, ties half
+    held_out: bool = False  # not trained on
+    p: float | None = None  # of the test of signs over prompts; see `sign_flip_p`
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes zero and p, as printed, is below 0.05: from six prompts on."""
+        if self.low is None or self.high is None or self.p is None:
+            return False
+        return round(self.p, 3) < 0.05 and (self.low > 0 or self.high < 0)
+
+    @property
+    def decimals(self) -> int:
+        """Digits that show two leading ones of the interval, and that it excludes zero; 3 to 6."""
+        bounds = sorted(abs(v) for v in (self.low, self.high) if v and math.isfinite(v))
+        digits = [1 - math.floor(math.log10(bound)) for bound in bounds[-1:]]
+        if self.significant:
+            digits.append(-math.floor(math.log10(bounds[0])))
+        return min(6, max(3, *digits, 0))
+
+    def texts(self) -> list[str]:
+        """Base, adapter, difference, interval, p and win rate as they stand in tables."""
+
+        def text(value: float | None, sign: str = "") -> str:
+            if value is None:
+                return ""
+            return "nan" if math.isnan(value) else f"{value:{sign}.{self.decimals}f}"
+
+        interval = "" if self.low is None else f"{text(self.low, '+')} to {text(self.high, '+')}"
+        p = "" if self.p is None else "<0.001" if self.p < 0.001 else f"{self.p:.3f}"
+        wins = "" if self.win_rate is None else f"{self.win_rate:.0%}"
+        values = [text(self.base), text(self.adapter), text(self.difference, "+")]
+        return [*values, interval, p, wins]
+
+
+def paired_row(
+    group: str,
+    metric: str,
+    base: torch.Tensor,
+    after: torch.Tensor | None,
+    name: str | None,
+    held_out: bool,
+) -> Row:
+    """Make a row of scores `(seeds, prompts)`; prompts are the independent draws, seeds are not."""
+    before = base.mean(0).double()
+    mean, prompts, unknown = before.mean().item(), len(before), (None, None)
+    if after is None:
+        return Row(group, metric, mean, *unknown, *unknown, prompts, None, held_out=held_out)
+    change = after.mean(0).double() - before
+    adapter, difference = (before + change).mean().item(), change.mean().item()
+    up, down = (after > base).double(), (after < base).double()
+    wins, bounds, p = 0.5 + (up - down).mean().item() / 2, unknown, None
+    if prompts > 1:
+        p, zero_one = sign_flip_p(change), all(((x == 0) | (x == 1)).all() for x in (base, after))
+        # The clips of a prompt may all agree: each prompt counts as one draw, of shares of its clips.
+        counts = up.mean(0).sum().item(), down.mean(0).sum().item(), prompts
+        bounds = proportions_interval(*counts) if zero_one else paired_interval(change)
+    return Row(group, metric, mean, adapter, difference, *bounds, prompts, name, wins, held_out, p)
 
 
 def paired_interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, float]:
