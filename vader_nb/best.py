@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -180,7 +181,8 @@ def trend(before: list[float], after: list[float]) -> str:
     """What the training reward did between two stretches of steps, unpaired: their prompts differ."""
     if min(len(before), len(after)) < 2:
         return "whatever the reward did"
-    t = scipy.stats.ttest_ind(after, before, equal_var=False)[0]
+    welch: Any = scipy.stats.ttest_ind(after, before, equal_var=False)
+    t = welch.statistic
     if not abs(t) > 2:
         return "the reward stays about where it was"
     return "the reward still rises" if t > 0 else "the reward falls too"

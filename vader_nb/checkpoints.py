@@ -237,7 +237,8 @@ def random_states() -> dict:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     states = {"torch": torch.get_rng_state(), "cuda": cuda}
     states["python"] = [version, list(numbers), gauss]
-    kind, key, *rest = np.random.get_state()  # noqa: NPY002
+    state: Any = np.random.get_state()  # noqa: NPY002
+    kind, key, *rest = state
     # A list, because arrays do not load as weights only.
     return states | {"numpy": [kind, key.tolist(), *rest]}
 

@@ -228,7 +228,9 @@ class Evaluator:
         texts = {group: [str(prompt) for prompt in prompts] for group, prompts in groups.items()}
         self.tell_what_is_left_out(sum(texts.values(), []))
         scores = {group: {} for group in groups}
-        clips = {g: ((names * self.seeds_per_prompt)[: self.keep],) for g, names in texts.items()}
+        clips: dict[str, tuple] = {}
+        for group, names in texts.items():
+            clips[group] = ((names * self.seeds_per_prompt)[: self.keep],)
         total = (1 + len(adapters)) * self.seeds_per_prompt * sum(map(len, texts.values()))
         hidden = not progress or self.rank > 0
         with tqdm(total=total, desc="evaluate", unit="clip", disable=hidden) as bar:

@@ -12,6 +12,7 @@ Share of samples, of 4000, whose 95 % interval holds the truth (`paired_interval
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import scipy.optimize
 import scipy.stats
@@ -150,7 +151,8 @@ def proportions_interval(gained: float, lost: float, count: int) -> tuple[float,
 
     difference, edge = (gained - lost) / count, 1 - 1e-9
     bounds = []
-    for end, z in ((-edge, Z), (edge, -Z)):
+    ends: Any = ((-edge, Z), (edge, -Z))
+    for end, z in ends:
         if abs(score(end)) > Z:
             end = scipy.optimize.brentq(lambda d, z=z: score(d) - z, end, difference)
         bounds.append(round(end, 8))
@@ -170,13 +172,8 @@ def sign_flip_p(differences: torch.Tensor) -> float:
         return 1.0
     if abs(changed).min() == abs(changed).max():
         return float(scipy.stats.binomtest(int((changed > 0).sum()), len(changed)).pvalue)
-    test = scipy.stats.permutation_test(
-        (changed,),
-        lambda x, axis: x.mean(axis),
-        permutation_type="samples",
-        vectorized=True,
-        random_state=0,
-    )
+    options: Any = {"permutation_type": "samples", "vectorized": True, "random_state": 0}
+    test = scipy.stats.permutation_test((changed,), lambda x, axis: x.mean(axis), **options)
     return float(test.pvalue)
 
 
