@@ -14,12 +14,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from vader_nb import Prompt, checkpoints, lora
 from vader_nb.checkpoints import list_checkpoints, read
-from vader_nb.rewards import brightness, reward
+from vader_nb.rewards import brightness, motion_smoothness, reward
 from vader_nb.sampling import Sampling
 from vader_nb.strategies import DRTune, Frames, Last
 from vader_nb.trainer import align, best_step
@@ -252,6 +253,13 @@ def test_settings_that_cannot_be_met(fresh, tmp_path, options, message):
             output_dir=tmp_path / "run",
             **(FAST | {"steps": 2} | options),
         )
+
+
+def test_a_clip_reward_that_needs_more_frames_than_are_scored(fresh, tmp_path):
+    for options in ({"sampling": Sampling(num_frames=2)}, {"frames": Frames.at(0, 1)}):
+        with pytest.raises(ValueError, match="smoothness needs at least 3 frames, got 2"):
+            align(fresh(), motion_smoothness(), PROMPTS, output_dir=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_runs_of_one_name(fresh, tmp_path):
@@ -509,6 +517,30 @@ def test_a_checkpoint_is_known_by_what_it_holds_not_by_its_name(fresh, tmp_path)
             resume=kept,
             **options | {"output_dir": tmp_path / "other"},
         )
+
+
+def test_random_states_come_back_from_a_file_numpys_too(tmp_path):
+    def numbers():
+        return torch.rand(1).item(), random.random(), *np.random.normal(size=3)  # noqa: NPY002
+
+    np.random.normal()  # noqa: NPY002, leaves one more in the generator
+    torch.save(checkpoints.random_states(), tmp_path / "states.pt")
+    expected = numbers()
+    states = torch.load(tmp_path / "states.pt", weights_only=True)
+    checkpoints.set_random_states(states)
+    assert numbers() == expected
+    del states["numpy"]  # as an older version wrote it
+    checkpoints.set_random_states(states)
+    assert numbers()[:2] == expected[:2] and numbers()[2] != expected[2]
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_journal(tmp_path):
+    rows = [{"step": 1, "reward": math.nan, "parts": {"a": math.inf}, "all": [0.5, math.nan]}]
+    checkpoints.Journal(tmp_path / "metrics.jsonl", []).add(rows[0])
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail)["reward"] is None
+    (row,) = checkpoints.read_metrics(tmp_path)
+    assert math.isnan(row["reward"]) and math.isnan(row["parts"]["a"]) and row["all"][0] == 0.5
 
 
 def test_a_checkpoint_of_four_gpus_goes_on_where_there_is_one_or_none(fresh, tmp_path, monkeypatch):

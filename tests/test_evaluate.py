@@ -1,15 +1,29 @@
 """The comparison is paired, its intervals are honest, and it grades what can be graded."""
 
 import json
+import math
+import random
 import sys
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
 
-from vader_nb import Sampling, Validation, best_checkpoint, load, lora, prompts, rewards, sample
+from vader_nb import (
+    Sampling,
+    Validation,
+    best_checkpoint,
+    cli,
+    load,
+    lora,
+    prompts,
+    rewards,
+    sample,
+)
 from vader_nb.best import choose
+from vader_nb.checkpoints import random_states, set_random_states
 from vader_nb.distributed import launch
 from vader_nb.evaluation import (
     BASE,
@@ -18,9 +32,15 @@ from vader_nb.evaluation import (
     named_adapters,
     paired_row,
     thumbnails,
+    unique_metrics,
     videomae_features,
 )
-from vader_nb.stats import expanded_quantile, paired_interval
+from vader_nb.stats import (
+    expanded_quantile,
+    paired_interval,
+    proportions_interval,
+    sign_flip_p,
+)
 from vader_nb.trainer import Run
 
 from .test_gradient import adapted
@@ -33,10 +53,13 @@ def test_an_adapter_that_does_nothing_makes_no_difference(micro):
     adapter = lora.add(micro, rank=2)
     evaluation = evaluate(micro, adapter, rewards.brightness(), GROUPS, progress=False)
     assert {row.metric for row in evaluation.rows} == {"brightness", "motion", "diversity"}
-    assert all(
-        row.difference == row.low == row.high == 0 and not row.significant
-        for row in evaluation.rows
-    )
+    for row in evaluation.rows:
+        assert row.difference == row.low == row.high == 0 and not row.significant
+    one = evaluate(micro, adapter, rewards.brightness(), ["a red star"], progress=False)
+    assert one.row("prompts", "brightness").texts()[3:5] == [
+        "",
+        "",
+    ]  # of one prompt nothing is known
     assert evaluation.row("held-out", "motion").prompts == 3
     assert all(row.win_rate == 0.5 for row in evaluation.rows)  # ties
     with pytest.raises(KeyError, match="'training', 'brightness'"):
@@ -160,7 +183,8 @@ def test_several_adapters_are_each_what_it_is_alone(micro, weaker, tmp_path):
     )
     both.save(tmp_path)
     assert {"weak", "strong"} == {
-        row["name"] for row in json.loads((tmp_path / "evaluation.json").read_text())
+        row["name"]
+        for row in json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     }
     assert len(list((tmp_path / "clips").iterdir())) == 4
     nothing.save(tmp_path / "base")
@@ -204,7 +228,7 @@ def test_held_out_rewards_are_marked(micro, weaker, tmp_path):
     )
     assert {row.metric for row in evaluation.rows if row.held_out} == {"colorfulness"}
     assert "colorfulness †" in str(evaluation) and "† not trained on" in str(evaluation)
-    page = evaluation.report(tmp_path / "report.html").read_text()
+    page = evaluation.report(tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("not trained on</span>") == 2  # once a group
 
 
@@ -222,6 +246,7 @@ def test_rows_as_a_data_frame(micro, monkeypatch):
         evaluation.to_pandas()
 
 
+@pytest.mark.filterwarnings("ignore:left out")
 def test_a_text_is_a_set_or_a_file_of_prompts_not_letters(micro, tmp_path):
     """It was taken for a list of prompts, each a letter."""
     shown = []
@@ -232,7 +257,7 @@ def test_a_text_is_a_set_or_a_file_of_prompts_not_letters(micro, tmp_path):
 
     captions = prompts.get("tiny_held_out")
     path = tmp_path / "mine.txt"
-    path.write_text("a red star\na blue circle\n")
+    path.write_text("a red star\na blue circle\n", encoding="utf-8")
     options = {"sampling": Sampling(num_inference_steps=1), "seeds_per_prompt": 1}
     options |= {"progress": False, "keep": 1, "batch_size": 100}
     result = evaluate(micro, None, spy, {"held-out": "tiny_held_out", "file": path}, **options)
@@ -276,6 +301,79 @@ def test_rewards_are_told_apart_by_what_they_are_not_by_their_names(micro):
         run(one, held_out=[one.renamed("another")])
 
 
+def test_names_and_rewards_in_conflict_are_found_before_the_work(micro):
+    def refused(match, trained, *held_out):
+        with pytest.raises(ValueError, match=match):
+            evaluate(micro, None, trained, ["a red star"], held_out=held_out, progress=False)
+        with pytest.raises(ValueError, match=match):
+            unique_metrics(trained, held_out)
+
+    def never(frames, prompts):
+        raise AssertionError("sampled before the names were looked at")
+
+    one = rewards.reward(never, "one")
+    for name in ("motion", "diversity", "oracle: color"):
+        refused(f"is named '{name}', as the metric that evaluate adds", one.renamed(name))
+        refused(f"is named '{name}'", [], one.renamed(name))
+    both = one + rewards.brightness()
+    refused("brightness is trained on", both, rewards.brightness())
+    refused("2 × brightness: brightness is trained on", both, 2 * rewards.brightness())
+    refused("trained on", one, one.renamed("another"))
+    with pytest.raises(ValueError, match="is named 'motion'"):
+        Validation(micro, one.renamed("motion"), ["a red star"])
+
+
+def test_the_shell_says_so_before_it_trains(tmp_path, capsys):
+    words = f"align reward=brightness held_out_reward=brightness name=mine output_dir={tmp_path}"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words.split())
+    assert ended.value.code == 2 and "cannot be held out" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_what_needs_more_frames_is_an_error_or_left_out(tiny):
+    """Clips of one frame had motion nan, and an oracle of motion that said 0."""
+    short = Sampling(num_inference_steps=1, num_frames=1)
+    captions = ["a red star moving left on a white background"] * 2
+    options = {"sampling": short, "progress": False, "features": videomae_features("tiny")}
+    with pytest.warns(UserWarning, match="motion, oracle: motion, diversity; num_frames=1") as told:
+        result = evaluate(tiny, None, rewards.brightness(), captions, **options)
+    assert len([warning for warning in told if "left out" in str(warning.message)]) == 1
+    metrics = [row.metric for row in result.rows]
+    assert metrics == ["brightness"] + [
+        f"oracle: {name}" for name in ("color", "shape", "background", "color and shape")
+    ]
+    action, smooth = rewards.action("tiny"), 0.5 * rewards.motion_smoothness()
+    for reward, least in (
+        (action, "action needs at least 2"),
+        (smooth, "smoothness needs at least 3"),
+    ):
+        for start in (evaluate, lambda model, _, *rest, **more: Validation(model, *rest, **more)):
+            with pytest.raises(ValueError, match=f"{least} frames, got 1"):
+                start(tiny, None, reward, captions, sampling=short)
+
+
+def test_draws_of_a_reward_change_none_outside(micro):
+    def numbers():
+        return torch.rand(1).item(), np.random.uniform(), random.random()  # noqa: NPY002
+
+    def lucky(frames, prompts):
+        return frames.mean(dim=(1, 2, 3, 4)) + sum(numbers())
+
+    adapter = lora.add(micro, 2)
+    validation = Validation(micro, lucky, ["a red star"], sampling=QUICK)
+
+    states = random_states()
+    expected = numbers()
+    for draw in (
+        lambda: validation(adapter),
+        lambda: evaluate(micro, adapter, lucky, ["a red star"], sampling=QUICK, progress=False),
+    ):
+        set_random_states(states)
+        draw()
+        assert numbers() == expected
+
+
 def test_adapters_are_whatever_a_model_can_use(micro, weaker, tmp_path):
     """A file at half its weight, a run and an adapter; each is what sampling with it gives."""
     folder, strong = weaker
@@ -303,13 +401,13 @@ def test_a_report_escapes_names_too(micro, weaker, tmp_path):
         sampling=QUICK,
     )
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(evil)
+    (tmp_path / "run" / "config.json").write_text(evil, encoding="utf-8")
     row = {"step": 1, "reward": 0.1, "grad_norm": 1.0}
     choice = choose({0: None, 20: tmp_path}, torch.zeros(2, 3, dtype=torch.float64), {}, evil)
     choice.verdict += evil
     page = evaluation.report(
         tmp_path / "r.html", Run(weaker[1], [row, row], tmp_path / "run"), choice
-    ).read_text()
+    ).read_text(encoding="utf-8")
     assert evil not in page and page.count("&lt;script&gt;") > 5
     assert page.count("<svg") == 3
 
@@ -325,12 +423,36 @@ def test_win_rate_and_interval_of_a_known_case():
     means = torch.tensor([1, 1, 1, 1, 0.5, 0.5, 0.5, -1])  # over the seeds of a prompt
     assert row.difference == pytest.approx(means.mean().item())
     assert (row.low, row.high) == paired_interval(means)
-    # A mean of 8 draws of this spread: the percentiles of a normal approximation are near enough.
-    reach = (
-        expanded_quantile(scipy.stats.norm.isf(0.025), 8) * means.std(correction=0).item() / 8**0.5
-    )
-    assert row.low == pytest.approx(row.difference - reach, abs=0.2)
-    assert row.high == pytest.approx(row.difference + reach, abs=0.2)
+    reach = scipy.stats.t.isf(0.025, 7) * means.std().item() / 8**0.5
+    assert row.high == pytest.approx(row.difference + reach)
+    assert row.low < row.difference - reach  # where the tail is, the bootstrap-t reaches further
+
+
+def test_intervals_of_zeros_and_ones():
+    """Eight prompts without a change had the interval from 0 to 0."""
+    for count in (8, 32):  # without a change Tango's interval is +-z^2 / (n + z^2)
+        same = paired_row("all", "oracle", torch.ones(2, count), torch.ones(2, count), "a", True)
+        reach = 1.959964**2 / (count + 1.959964**2)
+        assert (same.low, same.high) == pytest.approx((-reach, reach), abs=1e-6)
+        assert same.p == 1 and not same.significant and "+0.000 to" not in same.texts()[3]
+    # Airway hyper-responsiveness before and after a transplantation (Fagerland et al. 2014)
+    assert proportions_interval(1, 7, 21) == pytest.approx((-0.517, -0.026), abs=6e-4)
+    assert proportions_interval(8, 0, 8)[1] == pytest.approx(1)
+    base, after = torch.zeros(1, 8), torch.tensor([[1.0, 1, 1, 1, 1, 0, 0, 0]])
+    row = paired_row("all", "oracle", base, after, "a", True)  # five of five: 2 / 2 ** 5
+    assert row.low > 0 and row.p == pytest.approx(0.0625) and not row.significant
+    assert row.texts()[4] == "0.062"
+    row = paired_row("all", "oracle", base, torch.ones(1, 8), "a", True)
+    assert row.p == pytest.approx(2**-7) and row.significant
+
+
+def test_the_test_of_signs_is_exact():
+    assert sign_flip_p(torch.tensor([1.0] * 6 + [0] * 20 + [-1])) == pytest.approx(16 / 128)
+    assert sign_flip_p(torch.tensor([3.0, 2, 1])) == pytest.approx(2 / 8)
+    assert sign_flip_p(torch.zeros(9)) == 1 and math.isnan(sign_flip_p(torch.tensor([1, math.nan])))
+    strong = torch.linspace(0.1, 1, 40)
+    assert sign_flip_p(strong) < 0.001
+    assert paired_row("all", "x", 0 * strong[None], strong[None], "a", True).texts()[4] == "<0.001"
 
 
 def test_one_clip_without_a_score_spoils_its_own_row_only(micro, tmp_path):
@@ -349,7 +471,9 @@ def test_one_clip_without_a_score_spoils_its_own_row_only(micro, tmp_path):
         and "nan" not in evaluation.row("training", "brightness").texts()
     )
     evaluation.save(tmp_path)
-    assert "nan to nan" in evaluation.report(tmp_path / "report.html").read_text()
+    text = (tmp_path / "evaluation.json").read_text(encoding="utf-8")
+    assert "NaN" not in text and None in [row["base"] for row in json.loads(text)]
+    assert "nan to nan" in evaluation.report(tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_checkpoint_without_a_score_is_not_the_best_and_hides_no_difference():
@@ -377,14 +501,39 @@ def test_students_quantiles():
         )
 
 
-def test_the_interval_covers_as_often_as_it_says():
-    generator = torch.Generator().manual_seed(0)
-    for count in (8, 40):
-        covered = 0
-        for _ in range(200):
-            low, high = paired_interval(0.3 + torch.randn(count, generator=generator))
-            covered += low <= 0.3 <= high
-        assert 0.91 <= covered / 200 <= 0.99
+KINDS = {
+    "normal": (lambda rng, n: rng.standard_normal(n), 0.0),
+    "heavy-tailed": (lambda rng, n: rng.standard_t(3, n), 0.0),
+    "skewed": (lambda rng, n: np.exp(rng.standard_normal(n) / 2), math.exp(1 / 8)),
+    "exponential": (lambda rng, n: rng.exponential(size=n), 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_interval_covers_as_often_as_it_says(kind):
+    draw, truth = KINDS[kind]
+    rng, covered = np.random.default_rng(0), []
+    for count in (6, 8, 16, 32):
+        for seed in range(300):
+            low, high = paired_interval(torch.tensor(draw(rng, count)), seed)
+            covered.append(low <= truth <= high)
+    assert 0.93 <= np.mean(covered) <= 0.98
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 4])
+def test_the_interval_of_zeros_and_ones_covers_whatever_seeds_have_in_common(seeds):
+    rng = np.random.default_rng(0)
+    for gain, loss in ((0.02, 0.02), (0.05, 0), (0.1, 0.05), (0.25, 0), (0.3, 0.1)):
+        for alike in (0, 0.5, 1) if seeds > 1 else (0,):  # chance that a prompt's clips all agree
+            covered = []
+            for count in (6, 8, 16, 32):
+                for _ in range(40):
+                    luck = rng.random((seeds, count))
+                    luck = np.where(rng.random(count) < alike, luck[0], luck)
+                    up, down = luck < gain, luck > 1 - loss
+                    bounds = proportions_interval(up.mean(0).sum(), down.mean(0).sum(), count)
+                    covered.append(bounds[0] <= gain - loss <= bounds[1])
+            assert np.mean(covered) >= 0.93
 
 
 def test_motion_and_features():
@@ -566,7 +715,11 @@ def test_two_processes_find_what_one_does(micro_directory, weaker, tmp_path):
         torch.set_num_threads(threads)
     launch(compare_and_write, micro_directory, weaker[0], tmp_path / "two")
     one, *both = (tmp_path / f"{name}.json" for name in ("one-rank0", "two-rank0", "two-rank1"))
-    assert one.read_text() == both[0].read_text() == both[1].read_text()
+    assert (
+        one.read_text(encoding="utf-8")
+        == both[0].read_text(encoding="utf-8")
+        == both[1].read_text(encoding="utf-8")
+    )
     clips = [torch.load(path.with_suffix(".pt"), weights_only=True) for path in (one, *both)]
     assert [len(clip) for clip in clips[0]] == [5, 5, 4, 4]
     for parts in zip(*clips):

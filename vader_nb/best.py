@@ -7,10 +7,11 @@ adapter = lora.load(model, choice.path)
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import scipy.stats
 import torch
 
@@ -75,22 +76,20 @@ class Choice:
         """
         from matplotlib.figure import Figure
 
-        best, points = self.best, self.points
-        steps = [point.step for point in points]
+        best, columns = self.best, zip(*map(astuple, self.points))
+        steps, _, rewards, held_out, _, low, high = (np.array(c) for c in columns)
         figure = Figure(figsize=(6, 4.5), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
-        rewards = [math.nan if point.reward is None else point.reward for point in points]
-        above.plot(steps, rewards, "o-", color="#3b82c4", markersize=4)
+        above.plot(steps, rewards.astype(float), "o-", color="#3b82c4", markersize=4)
         above.set(ylabel="trained on")
-        below.plot(steps, [p.held_out for p in points], "o-", color=ORANGE, markersize=4)
-        low = [best.held_out + point.low for point in points]
-        high = [best.held_out + point.high for point in points]
-        below.fill_between(steps, low, high, color=ORANGE, alpha=0.2, linewidth=0)
+        below.plot(steps, held_out, "o-", color=ORANGE, markersize=4)
+        band = best.held_out + low, best.held_out + high
+        below.fill_between(steps, *band, color=ORANGE, alpha=0.2, linewidth=0)
         below.axhline(best.held_out, color="gray", linestyle=":", linewidth=1)
         star = {"color": ORANGE, "markersize": 15, "label": f"best: step {best.step}"}
         below.plot(best.step, best.held_out, "*", **star)
         below.set(ylabel=f"held out: {self.reward}", xlabel="step")
-        below.legend(loc="best")
+        below.legend()
         return figure
 
 
@@ -142,16 +141,14 @@ def choose(
     means = scores.mean(1)
     candidates = means[1:]  # the base is no checkpoint
     place = 1 + int(candidates.nan_to_num(nan=-math.inf).argmax())  # of equals the earliest
-    low, high = simultaneous_intervals(scores)
-    since = [[]]  # training rewards since the checkpoint before
-    for before, step in zip(steps, steps[1:]):
-        since.append([reward for s, reward in trained.items() if before < s <= step])
-    points = []
-    for i, step in enumerate(steps):
-        reward = sum(since[i]) / len(since[i]) if since[i] else None
-        difference = (scores[i] - scores[place]).mean()
-        values = (means[i], difference, low[i, place], high[i, place])
-        points.append(Point(step, paths[step], reward, *(value.item() for value in values)))
+    # Training rewards since the checkpoint before.
+    spans = zip([steps[0], *steps], steps)
+    since = [[r for step, r in trained.items() if a < step <= b] for a, b in spans]
+    rewards = [sum(found) / len(found) if found else None for found in since]
+    low, high = (bound[:, place] for bound in simultaneous_intervals(scores))
+    judged = (means, (scores - scores[place]).mean(1), low, high)
+    columns = (steps, paths.values(), rewards, *(column.tolist() for column in judged))
+    points = [Point(*row) for row in zip(*columns)]
     verdict = _verdict(points, points[place], trend(since[place], since[-1]), prompts)
     return Choice(points, points[place], verdict, name, prompts)
 

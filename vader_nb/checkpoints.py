@@ -10,6 +10,7 @@ Files are written beside their place, forced to the disk and renamed: a kill, a 
 leaves the last whole one. A checkpoint that cannot be written is a warning: there may be room for the next.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -18,8 +19,11 @@ import random
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -164,6 +168,19 @@ def write_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+def to_json(value: Any, **options) -> str:
+    """The JSON of a value, with null in the place of numbers that are not finite: JSON has none."""
+
+    def finite(part):
+        if isinstance(part, dict):
+            return {key: finite(item) for key, item in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(item) for item in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
 def fsync(path: Path) -> None:
     """Wait until the disk has it: a rename may otherwise reach the disk before what it names."""
     handle = os.open(path, os.O_RDONLY)
@@ -198,10 +215,10 @@ class Journal:
             return
         try:
             if self.saved is None:
-                write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+                write_text(self.path, "".join(to_json(row) + "\n" for row in self.rows))
             else:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in self.rows[self.saved :]))
+                    file.write("".join(to_json(row) + "\n" for row in self.rows[self.saved :]))
             self.saved = len(self.rows)
         except OSError as error:
             self.saved = None  # a line may be torn: all of it again, next time
@@ -218,7 +235,12 @@ def random_states() -> dict:
     """Of the generators that a reward may draw from. The trainer's own are seeded by the step."""
     version, numbers, gauss = random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(numbers), gauss]}
+    states = {"torch": torch.get_rng_state(), "cuda": cuda}
+    states["python"] = [version, list(numbers), gauss]
+    state: Any = np.random.get_state()  # noqa: NPY002
+    kind, key, *rest = state
+    # A list, because arrays do not load as weights only.
+    return states | {"numpy": [kind, key.tolist(), *rest]}
 
 
 def set_random_states(states: dict) -> None:
@@ -228,6 +250,18 @@ def set_random_states(states: dict) -> None:
         torch.cuda.set_rng_state(state, device)
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
+    if "numpy" in states:  # an older version did not record it
+        np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Inside, what is drawn changes nothing outside."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
 
 
 def save(folder: Path, step: int, adapter: lora.Adapter, contents: dict, **metadata) -> bool:
@@ -296,8 +330,13 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, state
 
 
+def not_finite(values: dict) -> dict:
+    """NaN in the place of None, as `to_json` wrote it."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
 def read_metrics(folder: str | Path, step: float = math.inf) -> list[dict]:
-    """The rows of metrics.jsonl up to a step; a kill may have torn the last line."""
+    """The rows of metrics.jsonl up to a step, NaN for null; a kill may have torn the last line."""
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = []
@@ -305,7 +344,7 @@ def read_metrics(folder: str | Path, step: float = math.inf) -> list[dict]:
         if not line.endswith("\n"):
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_hook=not_finite)
             if row["step"] <= step:
                 rows.append(row)
         except (ValueError, TypeError, KeyError) as error:

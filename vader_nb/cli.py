@@ -127,6 +127,8 @@ def resume_of(arguments) -> bool | str:
 
 
 def run_align(arguments):
+    from .metrics import unique_metrics
+
     # Everything that can be wrong with the words is found before anything is loaded.
     vader_nb.speed.read(arguments.speed or "")
     settings = settings_of(arguments, vader_nb.TrainConfig.flat_fields())
@@ -139,6 +141,7 @@ def run_align(arguments):
     if arguments.evaluation or arguments.validation_steps:
         groups = evaluation_prompts(arguments, prompts)
     reward, *others = parse_rewards(arguments)
+    unique_metrics(reward, others)  # a held-out reward that is trained on is an error now
     if in_tiny_world(arguments):
         prompts = in_vocabulary(arguments, reward, prompts)
         groups = groups and evaluation_prompts(arguments, prompts)

@@ -6,80 +6,32 @@ evaluation.report(run.folder / "report.html", run)
 evaluate(model, {"K = 1": "runs/k1", "K = 5": "runs/k5"}, reward, "tiny_held_out")
 """
 
-import json
-import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from . import distributed, lora
+from . import distributed, lora, metrics
 from . import prompts as prompt_sets
-from .checkpoints import write_text
+from .checkpoints import random_states_kept, to_json, write_text
 from .lora import Adapter
 from .metrics import Scores, measure, motion, thumbnails, unique_metrics, videomae_features  # noqa: F401
 from .models import VideoModel
 from .prompts import Prompt
 from .rewards import Reward
 from .sampling import Sampling, sample
-from .stats import MIN_PROMPTS, paired_interval
+from .stats import NOTES, Row, paired_row
 from .video import Gallery, Video, grid
+from .zoo import world
 
 BASE = "base"
-
-
-@dataclass
-class Row:
-    """One metric of one adapter on one group of prompts: means over prompts, and their difference.
-
-    Where only the base was evaluated, there is no name and only `base` and `prompts` have values.
-    """
-
-    group: str
-    metric: str
-    base: float
-    adapter: float | None
-    difference: float | None  # paired: same prompt, same seed
-    low: float | None  # the difference's 95 % bootstrap interval over prompts
-    high: float | None
-    prompts: int
-    name: str | None = "adapter"
-    win_rate: float | None = None  # share of clips on which the adapter is higher, ties half
-    held_out: bool = False  # not trained on
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes zero, on at least `MIN_PROMPTS` prompts."""
-        if self.low is None or self.high is None or self.prompts < MIN_PROMPTS:
-            return False
-        return self.low > 0 or self.high < 0
-
-    @property
-    def decimals(self) -> int:
-        """Digits that show two leading ones of the interval, and that it excludes zero; 3 to 6."""
-        bounds = sorted(abs(v) for v in (self.low, self.high) if v and math.isfinite(v))
-        digits = [3]
-        if bounds:
-            digits.append(1 - math.floor(math.log10(bounds[-1])))
-        if self.significant:
-            digits.append(-math.floor(math.log10(bounds[0])))
-        return min(6, max(digits))
-
-    def texts(self) -> list[str]:
-        """Base, adapter, difference, interval and win rate as they stand in tables."""
-
-        def text(value: float | None, sign: str = "") -> str:
-            if value is None:
-                return ""
-            return "nan" if math.isnan(value) else f"{value:{sign}.{self.decimals}f}"
-
-        interval = "" if self.low is None else f"{text(self.low, '+')} to {text(self.high, '+')}"
-        wins = "" if self.win_rate is None else f"{self.win_rate:.0%}"
-        return [text(self.base), text(self.adapter), text(self.difference, "+"), interval, wins]
 
 
 @dataclass
@@ -114,42 +66,39 @@ class Evaluation:
     def __str__(self) -> str:
         several = len(self.adapters) > 1
         mean = "mean" if several else "adapter"
-        lines = [["", "", "adapter", "base", mean, "difference", "95 % interval", "wins", ""]]
+        lines = [["", "", "adapter", "base", mean, "difference", "95 % interval", "p", "wins", ""]]
         for row in self.rows:
-            metric = f"{row.metric} †" if row.held_out else row.metric
-            mark = "*" if row.significant else ""
-            lines.append([row.group, metric, row.name or "", *row.texts(), mark])
+            words = [row.group, row.metric + " †" * row.held_out, row.name or ""]
+            lines.append([*words, *row.texts(), "*" * row.significant])
         if not several:
             lines = [line[:2] + line[3:] for line in lines]
+        # Words to the left, and numbers, which are as many in every table, to the right.
+        sides = "<" * (len(lines[0]) - 7) + ">" * 7
         widths = [max(map(len, column)) for column in zip(*lines)]
-        numbers = 3 if several else 2  # the first column of numbers
         table = []
         for line in lines:
-            cells = [cell.ljust(width) for cell, width in zip(line, widths)]
-            cells[numbers:] = [cell.rjust(width) for cell, width in zip(line, widths)][numbers:]
+            cells = [f"{cell:{side}{w}}" for cell, side, w in zip(line, sides, widths)]
             table.append("  ".join(cells).rstrip())
-        table.append(f"* the interval excludes zero, on at least {MIN_PROMPTS} prompts")
-        if any(row.held_out for row in self.rows):
-            table.append("† not trained on")
-        return "\n".join(table)
+        held_out = ["† not trained on"] * any(row.held_out for row in self.rows)
+        return "\n".join([*table, f"* {NOTES[0]}", *NOTES[1:], *held_out])
 
     __repr__ = __str__
 
     def gallery(self, group: str, count: int = 6) -> Gallery:
         """Show the base over the adapters, on the same prompts and seeds."""
         prompts, *clips = self.clips[group]
-        rows = {}
-        for name, frames in zip([BASE, *self.adapters], clips):
-            pairs = zip(frames[:count], prompts)
-            rows[name] = [Video(clip, self.fps, prompt) for clip, prompt in pairs]
-        return Gallery(rows)
+        rows = [
+            [Video(clip, self.fps, prompt) for clip, prompt in zip(frames[:count], prompts)]
+            for frames in clips
+        ]
+        return Gallery(dict(zip([BASE, *self.adapters], rows)))
 
     def save(self, folder: str | Path) -> None:
         """Write `evaluation.json`, and in `clips/` a gif and an mp4 of each group."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         rows = [asdict(row) for row in self.rows]
-        write_text(folder / "evaluation.json", json.dumps(rows, indent=2) + "\n")
+        write_text(folder / "evaluation.json", to_json(rows, indent=2) + "\n")
         for number, (_, *clips) in enumerate(self.clips.values()):
             sheet = grid(torch.cat([frames[:8] for frames in clips]), len(clips[0][:8]))
             for suffix in (".gif", ".mp4"):  # a number, because a prompt is never a file name
@@ -203,10 +152,9 @@ def evaluate(
         FileNotFoundError: An adapter or a prompt file is missing. Both before the work starts.
     """
     adapters, groups = named_adapters(adapter), prompt_groups(prompts)
-    metrics, trained = unique_metrics(rewards, held_out)
-    evaluator = Evaluator(
-        model, metrics, sampling, features, seeds_per_prompt, batch_size, seed, keep
-    )
+    measured, trained = unique_metrics(rewards, held_out)
+    numbers = (seeds_per_prompt, batch_size, seed, keep)
+    evaluator = Evaluator(model, measured, sampling, features, *numbers)
     for which in adapters.values():
         lora.check_fits(model, which)
     clips, scores = evaluator.compare(adapters, groups, progress)
@@ -224,10 +172,11 @@ def named_adapters(adapter: Any) -> dict[str, Any]:
     """Return adapters by name; a single one is called "adapter"."""
     if adapter is None:
         return {}
-    several = isinstance(adapter, Mapping)
-    if several and adapter and all(isinstance(w, (int, float)) for w in adapter.values()):
-        several = False  # {path: weight} is one adapter
-    adapters = dict(adapter) if several else {"adapter": adapter}
+    # {path: weight} is one adapter.
+    one = not isinstance(adapter, Mapping) or (
+        adapter and all(isinstance(weight, (int, float)) for weight in adapter.values())
+    )
+    adapters = {"adapter": adapter} if one else dict(adapter)
     if BASE in adapters:
         raise ValueError(f"no adapter can be named {BASE!r}: that is the model without one")
     return adapters
@@ -261,11 +210,14 @@ class Evaluator:
         for name in ("seeds_per_prompt", "batch_size", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.num_frames = (self.sampling or Sampling()).resolve(self.model).num_frames
+        for metric in self.metrics:
+            metric.check_frames(self.num_frames)
+        least = getattr(self.features, "min_frames", 1)
+        self.diverse = self.seeds_per_prompt > 1 and self.num_frames >= least
         self.rank, self.num_processes = 0, 1
         # Asked first, because accelerate's state, once made, decides the device of later training.
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from accelerate import PartialState
-
             state = PartialState(cpu=self.model.device.type == "cpu")
             self.rank, self.num_processes = state.process_index, state.num_processes
 
@@ -273,11 +225,13 @@ class Evaluator:
         self, adapters: Mapping[str, Any], groups: Mapping[str, Sequence], progress: bool
     ) -> tuple[dict[str, tuple], dict[str, dict[str, Scores]]]:
         """Run the base and each adapter on all groups; clips and scores as in `Evaluation`."""
-        clips, scores = {}, {group: {} for group in groups}
-        for group, prompts in groups.items():
-            texts = [str(prompt) for prompt in prompts] * self.seeds_per_prompt
-            clips[group] = (texts[: self.keep],)
-        total = (1 + len(adapters)) * self.seeds_per_prompt * sum(map(len, groups.values()))
+        texts = {group: [str(prompt) for prompt in prompts] for group, prompts in groups.items()}
+        self.tell_what_is_left_out(sum(texts.values(), []))
+        scores = {group: {} for group in groups}
+        clips: dict[str, tuple] = {}
+        for group, names in texts.items():
+            clips[group] = ((names * self.seeds_per_prompt)[: self.keep],)
+        total = (1 + len(adapters)) * self.seeds_per_prompt * sum(map(len, texts.values()))
         hidden = not progress or self.rank > 0
         with tqdm(total=total, desc="evaluate", unit="clip", disable=hidden) as bar:
             for name, which in {BASE: None, **adapters}.items():
@@ -287,6 +241,18 @@ class Evaluator:
                         clips[group] += (shown,)
         return clips, scores
 
+    def tell_what_is_left_out(self, prompts: Sequence[str]) -> None:
+        """Warn of metrics that need more frames than the clips have."""
+        short = [name for name, least in metrics.MIN_FRAMES.items() if self.num_frames < least]
+        if "oracle: motion" in short and not any(map(world.parse, prompts)):
+            short.remove("oracle: motion")
+        if self.seeds_per_prompt > 1 and not self.diverse:
+            short.append("diversity")
+        if short and self.rank == 0:
+            remark = f"left out, for lack of frames: {', '.join(short)}"
+            warnings.warn(f"{remark}; num_frames={self.num_frames}", stacklevel=4)
+
+    @random_states_kept()  # a reward that draws must not change what training draws
     def run(
         self, adapter: Adapter | None, prompts: Sequence[str | Prompt], bar: tqdm | None = None
     ) -> tuple[Scores, torch.Tensor]:
@@ -307,32 +273,29 @@ class Evaluator:
             batch = batches[min(number, len(batches) - 1)]
             chosen = [prompts[i % len(prompts)] for i in batch]
             seeds = [self.seed + i for i in batch]
-            frames = sample(
-                self.model, chosen, seeds=seeds, sampling=self.sampling, adapter=adapter
-            )
+            options = {"seeds": seeds, "sampling": self.sampling, "adapter": adapter}
+            frames = sample(self.model, chosen, **options)
             if spare:  # sampled only because sharded processes call the denoiser equally often
                 break
             self.model.onload(*(module for metric in self.metrics for module in metric.networks))
             scores = measure(frames, [str(prompt) for prompt in chosen], self.metrics)
-            if self.seeds_per_prompt > 1:
+            if self.diverse:
                 scores["diversity"] = self.features(frames).float().cpu()
             parts.append((number, scores, frames[: max(0, self.keep - batch.start)].cpu()))
             if bar is not None:
                 bar.update(min(len(batch) * self.num_processes, bar.total - bar.n))
         if self.num_processes > 1:
-            from accelerate.utils import gather_object
-
             parts = sorted(gather_object(parts), key=lambda part: part[0])
         _, scores, frames = zip(*parts)
         return self._columns(scores), torch.cat(frames)
 
     def _columns(self, batches: Sequence[Scores]) -> Scores:
         """Join the scores of all batches to (seeds, prompts)."""
-        columns = {}
-        for name in batches[0]:
-            if all(name in batch for batch in batches):  # oracles may apply to some batches only
-                column = torch.cat([batch[name] for batch in batches])
-                columns[name] = column.unflatten(0, (self.seeds_per_prompt, -1))
+        # Oracles may apply to some batches only.
+        names = [name for name in batches[0] if all(name in batch for batch in batches)]
+        joined = {name: torch.cat([batch[name] for batch in batches]) for name in names}
+        shape = (self.seeds_per_prompt, -1)
+        columns = {name: column.unflatten(0, shape) for name, column in joined.items()}
         if "diversity" in columns:
             columns["diversity"] = columns["diversity"].var(0).mean(1)[None]
         return columns
@@ -359,31 +322,9 @@ class Validation:
         self.prompts = prompt_sets.get(prompts)
         listed = rewards if isinstance(rewards, list) else [rewards]
         self.rewards, _ = unique_metrics([], listed)
-        self.evaluator = Evaluator(
-            model, self.rewards, sampling, thumbnails, 1, batch_size, seed, keep=1
-        )
+        numbers = (1, batch_size, seed, 1)
+        self.evaluator = Evaluator(model, self.rewards, sampling, thumbnails, *numbers)
 
     def __call__(self, adapter: Adapter) -> dict[str, float]:
-        with torch.random.fork_rng():  # a reward that draws must not change what training draws
-            scores, _ = self.evaluator.run(adapter, self.prompts)
+        scores, _ = self.evaluator.run(adapter, self.prompts)
         return {reward.name: scores[reward.name].mean().item() for reward in self.rewards}
-
-
-def paired_row(
-    group: str,
-    metric: str,
-    base: torch.Tensor,
-    after: torch.Tensor | None,
-    name: str | None,
-    held_out: bool,
-) -> Row:
-    """Make a row of scores `(seeds, prompts)`; prompts are the independent draws, seeds are not."""
-    before = base.mean(0).double()
-    mean, prompts = before.mean().item(), len(before)
-    if after is None:
-        return Row(group, metric, mean, None, None, None, None, prompts, None, None, held_out)
-    change = after.mean(0).double() - before
-    adapter, difference = (before + change).mean().item(), change.mean().item()
-    low, high = paired_interval(change)
-    wins = ((after > base).double() + 0.5 * (after == base)).mean().item()
-    return Row(group, metric, mean, adapter, difference, low, high, prompts, name, wins, held_out)

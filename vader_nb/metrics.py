@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 from .rewards import Reward, as_reward
+from .zoo import oracles, world
 
+# What cannot be measured on clips of fewer frames; see also `Reward.min_frames`.
+MIN_FRAMES = {"motion": 2, "oracle: motion": 5}
 # Metric -> scores (B,), or (seeds, prompts); diversity has one value per prompt, (1, prompts).
 Scores = dict[str, torch.Tensor]
 
@@ -15,6 +18,8 @@ Scores = dict[str, torch.Tensor]
 @torch.no_grad()
 def measure(frames: torch.Tensor, prompts: list[str], metrics: Iterable[Reward]) -> Scores:
     """Score clips with rewards, motion, and the oracles if all prompts are of the tiny world.
+
+    What needs more frames is left out.
 
     Args:
         frames: Shape `(B, F, 3, H, W)`.
@@ -24,14 +29,13 @@ def measure(frames: torch.Tensor, prompts: list[str], metrics: Iterable[Reward])
     Returns:
         Scores `(B,)` by name.
     """
-    from .zoo import oracles, world
-
     scores = {metric.name: metric(frames, prompts) for metric in metrics}
     if all(world.parse(prompt) for prompt in prompts):
         for name, value in oracles.grade(frames, prompts).items():
             scores[f"oracle: {name}"] = value
     scores["motion"] = motion(frames)
-    return {name: value.float().cpu() for name, value in scores.items()}
+    enough = [name for name in scores if frames.shape[1] >= MIN_FRAMES.get(name, 1)]
+    return {name: scores[name].float().cpu() for name in enough}
 
 
 def motion(frames: torch.Tensor) -> torch.Tensor:
@@ -67,6 +71,7 @@ def videomae_features(checkpoint: str | Path = "tiny") -> Callable[[torch.Tensor
         with position_table(reward.classifier, pixels.shape[1]):
             return reward.classifier.videomae(pixels).last_hidden_state.mean(1)
 
+    features.min_frames = reward.min_frames
     return features
 
 
@@ -77,7 +82,8 @@ def unique_metrics(
     """Return each reward and each of its parts once, and the names of those trained on.
 
     Raises:
-        ValueError: A held-out reward was trained on, or different rewards share a name.
+        ValueError: A held-out reward, or a part of it, was trained on; or different rewards share a
+            name, or have the name of something else that is measured.
     """
     listed = rewards if isinstance(rewards, Sequence) else [rewards]
     trained = {}
@@ -86,12 +92,21 @@ def unique_metrics(
             trained.setdefault(part.fingerprint, part)
     metrics = dict(trained)
     for reward in map(as_reward, held_out):
-        if reward.fingerprint in trained:
-            raise ValueError(f"{reward.name}: trained on, so it cannot be held out")
+        for part in (reward, *reward.parts()):
+            if known := trained.get(part.fingerprint):
+                of = "" if part is reward else f"{reward.name}: "
+                raise ValueError(
+                    f"{of}{part.name} is trained on (as {known.name}), so it cannot be held out"
+                )
         metrics.setdefault(reward.fingerprint, reward)
     named = {}
     for fingerprint, reward in metrics.items():
         other = named.setdefault(reward.name, fingerprint)
+        if reward.name in ("motion", "diversity") or reward.name.startswith("oracle: "):
+            raise ValueError(
+                f"the reward {fingerprint} is named {reward.name!r}, as the metric that evaluate "
+                "adds by itself; give it another name with reward.renamed('...')"
+            )
         if other != fingerprint:
             raise ValueError(
                 f"two rewards are named {reward.name!r}: {other} and {fingerprint}; "

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from .checkpoints import write_text
-from .stats import MIN_PROMPTS
+from .stats import NOTES
 from .video import Video, grid
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def write_report(
     config = None if run is None else run.folder / "config.json"
     page = TEMPLATES.get_template("report.html.j2").render(
         evaluation=evaluation,
-        min_prompts=MIN_PROMPTS,
+        notes=NOTES,
         run=run,
         curves=[] if run is None or len(run.rewards) < 2 else curves(run.metrics),
         config=config.read_text(encoding="utf-8") if config and config.exists() else None,

@@ -158,7 +158,8 @@ class Trainer:
         # Draw once, so that a window or frames that do not fit are an error now.
         generator = torch.Generator().manual_seed(config.seed)
         config.strategy.plan(model.num_steps(config.sampling), generator)
-        config.frames.choose(config.sampling.num_frames, generator)
+        frames = config.frames.choose(config.sampling.num_frames, generator)
+        self.reward.check_frames(len(frames))
 
     @exclusive
     def fit(self) -> Run:

@@ -46,6 +46,7 @@ class Reward:
 
     name: str = "reward"
     per_frame: bool = True
+    min_frames: int = 1  # of a clip that it can judge
     differentiable: bool = True
     range: tuple[float, float] = (-math.inf, math.inf)
     unit: str = ""
@@ -80,6 +81,14 @@ class Reward:
         """Raises ValueError for a prompt that this reward cannot judge."""
         for child in self.children:
             child.check_prompts(prompts)
+
+    def check_frames(self, count: int) -> None:
+        """Raises ValueError if this reward cannot judge clips of so many frames."""
+        for child in self.children:
+            child.check_frames(count)
+        if count < self.min_frames:
+            needed = f"{self.name} needs at least {self.min_frames} frames"
+            raise ValueError(f"{needed}, got {count}; raise num_frames, or score more of them")
 
     def parts(self) -> list["Reward"]:
         """The rewards that this one is made of, each to be reported by itself."""

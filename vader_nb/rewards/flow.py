@@ -26,6 +26,7 @@ class FlowSmoothness(NetworkReward):
     """
 
     name, range, unit, per_frame = "flow smoothness", (-float("inf"), 0.0), "diagonals/frame", False
+    min_frames = 3
     frames_at_once = 1  # pairs: what RAFT compares is the square of a picture's area
 
     def __init__(self, raft: RAFT, floor: float = 0.0):
@@ -54,9 +55,7 @@ class FlowSmoothness(NetworkReward):
         return self.per_picture(between, torch.cat([frames[:, :-1], frames[:, 1:]], dim=2))
 
     def scores(self, frames, prompts):
-        if frames.shape[1] < 3:
-            got = frames.shape[1]
-            raise ValueError(f"flow smoothness needs at least 3 frames, got {got}; score more")
+        self.check_frames(frames.shape[1])
         flow = self.flow(frames)
         change = flow.diff(dim=1).norm(dim=2).mean(dim=(1, 2, 3))
         missing = (self.floor - flow.norm(dim=2).mean(dim=(1, 2, 3))).relu()

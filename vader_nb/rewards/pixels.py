@@ -89,14 +89,13 @@ class MotionSmoothness(Reward):
     """
 
     name, range, per_frame = "motion smoothness", (-4.0, 0.0), False
+    min_frames = 3
 
     def __init__(self, floor: float = 0.01):
         self.floor = floor
 
     def scores(self, frames, prompts):
-        if frames.shape[1] < 3:
-            got = frames.shape[1]
-            raise ValueError(f"motion smoothness needs at least 3 frames, got {got}; score more")
+        self.check_frames(frames.shape[1])
         change = frames.diff(dim=1)
         acceleration = change.diff(dim=1).abs().mean(dim=(1, 2, 3, 4))
         missing = (self.floor - change.abs().mean(dim=(1, 2, 3, 4))).relu()

@@ -32,6 +32,7 @@ class Action(NetworkReward):
     """
 
     name, range, unit, per_frame = "action", (-float("inf"), 0.0), "log-probability", False
+    min_frames = 2
 
     def __init__(self, classifier: VideoMAEForVideoClassification, label: str | None = None):
         super().__init__([classifier], classifier.videomae.encoder.layer)
@@ -74,9 +75,7 @@ class Action(NetworkReward):
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """The classifier's input, with the last frame repeated to fill the last tubelet."""
-        if frames.shape[1] < 2:
-            got = frames.shape[1]
-            raise ValueError(f"the action reward needs at least 2 frames, got {got}; score all")
+        self.check_frames(frames.shape[1])
         missing = -frames.shape[1] % self.config.tubelet_size
         frames = torch.cat([frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
         return preprocess(frames, self.config.image_size).to(self.dtype)

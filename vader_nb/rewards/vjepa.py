@@ -105,14 +105,17 @@ class TemporalConsistency(NetworkReward):
         # counts clip lengths). They start at zero: one that is still zero was never trained.
         return family if self.model.predictor.embeddings.mask_tokens[family].any() else 0
 
-    def scores(self, frames, prompts):
-        step, count = self.config.tubelet_size, frames.shape[1]
+    def check_frames(self, count):
+        step = self.config.tubelet_size
         if count < step or count % step:
             hint = f"drop {count % step}, as in frames[:, :{count - count % step}]"
             raise ValueError(
                 f"temporal consistency needs a multiple of {step} frames, got {count}: "
                 f"{hint if count >= step else 'score more'}, or repeat the last one"
             )
+
+    def scores(self, frames, prompts):
+        self.check_frames(frames.shape[1])
         tokens = self.model.encoder.embeddings(self.pixels(frames))
         places = torch.arange(tokens.shape[1], device=tokens.device)
         target = F.layer_norm(at_least_float32(self.encode(tokens, places)), tokens.shape[-1:])
