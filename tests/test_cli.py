@@ -149,6 +149,58 @@ def test_a_stop_before_the_first_step_is_said_as_it_is(shell, monkeypatch):
     assert done.returncode == 130 and "interrupted" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["sample"], "which prompt\\?"),
+        (["sample", "caf\udce9"], "not UTF-8"),
+        (["sample", "a cat", f"seed={10**30}"], "seed must be at most"),
+        (["sample", "a cat", "threads=0"], "threads must be at least 1, got 0"),
+        (["sample", "a cat", "format=exe"], "must end in .gif, .webp, .mp4"),
+        (["align", "model=tinny"], "unknown model 'tinny': choose one of tiny"),
+        (["align", "validation_steps=0"], "validation_steps must be at least 1, got 0"),
+        (["align", "max_grad_norm=nan"], "max_grad_norm must be at least 0, got nan"),
+        (["check", "hps + 'a'"], "computes with a text"),
+        (["translate-config"], "which file\\?"),
+        (["export"], "which adapter\\?"),
+        (["export", "nothing"], "no adapter file at nothing"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_the_work(shell, tmp_path, words, message):
+    done = shell(*words)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    lines = [x for x in done.stderr.splitlines() if x and "Loading weights" not in x]
+    assert len(lines) == 1 and re.search(message, lines[0])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("1: 3", "unknown key '1'"),
+        ("yes: 3", "unknown key 'True'"),
+        ("null: 3", "odd.yaml is not YAML"),
+        ("prompts: [[a]]", "prompts must be a list of texts"),
+    ],
+)
+def test_odd_files_are_one_line(shell, tmp_path, text, message):
+    (tmp_path / "odd.yaml").write_text(text, encoding="utf-8")
+    done = shell("sample", "config=odd.yaml")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_begins_with_a_command_that_works(shell):
+    for name, (_, kind) in cli.COMMANDS.items():
+        first = shell(name, "--help").stdout.splitlines()[0]
+        assert first == kind.example and name in first
+
+
+def test_a_terminal_without_unicode(tmp_path):
+    command = [sys.executable, "-m", "vader_nb", "align", "--help"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0 and "learning_rate" in done.stdout
+
+
 def test_two_unnamed_starts_in_one_second_are_two_runs(shell, tmp_path, monkeypatch):
     monkeypatch.setattr(cli.time, "strftime", lambda form: "20261125-083159")
     for rate in ("1e-3", "1e-2"):
