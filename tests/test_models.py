@@ -216,3 +216,15 @@ def test_a_model_that_offloads_is_moved_before_not_after(micro):
     micro.enable_model_cpu_offload()
     with pytest.raises(RuntimeError, match="before that"):
         micro.to(torch.float32)
+
+
+def test_words_that_the_text_encoder_does_not_see_are_said_once(micro):
+    import warnings
+
+    limit = micro.tokenizer.model_max_length
+    text = " ".join(["red"] * limit + ["star"])
+    with pytest.warns(UserWarning, match=f"reads {limit} tokens, .*not seen: '.*star'"):
+        micro.encode([text])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        micro.encode([text, "a red star"])

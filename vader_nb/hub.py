@@ -162,7 +162,7 @@ class DummyTokenizer:
 
     model_max_length = 77
 
-    def __call__(self, texts: str | list[str], *, max_length: int, **options):
+    def __call__(self, texts: str | list[str], *, max_length: int = 77, **options):
         from transformers import BatchEncoding
 
         count = 1 if isinstance(texts, str) else len(texts)

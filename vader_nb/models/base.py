@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -385,6 +386,18 @@ class VideoModel(ABC):
     def dtype(self) -> torch.dtype:
         """The denoiser's."""
         return next(self.denoiser.parameters()).dtype
+
+
+def warn_truncated(tokenizer, text: str, max_length: int | None = None) -> None:
+    """Warn of the words that a text encoder does not get to see, which the tokenizer cuts off."""
+    limit = max_length or tokenizer.model_max_length
+    ids = tokenizer(text, truncation=False, verbose=False).input_ids
+    if len(ids) > limit:
+        lost = tokenizer.decode(ids[limit - 1 : -1])  # the last one marks the end
+        warnings.warn(
+            f"the text encoder reads {limit} tokens, the prompt has {len(ids)}; not seen: {lost!r}",
+            stacklevel=2,
+        )
 
 
 def rounded_eta(scheduler: DDIMScheduler, t, eta: float) -> float:

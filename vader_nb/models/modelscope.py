@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..hub import DummyTokenizer
 from ..prompts import Prompt
-from .base import Conditioning, VideoModel
+from .base import Conditioning, VideoModel, warn_truncated
 
 # The published architecture, for `from_config`; what is missing here is the classes' own default.
 PUBLISHED = {
@@ -168,6 +168,7 @@ class ModelScope(VideoModel):
         it was first encoded with.
         """
         self.onload(self.text_encoder)
+        warn_truncated(self.tokenizer, text)
         tokens = self.tokenizer(
             text,
             padding="max_length",
