@@ -151,11 +151,11 @@ def proportions_interval(gained: float, lost: float, count: int) -> tuple[float,
 
     difference, edge = (gained - lost) / count, 1 - 1e-9
     bounds = []
-    ends: Any = ((-edge, Z), (edge, -Z))
-    for end, z in ends:
+    for end, z in ((-edge, Z), (edge, -Z)):
+        root: Any = end
         if abs(score(end)) > Z:
-            end = scipy.optimize.brentq(lambda d, z=z: score(d) - z, end, difference)
-        bounds.append(round(end, 8))
+            root = scipy.optimize.brentq(lambda d, z=z: score(d) - z, end, difference)
+        bounds.append(round(root, 8))
     return bounds[0], bounds[1]
 
 
