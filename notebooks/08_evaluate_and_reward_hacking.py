@@ -246,7 +246,8 @@ course.predict(guess, happened, values)
 #
 # * **difference** is *paired*: same prompt, same seed, with and without the adapter. The difficulty of a prompt cancels out.
 # * **95 % interval**: what the difference might be on other prompts of this kind. With zero inside we cannot tell, which is
-#   not the same as *no effect*. A `*` marks intervals that exclude zero. (In twenty lines, expect one false star.)
+#   not the same as *no effect*. **p** asks how often chance alone, flipping the sign of each
+#   prompt's difference, gets this far. A `*` marks intervals that exclude zero with p < 0.05. (In twenty lines, expect one false star.)
 # * **wins**: the share of the sixteen pairs in which the adapter scores higher than the base. It ignores *by how much*, so it
 #   can hide a few disasters; the mean does not. Look at both.
 # * **†**: not trained on. Lines without it, such as the reward's, are no evidence of quality.

@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from .lora import Adapter
 from .models import Conditioning, VideoModel, exclusive
 from .prompts import Prompt
 
+T = TypeVar("T")
 Callback = Callable[[int, torch.Tensor, torch.Tensor], None]  # (step index, timestep, latents)
 
 
@@ -51,9 +52,10 @@ def check_bounds(settings: Any, bounds: dict[str, tuple[float, float]]) -> None:
             raise ValueError(f"{name} must be at most {most}, got {value}")
 
 
-def with_help(cls: type) -> type:
+def with_help(cls: type[T]) -> type[T]:
     """Lists a settings class's fields and their help texts in its docstring, for Shift-Tab."""
-    lines = [f"    {f.name}: {f.metadata.get('help', 'see `Sampling`')}." for f in fields(cls)]
+    settings: Any = cls
+    lines = [f"    {f.name}: {f.metadata.get('help', 'see `Sampling`')}." for f in fields(settings)]
     cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
     return cls
 
