@@ -211,7 +211,7 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
 
 def test_every_key_is_in_the_help():
     for name, (_, kind) in cli.COMMANDS.items():
-        text = config.usage(name, kind)
+        text = config.usage(kind)
         for f in fields(schema(kind)):
             assert re.search(rf"^  {f.name}\b.* \w", text, re.MULTILINE), (name, f.name)
 

@@ -172,7 +172,7 @@ def test_unknown_names_and_empty_directories(tmp_path):
         ({"prompts": []}, "at least one"),
         ({"prompts": ["a", "b"], "seeds": [1]}, "as many seeds"),
         ({"prompts": "a", "sampling": Sampling(height=60)}, "multiple of 8"),
-        ({"prompts": "a", "sampling": Sampling(num_frames=0)}, "num_frames=0"),
+        ({"prompts": "a", "sampling": Sampling(num_frames=0)}, "num_frames must be at least 1"),
     ],
 )
 def test_bad_sampling_requests(tiny, arguments, message):

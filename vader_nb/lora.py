@@ -255,7 +255,7 @@ def add(
     """
     alpha = rank if alpha is None else alpha
     if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"an adapter's rank must lie in 1..{MAX_RANK}, got {rank}")
+        raise ValueError(f"rank must be at least 1 and at most {MAX_RANK}, got {rank}")
     if not 0 < alpha <= 1e6:
         raise ValueError(f"an adapter's alpha must lie in (0, 1e6], got {alpha}")
     if _layers(model):

@@ -238,7 +238,7 @@ def alpha_of(layer: str, parts: State, metadata: dict, path: str | Path) -> floa
         alpha = parts["alpha"].item() if parts["alpha"].numel() == 1 else math.nan
     elif "lora_alpha" in settings:
         patterns = settings.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(patterns.keys(), name), settings["lora_alpha"])
+        alpha = patterns.get(get_pattern_key(list(patterns), name), settings["lora_alpha"])
     else:
         alpha = settings.get("alpha", rank)
     try:

@@ -216,7 +216,13 @@ class Step:
             prompts, seeds = ["a prompt"] * config.batch_size, range(config.batch_size)
             rollout = rolled_out(model, adapter, prompts, seeds, few, plan, **settings)
             staged = model, adapter, ReportingReward(reward, tracker.enter), rollout, plan, chosen
-            accumulate(*staged, decode_chunk_size=config.decode_chunk_size, **settings)
+            chunk = config.decode_chunk_size
+
+            def backward(loss: torch.Tensor) -> None:
+                tracker.enter("replay")
+                loss.backward()
+
+            accumulate(*staged, decode_chunk_size=chunk, backward=backward, **settings)
         tracker.enter("optimizer")
         optimizer.step()
         optimizer.zero_grad()

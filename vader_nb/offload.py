@@ -141,15 +141,17 @@ def kept_call(
     *,
     gradient_checkpointing: bool = True,
     activation_offload: bool = False,
+    decode_chunk_size: int = 1,
     **settings,
 ) -> Callable[[], contextlib.AbstractContextManager] | None:
     """The context in which the last denoiser call of a roll-out keeps its graph, to be computed once less.
 
-    None where that would cost memory or be another computation: while frames are decoded and scored only the
-    inputs of checkpointed blocks may stay, and only where the denoiser stays, too.
+    None where that would be another computation, or cost memory: while frames are decoded and scored one by
+    one, with less than the replay takes, the inputs of checkpointed blocks may stay.
     """
     one_batch = model.branches(sampling) == model.learning_branches(sampling)
     one_batch = one_batch and not sampling.sequential_guidance
     learns = 1 + plan.stop in plan.active and not plan.renoise and not plan.linear
     stays = gradient_checkpointing and not activation_offload and model.offloader is None
+    stays = stays and decode_chunk_size == 1 and model.independent_frames
     return recomputation(model, True, False) if one_batch and learns and stays else None

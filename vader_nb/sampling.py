@@ -8,7 +8,7 @@ Shapes: latents (B, C, F, H, W), frames (B, F, 3, H, W) in [0, 1].
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -42,7 +42,7 @@ SAMPLING_BOUNDS = {
 }
 
 
-def check_bounds(settings: Any, bounds: dict[str, tuple[float, float]]) -> None:
+def check_bounds(settings: Any, bounds: Mapping[str, tuple[float, float]]) -> None:
     """Raise ValueError for a number that is not within its bounds (NaN is not); None is left out."""
     for name, (least, most) in bounds.items():
         value = getattr(settings, name)

@@ -255,7 +255,8 @@ class VideoModel(ABC):
             eta = rounded_eta(scheduler, t, eta)
         options = {"eta": eta, "generator": generators}
         options = {name: value for name, value in options.items() if name in accepted}
-        return scheduler.step(output, t, latents, **options).prev_sample
+        result: Any = scheduler.step(output, t, latents, **options)
+        return result.prev_sample
 
     def signal_and_noise(self, scheduler, t) -> tuple[torch.Tensor, torch.Tensor]:
         """(alpha, sigma) of latents = alpha * clean + sigma * noise at timestep t of this scheduler."""
@@ -402,7 +403,8 @@ def warn_truncated(tokenizer, text: str, max_length: int | None = None) -> None:
 
 def rounded_eta(scheduler: DDIMScheduler, t, eta: float) -> float:
     """DDIM's eta, lowered by rounding: at zero terminal SNR its square root is else one of -1e-8."""
-    before = int(t) - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    config: Any = scheduler.config
+    before = int(t) - config.num_train_timesteps // scheduler.num_inference_steps
     final = scheduler.final_alpha_cumprod
     remaining = 1 - (scheduler.alphas_cumprod[before] if before >= 0 else final)
     variance = scheduler._get_variance(int(t), before)

@@ -119,10 +119,9 @@ class ModelScope(VideoModel):
         )
 
     def pipeline(self):
-        from diffusers.pipelines.deprecated.text_to_video_synthesis import TextToVideoSDPipeline
-
+        kind = getattr(diffusers, "TextToVideoSDPipeline")  # noqa: B009 (exported lazily)
         parts = {"vae": self.vae, "text_encoder": self.text_encoder, "unet": self.denoiser}
-        return TextToVideoSDPipeline(**parts, tokenizer=self.tokenizer, scheduler=self.scheduler)
+        return kind(**parts, tokenizer=self.tokenizer, scheduler=self.scheduler)
 
     def modules(self) -> list[nn.Module]:
         return [self.denoiser, self.vae, self.text_encoder]

@@ -86,10 +86,11 @@ def networks_of(state: dict[str, torch.Tensor]) -> tuple[BlipVisionModel, BlipTe
     parts: dict[str, dict] = {VISION: {}, TEXT: {}, MLP: {}}
     for key, value in state.items():
         prefix = next((prefix for prefix in parts if key.startswith(prefix)), None)
-        if prefix is None and key not in IGNORED:
+        if key in IGNORED:
+            continue
+        if prefix is None:
             raise ValueError(f"{problem}: unknown {key}")
-        if key not in IGNORED:
-            parts[prefix][key.removeprefix(prefix)] = value
+        parts[prefix][key.removeprefix(prefix)] = value
     try:
         with torch.device("meta"):  # no memory and no random numbers for what is replaced
             vision = BlipVisionModel(vision_config(parts[VISION]))

@@ -68,7 +68,7 @@ def check(
 
         prompts = ["a red star moving left on a gray background"]
         prompts.append("a blue circle growing on a sand background")
-        frames = world.render([*map(world.parse, prompts)], generator)
+        frames = world.render([spec for text in prompts if (spec := world.parse(text))], generator)
     if prompts is None or len(prompts) != len(frames):
         raise ValueError(f"{len(frames)} clips need as many prompts, got {len(prompts or [])}")
     # Away from 0 and 1, so that a reward's own clamping shows, and ours does not.

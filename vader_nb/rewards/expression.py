@@ -76,7 +76,8 @@ class _Parser:
             if isinstance(node, ast.Name) and node.id not in (*NAMES, *self.files):
                 raise ValueError(f"unknown reward {node.id!r} in {self.expression!r}; {_KNOWN}")
             operands = [getattr(node, name, None) for name in ("left", "right", "operand")]
-            if any(isinstance(getattr(part, "value", None), str) for part in operands):
+            texts = [part for part in operands if isinstance(getattr(part, "value", None), str)]
+            if texts and isinstance(node, ast.expr):
                 raise ValueError(f"{self.text(node)!r} in {self.expression!r} computes with a text")
         return self.build(tree)
 

@@ -36,7 +36,7 @@ DEFAULTS = {
     "num_frames": world.NUM_FRAMES,
     "fps": world.FPS,
 }
-SETTINGS = {"world": "tiny", "defaults": DEFAULTS}
+SETTINGS = {"world": "tiny", "license": "Apache-2.0", "defaults": DEFAULTS}
 
 
 def build_unet() -> UNet3DConditionModel:
