@@ -85,11 +85,12 @@ def networks_of(state: dict[str, torch.Tensor]) -> tuple[BlipVisionModel, BlipTe
     problem = "not a state dict in ImageReward's layout"
     parts: dict[str, dict] = {VISION: {}, TEXT: {}, MLP: {}}
     for key, value in state.items():
+        if key in IGNORED:
+            continue
         prefix = next((prefix for prefix in parts if key.startswith(prefix)), None)
-        if prefix is None and key not in IGNORED:
+        if prefix is None:
             raise ValueError(f"{problem}: unknown {key}")
-        if key not in IGNORED:
-            parts[prefix][key.removeprefix(prefix)] = value
+        parts[prefix][key.removeprefix(prefix)] = value
     try:
         with torch.device("meta"):  # no memory and no random numbers for what is replaced
             vision = BlipVisionModel(vision_config(parts[VISION]))
