@@ -85,9 +85,9 @@ def networks_of(state: dict[str, torch.Tensor]) -> tuple[BlipVisionModel, BlipTe
     problem = "not a state dict in ImageReward's layout"
     parts: dict[str, dict] = {VISION: {}, TEXT: {}, MLP: {}}
     for key, value in state.items():
-        prefix = next((prefix for prefix in parts if key.startswith(prefix)), None)
         if key in IGNORED:
             continue
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), None)
         if prefix is None:
             raise ValueError(f"{problem}: unknown {key}")
         parts[prefix][key.removeprefix(prefix)] = value

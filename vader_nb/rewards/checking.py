@@ -66,9 +66,11 @@ def check(
     if frames is None:
         from ..zoo import world
 
-        prompts = ["a red star moving left on a gray background"]
-        prompts.append("a blue circle growing on a sand background")
-        frames = world.render([spec for text in prompts if (spec := world.parse(text))], generator)
+        specs = [
+            world.Spec("red", "star", "moving left", "gray"),
+            world.Spec("blue", "circle", "growing", "sand"),
+        ]
+        frames, prompts = world.render(specs, generator), [spec.caption for spec in specs]
     if prompts is None or len(prompts) != len(frames):
         raise ValueError(f"{len(frames)} clips need as many prompts, got {len(prompts or [])}")
     # Away from 0 and 1, so that a reward's own clamping shows, and ours does not.

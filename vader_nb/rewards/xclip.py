@@ -58,8 +58,8 @@ class TextVideo(NetworkReward):
         """(B, D). Longer prompts than the model takes are cut off."""
         cut = {"truncation": True, "max_length": self.config.text_config.max_position_embeddings}
         tokens = self.tokenizer(prompts, padding=True, return_tensors="pt", **cut)
-        features: Any = self.model.get_text_features(**tokens.to(self.model.device))
-        return features.pooler_output
+        outputs: Any = self.model.get_text_features(**tokens.to(self.model.device))
+        return outputs.pooler_output
 
     def scores(self, frames, prompts):
         clip, patches = self.video(self.pixels(frames))
