@@ -155,7 +155,8 @@ def test_and_so_it_is_with_other_settings(small, change):
 def test_it_moves_with_every_setting(small, change, stage, factor):
     """In the stage that the setting is about, what lives there beside the weights changes by a factor in this range."""
     # From two frames at once on: with one, the last call's graph stays beside the frame.
-    base = small | {"decode_chunk_size": 2} if stage == "decode" else small
+    pair = {"frames": Frames.all(), "decode_chunk_size": 2}
+    base = small | pair if stage == "decode" else small
     before, after = (
         stages[stage] - stages["weights"]
         for stages in (simulate(**base), simulate(**(small | change)))

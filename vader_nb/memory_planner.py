@@ -211,18 +211,18 @@ class Step:
             settings = {
                 "gradient_checkpointing": bool(config.gradient_checkpointing),
                 "activation_offload": config.activation_offload,
+                "decode_chunk_size": config.decode_chunk_size,
             }
             few = replace(sampling, num_inference_steps=steps)
             prompts, seeds = ["a prompt"] * config.batch_size, range(config.batch_size)
             rollout = rolled_out(model, adapter, prompts, seeds, few, plan, **settings)
             staged = model, adapter, ReportingReward(reward, tracker.enter), rollout, plan, chosen
-            chunk = config.decode_chunk_size
 
             def backward(loss: torch.Tensor) -> None:
                 tracker.enter("replay")
                 loss.backward()
 
-            accumulate(*staged, decode_chunk_size=chunk, backward=backward, **settings)
+            accumulate(*staged, backward=backward, **settings)
         tracker.enter("optimizer")
         optimizer.step()
         optimizer.zero_grad()
