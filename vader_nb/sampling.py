@@ -239,22 +239,18 @@ def roll_out(
     """Sample a batch without a graph, and note the last `window` steps.
 
     Args:
-        model: the model.
-        prompts, seeds: one per clip.
-        sampling: resolved.
-        adapter: one that is on the model. Before the window it is fused into the weights, where it
-            costs nothing; None leaves whatever is on the model as it is.
+        model, prompts, seeds, sampling: as for `sample`; one per clip, and resolved.
+        adapter: on the model. Before the window it is fused into the weights, where it costs nothing;
+            None leaves whatever is on the model as it is.
         adapter_range: the part of the chain in which the adapter acts, see `adapter_active`.
-        window: how many of the last steps to note.
-        stop: stop before this many last steps, at the clean latents predicted there.
+        window, stop: how many last steps to note, and to leave out for the clean latents predicted there.
         last_call: keep the graph of the last denoiser call, made in this context.
-        callback: called after each step with (step index, timestep, latents).
+        callback: as for `sample`.
     """
     conditioning = model.encode(prompts, sampling)
     latents, generators = initial_noise(model, seeds, sampling)
     rollout = Rollout(prompts, conditioning, sampling, latents, generators)
-    states = [x for branch in conditioning.branches.values() for x in branch.values()]
-    rollout.finite.append(torch.stack([x.isfinite().all() for x in states]).all())
+    rollout.finite.append(conditioning.all_finite())
     scheduler = model.new_scheduler(sampling)
     timesteps = list(scheduler.timesteps)
     cut, end, mode = len(timesteps) - window, len(timesteps) - stop, ""
@@ -263,19 +259,14 @@ def roll_out(
             wanted = _adapter_mode(i, cut, len(timesteps), adapter_range) if adapter else ""
             if wanted != mode:
                 adapter_mode.close()
-                if wanted:
-                    adapter_mode.enter_context(getattr(adapter, wanted)())
+                adapter_mode.enter_context(getattr(adapter, wanted, contextlib.nullcontext)())
                 mode = wanted
             if i == cut:  # from here on, exactly as it will be replayed
                 rollout.scheduler = copy.deepcopy(scheduler)
                 rollout.window_generators = clone(generators)
             scaled = model.scale_input(scheduler, latents, t)
             if i == end - 1 and last_call is not None:
-                leaf = scaled.detach().requires_grad_(window - stop > 1)
-                with torch.enable_grad(), last_call():
-                    kept = model.all_branches(leaf, t, conditioning, sampling)
-                rollout.kept = leaf, kept
-                outputs = {name: output.detach() for name, output in kept.items()}
+                outputs = _kept_outputs(model, rollout, scaled, t, window - stop > 1, last_call)
             else:
                 outputs = model.all_branches(scaled, t, conditioning, sampling)
             if i >= cut:
@@ -283,7 +274,7 @@ def roll_out(
                 rollout.states.append(latents)
                 rollout.outputs.append(outputs)
             output = model.combine(outputs, t, sampling)
-            if i == end - 1 and stop:
+            if stop and i == end - 1:
                 latents = model.x0(scheduler, output, t, latents)
             else:
                 latents = next_latents(model, scheduler, output, t, latents, rollout)
@@ -292,6 +283,14 @@ def roll_out(
                 callback(i, t, latents)
     rollout.latents = latents
     return rollout
+
+
+def _kept_outputs(model, rollout: Rollout, scaled, t, passes_on: bool, last_call) -> dict:
+    leaf = scaled.detach().requires_grad_(passes_on)
+    with torch.enable_grad(), last_call():
+        outputs = model.all_branches(leaf, t, rollout.conditioning, rollout.sampling)
+    rollout.kept = leaf, outputs
+    return {name: output.detach() for name, output in outputs.items()}
 
 
 @torch.no_grad()

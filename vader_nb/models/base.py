@@ -58,6 +58,11 @@ class Conditioning:
     def __getitem__(self, branch: str) -> dict[str, torch.Tensor]:
         return self.branches[branch]
 
+    def all_finite(self) -> torch.Tensor:
+        """Whether all numbers are, as a tensor."""
+        tensors = [x for branch in self.branches.values() for x in branch.values()]
+        return torch.stack([x.isfinite().all() for x in tensors]).all()
+
     def batched(self, branches: Sequence[str]) -> dict[str, torch.Tensor]:
         """The tensors of several branches, one after the other in the batch."""
         first = self.branches[branches[0]]
