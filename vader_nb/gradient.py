@@ -176,8 +176,7 @@ def score(
         for chunk in chunks:
             with torch.enable_grad():
                 clip = decode(model, leaf, chunk)
-            part = len(chunk) / len(frames)
-            share, pixels = pixel_gradient(reward, clip, list(prompts), part)
+            share, pixels = pixel_gradient(reward, clip, list(prompts), len(chunk) / len(frames))
             scale = scale_for(pixels, clip.dtype)
             (pulled,) = torch.autograd.grad(clip, leaf, (pixels * scale).to(clip.dtype))
             rewards, gradient = rewards + share, gradient + pulled.to(wide) / scale
