@@ -829,3 +829,42 @@ def test_a_monitor_that_cannot_make_clips_says_so(tiny, tmp_path):
         TrainingMonitor(tmp_path, tiny)
     with pytest.raises(ValueError, match="every must be at least 1 step, got 0"):
         TrainingMonitor(tmp_path, tiny, prompts=["a"], every=0)
+
+
+ROW = '{"step": 1, "reward": 0.5, "grad_norm": 1.0}\n'
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"metrics.jsonl": "null\n"},
+        {"metrics.jsonl": "[]\n"},
+        {"metrics.jsonl": "3\n"},
+        {"metrics.jsonl": '{"reward": 1}\n'},
+        {"metrics.jsonl": '{"step": 1, "reward": "x"}\n'},
+        {"metrics.jsonl": "{\n"},
+        {"metrics.jsonl": ROW, "config.json": '{"steps": 2'},
+        {"metrics.jsonl": ROW, "config.json": "{}"},
+        {"metrics.jsonl": ROW, "watched/step-x.webp": ""},
+        {"metrics.jsonl": ROW, "watched/step-000001.webp": "no picture"},
+    ],
+    ids=str,
+)
+def test_an_odd_folder_makes_a_panel_that_says_so(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monitor = TrainingMonitor(tmp_path)
+    assert "vader-error" in monitor.remark.value and monitor.error is not None
+    monitor.close()
+    for path in sorted(tmp_path.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    TrainingMonitor(tmp_path).close()
+
+
+def test_a_reward_that_is_null_in_a_row_is_a_gap(tmp_path):
+    text = ROW + '{"step": 2, "reward": null}\n' + ROW.replace("1,", "3,", 1)
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    monitor = TrainingMonitor(tmp_path)
+    assert len(monitor.rows) == 3 and monitor.error is None
+    monitor.close()

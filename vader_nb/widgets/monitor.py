@@ -107,7 +107,10 @@ class TrainingMonitor(Panel):
         clips = column(self.step, self.player.box, self.caption, max_width="480px")
         buttons = row(self.stop_button, self.refresh_button, self.why)
         self.assemble(self.state, buttons, beside(column(self.curves, flex="2 1 300px"), clips))
-        self.refresh()
+        try:
+            self.refresh()
+        except Exception as error:  # an odd folder: the panel says so, and follows what comes
+            self.failed(error)
 
     @property
     def hooks(self) -> dict:
