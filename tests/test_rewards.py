@@ -382,3 +382,15 @@ def test_a_class_that_works_in_place_is_told():
 
     with pytest.raises(ValueError, match="'spoiling' changes its frames in place"):
         Spoiling()(frames_of(), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: rewards.aesthetic("tiny", head="/etc/passwd"), "head='/etc/passwd' is not used"),
+        (lambda: rewards.hps("tiny", version="9"), "version='9' is not used"),
+    ],
+)
+def test_an_argument_that_would_be_ignored_is_an_error(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -200,6 +200,10 @@ def hps(
     """
     known = HPS_VERSIONS | {"published": HPS_VERSIONS["v2.1"], "tiny": TINY}
     place = hub.find(checkpoint, known)
+    if version is not None and not (isinstance(place, Path) and place.is_file()):
+        raise ValueError(
+            f"version={version!r} is not used: it is of a file, and this is {checkpoint}"
+        )
     if isinstance(place, Path) and place.is_dir():
         clip = open_clip_directory(place, dtype, from_config, resize=resize)
         return PromptSimilarity(clip, "hps").identified(place, resize=resize)

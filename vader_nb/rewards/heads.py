@@ -114,7 +114,7 @@ def aesthetic(
             40 % its contrast with the background, 20 % how central it is
             (`vader_nb.zoo.scripts.train_clip.beauty`); or an open_clip directory that holds an
             `aesthetic_head.safetensors`.
-        head: a local copy of sac+logos+ava1-l14-linearMSE.pth.
+        head: a local copy of sac+logos+ava1-l14-linearMSE.pth, for CLIP ViT-L/14.
         resize: "squash" as VADER, "crop" as the authors.
     """
     folder = TINY if checkpoint == "tiny" else Path(checkpoint)
@@ -122,6 +122,8 @@ def aesthetic(
     if not file.is_file():
         file, options = Path(head) if head else SOURCES["laion-v2"], (dtype, from_config, resize)
         return large_clip_head("aesthetic", LAION_SIZES, file, checkpoint, *options, **RATING)
+    if head is not None:
+        raise ValueError(f"head={str(head)!r} is not used: {folder} holds a head of its own")
     clip = open_clip_directory(folder, dtype, from_config, resize=resize)
     width = clip.network.visual.output_dim
     layers = empty_layers((width, 1)) if from_config else hub.state_dict(file)
