@@ -228,3 +228,17 @@ def test_words_that_the_text_encoder_does_not_see_are_said_once(micro):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         micro.encode([text, "a red star"])
+
+
+def test_a_directory_with_a_pickle_is_refused_in_one_line(micro_directory, tmp_path):
+    import pickle
+    import shutil
+
+    from vader_nb import load
+
+    folder = shutil.copytree(micro_directory, tmp_path / "copy")
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    (folder / "text_encoder" / "pytorch_model.bin").write_bytes(pickle.dumps({"a": print}))
+    with pytest.raises(ValueError, match="holds a pickle") as raised:
+        load(folder)
+    assert "weights_only" not in str(raised.value)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,6 +121,10 @@ def load(
         model = family_of(checkpoint).from_pretrained(
             checkpoint, name=str(name), dtypes={"default": default} | dtypes, **hub
         )
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{checkpoint.source} holds a pickle, which can run any code; convert it to safetensors first"
+        ) from None
     except OSError as error:
         if checkpoint.directory:
             raise
