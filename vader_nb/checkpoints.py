@@ -5,6 +5,7 @@
     checkpoints/step-000020/         adapter.safetensors, and state.pt: all that the next step depends on
     adapter.safetensors              at the end, or when stopped
     stop                             written to request that the run ends after its current step
+    .lock                            held by the process that writes
 
 Files are written beside their place, forced to the disk and renamed: a kill, a power cut or a full disk
 leaves the last whole one. A checkpoint that cannot be written is a warning: there may be room for the next.

@@ -101,11 +101,8 @@ def run_folder(arguments) -> Path:
     """The run's folder. A name made of the time could not be found again by a resumed run."""
     from . import checkpoints
 
-    resume, name, folder = (
-        resume_of(arguments),
-        arguments.name,
-        Path(arguments.output_dir).expanduser(),
-    )
+    resume, name = resume_of(arguments), arguments.name
+    folder = Path(arguments.output_dir).expanduser()
     if name is None and resume in (True, "latest"):
         raise ValueError(
             f"resume={arguments.resume} continues the run of a name, and there is none: write name=…, "

@@ -24,19 +24,18 @@ from .models import VideoModel
 State = dict[str, torch.Tensor]
 FILES = ("adapter.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 MAX_RANK = 4096
-# What else files hold under the name of LoRA, by a part of the tensors' names.
+# What else files hold under the name of LoRA, by the end of a tensor's name.
 OTHER_KINDS = {
-    "dora_scale": "a DoRA adapter",
-    "lora_magnitude_vector": "a DoRA adapter",
-    "hada_": "a LoHa adapter of LyCORIS",
-    "lokr_": "a LoKr adapter of LyCORIS",
-    "oft_": "an OFT adapter",
-    "boft_": "a BOFT adapter",
-    "lora_mid": "a LoCon adapter in Tucker form",
-    "on_input": "an IA3 adapter",
-    ".diff": "an adapter with full weights of layers",
-    "_norm": "an adapter with weights of normalization layers",
-    "lora_B.bias": "a LoRA with biases",
+    r"dora_scale|lora_magnitude_vector": "a DoRA adapter",
+    r"\.hada_": "a LoHa adapter of LyCORIS",
+    r"\.lokr_": "a LoKr adapter of LyCORIS",
+    r"\.oft_": "an OFT adapter",
+    r"\.boft_": "a BOFT adapter",
+    r"\.lora_mid\.": "a LoCon adapter in Tucker form",
+    r"\.on_input$": "an IA3 adapter",
+    r"\.diff(_b)?$": "an adapter with full weights of layers",
+    r"\.[wb]_norm$": "an adapter with weights of normalization layers",
+    r"\.lora_B\.(\w+\.)?bias$": "a LoRA with biases",
 }
 TENSOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up)(\.\w+)?\.weight")
 PREFIXES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "lora_")
@@ -119,7 +118,7 @@ def check_kind(state: State, metadata: dict, path: Path) -> None:
     """Raise ValueError for what is no plain LoRA."""
     for name, value in state.items():
         for mark, kind in OTHER_KINDS.items():
-            if mark in name:
+            if re.search(mark, name):
                 raise ValueError(f"{path} is {kind} ({name}), which cannot be read: only LoRA can")
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
