@@ -229,7 +229,7 @@ course.show(
 )
 
 # %% [markdown]
-# The price is time: each of the $K$ calls is computed twice, or three times with gradient checkpointing.
+# The price is time: each of the $K$ calls is computed twice, or three times with gradient checkpointing (there the last one keeps its graph: twice).
 #
 # ## The estimator lab
 #
