@@ -62,6 +62,25 @@ def test_plain_diffusers_loads_and_samples_the_tiny_model(tiny):
     torch.testing.assert_close(ours, theirs.to(ours), rtol=1e-3, atol=1e-3)
 
 
+def test_the_text_is_projected_once_per_clip_and_the_output_is_diffusers(micro):
+    seeded = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 3, 2, 2, generator=seeded, dtype=micro.dtype)
+    inputs = micro.encode(["a red star", "a green circle"])["prompt"]
+    rows = []
+    layer = next(
+        module
+        for name, module in micro.denoiser.named_modules()
+        if "attentions" in name and name.endswith("attn2.to_k")
+        if module.weight.shape[1] == micro.denoiser.config.cross_attention_dim
+    )
+    hook = layer.register_forward_hook(lambda layer, inputs, output: rows.append(len(inputs[0])))
+    ours = micro.predict(latents, torch.tensor(500), inputs)
+    theirs = micro.denoiser(latents, torch.tensor(500), inputs["encoder_hidden_states"]).sample
+    hook.remove()
+    assert rows == [2, 6]
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_everything_is_frozen_and_in_eval_mode(tiny):
     for module in tiny.modules():
         assert not any(p.requires_grad for p in module.parameters())

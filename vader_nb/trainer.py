@@ -571,15 +571,17 @@ def _for_tracker(value):
 
 def adamw(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW as configured. Raises ValueError if its 8-bit form is wanted and not installed."""
-    kind = torch.optim.AdamW
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.use_8bit_adam:
         try:
-            kind = importlib.import_module("bitsandbytes.optim").AdamW8bit
+            eight_bit = importlib.import_module("bitsandbytes.optim").AdamW8bit
         except ImportError as error:
             raise ValueError(
                 "use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes"
             ) from error
-    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        return eight_bit(parameters, **options)
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    return torch.optim.AdamW(parameters, **options, fused=fused)
 
 
 def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig):

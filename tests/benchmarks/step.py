@@ -86,6 +86,8 @@ class Case:
             torch.manual_seed(0)
             width = self.model.denoiser.config.cross_attention_dim
             network = UNet3DConditionModel(**(LARGER | {"cross_attention_dim": width}))
+            attention = next(iter(self.model.denoiser.attn_processors.values()))
+            network.set_attn_processor(attention)
             api.replace_denoiser(self.model, network.eval().requires_grad_(False))
         self.prompts = PROMPTS[:batch_size]
         self.sampling = api.resolve(self.model)

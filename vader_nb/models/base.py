@@ -400,8 +400,9 @@ def warn_truncated(tokenizer, text: str, max_length: int | None = None) -> None:
     ids = tokenizer(text, truncation=False, verbose=False).input_ids
     if len(ids) > limit:
         lost = tokenizer.decode(ids[limit - 1 : -1])  # the last one marks the end
+        shown = repr(lost) if len(lost) <= 200 else f"{lost[:200]!r} and what follows"
         warnings.warn(
-            f"the text encoder reads {limit} tokens, the prompt has {len(ids)}; not seen: {lost!r}",
+            f"the text encoder reads {limit} tokens, the prompt has {len(ids)}; not seen: {shown}",
             stacklevel=2,
         )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from torch import nn
@@ -49,6 +50,24 @@ CACHED_PROMPTS = 1000  # prompts whose embeddings a model keeps: 160 kB each for
 DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 9.0, "num_frames": 16, "fps": 8}
 
 
+class TextOncePerClip(AttnProcessor2_0):
+    """Attention whose keys and values of the text are computed once per clip.
+
+    `UNet3DConditionModel` repeats the text for each frame. All frames of a clip are queries to one text here,
+    which is the same attention.
+    """
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, *args, num_frames=1, **kwargs
+    ):
+        if encoder_hidden_states is None or num_frames == 1:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        clips = hidden_states.unflatten(0, (-1, num_frames)).flatten(1, 2)
+        text = encoder_hidden_states[::num_frames]
+        out = super().__call__(attn, clips, text, *args, **kwargs)
+        return out.unflatten(1, (num_frames, -1)).flatten(0, 1)
+
+
 class ModelScope(VideoModel):
     """A `UNet3DConditionModel` with CLIP's text encoder and a 2D autoencoder, which decodes frame by frame."""
 
@@ -59,6 +78,7 @@ class ModelScope(VideoModel):
         self.denoisers = {"unet": unet}
         self.text_encoder, self.tokenizer, self.scheduler = text_encoder, tokenizer, scheduler
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, 8
+        unet.set_attn_processor(TextOncePerClip())
         size = unet.config.sample_size * self.scale
         self.defaults = DEFAULTS | {"height": size, "width": size} | defaults
         self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
@@ -193,7 +213,9 @@ class ModelScope(VideoModel):
 
     def predict(self, latents, t, inputs) -> torch.Tensor:
         self.onload(self.denoiser)
-        return self.denoiser(latents, t, inputs["encoder_hidden_states"]).sample
+        frames = {"num_frames": latents.shape[2]}
+        text = inputs["encoder_hidden_states"]
+        return self.denoiser(latents, t, text, cross_attention_kwargs=frames).sample
 
     def decode(self, latents: torch.Tensor, frames: list[int] | None = None) -> torch.Tensor:
         if frames is None:
