@@ -50,6 +50,19 @@ def test_a_local_checkpoint_is_known_by_what_it_holds(tmp_path):
     assert rewards.clip_score(folders[1]).fingerprint != prints[0]
 
 
+def test_a_function_that_holds_itself_or_something_that_comes_later_has_a_fingerprint():
+    def recursive(depth):
+        def halved(frames, prompts):
+            share = halved(frames, prompts) if len(prompts) > depth else later
+            return share * frames.mean(dim=(1, 2, 3, 4))
+
+        found = rewards.reward(halved).fingerprint
+        later = 0.5  # noqa: F841 (held by `halved`)
+        return found
+
+    assert recursive(1) == recursive(1) != recursive(2)
+
+
 def test_held_values_count_in_a_functions_fingerprint():
     def dimmer(weight):
         return rewards.reward(lambda frames, prompts: -weight * frames.mean((1, 2, 3, 4)))

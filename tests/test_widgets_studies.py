@@ -193,7 +193,7 @@ def test_a_negative_weight_turns_a_conflict_round(composed):
 
 @pytest.mark.parametrize(
     ("cosine", "words"),
-    [(0.9, "agree"), (0.01, "do not care"), (-0.01, "do not care"), (-0.5, "work against")],
+    [(0.9, "agree"), (0.01, "are independent"), (-0.01, "are independent"), (-0.5, "work against")],
 )
 def test_a_cosine_in_words(cosine, words):
     assert composer.verdict(cosine).startswith(words)
@@ -229,7 +229,7 @@ def test_conflicts_are_measured_after_the_clips_are_shown(tiny, canned):
 
     asyncio.run(page())
     assert panel.cosines["red", "green"] == 0  # they look at different pixels
-    assert "do not care" in panel.pairs.value
+    assert "are independent" in panel.pairs.value
     panel.prepare()
     assert len(canned) == 1
 
@@ -242,7 +242,7 @@ def test_the_measuring_of_conflicts_can_be_given_up(tiny, canned):
     job.close()
     assert composer.UNKNOWN in panel.pairs.value
     panel.measure()
-    assert "do not care" in panel.pairs.value
+    assert "are independent" in panel.pairs.value
 
 
 def test_a_reward_with_one_score_for_all_clips_cannot_be_standardized(tiny, canned):

@@ -233,23 +233,37 @@ class FunctionReward(Reward):
         return self.function(frames.clone(), [str(prompt) for prompt in prompts])
 
 
-def describe(value) -> str:
-    """A text that is the same in every process for a function of the same code and constants."""
+def describe(value, within: tuple = ()) -> str:
+    """A text that is the same in every process for a function of the same code and constants.
+
+    within: functions that are being described, for one may hold itself.
+    """
+    again = functools.partial(describe, within=(*within, value))
     if isinstance(value, CodeType):
-        parts = [value.co_code, value.co_names, *map(describe, value.co_consts)]
+        parts = [value.co_code, value.co_names, *map(again, value.co_consts)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
     if isinstance(value, frozenset):
-        return repr(sorted(map(describe, value)))
+        return repr(sorted(map(again, value)))
     if isinstance(value, functools.partial):
-        return f"{describe(value.func)} of {value.args!r}, {value.keywords!r}"
+        return f"{again(value.func)} of {value.args!r}, {value.keywords!r}"
     if isinstance(value, Reward):
         return value.fingerprint
     if hasattr(value, "__code__"):
-        held = [*(value.__defaults__ or ()), *(c.cell_contents for c in value.__closure__ or ())]
-        code = ", ".join(map(describe, [value.__code__, *held]))
-        return f"{value.__module__}.{value.__qualname__}#{code}"
+        name = f"{value.__module__}.{value.__qualname__}"
+        if any(value is outer for outer in within):
+            return name
+        code = ", ".join(map(again, [value.__code__, *held_values(value)]))
+        return f"{name}#{code}"
     simple = (type(None), bool, int, float, str, bytes, tuple)
     return repr(value) if isinstance(value, simple) else type(value).__qualname__
+
+
+def held_values(function) -> Iterator:
+    """A function's defaults, and the values of the variables around it that have one by now."""
+    yield from function.__defaults__ or ()
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # the cell is empty
+            yield cell.cell_contents
 
 
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:

@@ -270,5 +270,5 @@ def by_name(rewards: Mapping | Sequence[str] | str) -> Mapping:
 def verdict(cosine: float) -> str:
     """A cosine in words."""
     if abs(cosine) <= NEUTRAL:
-        return "do not care"
+        return "are independent"
     return "agree" if cosine > 0 else "work against each other"

@@ -4,6 +4,7 @@ Sampler(model, adapters={"hps": "runs/hps"})          in a notebook
 sampler.run(prompt="…", seed=3, scale=0.7)            the same from Python: a Video
 """
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -270,12 +271,12 @@ class Sampler(Panel):
             raise ValueError("there is no clip yet to save")
         request, video = self.history[0]
         self.folder.mkdir(parents=True, exist_ok=True)
-        number = 1  # a prompt never becomes a file name
-        while any(self.folder.glob(f"clip-{number:03d}.*")):
-            number += 1
-        path = video.save(self.folder / f"clip-{number:03d}{self.format.value}", width=256)
+        numbers = itertools.count(1)  # a prompt never becomes a file name
+        while not claimed(path := self.folder / f"clip-{next(numbers):03d}.txt"):
+            pass
         settings = f"{request.prompt}\n{request}\n\n{self.code}\n"
-        path.with_suffix(".txt").write_text(settings, encoding="utf-8")
+        path.write_text(settings, encoding="utf-8")
+        path = video.save(path.with_suffix(self.format.value), width=256)
         self.saved.value = f"{note(f'saved as {path}')}{download_link(path)}"
         return path
 
@@ -287,3 +288,12 @@ class Sampler(Panel):
         request, video = self.history[0]
         caption = f"<figcaption>{escape(str(request))}</figcaption>"
         return f"<figure style='margin:0'>{video.to_html(256)}{caption}</figure>"
+
+
+def claimed(path: Path) -> bool:
+    """Make this file; False if it is there. Of two notebooks that try, one makes it."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
