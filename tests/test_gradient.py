@@ -9,7 +9,7 @@ import torch
 from vader_nb import lora
 from vader_nb.gradient import reward_gradient, score
 from vader_nb.rewards import as_reward, hps, reward
-from vader_nb.sampling import NonFiniteError, Sampling, initial_noise, roll_out, sample
+from vader_nb.sampling import NonFiniteError, Sampling, initial_state, roll_out, sample
 from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last, Random, ReFL, Step
 
 PROMPTS, SEEDS = ["a red star", "a blue circle growing"], [3, 8]
@@ -69,8 +69,7 @@ def plain_autograd(model, adapter, reward, sampling, strategy, frames):
     generator = torch.Generator().manual_seed(0)
     plan = strategy.plan(model.num_steps(sampling), generator)  # only to draw the same numbers
     chosen = frames.choose(sampling.num_frames, generator)
-    conditioning = model.encode(PROMPTS)
-    latents, generators = initial_noise(model, SEEDS, sampling)
+    conditioning, latents, generators = initial_state(model, PROMPTS, SEEDS, sampling)
     scheduler = model.new_scheduler(sampling)
     T = len(scheduler.timesteps)
 

@@ -163,12 +163,13 @@ def score(
     """Rewards (B,) of some frames, and the gradient of their sum with respect to the latents.
 
     A reward on single frames streams decode -> reward -> backward, `decode_chunk_size` frames at a time.
-    A reward on the whole clip is given all frames, decoded without a graph, and its gradient is then
-    streamed back through the decoder. For float16 it is scaled to about 1 before that.
+    A reward on the whole clip gets all frames, decoded without a graph, and its gradient is then
+    streamed back through the decoder. For float16 it is scaled to about 1.
     """
     model.onload(*model.decoders(), *reward.networks)
     wide = torch.promote_types(latents.dtype, torch.float32)
-    chunks = [frames[i : i + decode_chunk_size] for i in range(0, len(frames), decode_chunk_size)]
+    size = decode_chunk_size if model.independent_frames else len(frames)
+    chunks = [frames[i : i + size] for i in range(0, len(frames), size)]
     if reward.per_frame and model.independent_frames:
         leaf = latents.detach().requires_grad_()
         rewards = torch.zeros(len(latents), device=latents.device)

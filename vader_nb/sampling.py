@@ -45,7 +45,7 @@ SAMPLING_BOUNDS = {
 def check_bounds(settings: Any, bounds: Mapping[str, tuple[float, float]]) -> None:
     """Raise ValueError for a number that is not within its bounds (NaN is not); None is left out."""
     for name, (least, most) in bounds.items():
-        value = getattr(settings, name)
+        value = settings[name] if isinstance(settings, dict) else getattr(settings, name)
         if value is not None and not value >= least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
         if value is not None and value > most:
@@ -102,6 +102,7 @@ class Sampling:
         }
         settings = replace(self, **defaults, options=model.sampling_options | self.options)
         check_bounds(settings, SAMPLING_BOUNDS)
+        check_bounds(settings.options, model.option_bounds)
         if settings.eta and "eta" not in inspect.signature(model.scheduler.step).parameters:
             raise ValueError(
                 f"eta={settings.eta} has no effect with {type(model.scheduler).__name__}: set it to 0"
@@ -192,11 +193,23 @@ def initial_noise(
     """The latents (B, C, F, H, W) that sampling starts from, by resolved settings; one seed per clip.
 
     Also returns the generators that go on to draw the sampler's noise, one per clip, on the CPU, so that a
-    clip depends on its seed alone and not on its batch or device.
+    clip depends on its seed alone and not on its batch or device. For models of text; others draw for their
+    conditioning first, see `initial_state`.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = model.initial_latents(sampling, generators)
     return model.start(noise, model.new_scheduler(sampling)), generators
+
+
+@torch.no_grad()
+def initial_state(
+    model: VideoModel, prompts: Sequence[str | Prompt], seeds: Sequence[int], sampling: Sampling
+) -> tuple[Conditioning, torch.Tensor, list[torch.Generator]]:
+    """What sampling starts from: the conditioning, and `initial_noise`'s latents and generators."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    conditioning = model.encode(prompts, sampling, generators)
+    noise = model.initial_latents(sampling, generators)
+    return conditioning, model.start(noise, model.new_scheduler(sampling)), generators
 
 
 def denoising_step(
@@ -247,8 +260,7 @@ def roll_out(
         last_call: keep the graph of the last denoiser call, made in this context.
         callback: as for `sample`.
     """
-    conditioning = model.encode(prompts, sampling)
-    latents, generators = initial_noise(model, seeds, sampling)
+    conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
     rollout = Rollout(prompts, conditioning, sampling, latents, generators)
     rollout.finite.append(conditioning.all_finite())
     scheduler = model.new_scheduler(sampling)

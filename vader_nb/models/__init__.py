@@ -29,6 +29,7 @@ __all__ = [
 # `VideoModel`, or where to import one from; add your own.
 FAMILIES: dict[str, type[VideoModel] | str] = {
     "TextToVideoSDPipeline": "vader_nb.models.modelscope:ModelScope",
+    "StableVideoDiffusionPipeline": "vader_nb.models.svd:StableVideoDiffusion",
 }
 
 

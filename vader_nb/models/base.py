@@ -81,6 +81,7 @@ class VideoModel(ABC):
         scheduler: a diffusers scheduler; may be replaced, as in diffusers.
         defaults: of sampling, under diffusers' argument names, plus `fps`.
         sampling_options: the family's own entries of `Sampling.options`, with their defaults.
+        option_bounds: (least, most) of those entries that are numbers.
         independent_frames: the decoder knows no time, so that frames decode, and may be scored, one by one.
         exact: `decode` of some frames equals those frames of the whole clip's decode.
         offloader: with model offload, what moves networks; else None.
@@ -94,6 +95,7 @@ class VideoModel(ABC):
     scheduler: Any
     defaults: dict
     sampling_options: dict = {}
+    option_bounds: dict = {}
     independent_frames = True
     exact = True
     offloader: CPUOffloader | None = None
@@ -116,10 +118,6 @@ class VideoModel(ABC):
         """diffusers' pipeline, made of the same parts."""
 
     @abstractmethod
-    def to(self, *args, **kwargs) -> "VideoModel":
-        """Move or convert all networks, as `torch.nn.Module.to`."""
-
-    @abstractmethod
     def modules(self) -> list[nn.Module]:
         """All networks."""
 
@@ -136,8 +134,19 @@ class VideoModel(ABC):
         """(C, F, H, W) of one clip's latents. Raises ValueError for sizes that the model cannot make."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str | Prompt], sampling=None) -> Conditioning:
-        """The conditioning of B prompts, without a graph."""
+    def encode(
+        self,
+        prompts: Sequence[str | Prompt],
+        sampling=None,
+        generators: list[torch.Generator] | None = None,
+    ) -> Conditioning:
+        """The conditioning of B prompts, without a graph.
+
+        Args:
+            prompts: one per clip.
+            sampling: resolved settings.
+            generators: of the clips, for families whose conditioning is noised.
+        """
 
     @abstractmethod
     def predict(
@@ -343,6 +352,16 @@ class VideoModel(ABC):
 
     # ------------------------------------------------------------------ where networks are
 
+    def to(self, *args, **kwargs) -> "VideoModel":
+        """Move or convert all networks, as `torch.nn.Module.to`."""
+        if self.offloader is not None:
+            raise RuntimeError(
+                f"{self.name!r} offloads its networks already; move or convert it before that"
+            )
+        for module in self.modules():
+            module.to(*args, **kwargs)
+        return self
+
     def enable_model_cpu_offload(self) -> None:
         """As in diffusers: only the networks of the current stage are on the model's device.
 
@@ -425,3 +444,9 @@ def is_flow(scheduler) -> bool:
         "FlowMatch" in type(scheduler).__name__
         or scheduler.config.get("prediction_type") == "flow_prediction"
     )
+
+
+def read_config(folder: Path) -> dict:
+    names = ("config.json", "scheduler_config.json")
+    file = next(folder / name for name in names if (folder / name).is_file())
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -5,9 +5,6 @@ diffusers and samples without a gradient, so the parts are loaded one by one and
 (`vader_nb.gradient`).
 """
 
-import json
-from pathlib import Path
-
 import diffusers
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -19,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..hub import DummyTokenizer
 from ..prompts import Prompt
-from .base import Conditioning, VideoModel, warn_truncated
+from .base import Conditioning, VideoModel, read_config, warn_truncated
 
 # The published architecture, for `from_config`; what is missing here is the classes' own default.
 PUBLISHED = {
@@ -150,17 +147,11 @@ class ModelScope(VideoModel):
         return [self.vae.post_quant_conv, self.vae.decoder]
 
     def to(self, *args, **kwargs) -> "ModelScope":
-        """Move or convert all networks, as `torch.nn.Module.to`."""
-        if self.offloader is not None:
-            raise RuntimeError(
-                f"{self.name!r} offloads its networks already; move or convert it before that"
-            )
-        for module in self.modules():
-            module.to(*args, **kwargs)
+        super().to(*args, **kwargs)
         self._embeddings.clear()
         return self
 
-    def encode(self, prompts, sampling=None) -> Conditioning:
+    def encode(self, prompts, sampling=None, generators=None) -> Conditioning:
         prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
         if any(prompt.image is not None for prompt in prompts):
             raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
@@ -240,9 +231,3 @@ class ModelScope(VideoModel):
             for module in self.denoiser.modules()
             if wrapped & {cls.__name__ for cls in type(module).__mro__}
         ]
-
-
-def read_config(folder: Path) -> dict:
-    names = ("config.json", "scheduler_config.json")
-    file = next(folder / name for name in names if (folder / name).is_file())
-    return json.loads(file.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import torch
 from .. import lora, prompts, zoo
 from ..lora import Adapter
 from ..models import VideoModel
-from ..sampling import Sampling, adapter_active, denoising_step, initial_noise
+from ..sampling import Sampling, adapter_active, denoising_step, initial_state
 
 
 def denoising(
@@ -28,8 +28,7 @@ def denoising(
     """
     sampling = (sampling or Sampling()).resolve(model)
     with torch.no_grad():
-        latents, generators = initial_noise(model, seeds, sampling)
-        conditioning = model.encode(prompts, sampling)
+        conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
     scheduler: Any = model.new_scheduler(sampling)
     steps = len(scheduler.timesteps)
     for i, t in enumerate(scheduler.timesteps):
