@@ -6,11 +6,12 @@ import diffusers
 import pytest
 import torch
 
-from vader_nb import lora
-from vader_nb.gradient import reward_gradient, score
+from vader_nb import testing
+from vader_nb.gradient import score
 from vader_nb.rewards import as_reward, hps, reward
-from vader_nb.sampling import NonFiniteError, Sampling, initial_state, roll_out, sample
+from vader_nb.sampling import NonFiniteError, Sampling, roll_out, sample
 from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last, Random, ReFL, Step
+from vader_nb.testing import REWARDS, adapted
 
 PROMPTS, SEEDS = ["a red star", "a blue circle growing"], [3, 8]
 SCHEDULERS = {
@@ -34,129 +35,14 @@ STRATEGIES = [
 ]
 
 
-def frame_wise(frames, prompts):
-    """Nonlinear, so that a wrong mean over frames shows."""
-    return (frames.square() * torch.linspace(0.5, 1.5, frames.shape[-1], dtype=frames.dtype)).mean(
-        dim=(1, 2, 3, 4)
-    )
-
-
-def clip_wise(frames, prompts):
-    return (
-        -frames.diff(dim=1).square().sum(dim=(1, 2, 3, 4)) / 100
-        + frames.mean(dim=(1, 2, 3, 4)) ** 3
-    )
-
-
-REWARDS = {"frames": reward(frame_wise, per_frame=True), "clip": reward(clip_wise)}
-
-
-def adapted(model, seed=1):
-    """An adapter that acts: with B = 0 a wrong path through A would not show."""
-    adapter = lora.add(model, rank=2, seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return adapter
-
-
 def plain_autograd(model, adapter, reward, sampling, strategy, frames):
-    """The same estimators written out with autograd alone: every step in one graph, nothing staged.
-
-    Follows the papers' definitions, not the package's plan: each branch detaches what its paper detaches."""
-    sampling = sampling.resolve(model)
-    generator = torch.Generator().manual_seed(0)
-    plan = strategy.plan(model.num_steps(sampling), generator)  # only to draw the same numbers
-    chosen = frames.choose(sampling.num_frames, generator)
-    conditioning, latents, generators = initial_state(model, PROMPTS, SEEDS, sampling)
-    scheduler = model.new_scheduler(sampling)
-    T = len(scheduler.timesteps)
-
-    def denoise(x, t):
-        if sampling.unconditional_gradient or sampling.guidance_scale == 1:
-            return model.guided(x, t, conditioning, sampling)
-        with torch.no_grad():
-            negative = model.predict(x, t, conditioning["negative"])
-        prompt = model.predict(x, t, conditioning["prompt"])
-        return negative + sampling.guidance_scale * (prompt - negative)
-
-    for i, t in enumerate(scheduler.timesteps):
-        n = T - i  # counted from the end
-        if isinstance(strategy, (Last, Random)):
-            first = strategy.K if isinstance(strategy, Last) else max(plan.active)
-            with torch.set_grad_enabled(n <= first):
-                output = denoise(model.scale_input(scheduler, latents, t), t)
-        elif isinstance(strategy, Step):
-            scaled = model.scale_input(scheduler, latents, t)
-            if n > strategy.i:
-                with torch.no_grad():
-                    output = denoise(scaled, t)
-            elif n == strategy.i:
-                output = denoise(scaled, t)
-            else:  # the path through the later steps stays, their own parameters' part does not
-                weights = adapter.parameters()
-                for p in weights:
-                    p.requires_grad_(False)
-                output = denoise(scaled, t)
-                for p in weights:
-                    p.requires_grad_(True)
-        elif isinstance(strategy, (ReFL, DRTune)):
-            # sg(x) into the network; only the chosen steps' outputs keep their graph
-            with torch.set_grad_enabled(n in plan.active):
-                output = denoise(model.scale_input(scheduler, latents, t).detach(), t)
-            if n == plan.stop + 1 and plan.stop:
-                latents = model.x0(scheduler, output, t, latents)
-                break
-        else:
-            with torch.no_grad():
-                output = denoise(model.scale_input(scheduler, latents, t), t)
-        latents = model.step(scheduler, output, t, latents, eta=sampling.eta, generators=generators)
-
-    finals = [latents]
-    if isinstance(strategy, DRaFTLV):
-        finals, clean = [], latents.detach()
-        for _ in range(strategy.n):
-            fresh, t = model.new_scheduler(sampling), scheduler.timesteps[-1]
-            noised = model.add_noise(fresh, clean, t, generators)
-            output = denoise(model.scale_input(fresh, noised, t), t)
-            finals.append(
-                model.step(fresh, output, t, noised, eta=sampling.eta, generators=generators)
-            )
-    value = torch.stack(
-        [as_reward(reward)(model.decode(final, chosen), PROMPTS) for final in finals]
-    ).mean(0)
-    (-value.mean()).backward()
-    return value.detach(), taken(adapter)
-
-
-def taken(adapter):
-    gradient = torch.cat(
-        [
-            p.grad.flatten() if p.grad is not None else torch.zeros(p.numel(), dtype=p.dtype)
-            for p in adapter.parameters()
-        ]
-    )
-    for p in adapter.parameters():
-        p.grad = None
-    return gradient
+    setup = as_reward(reward), PROMPTS, SEEDS, sampling, strategy, frames
+    return testing.plain_autograd(model, adapter, *setup)
 
 
 def staged(model, adapter, reward, sampling, strategy, frames, **options):
-    generator = torch.Generator().manual_seed(0)
-    result = reward_gradient(
-        model,
-        adapter,
-        reward,
-        PROMPTS,
-        seeds=SEEDS,
-        strategy=strategy,
-        frames=frames,
-        sampling=sampling,
-        generator=generator,
-        **options,
-    )
-    return result.rewards, taken(adapter)
+    setup = reward, PROMPTS, SEEDS, sampling, strategy, frames
+    return testing.staged(model, adapter, *setup, **options)
 
 
 def assert_equal(one, other):
@@ -544,7 +430,6 @@ LARGE = {
 def test_float16_carries_gradients_of_any_size(micro_directory, name, per_frame):
     from vader_nb import load
     from vader_nb.gradient import score
-    from vader_nb.rewards import reward
 
     judge = reward(LARGE[name], per_frame=per_frame)
     latents = torch.randn(2, 4, 2, 2, 2, generator=torch.Generator().manual_seed(0))

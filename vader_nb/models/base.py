@@ -82,6 +82,7 @@ class VideoModel(ABC):
         defaults: of sampling, under diffusers' argument names, plus `fps`.
         sampling_options: the family's own entries of `Sampling.options`, with their defaults.
         option_bounds: (least, most) of those entries that are numbers.
+        takes_image: it continues the image of a `Prompt`.
         independent_frames: the decoder knows no time, so that frames decode, and may be scored, one by one.
         exact: `decode` of some frames equals those frames of the whole clip's decode.
         offloader: with model offload, what moves networks; else None.
@@ -96,6 +97,7 @@ class VideoModel(ABC):
     defaults: dict
     sampling_options: dict = {}
     option_bounds: dict = {}
+    takes_image = False
     independent_frames = True
     exact = True
     offloader: CPUOffloader | None = None

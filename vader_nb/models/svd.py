@@ -81,6 +81,7 @@ class StableVideoDiffusion(VideoModel):
         "motion_bucket_id": (0, 1023),
         "noise_aug_strength": (0, 100),
     }
+    takes_image = True
     independent_frames = False
     decode_chunk_size: int | None = None
 

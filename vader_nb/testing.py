@@ -1,0 +1,354 @@
+"""Does a model of your own keep the promises of `VideoModel`? `check_model(model)` tries them one by one.
+
+    from vader_nb.testing import check_model
+    print(check_model(load("my/directory", dtype=torch.float64), Sampling(num_frames=3, height=16, width=16)))
+
+`plain_autograd` is what the staged gradient is held against: the whole chain in one graph.
+"""
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import lora
+from .gradient import Result, replay, reward_gradient
+from .models import VideoModel
+from .prompts import Prompt
+from .rewards import Reward, reward
+from .sampling import Sampling, initial_state, roll_out, sample
+from .strategies import DRaFTLV, DRTune, Frames, Last, Random, ReFL, Step, Strategy
+from .trainer import align
+
+PROMPTS = (
+    "a red star spinning on a white background",
+    "a blue circle growing on a sand background",
+)
+SEEDS = (3, 8)
+STRATEGIES = (
+    Last(1),
+    Last(3),
+    Random(),
+    Step(2),
+    ReFL(0.6),
+    DRTune(2),
+    DRTune(2, stop=1),
+    DRaFTLV(2),
+)
+HALF = {torch.float16: 0.99, torch.bfloat16: 0.8}  # least cosine of the gradient to float64's
+
+
+class Row(NamedTuple):
+    """One promise: what was measured, its largest allowed value, and whether it held."""
+
+    check: str
+    measured: float
+    limit: float
+
+    @property
+    def held(self) -> bool:
+        return self.measured <= self.limit  # NaN does not
+
+
+class Report(list[Row]):
+    """The rows of a check, printed as a table."""
+
+    def __str__(self) -> str:
+        lines = [f"{'check':<44}{'measured':>10}{'limit':>10}"]
+        for row in self:
+            end = "" if row.held else "  FAILED"
+            lines.append(f"{row.check:<44}{row.measured:>10.1e}{row.limit:>10.1e}{end}")
+        return "\n".join(lines)
+
+
+def check_model(
+    model: VideoModel,
+    sampling: Sampling | None = None,
+    prompts: Sequence[str | Prompt] | None = None,
+    strategies: Sequence[Strategy] = STRATEGIES,
+) -> Report:
+    """Hold a model against everything that training expects of it.
+
+    The gradient of each strategy against plain autograd; the replay; `decode` of some frames and `decode_vjp`;
+    batches; adapters there and back; half precision; a resumed run against an uninterrupted one.
+
+    Args:
+        model: small, in float64 on the CPU, with weights that act (random ones are fine).
+        sampling: settings that take seconds, with at least 5 steps; by default the model's with 5 steps.
+        prompts: two; by default captions, with random images for a model that starts from one.
+        strategies: whose gradients are compared.
+
+    Raises:
+        AssertionError: with the table, if a promise is not kept.
+        ValueError: for a model in less than float64, whose gradients cannot be compared.
+    """
+    if model.dtype != torch.float64:
+        raise ValueError(
+            f"{model.name!r} is in {model.dtype}: load it with dtype=torch.float64, or rounding hides errors"
+        )
+    sampling = (sampling or Sampling(num_inference_steps=5)).resolve(model)
+    prompts = list(prompts or example_prompts(model, sampling))
+    report = Report()
+    for check in CHECKS:
+        report.extend(check(model, sampling, prompts, strategies))
+    assert all(row.held for row in report), f"{model.name!r} does not keep its promises\n{report}"
+    return report
+
+
+def example_prompts(model: VideoModel, sampling: Sampling) -> list[str | Prompt]:
+    """Captions of the tiny world, with random images for a model that starts from one."""
+    if not model.takes_image:
+        return list(PROMPTS)
+    size = 3, sampling.height, sampling.width
+    images = (torch.rand(size, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS)
+    return [Prompt(text, image=image) for text, image in zip(PROMPTS, images)]
+
+
+# ------------------------------------------------------------------------------------------ two rewards
+
+
+def of_frames(frames: torch.Tensor, prompts) -> torch.Tensor:
+    """Nonlinear, so that a wrong mean over frames shows."""
+    ramp = torch.linspace(0.5, 1.5, frames.shape[-1]).to(frames)
+    return (frames.square() * ramp).mean(dim=(1, 2, 3, 4))
+
+
+def of_clips(frames: torch.Tensor, prompts) -> torch.Tensor:
+    jumps = frames.diff(dim=1).square().sum(dim=(1, 2, 3, 4)) / 100
+    return frames.mean(dim=(1, 2, 3, 4)) ** 3 - jumps
+
+
+REWARDS = {"frames": reward(of_frames, per_frame=True), "clip": reward(of_clips)}
+
+
+def adapted(model: VideoModel, seed: int = 1) -> lora.Adapter:
+    """An adapter that acts: with B = 0 a wrong path through A would not show."""
+    adapter = lora.add(model, rank=2, seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return adapter
+
+
+def take_gradient(adapter: lora.Adapter) -> torch.Tensor:
+    """The gradient as one vector; the adapter is left without one."""
+    parameters = adapter.parameters()
+    parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return torch.cat(parts)
+
+
+# --------------------------------------------------------------------------------------- plain autograd
+
+
+def plain_autograd(
+    model: VideoModel,
+    adapter: lora.Adapter,
+    reward: Reward,
+    prompts: Sequence[str | Prompt],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    strategy: Strategy,
+    frames: Frames,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards (B,) and the adapter's gradient as one vector, with every step in one graph and nothing staged.
+
+    Follows the papers' definitions, not the package's plan: each branch detaches what its paper detaches.
+    """
+    sampling = sampling.resolve(model)
+    generator = torch.Generator().manual_seed(0)
+    plan = strategy.plan(model.num_steps(sampling), generator)  # only to draw the same numbers
+    chosen = frames.choose(sampling.num_frames, generator)
+    conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
+    scheduler = model.new_scheduler(sampling)
+    denoise = partial(guided, model, conditioning, sampling)
+    weights = adapter.parameters()
+    for i, t in enumerate(scheduler.timesteps):
+        n = len(scheduler.timesteps) - i  # counted from the end
+        scaled = model.scale_input(scheduler, latents, t)
+        if isinstance(strategy, (Last, Random)):
+            with torch.set_grad_enabled(n <= max(plan.active)):
+                output = denoise(scaled, t)
+        elif isinstance(strategy, Step):
+            for p in (
+                weights
+            ):  # later steps pass the gradient on, their own parameters' part does not count
+                p.requires_grad_(n == strategy.i)
+            with torch.set_grad_enabled(n <= strategy.i):
+                output = denoise(scaled, t)
+        elif isinstance(strategy, (ReFL, DRTune)):
+            # sg(x) into the network; only the chosen steps' outputs keep their graph
+            with torch.set_grad_enabled(n in plan.active):
+                output = denoise(scaled.detach(), t)
+            if n == plan.stop + 1 and plan.stop:
+                latents = model.x0(scheduler, output, t, latents)
+                break
+        else:
+            with torch.no_grad():
+                output = denoise(scaled, t)
+        latents = model.step(scheduler, output, t, latents, eta=sampling.eta, generators=generators)
+    for p in weights:
+        p.requires_grad_(True)
+    finals = [latents]
+    if isinstance(strategy, DRaFTLV):
+        t, clean = scheduler.timesteps[-1], latents.detach()
+        finals = [
+            noised_again(model, sampling, denoise, t, clean, generators) for _ in range(strategy.n)
+        ]
+    values = [reward(model.decode(final, chosen), prompts) for final in finals]
+    value = torch.stack(values).mean(0)
+    (-value.mean()).backward()
+    return value.detach(), take_gradient(adapter)
+
+
+def guided(model, conditioning, sampling, latents, t) -> torch.Tensor:
+    """The denoiser's output after guidance, branch by branch, with a graph through those that learn."""
+    learning, outputs = model.learning_branches(sampling), {}
+    for name in model.branches(sampling):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name in learning):
+            outputs |= model.predict_branches(latents, t, conditioning, [name])
+    return model.combine(outputs, t, sampling)
+
+
+def noised_again(model, sampling, denoise, t, clean, generators) -> torch.Tensor:
+    """DRaFT-LV: the final latents noised to the last step's level, and that step taken with a graph."""
+    scheduler = model.new_scheduler(sampling)
+    noised = model.add_noise(scheduler, clean, t, generators)
+    output = denoise(model.scale_input(scheduler, noised, t), t)
+    return model.step(scheduler, output, t, noised, eta=sampling.eta, generators=generators)
+
+
+def staged(model, adapter, reward, prompts, seeds, sampling, strategy, frames, **options):
+    """What `plain_autograd` returns, by `reward_gradient`."""
+    settings = {"strategy": strategy, "frames": frames, "sampling": sampling}
+    generator = torch.Generator().manual_seed(0)
+    result: Result = reward_gradient(
+        model, adapter, reward, prompts, seeds=seeds, generator=generator, **settings, **options
+    )
+    return result.rewards, take_gradient(adapter)
+
+
+# --------------------------------------------------------------------------------------------- the checks
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The relative distance of two tensors; NaN if the second one is zero."""
+    norm = other.norm().item()
+    return (one - other).norm().item() / norm if norm else math.nan
+
+
+def gradients(model, sampling, prompts, strategies) -> Iterator[Row]:
+    adapter = adapted(model)
+    for strategy in strategies:
+        errors = []
+        for scored in REWARDS.values():
+            setup = model, adapter, scored, prompts, SEEDS, sampling, strategy, Frames.all()
+            (ours, gradient), (theirs, expected) = staged(*setup), plain_autograd(*setup)
+            errors += [apart(gradient, expected), apart(ours, theirs)]
+        worst = math.nan if any(map(math.isnan, errors)) else max(errors)
+        yield Row(f"gradient of {strategy} against autograd", worst, 1e-6)
+    adapter.remove()
+
+
+def replays(model, sampling, prompts, strategies) -> Iterator[Row]:
+    adapter = adapted(model)
+    plan = Last(3).plan(model.num_steps(sampling), None)
+    rollout = roll_out(model, prompts, SEEDS, sampling, adapter=adapter, window=3)
+    again = replay(model, rollout, plan, lambda active: torch.enable_grad())
+    adapter.remove()
+    yield Row(
+        "replayed latents against the roll-out's", apart(again.detach(), rollout.latents), 0.0
+    )
+
+
+def decodings(model, sampling, prompts, strategies) -> Iterator[Row]:
+    latents = roll_out(model, prompts, SEEDS, sampling).latents
+    frames = [0, sampling.num_frames // 2, sampling.num_frames - 1]
+    leaf = latents.clone().requires_grad_()
+    whole = model.decode(leaf)
+    part = model.decode(latents, frames)
+    error = (part - whole[:, frames]).abs().max().item()
+    yield Row("decode of some frames against all", error, 1e-9 if model.exact else 1.0)
+    bounds = max(-whole.min().item(), whole.max().item() - 1)
+    yield Row("frames beyond 0 to 1", bounds, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    pulled = torch.randn(part.shape, generator=generator, dtype=part.dtype)
+    (expected,) = torch.autograd.grad(whole[:, frames], leaf, pulled)
+    found = model.decode_vjp(latents, frames, pulled, decode_chunk_size=2)
+    yield Row("decode_vjp against autograd", apart(found, expected), 1e-9 if model.exact else 2.0)
+
+
+def batches(model, sampling, prompts, strategies) -> Iterator[Row]:
+    both = sample(model, prompts, seeds=SEEDS, sampling=sampling)
+    pairs = zip(prompts, SEEDS)
+    alone = torch.cat([sample(model, p, seeds=[seed], sampling=sampling) for p, seed in pairs])
+    yield Row("two clips at once against one by one", (both - alone).abs().max().item(), 1e-6)
+    again = sample(model, prompts, seeds=SEEDS, sampling=sampling)
+    yield Row("the same seeds twice", (both - again).abs().max().item(), 0.0)
+
+
+def adapters(model, sampling, prompts, strategies) -> Iterator[Row]:
+    make = partial(sample, model, prompts, seeds=SEEDS, sampling=sampling)
+    base, adapter = make(), adapted(model)
+    expected = make(adapter=adapter)
+    with tempfile.TemporaryDirectory() as folder:
+        path = adapter.save(Path(folder) / "adapter.safetensors")
+        adapter.remove()
+        found = make(adapter=path)
+    yield Row("an adapter saved and loaded", (found - expected).abs().max().item(), 1e-6)
+    yield Row("an adapter that does nothing", float(torch.equal(expected, base)), 0.0)
+    yield Row("the base after an adapter was removed", (make() - base).abs().max().item(), 0.0)
+
+
+def half_precision(model, sampling, prompts, strategies) -> Iterator[Row]:
+    setup = REWARDS["frames"], prompts, SEEDS, sampling, Last(1), Frames.at(0)
+    adapter = adapted(model)
+    _, expected = staged(model, adapter, *setup)
+    adapter.remove()
+    for dtype, least in HALF.items():
+        twin = with_same_noise(model, dtype)
+        _, found = staged(twin, adapted(twin), *setup)
+        cosine = torch.cosine_similarity(found.double(), expected, dim=0).item()
+        yield Row(f"1 - cosine of {str(dtype)[6:]}'s gradient", 1 - cosine, 1 - least)
+
+
+def with_same_noise(model: VideoModel, dtype: torch.dtype) -> VideoModel:
+    """A copy in half precision whose noise is the model's: drawn in half precision, it would be another."""
+    twin = copy.deepcopy(model).to(dtype)
+    drawn = model.initial_latents
+    twin.initial_latents = lambda sampling, generators: drawn(sampling, generators).to(dtype)
+    return twin
+
+
+def resumed(model, sampling, prompts, strategies) -> Iterator[Row]:
+    def train(folder: str, steps: int, resume: bool = False) -> torch.Tensor:
+        settings = {"steps": steps, "resume": resume, "output_dir": folder, "progress": False}
+        settings |= {"rank": 2, "batch_size": 1, "checkpointing_steps": 1, "sampling": sampling}
+        run = align(model, REWARDS["frames"], prompts, **settings)
+        found = torch.cat([p.detach().flatten() for p in run.adapter.parameters()])
+        run.adapter.remove()
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole = train(f"{folder}/whole", 3)
+        train(f"{folder}/parts", 2)
+        parts = train(f"{folder}/parts", 3, resume=True)
+    yield Row("a resumed run against an uninterrupted one", (whole - parts).abs().max().item(), 0.0)
+
+
+CHECKS: tuple[Callable[..., Iterator[Row]], ...] = (
+    gradients,
+    replays,
+    decodings,
+    batches,
+    adapters,
+    half_precision,
+    resumed,
+)
