@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .distributed import launch
     from .evaluation import Validation, evaluate
     from .gradient import reward_gradient
+    from .long_clips import extend
     from .lora import Adapter
     from .memory_planner import memory
     from .models import load
@@ -47,6 +48,7 @@ _NAMES = {
     "distributed": ("launch",),
     "evaluation": ("Validation", "evaluate"),
     "gradient": ("reward_gradient",),
+    "long_clips": ("extend",),
     "lora": ("Adapter",),
     "memory_planner": ("memory",),
     "models": ("load",),
@@ -61,7 +63,7 @@ _NAMES = {
     "zoo": (),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = sorted(_NAMES.keys() - {"best", "evaluation", "memory_planner"})
+_MODULES = sorted(_NAMES.keys() - {"best", "evaluation", "long_clips", "memory_planner"})
 __all__ = ["__version__", *_MODULE_OF, *_MODULES]
 
 

@@ -210,7 +210,7 @@ class Evaluator:
         for name in ("seeds_per_prompt", "batch_size", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        self.num_frames = (self.sampling or Sampling()).resolve(self.model).num_frames
+        self.num_frames = (self.sampling or Sampling()).resolve(self.model).total_frames
         for metric in self.metrics:
             metric.check_frames(self.num_frames)
         least = getattr(self.features, "min_frames", 1)

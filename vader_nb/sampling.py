@@ -39,6 +39,7 @@ SAMPLING_BOUNDS = {
     "height": (1, 16_384),
     "width": (1, 16_384),
     "eta": (0, 1),
+    "extend": (1, 1000),
 }
 
 
@@ -80,7 +81,16 @@ class Sampling:
     sequential_guidance: bool = setting(
         False, "the guidance's branches one after the other: half the memory, same gradient"
     )
+    extend: int = setting(
+        1,
+        "segments of a clip, each continuing the last frame before; for models that start from an image",
+    )
     options: dict = setting({}, "settings that only the model's family has")
+
+    @property
+    def total_frames(self) -> int:
+        """Frames of a whole clip; a segment's first one repeats the last one before it."""
+        return self.num_frames + (self.extend - 1) * (self.num_frames - 1)
 
     def resolve(self, model: VideoModel) -> "Sampling":
         """A copy with the model's defaults in the place of None.
@@ -106,6 +116,10 @@ class Sampling:
         if settings.eta and "eta" not in inspect.signature(model.scheduler.step).parameters:
             raise ValueError(
                 f"eta={settings.eta} has no effect with {type(model.scheduler).__name__}: set it to 0"
+            )
+        if settings.extend > 1 and not model.takes_image:
+            raise ValueError(
+                f"extend={settings.extend}: {model.name!r} makes videos of text alone and cannot continue a frame"
             )
         return settings
 
@@ -249,7 +263,7 @@ def roll_out(
     last_call: Callable[[], contextlib.AbstractContextManager] | None = None,
     callback: Callback | None = None,
 ) -> Rollout:
-    """Sample a batch without a graph, and note the last `window` steps.
+    """Sample a batch without a graph, and note the last `window` steps. One segment, whatever `extend` says.
 
     Args:
         model, prompts, seeds, sampling: as for `sample`; one per clip, and resolved.
@@ -387,16 +401,30 @@ def sample(
         raise ValueError(
             f"an adapter acts from a start to a later end within 0..1, got {adapter_start} to {adapter_end}"
         )
-    sampling = (sampling or Sampling()).resolve(model)
+    sampling, clips = (sampling or Sampling()).resolve(model), []
     with lora.use_adapter(model, adapter) as active:
-        rollout = roll_out(
-            model,
-            prompts,
-            seeds,
-            sampling,
-            adapter=active,
-            adapter_range=(adapter_start, adapter_end),
-            callback=callback,
-        )
-        rollout.check()
-        return decode(model, rollout.latents)
+        for index in range(sampling.extend):
+            one, own = segment_settings(sampling, seeds, index)
+            options = {"adapter": active, "adapter_range": (adapter_start, adapter_end)}
+            rollout = roll_out(model, prompts, own, one, callback=callback, **options)
+            rollout.check()
+            clips.append(decode(model, rollout.latents))
+            prompts = continued(prompts, clips[-1]) if sampling.extend > 1 else prompts
+    return join(clips)
+
+
+def segment_settings(sampling: Sampling, seeds: Sequence[int], index: int) -> tuple:
+    """Settings and seeds of one segment of a long clip; the first has those of a clip by itself."""
+    return replace(sampling, extend=1), [seed + (index << 32) for seed in seeds]
+
+
+def continued(prompts: Sequence[str | Prompt], clips: torch.Tensor) -> list[Prompt]:
+    """The prompts with the last frame of each clip (B, F, 3, H, W) as their image."""
+    images = clips[:, -1].detach().float().cpu()
+    negatives = [getattr(prompt, "negative_prompt", "") for prompt in prompts]
+    return [Prompt(str(p), n, image) for p, n, image in zip(prompts, negatives, images)]
+
+
+def join(clips: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One clip of several (B, F, 3, H, W), whose first frames repeat the last ones before."""
+    return torch.cat([clips[0], *(clip[:, 1:] for clip in clips[1:])], dim=1)

@@ -58,6 +58,9 @@ class TrainConfig:
         "which frames are scored: random:1, ends, every:2, all, 0,4,-1; default: random:1, or all for a "
         "reward on the whole clip",
     )
+    segments: str = setting(
+        "all", "of clips with `extend`, those that the gradient goes through: all, last, or 2,3"
+    )
     sampling: Sampling = field(default_factory=Sampling)
     decode_chunk_size: int = setting(1, "frames decoded at once", may_change=True)
     gradient_checkpointing: bool | None = setting(

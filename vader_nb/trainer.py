@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from . import checkpoints, distributed, lora
 from . import prompts as prompt_sets
 from .estimators import Batch, Collected, Estimator, RewardGradient
+from .long_clips import LongRewardGradient, parse_segments
 from .models import VideoModel, exclusive
 from .prompts import Prompt
 from .rewards import Reward, as_reward
@@ -141,11 +142,11 @@ class Trainer:
         self.prompts = prompt_sets.get(prompts)
         self.config = config = replace(config or TrainConfig())
         self.start_adapter, self.validation, self.callback = adapter, validate, callback
-        self.estimator = estimator or RewardGradient()
         self.state = State()
         self.lock: checkpoints.FileLock | None = None
         config.validate()
         config.sampling = config.sampling.resolve(model)
+        self.estimator = estimator or default_estimator(config)
         if config.frames is None:
             config.frames = Frames.random(1) if self.reward.per_frame else Frames.all()
         if config.gradient_checkpointing is None:
@@ -158,7 +159,7 @@ class Trainer:
         # Draw once, so that a window or frames that do not fit are an error now.
         generator = torch.Generator().manual_seed(config.seed)
         config.strategy.plan(model.num_steps(config.sampling), generator)
-        frames = config.frames.choose(config.sampling.num_frames, generator)
+        frames = config.frames.choose(config.sampling.total_frames, generator)
         self.reward.check_frames(len(frames))
 
     @exclusive
@@ -567,6 +568,12 @@ def _text_of(prompt: str | Prompt) -> str:
 
 def _for_tracker(value):
     return value if isinstance(value, (int, float, str)) else str(value)
+
+
+def default_estimator(config: TrainConfig) -> Estimator:
+    """The reward's gradient, through one segment or several. Raises ValueError for segments that are not there."""
+    parse_segments(config.segments, config.sampling.extend)
+    return LongRewardGradient() if config.sampling.extend > 1 else RewardGradient()
 
 
 def adamw(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:

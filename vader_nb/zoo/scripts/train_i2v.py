@@ -27,7 +27,7 @@ from .training import rank_and_world, save_atomically, save_half, share, train
 
 FOLDER, DATA, SEED = WEIGHTS / "tiny-i2v", Path("runs/zoo/i2v.pt"), 5
 CLIPS, BATCH = 4000, 8
-ENCODER_STEPS, VAE_STEPS, STEPS = 600, 2400, 4500
+ENCODER_STEPS, VAE_STEPS, STEPS = 600, 1800, 3600
 EMPTY = 0.1  # share of images left out, for guidance
 STRENGTHS = 0.005, 0.1  # of the noise on the image, drawn evenly on a logarithmic scale
 WIDTH = 64  # of the image's embedding
@@ -159,8 +159,8 @@ def train_vae(data: dict) -> None:
     vae = build_vae(data["scale"])
 
     def loss(generator, step):
-        chosen = torch.randint(CLIPS, (3,), generator=generator)
-        noise = torch.randn(24, 4, 8, 8, generator=generator)
+        chosen = torch.randint(CLIPS, (2,), generator=generator)
+        noise = torch.randn(16, 4, 8, 8, generator=generator)
         frames = data["frames"][chosen].flatten(0, 1) / 255
         latents = data["latents"][chosen].flatten(0, 1)
         encoded = vae.encode(frames * 2 - 1).latent_dist.mode()
