@@ -96,6 +96,7 @@ CHECKPOINTS = {
         parts={
             "vae": "hpcai-tech/OpenSora-VAE-v1.2",
             "text_encoder": "DeepFloyd/t5-v1_1-xxl",
+            "tokenizer": "DeepFloyd/t5-v1_1-xxl",
         },
     ),
 }
@@ -143,11 +144,12 @@ def load(
     except OSError as error:
         if checkpoint.directory:
             raise
-        repositories = checkpoint.source, *checkpoint.parts.values()
+        repositories = dict.fromkeys([checkpoint.source, *checkpoint.parts.values()])
+        fetch = " && ".join(f"hf download {repository}" for repository in repositories)
         raise FileNotFoundError(
             f"the weights of {name!r} are not on this machine and the hub cannot be reached: "
             f"{checkpoint.source} ({checkpoint.size}, {checkpoint.license}).\n"
-            f"  with a network:  {' && '.join(f'hf download {repository}' for repository in repositories)}\n"
+            f"  with a network:  {fetch}\n"
             f"  with a copy:     vader_nb.load('/path/to/the/pipeline/directory')\n"
             f"  without either:  vader_nb.load('tiny'), embedded in this package"
         ) from error

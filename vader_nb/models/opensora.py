@@ -96,28 +96,26 @@ class OpenSora(VideoModel):
         The directory has a subfolder for each part; `transformer` and `vae` hold `config.json` and
         `model.safetensors` of the published layout.
         """
-        folder = checkpoint.directory
+        folder, scheduler = checkpoint.directory, getattr(diffusers, checkpoint.scheduler)
         shared = {key: value for key, value in hub.items() if key != "revision"}
 
-        def network(part: str) -> nn.Module:
-            repository = checkpoint.parts.get(part)
-            options = shared if repository else hub
-            source = str(folder / part) if folder else repository or checkpoint.source
-            return read_network(part, source, **options).to(dtypes.get(part, dtypes["default"]))
+        def place(part: str) -> str:
+            return str(folder / part) if folder else checkpoint.parts.get(part, checkpoint.source)
 
-        text = str(folder) if folder else checkpoint.parts["text_encoder"]
-        places = [{"subfolder": p} if folder else {} for p in ("text_encoder", "tokenizer")]
-        dtype = dtypes.get("text_encoder", dtypes["default"])
-        scheduler = getattr(diffusers, checkpoint.scheduler)
+        def dtype(part: str) -> torch.dtype:
+            return dtypes.get(part, dtypes["default"])
+
         return cls(
             name,
-            network("transformer"),
-            network("vae"),
-            T5EncoderModel.from_pretrained(text, dtype=dtype, **places[0], **shared),
-            AutoTokenizer.from_pretrained(text, **places[1], **shared),
-            scheduler.from_pretrained(folder / "scheduler")
-            if folder
-            else scheduler.from_config(PUBLISHED["scheduler"]),
+            read_network("transformer", place("transformer"), **hub).to(dtype("transformer")),
+            read_network("vae", place("vae"), **shared).to(dtype("vae")),
+            T5EncoderModel.from_pretrained(
+                place("text_encoder"), dtype=dtype("text_encoder"), **shared
+            ),
+            AutoTokenizer.from_pretrained(place("tokenizer"), **shared),
+            scheduler.from_config(
+                read_config(folder / "scheduler") if folder else PUBLISHED["scheduler"]
+            ),
             checkpoint.defaults,
             checkpoint.world,
         )
