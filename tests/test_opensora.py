@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import diffusers
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
 from vader_nb import Prompt, load, lora, lora_files, models, testing
+from vader_nb.memory_planner import simulate
 from vader_nb.models import opensora
 from vader_nb.models.opensora import PUBLISHED, cleaned, network_of
 from vader_nb.sampling import Sampling, sample
@@ -518,3 +520,53 @@ def test_a_saved_directory_is_loaded_again(model, tmp_path):
     assert {k: v.shape for k, v in shapes.items()} == {
         k: v.shape for k, v in model.denoiser.state_dict().items()
     }
+
+
+def test_the_published_repositories_load_from_the_hub_cache(directory, tmp_path, monkeypatch):
+    """The real call, on a hub cache with files of the published names; T5's weights are a `.bin` there."""
+
+    def snapshot(repository):
+        folder = tmp_path / f"models--{repository.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        return folder / "snapshots" / ("0" * 40)
+
+    shutil.copytree(directory / "transformer", snapshot("hpcai-tech/OpenSora-STDiT-v3"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        FileNotFoundError, match="hf download hpcai-tech/OpenSora-STDiT-v3 && .*VAE"
+    ):
+        load("opensora", cache_dir=tmp_path)
+    shutil.copytree(directory / "vae", snapshot("hpcai-tech/OpenSora-VAE-v1.2"))
+    text = shutil.copytree(directory / "text_encoder", snapshot("DeepFloyd/t5-v1_1-xxl"))
+    shutil.copytree(directory / "tokenizer", text, dirs_exist_ok=True)
+    weights = load_file(text / "model.safetensors")
+    (text / "model.safetensors").unlink()
+    torch.save(weights, text / "pytorch_model.bin")
+    model = load("opensora", cache_dir=tmp_path, dtype={"vae": torch.float64})
+    assert model.defaults == opensora.DEFAULTS and model.scheduler.config.shift == 1
+    assert model.vae.dtype == torch.float64 and model.dtype == torch.float32
+    here = load(directory, dtype={"vae": torch.float64})
+    settings = Sampling(**SETTINGS)
+    clips = [sample(m, "a red star", sampling=settings) for m in (model, here)]
+    assert torch.equal(*clips)
+
+
+def test_files_that_do_not_fit_are_refused(directory, tmp_path):
+    folder = shutil.copytree(directory, tmp_path / "copy")
+    config = TRANSFORMER | {"depth": 3}
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="model.safetensors is no transformer of Open-Sora 1.2"):
+        load(folder)
+
+
+def test_offloaded_networks_make_the_same_clip(model):
+    expected = sample(model, "a red star")
+    model._embeddings.clear()
+    model.enable_model_cpu_offload()
+    assert torch.equal(sample(model, "a red star"), expected)
+
+
+def test_memory_is_planned(directory):
+    stages = simulate(directory, "brightness")
+    assert 0 < stages["weights"] < stages["replay"]
