@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import huggingface_hub
@@ -27,7 +28,7 @@ from .. import hub as weights
 from ..hub import DummyTokenizer
 from ..prompts import Prompt
 from .base import Conditioning, VideoModel, cached, is_flow, read_config, warn_truncated
-from .opensora_networks import OpenSoraVAE, STDiT3, TemporalVAE
+from .opensora_networks import OpenSoraVAE, STDiT3, STDiT3Block, TemporalVAE
 
 # The published architecture, for `from_config`; what is missing here is the classes' own default.
 PUBLISHED = {
@@ -149,7 +150,7 @@ class OpenSora(VideoModel):
         )
 
     def save_parts(self, folder: Path) -> None:
-        index = {"_class_name": "OpenSoraPipeline"}
+        index: dict[str, Any] = {"_class_name": "OpenSoraPipeline"}
         parts = vars(self) | self.denoisers
         for name in (*PUBLISHED, "tokenizer"):
             part, kind = parts[name], type(parts[name])
@@ -169,7 +170,7 @@ class OpenSora(VideoModel):
         return [time.post_quant_conv, time.decoder, image.post_quant_conv, image.decoder]
 
     def blocks(self) -> list[nn.Module]:
-        return [*self.denoiser.spatial_blocks, *self.denoiser.temporal_blocks]
+        return [part for part in self.denoiser.modules() if isinstance(part, STDiT3Block)]
 
     def to(self, *args, **kwargs) -> "OpenSora":
         super().to(*args, **kwargs)
@@ -191,7 +192,7 @@ class OpenSora(VideoModel):
         negatives = [cleaned(p.negative_prompt) or None for p in prompts]
         texts = captions + [text for text in negatives if text]
         states = cached(self._embeddings, texts, self._embed, CACHED_PROMPTS)
-        learned = self.denoiser.y_embedder.y_embedding.to("cpu")
+        learned = self.denoiser.get_buffer("y_embedder.y_embedding").to("cpu")
         chosen = {
             "negative": [
                 states[negative] if negative else learned[: len(states[caption])]
@@ -200,12 +201,9 @@ class OpenSora(VideoModel):
             "prompt": [states[caption] for caption in captions],
         }
         fps = sampling.options["fps"] if sampling.num_frames > 1 else IMAGE_FPS
-        told = {
-            "fps": torch.tensor([float(fps)] * len(prompts), device=self.device),
-            "size": torch.tensor(
-                [[float(sampling.height), float(sampling.width)]] * len(prompts), device=self.device
-            ),
-        }
+        numbers = [float(fps), sampling.height, sampling.width]
+        numbers = torch.tensor([numbers] * len(prompts), device=self.device)
+        told = {"fps": numbers[:, 0], "size": numbers[:, 1:]}
         branches = {name: self._padded(rows, len(learned)) | told for name, rows in chosen.items()}
         return Conditioning(branches)
 
@@ -218,7 +216,7 @@ class OpenSora(VideoModel):
     def _embed(self, text: str) -> torch.Tensor:
         """The text encoder's states (tokens, width), on the CPU; without padding, which it would not see."""
         self.onload(self.text_encoder)
-        length = len(self.denoiser.y_embedder.y_embedding)
+        length = len(self.denoiser.get_buffer("y_embedder.y_embedding"))
         warn_truncated(self.tokenizer, text, length)
         tokens = self.tokenizer(text, max_length=length, truncation=True, return_tensors="pt")
         states = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0]
@@ -241,9 +239,10 @@ class OpenSora(VideoModel):
                 f"for {self.name}, or one of Open-Sora's own sizes, from which up to 7 pixels are cut: {own}"
             )
         count = self.latents_of(sampling.num_frames)
-        self._lengths[count] = sampling.num_frames
+        self._lengths[count] = sampling.num_frames  # for `decode`, which is given latents alone
         height, width = (n // self.scale for n in size)
-        return self.denoiser.config.in_channels, count, height, width
+        channels = int(self.denoiser.get_parameter("x_embedder.proj.weight").shape[1])
+        return channels, count, height, width
 
     def new_scheduler(self, sampling):
         """A schedule with more steps at high noise the larger and longer the clip is."""
@@ -273,8 +272,9 @@ class OpenSora(VideoModel):
     ) -> Iterator[tuple[torch.Tensor, list[int], list[int]]]:
         """For each chunk that holds one of these frames: the image autoencoder's latents of the whole chunk,
         and the frames' places in it and in `frames`."""
+        self.onload(*self.decoders())
         size, count = self.vae.micro_frame_size, self.length(latents)
-        step = self.latents_of(size)
+        step, frames = self.latents_of(size), [range(count)[frame] for frame in frames]
         for start in range(0, count, size):
             places = [i for i, frame in enumerate(frames) if start <= frame < start + size]
             if places:
@@ -290,9 +290,7 @@ class OpenSora(VideoModel):
         return self._lengths.get(latents.shape[2], longest)
 
     def decode(self, latents: torch.Tensor, frames: list[int] | None = None) -> torch.Tensor:
-        self.onload(*self.decoders())
-        count = range(self.length(latents))
-        frames = list(count) if frames is None else [count[frame] for frame in frames]
+        frames = list(range(self.length(latents))) if frames is None else frames
         decoded = [latents] * len(frames)
         for images, inner, places in self.chunks(latents, frames):
             for i, place in zip(inner, places):
@@ -317,9 +315,8 @@ class OpenSora(VideoModel):
 def cleaned(caption: str) -> str:
     """A caption as the text encoder's captions were in training: twice, as entities may be escaped twice."""
     if is_ftfy_available() and is_bs4_available():
-        for _ in range(2):
-            caption = PixArtAlphaPipeline._clean_caption(PixArtAlphaPipeline, caption)
-        return caption
+        rules: Any = PixArtAlphaPipeline
+        return rules._clean_caption(rules, rules._clean_caption(rules, caption))
     return " ".join(html.unescape(html.unescape(caption)).lower().split())
 
 

@@ -4,6 +4,8 @@
 causal autoencoder over time on top of an image autoencoder. Source: github.com/hpcaitech/Open-Sora, v1.2.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -182,7 +184,8 @@ class STDiT3(nn.Module, ConfigMixin):
         input_sq_size: int = 512,
     ):
         super().__init__()
-        self.patch_size, self.input_sq_size = tuple(patch_size), input_sq_size
+        self.input_sq_size = input_sq_size
+        self.patch_size: Any = tuple(patch_size)
         out = 2 * in_channels * patch_size[1] * patch_size[2]  # the second half is a variance
         projection = nn.Conv3d(in_channels, hidden_size, self.patch_size, self.patch_size)
         self.x_embedder = nn.ModuleDict({"proj": projection})
@@ -214,7 +217,7 @@ class STDiT3(nn.Module, ConfigMixin):
             mask: (B, N), true for the text's own tokens.
             size: height and width in pixels, (B, 2) and the same for all clips.
         """
-        projection = self.x_embedder["proj"]
+        projection: Any = self.x_embedder["proj"]
         dtype, channels = projection.weight.dtype, latents.shape[1]
         *_, height, width = latents.shape
         _, down, right = self.patch_size
@@ -377,11 +380,12 @@ class OpenSoraVAE(nn.Module, ConfigMixin):
 
     def decode_time(self, latents: torch.Tensor, count: int) -> torch.Tensor:
         """The image autoencoder's latents (B, C, count, h, w) of one chunk's latents (B, C, f, h, w)."""
-        latents = latents * self.scale.to(latents) + self.shift.to(latents)
-        return self.temporal_vae.decode(latents.to(self.dtype), count)
+        scale, shift = (self.get_buffer(name).to(latents) for name in ("scale", "shift"))
+        return self.temporal_vae.decode((latents * scale + shift).to(self.dtype), count)
 
     def decode_frames(self, latents: torch.Tensor) -> torch.Tensor:
         """Frames (B, f, 3, H, W) in [0, 1] of f of those latents, (B, C, f, h, w)."""
         flat = latents.transpose(1, 2).flatten(0, 1) / LATENT_SCALE
-        pixels = self.spatial_vae["module"].decode(flat).sample
+        image: Any = self.spatial_vae["module"]
+        pixels = image.decode(flat).sample
         return (pixels / 2 + 0.5).clamp(0, 1).unflatten(0, (-1, latents.shape[2]))
