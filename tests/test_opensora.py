@@ -445,6 +445,7 @@ def test_sizes_that_cannot_be_made_are_an_error(model, height, width):
     message = "must be at least 1|multiples of 8 pixels .* cut: .*276x368"
     with pytest.raises(ValueError, match=message):
         sample(model, "a cat", sampling=sampling)
+    assert not model._embeddings
 
 
 def test_sizes_of_its_own_are_cut(model):

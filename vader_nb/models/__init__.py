@@ -91,7 +91,7 @@ CHECKPOINTS = {
         "hpcai-tech/OpenSora-STDiT-v3",
         "OpenSoraPipeline",
         "FlowMatchEulerDiscreteScheduler",
-        size="4.8 GB, with autoencoder and text encoder 26 GB",
+        size="4.8 GB, 25 GB with autoencoder and text encoder",
         license="Apache-2.0",
         parts={
             "vae": "hpcai-tech/OpenSora-VAE-v1.2",

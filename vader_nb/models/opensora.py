@@ -1,7 +1,8 @@
 """Open-Sora 1.2 (github.com/hpcaitech/Open-Sora), for which diffusers has no pipeline.
 
-Its networks are in `opensora_networks`; T5 and the schedule are transformers' and diffusers'. Latents come in chunks:
-17 frames are 5 latents, and what is left of a clip takes one per 4 frames, the first of which may be cut.
+Its networks are in `opensora_networks`; T5 and the schedule are transformers' and diffusers'. Latents
+come in chunks: 17 frames are 5 latents, and what is left of a clip takes one per 4 frames. The first
+frames that a chunk decodes to are cut where there are too many.
 """
 
 import html
@@ -188,6 +189,7 @@ class OpenSora(VideoModel):
         prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
         if any(prompt.image is not None for prompt in prompts):
             raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
+        self.latent_shape(sampling)  # a size that cannot be made is an error before T5 is at work
         captions = [cleaned(prompt.text + QUALITY) for prompt in prompts]
         negatives = [cleaned(p.negative_prompt) or None for p in prompts]
         texts = captions + [text for text in negatives if text]

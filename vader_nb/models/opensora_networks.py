@@ -1,4 +1,4 @@
-"""The networks of Open-Sora 1.2, which diffusers does not have, under the names that its published files give.
+"""The networks of Open-Sora 1.2, which diffusers does not have, with its published files' names.
 
 `STDiT3` is the denoiser, a transformer whose blocks look at space and at time in turn. `OpenSoraVAE` is a
 causal autoencoder over time on top of an image autoencoder. Source: github.com/hpcaitech/Open-Sora, v1.2.
@@ -327,7 +327,10 @@ class Decoder(nn.Module):
 
 
 class TemporalVAE(nn.Module):
-    """The causal autoencoder over time, of chunks of (B, C, F, H, W): 4 frames per latent, from the last one back."""
+    """The causal autoencoder over time, of chunks (B, C, F, H, W) with 4 frames per latent.
+
+    Zeros stand in front of a chunk whose length is no multiple of 4.
+    """
 
     def __init__(self, channels=4, filters=128, count=4, multipliers=(1, 2, 2, 4), groups=32):
         super().__init__()
