@@ -30,6 +30,7 @@ __all__ = [
 FAMILIES: dict[str, type[VideoModel] | str] = {
     "TextToVideoSDPipeline": "vader_nb.models.modelscope:ModelScope",
     "StableVideoDiffusionPipeline": "vader_nb.models.svd:StableVideoDiffusion",
+    "OpenSoraPipeline": "vader_nb.models.opensora:OpenSora",
 }
 
 
@@ -45,6 +46,7 @@ class Checkpoint:
         world: see `VideoModel.world`.
         size, license: of the download.
         hub: more arguments of `from_pretrained`.
+        parts: hub ids of parts that are not in `source`.
     """
 
     source: str
@@ -55,6 +57,7 @@ class Checkpoint:
     size: str = ""
     license: str = ""
     hub: dict = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path | None:
@@ -83,6 +86,18 @@ CHECKPOINTS = {
         VADER | {"num_frames": 24, "height": 320, "width": 576},
         size="7 GB",
         license="CC-BY-NC-4.0",
+    ),
+    "opensora": Checkpoint(
+        "hpcai-tech/OpenSora-STDiT-v3",
+        "OpenSoraPipeline",
+        "FlowMatchEulerDiscreteScheduler",
+        size="4.8 GB, 25 GB with autoencoder and text encoder",
+        license="Apache-2.0",
+        parts={
+            "vae": "hpcai-tech/OpenSora-VAE-v1.2",
+            "text_encoder": "DeepFloyd/t5-v1_1-xxl",
+            "tokenizer": "DeepFloyd/t5-v1_1-xxl",
+        },
     ),
 }
 
@@ -129,10 +144,12 @@ def load(
     except OSError as error:
         if checkpoint.directory:
             raise
+        repositories = dict.fromkeys([checkpoint.source, *checkpoint.parts.values()])
+        fetch = " && ".join(f"hf download {repository}" for repository in repositories)
         raise FileNotFoundError(
             f"the weights of {name!r} are not on this machine and the hub cannot be reached: "
             f"{checkpoint.source} ({checkpoint.size}, {checkpoint.license}).\n"
-            f"  with a network:  hf download {checkpoint.source}\n"
+            f"  with a network:  {fetch}\n"
             f"  with a copy:     vader_nb.load('/path/to/the/pipeline/directory')\n"
             f"  without either:  vader_nb.load('tiny'), embedded in this package"
         ) from error

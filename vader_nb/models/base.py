@@ -392,10 +392,14 @@ class VideoModel(ABC):
         folder = Path(folder).expanduser()
         if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} is not empty; choose another folder")
-        self.pipeline().save_pretrained(folder, safe_serialization=True)
+        self.save_parts(folder)
         extra = json.dumps({"defaults": self.defaults, "world": self.world}, indent=2)
         (folder / "vader_nb.json").write_text(extra + "\n", encoding="utf-8")
         return folder
+
+    def save_parts(self, folder: Path) -> None:
+        """Save `model_index.json` and a subfolder for each part; families without a pipeline write their own."""
+        self.pipeline().save_pretrained(folder, safe_serialization=True)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -413,6 +417,21 @@ class VideoModel(ABC):
     def dtype(self) -> torch.dtype:
         """The denoiser's."""
         return next(self.denoiser.parameters()).dtype
+
+
+def cached(
+    cache: dict[str, torch.Tensor],
+    texts: Sequence[str],
+    embed: Callable[[str], torch.Tensor],
+    size: int,
+) -> dict[str, torch.Tensor]:
+    """The cache with the embeddings of all these texts, emptied first if it could grow beyond `size`."""
+    if len(cache) + len(texts) > size:
+        cache.clear()
+    for text in dict.fromkeys(texts):
+        if text not in cache:
+            cache[text] = embed(text)
+    return cache
 
 
 def warn_truncated(tokenizer, text: str, max_length: int | None = None) -> None:

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..hub import DummyTokenizer
 from ..prompts import Prompt
-from .base import Conditioning, VideoModel, read_config, warn_truncated
+from .base import Conditioning, VideoModel, cached, read_config, warn_truncated
 
 # The published architecture, for `from_config`; what is missing here is the classes' own default.
 PUBLISHED = {
@@ -159,13 +159,10 @@ class ModelScope(VideoModel):
             "negative": [prompt.negative_prompt for prompt in prompts],
             "prompt": [prompt.text for prompt in prompts],
         }
-        if len(self._embeddings) + 2 * len(prompts) > CACHED_PROMPTS:
-            self._embeddings.clear()
-        for text in dict.fromkeys(texts["prompt"] + texts["negative"]):
-            if text not in self._embeddings:
-                self._embeddings[text] = self._embed(text)
+        both = texts["prompt"] + texts["negative"]
+        known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
         states = {
-            branch: torch.stack([self._embeddings[text] for text in column]).to(self.device)
+            branch: torch.stack([known[text] for text in column]).to(self.device)
             for branch, column in texts.items()
         }
         return Conditioning({branch: {"encoder_hidden_states": x} for branch, x in states.items()})
