@@ -80,6 +80,8 @@ class VideoModel(ABC):
         targets: for each denoiser, name endings of the linear layers that an adapter takes by default.
         scheduler: a diffusers scheduler; may be replaced, as in diffusers.
         defaults: of sampling, under diffusers' argument names, plus `fps`.
+        original_names: for families with LoRA files under their authors' names: those of the denoiser's
+            modules -> ours. What stands before a dot in a layer's name is replaced.
         sampling_options: the family's own entries of `Sampling.options`, with their defaults.
         independent_frames: the decoder knows no time, so that frames decode, and may be scored, one by one.
         exact: `decode` of some frames equals those frames of the whole clip's decode.
@@ -94,6 +96,7 @@ class VideoModel(ABC):
     scheduler: Any
     defaults: dict
     sampling_options: dict = {}
+    original_names: dict[str, str] = {}
     independent_frames = True
     exact = True
     offloader: CPUOffloader | None = None
@@ -363,7 +366,7 @@ class VideoModel(ABC):
             self.offloader.onload(*modules)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Save the pipeline directory, which plain diffusers and `load` read.
+        """Save the pipeline directory, which `load` reads, and plain diffusers where it has the pipeline.
 
         Raises:
             FileExistsError: if the folder is not empty.
@@ -371,10 +374,13 @@ class VideoModel(ABC):
         folder = Path(folder).expanduser()
         if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} is not empty; choose another folder")
-        self.pipeline().save_pretrained(folder, safe_serialization=True)
+        self.save_parts(folder)
         extra = json.dumps({"defaults": self.defaults, "world": self.world}, indent=2)
         (folder / "vader_nb.json").write_text(extra + "\n", encoding="utf-8")
         return folder
+
+    def save_parts(self, folder: Path) -> None:
+        self.pipeline().save_pretrained(folder, safe_serialization=True)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -414,7 +420,7 @@ def rounded_eta(scheduler: DDIMScheduler, t, eta: float) -> float:
     final = scheduler.final_alpha_cumprod
     remaining = 1 - (scheduler.alphas_cumprod[before] if before >= 0 else final)
     variance = scheduler._get_variance(int(t), before)
-    while remaining - (eta * variance**0.5) ** 2 < 0:
+    while float(remaining - (eta * variance**0.5) ** 2) < 0:  # a number, also of a fake tensor
         eta *= 1 - 2**-23
     return eta
 
