@@ -127,7 +127,9 @@ class Export(Common):
     example = "vader-nb export runs/mine format=diffusers"
     positional = "adapter"
     adapter: str = option("", "a run's folder, or an adapter file of any tool")
-    format: str = option("diffusers", "diffusers, peft, kohya, comfyui; merged: the whole pipeline")
+    format: str = option(
+        "diffusers", "diffusers, peft, kohya, comfyui, vader; merged: the whole pipeline"
+    )
     model: str = option("tiny", "that the adapter is for")
     scale: float = option(1.0, "of the adapter, for merged")
     output: str | None = option(

@@ -413,6 +413,15 @@ def warn_truncated(tokenizer, text: str, max_length: int | None = None) -> None:
         )
 
 
+def renamed(name: str, names: Mapping[str, str]) -> str | None:
+    """A name whose longest known beginning, up to a dot, is replaced; None if there is none."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        if (known := names.get(".".join(parts[:n]))) is not None:
+            return ".".join([known, *parts[n:]])
+    return None
+
+
 def rounded_eta(scheduler: DDIMScheduler, t, eta: float) -> float:
     """DDIM's eta, lowered by rounding: at zero terminal SNR its square root is else one of -1e-8."""
     config: Any = scheduler.config

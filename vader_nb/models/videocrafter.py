@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from transformers import CLIPTokenizer
 
 from ..hub import fill, state_dict
+from .base import renamed
 from .modelscope import DEFAULTS, ModelScope
 
 FILE = "model.ckpt"
@@ -77,15 +78,6 @@ def module_names() -> dict[str, str]:
         names |= {f"{theirs}.{one}": f"{ours}.{other}" for one, other in inner.items()}
         names[f"{theirs}.temopral_conv"] = ours.replace("resnets", "temp_convs")  # their spelling
     return names
-
-
-def renamed(name: str, names: Mapping[str, str]) -> str | None:
-    """A name whose longest known beginning, up to a dot, is replaced; None if there is none."""
-    parts = name.split(".")
-    for n in range(len(parts), 0, -1):
-        if (known := names.get(".".join(parts[:n]))) is not None:
-            return ".".join([known, *parts[n:]])
-    return None
 
 
 class TimeAndFps(TimestepEmbedding):
