@@ -160,13 +160,15 @@ class VideoCrafter2(ModelScope):
         with init_empty_weights(include_buffers=False):
             model = cls.from_config(checkpoint, name=name)
         model.tokenizer = open_clip_tokenizer()
-        model.fill(state, file)
-        for part, module in zip(("unet", "vae", "text_encoder"), model.modules()):
-            module.to(dtypes.get(part, dtypes["default"]))
+        for part, weights in model.sorted(state, file).items():
+            dtype = dtypes.get(part, dtypes["default"])
+            weights = {key: value.to(dtype) for key, value in weights.items()}
+            module = model.denoiser if part == "unet" else getattr(model, part)
+            fill(module, weights, f"{file} is not VideoCrafter2's")
         return model
 
-    def fill(self, state: Mapping[str, torch.Tensor], file) -> None:
-        """Put the tensors of `model.ckpt` in the networks."""
+    def sorted(self, state: Mapping[str, torch.Tensor], file) -> dict[str, dict]:
+        """The tensors of `model.ckpt` by network, under diffusers' names."""
         state = {key.removeprefix(DEEPSPEED): value for key, value in state.items()}
         unet, vae, text, unknown = {}, {}, {}, []
         own = self.denoiser.state_dict()
@@ -193,8 +195,7 @@ class VideoCrafter2(ModelScope):
         states = convert_open_clip_checkpoint(self.text_encoder, text)
         if not any(key.startswith("text_model.") for key in self.text_encoder.state_dict()):
             states = {key.removeprefix("text_model."): value for key, value in states.items()}
-        for module, weights in zip(self.modules(), (unet, converted, states)):
-            fill(module, weights, f"{file} is not VideoCrafter2's")
+        return {"unet": unet, "vae": converted, "text_encoder": states}
 
     @classmethod
     def scheduler_class(cls, name: str) -> type:
