@@ -7,6 +7,7 @@ own files for VideoCrafter2.
 
 import json
 import math
+import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -21,7 +22,6 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
-from .hub import state_dict
 from .models import VideoModel
 from .models.base import renamed
 
@@ -105,10 +105,12 @@ def read(path: str | Path) -> tuple[State, dict[str, Any]]:
 def read_vader(path: Path) -> State:
     """VADER's own layout, read without running code; other pickles are refused."""
     try:
-        state = state_dict(path)
-    except ValueError:
-        state = {}
-    if not state or not all(str(name).startswith(VADER) for name in state):
+        with path.open("rb") as file:  # torch goes by a path's ending, which may be wrong
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        state = None
+    fits = isinstance(state, dict) and all(str(name).startswith(VADER) for name in state)
+    if not fits or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(
             f"{path} is a pickle, which can run any code when it is opened, and not in VADER's layout "
             f"({VADER}…); convert it to safetensors first"
