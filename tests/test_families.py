@@ -286,7 +286,7 @@ class Unlike(ModelScope):
         channels, frames, height, width = super().latent_shape(sampling)
         return channels, 1 + (frames - 1) // 2, height, width
 
-    def encode(self, prompts, sampling=None):
+    def encode(self, prompts, sampling=None, generators=None):
         branches = super().encode(prompts, sampling).branches
         still = {key: value.flip(1) for key, value in branches["prompt"].items()}
         return Conditioning(branches | {"still": still})

@@ -25,7 +25,7 @@ def clip(tiny):
     return sample(tiny, PROMPT, sampling=SHORT, adapter=ADAPTER)
 
 
-@pytest.mark.parametrize("format", publish.FORMATS)
+@pytest.mark.parametrize("format", [x for x in publish.FORMATS if x != "vader"])
 def test_the_command_writes_what_acts_alike(tmp_path, tiny, clip, format, capsys):
     main(["export", str(ADAPTER), f"format={format}", f"output={tmp_path / 'out'}"])
     assert str(tmp_path / "out") in capsys.readouterr().out

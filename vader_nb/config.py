@@ -43,7 +43,9 @@ class Common:
 
 @dataclass
 class Modeled(Common):
-    model: str = option("tiny", "tiny, modelscope, zeroscope, or a pipeline directory")
+    model: str = option(
+        "tiny", "tiny, modelscope, zeroscope, videocrafter2, or a pipeline directory"
+    )
 
 
 @dataclass
@@ -110,7 +112,9 @@ class Memory(Common):
 
     example = "vader-nb memory model=modelscope reward=hps gpu_memory=T4"
     settings = "memory"
-    model: str = option("modelscope", "tiny, modelscope, zeroscope, or a pipeline directory")
+    model: str = option(
+        "modelscope", "tiny, modelscope, zeroscope, videocrafter2, or a pipeline directory"
+    )
     reward: str = option("hps", "an expression of rewards")
     batch_size: int = option(1, "clips at once")
     gradient_checkpointing: bool = option(True, "compute the denoiser's blocks again backwards")
@@ -127,7 +131,9 @@ class Export(Common):
     example = "vader-nb export runs/mine format=diffusers"
     positional = "adapter"
     adapter: str = option("", "a run's folder, or an adapter file of any tool")
-    format: str = option("diffusers", "diffusers, peft, kohya, comfyui; merged: the whole pipeline")
+    format: str = option(
+        "diffusers", "diffusers, peft, kohya, comfyui, vader; merged: the whole pipeline"
+    )
     model: str = option("tiny", "that the adapter is for")
     scale: float = option(1.0, "of the adapter, for merged")
     output: str | None = option(

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import socket
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,8 +219,12 @@ def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], problem: str)
         raise ValueError(f"{problem}: {str(error)[:300]}") from error
 
 
-def state_dict(path: StrPath) -> dict[str, torch.Tensor]:
+def state_dict(path: StrPath, mmap: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors or torch file, on the CPU, without running code that it holds.
+
+    Args:
+        path: of the file; also one of Lightning (`state_dict`) or DeepSpeed (`module`).
+        mmap: read a tensor when it is used; torch's files of before 1.6 are read whole.
 
     Raises:
         ValueError: the file is damaged, of another kind, or holds more than tensors.
@@ -227,12 +232,13 @@ def state_dict(path: StrPath) -> dict[str, torch.Tensor]:
     if Path(path).suffix == ".safetensors":
         return safetensors.torch.load_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        mmap = mmap and zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0][:200]
         raise ValueError(f"{path} is not a file of weights alone: {reason}") from error
     if isinstance(content, dict):
-        content = content.get("state_dict", content)
+        content = content.get("state_dict", content.get("module", content))
     if not isinstance(content, dict) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
     ):

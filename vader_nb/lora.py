@@ -177,7 +177,8 @@ class Adapter:
 
     def export(self, path: str | Path, format: str = "diffusers") -> Path:
         """Write the adapter, as trained (at scale 1), for another tool; see `lora_files.export`."""
-        return lora_files.export(self.state_dict(), self.alpha, path, format)
+        names = self.model.original_names
+        return lora_files.export(self.state_dict(), self.alpha, path, format, names)
 
     @exclusive
     def merge(self, folder: str | Path) -> Path:

@@ -1,13 +1,16 @@
 """Adapter files of this and of other tools, read without running any code, and written.
 
 Our own layout is diffusers': `unet.<layer>.lora_A.weight` (rank, in) and `unet.<layer>.lora_B.weight`
-(out, rank). Read as well: diffusers' old attention processors, kohya, ComfyUI, peft, and keys without a prefix.
+(out, rank). Read as well: diffusers' old attention processors, kohya, ComfyUI, peft, keys without a prefix, and VADER's
+own files for VideoCrafter2.
 """
 
 import json
 import math
+import pickle
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from .models import VideoModel
+from .models.base import renamed
 
 State = dict[str, torch.Tensor]
 FILES = ("adapter.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 MAX_RANK = 4096
+# VADER's files for VideoCrafter2 are pickles of tensors under its authors' names, and note no alpha: it is 8.
+VADER, VADER_ALPHA = "base_model.model.model.diffusion_model.", 8.0
 # What else files hold under the name of LoRA, by the end of a tensor's name.
 OTHER_KINDS = {
     r"dora_scale|lora_magnitude_vector": "a DoRA adapter",
@@ -66,8 +72,8 @@ def read(path: str | Path) -> tuple[State, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a pickle (which could run code), a damaged file, one without LoRA tensors, one of
-            another kind of adapter (DoRA, LoHa, …), or numbers that are not finite.
+        ValueError: for a pickle (which could run code) other than VADER's, a damaged file, one without LoRA
+            tensors, one of another kind of adapter (DoRA, LoHa, …), or numbers that are not finite.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -77,9 +83,9 @@ def read(path: str | Path) -> tuple[State, dict[str, Any]]:
     with path.open("rb") as file:
         start = file.read(2)
     if start in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
-        raise ValueError(
-            f"{path} is a pickle, which can run any code when it is opened; convert it to safetensors first"
-        )
+        state, metadata = read_vader(path), {"alpha": VADER_ALPHA}
+        check_kind(state, metadata, path)
+        return state, metadata
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
@@ -94,6 +100,22 @@ def read(path: str | Path) -> tuple[State, dict[str, Any]]:
         metadata |= parse_json(metadata.pop("lora_adapter_metadata"), path)
     check_kind(state, metadata, path)
     return state, metadata
+
+
+def read_vader(path: Path) -> State:
+    """VADER's own layout, read without running code; other pickles are refused."""
+    try:
+        with path.open("rb") as file:  # torch goes by a path's ending, which may be wrong
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        state = None
+    fits = isinstance(state, dict) and all(str(name).startswith(VADER) for name in state)
+    if not fits or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path} is a pickle, which can run any code when it is opened, and not in VADER's layout "
+            f"({VADER}…); convert it to safetensors first"
+        )
+    return state
 
 
 def parse_json(text: str, path: Path) -> dict:
@@ -200,6 +222,10 @@ def layer_names(model: VideoModel) -> dict[str, str]:
             if hasattr(module, "weight"):
                 names[plain_name(f"{key}.{name}")] = f"{key}.{name}"
                 names.setdefault(plain_name(name), f"{key}.{name}")
+    first, ours = next(iter(model.denoisers)), {b: a for a, b in model.original_names.items()}
+    for name, _ in model.denoiser.named_modules() if ours else ():
+        if original := renamed(name, ours):
+            names.setdefault(plain_name(original), f"{first}.{name}")
     return names
 
 
@@ -275,6 +301,15 @@ def write(path: str | Path, state: State, metadata: dict[str, str]) -> Path:
     return path
 
 
+def write_vader(path: Path, state: State) -> Path:
+    """Write a file as VADER's, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    torch.save({name: value.contiguous().cpu() for name, value in state.items()}, unfinished)
+    unfinished.replace(path)
+    return path
+
+
 def with_sorted_header(data: bytes) -> bytes:
     """A safetensors file with its header sorted: equal adapters shall be equal files, and the library
     writes metadata in an order that changes from process to process."""
@@ -291,27 +326,38 @@ LAYOUTS = {
     "peft": ("base_model.model.", ".", "lora_A", "lora_B"),
     "kohya": ("lora_unet_", "_", "lora_down", "lora_up"),
     "comfyui": ("diffusion_model.", ".", "lora_A", "lora_B"),
+    "vader": (VADER, ".", "lora_A", "lora_B"),
 }
 
 
-def export(state: State, alpha: float, path: str | Path, format: str = "diffusers") -> Path:
+def export(
+    state: State,
+    alpha: float,
+    path: str | Path,
+    format: str = "diffusers",
+    original_names: Mapping[str, str] | None = None,
+) -> Path:
     """Write an adapter for another tool.
 
     Args:
         state: under our own names.
         alpha: of all layers.
         path: for "diffusers" and "peft" a folder, as their `from_pretrained` and `load_lora_weights` take;
-            for "kohya" and "comfyui" a file.
+            for "kohya", "comfyui" and "vader" a file.
         format: a key of `LAYOUTS`.
+        original_names: of the model, see `VideoModel`; for "vader".
 
     Returns:
         The file with the tensors.
 
     Raises:
-        ValueError: for an unknown format, or one that has no names for several denoisers.
+        ValueError: for an unknown format, or one that has no names for the model's layers.
     """
     if format not in LAYOUTS:
         raise ValueError(f"unknown format {format!r}; choose one of {', '.join(LAYOUTS)}")
+    if format == "vader" and not original_names:
+        raise ValueError("format=vader has names for VideoCrafter2's layers only: choose another")
+    originals = {ours: theirs for theirs, ours in (original_names or {}).items()}
     prefix, separator, *halves = LAYOUTS[format]
     keys = dict.fromkeys(name.partition(".")[0] for name in state)
     if len(keys) > 1 and format != "diffusers":
@@ -322,6 +368,9 @@ def export(state: State, alpha: float, path: str | Path, format: str = "diffuser
         layer, _, half = name.rpartition(".lora_")
         key, _, inner = layer.partition(".")
         layers.setdefault(key, []).append(inner)
+        if format == "vader":
+            inner = renamed(inner, originals) or inner
+            value = value * (alpha / VADER_ALPHA if half[0] == "B" else 1)
         base = prefix.format(key=key) + inner.replace(".", separator)
         tensors[f"{base}.{halves['AB'.index(half[0])]}.weight"] = value
         if format in ("kohya", "comfyui"):
@@ -339,6 +388,8 @@ def export(state: State, alpha: float, path: str | Path, format: str = "diffuser
     elif format == "peft":
         path = path / "adapter_model.safetensors"
         LoraConfig(**described[next(iter(keys))]).save_pretrained(str(path.parent))
+    elif format == "vader":
+        return write_vader(path, tensors)
     else:
         metadata |= {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
     return write(path, tensors, metadata)

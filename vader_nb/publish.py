@@ -16,6 +16,11 @@ from . import lora, lora_files
 from .models import Checkpoint, checkpoint_of, from_config, load
 
 MERGED = "merged"  # beside the layouts of `lora_files`: a whole pipeline
+FILES = {
+    "kohya": "adapter.safetensors",
+    "comfyui": "adapter.safetensors",
+    "vader": "adapter.pt",
+}  # else a folder
 FORMATS = (*lora_files.LAYOUTS, MERGED)
 
 
@@ -34,8 +39,8 @@ def export(
     Args:
         adapter: a run's folder, or an adapter file of any tool.
         output: the folder to make; by default `FORMAT` in the run's folder.
-        format: "diffusers", "peft", "kohya", "comfyui"; or "merged" for the model's whole pipeline with the
-            adapter folded in. ComfyUI and kohya's tools use an adapter only with models whose layers they
+        format: "diffusers", "peft", "kohya", "comfyui"; "vader" for VideoCrafter2 in VADER's own code; or
+            "merged" for the model's whole pipeline with the adapter folded in. ComfyUI and kohya's tools use an adapter only with models whose layers they
             know by diffusers' names.
         model: that the adapter is for, as for `load`. Its weights are read for "merged" only.
         scale: of the adapter, for "merged".
@@ -62,9 +67,10 @@ def export(
         lora.load(load(model), adapter, scale).merge(folder)
     else:
         with FakeTensorMode():  # names and shapes are enough
-            found = lora_files.match(from_config(model), state, metadata, adapter)
-        file = folder / "adapter.safetensors" if format in ("kohya", "comfyui") else folder
-        lora_files.export(found.state, found.alpha, file, format)
+            architecture = from_config(model)
+            found = lora_files.match(architecture, state, metadata, adapter)
+        file, names = folder / FILES.get(format, ""), architecture.original_names
+        lora_files.export(found.state, found.alpha, file, format, names)
     write_card(folder, run, model, base, metadata)
     if push_to_hub:
         api = HfApi()

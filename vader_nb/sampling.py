@@ -74,7 +74,7 @@ class Sampling:
     num_frames: int = setting(None, "frames per clip; default: the model's")
     height: int = setting(None, "pixels; default: the model's")
     width: int = setting(None, "pixels; default: the model's")
-    eta: float = setting(0.0, "DDIM's noise: 0 deterministic, 1 like DDPM")
+    eta: float = setting(None, "DDIM's noise: 0 deterministic, 1 like DDPM; default: the model's")
     unconditional_gradient: bool = setting(
         True, "false: no gradient through the guidance's negative branch, half the memory"
     )
@@ -110,10 +110,15 @@ class Sampling:
             for f in fields(self)
             if getattr(self, f.name) is None and f.name in model.defaults
         }
+        has_eta = "eta" in inspect.signature(model.scheduler.step).parameters
+        if (
+            self.eta is None
+        ):  # a default for the model's own scheduler, which may have been replaced
+            defaults["eta"] = model.defaults.get("eta", 0.0) if has_eta else 0.0
         settings = replace(self, **defaults, options=model.sampling_options | self.options)
         check_bounds(settings, SAMPLING_BOUNDS)
         check_bounds(settings.options, model.option_bounds)
-        if settings.eta and "eta" not in inspect.signature(model.scheduler.step).parameters:
+        if settings.eta and not has_eta:
             raise ValueError(
                 f"eta={settings.eta} has no effect with {type(model.scheduler).__name__}: set it to 0"
             )

@@ -1,10 +1,10 @@
-"""Video models: `load("tiny")`, `load("modelscope")`, `load("zeroscope")`, or a pipeline directory."""
+"""Video models: `load("tiny")`, `load("modelscope")`, `load("videocrafter2")`, …, or a pipeline directory."""
 
 import importlib
 import json
 import os
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ FAMILIES: dict[str, type[VideoModel] | str] = {
     "TextToVideoSDPipeline": "vader_nb.models.modelscope:ModelScope",
     "StableVideoDiffusionPipeline": "vader_nb.models.svd:StableVideoDiffusion",
     "OpenSoraPipeline": "vader_nb.models.opensora:OpenSora",
+    "VideoCrafter2": "vader_nb.models.videocrafter:VideoCrafter2",  # diffusers has no pipeline of it
 }
 
 
@@ -99,7 +100,16 @@ CHECKPOINTS = {
             "tokenizer": "DeepFloyd/t5-v1_1-xxl",
         },
     ),
+    "videocrafter2": Checkpoint(
+        "VideoCrafter/VideoCrafter2",
+        "VideoCrafter2",
+        "DynamicScaleDDIM",
+        size="7.4 GB",
+        license="Apache-2.0",
+    ),
 }
+# A directory without model_index.json is known by a file of its authors' layout: name -> checkpoint.
+FILES = {"model.ckpt": "videocrafter2"}
 
 
 def load(
@@ -189,9 +199,13 @@ def checkpoint_of(name: str | Path) -> Checkpoint:
         return found
     if (found / "model_index.json").is_file():
         return directory_checkpoint(found)
+    for file, published in FILES.items():
+        if (found / file).is_file():
+            return replace(CHECKPOINTS[published], source=str(found))
     if found.is_dir():
         raise FileNotFoundError(
-            f"{found} has no model_index.json: not a diffusers pipeline directory"
+            f"{found} has no model_index.json: not a diffusers pipeline directory "
+            f"(nor one with {', '.join(FILES)})"
         )
     known = ", ".join(CHECKPOINTS)
     raise ValueError(

@@ -80,6 +80,8 @@ class VideoModel(ABC):
         targets: for each denoiser, name endings of the linear layers that an adapter takes by default.
         scheduler: a diffusers scheduler; may be replaced, as in diffusers.
         defaults: of sampling, under diffusers' argument names, plus `fps`.
+        original_names: for families with LoRA files under their authors' names: those of the denoiser's
+            modules -> ours. What stands before a dot in a layer's name is replaced.
         sampling_options: the family's own entries of `Sampling.options`, with their defaults.
         option_bounds: (least, most) of those entries that are numbers.
         takes_image: it continues the image of a `Prompt`.
@@ -98,6 +100,7 @@ class VideoModel(ABC):
     sampling_options: dict = {}
     option_bounds: dict = {}
     takes_image = False
+    original_names: dict[str, str] = {}
     independent_frames = True
     exact = True
     offloader: CPUOffloader | None = None
@@ -384,7 +387,7 @@ class VideoModel(ABC):
             self.offloader.onload(*modules)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Save the pipeline directory, which plain diffusers and `load` read.
+        """Save the pipeline directory, which `load` reads, and plain diffusers where it has the pipeline.
 
         Raises:
             FileExistsError: if the folder is not empty.
@@ -447,6 +450,15 @@ def warn_truncated(tokenizer, text: str, max_length: int | None = None) -> None:
         )
 
 
+def renamed(name: str, names: Mapping[str, str]) -> str | None:
+    """A name whose longest known beginning, up to a dot, is replaced; None if there is none."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        if (known := names.get(".".join(parts[:n]))) is not None:
+            return ".".join([known, *parts[n:]])
+    return None
+
+
 def rounded_eta(scheduler: DDIMScheduler, t, eta: float) -> float:
     """DDIM's eta, lowered by rounding: at zero terminal SNR its square root is else one of -1e-8."""
     config: Any = scheduler.config
@@ -454,7 +466,7 @@ def rounded_eta(scheduler: DDIMScheduler, t, eta: float) -> float:
     final = scheduler.final_alpha_cumprod
     remaining = 1 - (scheduler.alphas_cumprod[before] if before >= 0 else final)
     variance = scheduler._get_variance(int(t), before)
-    while remaining - (eta * variance**0.5) ** 2 < 0:
+    while float(remaining - (eta * variance**0.5) ** 2) < 0:  # a number, also of a fake tensor
         eta *= 1 - 2**-23
     return eta
 

@@ -69,6 +69,10 @@ class ModelScope(VideoModel):
     """A `UNet3DConditionModel` with CLIP's text encoder and a 2D autoencoder, which decodes frame by frame."""
 
     targets = {"unet": ("to_q", "to_k", "to_v", "to_out.0")}
+    # What a family of the same parts writes anew.
+    unet_class: type[UNet3DConditionModel] = UNet3DConditionModel
+    published: dict = PUBLISHED
+    own_defaults: dict = DEFAULTS
 
     def __init__(self, name, unet, vae, text_encoder, tokenizer, scheduler, defaults, world=None):
         self.name, self.world, self.vae = name, world, vae
@@ -77,7 +81,7 @@ class ModelScope(VideoModel):
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, 8
         unet.set_attn_processor(TextOncePerClip())
         size = unet.config.sample_size * self.scale
-        self.defaults = DEFAULTS | {"height": size, "width": size} | defaults
+        self.defaults = {"height": size, "width": size} | self.own_defaults | defaults
         self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
         for module in self.modules():
             # Eval mode for good: the temporal convolutions hold a dropout of 0.1. Frozen for good: only the
@@ -95,8 +99,8 @@ class ModelScope(VideoModel):
 
         path = checkpoint.source
         plain = {key: value for key, value in hub.items() if key != "variant"}
-        scheduler = getattr(diffusers, checkpoint.scheduler)
-        unet = UNet3DConditionModel.from_pretrained(
+        scheduler = cls.scheduler_class(checkpoint.scheduler)
+        unet = cls.unet_class.from_pretrained(
             path, subfolder="unet", torch_dtype=dtype("unet"), **hub
         )
         vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=dtype("vae"), **hub)
@@ -118,15 +122,20 @@ class ModelScope(VideoModel):
     def from_config(cls, checkpoint, *, name: str) -> "ModelScope":
         """The architecture of a directory's configuration, or the published one, see `models.from_config`."""
         folder = checkpoint.directory
-        config = {part: read_config(folder / part) for part in PUBLISHED} if folder else PUBLISHED
+        if folder and not (folder / "model_index.json").is_file():  # its authors' own layout
+            folder = None
+        config = cls.published
+        if folder:
+            config = {part: read_config(folder / part) for part in config}
         tokenizer = (
             CLIPTokenizer.from_pretrained(folder / "tokenizer") if folder else DummyTokenizer()
         )
         with unset_fake_temporarily():  # the values of its tables are read, not only their sizes
-            scheduler = getattr(diffusers, checkpoint.scheduler).from_config(config["scheduler"])
+            kind = cls.scheduler_class(checkpoint.scheduler)
+            scheduler = kind.from_config(config["scheduler"])
         return cls(
             name,
-            UNet3DConditionModel.from_config(config["unet"]),
+            cls.unet_class.from_config(config["unet"]),
             AutoencoderKL.from_config(config["vae"]),
             CLIPTextModel(CLIPTextConfig(**config["text_encoder"])),
             tokenizer,
@@ -134,6 +143,11 @@ class ModelScope(VideoModel):
             checkpoint.defaults,
             checkpoint.world,
         )
+
+    @classmethod
+    def scheduler_class(cls, name: str) -> type:
+        """The scheduler that a `model_index.json` names."""
+        return getattr(diffusers, name)
 
     def pipeline(self):
         kind = getattr(diffusers, "TextToVideoSDPipeline")  # noqa: B009 (exported lazily)
@@ -176,15 +190,14 @@ class ModelScope(VideoModel):
         """
         self.onload(self.text_encoder)
         warn_truncated(self.tokenizer, text)
-        tokens = self.tokenizer(
-            text,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        states = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0]
-        return states.to("cpu", self.dtype)
+        tokens = self.tokens(text).to(self.device)
+        return self.text_encoder(tokens).last_hidden_state[0].to("cpu", self.dtype)
+
+    def tokens(self, text: str) -> torch.Tensor:
+        """The ids (1, tokens) of a text, filled up to the tokenizer's length."""
+        length = self.tokenizer.model_max_length
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return self.tokenizer(text, max_length=length, **options).input_ids
 
     def latent_shape(self, sampling) -> tuple[int, int, int, int]:
         for name in ("height", "width"):
@@ -203,7 +216,10 @@ class ModelScope(VideoModel):
         self.onload(self.denoiser)
         frames = {"num_frames": latents.shape[2]}
         text = inputs["encoder_hidden_states"]
-        return self.denoiser(latents, t, text, cross_attention_kwargs=frames).sample
+        condition = inputs.get("timestep_cond")
+        return self.denoiser(
+            latents, t, text, timestep_cond=condition, cross_attention_kwargs=frames
+        ).sample
 
     def decode(self, latents: torch.Tensor, frames: list[int] | None = None) -> torch.Tensor:
         if frames is None:
