@@ -5,9 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vader_nb import Prompt, load
+from vader_nb import Prompt, align, extend, load, models, rewards
+from vader_nb.estimators import Batch
+from vader_nb.long_clips import LongRewardGradient
 from vader_nb.models.svd import PUBLISHED
-from vader_nb.sampling import Sampling, roll_out, sample
+from vader_nb.sampling import Sampling, join, roll_out, sample
+from vader_nb.strategies import DRTune, Frames, Last
+from vader_nb.testing import REWARDS, adapted, check_model, take_gradient
+from vader_nb.train_config import TrainConfig
 
 SETTINGS = {"num_inference_steps": 3, "num_frames": 4, "height": 32, "width": 24}
 
@@ -86,3 +91,117 @@ def test_latents_and_frames_are_those_of_diffusers_pipeline(directory, guidance_
         else:
             ours = sample(model, PROMPTS, seeds=[5, 9], sampling=sampling)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_it_keeps_the_promises_of_a_model(directory):
+    model = load(directory, dtype=torch.float64)
+    sampling = Sampling(num_inference_steps=5, num_frames=4, height=16, width=24)
+    report = check_model(model, sampling, strategies=[Last(2), DRTune(2, stop=1)])
+    assert len(report) == 14
+    model.decode_vjp = lambda latents, frames, gradient, decode_chunk_size=1: latents
+    with pytest.raises(AssertionError, match=r"decode_vjp against autograd .* FAILED"):
+        check_model(model, sampling, strategies=[])
+    with pytest.raises(ValueError, match="in torch.float32: load it with dtype=torch.float64"):
+        check_model(load(directory))
+
+
+def test_chunks_of_the_decoder_are_each_by_themselves(directory):
+    model = load(directory, dtype=torch.float64)
+    latents = torch.randn(2, 4, 5, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    whole = model.decode(latents)
+    model.decode_chunk_size = 2
+    parts = [model.decode(latents[:, :, i : i + 2]) for i in (0, 2, 4)]
+    assert torch.equal(model.decode(latents), torch.cat(parts, dim=1))
+    assert torch.equal(model.decode(latents, [3, 0, -1]), torch.cat(parts, dim=1)[:, [3, 0, 4]])
+    assert not torch.allclose(model.decode(latents), whole)
+
+
+def test_full_size_is_the_published_one():
+    with torch.device("meta"):
+        model = models.from_config("svd")
+    counts = [sum(p.numel() for p in module.parameters()) / 1e6 for module in model.modules()]
+    assert [round(count, 1) for count in counts[:2]] == [1524.6, 97.7]
+    assert round(counts[2]) == 632  # ViT-H/14
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (None, "continues an image: give Prompt"),
+        (torch.zeros(32, 24), "must be a float tensor"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), "must be a float tensor"),
+        (torch.full((3, 8, 8), 1.5), r"must lie in \[0, 1\], got 1.5"),
+        (torch.full((3, 8, 8), float("nan")), r"must lie in \[0, 1\], got nan"),
+    ],
+)
+def test_bad_images(directory, image, message):
+    with pytest.raises(ValueError, match=message):
+        sample(load(directory), Prompt("a wave", image=image), sampling=Sampling(**SETTINGS))
+    with pytest.raises(ValueError, match="fps must be at least 1"):
+        Sampling(options={"fps": 0}).resolve(load(directory))
+
+
+# ------------------------------------------------------------------------------------------ long clips
+
+
+def test_a_long_clip_continues_its_last_frames(directory):
+    model, sampling = load(directory), Sampling(**SETTINGS)
+    first = sample(model, PROMPTS, seeds=[5, 9], sampling=sampling)
+    again = [Prompt(p.text, image=clip[-1]) for p, clip in zip(PROMPTS, first)]
+    second = sample(model, again, seeds=[5 + 2**32, 9 + 2**32], sampling=sampling)
+    long = sample(model, PROMPTS, seeds=[5, 9], sampling=Sampling(**SETTINGS, extend=2))
+    assert torch.equal(long, join([first, second])) and long.shape[1] == 7
+    assert torch.equal(
+        extend(model, None, times=2, prompts=PROMPTS, seeds=[5, 9], sampling=sampling), long
+    )
+    longer = extend(model, first, times=2, seeds=[1, 2], sampling=sampling)
+    assert torch.equal(longer[:, :4], first) and longer.shape[1] == 7
+    with pytest.raises(ValueError, match="times=1 must be at least 2"):
+        extend(model, first, times=1)
+    with pytest.raises(ValueError, match="makes videos of text alone and cannot continue"):
+        sample(load("tiny"), "a red star", sampling=Sampling(extend=2))
+
+
+@pytest.mark.parametrize("segments", ["all", "2", "last"])
+def test_the_gradient_of_a_long_clip_is_that_of_the_named_segments(directory, segments):
+    """Against autograd, where every other segment and every seam is given."""
+    model = load(directory, dtype=torch.float64)
+    sampling = Sampling(**SETTINGS | {"height": 16}, extend=3).resolve(model)
+    adapter, reward = adapted(model), REWARDS["clip"]
+    learning = {"all": [0, 1, 2], "2": [1], "last": [2]}[segments]
+    clips, prompts = [], PROMPTS
+    for index in range(3):
+        one = Sampling(**SETTINGS | {"height": 16}).resolve(model)
+        own = [5 + (index << 32), 9 + (index << 32)]
+        rollout = roll_out(model, prompts, own, one, window=1)
+        t, scheduler = rollout.timesteps[0], rollout.at_window()[0]
+        scaled = model.scale_input(scheduler, rollout.states[0], t)
+        output = model.guided(scaled, t, rollout.conditioning, one)
+        clip = model.decode(model.step(scheduler, output, t, rollout.states[0]))
+        clips.append(clip if index in learning else clip.detach())
+        prompts = [Prompt(p.text, image=c[-1].detach().float()) for p, c in zip(prompts, clip)]
+    (-reward(join(clips), ["", ""]).mean()).backward()
+    expected = take_gradient(adapter)
+    estimator = LongRewardGradient()
+    config = TrainConfig(segments=segments, sampling=sampling, frames=Frames.all())
+    estimator.setup(model, adapter, reward, config)
+    collected = estimator.collect(Batch(PROMPTS, [5, 9], torch.Generator()))
+    row = estimator.accumulate(collected, 1.0, torch.Tensor.backward)
+    found = take_gradient(adapter)
+    assert (found - expected).norm() <= 1e-9 * expected.norm() > 0
+    torch.testing.assert_close(row.rewards, reward(join(clips), ["", ""]).detach())
+
+
+def test_align_trains_on_long_clips(directory, tmp_path):
+    sampling = Sampling(**SETTINGS, extend=2)
+    options = {"steps": 2, "batch_size": 2, "sampling": sampling, "progress": False}
+    model = load(directory)
+    options |= {"output_dir": tmp_path / "run", "segments": "last"}
+    run = align(model, rewards.motion_smoothness(), PROMPTS, **options)
+    assert [row["frames"] for row in run.metrics] == [list(range(7))] * 2
+    assert all(row["grad_norm"] > 0 for row in run.metrics)
+    run.adapter.remove()
+    with pytest.raises(ValueError, match=r"segments='3' must lie in 1..2"):
+        align(model, rewards.brightness(), PROMPTS, **options | {"segments": "3"})
+    with pytest.raises(ValueError, match="write all, last, or numbers"):
+        align(model, rewards.brightness(), PROMPTS, **options | {"segments": "first"})

@@ -44,7 +44,8 @@ class Common:
 @dataclass
 class Modeled(Common):
     model: str = option(
-        "tiny", "tiny, modelscope, zeroscope, videocrafter2, or a pipeline directory"
+        "tiny",
+        "tiny, tiny-i2v, modelscope, zeroscope, videocrafter2, opensora, svd, svd-xt, or a directory",
     )
 
 
@@ -113,7 +114,8 @@ class Memory(Common):
     example = "vader-nb memory model=modelscope reward=hps gpu_memory=T4"
     settings = "memory"
     model: str = option(
-        "modelscope", "tiny, modelscope, zeroscope, videocrafter2, or a pipeline directory"
+        "modelscope",
+        "tiny, tiny-i2v, modelscope, zeroscope, videocrafter2, opensora, svd, svd-xt, or a directory",
     )
     reward: str = option("hps", "an expression of rewards")
     batch_size: int = option(1, "clips at once")

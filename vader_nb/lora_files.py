@@ -106,11 +106,12 @@ def read_vader(path: Path) -> State:
     """VADER's own layout, read without running code; other pickles are refused."""
     try:
         with path.open("rb") as file:  # torch goes by a path's ending, which may be wrong
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError):
-        state = None
-    fits = isinstance(state, dict) and all(str(name).startswith(VADER) for name in state)
-    if not fits or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        found = None
+    state: State = found if isinstance(found, dict) else {}
+    fits = all(str(name).startswith(VADER) for name in state)
+    if not state or not fits or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise ValueError(
             f"{path} is a pickle, which can run any code when it is opened, and not in VADER's layout "
             f"({VADER}…); convert it to safetensors first"

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from . import lora, models
 from .gradient import accumulate, rolled_out
 from .models import VideoModel
+from .prompts import Prompt
 from .rewards import Reward, parse
 from .strategies import Frames, parse_frames, parse_strategy
 from .train_config import TrainConfig
@@ -214,7 +215,11 @@ class Step:
                 "decode_chunk_size": config.decode_chunk_size,
             }
             few = replace(sampling, num_inference_steps=steps)
-            prompts, seeds = ["a prompt"] * config.batch_size, range(config.batch_size)
+            prompts: list = ["a prompt"] * config.batch_size
+            if model.takes_image:
+                image = torch.zeros(3, sampling.height, sampling.width)
+                prompts = [Prompt("a prompt", image=image)] * config.batch_size
+            seeds = range(config.batch_size)
             rollout = rolled_out(model, adapter, prompts, seeds, few, plan, **settings)
             staged = model, adapter, ReportingReward(reward, tracker.enter), rollout, plan, chosen
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -202,7 +202,8 @@ def plain_autograd(
         finals = [
             noised_again(model, sampling, denoise, t, clean, generators) for _ in range(strategy.n)
         ]
-    values = [reward(model.decode(final, chosen), prompts) for final in finals]
+    texts: Any = list(prompts)
+    values = [reward(model.decode(final, chosen), texts) for final in finals]
     value = torch.stack(values).mean(0)
     (-value.mean()).backward()
     return value.detach(), take_gradient(adapter)

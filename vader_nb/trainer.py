@@ -578,7 +578,7 @@ def default_estimator(config: TrainConfig) -> Estimator:
 
 def adamw(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW as configured. Raises ValueError if its 8-bit form is wanted and not installed."""
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    options: dict = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.use_8bit_adam:
         try:
             eight_bit = importlib.import_module("bitsandbytes.optim").AdamW8bit

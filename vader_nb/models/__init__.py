@@ -66,11 +66,14 @@ class Checkpoint:
         return Path(self.source) if Path(self.source).is_dir() else None
 
 
-TINY = Path(__file__).parent.parent / "zoo" / "weights" / "tiny"
+ZOO = Path(__file__).parent.parent / "zoo" / "weights"
+TINY = ZOO / "tiny"
+SVD = "StableVideoDiffusionPipeline", "EulerDiscreteScheduler"
 # DPM++ in 25 steps at guidance 9 is VADER's setting for ModelScope.
 VADER = {"num_inference_steps": 25, "guidance_scale": 9.0, "num_frames": 16, "fps": 8}
 CHECKPOINTS = {
     "tiny": TINY,
+    "tiny-i2v": ZOO / "tiny-i2v",
     "modelscope": Checkpoint(
         "ali-vilab/text-to-video-ms-1.7b",
         "TextToVideoSDPipeline",
@@ -87,6 +90,22 @@ CHECKPOINTS = {
         VADER | {"num_frames": 24, "height": 320, "width": 576},
         size="7 GB",
         license="CC-BY-NC-4.0",
+    ),
+    "svd": Checkpoint(
+        "stabilityai/stable-video-diffusion-img2vid",
+        *SVD,
+        {"num_frames": 14},
+        size="4.2 GB (fp16)",
+        license="Stability community license",
+        hub={"variant": "fp16"},
+    ),
+    "svd-xt": Checkpoint(
+        "stabilityai/stable-video-diffusion-img2vid-xt",
+        *SVD,
+        {"num_frames": 25},
+        size="4.2 GB (fp16)",
+        license="Stability community license",
+        hub={"variant": "fp16"},
     ),
     "opensora": Checkpoint(
         "hpcai-tech/OpenSora-STDiT-v3",

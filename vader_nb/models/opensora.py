@@ -85,7 +85,7 @@ class OpenSora(VideoModel):
         self.text_encoder, self.tokenizer, self.scheduler = text_encoder, tokenizer, scheduler
         self.defaults = DEFAULTS | defaults
         self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU, without padding
-        self._lengths: dict[int, int] = {}  # number of latents -> frames of such clips
+        self._lengths: dict[int, Any] = {}  # number of latents -> frames of such clips
         for module in self.modules():
             module.eval().requires_grad_(False)
 
@@ -154,7 +154,8 @@ class OpenSora(VideoModel):
         index: dict[str, Any] = {"_class_name": "OpenSoraPipeline"}
         parts = vars(self) | self.denoisers
         for name in (*PUBLISHED, "tokenizer"):
-            part, kind = parts[name], type(parts[name])
+            part: Any = parts[name]
+            kind = type(part)
             index[name] = [kind.__module__.partition(".")[0], kind.__name__]
             if name in ("transformer", "vae"):
                 part.save_config(folder / name)
@@ -180,7 +181,7 @@ class OpenSora(VideoModel):
 
     # ------------------------------------------------------------------ the text
 
-    def encode(self, prompts, sampling=None, generators=None) -> Conditioning:
+    def encode(self, prompts, sampling: Any = None, generators=None) -> Conditioning:
         """T5's states of the captions, and what else the denoiser is told: frame rate and size.
 
         The negative branch has learned states in the place of the empty text, with as many tokens as the

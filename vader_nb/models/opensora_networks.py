@@ -225,7 +225,7 @@ class STDiT3(nn.Module, ConfigMixin):
         x = projection(x).permute(0, 2, 3, 4, 1)  # (B, T, H, W, C)
         grid = x.shape[2:4]
         scale = size[0].prod().sqrt() / self.input_sq_size
-        x = x.flatten(2, 3) + positions(*grid, x.shape[-1], scale).to(dtype)
+        x = x.flatten(2, 3) + positions(grid[0], grid[1], x.shape[-1], scale).to(dtype)
         time = self.t_embedder(timestep, dtype) + self.fps_embedder(fps, dtype)
         modulation = self.t_block(time).unflatten(1, (6, -1))
         text = self.y_embedder.y_proj(encoder_hidden_states.to(dtype))
@@ -292,8 +292,9 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
-        for blocks, shrink in zip(self.block_res_blocks, [*self.conv_blocks, nn.Identity()]):
-            x = shrink(nn.Sequential(*blocks)(x))
+        blocks: Any = self.block_res_blocks
+        for level, shrink in zip(blocks, [*self.conv_blocks, nn.Identity()]):
+            x = shrink(nn.Sequential(*level)(x))
         x = nn.Sequential(*self.res_blocks)(x)
         return self.conv2(F.silu(self.norm1(x)))
 
@@ -317,10 +318,9 @@ class Decoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = nn.Sequential(*self.res_blocks)(self.conv1(x))
-        for blocks, grow in zip(
-            reversed(self.block_res_blocks), [*reversed(self.conv_blocks), nn.Identity()]
-        ):
-            x = nn.Sequential(*blocks)(x)
+        blocks: Any = self.block_res_blocks
+        for level, grow in zip(reversed(blocks), [*reversed(self.conv_blocks), nn.Identity()]):
+            x = nn.Sequential(*level)(x)
             if isinstance(grow, CausalConv3d):  # pairs of channels become consecutive frames
                 x = grow(x).unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
         return self.conv_out(F.silu(self.norm1(x)))

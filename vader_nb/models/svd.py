@@ -20,6 +20,8 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.func import functional_call
+from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ..prompts import Prompt
@@ -94,7 +96,6 @@ class StableVideoDiffusion(VideoModel):
         self.scheduler = scheduler
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, 8
         self.defaults = DEFAULTS | {"num_frames": unet.config.num_frames} | defaults
-        self.processor = VaeImageProcessor(vae_scale_factor=self.scale)
         vae.enable_gradient_checkpointing()  # acts only where there is a graph, and is exact
         for module in self.modules():
             module.eval().requires_grad_(False)
@@ -169,7 +170,7 @@ class StableVideoDiffusion(VideoModel):
     # ------------------------------------------------------------------ the image
 
     @torch.no_grad()
-    def encode(self, prompts, sampling=None, generators=None) -> Conditioning:
+    def encode(self, prompts, sampling: Any = None, generators=None) -> Conditioning:
         """The images of the prompts: CLIP's embedding, and the latents that every frame is given.
 
         The guidance's negative branch has zeros in the place of both. Noise of `noise_aug_strength` is drawn
@@ -180,10 +181,8 @@ class StableVideoDiffusion(VideoModel):
         self.onload(self.image_encoder, self.vae)
         images = [self.image_of(prompt, rng) for prompt, rng in zip(prompts, generators)]
         embedded = torch.cat([self.embed_image(image) for image in images])
-        images = [
-            self.processor.preprocess(image, sampling.height, sampling.width) for image in images
-        ]
-        pixels = torch.cat(images).to(self.device)
+        size = sampling.height, sampling.width
+        pixels = torch.cat([resized(image, size) for image in images]).to(self.device) * 2 - 1
         noise = randn_tensor(pixels.shape, generators, pixels.device, pixels.dtype)
         strength = sampling.options["noise_aug_strength"]
         latents = self.encode_pixels(pixels + strength * noise).to(self.dtype)
@@ -210,7 +209,7 @@ class StableVideoDiffusion(VideoModel):
                 f"(3, H, W) in [0, 1]"
             )
         if not isinstance(image, torch.Tensor):  # PIL's
-            image = self.processor.numpy_to_pt(self.processor.pil_to_numpy(image))[0]
+            image = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(image))[0]
         if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
             raise ValueError(
                 f"an image must be a float tensor (3, H, W) in [0, 1], got {image.dtype} of shape "
@@ -237,13 +236,13 @@ class StableVideoDiffusion(VideoModel):
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """The autoencoder's latents (B, 4, h, w), not scaled, of pixels in [-1, 1]."""
         dtype = self.vae.dtype
-        upcast = dtype == torch.float16 and self.vae.config.force_upcast
-        if upcast:
-            self.vae.to(torch.float32)
-        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
-        if upcast:
-            self.vae.to(dtype)
-        return latents
+        if dtype == torch.float16 and self.vae.config.force_upcast:  # float16 overflows in it
+            dtype = torch.float32
+        moments = pixels.to(dtype)
+        for network in (self.vae.encoder, self.vae.quant_conv):
+            weights = {name: p.to(dtype) for name, p in network.named_parameters()}
+            moments = functional_call(network, weights, (moments,))
+        return moments.chunk(2, dim=1)[0]
 
     # ------------------------------------------------------------------ denoising
 
@@ -254,7 +253,8 @@ class StableVideoDiffusion(VideoModel):
                 raise ValueError(
                     f"{name}={value} must be a positive multiple of {self.scale} pixels for {self.name}"
                 )
-        channels = self.denoiser.config.out_channels
+        denoiser: Any = self.denoiser
+        channels = denoiser.config.out_channels
         size = sampling.height // self.scale, sampling.width // self.scale
         return channels, sampling.num_frames, *size
 
@@ -317,3 +317,10 @@ class StableVideoDiffusion(VideoModel):
                 self.decode(leaf, chosen).backward(gradient[:, places])
         assert leaf.grad is not None
         return leaf.grad
+
+
+def resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """An image (1, 3, H, W) in [0, 1] at another height and width."""
+    if image.shape[-2:] == size:
+        return image
+    return interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)

@@ -8,6 +8,7 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -119,8 +120,9 @@ class DynamicScaleDDIM(DDIMScheduler):
         self, model_output, timestep, sample, eta=0.0, generator=None, **options
     ) -> DDIMSchedulerOutput:
         """As diffusers' DDIM, whose clean latents are divided by the scale here and multiplied by that before."""
-        plain = super().step(model_output, timestep, sample, eta=eta, generator=generator)
-        before = timestep - self.config["num_train_timesteps"] // self.num_inference_steps
+        plain: Any = super().step(model_output, timestep, sample, eta=eta, generator=generator)
+        steps: Any = self.num_inference_steps
+        before = timestep - self.config["num_train_timesteps"] // steps
         alpha = self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod
         scale = self.scale(timestep)
         clean = plain.pred_original_sample
@@ -146,7 +148,7 @@ class VideoCrafter2(ModelScope):
     own_defaults = DEFAULTS | {"guidance_scale": 12.0, "height": 320, "width": 512, "eta": 1.0}
 
     @classmethod
-    def from_pretrained(cls, checkpoint, *, name, dtypes, **hub) -> "VideoCrafter2":
+    def from_pretrained(cls, checkpoint, *, name, dtypes, **hub) -> Any:
         """Load `model.ckpt`, or a directory of `save_pretrained`, see `models.load`.
 
         Raises:
@@ -158,7 +160,7 @@ class VideoCrafter2(ModelScope):
         file = folder / FILE if folder else hf_hub_download(checkpoint.source, FILE, **hub)
         state = state_dict(file, mmap=True)
         with init_empty_weights(include_buffers=False):
-            model = cls.from_config(checkpoint, name=name)
+            model: Any = cls.from_config(checkpoint, name=name)
         model.tokenizer = open_clip_tokenizer()
         for part, weights in model.sorted(state, file).items():
             dtype = dtypes.get(part, dtypes["default"])
@@ -215,7 +217,7 @@ class VideoCrafter2(ModelScope):
             index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
-    def encode(self, prompts, sampling=None):
+    def encode(self, prompts, sampling=None, generators=None):
         fps = (sampling.options if sampling else {}).get("fps", self.sampling_options["fps"])
         if (
             isinstance(fps, bool)
@@ -225,7 +227,8 @@ class VideoCrafter2(ModelScope):
             raise ValueError(f"fps={fps!r} must be a number from {FPS[0]} to {FPS[1]}")
         conditioning = super().encode(prompts, sampling)
         rates = torch.full((len(prompts),), float(fps), device=self.device)
-        embedded = self.denoiser.time_proj(rates).to(self.dtype)
+        denoiser: Any = self.denoiser
+        embedded = denoiser.time_proj(rates).to(self.dtype)
         for branch in conditioning.branches.values():
             branch["timestep_cond"] = embedded
         return conditioning
@@ -251,5 +254,5 @@ def open_clip_tokenizer() -> CLIPTokenizer:
     theirs = SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(token, token): i for token, i in theirs.encoder.items()}
-    merges = list(theirs.bpe_ranks)
+    merges: Any = list(theirs.bpe_ranks)
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)

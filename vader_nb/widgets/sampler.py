@@ -276,7 +276,7 @@ class Sampler(Panel):
             pass
         settings = f"{request.prompt}\n{request}\n\n{self.code}\n"
         path.write_text(settings, encoding="utf-8")
-        path = video.save(path.with_suffix(self.format.value), width=256)
+        path = video.save(path.with_suffix(str(self.format.value)), width=256)
         self.saved.value = f"{note(f'saved as {path}')}{download_link(path)}"
         return path
 
