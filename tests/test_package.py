@@ -25,8 +25,11 @@ torch.autograd.graph.saved_tensors_hooks
 torch.distributed
 torch.distributed.fsdp.fully_shard
 torch.distributed.tensor.DTensor
+torch.func.functional_call
 torch.nn
 torch.nn.functional
+torch.nn.functional.interpolate
+torch.nn.functional.pad
 torch.utils._python_dispatch.TorchDispatchMode
 torch.utils._pytree.tree_leaves
 torch.utils._pytree.tree_map_only

@@ -1,11 +1,14 @@
 """Stable Video Diffusion: against diffusers' own pipeline, its full size, what its decoder mixes, bad images."""
 
+import warnings
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
 from PIL import Image
 
-from vader_nb import Prompt, align, extend, load, models, rewards
+from vader_nb import Prompt, Trainer, align, extend, load, models, rewards
 from vader_nb.estimators import Batch
 from vader_nb.long_clips import LongRewardGradient
 from vader_nb.models.svd import PUBLISHED
@@ -139,6 +142,20 @@ def test_bad_images(directory, image, message):
         sample(load(directory), Prompt("a wave", image=image), sampling=Sampling(**SETTINGS))
     with pytest.raises(ValueError, match="fps must be at least 1"):
         Sampling(options={"fps": 0}).resolve(load(directory))
+
+
+@pytest.mark.parametrize("steps", [10, 25])
+def test_the_last_step_hardly_moves_the_video_and_training_says_so(directory, steps, tmp_path):
+    model = load(directory)
+    sampling = Sampling(**SETTINGS | {"num_inference_steps": steps}).resolve(model)
+    assert model.last_step_gain(sampling) == pytest.approx(0.002, rel=0.01)
+    assert load("tiny").last_step_gain(Sampling().resolve(load("tiny"))) > 0.05
+    settings = TrainConfig(sampling=sampling, output_dir=tmp_path)
+    with pytest.warns(UserWarning, match=r"moves the video by 0.002 .* strategy=Step"):
+        Trainer(model, rewards.brightness(), PROMPTS, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        Trainer(model, rewards.brightness(), PROMPTS, replace(settings, strategy=Last(3)))
 
 
 # ------------------------------------------------------------------------------------------ long clips

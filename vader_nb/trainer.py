@@ -27,12 +27,13 @@ from .long_clips import LongRewardGradient, parse_segments
 from .models import VideoModel, exclusive
 from .prompts import Prompt
 from .rewards import Reward, as_reward
-from .sampling import NonFiniteError
+from .sampling import NonFiniteError, Sampling
 from .strategies import Frames
 from .train_config import TrainConfig
 
 MAX_NON_FINITE = 3  # steps in a row
 MAX_NON_FINITE_SCALED = 20  # with fp16, whose loss scale comes down by such steps
+SMALL_STEP = 0.01
 CHECKED_PROMPTS = 1000  # are checked before the work starts, and compared when a run is resumed
 
 
@@ -158,7 +159,9 @@ class Trainer:
             )
         # Draw once, so that a window or frames that do not fit are an error now.
         generator = torch.Generator().manual_seed(config.seed)
-        config.strategy.plan(model.num_steps(config.sampling), generator)
+        plan = config.strategy.plan(model.num_steps(config.sampling), generator)
+        if self.estimator.needs_reward_gradient and max(plan.active) == 1 and not plan.renoise:
+            warn_of_small_step(model, config.sampling)
         frames = config.frames.choose(config.sampling.total_frames, generator)
         self.reward.check_frames(len(frames))
 
@@ -568,6 +571,18 @@ def _text_of(prompt: str | Prompt) -> str:
 
 def _for_tracker(value):
     return value if isinstance(value, (int, float, str)) else str(value)
+
+
+def warn_of_small_step(model: VideoModel, sampling: Sampling) -> None:
+    """Warn where the last step, the only one that learns, hardly moves the video."""
+    gain = model.last_step_gain(sampling)
+    if gain < SMALL_STEP:
+        warnings.warn(
+            f"the last of {sampling.num_inference_steps} steps of {model.name!r} moves the video by {gain:.1g} "
+            f"of the denoiser's output, and only it learns: next to nothing will be learned. Steps that form "
+            f"the content learn with strategy=Step(4), ReFL(0.4) or DRTune(3)",
+            stacklevel=4,
+        )
 
 
 def default_estimator(config: TrainConfig) -> Estimator:

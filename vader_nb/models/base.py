@@ -243,6 +243,23 @@ class VideoModel(ABC):
         `num_inference_steps`. A strategy's K counts these."""
         return len(self.new_scheduler(sampling).timesteps)
 
+    def last_step_gain(self, sampling) -> float:
+        """How far the final latents move with the last denoiser output, by the schedule alone.
+
+        The reward's gradient through the last step is multiplied by it: 0.2 for ModelScope, 0.002 for Stable
+        Video Diffusion, where K = 1 teaches next to nothing.
+        """
+        scheduler = self.new_scheduler(sampling)
+        latents = zeros = torch.zeros(1, 1, 1, 1, 1, device=self.device, dtype=torch.float64)
+        *steps, last = scheduler.timesteps
+        for t in steps:
+            self.scale_input(scheduler, latents, t)
+            latents = self.step(scheduler, zeros, t, latents)
+        self.scale_input(scheduler, latents, last)
+        twins = scheduler, deepcopy(scheduler)
+        ends = [self.step(s, zeros + i, last, latents) for i, s in enumerate(twins)]
+        return (ends[1] - ends[0]).abs().item()
+
     def initial_latents(self, sampling, generators: list[torch.Generator]) -> torch.Tensor:
         """Noise of unit variance (B, C, F, H, W), one generator per clip."""
         shape = (len(generators), *self.latent_shape(sampling))
