@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vader_nb import Prompt, Trainer, align, extend, load, models, rewards
+from vader_nb import Prompt, Trainer, align, extend, load, models, rewards, testing
 from vader_nb.estimators import Batch
 from vader_nb.long_clips import LongRewardGradient
 from vader_nb.models.svd import PUBLISHED
@@ -96,11 +96,12 @@ def test_latents_and_frames_are_those_of_diffusers_pipeline(directory, guidance_
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_it_keeps_the_promises_of_a_model(directory):
+def test_it_keeps_the_promises_of_a_model(directory, monkeypatch):
     model = load(directory, dtype=torch.float64)
     sampling = Sampling(num_inference_steps=5, num_frames=4, height=16, width=24)
     report = check_model(model, sampling, strategies=[Last(2), DRTune(2, stop=1)])
     assert len(report) == 14
+    monkeypatch.setattr(testing, "CHECKS", (testing.decodings,))
     model.decode_vjp = lambda latents, frames, gradient, decode_chunk_size=1: latents
     with pytest.raises(AssertionError, match=r"decode_vjp against autograd .* FAILED"):
         check_model(model, sampling, strategies=[])
@@ -140,8 +141,9 @@ def test_full_size_is_the_published_one():
 def test_bad_images(directory, image, message):
     with pytest.raises(ValueError, match=message):
         sample(load(directory), Prompt("a wave", image=image), sampling=Sampling(**SETTINGS))
-    with pytest.raises(ValueError, match="fps must be at least 1"):
-        Sampling(options={"fps": 0}).resolve(load(directory))
+    for fps, problem in ((0, "at least 1"), ("fast", "a number, got 'fast'")):
+        with pytest.raises(ValueError, match=f"fps must be {problem}"):
+            Sampling(options={"fps": fps}).resolve(load(directory))
 
 
 @pytest.mark.parametrize("steps", [10, 25])
@@ -175,6 +177,10 @@ def test_a_long_clip_continues_its_last_frames(directory):
     assert torch.equal(longer[:, :4], first) and longer.shape[1] == 7
     with pytest.raises(ValueError, match="times=1 must be at least 2"):
         extend(model, first, times=1)
+    with pytest.raises(ValueError, match="must be a tensor, an image or clips, got str"):
+        extend(model, "clip.mp4")
+    with pytest.raises(ValueError, match="a roll-out is one segment, and extend=2 takes several"):
+        roll_out(model, PROMPTS, [5, 9], Sampling(**SETTINGS, extend=2).resolve(model))
     with pytest.raises(ValueError, match="makes videos of text alone and cannot continue"):
         sample(load("tiny"), "a red star", sampling=Sampling(extend=2))
 

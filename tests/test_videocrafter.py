@@ -366,7 +366,7 @@ def test_eta_is_the_models_unless_it_is_named(model, micro):
 
 @pytest.mark.parametrize("fps", [0, 61, -8, math.nan, "24", True])
 def test_fps_out_of_range(model, fps):
-    with pytest.raises(ValueError, match="fps=.* must be a number from 1 to 60"):
+    with pytest.raises(ValueError, match="fps must be (at least 1|at most 60|a number), got"):
         sample(model, "a cat", sampling=Sampling(options={"fps": fps}))
 
 

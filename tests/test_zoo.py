@@ -107,7 +107,7 @@ def test_shipped_tokenizers_are_the_one_that_is_built():
 
 def test_everything_shipped_is_small_and_described():
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 25e6
-    for name in ("tiny", "tiny-clip", "tiny-videomae"):
+    for name in ("tiny", "tiny-clip", "tiny-i2v", "tiny-videomae"):
         card = (WEIGHTS / name / "README.md").read_text()
         for part in ("Data", "Recipe", "seed", "Quality", "Apache-2.0"):
             assert part in card, (name, part)

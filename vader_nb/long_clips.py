@@ -46,10 +46,12 @@ def extend(
         Frames (B, F + …, 3, H, W) in [0, 1]; a clip that was given stands at the beginning, unchanged.
 
     Raises:
-        ValueError: for a model of text alone, or fewer than 2 segments.
+        ValueError: for a model of text alone, fewer than 2 segments, or a `start` of another shape.
     """
     if times < 2:
         raise ValueError(f"times={times} must be at least 2")
+    if start is not None and getattr(start, "ndim", 0) not in (3, 4, 5):
+        raise ValueError(f"start must be a tensor, an image or clips, got {type(start).__name__}")
     texts = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
     options = {"seeds": seeds, "adapter": adapter}
     settings = sampling or Sampling()

@@ -331,6 +331,26 @@ LAYOUTS = {
 }
 
 
+def exported_tensors(
+    state: State, alpha: float, format: str, original_names: Mapping[str, str]
+) -> State:
+    """An adapter's tensors under the names of another tool, with what that tool reads alpha from."""
+    originals = {ours: theirs for theirs, ours in original_names.items()}
+    prefix, separator, *halves = LAYOUTS[format]
+    tensors = {}
+    for name, value in state.items():
+        layer, _, half = name.rpartition(".lora_")
+        key, _, inner = layer.partition(".")
+        if format == "vader":
+            inner = renamed(inner, originals) or inner
+            value = value * (alpha / VADER_ALPHA if half[0] == "B" else 1)
+        base = prefix.format(key=key) + inner.replace(".", separator)
+        tensors[f"{base}.{halves['AB'.index(half[0])]}.weight"] = value
+        if format in ("kohya", "comfyui"):
+            tensors[f"{base}.alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
 def export(
     state: State,
     alpha: float,
@@ -358,27 +378,20 @@ def export(
         raise ValueError(f"unknown format {format!r}; choose one of {', '.join(LAYOUTS)}")
     if format == "vader" and not original_names:
         raise ValueError("format=vader has names for VideoCrafter2's layers only: choose another")
-    originals = {ours: theirs for theirs, ours in (original_names or {}).items()}
-    prefix, separator, *halves = LAYOUTS[format]
     keys = dict.fromkeys(name.partition(".")[0] for name in state)
     if len(keys) > 1 and format != "diffusers":
         raise ValueError(f"{format} has no names for several denoisers: use format=diffusers")
     rank = next(len(value) for name, value in state.items() if ".lora_A." in name)
-    path, tensors, metadata, layers = Path(path).expanduser(), {}, {"format": "pt"}, {}
-    for name, value in state.items():
-        layer, _, half = name.rpartition(".lora_")
-        key, _, inner = layer.partition(".")
-        layers.setdefault(key, []).append(inner)
-        if format == "vader":
-            inner = renamed(inner, originals) or inner
-            value = value * (alpha / VADER_ALPHA if half[0] == "B" else 1)
-        base = prefix.format(key=key) + inner.replace(".", separator)
-        tensors[f"{base}.{halves['AB'.index(half[0])]}.weight"] = value
-        if format in ("kohya", "comfyui"):
-            tensors[f"{base}.alpha"] = torch.tensor(float(alpha))
+    path, metadata = Path(path).expanduser(), {"format": "pt"}
+    tensors = exported_tensors(state, alpha, format, original_names or {})
+    layers = {name.rpartition(".lora_")[0].partition(".")[::2] for name in state}
     described = {
-        key: {"r": rank, "lora_alpha": alpha, "target_modules": sorted(set(names))}
-        for key, names in layers.items()
+        key: {
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": sorted(inner for of, inner in layers if of == key),
+        }
+        for key in keys
     }
     if format == "diffusers":
         path = path / "pytorch_lora_weights.safetensors"

@@ -16,11 +16,8 @@ from . import lora, lora_files
 from .models import Checkpoint, checkpoint_of, from_config, load
 
 MERGED = "merged"  # beside the layouts of `lora_files`: a whole pipeline
-FILES = {
-    "kohya": "adapter.safetensors",
-    "comfyui": "adapter.safetensors",
-    "vader": "adapter.pt",
-}  # else a folder
+# The file that a format is; other formats are folders.
+FILES = {"kohya": "adapter.safetensors", "comfyui": "adapter.safetensors", "vader": "adapter.pt"}
 FORMATS = (*lora_files.LAYOUTS, MERGED)
 
 
@@ -40,8 +37,8 @@ def export(
         adapter: a run's folder, or an adapter file of any tool.
         output: the folder to make; by default `FORMAT` in the run's folder.
         format: "diffusers", "peft", "kohya", "comfyui"; "vader" for VideoCrafter2 in VADER's own code; or
-            "merged" for the model's whole pipeline with the adapter folded in. ComfyUI and kohya's tools use an adapter only with models whose layers they
-            know by diffusers' names.
+            "merged" for the model's whole pipeline with the adapter folded in. ComfyUI and kohya's tools
+            use an adapter only with models whose layers they know by diffusers' names.
         model: that the adapter is for, as for `load`. Its weights are read for "merged" only.
         scale: of the adapter, for "merged".
         push_to_hub: upload the folder as this repository, "user/name", which is made.

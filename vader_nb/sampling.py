@@ -44,9 +44,11 @@ SAMPLING_BOUNDS = {
 
 
 def check_bounds(settings: Any, bounds: Mapping[str, tuple[float, float]]) -> None:
-    """Raise ValueError for a number that is not within its bounds (NaN is not); None is left out."""
+    """Raise ValueError for what is no number within its bounds (NaN is not); None is left out."""
     for name, (least, most) in bounds.items():
         value = settings[name] if isinstance(settings, dict) else getattr(settings, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
         if value is not None and not value >= least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
         if value is not None and value > most:
@@ -111,9 +113,7 @@ class Sampling:
             if getattr(self, f.name) is None and f.name in model.defaults
         }
         has_eta = "eta" in inspect.signature(model.scheduler.step).parameters
-        if (
-            self.eta is None
-        ):  # a default for the model's own scheduler, which may have been replaced
+        if self.eta is None:  # the default is for the model's own scheduler, which may be replaced
             defaults["eta"] = model.defaults.get("eta", 0.0) if has_eta else 0.0
         settings = replace(self, **defaults, options=model.sampling_options | self.options)
         check_bounds(settings, SAMPLING_BOUNDS)
@@ -268,7 +268,7 @@ def roll_out(
     last_call: Callable[[], contextlib.AbstractContextManager] | None = None,
     callback: Callback | None = None,
 ) -> Rollout:
-    """Sample a batch without a graph, and note the last `window` steps. One segment, whatever `extend` says.
+    """Sample a batch without a graph, and note the last `window` steps.
 
     Args:
         model, prompts, seeds, sampling: as for `sample`; one per clip, and resolved.
@@ -279,6 +279,10 @@ def roll_out(
         last_call: keep the graph of the last denoiser call, made in this context.
         callback: as for `sample`.
     """
+    if sampling.extend > 1:
+        raise ValueError(
+            f"a roll-out is one segment, and extend={sampling.extend} takes several: use sample or align"
+        )
     conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
     rollout = Rollout(prompts, conditioning, sampling, latents, generators)
     rollout.finite.append(conditioning.all_finite())

@@ -33,7 +33,7 @@ from .train_config import TrainConfig
 
 MAX_NON_FINITE = 3  # steps in a row
 MAX_NON_FINITE_SCALED = 20  # with fp16, whose loss scale comes down by such steps
-SMALL_STEP = 0.01
+SMALL_STEP = 0.01  # of the denoiser's output; ModelScope has 0.2, VideoCrafter2 0.02
 CHECKED_PROMPTS = 1000  # are checked before the work starts, and compared when a run is resumed
 
 

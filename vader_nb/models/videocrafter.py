@@ -39,7 +39,6 @@ SCHEDULE = {
 }
 UNUSED_TEXT = ("logit_scale", "text_projection", "transformer.resblocks.23.")
 USED_TEXT = ("token_embedding.", "positional_embedding", "ln_final.", "transformer.resblocks.")
-FPS = (1, 60)
 
 
 def module_names() -> dict[str, str]:
@@ -143,6 +142,7 @@ class VideoCrafter2(ModelScope):
 
     targets = {"unet": ("to_q", "to_k", "to_v")}
     sampling_options = {"fps": 24}
+    option_bounds = {"fps": (1, 60)}
     original_names = module_names()
     unet_class = VideoCrafterUNet
     own_defaults = DEFAULTS | {"guidance_scale": 12.0, "height": 320, "width": 512, "eta": 1.0}
@@ -218,13 +218,7 @@ class VideoCrafter2(ModelScope):
         (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
     def encode(self, prompts, sampling=None, generators=None):
-        fps = (sampling.options if sampling else {}).get("fps", self.sampling_options["fps"])
-        if (
-            isinstance(fps, bool)
-            or not isinstance(fps, (int, float))
-            or not FPS[0] <= fps <= FPS[1]
-        ):
-            raise ValueError(f"fps={fps!r} must be a number from {FPS[0]} to {FPS[1]}")
+        fps = (sampling.options if sampling else self.sampling_options)["fps"]
         conditioning = super().encode(prompts, sampling)
         rates = torch.full((len(prompts),), float(fps), device=self.device)
         denoiser: Any = self.denoiser
