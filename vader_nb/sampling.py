@@ -224,7 +224,15 @@ def initial_noise(
 def initial_state(
     model: VideoModel, prompts: Sequence[str | Prompt], seeds: Sequence[int], sampling: Sampling
 ) -> tuple[Conditioning, torch.Tensor, list[torch.Generator]]:
-    """What sampling starts from: the conditioning, and `initial_noise`'s latents and generators."""
+    """What sampling starts from: the conditioning, and `initial_noise`'s latents and generators.
+
+    Raises:
+        ValueError: for settings of several segments, of which each starts by itself.
+    """
+    if sampling.extend > 1:
+        raise ValueError(
+            f"a roll-out is one segment, and extend={sampling.extend} takes several: use sample or align"
+        )
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     conditioning = model.encode(prompts, sampling, generators)
     noise = model.initial_latents(sampling, generators)
@@ -279,10 +287,6 @@ def roll_out(
         last_call: keep the graph of the last denoiser call, made in this context.
         callback: as for `sample`.
     """
-    if sampling.extend > 1:
-        raise ValueError(
-            f"a roll-out is one segment, and extend={sampling.extend} takes several: use sample or align"
-        )
     conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
     rollout = Rollout(prompts, conditioning, sampling, latents, generators)
     rollout.finite.append(conditioning.all_finite())
