@@ -726,7 +726,6 @@ def test_a_loss_scale_comes_down_and_training_goes_on(fresh, tmp_path, monkeypat
 
 
 def one_run(directory, folder, steps):
-    """In a process of its own: forked, so that it need not import anything again."""
     from vader_nb import load
 
     torch.set_num_threads(1)
@@ -752,11 +751,14 @@ def one_run(directory, folder, steps):
 
 def test_twenty_kills_at_any_moment_change_not_one_byte(micro_directory, tmp_path):
     """SIGKILL, 20 times, at moments drawn over all that a run does, resumed each time with the same command."""
-    fork, draw = multiprocessing.get_context("fork"), random.Random(0)
+    # Children of a server without threads, which has imported everything once: a fork of this process, whose
+    # threads may hold a lock at that moment, can stand still forever.
+    server, draw = multiprocessing.get_context("forkserver"), random.Random(0)
+    server.set_forkserver_preload([__name__])
     one_run(micro_directory, tmp_path / "whole", 30)
     kills, reached = 0, []
     while kills < 20:
-        process = fork.Process(target=one_run, args=(micro_directory, tmp_path / "killed", 30))
+        process = server.Process(target=one_run, args=(micro_directory, tmp_path / "killed", 30))
         process.start()
         before = len(reached) and reached[-1]
         if (
