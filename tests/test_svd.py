@@ -113,7 +113,7 @@ def test_chunks_of_the_decoder_are_each_by_themselves(directory):
     model = load(directory, dtype=torch.float64)
     latents = torch.randn(2, 4, 5, 4, 4, generator=torch.Generator().manual_seed(0)).double()
     whole = model.decode(latents)
-    model.decode_chunk_size = 2
+    model.defaults["decode_chunk_size"] = 2
     parts = [model.decode(latents[:, :, i : i + 2]) for i in (0, 2, 4)]
     assert torch.equal(model.decode(latents), torch.cat(parts, dim=1))
     assert torch.equal(model.decode(latents, [3, 0, -1]), torch.cat(parts, dim=1)[:, [3, 0, 4]])

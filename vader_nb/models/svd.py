@@ -58,16 +58,21 @@ PUBLISHED = {
         "steps_offset": 1,
     },
 }
-DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 3.0, "fps": 7, "height": 576}
-DEFAULTS |= {"width": 1024}
+DEFAULTS = {
+    "num_inference_steps": 25,
+    "guidance_scale": 3.0,
+    "fps": 7,
+    "height": 576,
+    "width": 1024,
+    "decode_chunk_size": None,
+}
 
 
 class StableVideoDiffusion(VideoModel):
     """A `UNetSpatioTemporalConditionModel` that continues an image, with a decoder that knows time.
 
-    Attributes:
-        decode_chunk_size: frames that the decoder mixes; None for the whole clip, as in diffusers. Chunks
-            are independent of each other, so any frame is decoded exactly from its chunk.
+    `defaults["decode_chunk_size"]` says how many frames the decoder mixes; None for the whole clip, as in
+    diffusers. Chunks are independent of each other, so any frame is decoded exactly from its chunk.
     """
 
     targets = {"unet": ("to_q", "to_k", "to_v", "to_out.0")}
@@ -85,7 +90,6 @@ class StableVideoDiffusion(VideoModel):
     }
     takes_image = True
     independent_frames = False
-    decode_chunk_size: int | None = None
 
     def __init__(
         self, name, unet, vae, image_encoder, feature_extractor, scheduler, defaults, world=None
@@ -284,7 +288,7 @@ class StableVideoDiffusion(VideoModel):
 
     def chunks(self, count: int, frames: list[int]) -> dict[range, list[int]]:
         """The decoder's chunks of a clip of `count` frames, each with the places in `frames` that it holds."""
-        size = self.decode_chunk_size or count
+        size = self.defaults["decode_chunk_size"] or count
         held: dict[range, list[int]] = {}
         for place, frame in enumerate(frames):
             start = frame % count // size * size

@@ -1,9 +1,9 @@
 """Train the tiny image-to-video model, a `StableVideoDiffusionPipeline` of the tiny world.
 
-    python -m vader_nb.zoo.scripts.train_i2v data | image_encoder | vae | generator
+    python -m vader_nb.zoo.scripts.train_i2v data | image_encoder | vae | decoder | generator
 
-in this order; `vae` and `generator` may run side by side, and each goes on where it was stopped. Its latents are those
-of the `tiny` model's autoencoder, which the encoder learns to repeat, so that the generator need not wait for it.
+in this order; `generator` may run beside `vae` and `decoder`, and each goes on where it was stopped. Its latents are
+those of the `tiny` model's autoencoder, which the encoder learns to repeat, so that the generator need not wait for it.
 """
 
 import json
@@ -27,7 +27,7 @@ from .training import rank_and_world, save_atomically, save_half, share, train
 
 FOLDER, DATA, SEED = WEIGHTS / "tiny-i2v", Path("runs/zoo/i2v.pt"), 5
 CLIPS, BATCH = 4000, 8
-ENCODER_STEPS, VAE_STEPS, STEPS = 600, 1800, 3600
+ENCODER_STEPS, VAE_STEPS, DECODER_STEPS, STEPS = 600, 1800, 3000, 3600
 EMPTY = 0.1  # share of images left out, for guidance
 STRENGTHS = 0.005, 0.1  # of the noise on the image, drawn evenly on a logarithmic scale
 WIDTH = 64  # of the image's embedding
@@ -171,6 +171,24 @@ def train_vae(data: dict) -> None:
     save_half(vae, FOLDER / "vae")
 
 
+def train_decoder(data: dict) -> None:
+    """The decoder goes on alone: it needs longer than the encoder, and costs half without it."""
+    torch.manual_seed(SEED)
+    vae = AutoencoderKLTemporalDecoder.from_pretrained(FOLDER / "vae", torch_dtype=torch.float32)
+    vae.requires_grad_(False).decoder.requires_grad_(True)
+
+    def loss(generator, step):
+        chosen = torch.randint(CLIPS, (2,), generator=generator)
+        noise = torch.randn(16, 4, 8, 8, generator=generator)
+        frames = data["frames"][chosen].flatten(0, 1) / 255
+        latents = data["latents"][chosen].flatten(0, 1) + LATENT_NOISE * noise
+        return weighted_error(vae.decode(latents, num_frames=world.NUM_FRAMES).sample, frames)
+
+    options = {"learning_rate": 2e-3, "seed": SEED + 1, "average": 0.995}
+    train("i2v_decoder", vae, loss, steps=DECODER_STEPS, **options)
+    save_half(vae, FOLDER / "vae")
+
+
 def weighted_error(decoded: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """As `train_vae.reconstruction_loss`: object and background weigh the same."""
     error = decoded - (frames * 2 - 1)
@@ -247,7 +265,12 @@ def main() -> None:
         make_data()
         return
     data = torch.load(DATA, weights_only=True)
-    stages = {"image_encoder": train_image_encoder, "vae": train_vae, "generator": train_generator}
+    stages = {
+        "image_encoder": train_image_encoder,
+        "vae": train_vae,
+        "decoder": train_decoder,
+        "generator": train_generator,
+    }
     stages[stage](data)
 
 
