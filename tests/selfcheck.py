@@ -26,7 +26,7 @@ import torch.utils.collect_env
 
 from vader_nb import lora, speed
 from vader_nb.gradient import reward_gradient
-from vader_nb.memory_planner import MemoryTracker, Step
+from vader_nb.memory_planner import Step
 from vader_nb.models import VideoModel, load
 from vader_nb.rewards import Reward, parse
 from vader_nb.sampling import Sampling, denoising_step, initial_noise
@@ -149,16 +149,6 @@ def half_precision(options) -> Iterator[Row]:
         yield at_least("half precision", text, value, limit)
 
 
-def counted(step: Step) -> dict[str, int]:
-    """Peak bytes by stage on a CPU, which has no count of its own: every storage is counted."""
-    with MemoryTracker() as tracker:
-        model, reward = load(step.model, device="cpu", dtype=step.dtype), step.make_reward()
-        for network in [*model.modules(), *reward.networks]:
-            tracker.track(*network.parameters(), *network.buffers())
-        step.run(model, reward, tracker)
-    return tracker.stages
-
-
 def allocated(step: Step) -> dict[str, int]:
     """Peak bytes by stage of CUDA's allocator, without earlier ones and cuBLAS's own workspace."""
     torch.cuda.empty_cache()
@@ -172,7 +162,7 @@ def allocated(step: Step) -> dict[str, int]:
 
 def peak_memory(options) -> Iterator[Row]:
     cuda = torch.cuda.is_available()
-    count, settings = (allocated, {}) if cuda else (counted, {"dtype": torch.float32})
+    count, settings = (allocated, {}) if cuda else (Step.count, {"dtype": torch.float32})
     few_steps = {"batch_size": 8 if cuda else 1, "num_inference_steps": 3}
     steps = [Step.of("tiny", "hps", settings | few_steps)]
     if cuda and options.model != "tiny":

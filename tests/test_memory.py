@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 import vader_nb
 from tests import simulations
-from tests.selfcheck import counted
 from vader_nb import load, memory_planner, models
 from vader_nb.memory_planner import (
     GIB,
@@ -107,7 +106,7 @@ def step_of(model="modelscope", reward="hps", **settings) -> Step:
 
 
 def assert_close(setting: dict) -> None:
-    real, simulated = counted(step_of(**setting)), simulate(**setting)
+    real, simulated = step_of(**setting).count(), simulate(**setting)
     for stage in STAGES:
         assert simulated[stage] == pytest.approx(real[stage], rel=0.1), stage
     # Nor do the weights, which are many and easy, hide what comes on top of them.

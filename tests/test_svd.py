@@ -100,7 +100,7 @@ def test_it_keeps_the_promises_of_a_model(directory, monkeypatch):
     model = load(directory, dtype=torch.float64)
     sampling = Sampling(num_inference_steps=5, num_frames=4, height=16, width=24)
     report = check_model(model, sampling, strategies=[Last(2), DRTune(2, stop=1)])
-    assert len(report) == 14
+    assert len(report) == 15
     monkeypatch.setattr(testing, "CHECKS", (testing.decodings,))
     model.decode_vjp = lambda latents, frames, gradient, decode_chunk_size=1: latents
     with pytest.raises(AssertionError, match=r"decode_vjp against autograd .* FAILED"):

@@ -250,6 +250,15 @@ class Step:
             model.offload_device = torch.device("meta")
             return self.run(model, reward, tracker)
 
+    def count(self) -> dict[str, int]:
+        """The same with real weights on the CPU, which has no count of its own: every storage is counted."""
+        with MemoryTracker() as tracker:
+            model = models.load(self.model, device="cpu", dtype=self.dtype)
+            reward = self.make_reward()
+            for network in [*model.modules(), *reward.networks]:
+                tracker.track(*network.parameters(), *network.buffers())
+            return self.run(model, reward, tracker)
+
     def measure(self) -> dict[str, int]:
         """The same with real weights on a CUDA device."""
         model = models.load(self.model, device="cuda", dtype=self.dtype)

@@ -10,13 +10,14 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from . import lora
+from . import lora, memory_planner
 from .gradient import Result, replay, reward_gradient
 from .models import VideoModel
 from .prompts import Prompt
@@ -75,7 +76,8 @@ def check_model(
     """Hold a model against everything that training expects of it.
 
     The gradient of each strategy against plain autograd; the replay; `decode` of some frames and `decode_vjp`;
-    batches; adapters there and back; half precision; a resumed run against an uninterrupted one.
+    batches; adapters there and back; half precision; a resumed run against an uninterrupted one; the memory
+    that the planner foresees, for a directory that the model was saved to, against what a step takes.
 
     Args:
         model: small, in float64 on the CPU, with weights that act (random ones are fine).
@@ -311,7 +313,9 @@ def adapters(model, sampling, prompts, strategies) -> Iterator[Row]:
 
 
 def half_precision(model, sampling, prompts, strategies) -> Iterator[Row]:
-    setup = REWARDS["frames"], prompts, SEEDS, sampling, Last(1), Frames.at(0)
+    # Without the sampler's noise, which would be another one if drawn in half precision.
+    quiet = replace(sampling, eta=0.0)
+    setup = REWARDS["frames"], prompts, SEEDS, quiet, Last(1), Frames.at(0)
     adapter = adapted(model)
     _, expected = staged(model, adapter, *setup)
     adapter.remove()
@@ -346,6 +350,18 @@ def resumed(model, sampling, prompts, strategies) -> Iterator[Row]:
     yield Row("a resumed run against an uninterrupted one", (whole - parts).abs().max().item(), 0.0)
 
 
+def memory(model, sampling, prompts, strategies) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        saved = model.save_pretrained(Path(folder) / "model")
+        settings = {f.name: getattr(sampling, f.name) for f in fields(Sampling)}
+        step = memory_planner.Step.of(
+            saved, "brightness", settings | {"batch_size": 2, "dtype": torch.float32}
+        )
+        simulated, real = step.simulate(), step.count()
+    worst = max(abs(simulated[stage] / real[stage] - 1) for stage in real if stage)
+    yield Row("peak memory, simulated against counted", worst, 0.1)
+
+
 CHECKS: tuple[Callable[..., Iterator[Row]], ...] = (
     gradients,
     replays,
@@ -354,4 +370,5 @@ CHECKS: tuple[Callable[..., Iterator[Row]], ...] = (
     adapters,
     half_precision,
     resumed,
+    memory,
 )

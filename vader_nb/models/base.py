@@ -497,6 +497,8 @@ def is_flow(scheduler) -> bool:
 
 
 def read_config(folder: Path) -> dict:
+    """The configuration of one part of a pipeline directory, without the type that its file has: the model's counts."""
     names = ("config.json", "scheduler_config.json")
     file = next(folder / name for name in names if (folder / name).is_file())
-    return json.loads(file.read_text(encoding="utf-8"))
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
