@@ -5,18 +5,16 @@ diffusers and samples without a gradient, so the parts are loaded one by one and
 (`vader_nb.gradient`).
 """
 
-import diffusers
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..hub import DummyTokenizer
 from ..prompts import Prompt
-from .base import Conditioning, VideoModel, cached, read_config, warn_truncated
+from .base import Conditioning, cached, warn_truncated
+from .parts import ModelOfParts
 
 # The published architecture, for `from_config`; what is missing here is the classes' own default.
 PUBLISHED = {
@@ -65,13 +63,13 @@ class TextOncePerClip(AttnProcessor2_0):
         return out.unflatten(1, (num_frames, -1)).flatten(0, 1)
 
 
-class ModelScope(VideoModel):
+class ModelScope(ModelOfParts):
     """A `UNet3DConditionModel` with CLIP's text encoder and a 2D autoencoder, which decodes frame by frame."""
 
     targets = {"unet": ("to_q", "to_k", "to_v", "to_out.0")}
-    # What a family of the same parts writes anew.
-    unet_class: type[UNet3DConditionModel] = UNet3DConditionModel
-    published: dict = PUBLISHED
+    networks = {"unet": UNet3DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    processors = {"tokenizer": CLIPTokenizer}
+    published = PUBLISHED
     own_defaults: dict = DEFAULTS
 
     def __init__(self, name, unet, vae, text_encoder, tokenizer, scheduler, defaults, world=None):
@@ -83,79 +81,6 @@ class ModelScope(VideoModel):
         size = unet.config.sample_size * self.scale
         self.defaults = {"height": size, "width": size} | self.own_defaults | defaults
         self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
-        for module in self.modules():
-            # Eval mode for good: the temporal convolutions hold a dropout of 0.1. Frozen for good: only the
-            # adapter, added later, asks for gradients.
-            module.eval().requires_grad_(False)
-
-    @classmethod
-    def from_pretrained(
-        cls, checkpoint, *, name: str, dtypes: dict[str, torch.dtype], **hub
-    ) -> "ModelScope":
-        """Load the parts of a pipeline directory or hub repository, see `models.load`."""
-
-        def dtype(part: str) -> torch.dtype:
-            return dtypes.get(part, dtypes["default"])
-
-        path = checkpoint.source
-        plain = {key: value for key, value in hub.items() if key != "variant"}
-        scheduler = cls.scheduler_class(checkpoint.scheduler)
-        unet = cls.unet_class.from_pretrained(
-            path, subfolder="unet", torch_dtype=dtype("unet"), **hub
-        )
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=dtype("vae"), **hub)
-        text_encoder = CLIPTextModel.from_pretrained(
-            path, subfolder="text_encoder", dtype=dtype("text_encoder"), **hub
-        )
-        return cls(
-            name,
-            unet,
-            vae,
-            text_encoder,
-            CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **plain),
-            scheduler.from_pretrained(path, subfolder="scheduler", **plain),
-            checkpoint.defaults,
-            checkpoint.world,
-        )
-
-    @classmethod
-    def from_config(cls, checkpoint, *, name: str) -> "ModelScope":
-        """The architecture of a directory's configuration, or the published one, see `models.from_config`."""
-        folder = checkpoint.directory
-        if folder and not (folder / "model_index.json").is_file():  # its authors' own layout
-            folder = None
-        config = cls.published
-        if folder:
-            config = {part: read_config(folder / part) for part in config}
-        tokenizer = (
-            CLIPTokenizer.from_pretrained(folder / "tokenizer") if folder else DummyTokenizer()
-        )
-        with unset_fake_temporarily():  # the values of its tables are read, not only their sizes
-            kind = cls.scheduler_class(checkpoint.scheduler)
-            scheduler = kind.from_config(config["scheduler"])
-        return cls(
-            name,
-            cls.unet_class.from_config(config["unet"]),
-            AutoencoderKL.from_config(config["vae"]),
-            CLIPTextModel(CLIPTextConfig(**config["text_encoder"])),
-            tokenizer,
-            scheduler,
-            checkpoint.defaults,
-            checkpoint.world,
-        )
-
-    @classmethod
-    def scheduler_class(cls, name: str) -> type:
-        """The scheduler that a `model_index.json` names."""
-        return getattr(diffusers, name)
-
-    def pipeline(self):
-        kind = getattr(diffusers, "TextToVideoSDPipeline")  # noqa: B009 (exported lazily)
-        parts = {"vae": self.vae, "text_encoder": self.text_encoder, "unet": self.denoiser}
-        return kind(**parts, tokenizer=self.tokenizer, scheduler=self.scheduler)
-
-    def modules(self) -> list[nn.Module]:
-        return [self.denoiser, self.vae, self.text_encoder]
 
     def decoders(self) -> list[nn.Module]:
         return [self.vae.post_quant_conv, self.vae.decoder]

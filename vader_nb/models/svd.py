@@ -7,7 +7,6 @@ The decoder mixes the frames that it is given, so a clip is decoded whole, or in
 
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import (
@@ -19,14 +18,14 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
 )
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.func import functional_call
 from torch.nn.functional import interpolate
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from ..prompts import Prompt
 from ..zoo import world
-from .base import Conditioning, VideoModel, read_config
+from .base import Conditioning
+from .parts import ModelOfParts
 
 # The published architecture, for `from_config`; what is missing here is the classes' own default.
 PUBLISHED = {
@@ -68,7 +67,7 @@ DEFAULTS = {
 }
 
 
-class StableVideoDiffusion(VideoModel):
+class StableVideoDiffusion(ModelOfParts):
     """A `UNetSpatioTemporalConditionModel` that continues an image, with a decoder that knows time.
 
     `defaults["decode_chunk_size"]` says how many frames the decoder mixes; None for the whole clip, as in
@@ -76,6 +75,13 @@ class StableVideoDiffusion(VideoModel):
     """
 
     targets = {"unet": ("to_q", "to_k", "to_v", "to_out.0")}
+    networks = {
+        "unet": UNetSpatioTemporalConditionModel,
+        "vae": AutoencoderKLTemporalDecoder,
+        "image_encoder": CLIPVisionModelWithProjection,
+    }
+    processors = {"feature_extractor": CLIPImageProcessor}
+    published = PUBLISHED
     sampling_options = {
         "min_guidance_scale": 1.0,  # at the first frame; guidance_scale is that of the last one
         "fps": 7,
@@ -101,64 +107,6 @@ class StableVideoDiffusion(VideoModel):
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, 8
         self.defaults = DEFAULTS | {"num_frames": unet.config.num_frames} | defaults
         vae.enable_gradient_checkpointing()  # acts only where there is a graph, and is exact
-        for module in self.modules():
-            module.eval().requires_grad_(False)
-
-    @classmethod
-    def from_pretrained(
-        cls, checkpoint, *, name: str, dtypes: dict[str, torch.dtype], **hub
-    ) -> "StableVideoDiffusion":
-        """Load the parts of a pipeline directory or hub repository, see `models.load`."""
-
-        def dtype(part: str) -> torch.dtype:
-            return dtypes.get(part, dtypes["default"])
-
-        path = checkpoint.source
-        plain = {key: value for key, value in hub.items() if key != "variant"}
-        scheduler = getattr(diffusers, checkpoint.scheduler)
-        return cls(
-            name,
-            UNetSpatioTemporalConditionModel.from_pretrained(
-                path, subfolder="unet", torch_dtype=dtype("unet"), **hub
-            ),
-            AutoencoderKLTemporalDecoder.from_pretrained(
-                path, subfolder="vae", torch_dtype=dtype("vae"), **hub
-            ),
-            CLIPVisionModelWithProjection.from_pretrained(
-                path, subfolder="image_encoder", dtype=dtype("image_encoder"), **hub
-            ),
-            CLIPImageProcessor.from_pretrained(path, subfolder="feature_extractor", **plain),
-            scheduler.from_pretrained(path, subfolder="scheduler", **plain),
-            checkpoint.defaults,
-            checkpoint.world,
-        )
-
-    @classmethod
-    def from_config(cls, checkpoint, *, name: str) -> "StableVideoDiffusion":
-        """The architecture of a directory's configuration, or the published one, see `models.from_config`."""
-        folder = checkpoint.directory
-        config = {part: read_config(folder / part) for part in PUBLISHED} if folder else PUBLISHED
-        with unset_fake_temporarily():  # the values of its tables are read, not only their sizes
-            scheduler = getattr(diffusers, checkpoint.scheduler).from_config(config["scheduler"])
-        return cls(
-            name,
-            UNetSpatioTemporalConditionModel.from_config(config["unet"]),
-            AutoencoderKLTemporalDecoder.from_config(config["vae"]),
-            CLIPVisionModelWithProjection(CLIPVisionConfig(**config["image_encoder"])),
-            CLIPImageProcessor(),
-            scheduler,
-            checkpoint.defaults,
-            checkpoint.world,
-        )
-
-    def pipeline(self):
-        kind: Any = getattr(diffusers, "StableVideoDiffusionPipeline")  # noqa: B009 (exported lazily)
-        return kind(
-            self.vae, self.image_encoder, self.denoiser, self.scheduler, self.feature_extractor
-        )
-
-    def modules(self) -> list[nn.Module]:
-        return [self.denoiser, self.vae, self.image_encoder]
 
     def decoders(self) -> list[nn.Module]:
         return [self.vae.decoder]

@@ -5,9 +5,7 @@ clean video is scaled down at high noise, and the names in its authors' single f
 """
 
 import functools
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,7 +142,8 @@ class VideoCrafter2(ModelScope):
     sampling_options = {"fps": 24}
     option_bounds = {"fps": (1, 60)}
     original_names = module_names()
-    unet_class = VideoCrafterUNet
+    networks = ModelScope.networks | {"unet": VideoCrafterUNet}
+    schedulers = {"DynamicScaleDDIM": DynamicScaleDDIM}
     own_defaults = DEFAULTS | {"guidance_scale": 12.0, "height": 320, "width": 512, "eta": 1.0}
 
     @classmethod
@@ -198,24 +197,6 @@ class VideoCrafter2(ModelScope):
         if not any(key.startswith("text_model.") for key in self.text_encoder.state_dict()):
             states = {key.removeprefix("text_model."): value for key, value in states.items()}
         return {"unet": unet, "vae": converted, "text_encoder": states}
-
-    @classmethod
-    def scheduler_class(cls, name: str) -> type:
-        return DynamicScaleDDIM if name == "DynamicScaleDDIM" else super().scheduler_class(name)
-
-    def pipeline(self):
-        raise NotImplementedError(
-            "diffusers has no pipeline of VideoCrafter2; save_pretrained() writes its parts one by one"
-        )
-
-    def save_parts(self, folder: Path) -> None:
-        parts = {"unet": self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder}
-        parts |= {"tokenizer": self.tokenizer, "scheduler": self.scheduler}
-        index: dict = {"_class_name": "VideoCrafter2"}
-        for name, part in parts.items():
-            part.save_pretrained(folder / name)
-            index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
     def encode(self, prompts, sampling=None, generators=None):
         fps = (sampling.options if sampling else self.sampling_options)["fps"]

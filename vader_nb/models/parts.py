@@ -1,0 +1,110 @@
+"""Families whose parts are networks of diffusers and transformers, or written like theirs: one table reads, builds
+and saves them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from ..hub import DummyTokenizer
+from .base import VideoModel, read_config
+
+
+class ModelOfParts(VideoModel):
+    """A pipeline directory with a subfolder for each part. `__init__` gets the parts by name.
+
+    Attributes:
+        networks: part -> class, derived from diffusers' `ModelMixin` or transformers' `PreTrainedModel`.
+        processors: part -> class of a tokenizer or an image processor.
+        schedulers: name -> class of those that diffusers does not have.
+        published: part -> the published configuration, for `from_config`; with one of "scheduler". What is
+            missing in it is the class's own default.
+        family: the pipeline class that `model_index.json` names.
+    """
+
+    family: str
+
+    networks: dict[str, Any]
+    processors: dict[str, Any] = {}
+    schedulers: dict[str, Any] = {}
+    published: dict[str, dict] = {}
+
+    @classmethod
+    def from_pretrained(cls, checkpoint, *, name: str, dtypes: dict, **hub) -> Any:
+        """Load the parts of a pipeline directory or hub repository, see `models.load`."""
+        plain = {key: value for key, value in hub.items() if key != "variant"}
+        parts: dict[str, Any] = {}
+        for part, kind in cls.networks.items():
+            argument = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
+            options = hub | {argument: dtypes.get(part, dtypes["default"])}
+            parts[part] = kind.from_pretrained(checkpoint.source, subfolder=part, **options)
+        for part, kind in {**cls.processors, "scheduler": cls.scheduler_class(checkpoint)}.items():
+            parts[part] = kind.from_pretrained(checkpoint.source, subfolder=part, **plain)
+        return cls.of(checkpoint, name, parts)
+
+    @classmethod
+    def from_config(cls, checkpoint, *, name: str) -> Any:
+        """The architecture of a directory's configuration, or the published one, see `models.from_config`."""
+        folder = checkpoint.directory
+        if folder and not (folder / "model_index.json").is_file():  # its authors' own layout
+            folder = None
+        config, parts = cls.published, {}
+        if folder:
+            config = {part: read_config(folder / part) for part in [*cls.networks, "scheduler"]}
+        for part, kind in cls.networks.items():
+            if issubclass(kind, ModelMixin):
+                parts[part] = kind.from_config(config[part])
+            else:
+                parts[part] = kind(kind.config_class(**config[part]))
+        for part, kind in cls.processors.items():
+            made = DummyTokenizer if part.startswith("tokenizer") else kind
+            parts[part] = kind.from_pretrained(folder / part) if folder else made()
+        with unset_fake_temporarily():  # the values of its tables are read, not only their sizes
+            parts["scheduler"] = cls.scheduler_class(checkpoint).from_config(config["scheduler"])
+        return cls.of(checkpoint, name, parts)
+
+    @classmethod
+    def of(cls, checkpoint, name: str, parts: dict[str, Any]) -> Any:
+        """The model of these parts, frozen and in eval mode for good: some networks hold a dropout."""
+        make: Any = cls
+        model = make(name, **parts, defaults=checkpoint.defaults, world=checkpoint.world)
+        model.family = checkpoint.family
+        for module in model.modules():
+            module.eval().requires_grad_(False)
+        return model
+
+    @classmethod
+    def scheduler_class(cls, checkpoint) -> Any:
+        """The scheduler that `model_index.json` names."""
+        return cls.schedulers.get(checkpoint.scheduler) or getattr(diffusers, checkpoint.scheduler)
+
+    def part(self, name: str) -> Any:
+        return self.denoisers[name] if name in self.denoisers else getattr(self, name)
+
+    def modules(self) -> list[nn.Module]:
+        return [self.part(name) for name in self.networks]
+
+    def pipeline(self) -> Any:
+        """diffusers' pipeline of the same parts. Raises NotImplementedError if diffusers has none."""
+        kind: Any = getattr(diffusers, self.family, None)
+        if kind is None:
+            raise NotImplementedError(
+                f"diffusers has no pipeline of {self.family}: sample with vader_nb.sample, and save with "
+                f"save_pretrained, which writes its parts one by one"
+            )
+        return kind(**{name: self.part(name) for name in self.part_names()})
+
+    def part_names(self) -> list[str]:
+        return [*self.networks, *self.processors, "scheduler"]
+
+    def save_parts(self, folder: Path) -> None:
+        index: dict[str, Any] = {"_class_name": self.family}
+        for name in self.part_names():
+            part = self.part(name)
+            part.save_pretrained(folder / name)
+            index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
