@@ -2,13 +2,15 @@
 
 import copy
 import json
+import re
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
-from vader_nb import Prompt, load, lora, models
+from vader_nb import Prompt, align, load, lora, memory, models, rewards
 from vader_nb.models import CHECKPOINTS, Conditioning
 from vader_nb.models.modelscope import ModelScope
 from vader_nb.sampling import Sampling, initial_noise, sample
@@ -28,6 +30,20 @@ def test_a_copy_of_tiny_is_tiny(tiny, tmp_path):
     assert torch.equal(
         sample(model, "a red star", **settings), sample(tiny, "a red star", **settings)
     )
+
+
+def test_the_guide_adds_a_family_that_keeps_its_promises(tmp_path, monkeypatch, capsys):
+    """The code of notebooks/add_a_model.md, run as it stands there."""
+    guide = Path(__file__).parent.parent / "notebooks" / "add_a_model.md"
+    text = guide.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 100
+    monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {"__name__": "guide"})
+    assert "peak memory, simulated against counted" in capsys.readouterr().out
+    run = align(load("my_model"), rewards.brightness(), ["a", "b"], steps=2, rank=2, progress=False)
+    assert len(run.metrics) == 2 and run.metrics[-1]["reward"] != 0
+    assert max(memory("my_model", "brightness", dtype="float32").stages.values()) > 0
 
 
 def change_index(folder, **values):

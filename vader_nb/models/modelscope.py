@@ -66,6 +66,7 @@ class TextOncePerClip(AttnProcessor2_0):
 class ModelScope(ModelOfParts):
     """A `UNet3DConditionModel` with CLIP's text encoder and a 2D autoencoder, which decodes frame by frame."""
 
+    family = "TextToVideoSDPipeline"
     targets = {"unet": ("to_q", "to_k", "to_v", "to_out.0")}
     networks = {"unet": UNet3DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     processors = {"tokenizer": CLIPTokenizer}

@@ -23,7 +23,7 @@ class ModelOfParts(VideoModel):
         schedulers: name -> class of those that diffusers does not have.
         published: part -> the published configuration, for `from_config`; with one of "scheduler". What is
             missing in it is the class's own default.
-        family: the pipeline class that `model_index.json` names.
+        family: the pipeline class that `model_index.json` names, under which the class is registered.
     """
 
     family: str

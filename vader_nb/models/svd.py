@@ -74,6 +74,7 @@ class StableVideoDiffusion(ModelOfParts):
     diffusers. Chunks are independent of each other, so any frame is decoded exactly from its chunk.
     """
 
+    family = "StableVideoDiffusionPipeline"
     targets = {"unet": ("to_q", "to_k", "to_v", "to_out.0")}
     networks = {
         "unet": UNetSpatioTemporalConditionModel,

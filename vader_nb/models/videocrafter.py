@@ -138,6 +138,7 @@ class VideoCrafter2(ModelScope):
     `Sampling.options["fps"]`: the frame rate that the model is told, 1 to 60; 24 as in VADER.
     """
 
+    family = "VideoCrafter2"
     targets = {"unet": ("to_q", "to_k", "to_v")}
     sampling_options = {"fps": 24}
     option_bounds = {"fps": (1, 60)}
