@@ -392,10 +392,12 @@ def test_translate_config(tmp_path, monkeypatch, capsys, name, text, expected, w
 VIDEOCRAFTER_SH = """
 # don't launch this twice
 accelerate launch --multi_gpu main.py --mode 'base' --ckpt_path x.ckpt \\
+  --savefps 10 --fps 24 --frames 12 --unconditional_guidance_scale 12.0 --ddim_eta 1.0 \\
   --prompt_fn 'chatgpt_inference' --reward_fn rainy --backprop_mode rand  # it's raining
 """
 OPEN_SORA_SH = (
-    "accelerate launch main.py config.py --num-frames 2s --resolution 240p --prompt-path p.txt\n"
+    "accelerate launch main.py config.py --num-frames 2s --resolution 240p --aspect-ratio 3:4 "
+    "--prompt-path p.txt\n"
 )
 
 
@@ -405,25 +407,36 @@ OPEN_SORA_SH = (
         (
             VIDEOCRAFTER_SH,
             {
+                "model": "videocrafter2",
                 "reward": "rainy('rainy_reward.pt')",
                 "strategy": "Random()",
                 "prompts": "tiny",
+                "num_frames": 12,
+                "guidance_scale": 12.0,
+                "eta": 1.0,
+                "options": {"fps": 24},
             },
             [
-                "the script is VideoCrafter's, another family",
+                "VADER's script for model=videocrafter2",
                 "no prompts are named 'chatgpt_inference' here",
             ],
         ),
         (
             OPEN_SORA_SH,
-            {"num_frames": None, "prompts": "p.txt"},
-            ["the script is Open-Sora's, another family", "num_frames=2s: a duration, left out"],
+            {
+                "model": "opensora",
+                "num_frames": 51,
+                "height": 276,
+                "width": 368,
+                "prompts": "p.txt",
+            },
+            ["VADER's script for model=opensora"],
         ),
     ],
     ids=["videocrafter", "open_sora"],
 )
 def test_vaders_other_scripts(tmp_path, monkeypatch, text, expected, warned):
-    from vader_nb import rewards
+    from vader_nb import models, rewards
 
     (tmp_path / "train.sh").write_text(text)
     written, notes = config.translated(tmp_path / "train.sh")
@@ -433,9 +446,27 @@ def test_vaders_other_scripts(tmp_path, monkeypatch, text, expected, warned):
     (tmp_path / "ours.yaml").write_text(written)
     got = read(Align, [f"config={tmp_path}/ours.yaml"])
     assert {key: getattr(got, key) for key in expected} == expected
+    assert got.model in models.CHECKPOINTS
     if "rainy" in got.reward:  # it is read as far as to ask for the file
         with pytest.raises(FileNotFoundError, match="rainy_reward.pt"):
             rewards.parse(got.reward)
+
+
+def test_lengths_and_sizes_that_have_no_number(tmp_path):
+    line = "python main.py --num-frames 3s --resolution 720p --aspect-ratio 9:16 --fps 8\n"
+    (tmp_path / "train.sh").write_text(line)
+    written, notes = config.translated(tmp_path / "train.sh")
+    assert "num_frames" not in written and "height" not in written
+    assert "num_frames=3s: left out; give a number, or one of 1x, 2s, 4s, 8s, 16s" in notes
+    assert any("'720p 9:16': left out; give height and width in pixels" in note for note in notes)
+    (tmp_path / "train.sh").write_text(
+        "python main.py --image_size 2 --n_sample_frames 3 --fps 8\n"
+    )
+    notes = config.translated(tmp_path / "train.sh", "vader")[1]
+    assert {
+        "image_size: left out; give height and width in pixels",
+        "fps: left out; the model's own",
+    } < {*notes}
 
 
 def test_what_cannot_be_translated(tmp_path):

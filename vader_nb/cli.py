@@ -283,6 +283,10 @@ def run_rewards(arguments):
     print(vader_nb.rewards.table())
 
 
+def run_models(arguments):
+    print(vader_nb.models.table())
+
+
 def run_translate(arguments):
     if not arguments.file:
         raise ValueError("which file? vader-nb translate-config train.sh")
@@ -311,6 +315,7 @@ COMMANDS = {
     "export": (run_export, config.Export),
     "check": (run_check, config.Check),
     "rewards": (run_rewards, config.Rewards),
+    "models": (run_models, config.Models),
     "engine": (run_engine, config.Engine),
     "translate-config": (run_translate, config.TranslateConfig),
 }

@@ -162,6 +162,13 @@ class Rewards(Common):
 
 
 @dataclass
+class Models(Common):
+    """All models: what they take, need and cost, and what was tested."""
+
+    example = "vader-nb models"
+
+
+@dataclass
 class Engine(Common):
     """Path of accelerate's configuration: accelerate launch --config_file "$(vader-nb engine fsdp)" …"""
 

@@ -25,6 +25,7 @@ from . import prompts as prompt_sets
 from .estimators import Batch, Collected, Estimator, RewardGradient
 from .long_clips import LongRewardGradient, parse_segments
 from .models import VideoModel, exclusive
+from .models.base import EARLIER_STEPS, SMALL_GAIN
 from .prompts import Prompt
 from .rewards import Reward, as_reward
 from .sampling import NonFiniteError, Sampling
@@ -33,7 +34,6 @@ from .train_config import TrainConfig
 
 MAX_NON_FINITE = 3  # steps in a row
 MAX_NON_FINITE_SCALED = 20  # with fp16, whose loss scale comes down by such steps
-SMALL_STEP = 0.01  # of the denoiser's output; ModelScope has 0.2, VideoCrafter2 0.02
 CHECKED_PROMPTS = 1000  # are checked before the work starts, and compared when a run is resumed
 
 
@@ -576,11 +576,11 @@ def _for_tracker(value):
 def warn_of_small_step(model: VideoModel, sampling: Sampling) -> None:
     """Warn where the last step, the only one that learns, hardly moves the video."""
     gain = model.last_step_gain(sampling)
-    if gain < SMALL_STEP:
+    if gain < SMALL_GAIN:
         warnings.warn(
             f"the last of {sampling.num_inference_steps} steps of {model.name!r} moves the video by {gain:.1g} "
             f"of the denoiser's output, and only it learns: next to nothing will be learned. Steps that form "
-            f"the content learn with strategy=Step(4), ReFL(0.4) or DRTune(3)",
+            f"the content learn with strategy={EARLIER_STEPS}",
             stacklevel=4,
         )
 

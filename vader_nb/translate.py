@@ -31,7 +31,9 @@ class Tool:
     values: dict[str, dict] = field(default_factory=dict)
     rewards: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, str] = field(default_factory=dict)
-    other_models: dict[str, list[str]] = field(default_factory=dict)
+    models: dict[str, list[str]] = field(default_factory=dict)
+    durations: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
     fixed: dict[str, list[str]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -89,6 +91,44 @@ def vader_strategy(source: str, given: dict) -> Translated:
     return {"strategy": ours[mode]}, []
 
 
+def vader_model(given: dict) -> str | None:
+    """The model whose script has such arguments."""
+    models = tool("vader").models.items()
+    return next((model for model, marks in models if given.keys() & set(marks)), None)
+
+
+def vader_options(source: str, given: dict) -> Translated:
+    if vader_model(given) is None:
+        return {}, ["fps: left out; the model's own"]
+    return {"options": {"fps": int(given["fps"])}}, []
+
+
+def vader_frames(source: str, given: dict) -> Translated:
+    """A number, or Open-Sora's duration."""
+    names = tool(source).names
+    *_, value = (value for name, value in given.items() if names.get(name) == "num_frames")
+    if re.fullmatch(r"\d+", str(value)) or value is None:
+        return {"num_frames": value}, []
+    durations = tool(source).durations
+    if value in durations:
+        return {"num_frames": durations[value]}, []
+    known = ", ".join(durations)
+    return {}, [f"num_frames={value}: left out; give a number, or one of {known}"]
+
+
+def vader_size(source: str, given: dict) -> Translated:
+    """The height, or height and width by Open-Sora's names of sizes."""
+    if "height" in given:
+        return {"height": given["height"]}, []
+    if "image_size" in given:
+        return {}, ["image_size: left out; give height and width in pixels"]
+    name, sizes = f"{given.get('resolution')} {given.get('aspect_ratio')}", tool(source).sizes
+    if name in sizes:
+        return dict(zip(("height", "width"), sizes[name])), []
+    note = f"resolution and aspect_ratio {name!r}: left out; give height and width in pixels"
+    return {}, [f"{note}, or one of {', '.join(sizes)}"]
+
+
 def videox_strategy(source: str, given: dict) -> Translated:
     how, count = str(given.get("backprop_strategy", "last")), given.get("backprop_num_steps", 5)
     if given.get("backprop_step_list"):
@@ -126,6 +166,9 @@ def trl_strategy(source: str, given: dict) -> Translated:
 TOGETHER: dict[tuple[str, str], Callable[[str, dict], Translated]] = {
     ("vader", "reward"): reward,
     ("vader", "strategy"): vader_strategy,
+    ("vader", "options"): vader_options,
+    ("vader", "num_frames"): vader_frames,
+    ("vader", "height"): vader_size,
     ("videox_fun", "reward"): reward,
     ("videox_fun", "strategy"): videox_strategy,
     ("videox_fun", "frames"): videox_frames,
@@ -160,6 +203,9 @@ def translate(
     for setting in sorted(set(groups)):
         more, remarks = TOGETHER[source, setting](source, everything or given)
         ours, notes = ours | more, notes + remarks
+    if source == "vader" and (model := vader_model(given)):
+        ours = {"model": model} | ours
+        notes.append(f"these are arguments of VADER's script for model={model}")
     if "clips" in ours:  # iterations of so many clips
         ours["clips"] = int(ours["clips"]) * int(given.get("val_batch_size", 1))
     if str(given.get("use_wandb", "")).lower() == "false":
@@ -178,29 +224,19 @@ def translate_file(
         source = max(SOURCES, key=lambda name: len(given.keys() & set(tool(name).arguments)))
     ours, notes = translate(source, given, known)
     if source == "vader":
-        notes += drop_unusable(ours, given)
+        notes += drop_unusable(ours)
     return source, ours, notes
 
 
-def drop_unusable(ours: dict, given: dict) -> Iterator[str]:
-    """Takes out values that mean nothing here, with a note on each. (In a shell they are errors.)"""
+def drop_unusable(ours: dict) -> Iterator[str]:
+    """Takes out prompts that mean nothing here, with a note. (In a shell they are an error.)"""
     from .prompts import SETS
 
-    frames, prompts = str(ours.get("num_frames", "")), ours.get("prompts")
-    if not re.fullmatch(r"\d*|None", frames):
-        del ours["num_frames"]
-        yield f"num_frames={frames}: a duration, left out; give a number: num_frames=16"
+    prompts = ours.get("prompts")
     if prompts and not (prompts in SETS or re.search(r"[/.]", prompts) or Path(prompts).is_file()):
         del ours["prompts"]
         sets = ", ".join(SETS)
         yield f"no prompts are named {prompts!r} here, left out; give prompts=FILE, or a set: {sets}"
-    for family, marks in tool("vader").other_models.items():
-        if given.keys() & set(marks):
-            yield (
-                f"WARNING: the script is {family}'s, another family of models, which is not offered "
-                f"here; no model is set: add model=modelscope or model=zeroscope, and look again at "
-                f"height, width, num_frames and learning_rate"
-            )
 
 
 # ------------------------------------------------------------------------------- reading files

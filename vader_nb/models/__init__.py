@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..hub import reachable
+from ..tables import Table
 from .base import MODEL_LOCK, Conditioning, VideoModel, exclusive
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "exclusive",
     "from_config",
     "load",
+    "table",
 ]
 
 # A family is found by the pipeline class that model_index.json names. Values are subclasses of
@@ -198,6 +200,13 @@ def from_config(name: str | Path = "tiny") -> VideoModel:
     """
     checkpoint = checkpoint_of(name)
     return family_of(checkpoint).from_config(checkpoint, name=str(name))
+
+
+def table() -> Table:
+    """All models: what each takes, its size, license and memory, advice on K, and what was tested."""
+    from .gallery import table
+
+    return table()
 
 
 def default_device() -> str:

@@ -27,6 +27,8 @@ from ..offload import CPUOffloader
 from ..prompts import Prompt
 
 MODEL_LOCK = threading.RLock()
+# A last step whose `last_step_gain` is smaller teaches next to nothing, and what to take instead.
+SMALL_GAIN, EARLIER_STEPS = 0.01, "Step(4), ReFL(0.4) or DRTune(3)"
 
 
 def exclusive(function: Callable) -> Callable:

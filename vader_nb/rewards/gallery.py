@@ -1,12 +1,12 @@
 """Every reward in a table: what it sees, needs and costs, and when it fails. Loads no weights."""
 
-import html
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from .. import hub
+from ..tables import Table
 
 
 @dataclass(frozen=True)
@@ -66,35 +66,6 @@ def find(checkpoint: hub.StrPath, *names: str, **more: Path) -> hub.Source | Pat
     return hub.find(checkpoint, {"published": SOURCES[names[0]], **known, **more})
 
 
-class Table:
-    """The table of all rewards: as text, in a notebook, or with `.markdown()` for a README."""
-
-    def __init__(self):
-        self.rows = [card.row() for card in CARDS.values()]
-
-    def __repr__(self) -> str:
-        blocks = []
-        for name, *cells in self.rows:
-            lines = [f"  {heading:<13} {cell}" for heading, cell in zip(HEADINGS[1:], cells)]
-            blocks.append("\n".join([name, *lines]))
-        return "\n\n".join(blocks)
-
-    def _repr_html_(self) -> str:
-        left = "style='text-align:left'"
-        lines = ["".join(f"<th {left}>{heading}</th>" for heading in HEADINGS)]
-        for row in self.rows:
-            lines.append("".join(f"<td {left}>{html.escape(cell)}</td>" for cell in row))
-        body = "".join(f"<tr>{line}</tr>" for line in lines)
-        return f"<div style='overflow-x:auto'><table>{body}</table></div>"
-
-    def markdown(self) -> str:
-        """The columns that fit on a page."""
-        columns = [HEADINGS.index(heading) for heading in README_HEADINGS]
-        lines = [[row[i] for i in columns] for row in (HEADINGS, *self.rows)]
-        lines.insert(1, ["---"] * len(columns))
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def table() -> Table:
     """All rewards: what each sees, its download, license and memory, usual scores, failures."""
-    return Table()
+    return Table(HEADINGS, [card.row() for card in CARDS.values()], README_HEADINGS)
