@@ -24,6 +24,7 @@ from vader_nb.memory_planner import (
     is_per_frame,
     simulate,
 )
+from vader_nb.models import gallery
 from vader_nb.offload import CPUOffloader
 from vader_nb.strategies import DRaFTLV, Frames, Last
 
@@ -303,6 +304,7 @@ def test_modelscope_with_hps_fits_where_it_should():
     assert max(resident.values()) <= 8 * GIB
     assert max(offloaded.values()) <= 5 * GIB
     assert offloaded["text"] / GIB == pytest.approx(340.4 * 2e6 / GIB, rel=0.1)
+    assert round(max(resident.values()) / GIB, 1) == gallery.CARDS["modelscope"].resident
 
 
 def test_the_answer_is_a_table(small):

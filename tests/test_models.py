@@ -1,13 +1,15 @@
 """Loading: parity with diffusers' own pipeline, full-size layouts, and errors that help."""
 
 import time
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
-from vader_nb import load
-from vader_nb.models import CHECKPOINTS
+from tests.benchmarks.models import facts
+from vader_nb import cli, load, models
+from vader_nb.models import CHECKPOINTS, gallery
 from vader_nb.sampling import Sampling, sample
 
 
@@ -261,3 +263,25 @@ def test_a_directory_with_a_pickle_is_refused_in_one_line(micro_directory, tmp_p
     with pytest.raises(ValueError, match="holds a pickle") as raised:
         load(folder)
     assert "weights_only" not in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------ the table
+
+
+def test_every_model_stands_in_the_table_and_in_the_readme(capsys):
+    assert set(gallery.CARDS) == set(models.CHECKPOINTS)
+    cli.main(["models"])
+    shown = capsys.readouterr().out
+    assert all(f"{name}\n  takes " in shown for name in models.CHECKPOINTS)
+    table = models.table()
+    readme = Path(__file__).parent.parent / "README.md"
+    assert table.markdown() in readme.read_text(encoding="utf-8"), (
+        "paste vader_nb.models.table().markdown() into README.md"
+    )
+
+
+def test_what_the_table_says_is_what_is_simulated():
+    """All are, by `python -m tests.benchmarks.models`, which takes minutes; the peak of ModelScope in test_memory."""
+    found, card = facts("tiny-i2v"), gallery.CARDS["tiny-i2v"]
+    for key, value in found.items():
+        assert getattr(card, key) == value, key

@@ -2,13 +2,26 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import pytest
 import torch
 from PIL import Image
 
-from vader_nb import Prompt, Trainer, align, extend, load, models, rewards, testing
+from vader_nb import (
+    Prompt,
+    Trainer,
+    align,
+    evaluate,
+    extend,
+    load,
+    lora,
+    metrics,
+    models,
+    rewards,
+    testing,
+)
 from vader_nb.estimators import Batch
 from vader_nb.long_clips import LongRewardGradient
 from vader_nb.models.svd import PUBLISHED
@@ -224,7 +237,37 @@ def test_align_trains_on_long_clips(directory, tmp_path):
     assert [row["frames"] for row in run.metrics] == [list(range(7))] * 2
     assert all(row["grad_norm"] > 0 for row in run.metrics)
     run.adapter.remove()
+    options |= {"output_dir": tmp_path / "frames", "frames": "random:2"}
+    run = align(model, rewards.brightness(), PROMPTS, **options)
+    assert all(min(row["frames"]) >= 4 for row in run.metrics)  # of the last segment, which learns
+    run.adapter.remove()
+    options["output_dir"] = tmp_path / "none"
+    with pytest.raises(ValueError, match=r"no scored frame \(of \[0, 3\]\) lies in the segments"):
+        align(model, rewards.brightness(), PROMPTS, **options | {"frames": "0,3"})
     with pytest.raises(ValueError, match=r"segments='3' must lie in 1..2"):
         align(model, rewards.brightness(), PROMPTS, **options | {"segments": "3"})
     with pytest.raises(ValueError, match="write all, last, or numbers"):
         align(model, rewards.brightness(), PROMPTS, **options | {"segments": "first"})
+
+
+def test_seams_and_drift_are_measured():
+    still = torch.full((1, 7, 3, 8, 8), 0.5)
+    jump, tint = still.clone(), still.clone()
+    jump[:, 4:, :, :4] = 1.0  # at the seam of two segments of 4
+    tint[:, 4:, 0] = 0.8
+    kept = partial(metrics.measure, prompts=["a cat"], metrics=[], segment=4)
+    scores = kept(torch.cat([still]))
+    assert scores["seam consistency"] == 0 and scores["palette kept"] == 1
+    assert kept(jump)["seam consistency"].item() == pytest.approx(-0.25)
+    assert kept(jump[:, [0, 1, 4, 4, 4, 4, 4]])["seam consistency"] > 0  # a jump elsewhere
+    assert kept(tint)["palette kept"] < 0.97
+    assert "seam consistency" not in metrics.measure(still, ["a cat"], [])
+
+
+def test_long_clips_are_evaluated(directory):
+    model, sampling = load(directory), Sampling(**SETTINGS, extend=2)
+    adapter = lora.add(model, rank=2)
+    options = {"seeds_per_prompt": 1, "sampling": sampling, "progress": False}
+    found = evaluate(model, adapter, rewards.brightness(), PROMPTS, **options)
+    assert found.row("prompts", "seam consistency").difference == 0  # a fresh adapter does nothing
+    assert found.row("prompts", "palette kept").base < 1

@@ -210,7 +210,9 @@ class Evaluator:
         for name in ("seeds_per_prompt", "batch_size", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        self.num_frames = (self.sampling or Sampling()).resolve(self.model).total_frames
+        sampling = (self.sampling or Sampling()).resolve(self.model)
+        self.num_frames = sampling.total_frames
+        self.segment = sampling.num_frames if sampling.extend > 1 else None
         for metric in self.metrics:
             metric.check_frames(self.num_frames)
         least = getattr(self.features, "min_frames", 1)
@@ -278,7 +280,8 @@ class Evaluator:
             if spare:  # sampled only because sharded processes call the denoiser equally often
                 break
             self.model.onload(*(module for metric in self.metrics for module in metric.networks))
-            scores = measure(frames, [str(prompt) for prompt in chosen], self.metrics)
+            texts = [str(prompt) for prompt in chosen]
+            scores = measure(frames, texts, self.metrics, self.segment)
             if self.diverse:
                 scores["diversity"] = self.features(frames).float().cpu()
             parts.append((number, scores, frames[: max(0, self.keep - batch.start)].cpu()))

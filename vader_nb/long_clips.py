@@ -119,24 +119,41 @@ class LongRewardGradient(RewardGradient):
     def setup(self, model, adapter, reward, config) -> None:
         super().setup(model, adapter, reward, config)
         self.segments = parse_segments(config.segments, config.sampling.extend)
+        if self.frames.kind != "random":  # which is drawn where something learns
+            self.scored_segments(self.scored_frames(None))
+
+    def scored_frames(self, generator: torch.Generator | None) -> list[int]:
+        """Indices in the whole clip; for a reward on single frames, random ones of the segments that learn."""
+        places = segment_of_frames(self.sampling)
+        if self.frames.kind != "random" or not self.reward.per_frame:
+            return self.frames.choose(len(places), generator)
+        learning = [frame for frame, segment in enumerate(places) if segment in self.segments]
+        return [learning[i] for i in self.frames.choose(len(learning), generator)]
+
+    def scored_segments(self, frames: list[int]) -> list[int]:
+        """The segments that learn and hold scored frames; the others do not change the reward."""
+        places = segment_of_frames(self.sampling)
+        scored = {places[frame] for frame in frames}
+        segments = [index for index in self.segments if index in scored]
+        if not segments:
+            raise ValueError(
+                f"no scored frame (of {frames}) lies in the segments that learn: set frames=all"
+            )
+        return segments
 
     def collect(self, batch: Batch) -> LongCollected:
         sampling = self.sampling
         plan = self.strategy.plan(self.model.num_steps(sampling), batch.generator)
-        frames = self.frames.choose(sampling.total_frames, batch.generator)
+        frames = self.scored_frames(batch.generator)
         options = {"adapter": self.adapter, "window": max(plan.active), "stop": plan.stop}
         rolled = list(roll_out_segments(self.model, batch.prompts, batch.seeds, sampling, options))
         rollouts, clips = zip(*rolled)
         return LongCollected(rollouts[0], plan, frames, rollouts=list(rollouts), clips=list(clips))
 
     def accumulate(self, collected, weight, backward) -> Row:
-        """Through each segment that holds a scored frame; the others do not change the reward."""
-        places = segment_of_frames(self.sampling)
-        scored = {places[frame] for frame in collected.frames}
-        rewards, parts = None, {}
-        for index in self.segments:
-            if index not in scored:
-                continue
+        """Through each segment that learns and holds a scored frame."""
+        rewards, parts = torch.empty(0), {}
+        for index in self.scored_segments(collected.frames):
             seamed = Seamed(self.reward, collected.clips, index, collected.frames)
             with record_parts() as scores:
                 result = gradient.accumulate(
@@ -152,10 +169,6 @@ class LongRewardGradient(RewardGradient):
                 )
             rewards = result.rewards
             parts = {name: torch.cat(values, dim=1).mean(dim=1) for name, values in scores.items()}
-        if rewards is None:
-            raise ValueError(
-                f"no scored frame (of {collected.frames}) lies in the segments that learn: set frames=all"
-            )
         return Row(rewards, parts, {"frames": collected.frames})
 
 

@@ -11,12 +11,23 @@ from .zoo import oracles, world
 
 # What cannot be measured on clips of fewer frames; see also `Reward.min_frames`.
 MIN_FRAMES = {"motion": 2, "oracle: motion": 5}
+OWN = {
+    "motion",
+    "diversity",
+    "seam consistency",
+    "palette kept",
+}  # names of what is measured besides
 # Metric -> scores (B,), or (seeds, prompts); diversity has one value per prompt, (1, prompts).
 Scores = dict[str, torch.Tensor]
 
 
 @torch.no_grad()
-def measure(frames: torch.Tensor, prompts: list[str], metrics: Iterable[Reward]) -> Scores:
+def measure(
+    frames: torch.Tensor,
+    prompts: list[str],
+    metrics: Iterable[Reward],
+    segment: int | None = None,
+) -> Scores:
     """Score clips with rewards, motion, and the oracles if all prompts are of the tiny world.
 
     What needs more frames is left out.
@@ -25,15 +36,21 @@ def measure(frames: torch.Tensor, prompts: list[str], metrics: Iterable[Reward])
         frames: Shape `(B, F, 3, H, W)`.
         prompts: One per clip.
         metrics: The rewards.
+        segment: Frames of each segment of clips that were extended; oracles then read the last one alone,
+            where drift shows most, and the seams are measured.
 
     Returns:
         Scores `(B,)` by name.
     """
     scores = {metric.name: metric(frames, prompts) for metric in metrics}
+    last = frames[:, -segment:] if segment else frames
     if all(world.parse(prompt) for prompt in prompts):
-        for name, value in oracles.grade(frames, prompts).items():
+        for name, value in oracles.grade(last, prompts).items():
             scores[f"oracle: {name}"] = value
     scores["motion"] = motion(frames)
+    if segment and segment < frames.shape[1]:
+        scores["seam consistency"] = seam_consistency(frames, segment)
+        scores["palette kept"] = palette_kept(frames, segment)
     enough = [name for name in scores if frames.shape[1] >= MIN_FRAMES.get(name, 1)]
     return {name: scores[name].float().cpu() for name in enough}
 
@@ -41,6 +58,22 @@ def measure(frames: torch.Tensor, prompts: list[str], metrics: Iterable[Reward])
 def motion(frames: torch.Tensor) -> torch.Tensor:
     """Return the mean absolute change from frame to frame, `(B, F, 3, H, W)` -> `(B,)`."""
     return frames.diff(dim=1).abs().mean(dim=(1, 2, 3, 4))
+
+
+def seam_consistency(frames: torch.Tensor, segment: int) -> torch.Tensor:
+    """How much less a clip changes at its seams than elsewhere, `(B, F, 3, H, W)` -> `(B,)`; 0: as elsewhere."""
+    changes = frames.diff(dim=1).abs().mean(dim=(2, 3, 4))
+    at_seam = torch.zeros(changes.shape[1], dtype=torch.bool)
+    at_seam[segment - 1 :: segment - 1] = True  # a segment's first frame is the last one before
+    return changes[:, ~at_seam].mean(1) - changes[:, at_seam].mean(1)
+
+
+def palette_kept(frames: torch.Tensor, segment: int) -> torch.Tensor:
+    """1 less the distance of mean and spread of the colors, first segment against last; 1: no drift."""
+    ends = [frames[:, :segment], frames[:, -segment:]]
+    colors = [clip.transpose(1, 2).flatten(2) for clip in ends]  # (B, 3, pixels)
+    first, last = (torch.stack([c.mean(-1), c.std(-1)]) for c in colors)
+    return 1 - (first - last).abs().mean(dim=(0, 2))
 
 
 def thumbnails(frames: torch.Tensor) -> torch.Tensor:
@@ -102,7 +135,7 @@ def unique_metrics(
     named = {}
     for fingerprint, reward in metrics.items():
         other = named.setdefault(reward.name, fingerprint)
-        if reward.name in ("motion", "diversity") or reward.name.startswith("oracle: "):
+        if reward.name in OWN or reward.name.startswith("oracle: "):
             raise ValueError(
                 f"the reward {fingerprint} is named {reward.name!r}, as the metric that evaluate "
                 "adds by itself; give it another name with reward.renamed('...')"

@@ -1,6 +1,6 @@
 """Every setting of a training run, written once."""
 
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from .lora_files import MAX_RANK
@@ -107,8 +107,12 @@ class TrainConfig:
 
     @classmethod
     def from_flat(cls, settings: dict) -> "TrainConfig":
-        """A configuration from the names of `flat_fields`. Raises ValueError for an unknown one."""
-        known = {f.name for f in cls.flat_fields()}
+        """A configuration from the names of `flat_fields`, which may stand beside `sampling` and change it.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        known = {f.name for f in cls.flat_fields()} | {"sampling"}
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise ValueError(
@@ -116,7 +120,8 @@ class TrainConfig:
             )
         others = dict(settings)
         names = {f.name for f in fields(Sampling)} & settings.keys()
-        sampling = Sampling(**{name: others.pop(name) for name in names})
+        flat = {name: others.pop(name) for name in names}
+        sampling = replace(others.pop("sampling", None) or Sampling(), **flat)
         return cls(sampling=sampling, **others)
 
     def to_json(self) -> dict:

@@ -96,8 +96,8 @@ def align(
         validate: called every `validation_steps` with the adapter on the model. Returns named scores, which
             enter the metrics; the first one decides which checkpoint is best. See `Validation`.
         callback: called with each step's metrics.
-        **settings: fields of `TrainConfig`: steps=40, batch_size=4, learning_rate=1e-3, rank=8,
-            strategy=Last(1), frames=Frames.random(1), sampling=Sampling(…), output_dir="runs/mine", …
+        **settings: fields of `TrainConfig` and of `Sampling`: steps=40, batch_size=4, learning_rate=1e-3,
+            rank=8, strategy=Last(1), frames=Frames.random(1), num_inference_steps=10, output_dir="runs/mine", …
 
     Returns:
         The `Run`, with the trained adapter on the model.
@@ -116,7 +116,7 @@ def align(
         "validate": validate,
         "callback": callback,
     }
-    return Trainer(model, reward, prompts, TrainConfig(**settings), **options).fit()
+    return Trainer(model, reward, prompts, TrainConfig.from_flat(settings), **options).fit()
 
 
 class Trainer:

@@ -1,13 +1,15 @@
 """Train the tiny image-to-video model, a `StableVideoDiffusionPipeline` of the tiny world.
 
-    python -m vader_nb.zoo.scripts.train_i2v data | image_encoder | vae | decoder | generator
+    python -m vader_nb.zoo.scripts.train_i2v data | image_encoder | vae | decoder | generator | generator_again
 
 in this order; `generator` may run beside `vae` and `decoder`, and each goes on where it was stopped. Its latents are
 those of the `tiny` model's autoencoder, which the encoder learns to repeat, so that the generator need not wait for it.
+`decoder` and `generator_again` go on from the weights that are there, with a learning rate that falls once more.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from .training import rank_and_world, save_atomically, save_half, share, train
 
 FOLDER, DATA, SEED = WEIGHTS / "tiny-i2v", Path("runs/zoo/i2v.pt"), 5
 CLIPS, BATCH = 4000, 8
-ENCODER_STEPS, VAE_STEPS, DECODER_STEPS, STEPS = 600, 1800, 3000, 3600
+ENCODER_STEPS, VAE_STEPS, DECODER_STEPS, STEPS, MORE_STEPS = 600, 1800, 3000, 3600, 3600
 EMPTY = 0.1  # share of images left out, for guidance
 STRENGTHS = 0.005, 0.1  # of the noise on the image, drawn evenly on a logarithmic scale
 WIDTH = 64  # of the image's embedding
@@ -199,10 +201,12 @@ def weighted_error(decoded: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     return (error * weight).sum()
 
 
-def train_generator(data: dict) -> None:
+def train_generator(data: dict, again: bool = False) -> None:
     """The denoiser: noised clips and their first frame's latents in, v out."""
     torch.manual_seed(SEED)
     unet = build_unet()
+    if again:
+        unet = type(unet).from_pretrained(FOLDER / "unet", torch_dtype=torch.float32)
     encoder = CLIPVisionModelWithProjection.from_pretrained(FOLDER / "image_encoder")
     with torch.no_grad():
         parts = data["frames"][:, 0].split(100)
@@ -223,8 +227,13 @@ def train_generator(data: dict) -> None:
         if rank_and_world()[0] == 0:
             save(unet)
 
-    options = {"learning_rate": 2e-3, "seed": SEED, "average": 0.995, "on_save": on_save}
-    train("i2v_generator", unet, loss, steps=STEPS, **options)
+    options = {"average": 0.995, "on_save": on_save}
+    if again:
+        options |= {"steps": MORE_STEPS, "learning_rate": 1e-3, "seed": SEED + 1}
+        train("i2v_generator_again", unet, loss, **options)
+    else:
+        options |= {"steps": STEPS, "learning_rate": 2e-3, "seed": SEED}
+        train("i2v_generator", unet, loss, **options)
 
 
 def v_error(unet, data, states, chosen, clean, sigma, noise, kept) -> torch.Tensor:
@@ -270,6 +279,7 @@ def main() -> None:
         "vae": train_vae,
         "decoder": train_decoder,
         "generator": train_generator,
+        "generator_again": partial(train_generator, again=True),
     }
     stages[stage](data)
 
