@@ -388,6 +388,10 @@ def test_a_gpu_is_named_or_a_number_of_gib(given, found):
         ({"hight": 64}, "unknown setting 'hight'; memory depends on .*height"),
         ({"dtype": "float17"}, "unknown dtype 'float17'"),
         ({"model": "tiny", "strategy": Last(100)}, "K=100"),
+        (
+            {"model": "tiny-i2v", "extend": 3},
+            "extend=3: segments learn one after the other; plan for one",
+        ),
     ],
 )
 def test_bad_questions(arguments, message):

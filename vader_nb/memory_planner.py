@@ -177,6 +177,10 @@ class Step:
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}; memory depends on {', '.join(known)}")
         flat = DEFAULTS | settings
+        if (flat.get("extend") or 1) > 1:
+            raise ValueError(
+                f"extend={flat['extend']}: segments learn one after the other; plan for one, extend=1"
+            )
         dtype, offload = flat.pop("dtype", torch.float16), flat.pop("model_cpu_offload", False)
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
         if not isinstance(dtype, torch.dtype):

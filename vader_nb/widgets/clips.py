@@ -9,6 +9,7 @@ import torch
 from .. import lora, prompts, zoo
 from ..lora import Adapter
 from ..models import VideoModel
+from ..models.modelscope import ModelScope
 from ..sampling import Sampling, adapter_active, denoising_step, initial_state
 
 
@@ -54,7 +55,10 @@ def validate_adapters(
 ) -> dict[str, str | Path]:
     """The adapters by name, default: those shipped for "tiny". Raises for one that does not fit."""
     if adapters is None:
-        adapters = zoo.adapters() if model.world == "tiny" else {}
+        own = model.world == "tiny" and isinstance(
+            model, ModelScope
+        )  # of the embedded models, only "tiny"
+        adapters = zoo.adapters() if own else {}
     for path in adapters.values():
         lora.check_fits(model, path)
     return dict(adapters)
