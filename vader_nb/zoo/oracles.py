@@ -96,11 +96,13 @@ def _turned(overlap: torch.Tensor, shape: str) -> float:
 
 def _motion(center: torch.Tensor, area: torch.Tensor, turned: float) -> str | None:
     """Name the largest change over a clip: center (F, 2) and area (F,) in pixels, turned in degrees."""
-    ends = slice(0, 2), slice(-2, None)
+    ends, count = (slice(0, 2), slice(-2, None)), len(center)
+    middle = slice((count - 1) // 2, count // 2 + 1)
+    between = (count - 2) / (count - 1)  # of the clip, from the first two frames to the last two
     first, last = center[ends[0]].mean(0), center[ends[1]].mean(0)
-    dx, dy = ((last - first) / (world.TRAVEL * 6 / 7)).tolist()
-    growth = (area[ends[1]].mean() / area[ends[0]].mean()).log().item() / (2 * 0.9 * 6 / 7)
-    fall = (center[3:5, 1].mean() - (first[1] + last[1]) / 2).item() / (world.TRAVEL * 0.7)
+    dx, dy = ((last - first) / (world.TRAVEL * between)).tolist()
+    growth = (area[ends[1]].mean() / area[ends[0]].mean()).log().item() / (2 * 0.9 * between)
+    fall = (center[middle, 1].mean() - (first[1] + last[1]) / 2).item() / (world.TRAVEL * 0.7)
     spin = abs(turned) / (world.SPIN * (world.NUM_FRAMES - 1))
     amount = {
         "moving left": -dx,

@@ -128,11 +128,13 @@ def signed_distance(points: torch.Tensor, shape: str) -> torch.Tensor:
     return torch.where(inside, -nearest.sqrt(), nearest.sqrt())
 
 
-def _paths(specs: list[Spec], generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _paths(
+    specs: list[Spec], generator: torch.Generator, num_frames: int
+) -> dict[str, torch.Tensor]:
     """Center (B, F, 2), size (B, F) and angle (B, F) of each clip's shape, with a little freedom in
     all of them that the caption does not mention."""
     batch = len(specs)
-    time = torch.linspace(0, 1, NUM_FRAMES)  # 0 in the first frame, 1 in the last
+    time = torch.linspace(0, 1, num_frames)  # 0 in the first frame, 1 in the last
 
     def jitter(spread):
         return (torch.rand(batch, 1, generator=generator) * 2 - 1) * spread
@@ -172,15 +174,17 @@ def coverage(
     return (0.5 - signed_distance(turned, shape) * size[:, None, None]).clamp(0, 1)
 
 
-def render(specs: list[Spec], generator: torch.Generator) -> torch.Tensor:
-    """Clips of the specs: (B, 8, 3, 64, 64) in [0, 1]. Same generator state, same clips."""
-    path = _paths(specs, generator)
-    mask = torch.empty(len(specs), NUM_FRAMES, SIZE, SIZE)
+def render(
+    specs: list[Spec], generator: torch.Generator, num_frames: int = NUM_FRAMES
+) -> torch.Tensor:
+    """Clips of the specs: (B, F, 3, 64, 64) in [0, 1]. Same generator state, same clips."""
+    path = _paths(specs, generator, num_frames)
+    mask = torch.empty(len(specs), num_frames, SIZE, SIZE)
     for shape in SHAPES:
         rows = [i for i, spec in enumerate(specs) if spec.shape == shape]
         if rows:
             flat = [path[name][rows].flatten(0, 1) for name in ("center", "size", "angle")]
-            mask[rows] = coverage(shape, *flat).unflatten(0, (len(rows), NUM_FRAMES))
+            mask[rows] = coverage(shape, *flat).unflatten(0, (len(rows), num_frames))
     mask = mask.unsqueeze(2)  # (B, F, 1, H, W)
     color = torch.tensor([COLORS[spec.color] for spec in specs])[:, None, :, None, None]
     background = torch.tensor([BACKGROUNDS[spec.background] for spec in specs])[
@@ -190,9 +194,12 @@ def render(specs: list[Spec], generator: torch.Generator) -> torch.Tensor:
 
 
 def sample(
-    count: int, generator: torch.Generator, among: list[Spec] | None = None
+    count: int,
+    generator: torch.Generator,
+    among: list[Spec] | None = None,
+    num_frames: int = NUM_FRAMES,
 ) -> tuple[torch.Tensor, list[Spec]]:
-    """`count` random clips (count, 8, 3, 64, 64) with their specs, drawn from `among` (default: all)."""
+    """`count` random clips (count, F, 3, 64, 64) with their specs, drawn from `among` (default: all)."""
     among = specs() if among is None else among
     chosen = [among[i] for i in torch.randint(len(among), (count,), generator=generator).tolist()]
-    return render(chosen, generator), chosen
+    return render(chosen, generator, num_frames), chosen

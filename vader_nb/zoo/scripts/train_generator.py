@@ -7,7 +7,6 @@ in the lowest frequencies, which a noise-predicting model learns last; and the U
 since its temporal convolutions hold a dropout of 0.1.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from .. import WEIGHTS, world
 from ..tokenizer import CONTEXT_LENGTH
 from ..tokenizer import build as build_tokenizer
 from ..tokenizer import save as save_tokenizer
-from .training import rank_and_world, save_atomically, save_half, share, train
+from .training import rank_and_world, save_atomically, save_half, save_index, share, train
 
 STEPS, BATCH, CLIPS, SEED = 1600, 12, 3000, 2
 SCHEDULE = 5500  # stopped before it is perfect, on purpose: alignment shall have something to mend
@@ -198,17 +197,9 @@ def save(unet, text_encoder, scheduler) -> None:
     save_half(text_encoder, FOLDER / "text_encoder")
     save_tokenizer(FOLDER / "tokenizer")
     scheduler.save_pretrained(FOLDER / "scheduler")
-    index = {
-        "_class_name": "TextToVideoSDPipeline",
-        "_diffusers_version": "0.30.0",
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet3DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (FOLDER / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (FOLDER / "vader_nb.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
+    parts = {"unet": unet, "text_encoder": text_encoder, "tokenizer": build_tokenizer()}
+    parts |= {"scheduler": scheduler, "vae": AutoencoderKL()}
+    save_index(FOLDER, "TextToVideoSDPipeline", parts, SETTINGS)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ those of the `tiny` model's autoencoder, which the encoder learns to repeat, so 
 `decoder` and `generator_again` go on from the weights that are there, with a learning rate that falls once more.
 """
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from .. import WEIGHTS, world
 from .train_vae import LATENT_NOISE
-from .training import rank_and_world, save_atomically, save_half, share, train
+from .training import rank_and_world, save_atomically, save_half, save_index, share, train
 
 FOLDER, DATA, SEED = WEIGHTS / "tiny-i2v", Path("runs/zoo/i2v.pt"), 5
 CLIPS, BATCH = 4000, 8
@@ -254,18 +253,11 @@ def v_error(unet, data, states, chosen, clean, sigma, noise, kept) -> torch.Tens
 def save(unet) -> None:
     """Write the parts of the pipeline directory, fp16, without changing the models in memory."""
     save_half(unet, FOLDER / "unet")
-    build_scheduler().save_pretrained(FOLDER / "scheduler")
-    index = {
-        "_class_name": "StableVideoDiffusionPipeline",
-        "_diffusers_version": "0.30.0",
-        "feature_extractor": ["transformers", "CLIPImageProcessor"],
-        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
-        "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
-    }
-    (FOLDER / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (FOLDER / "vader_nb.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
+    scheduler = build_scheduler()
+    scheduler.save_pretrained(FOLDER / "scheduler")
+    parts = {"unet": unet, "scheduler": scheduler, "vae": build_vae(1.0)}
+    parts |= {"image_encoder": build_image_encoder(), "feature_extractor": CLIPImageProcessor()}
+    save_index(FOLDER, "StableVideoDiffusionPipeline", parts, SETTINGS)
 
 
 def main() -> None:

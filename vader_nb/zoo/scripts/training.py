@@ -5,6 +5,7 @@ uninterrupted one would have drawn, and P processes (`torchrun --nproc-per-node 
 exactly the batch that one process sees: each takes its share of it.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -40,6 +41,18 @@ def save_half(model: nn.Module, folder: Path) -> None:
     deepcopy(model).half().save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+
+
+def save_index(folder: Path, pipeline: str, parts: dict[str, object], settings: dict) -> None:
+    """Write what makes a folder of parts a pipeline directory, and what `vader_nb.load` reads beside it."""
+    index: dict = {"_class_name": pipeline, "_diffusers_version": "0.35.0"}
+    for name, part in sorted(parts.items()):
+        kind = type(part)
+        # transformers 5 has a new name for this class, which older ones do not know.
+        cls = kind.__name__.replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        index[name] = [kind.__module__.partition(".")[0], cls]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "vader_nb.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def train(
