@@ -46,6 +46,22 @@ def test_the_guide_adds_a_family_that_keeps_its_promises(tmp_path, monkeypatch, 
     assert max(memory("my_model", "brightness", dtype="float32").stages.values()) > 0
 
 
+def test_a_wrong_gradient_is_found_at_load(monkeypatch):
+    state = torch.get_rng_state()
+    model = load("tiny", check=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not lora._layers(model)
+    pulled = ModelScope.decode_vjp
+    monkeypatch.setattr(ModelScope, "decode_vjp", lambda *args: pulled(*args) / 2)
+    with pytest.raises(AssertionError, match="(?s)'tiny' is not .*finite difference .*FAILED"):
+        load("tiny", check=True)
+    load("tiny")  # checked in this process before
+    monkeypatch.setattr(models, "_checked", set())
+    with pytest.raises(AssertionError, match="FAILED"):
+        load("tiny")
+    load("tiny", check=False)
+
+
 def change_index(folder, **values):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | values))

@@ -6,6 +6,7 @@
 `plain_autograd` is what the staged gradient is held against: the whole chain in one graph.
 """
 
+import contextlib
 import copy
 import math
 import tempfile
@@ -111,6 +112,79 @@ def example_prompts(model: VideoModel, sampling: Sampling) -> list[str | Prompt]
     return [Prompt(text, image=image) for text, image in zip(PROMPTS, images)]
 
 
+def quick_check(model: VideoModel) -> Report:
+    """The few seconds' check of `load(..., check=True)`: a wrong gradient is silent, and some decoders have one.
+
+    On a clip as small as the model makes, through two whole steps: the gradient against a finite difference
+    along it, with and without gradient checkpointing, and `decode` of some frames against all.
+
+    Args:
+        model: of any size, where it is to work. In half precision, whose finite differences are noise, only the
+            other checks are made. Limits are wide, for TF32: errors of the kind looked for are tens of per cent.
+
+    Raises:
+        AssertionError: with the table, if something does not agree.
+    """
+    adapter = adapted(model, spread=0.03)  # so small that a line is a good approximation
+    try:
+        report = Report(quick_rows(model, adapter))
+    finally:
+        adapter.remove()
+    assert all(row.held for row in report), f"{model.name!r} is not as it should be\n{report}"
+    return report
+
+
+def quick_rows(model: VideoModel, adapter: lora.Adapter) -> Iterator[Row]:
+    sampling = smallest(model)
+    prompts = example_prompts(model, sampling)[:1]
+    strategy = Last(model.num_steps(sampling))
+    setup = REWARDS["clip"], prompts, SEEDS[:1], sampling, strategy, Frames.all()
+    _, gradient = staged(model, adapter, *setup, gradient_checkpointing=False)
+    _, again = staged(model, adapter, *setup, gradient_checkpointing=True)
+    wide = model.dtype in (torch.float32, torch.float64)
+    limit = 1e-3 if wide else 0.1
+    yield Row("with checkpointing against without", apart(again, gradient), limit)
+    if wide:
+        loss = lambda: -staged(model, adapter, *setup)[0].mean().item()  # noqa: E731
+        error = abs(slope_along(adapter, gradient, loss) / gradient.norm().item() - 1)
+        yield Row("gradient against a finite difference", error, 0.1)
+    if model.exact:
+        with torch.no_grad():
+            latents = roll_out(model, prompts, SEEDS[:1], sampling, adapter=adapter).latents
+            frames = [sampling.num_frames - 1, 0]
+            part, whole = model.decode(latents, frames), model.decode(latents)[:, frames]
+        limit = 1e-4 if wide else 0.02
+        yield Row("decode of some frames against all", apart(part, whole), limit)
+
+
+def smallest(model: VideoModel) -> Sampling:
+    """Two steps of a small clip, or of the default one where the model makes no other."""
+    for num_frames, side in ((5, 32), (9, 32), (9, 64)):
+        size = {"num_frames": num_frames, "height": side, "width": side}
+        sampling = Sampling(num_inference_steps=2, eta=0.0, **size).resolve(model)
+        with contextlib.suppress(ValueError):
+            model.latent_shape(sampling)
+            return sampling
+    return Sampling(num_inference_steps=2, eta=0.0).resolve(model)
+
+
+def slope_along(adapter: lora.Adapter, direction: torch.Tensor, loss: Callable[[], float]) -> float:
+    """The finite difference of a loss along a direction of the adapter's parameters, of unit length."""
+    parameters = adapter.parameters()
+    sizes = [p.numel() for p in parameters]
+    unit = direction / direction.norm()
+    step = 1e-3 * math.sqrt(sum(p.detach().square().sum().item() for p in parameters))
+    values = []
+    for sign in (1, -2):  # there, and from there to the other side
+        for p, part in zip(parameters, unit.split(sizes)):
+            p.data += sign * step * part.view_as(p).to(p.dtype)
+        values.append(loss())
+        take_gradient(adapter)
+    for p, part in zip(parameters, unit.split(sizes)):
+        p.data += step * part.view_as(p).to(p.dtype)
+    return (values[0] - values[1]) / (2 * step)
+
+
 # ------------------------------------------------------------------------------------------ two rewards
 
 
@@ -128,13 +202,13 @@ def of_clips(frames: torch.Tensor, prompts) -> torch.Tensor:
 REWARDS = {"frames": reward(of_frames, per_frame=True), "clip": reward(of_clips)}
 
 
-def adapted(model: VideoModel, seed: int = 1) -> lora.Adapter:
+def adapted(model: VideoModel, seed: int = 1, spread: float = 0.3) -> lora.Adapter:
     """An adapter that acts: with B = 0 a wrong path through A would not show."""
     adapter = lora.add(model, rank=2, seed=0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in adapter.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+            p.copy_(spread * torch.randn(p.shape, generator=generator, dtype=torch.float64))
     return adapter
 
 

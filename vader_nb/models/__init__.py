@@ -141,6 +141,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     local_files_only: bool = False,
+    check: bool | None = None,
     **hub,
 ) -> VideoModel:
     """Load a video model, frozen and in eval mode.
@@ -154,9 +155,13 @@ def load(
             {"unet": torch.float16, "vae": torch.float32} gives parts their own; parts that it does not
             name get its "default", or else the default.
         local_files_only: download nothing.
+        check: try on a small clip whether gradients and partial decoding are right, see
+            `testing.quick_check`; some decoders of other libraries give wrong gradients without a word. By default for
+            embedded models, once per process.
         **hub: arguments of `from_pretrained` (revision, cache_dir, token, …).
 
     Raises:
+        AssertionError: if the check finds a wrong gradient.
         ValueError: for an unknown name or family.
         FileNotFoundError: where the weights are neither here nor within reach; it says how to get them.
     """
@@ -186,7 +191,21 @@ def load(
             f"  with a copy:     vader_nb.load('/path/to/the/pipeline/directory')\n"
             f"  without either:  vader_nb.load('tiny'), embedded in this package"
         ) from error
-    return model.to(device)
+    model.to(device)
+    embedded = checkpoint.directory is not None and checkpoint.directory.parent == ZOO
+    if embedded and check is None:
+        check = checkpoint.source not in _checked
+    if check:
+        from ..testing import (
+            quick_check,
+        )  # which trains, samples and loads: it knows models, not they it
+
+        quick_check(model)
+        _checked.add(checkpoint.source)
+    return model
+
+
+_checked: set[str] = set()  # embedded models that this process has checked
 
 
 def from_config(name: str | Path = "tiny") -> VideoModel:
