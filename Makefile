@@ -1,4 +1,4 @@
-# make align   align the embedded tiny model to a reward and look at it (no GPU, a few minutes)
+# make align   align an embedded model to a reward and look at it (no GPU, a few minutes; MODEL=tiny, tiny-i2v)
 # make test    run every test (WORKERS=4: in four processes; default: one for each core)
 # make lab     open the notebooks in JupyterLab
 # make app     the playground as a page of controls, without code
@@ -10,14 +10,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NAME ?= tiny-$(shell date +%Y%m%d-%H%M%S)
+MODEL ?= tiny
+NAME ?= $(MODEL)-$(shell date +%Y%m%d-%H%M%S)
 WORKERS ?= auto
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: align test lab app notebooks html zoo lint clean
 
 align: $(VENV)/installed
-	$(BIN)/vader-nb align name=$(NAME)
+	$(BIN)/vader-nb align model=$(MODEL) name=$(NAME)
 
 # The browser that the tests click in: Debian's, installed where it is missing and that is allowed.
 CHROMIUM := /usr/bin/chromium

@@ -12,7 +12,7 @@ import torch
 from vader_nb import Sampling, load, rewards, sample
 
 from .. import WEIGHTS, oracles, tokenizer, world
-from . import train_clip, train_generator, train_i2v, train_vae, train_videomae
+from . import train_clip, train_generator, train_i2v, train_vae, train_videomae, train_wan
 
 WORLD = f"""## Data
 Synthetic clips of one colored shape on a plain background, rendered by `vader_nb/zoo/world.py`:
@@ -60,8 +60,7 @@ def generator_quality(model, batch: int = 20) -> dict[str, float]:
         f"{name}, oracle": value.mean().item()
         for name, value in oracles.grade(clips, captions).items()
     }
-    scheduler = model.new_scheduler(Sampling().resolve(model))
-    gain = (1 - scheduler.alphas_cumprod[int(scheduler.timesteps[-1])]).sqrt().item()
+    gain = model.last_step_gain(Sampling().resolve(model))
     began = time.time()
     sample(model, captions[:4], seeds=0)
     return quality | {
@@ -189,10 +188,40 @@ def tiny_i2v() -> None:
             "parameters in its UNet. Its smallest sigma is 0.05 where Stable Video Diffusion has 0.002, so that the last "
             "denoising step moves the video and K = 1 can teach.",
             f"`vader_nb/zoo/scripts/train_i2v.py`: {train_i2v.VAE_STEPS} steps of the autoencoder, which takes over the "
-            f"latents of `tiny`, and {train_i2v.STEPS} steps of {train_i2v.BATCH} clips of the UNet.",
+            f"latents of `tiny`, and {train_i2v.DECODER_STEPS} of its decoder alone; {train_i2v.STEPS} and "
+            f"{train_i2v.MORE_STEPS} steps of {train_i2v.BATCH} clips of the UNet.",
             train_i2v.SEED,
             continued_quality(load("tiny-i2v")),
             "First frames of the 200 held-out captions, default settings. What drifts over three segments is there for alignment to mend.",
+        ),
+    )
+
+
+def tiny_wan() -> None:
+    model = load("tiny-wan")
+    specs = world.split()[1]
+    rendered = world.render(specs, torch.Generator().manual_seed(1), train_wan.FRAMES)
+    with torch.no_grad():
+        parts = (rendered.transpose(1, 2) * 2 - 1).split(20)
+        latents = torch.cat([model.vae.encode(part).latent_dist.mean for part in parts])
+        again = torch.cat([model.vae.decode(part).sample for part in latents.split(20)])
+    grades = oracles.grade(again.transpose(1, 2) / 2 + 0.5, [spec.caption for spec in specs])
+    quality = {
+        f"{name}, reconstructed by the autoencoder": value.mean().item()
+        for name, value in grades.items()
+    }
+    write(
+        "tiny-wan",
+        card(
+            f"tiny-wan: text to video, {train_wan.FRAMES} frames of 64×64",
+            "A diffusers `WanPipeline`: WanTransformer3DModel, AutoencoderKLWan (factor 4 in time, 8 in space), UMT5 with a\n"
+            "word-level tokenizer, a rectified flow. `DiffusionPipeline.from_pretrained` loads it.",
+            f"`vader_nb/zoo/scripts/train_wan.py`: {train_wan.VAE_STEPS} steps of the autoencoder; the text encoder learns to spell\n"
+            f"out the caption's four attributes ({train_wan.TEXT_STEPS} steps) and is then frozen; {train_wan.STEPS} steps of\n"
+            f"{train_wan.BATCH} clips of the transformer, the first {train_wan.NOISY_STEPS} on nearly pure noise only.",
+            train_wan.SEED,
+            quality | generator_quality(model),
+            "Accuracies on the 200 held-out captions, default settings.",
         ),
     )
 
@@ -202,6 +231,7 @@ CARDS = {
     "tiny-clip": tiny_clip,
     "tiny-i2v": tiny_i2v,
     "tiny-videomae": tiny_videomae,
+    "tiny-wan": tiny_wan,
 }
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def train_vae() -> None:
         error = weighted_error(decoded.flatten(0, 1), frames.flatten(0, 1))
         return error + 1e-3 * mean.square().mean()
 
-    options = {"learning_rate": 2e-3, "seed": SEED, "average": 0.99}
+    options = {"learning_rate": 7e-4, "seed": SEED, "average": 0.99}
     train("wan_vae", vae, loss, steps=VAE_STEPS, **options)
     latents, _ = encode_world(vae, 200)
     vae.register_to_config(
