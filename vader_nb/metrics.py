@@ -11,12 +11,8 @@ from .zoo import oracles, world
 
 # What cannot be measured on clips of fewer frames; see also `Reward.min_frames`.
 MIN_FRAMES = {"motion": 2, "oracle: motion": 5}
-OWN = {
-    "motion",
-    "diversity",
-    "seam consistency",
-    "palette kept",
-}  # names of what is measured besides
+# Names of what is measured besides rewards and oracles.
+OWN = {"motion", "diversity", "seam consistency", "palette kept"}
 # Metric -> scores (B,), or (seeds, prompts); diversity has one value per prompt, (1, prompts).
 Scores = dict[str, torch.Tensor]
 

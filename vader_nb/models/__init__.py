@@ -196,9 +196,8 @@ def load(
     if embedded and check is None:
         check = checkpoint.source not in _checked
     if check:
-        from ..testing import (
-            quick_check,
-        )  # which trains, samples and loads: it knows models, not they it
+        # Imported here, since testing knows models, samples and trains with them.
+        from ..testing import quick_check
 
         quick_check(model)
         _checked.add(checkpoint.source)

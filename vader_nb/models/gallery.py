@@ -38,22 +38,9 @@ class Card:
 
 HEADINGS = ("model", "takes", "clip", "denoiser", "download", "license", "training, GiB")
 HEADINGS += ("last step", "decoding", "tested")
-README_HEADINGS = (
-    "model",
-    "takes",
-    "clip",
-    "denoiser",
-    "download",
-    "license",
-    "training, GiB",
-    "tested",
-)
-CARDS = {
-    name: Card(**fields)
-    for name, fields in yaml.safe_load(
-        (Path(__file__).parent / "cards.yaml").read_text(encoding="utf-8")
-    ).items()
-}
+README_HEADINGS = tuple(h for h in HEADINGS if h not in ("last step", "decoding"))
+_DATA = yaml.safe_load((Path(__file__).parent / "cards.yaml").read_text(encoding="utf-8"))
+CARDS = {name: Card(**fields) for name, fields in _DATA.items()}
 
 
 def row(name: str) -> tuple[str, ...]:
