@@ -7,6 +7,7 @@ exactly the batch that one process sees: each takes its share of it.
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -37,10 +38,12 @@ def save_atomically(state: dict, path: Path) -> None:
 
 def save_half(model: nn.Module, folder: Path) -> None:
     """Write a diffusers or transformers model in half precision, without changing it in memory. Its
-    configuration asks for float32, since transformers would otherwise compute as it stores."""
+    configuration asks for float32, since transformers would otherwise compute as it stores, and does not name
+    the folder that a model was loaded from."""
     deepcopy(model).half().save_pretrained(folder)
     path = folder / "config.json"
-    path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    text = path.read_text().replace('"dtype": "float16"', '"dtype": "float32"')
+    path.write_text(re.sub(r'  "_name_or_path": .*\n', "", text))
 
 
 def save_index(folder: Path, pipeline: str, parts: dict[str, object], settings: dict) -> None:
