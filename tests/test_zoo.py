@@ -13,9 +13,10 @@ from vader_nb import Sampling, lora, rewards, sample
 from vader_nb.zoo import WEIGHTS, adapters, oracles, tokenizer, world
 
 
-def test_the_oracles_read_every_clip_of_the_world():
+@pytest.mark.parametrize("num_frames", [8, 9])
+def test_the_oracles_read_every_clip_of_the_world(num_frames):
     specs = world.specs()
-    frames = world.render(specs, torch.Generator().manual_seed(7))
+    frames = world.render(specs, torch.Generator().manual_seed(7), num_frames)
     wrong = [
         (spec, seen)
         for spec, seen in zip(specs, oracles.read(frames))
