@@ -34,6 +34,8 @@ FAMILIES: dict[str, type[VideoModel] | str] = {
     "StableVideoDiffusionPipeline": "vader_nb.models.svd:StableVideoDiffusion",
     "OpenSoraPipeline": "vader_nb.models.opensora:OpenSora",
     "VideoCrafter2": "vader_nb.models.videocrafter:VideoCrafter2",  # diffusers has no pipeline of it
+    "LTXPipeline": "vader_nb.models.ltx_video:LTXVideo",
+    "LTXConditionPipeline": "vader_nb.models.ltx_video:LTXCondition",
 }
 
 
@@ -129,6 +131,28 @@ CHECKPOINTS = {
         "DynamicScaleDDIM",
         size="7.4 GB",
         license="Apache-2.0",
+    ),
+    "ltx-video": Checkpoint(
+        "Lightricks/LTX-Video",
+        "LTXPipeline",
+        "FlowMatchEulerDiscreteScheduler",
+        size="28 GB with text encoder",
+        license="LTX-Video open weights license",
+    ),
+    "ltx-video-0.9.1": Checkpoint(
+        "Lightricks/LTX-Video-0.9.1",
+        "LTXPipeline",
+        "FlowMatchEulerDiscreteScheduler",
+        size="25 GB with text encoder",
+        license="LTX-Video open weights license",
+    ),
+    "ltx-video-13b": Checkpoint(
+        "Lightricks/LTX-Video-0.9.7-dev",
+        "LTXConditionPipeline",
+        "FlowMatchEulerDiscreteScheduler",
+        {"guidance_scale": 5.0, "num_inference_steps": 30, "height": 512, "width": 768},
+        size="47 GB with text encoder",
+        license="LTX-Video open weights license",
     ),
 }
 # A directory without model_index.json is known by a file of its authors' layout: name -> checkpoint.

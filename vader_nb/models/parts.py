@@ -52,7 +52,7 @@ class ModelOfParts(VideoModel):
         folder = checkpoint.directory
         if folder and not (folder / "model_index.json").is_file():  # its authors' own layout
             folder = None
-        config, parts = cls.published, {}
+        config, parts = cls.published_configuration(checkpoint), {}
         if folder:
             config = {part: read_config(folder / part) for part in [*cls.networks, "scheduler"]}
         for part, kind in cls.networks.items():
@@ -66,6 +66,11 @@ class ModelOfParts(VideoModel):
         with unset_fake_temporarily():  # the values of its tables are read, not only their sizes
             parts["scheduler"] = cls.scheduler_class(checkpoint).from_config(config["scheduler"])
         return cls.of(checkpoint, name, parts)
+
+    @classmethod
+    def published_configuration(cls, checkpoint) -> dict[str, dict]:
+        """`published`, for families whose checkpoints are all of one architecture."""
+        return cls.published
 
     @classmethod
     def of(cls, checkpoint, name: str, parts: dict[str, Any]) -> Any:
