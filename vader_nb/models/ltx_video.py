@@ -4,14 +4,16 @@
 22 latents back and ahead: a clip is decoded whole, its blocks computed again in the backward pass.
 """
 
-import contextlib
-from collections.abc import Iterator
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
+from diffusers.models.autoencoders.autoencoder_kl_ltx import (
+    AutoencoderKLLTXVideo,
+    LTXVideoResnetBlock3d,
+)
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline, calculate_shift
 from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
@@ -32,15 +34,14 @@ DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 3.0, "num_frames": 161,
 DEFAULTS |= {"height": 512, "width": 704}
 # Of decoders that are told how noisy their latents are; what diffusers' documentation advises.
 DECODING = {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
-SEED = 0  # of the decoder's noise
 
 
 class LTXVideo(ModelOfParts):
     """An `LTXVideoTransformer3DModel` with T5's text encoder and a decoder that knows time.
 
     Decoders of 0.9.1 and later refine latents that are noised a little: `defaults["decode_timestep"]` is the noise level
-    that they are told, `defaults["decode_noise_scale"]` the noise's share. That noise, and what some of them draw inside,
-    comes from a fixed seed and is the same for every clip of one size: scores, their gradients and videos all see it.
+    that they are told, `defaults["decode_noise_scale"]` the noise's share. That noise, and what some blocks draw, come
+    from fixed seeds and are the same for all clips of one size: scores, their gradients and videos see the same.
     """
 
     family = "LTXPipeline"
@@ -67,6 +68,7 @@ class LTXVideo(ModelOfParts):
         decoding = DECODING if vae.config.timestep_conditioning else {}
         self.defaults = DEFAULTS | decoding | defaults
         self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
+        fix_noise(vae)
         vae.enable_gradient_checkpointing()  # acts only where there is a graph, and is exact
 
     @classmethod
@@ -96,7 +98,7 @@ class LTXVideo(ModelOfParts):
         prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
         if any(prompt.image is not None for prompt in prompts):
             raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
-        places = self.places(sampling).expand(len(prompts), -1, -1).to(self.device)
+        places = self.places(sampling).expand(len(prompts), -1, -1)
         columns = {
             "negative": [prompt.negative_prompt for prompt in prompts],
             "prompt": [prompt.text for prompt in prompts],
@@ -106,15 +108,11 @@ class LTXVideo(ModelOfParts):
         branches = {}
         for name, texts in columns.items():
             branches[name] = {
-                "encoder_hidden_states": torch.stack([known[text] for text in texts]),
-                "encoder_attention_mask": self.tokens(texts).attention_mask.bool(),
-                "video_coords": places,
+                "encoder_hidden_states": torch.stack([known[x] for x in texts]).to(self.device),
+                "encoder_attention_mask": self.tokens(texts).attention_mask.bool().to(self.device),
+                "video_coords": places.to(self.device),
             }
-        on_device = {
-            name: {key: value.to(self.device) for key, value in branch.items()}
-            for name, branch in branches.items()
-        }
-        return Conditioning(on_device)
+        return Conditioning(branches)
 
     @torch.no_grad()
     def _embed(self, text: str) -> torch.Tensor:
@@ -214,10 +212,8 @@ class LTXVideo(ModelOfParts):
         if config.timestep_conditioning:
             share = self.defaults["decode_noise_scale"]
             scaled = (1 - share) * scaled + share * decode_noise(scaled)
-            timestep = torch.tensor([self.defaults["decode_timestep"]], device=scaled.device)
-            timestep = timestep.to(self.vae.dtype)
-        with seeded(scaled.device):
-            pixels = self.vae.decode(scaled.to(self.vae.dtype), timestep).sample[0]
+            timestep = scaled.new_tensor([self.defaults["decode_timestep"]], dtype=self.vae.dtype)
+        pixels = self.vae.decode(scaled.to(self.vae.dtype), timestep).sample[0]
         return (pixels.transpose(0, 1) / 2 + 0.5).clamp(0, 1)
 
     def decode_vjp(self, latents, frames, gradient, decode_chunk_size=1) -> torch.Tensor:
@@ -250,18 +246,17 @@ class LTXCondition(LTXVideo):
 
 def decode_noise(like: torch.Tensor) -> torch.Tensor:
     """Noise of this shape, always the same, drawn on the CPU so that it is that on every device."""
-    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(SEED))
-    return noise.to(like)
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-@contextlib.contextmanager
-def seeded(device: torch.device) -> Iterator[None]:
-    """What is drawn without a generator is always the same in here. Recomputed blocks draw it again."""
-    cuda = device.type == "cuda"
-    generator = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(SEED + 1)
-    try:
-        yield
-    finally:
-        generator.set_state(state)
+def fix_noise(vae: AutoencoderKLLTXVideo) -> None:
+    """Let blocks of the decoder that draw noise draw the same in every call, also where they are computed again."""
+    blocks = [block for block in vae.decoder.modules() if isinstance(block, LTXVideoResnetBlock3d)]
+    for index, block in enumerate(blocks):
+        if block.per_channel_scale1 is not None:
+            block.register_forward_pre_hook(partial(with_generator, index + 1))
+
+
+def with_generator(seed: int, block: nn.Module, inputs: tuple) -> tuple:
+    states, temb, _ = inputs
+    return states, temb, torch.Generator(states.device).manual_seed(seed)
