@@ -34,6 +34,7 @@ FAMILIES: dict[str, type[VideoModel] | str] = {
     "StableVideoDiffusionPipeline": "vader_nb.models.svd:StableVideoDiffusion",
     "OpenSoraPipeline": "vader_nb.models.opensora:OpenSora",
     "VideoCrafter2": "vader_nb.models.videocrafter:VideoCrafter2",  # diffusers has no pipeline of it
+    "AnimateDiffPipeline": "vader_nb.models.animatediff:AnimateDiff",
     "LTXPipeline": "vader_nb.models.ltx_video:LTXVideo",
     "LTXConditionPipeline": "vader_nb.models.ltx_video:LTXCondition",
 }
@@ -131,6 +132,15 @@ CHECKPOINTS = {
         "DynamicScaleDDIM",
         size="7.4 GB",
         license="Apache-2.0",
+    ),
+    "animatediff": Checkpoint(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "AnimateDiffPipeline",
+        "DDIMScheduler",
+        size="3.8 GB (fp16, motion adapter fp32)",
+        license="CreativeML Open RAIL-M, motion adapter Apache-2.0",
+        hub={"variant": "fp16"},
+        parts={"motion_adapter": "guoyww/animatediff-motion-adapter-v1-5-3"},
     ),
     "ltx-video": Checkpoint(
         "Lightricks/LTX-Video",

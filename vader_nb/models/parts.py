@@ -41,10 +41,15 @@ class ModelOfParts(VideoModel):
         for part, kind in cls.networks.items():
             argument = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
             options = hub | {argument: dtypes.get(part, dtypes["default"])}
-            parts[part] = kind.from_pretrained(checkpoint.source, subfolder=part, **options)
+            parts[part] = cls.read_network(part, checkpoint, options)
         for part, kind in {**cls.processors, "scheduler": cls.scheduler_class(checkpoint)}.items():
             parts[part] = kind.from_pretrained(checkpoint.source, subfolder=part, **plain)
         return cls.of(checkpoint, name, parts)
+
+    @classmethod
+    def read_network(cls, part: str, checkpoint, options: dict) -> nn.Module:
+        """One of `networks`; options: of its `from_pretrained`."""
+        return cls.networks[part].from_pretrained(checkpoint.source, subfolder=part, **options)
 
     @classmethod
     def from_config(cls, checkpoint, *, name: str) -> Any:
