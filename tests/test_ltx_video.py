@@ -9,7 +9,7 @@ from transformers import T5Config, T5EncoderModel
 from vader_nb import Prompt, load, lora, models
 from vader_nb.memory_planner import FakeMode
 from vader_nb.models import ltx_video
-from vader_nb.models.ltx_configs import CONDITION, PUBLISHED
+from vader_nb.models.ltx_parts import CONDITION, PUBLISHED, decode_noise, fix_noise
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRaFTLV, DRTune, Last
 from vader_nb.testing import REWARDS, adapted, apart, check_model
@@ -91,7 +91,7 @@ def diffusers_call(folder, sampling, lora=None, **options):
     """Latents (B, C, F, H, W), or frames, of diffusers' own pipeline."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    ltx_video.fix_noise(pipeline.vae)
+    fix_noise(pipeline.vae)
     if lora is not None:
         pipeline.load_lora_weights(lora)
     found = pipeline(
@@ -138,7 +138,7 @@ def first_then_ours(randn_tensor):
         calls.append(shape)
         if len(calls) % 2:
             return randn_tensor(shape, *args, **kwargs)
-        return ltx_video.decode_noise(torch.empty(1, *shape[1:])).expand(shape)
+        return decode_noise(torch.empty(1, *shape[1:])).expand(shape)
 
     return draw
 

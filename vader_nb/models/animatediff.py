@@ -6,10 +6,10 @@ hold the joined network. Text and decoder are handled as in ModelScope.
 
 from typing import Any
 
-import diffusers
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.unets.unet_motion_model import MotionAdapter, UNetMotionModel
+from diffusers.pipelines.animatediff.pipeline_animatediff import AnimateDiffPipeline
 from torch import nn
 from transformers import CLIPTextModel
 
@@ -60,7 +60,7 @@ class AnimateDiff(ModelScope):
         return model
 
     @classmethod
-    def read_network(cls, part: str, checkpoint, options: dict) -> nn.Module:
+    def read_network(cls, part: str, checkpoint, options: dict) -> Any:
         if part != "unet" or checkpoint.directory:
             return super().read_network(part, checkpoint, options)
         still = UNet2DConditionModel.from_pretrained(checkpoint.source, subfolder="unet", **options)
@@ -71,8 +71,9 @@ class AnimateDiff(ModelScope):
 
     def pipeline(self) -> Any:
         """diffusers' pipeline of the same parts; the motion adapter is in the denoiser already."""
+        kind: Any = AnimateDiffPipeline
         parts = {name: self.part(name) for name in self.part_names()}
-        return diffusers.AnimateDiffPipeline(**parts, motion_adapter=None)
+        return kind(**parts, motion_adapter=None)
 
     def blocks(self) -> list[nn.Module]:
         wrapped = {"ResnetBlock2D", "Transformer2DModel", "AnimateDiffTransformer3D"}

@@ -5,15 +5,11 @@
 """
 
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_ltx import (
-    AutoencoderKLLTXVideo,
-    LTXVideoResnetBlock3d,
-)
+from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline, calculate_shift
 from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
@@ -26,7 +22,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from ..prompts import Prompt
 from .base import Conditioning, cached, warn_truncated
-from .ltx_configs import CONDITION, PUBLISHED, PUBLISHED_091
+from .ltx_parts import CONDITION, PUBLISHED, PUBLISHED_091, decode_noise, fix_noise
 from .parts import ModelOfParts
 
 CACHED_PROMPTS = 250  # prompts whose embeddings a model keeps: 1 MB each in half precision
@@ -107,11 +103,12 @@ class LTXVideo(ModelOfParts):
         known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
         branches = {}
         for name, texts in columns.items():
-            branches[name] = {
-                "encoder_hidden_states": torch.stack([known[x] for x in texts]).to(self.device),
-                "encoder_attention_mask": self.tokens(texts).attention_mask.bool().to(self.device),
-                "video_coords": places.to(self.device),
+            inputs = {
+                "encoder_hidden_states": torch.stack([known[text] for text in texts]),
+                "encoder_attention_mask": self.tokens(texts).attention_mask.bool(),
+                "video_coords": places,
             }
+            branches[name] = {key: value.to(self.device) for key, value in inputs.items()}
         return Conditioning(branches)
 
     @torch.no_grad()
@@ -242,21 +239,3 @@ class LTXCondition(LTXVideo):
     def schedule(self, sampling) -> dict[str, Any]:
         sigmas = linear_quadratic_schedule(sampling.num_inference_steps).numpy()
         return {"sigmas": sigmas, "timesteps": sigmas * 1000}
-
-
-def decode_noise(like: torch.Tensor) -> torch.Tensor:
-    """Noise of this shape, always the same, drawn on the CPU so that it is that on every device."""
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
-
-
-def fix_noise(vae: AutoencoderKLLTXVideo) -> None:
-    """Let blocks of the decoder that draw noise draw the same in every call, also where they are computed again."""
-    blocks = [block for block in vae.decoder.modules() if isinstance(block, LTXVideoResnetBlock3d)]
-    for index, block in enumerate(blocks):
-        if block.per_channel_scale1 is not None:
-            block.register_forward_pre_hook(partial(with_generator, index + 1))
-
-
-def with_generator(seed: int, block: nn.Module, inputs: tuple) -> tuple:
-    states, temb, _ = inputs
-    return states, temb, torch.Generator(states.device).manual_seed(seed)
