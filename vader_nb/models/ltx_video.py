@@ -68,7 +68,7 @@ class LTXVideo(ModelOfParts):
         vae.enable_gradient_checkpointing()  # acts only where there is a graph, and is exact
 
     @classmethod
-    def published_configuration(cls, checkpoint) -> dict[str, dict]:
+    def published_for(cls, checkpoint) -> dict[str, dict]:
         own = PUBLISHED_091 if checkpoint.source.endswith("0.9.1") else {}
         return cls.published | own
 

@@ -57,7 +57,7 @@ class ModelOfParts(VideoModel):
         folder = checkpoint.directory
         if folder and not (folder / "model_index.json").is_file():  # its authors' own layout
             folder = None
-        config, parts = cls.published_configuration(checkpoint), {}
+        config, parts = cls.published_for(checkpoint), {}
         if folder:
             config = {part: read_config(folder / part) for part in [*cls.networks, "scheduler"]}
         for part, kind in cls.networks.items():
@@ -73,11 +73,6 @@ class ModelOfParts(VideoModel):
         return cls.of(checkpoint, name, parts)
 
     @classmethod
-    def published_configuration(cls, checkpoint) -> dict[str, dict]:
-        """`published`, for families whose checkpoints are all of one architecture."""
-        return cls.published
-
-    @classmethod
     def of(cls, checkpoint, name: str, parts: dict[str, Any]) -> Any:
         """The model of these parts, frozen and in eval mode for good: some networks hold a dropout."""
         make: Any = cls
@@ -86,6 +81,11 @@ class ModelOfParts(VideoModel):
         for module in model.modules():
             module.eval().requires_grad_(False)
         return model
+
+    @classmethod
+    def published_for(cls, checkpoint) -> dict[str, dict]:
+        """The published configuration of a checkpoint, for families with several."""
+        return cls.published
 
     @classmethod
     def scheduler_class(cls, checkpoint) -> Any:
