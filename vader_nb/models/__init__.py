@@ -147,14 +147,14 @@ CHECKPOINTS = {
         "LTXPipeline",
         "FlowMatchEulerDiscreteScheduler",
         size="28 GB with text encoder",
-        license="LTX-Video open weights license",
+        license="LTX-Video's own, see the repository",
     ),
     "ltx-video-0.9.1": Checkpoint(
         "Lightricks/LTX-Video-0.9.1",
         "LTXPipeline",
         "FlowMatchEulerDiscreteScheduler",
         size="25 GB with text encoder",
-        license="LTX-Video open weights license",
+        license="LTX-Video's own, see the repository",
     ),
     "ltx-video-13b": Checkpoint(
         "Lightricks/LTX-Video-0.9.7-dev",
@@ -162,7 +162,7 @@ CHECKPOINTS = {
         "FlowMatchEulerDiscreteScheduler",
         {"guidance_scale": 5.0, "num_inference_steps": 30, "height": 512, "width": 768},
         size="47 GB with text encoder",
-        license="LTX-Video open weights license",
+        license="LTX-Video's own, see the repository",
     ),
 }
 # A directory without model_index.json is known by a file of its authors' layout: name -> checkpoint.

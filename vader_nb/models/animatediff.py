@@ -41,7 +41,11 @@ DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5, "num_frames": 16, 
 
 
 class AnimateDiff(ModelScope):
-    """A `UNetMotionModel` with CLIP's text encoder and a 2D autoencoder, which decodes frame by frame."""
+    """A `UNetMotionModel` with CLIP's text encoder and a 2D autoencoder, which decodes frame by frame.
+
+    For another Stable Diffusion or adapter, join them with diffusers' `AnimateDiffPipeline`, `save_pretrained` it and
+    load that directory.
+    """
 
     family = "AnimateDiffPipeline"
     networks = {"unet": UNetMotionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}

@@ -25,7 +25,7 @@ from .base import Conditioning, cached, warn_truncated
 from .ltx_parts import CONDITION, PUBLISHED, PUBLISHED_091, decode_noise, fix_noise
 from .parts import ModelOfParts
 
-CACHED_PROMPTS = 250  # prompts whose embeddings a model keeps: 1 MB each in half precision
+CACHED_PROMPTS = 250  # prompts whose embeddings a model keeps: 1 or 2 MB each in half precision
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 3.0, "num_frames": 161, "fps": 25}
 DEFAULTS |= {"height": 512, "width": 704}
 # Of decoders that are told how noisy their latents are; what diffusers' documentation advises.
