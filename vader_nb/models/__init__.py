@@ -33,6 +33,7 @@ FAMILIES: dict[str, type[VideoModel] | str] = {
     "TextToVideoSDPipeline": "vader_nb.models.modelscope:ModelScope",
     "StableVideoDiffusionPipeline": "vader_nb.models.svd:StableVideoDiffusion",
     "OpenSoraPipeline": "vader_nb.models.opensora:OpenSora",
+    "CogVideoXPipeline": "vader_nb.models.cogvideox:CogVideoX",
     "VideoCrafter2": "vader_nb.models.videocrafter:VideoCrafter2",  # diffusers has no pipeline of it
     "AnimateDiffPipeline": "vader_nb.models.animatediff:AnimateDiff",
     "LTXPipeline": "vader_nb.models.ltx_video:LTXVideo",
@@ -74,6 +75,7 @@ class Checkpoint:
 ZOO = Path(__file__).parent.parent / "zoo" / "weights"
 TINY = ZOO / "tiny"
 SVD = "StableVideoDiffusionPipeline", "EulerDiscreteScheduler"
+COGVIDEOX = "CogVideoXPipeline", "CogVideoXDDIMScheduler"
 # Decoding 14 frames of 576 x 1024 with a graph takes 91 GiB at once and 18 in twos; diffusers advises 2 to save memory.
 TWOS = {"decode_chunk_size": 2}
 # DPM++ in 25 steps at guidance 9 is VADER's setting for ModelScope.
@@ -125,6 +127,12 @@ CHECKPOINTS = {
             "text_encoder": "DeepFloyd/t5-v1_1-xxl",
             "tokenizer": "DeepFloyd/t5-v1_1-xxl",
         },
+    ),
+    "cogvideox": Checkpoint(
+        "THUDM/CogVideoX-2b",
+        *COGVIDEOX,
+        size="13.3 GB",
+        license="Apache-2.0",
     ),
     "videocrafter2": Checkpoint(
         "VideoCrafter/VideoCrafter2",

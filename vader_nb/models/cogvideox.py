@@ -1,0 +1,284 @@
+"""CogVideoX-2b, 5b and 1.5 (arXiv 2408.06072), text to video: diffusers' `CogVideoXPipeline` directories.
+
+The decoder is causal and takes a clip in chunks of two latents, so the gradient of any reward is swept
+back through it chunk by chunk, exactly, and the first frames are decoded from the first chunks alone.
+"""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
+    AutoencoderKLCogVideoX,
+    CogVideoXSpatialNorm3D,
+)
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
+from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import AutoTokenizer, T5EncoderModel
+
+from ..prompts import Prompt
+from .base import Conditioning, cached, warn_truncated
+from .parts import ModelOfParts
+
+# The published architectures, for `from_config`; what is missing here is the classes' own default.
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "snr_shift_scale": 3.0,
+    "timestep_spacing": "trailing",
+}
+T5_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+PUBLISHED = {"transformer": {}, "vae": {}, "text_encoder": T5_XXL, "scheduler": SCHEDULER}
+DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 6.0, "fps": 8}
+CACHED_PROMPTS = 500  # prompts whose embeddings a model keeps: 1.9 MB each in half precision
+
+
+class CogVideoX(ModelOfParts):
+    """A `CogVideoXTransformer3DModel` with T5's text encoder and a causal autoencoder.
+
+    Its clips have 8 k + 1 or 8 k frames: the decoder keeps the first frame for itself where the number of
+    latents is odd.
+    """
+
+    family = "CogVideoXPipeline"
+    targets = {"transformer": ("to_q", "to_k", "to_v", "to_out.0")}
+    networks = {
+        "transformer": CogVideoXTransformer3DModel,
+        "vae": AutoencoderKLCogVideoX,
+        "text_encoder": T5EncoderModel,
+    }
+    processors = {"tokenizer": AutoTokenizer}
+    # The DPM scheduler's step takes what earlier steps predicted, which no other scheduler's does; the
+    # configuration of both is the same.
+    schedulers = {"CogVideoXDPMScheduler": CogVideoXDDIMScheduler}
+    published = PUBLISHED
+    independent_frames = False
+
+    def __init__(
+        self, name, transformer, vae, text_encoder, tokenizer, scheduler, defaults, world=None
+    ):
+        self.name, self.world, self.vae = name, world, vae
+        self.denoisers = {"transformer": transformer}
+        self.text_encoder, self.tokenizer, self.scheduler = text_encoder, tokenizer, scheduler
+        self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, 8
+        config = transformer.config
+        size = {"height": config.sample_height, "width": config.sample_width}
+        size = {name: latents * self.scale for name, latents in size.items()}
+        self.defaults = DEFAULTS | {"num_frames": config.sample_frames} | size | defaults
+        self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
+        vae.enable_gradient_checkpointing()  # acts only where there is a graph, and is exact
+        for module in vae.decoder.modules():
+            if isinstance(module, CogVideoXSpatialNorm3D):
+                module.register_forward_hook(without_cache)
+
+    def decoders(self) -> list[nn.Module]:
+        return [self.vae.decoder]
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.denoiser.get_submodule("transformer_blocks").children())
+
+    def to(self, *args, **kwargs) -> "CogVideoX":
+        super().to(*args, **kwargs)
+        self._embeddings.clear()
+        return self
+
+    # ------------------------------------------------------------------ the text
+
+    def encode(self, prompts, sampling=None, generators=None) -> Conditioning:
+        """T5's states of the texts, (B, 226, 4096); the network is given those of the padding, too."""
+        prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+        if any(prompt.image is not None for prompt in prompts):
+            raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
+        if sampling is not None:
+            self.latent_shape(sampling)  # what cannot be made is an error before T5 is at work
+        columns = {
+            "negative": [prompt.negative_prompt for prompt in prompts],
+            "prompt": [prompt.text for prompt in prompts],
+        }
+        both = columns["prompt"] + columns["negative"]
+        known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
+        states = {
+            branch: torch.stack([known[text] for text in column]).to(self.device)
+            for branch, column in columns.items()
+        }
+        return Conditioning({branch: {"encoder_hidden_states": x} for branch, x in states.items()})
+
+    @torch.no_grad()
+    def _embed(self, text: str) -> torch.Tensor:
+        """The text encoder's states (tokens, width), on the CPU. One text at a time, as ModelScope's."""
+        self.onload(self.text_encoder)
+        length = self.config.max_text_seq_length
+        warn_truncated(self.tokenizer, text, length)
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizer(text, max_length=length, **options).input_ids
+        states = self.text_encoder(tokens.to(self.device)).last_hidden_state[0]
+        return states.to("cpu", self.dtype)
+
+    # ------------------------------------------------------------------ denoising
+
+    @property
+    def config(self) -> Any:
+        """The denoiser's."""
+        denoiser: Any = self.denoiser
+        return denoiser.config
+
+    def frames_of(self, latents: int) -> int:
+        """The number of frames that so many latents are decoded to."""
+        even = latents - latents % 2
+        return even * self.vae.config.temporal_compression_ratio + latents % 2
+
+    def latents_of(self, frames: int) -> int:
+        """The number of latents of so many frames, of which some are decoded to more than those."""
+        return (frames - 1) // self.vae.config.temporal_compression_ratio + 1
+
+    def makes(self, frames: int) -> bool:
+        """Whether there are clips of so many frames."""
+        return self.frames_of(self.latents_of(frames)) == frames
+
+    def latent_shape(self, sampling) -> tuple[int, int, int, int]:
+        unit = self.scale * self.config.patch_size
+        for name in ("height", "width"):
+            value = getattr(sampling, name)
+            if value < unit or value % unit:
+                raise ValueError(
+                    f"{name}={value} must be a positive multiple of {unit} pixels for {self.name}"
+                )
+        frames = sampling.num_frames
+        if not self.makes(frames):
+            step = self.frames_of(2)
+            near = [n for n in range(max(1, frames - step), frames + step + 1) if self.makes(n)]
+            below = max(n for n in near if n < frames)
+            above = min(n for n in near if n > frames)
+            raise ValueError(
+                f"num_frames={frames} cannot be decoded by {self.name}: the nearest are {below} and {above}"
+            )
+        size = sampling.height // self.scale, sampling.width // self.scale
+        return self.config.in_channels, self.latents_of(frames), *size
+
+    def initial_latents(self, sampling, generators) -> torch.Tensor:
+        channels, frames, *size = self.latent_shape(sampling)
+        shape = (len(generators), frames, channels, *size)  # drawn as diffusers does
+        noise = randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
+        return noise.transpose(1, 2).contiguous()
+
+    def predict(self, latents, t, inputs) -> torch.Tensor:
+        self.onload(self.denoiser)
+        output = self.denoiser(
+            latents.transpose(1, 2),
+            inputs["encoder_hidden_states"],
+            t.expand(len(latents)),
+            return_dict=False,
+        )[0].transpose(1, 2)
+        return output.to(torch.promote_types(output.dtype, torch.float32))  # for guidance and step
+
+    def step(self, scheduler, output, t, latents, **options) -> torch.Tensor:
+        return super().step(scheduler, output, t, latents, **options).to(latents.dtype)
+
+    # ------------------------------------------------------------------ decoding
+
+    def chunks(
+        self, latents: torch.Tensor, frames: list[int] | None
+    ) -> tuple[list[torch.Tensor], list[int], list[int]]:
+        """The decoder's chunks up to the last of these frames: their latents, how many frames each makes, and
+        the frames' indices."""
+        self.onload(*self.decoders())
+        count = latents.shape[2]
+        pairs = [2] * (count // 2) or [0]
+        pairs[0] += count % 2  # the first chunk has three, or one
+        makes = [self.frames_of(n) for n in pairs]
+        every = range(sum(makes))
+        frames = list(every) if frames is None else [every[frame] for frame in frames]
+        needed = next(n for n in range(len(makes) + 1) if sum(makes[:n]) > max(frames))
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return list(scaled.split(pairs, dim=2))[:needed], makes[:needed], frames
+
+    def decode_chunk(self, latents: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        """Frames (B, f, 3, H, W) in [0, 1] of a chunk (B, C, 1 to 3, h, w), after the state that the chunk
+        before left."""
+        pixels, state = self.vae.decoder(latents, conv_cache=state)
+        return (pixels / 2 + 0.5).clamp(0, 1).transpose(1, 2), state
+
+    def decode(self, latents: torch.Tensor, frames: list[int] | None = None) -> torch.Tensor:
+        parts, _, indices = self.chunks(latents, frames)
+        decoded, state = [], None
+        for part in parts:
+            pixels, state = self.decode_chunk(part, state)
+            decoded.append(pixels)
+        video = torch.cat(decoded, dim=1)
+        return video if frames is None else video[:, indices]
+
+    def decode_vjp(self, latents, frames, gradient, decode_chunk_size=1) -> torch.Tensor:
+        """As the base's, by `causal_vjp`; the decoder's own chunks bound the memory."""
+        leaf = latents.detach().requires_grad_()
+        with torch.enable_grad():
+            parts, makes, frames = self.chunks(leaf, frames)
+        shape = (len(gradient), sum(makes), *gradient.shape[2:])
+        every = gradient.new_zeros(shape)
+        every.index_add_(1, torch.tensor(frames, device=gradient.device), gradient)
+        pulled = causal_vjp(self.decode_chunk, parts, every.split(makes, dim=1))
+        (found,) = torch.autograd.grad(parts, leaf, pulled)
+        return found
+
+
+def without_cache(norm: nn.Module, inputs: Any, output: Any) -> tuple[torch.Tensor, dict]:
+    """A hook: the cache of a norm's convolutions, which look at one frame each, is never read, and large."""
+    return output[0], {}
+
+
+Chunk = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
+
+
+def causal_vjp(
+    chunk: Chunk, parts: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The gradient on each part of what a causal decoder is given, exact, with one chunk's graph at a time.
+
+    Args:
+        chunk: (part, state) -> (frames, new state). A state is any nest of lists, tuples and dicts, and is not
+            changed in place; that before the first part is None.
+        parts: in the order of time.
+        gradients: on each part's frames.
+    """
+    states: list[Any] = [None]
+    with torch.no_grad():
+        for part in parts[:-1]:
+            states.append(chunk(part, states[-1])[1])
+    pulled: list[torch.Tensor] = []
+    later: Sequence[torch.Tensor | None] = []  # gradients on the state that a part leaves
+    for part, gradient in zip(reversed(parts), reversed(gradients)):
+        part = part.detach().requires_grad_()
+        state = tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(), states.pop())
+        with torch.enable_grad():
+            frames, left = chunk(part, state)
+        outputs = [(frames, gradient), *zip(tensors(left), later)]
+        outputs = [(y, g) for y, g in outputs if g is not None]
+        found, *later = torch.autograd.grad(
+            [y for y, _ in outputs],
+            [part, *tensors(state)],
+            [g for _, g in outputs],
+            allow_unused=True,
+        )
+        pulled.append(torch.zeros_like(part) if found is None else found)
+    return pulled[::-1]
+
+
+def tensors(state: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
