@@ -3,10 +3,11 @@
 import diffusers
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import T5Config, T5EncoderModel
 
 from vader_nb import Prompt, load, lora, models
-from vader_nb.models.cogvideox import SCHEDULER
+from vader_nb.models.cogvideox import SCHEDULER, tensors
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRTune, Last, ReFL
 from vader_nb.testing import check_model
@@ -88,3 +89,85 @@ def test_latents_and_frames_are_those_of_diffusers_pipeline(directories, kind, g
         else:
             ours = sample(model, PROMPTS, seeds=[5, 9], sampling=sampling)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_keeps_the_promises_of_a_model(directories, kind):
+    model = load(directories[kind], dtype=torch.float64)
+    sampling = Sampling(**SIZE, num_inference_steps=5)
+    report = check_model(model, sampling, strategies=[Last(2), ReFL(0.6), DRTune(2, stop=1)])
+    assert len(report) == 16
+
+
+def coupled(frames):
+    """A reward in which every frame meets every other."""
+    weights = torch.linspace(0.5, 1.5, frames[0].numel(), dtype=frames.dtype).view(frames.shape[1:])
+    means = (frames.square() * weights).mean(dim=(2, 3, 4))
+    return (
+        means.prod(dim=1) * 1e3 + frames.diff(dim=1).square().mean(dim=(1, 2, 3, 4)) + means[:, 0]
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7])
+def test_the_gradient_swept_back_is_that_of_the_whole_decoder(directories, count):
+    model = load(directories["2b"], dtype=torch.float64)
+    vae = diffusers.AutoencoderKLCogVideoX.from_pretrained(directories["2b"] / "vae").double()
+    latents = torch.randn(
+        2, 4, count, 2, 3, generator=torch.Generator().manual_seed(count)
+    ).double()
+    leaf = latents.requires_grad_()
+    whole = vae.decode(leaf / vae.config.scaling_factor).sample.transpose(1, 2)
+    whole = (whole / 2 + 0.5).clamp(0, 1)
+    frames = whole.detach().requires_grad_()
+    (pixels,) = torch.autograd.grad(coupled(frames).sum(), frames)
+    (expected,) = torch.autograd.grad(coupled(whole).sum(), leaf, retain_graph=True)
+    assert model.frames_of(count) == whole.shape[1] and expected[:, :, -1].any()
+    torch.testing.assert_close(model.decode(latents.detach()), whole.detach(), rtol=0, atol=1e-12)
+    every = list(range(whole.shape[1]))
+    found = model.decode_vjp(latents, every, pixels)
+    assert (found - expected).norm() <= 1e-9 * expected.norm()
+    some = [every[-1], 0, 0]  # in any order, also twice
+    (expected,) = torch.autograd.grad(whole[:, some], leaf, pixels[:, some])
+    found = model.decode_vjp(latents, [-1, 0, 0], pixels[:, some])
+    assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+def test_early_frames_take_the_first_chunks_alone(directories):
+    model = load(directories["2b"], dtype=torch.float64)
+    latents = torch.randn(1, 4, 7, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    whole = model.decode(latents)
+    calls = []
+    model.vae.decoder.register_forward_hook(lambda *call: calls.append(call[1][0].shape[2]))
+    assert torch.equal(model.decode(latents, [8, 3]), whole[:, [8, 3]]) and calls == [3]
+    calls.clear()
+    assert torch.equal(model.decode(latents, [9]), whole[:, [9]]) and calls == [3, 2]
+    calls.clear()
+    found = model.decode_vjp(latents, [8], torch.ones_like(whole[:, [8]]))
+    assert calls == [3] and found[:, :, :3].any() and not found[:, :, 3:].any()
+
+
+def test_no_chunk_hands_on_what_the_next_one_does_not_read(directories):
+    """Every tensor of the state changes the next chunk's frames."""
+    model = load(directories["2b"], dtype=torch.float64)
+    latents = torch.randn(1, 4, 3, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    _, state = model.decode_chunk(latents, None)
+    leaves = tree_map_only(torch.Tensor, lambda x: x.requires_grad_(), state)
+    frames, _ = model.decode_chunk(latents[:, :, 1:], leaves)
+    gradients = torch.autograd.grad(frames.sum(), tensors(leaves))
+    assert len(gradients) == 2 * 8 + 2 and all(gradient.any() for gradient in gradients)
+
+
+def test_full_size_is_the_published_one():
+    with torch.device("meta"):
+        model = models.from_config("cogvideox")
+    counts = [sum(p.numel() for p in module.parameters()) / 1e6 for module in model.modules()]
+    assert [round(count, 1) for count in counts[:2]] == [1693.8, 215.6]
+    assert round(counts[2]) == 4762  # T5 1.1 XXL's encoder
+    assert len(lora.add(model, 16).layers) == 120
+    settings = {name: model.defaults[name] for name in ("num_frames", "height", "width", "fps")}
+    assert settings == {"num_frames": 49, "height": 480, "width": 720, "fps": 8}
+
+
+def test_the_last_step_moves_the_video(directories):
+    model = load(directories["2b"])
+    assert model.last_step_gain(Sampling().resolve(model)) == pytest.approx(0.231, abs=0.001)

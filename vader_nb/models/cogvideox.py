@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     AutoencoderKLCogVideoX,
+    CogVideoXResnetBlock3D,
     CogVideoXSpatialNorm3D,
+    CogVideoXUpBlock3D,
 )
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
@@ -21,6 +23,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoTokenizer, T5EncoderModel
 
+from ..offload import checkpointed
 from ..prompts import Prompt
 from .base import Conditioning, cached, warn_truncated
 from .parts import ModelOfParts
@@ -48,6 +51,8 @@ T5_XXL = {
 }
 PUBLISHED = {"transformer": {}, "vae": {}, "text_encoder": T5_XXL, "scheduler": SCHEDULER}
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 6.0, "fps": 8}
+# One within the other: blocks keep less than the layers that they are made of, and norms are cheap.
+RECOMPUTED = CogVideoXUpBlock3D, CogVideoXResnetBlock3D, CogVideoXSpatialNorm3D
 CACHED_PROMPTS = 500  # prompts whose embeddings a model keeps: 1.9 MB each in half precision
 
 
@@ -84,7 +89,6 @@ class CogVideoX(ModelOfParts):
         size = {name: latents * self.scale for name, latents in size.items()}
         self.defaults = DEFAULTS | {"num_frames": config.sample_frames} | size | defaults
         self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
-        vae.enable_gradient_checkpointing()  # acts only where there is a graph, and is exact
         for module in vae.decoder.modules():
             if isinstance(module, CogVideoXSpatialNorm3D):
                 module.register_forward_hook(without_cache)
@@ -233,7 +237,10 @@ class CogVideoX(ModelOfParts):
         shape = (len(gradient), sum(makes), *gradient.shape[2:])
         every = gradient.new_zeros(shape)
         every.index_add_(1, torch.tensor(frames, device=gradient.device), gradient)
-        pulled = causal_vjp(self.decode_chunk, parts, every.split(makes, dim=1))
+        away = None if self.offloader is None else self.offload_device
+        recomputed = [part for part in self.vae.decoder.modules() if isinstance(part, RECOMPUTED)]
+        with checkpointed(recomputed):
+            pulled = causal_vjp(self.decode_chunk, parts, every.split(makes, dim=1), away)
         (found,) = torch.autograd.grad(parts, leaf, pulled)
         return found
 
@@ -247,7 +254,10 @@ Chunk = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 
 def causal_vjp(
-    chunk: Chunk, parts: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+    chunk: Chunk,
+    parts: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    offload_device: torch.device | None = None,
 ) -> list[torch.Tensor]:
     """The gradient on each part of what a causal decoder is given, exact, with one chunk's graph at a time.
 
@@ -256,16 +266,19 @@ def causal_vjp(
             changed in place; that before the first part is None.
         parts: in the order of time.
         gradients: on each part's frames.
+        offload_device: where the states wait for their turn; None for where they are.
     """
-    states: list[Any] = [None]
+    waiting: list[Any] = []
+    state, later = None, []  # later: gradients on the state that a part leaves
     with torch.no_grad():
-        for part in parts[:-1]:
-            states.append(chunk(part, states[-1])[1])
+        for part in parts:
+            waiting.append(moved(state, offload_device))
+            if len(waiting) < len(parts):
+                _, state = chunk(part, state)
     pulled: list[torch.Tensor] = []
-    later: Sequence[torch.Tensor | None] = []  # gradients on the state that a part leaves
     for part, gradient in zip(reversed(parts), reversed(gradients)):
         part = part.detach().requires_grad_()
-        state = tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(), states.pop())
+        state = tree_map_only(torch.Tensor, as_leaf, moved(waiting.pop(), part.device))
         with torch.enable_grad():
             frames, left = chunk(part, state)
         outputs = [(frames, gradient), *zip(tensors(left), later)]
@@ -278,6 +291,18 @@ def causal_vjp(
         )
         pulled.append(torch.zeros_like(part) if found is None else found)
     return pulled[::-1]
+
+
+def moved(state: Any, device: torch.device | None) -> Any:
+    """The state with its tensors on this device; None for where they are."""
+    return tree_map_only(torch.Tensor, lambda x: x if device is None else x.to(device), state)
+
+
+def as_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf with a gradient of its own: the last frames of a gradient would keep all of it in memory."""
+    leaf = tensor.detach().requires_grad_()
+    leaf.register_hook(torch.clone)
+    return leaf
 
 
 def tensors(state: Any) -> list[torch.Tensor]:
