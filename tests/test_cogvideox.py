@@ -55,7 +55,7 @@ def pipeline_of(transformer: dict):
     )
 
 
-KINDS = {"2b": {}}
+KINDS = {"2b": {}, "5b": {"use_rotary_positional_embeddings": True}}
 
 
 @pytest.fixture(scope="module")

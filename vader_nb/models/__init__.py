@@ -134,6 +134,19 @@ CHECKPOINTS = {
         size="13.3 GB",
         license="Apache-2.0",
     ),
+    "cogvideox-5b": Checkpoint(
+        "THUDM/CogVideoX-5b",
+        *COGVIDEOX,
+        size="21.1 GB",
+        license="CogVideoX license",
+    ),
+    "cogvideox-1.5": Checkpoint(
+        "THUDM/CogVideoX1.5-5B",
+        *COGVIDEOX,
+        {"height": 768, "width": 1360, "fps": 16},
+        size="21.1 GB",
+        license="CogVideoX license",
+    ),
     "videocrafter2": Checkpoint(
         "VideoCrafter/VideoCrafter2",
         "VideoCrafter2",

@@ -50,6 +50,18 @@ T5_XXL = {
     "tie_word_embeddings": False,
 }
 PUBLISHED = {"transformer": {}, "vae": {}, "text_encoder": T5_XXL, "scheduler": SCHEDULER}
+ROTARY = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+LARGE = {
+    "transformer": ROTARY,
+    "vae": {"scaling_factor": 0.7},
+    "scheduler": SCHEDULER | {"snr_shift_scale": 1.0},
+}
+LONG = {"patch_size_t": 2, "patch_bias": False, "sample_frames": 81}
+LONG |= {"sample_height": 300, "sample_width": 300}
+SIZES = {  # hub id -> what differs from 2b
+    "THUDM/CogVideoX-5b": LARGE,
+    "THUDM/CogVideoX1.5-5B": LARGE | {"transformer": ROTARY | LONG},
+}
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 6.0, "fps": 8}
 # One within the other: blocks keep less than the layers that they are made of, and norms are cheap.
 RECOMPUTED = CogVideoXUpBlock3D, CogVideoXResnetBlock3D, CogVideoXSpatialNorm3D
@@ -85,13 +97,17 @@ class CogVideoX(ModelOfParts):
         self.text_encoder, self.tokenizer, self.scheduler = text_encoder, tokenizer, scheduler
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, 8
         config = transformer.config
-        size = {"height": config.sample_height, "width": config.sample_width}
-        size = {name: latents * self.scale for name, latents in size.items()}
-        self.defaults = DEFAULTS | {"num_frames": config.sample_frames} | size | defaults
+        own = {"num_frames": config.sample_frames}
+        own |= {n: self.scale * config[f"sample_{n}"] for n in ("height", "width")}
+        self.defaults = DEFAULTS | own | defaults
         self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
         for module in vae.decoder.modules():
             if isinstance(module, CogVideoXSpatialNorm3D):
                 module.register_forward_hook(without_cache)
+
+    @classmethod
+    def published_for(cls, checkpoint) -> dict[str, dict]:
+        return PUBLISHED | SIZES.get(checkpoint.source, {})
 
     def decoders(self) -> list[nn.Module]:
         return [self.vae.decoder]
@@ -189,9 +205,19 @@ class CogVideoX(ModelOfParts):
             latents.transpose(1, 2),
             inputs["encoder_hidden_states"],
             t.expand(len(latents)),
+            image_rotary_emb=self.positions(latents),
             return_dict=False,
         )[0].transpose(1, 2)
         return output.to(torch.promote_types(output.dtype, torch.float32))  # for guidance and step
+
+    def positions(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines of the rotary embeddings, (tokens, 64) each; None for 2b, which has none."""
+        if not self.config.use_rotary_positional_embeddings:
+            return None
+        frames, *size = latents.shape[2:]
+        parts = SimpleNamespace(vae_scale_factor_spatial=self.scale, transformer=self.denoiser)
+        made: Any = CogVideoXPipeline._prepare_rotary_positional_embeddings
+        return made(parts, *(n * self.scale for n in size), frames, latents.device)
 
     def step(self, scheduler, output, t, latents, **options) -> torch.Tensor:
         return super().step(scheduler, output, t, latents, **options).to(latents.dtype)
