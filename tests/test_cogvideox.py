@@ -55,7 +55,8 @@ def pipeline_of(transformer: dict):
     )
 
 
-KINDS = {"2b": {}, "5b": {"use_rotary_positional_embeddings": True}}
+ROTARY = {"use_rotary_positional_embeddings": True}
+KINDS = {"2b": {}, "5b": ROTARY, "1.5": ROTARY | {"patch_size_t": 2, "patch_bias": False}}
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,6 @@ CHECKPOINTS = {
     "cogvideox-1.5": Checkpoint(
         "THUDM/CogVideoX1.5-5B",
         *COGVIDEOX,
-        {"height": 768, "width": 1360, "fps": 16},
         size="21.1 GB",
         license="CogVideoX license",
     ),

@@ -65,14 +65,15 @@ SIZES = {  # hub id -> what differs from 2b
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 6.0, "fps": 8}
 # One within the other: blocks keep less than the layers that they are made of, and norms are cheap.
 RECOMPUTED = CogVideoXUpBlock3D, CogVideoXResnetBlock3D, CogVideoXSpatialNorm3D
+SIDES = "height", "width"
 CACHED_PROMPTS = 500  # prompts whose embeddings a model keeps: 1.9 MB each in half precision
 
 
 class CogVideoX(ModelOfParts):
     """A `CogVideoXTransformer3DModel` with T5's text encoder and a causal autoencoder.
 
-    Its clips have 8 k + 1 or 8 k frames: the decoder keeps the first frame for itself where the number of
-    latents is odd.
+    Clips have 8 k + 1 frames, or 8 k where the network (not 1.5's) takes latents one by one: an even number of
+    latents is decoded to four frames each, and the first one of an odd number to one.
     """
 
     family = "CogVideoXPipeline"
@@ -98,7 +99,9 @@ class CogVideoX(ModelOfParts):
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, 8
         config = transformer.config
         own = {"num_frames": config.sample_frames}
-        own |= {n: self.scale * config[f"sample_{n}"] for n in ("height", "width")}
+        own |= {n: self.scale * config[f"sample_{n}"] for n in SIDES}
+        if config.patch_size_t:  # 1.5's configuration names the largest size instead
+            own |= {"height": min(768, own["height"]), "width": min(1360, own["width"]), "fps": 16}
         self.defaults = DEFAULTS | own | defaults
         self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
         for module in vae.decoder.modules():
@@ -161,37 +164,34 @@ class CogVideoX(ModelOfParts):
         return denoiser.config
 
     def frames_of(self, latents: int) -> int:
-        """The number of frames that so many latents are decoded to."""
-        even = latents - latents % 2
-        return even * self.vae.config.temporal_compression_ratio + latents % 2
+        """The number of frames that so many latents are decoded to: a last one for itself, and fours."""
+        return latents // 2 * 2 * self.vae.config.temporal_compression_ratio + latents % 2
 
-    def latents_of(self, frames: int) -> int:
-        """The number of latents of so many frames, of which some are decoded to more than those."""
-        return (frames - 1) // self.vae.config.temporal_compression_ratio + 1
-
-    def makes(self, frames: int) -> bool:
-        """Whether there are clips of so many frames."""
-        return self.frames_of(self.latents_of(frames)) == frames
+    def latents_of(self, frames: int) -> int | None:
+        """The number of latents of a clip of so many frames; None where there is none such."""
+        count = (frames - 1) // self.vae.config.temporal_compression_ratio + 1
+        odd = count % 2 or not self.config.patch_size_t  # what `chunks` takes for granted
+        return count if odd and self.frames_of(count) == frames else None
 
     def latent_shape(self, sampling) -> tuple[int, int, int, int]:
-        unit = self.scale * self.config.patch_size
-        for name in ("height", "width"):
-            value = getattr(sampling, name)
-            if value < unit or value % unit:
+        unit, grid = self.scale * self.config.patch_size, self.config.patch_size_t
+        for name in SIDES:
+            value, most = getattr(sampling, name), self.config[f"sample_{name}"] * self.scale
+            if value < unit or value % unit or (grid and value > most):
+                limit = f" up to {most}" if grid else ""
                 raise ValueError(
-                    f"{name}={value} must be a positive multiple of {unit} pixels for {self.name}"
+                    f"{name}={value} must be a positive multiple of {unit} pixels{limit} for {self.name}"
                 )
-        frames = sampling.num_frames
-        if not self.makes(frames):
-            step = self.frames_of(2)
-            near = [n for n in range(max(1, frames - step), frames + step + 1) if self.makes(n)]
-            below = max(n for n in near if n < frames)
-            above = min(n for n in near if n > frames)
+        frames, step = sampling.num_frames, self.frames_of(2)
+        count = self.latents_of(frames)
+        if count is None:
+            near = [n for n in range(max(1, frames - step), frames + step) if self.latents_of(n)]
+            below, above = max(n for n in near if n < frames), min(n for n in near if n > frames)
             raise ValueError(
                 f"num_frames={frames} cannot be decoded by {self.name}: the nearest are {below} and {above}"
             )
-        size = sampling.height // self.scale, sampling.width // self.scale
-        return self.config.in_channels, self.latents_of(frames), *size
+        count += -count % (grid or 1)
+        return self.config.in_channels, count, *(getattr(sampling, n) // self.scale for n in SIDES)
 
     def initial_latents(self, sampling, generators) -> torch.Tensor:
         channels, frames, *size = self.latent_shape(sampling)
@@ -230,6 +230,8 @@ class CogVideoX(ModelOfParts):
         """The decoder's chunks up to the last of these frames: their latents, how many frames each makes, and
         the frames' indices."""
         self.onload(*self.decoders())
+        if self.config.patch_size_t:  # an odd number of latents, filled up in front
+            latents = latents[:, :, 1:]
         count = latents.shape[2]
         pairs = [2] * (count // 2) or [0]
         pairs[0] += count % 2  # the first chunk has three, or one
