@@ -1,5 +1,8 @@
 """CogVideoX: against diffusers' own pipeline, its full size, and its decoder's gradient, swept back chunk by chunk."""
 
+import json
+import shutil
+
 import diffusers
 import pytest
 import torch
@@ -10,7 +13,7 @@ from vader_nb import Prompt, load, lora, models
 from vader_nb.models.cogvideox import SCHEDULER, tensors
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRTune, Last, ReFL
-from vader_nb.testing import check_model
+from vader_nb.testing import adapted, check_model
 from vader_nb.zoo import tokenizer
 
 SIZE = {"num_frames": 9, "height": 16, "width": 24}
@@ -158,17 +161,94 @@ def test_no_chunk_hands_on_what_the_next_one_does_not_read(directories):
     assert len(gradients) == 2 * 8 + 2 and all(gradient.any() for gradient in gradients)
 
 
-def test_full_size_is_the_published_one():
+@pytest.mark.parametrize(
+    "name, millions, layers, clip, fps",
+    [
+        ("cogvideox", 1693.8, 120, [49, 480, 720], 8),
+        ("cogvideox-5b", 5570.3, 168, [49, 480, 720], 8),
+        ("cogvideox-1.5", 5570.7, 168, [81, 768, 1360], 16),
+    ],
+)
+def test_full_size_is_the_published_one(name, millions, layers, clip, fps):
     with torch.device("meta"):
-        model = models.from_config("cogvideox")
+        model = models.from_config(name)
     counts = [sum(p.numel() for p in module.parameters()) / 1e6 for module in model.modules()]
-    assert [round(count, 1) for count in counts[:2]] == [1693.8, 215.6]
+    assert [round(count, 1) for count in counts[:2]] == [millions, 215.6]
     assert round(counts[2]) == 4762  # T5 1.1 XXL's encoder
-    assert len(lora.add(model, 16).layers) == 120
-    settings = {name: model.defaults[name] for name in ("num_frames", "height", "width", "fps")}
-    assert settings == {"num_frames": 49, "height": 480, "width": 720, "fps": 8}
+    assert len(lora.add(model, 16).layers) == layers
+    assert [model.defaults[name] for name in ("num_frames", "height", "width")] == clip
+    assert model.defaults["fps"] == fps
+    with pytest.raises(ValueError, match="width=716 must be a positive multiple of 16 pixels"):
+        model.latent_shape(Sampling(width=716).resolve(model))
 
 
 def test_the_last_step_moves_the_video(directories):
     model = load(directories["2b"])
     assert model.last_step_gain(Sampling().resolve(model)) == pytest.approx(0.231, abs=0.001)
+
+
+def test_it_is_saved_and_its_adapter_is_read_by_diffusers_pipeline(directories, tmp_path):
+    model, settings = load(directories["5b"]), SIZE | {"num_inference_steps": 2}
+    adapter = adapted(model)
+    options = {"seeds": [5, 9], "sampling": Sampling(**settings)}
+    expected = sample(model, PROMPTS, adapter=adapter, **options)
+    file = adapter.export(tmp_path / "lora")
+    adapter.remove()
+    again = load(model.save_pretrained(tmp_path / "saved"))
+    base = sample(model, PROMPTS, **options)
+    assert torch.equal(sample(again, PROMPTS, **options), base) and not torch.equal(base, expected)
+    assert again.defaults == model.defaults
+    pipeline = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "saved")
+    pipeline.load_lora_weights(file)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        [prompt.text for prompt in PROMPTS],
+        [prompt.negative_prompt for prompt in PROMPTS],
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 9)],
+        output_type="pt",
+        max_sequence_length=12,
+        **settings,
+    ).frames
+    torch.testing.assert_close(expected, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, size, message",
+    [
+        ("2b", {"height": 20}, "height=20 must be a positive multiple of 8 pixels for"),
+        ("2b", {"num_frames": 2}, "num_frames=2 cannot be decoded by .* nearest are 1 and 8"),
+        ("2b", {"num_frames": 13}, "num_frames=13 cannot be .* nearest are 9 and 16"),
+        ("1.5", {"num_frames": 16}, "num_frames=16 cannot be .* nearest are 9 and 17"),
+        ("1.5", {"width": 32}, "width=32 must be a positive multiple of 8 pixels up to 24"),
+        ("2b", {"eta": 0.5}, "eta=0.5 has no effect with CogVideoXDDIMScheduler"),
+    ],
+)
+def test_bad_sizes(directories, kind, size, message):
+    with pytest.raises(ValueError, match=message):
+        sample(load(directories[kind]), "a star", sampling=Sampling(**SIZE | size))
+
+
+@pytest.mark.parametrize("frames", [1, 8, 16, 17])
+def test_every_length_that_it_accepts_is_the_length_of_its_clips(directories, frames):
+    settings = Sampling(num_frames=frames, height=8, width=8, num_inference_steps=1)
+    assert sample(load(directories["2b"]), "a star", sampling=settings).shape[1] == frames
+    if frames % 8:
+        assert sample(load(directories["1.5"]), "a star", sampling=settings).shape[1] == frames
+
+
+def test_a_directory_with_the_dpm_scheduler_is_sampled_by_ddim(directories, tmp_path):
+    folder = shutil.copytree(directories["2b"], tmp_path / "copy")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "CogVideoXDPMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    model, plain = load(folder), load(directories["2b"])
+    assert type(model.scheduler) is diffusers.CogVideoXDDIMScheduler
+    assert model.scheduler.alphas_cumprod.equal(plain.scheduler.alphas_cumprod)
+    model.scheduler = diffusers.CogVideoXDPMScheduler.from_config(model.scheduler.config)
+    with pytest.raises(ValueError, match="CogVideoXDPMScheduler cannot be replayed"):
+        sample(model, "a star", sampling=Sampling(**SIZE))
+
+
+def test_an_image_is_refused(directories):
+    with pytest.raises(ValueError, match="makes videos of text alone"):
+        load(directories["2b"]).encode([Prompt("a star", image=torch.zeros(3, 8, 8))])

@@ -193,6 +193,15 @@ class CogVideoX(ModelOfParts):
         count += -count % (grid or 1)
         return self.config.in_channels, count, *(getattr(sampling, n) // self.scale for n in SIDES)
 
+    def new_scheduler(self, sampling):
+        """Raises ValueError for the schedulers' traps: a step with other arguments, and a noise without effect."""
+        name = type(self.scheduler).__name__
+        if name == "CogVideoXDPMScheduler":
+            raise ValueError(f"{name} cannot be replayed: take CogVideoXDDIMScheduler.from_config")
+        if sampling.eta and name == "CogVideoXDDIMScheduler":
+            raise ValueError(f"eta={sampling.eta} has no effect with {name}: set it to 0")
+        return super().new_scheduler(sampling)
+
     def initial_latents(self, sampling, generators) -> torch.Tensor:
         channels, frames, *size = self.latent_shape(sampling)
         shape = (len(generators), frames, channels, *size)  # drawn as diffusers does
