@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import T5Config, T5EncoderModel
 
 from vader_nb import Prompt, load, lora, models
+from vader_nb.memory_planner import MemoryTracker
 from vader_nb.models.cogvideox import SCHEDULER, tensors
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRTune, Last, ReFL
@@ -134,6 +135,27 @@ def test_the_gradient_swept_back_is_that_of_the_whole_decoder(directories, count
     (expected,) = torch.autograd.grad(whole[:, some], leaf, pixels[:, some])
     found = model.decode_vjp(latents, [-1, 0, 0], pixels[:, some])
     assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+def test_memory_grows_with_the_states_and_not_with_the_graph(directories):
+    model = load(directories["2b"])
+
+    def peak(count, pull):
+        latents = torch.randn(1, 4, count, 4, 4)
+        gradient = torch.ones(1, model.frames_of(count), 3, 16, 16)
+        with MemoryTracker() as tracker:
+            pull(latents, list(range(len(gradient[0]))), gradient)
+        return tracker.bytes
+
+    def plainly(latents, frames, gradient):
+        latents.requires_grad_()
+        torch.autograd.grad(model.vae.decode(latents).sample.transpose(1, 2), latents, gradient)
+
+    streamed, plain = (peak(16, pull) - peak(8, pull) for pull in (model.decode_vjp, plainly))
+    _, state = model.decode_chunk(torch.randn(1, 4, 2, 4, 4), None)
+    states = 4 * sum(x.untyped_storage().nbytes() for x in tensors(state))
+    pixels = 2 * 4 * 32 * 3 * 16 * 16  # frames and their gradient
+    assert streamed <= states + pixels < plain / 3
 
 
 def test_early_frames_take_the_first_chunks_alone(directories):

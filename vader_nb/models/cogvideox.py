@@ -29,33 +29,14 @@ from .base import Conditioning, cached, warn_truncated
 from .parts import ModelOfParts
 
 # The published architectures, for `from_config`; what is missing here is the classes' own default.
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True,
-    "set_alpha_to_one": True,
-    "snr_shift_scale": 3.0,
-    "timestep_spacing": "trailing",
-}
-T5_XXL = {
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
-}
+SCHEDULER = {"clip_sample": False, "prediction_type": "v_prediction"}
+SCHEDULER |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+T5_XXL |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 PUBLISHED = {"transformer": {}, "vae": {}, "text_encoder": T5_XXL, "scheduler": SCHEDULER}
 ROTARY = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
-LARGE = {
-    "transformer": ROTARY,
-    "vae": {"scaling_factor": 0.7},
-    "scheduler": SCHEDULER | {"snr_shift_scale": 1.0},
-}
+LARGE = {"transformer": ROTARY, "vae": {"scaling_factor": 0.7}}
+LARGE |= {"scheduler": SCHEDULER | {"snr_shift_scale": 1.0}}
 LONG = {"patch_size_t": 2, "patch_bias": False, "sample_frames": 81}
 LONG |= {"sample_height": 300, "sample_width": 300}
 SIZES = {  # hub id -> what differs from 2b
@@ -275,7 +256,9 @@ class CogVideoX(ModelOfParts):
         every = gradient.new_zeros(shape)
         every.index_add_(1, torch.tensor(frames, device=gradient.device), gradient)
         away = None if self.offloader is None else self.offload_device
-        recomputed = [part for part in self.vae.decoder.modules() if isinstance(part, RECOMPUTED)]
+        recomputed: list[nn.Module] = [
+            part for part in self.vae.decoder.modules() if isinstance(part, RECOMPUTED)
+        ]
         with checkpointed(recomputed):
             pulled = causal_vjp(self.decode_chunk, parts, every.split(makes, dim=1), away)
         (found,) = torch.autograd.grad(parts, leaf, pulled)
@@ -306,28 +289,36 @@ def causal_vjp(
         offload_device: where the states wait for their turn; None for where they are.
     """
     waiting: list[Any] = []
-    state, later = None, []  # later: gradients on the state that a part leaves
+    state = None
     with torch.no_grad():
         for part in parts:
             waiting.append(moved(state, offload_device))
             if len(waiting) < len(parts):
                 _, state = chunk(part, state)
     pulled: list[torch.Tensor] = []
+    later: list = []
     for part, gradient in zip(reversed(parts), reversed(gradients)):
-        part = part.detach().requires_grad_()
-        state = tree_map_only(torch.Tensor, as_leaf, moved(waiting.pop(), part.device))
-        with torch.enable_grad():
-            frames, left = chunk(part, state)
-        outputs = [(frames, gradient), *zip(tensors(left), later)]
-        outputs = [(y, g) for y, g in outputs if g is not None]
-        found, *later = torch.autograd.grad(
-            [y for y, _ in outputs],
-            [part, *tensors(state)],
-            [g for _, g in outputs],
-            allow_unused=True,
-        )
-        pulled.append(torch.zeros_like(part) if found is None else found)
+        state = moved(waiting.pop(), part.device)
+        found, later = part_vjp(chunk, part, state, gradient, later)
+        pulled.append(found)
     return pulled[::-1]
+
+
+def part_vjp(chunk: Chunk, part: torch.Tensor, state: Any, gradient: torch.Tensor, later: list):
+    """The gradients on a part, and on each tensor of the state before it (None for none).
+
+    Args:
+        gradient: on the part's frames.
+        later: on each tensor of the state that the part leaves; empty for the last part.
+    """
+    part, state = as_leaf(part), tree_map_only(torch.Tensor, as_leaf, state)
+    with torch.enable_grad():
+        frames, left = chunk(part, state)
+    outputs = [(frames, gradient), *zip(tensors(left), later)]
+    outputs, given = zip(*((y, g) for y, g in outputs if g is not None))
+    inputs = [part, *tensors(state)]
+    found, *later = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
+    return found, later
 
 
 def moved(state: Any, device: torch.device | None) -> Any:
