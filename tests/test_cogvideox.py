@@ -11,7 +11,7 @@ from transformers import T5Config, T5EncoderModel
 
 from vader_nb import Prompt, load, lora, models
 from vader_nb.memory_planner import MemoryTracker
-from vader_nb.models.cogvideox import SCHEDULER, tensors
+from vader_nb.models.cogvideox import SCHEDULER, part_vjp, tensors
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRTune, Last, ReFL
 from vader_nb.testing import adapted, check_model
@@ -156,6 +156,9 @@ def test_memory_grows_with_the_states_and_not_with_the_graph(directories):
     states = 4 * sum(x.untyped_storage().nbytes() for x in tensors(state))
     pixels = 2 * 4 * 32 * 3 * 16 * 16  # frames and their gradient
     assert streamed <= states + pixels < plain / 3
+    part, gradient = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 8, 3, 16, 16)
+    _, later = part_vjp(model.decode_chunk, part, state, gradient, [])
+    assert [x.untyped_storage().nbytes() for x in later] == [x.nbytes for x in tensors(state)]
 
 
 def test_early_frames_take_the_first_chunks_alone(directories):
