@@ -53,8 +53,8 @@ CACHED_PROMPTS = 500  # prompts whose embeddings a model keeps: 1.9 MB each in h
 class CogVideoX(ModelOfParts):
     """A `CogVideoXTransformer3DModel` with T5's text encoder and a causal autoencoder.
 
-    Clips have 8 k + 1 frames, or 8 k where the network (not 1.5's) takes latents one by one: an even number of
-    latents is decoded to four frames each, and the first one of an odd number to one.
+    Clips have 8 k + 1 frames, or 8 k where the network (not 1.5's) takes latents one by one: an even number
+    of latents is decoded to four frames each, and the first one of an odd number to one.
     """
 
     family = "CogVideoXPipeline"
@@ -175,7 +175,7 @@ class CogVideoX(ModelOfParts):
         return self.config.in_channels, count, *(getattr(sampling, n) // self.scale for n in SIDES)
 
     def new_scheduler(self, sampling):
-        """Raises ValueError for the schedulers' traps: a step with other arguments, and a noise without effect."""
+        """As the base's. Raises ValueError for a scheduler whose step is another, and a noise without effect."""
         name = type(self.scheduler).__name__
         if name == "CogVideoXDPMScheduler":
             raise ValueError(f"{name} cannot be replayed: take CogVideoXDDIMScheduler.from_config")
@@ -282,7 +282,7 @@ def causal_vjp(
     """The gradient on each part of what a causal decoder is given, exact, with one chunk's graph at a time.
 
     Args:
-        chunk: (part, state) -> (frames, new state). A state is any nest of lists, tuples and dicts, and is not
+        chunk: (part, state) -> (frames, new state). A state is any nest of lists, tuples and dicts, never
             changed in place; that before the first part is None.
         parts: in the order of time.
         gradients: on each part's frames.
