@@ -34,6 +34,8 @@ FAMILIES: dict[str, type[VideoModel] | str] = {
     "StableVideoDiffusionPipeline": "vader_nb.models.svd:StableVideoDiffusion",
     "OpenSoraPipeline": "vader_nb.models.opensora:OpenSora",
     "CogVideoXPipeline": "vader_nb.models.cogvideox:CogVideoX",
+    "WanPipeline": "vader_nb.models.wan:Wan",
+    "WanImageToVideoPipeline": "vader_nb.models.wan_i2v:WanImageToVideo",
     "VideoCrafter2": "vader_nb.models.videocrafter:VideoCrafter2",  # diffusers has no pipeline of it
     "AnimateDiffPipeline": "vader_nb.models.animatediff:AnimateDiff",
     "LTXPipeline": "vader_nb.models.ltx_video:LTXVideo",
@@ -76,6 +78,10 @@ ZOO = Path(__file__).parent.parent / "zoo" / "weights"
 TINY = ZOO / "tiny"
 SVD = "StableVideoDiffusionPipeline", "EulerDiscreteScheduler"
 COGVIDEOX = "CogVideoXPipeline", "CogVideoXDDIMScheduler"
+WAN = "WanPipeline", "UniPCMultistepScheduler"
+# The states of Wan's decoder for 81 frames of 480 x 832 take 40 GB in half precision; every fifth one, computed again
+# from there, 17 GB.
+FIFTHS = {"decoder_states": 5}
 # Decoding 14 frames of 576 x 1024 with a graph takes 91 GiB at once and 18 in twos; diffusers advises 2 to save memory.
 TWOS = {"decode_chunk_size": 2}
 # DPM++ in 25 steps at guidance 9 is VADER's setting for ModelScope.
@@ -145,6 +151,42 @@ CHECKPOINTS = {
         *COGVIDEOX,
         size="21.1 GB",
         license="CogVideoX license",
+    ),
+    "wan": Checkpoint(
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        *WAN,
+        FIFTHS,
+        size="5.7 GB, 29 GB with text encoder and autoencoder",
+        license="Apache-2.0",
+    ),
+    "wan-14b": Checkpoint(
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        *WAN,
+        FIFTHS,
+        size="57 GB, 80 GB with text encoder and autoencoder",
+        license="Apache-2.0",
+    ),
+    "wan-i2v-14b": Checkpoint(
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+        "WanImageToVideoPipeline",
+        "UniPCMultistepScheduler",
+        FIFTHS,
+        size="66 GB, 91 GB with text encoder, image encoder and autoencoder",
+        license="Apache-2.0",
+    ),
+    "wan2.2-5b": Checkpoint(
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        *WAN,
+        FIFTHS | {"num_frames": 121, "fps": 24, "height": 704, "width": 1280},
+        size="20 GB, 34 GB with text encoder and autoencoder",
+        license="Apache-2.0",
+    ),
+    "wan2.2-a14b": Checkpoint(
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        *WAN,
+        FIFTHS | {"num_inference_steps": 40, "guidance_scale": 4.0, "guidance_scale_2": 3.0},
+        size="114 GB, 126 GB with text encoder and autoencoder",
+        license="Apache-2.0",
     ),
     "videocrafter2": Checkpoint(
         "VideoCrafter/VideoCrafter2",

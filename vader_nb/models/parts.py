@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -20,9 +21,12 @@ class ModelOfParts(VideoModel):
     Attributes:
         networks: part -> class, derived from diffusers' `ModelMixin` or transformers' `PreTrainedModel`.
         processors: part -> class of a tokenizer or an image processor.
+        optional: parts that a checkpoint may lack, as its `model_index.json` says. A model's own `networks` and
+            `processors` are those that it has.
+        settings: other entries of `model_index.json` -> default; a model has them as attributes.
         schedulers: name -> class of those that diffusers does not have.
         published: part -> the published configuration, for `from_config`; with one of "scheduler". What is
-            missing in it is the class's own default.
+            missing in it is the class's own default. "model_index" may have `settings`.
         family: the pipeline class that `model_index.json` names, under which the class is registered.
     """
 
@@ -30,6 +34,8 @@ class ModelOfParts(VideoModel):
 
     networks: dict[str, Any]
     processors: dict[str, Any] = {}
+    optional: tuple[str, ...] = ()
+    settings: dict[str, Any] = {}
     schedulers: dict[str, Any] = {}
     published: dict[str, dict] = {}
 
@@ -37,14 +43,18 @@ class ModelOfParts(VideoModel):
     def from_pretrained(cls, checkpoint, *, name: str, dtypes: dict, **hub) -> Any:
         """Load the parts of a pipeline directory or hub repository, see `models.load`."""
         plain = {key: value for key, value in hub.items() if key != "variant"}
+        index: Any = {}
+        if cls.optional or cls.settings:
+            index = DiffusionPipeline.load_config(checkpoint.source, **plain)
         parts: dict[str, Any] = {}
-        for part, kind in cls.networks.items():
+        for part, kind in cls.present(cls.networks, index).items():
             argument = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
             options = hub | {argument: dtypes.get(part, dtypes["default"])}
             parts[part] = cls.read_network(part, checkpoint, options)
-        for part, kind in {**cls.processors, "scheduler": cls.scheduler_class(checkpoint)}.items():
+        others = {**cls.processors, "scheduler": cls.scheduler_class(checkpoint)}
+        for part, kind in cls.present(others, index).items():
             parts[part] = kind.from_pretrained(checkpoint.source, subfolder=part, **plain)
-        return cls.of(checkpoint, name, parts)
+        return cls.of(checkpoint, name, parts, index)
 
     @classmethod
     def read_network(cls, part: str, checkpoint, options: dict) -> nn.Module:
@@ -57,27 +67,38 @@ class ModelOfParts(VideoModel):
         folder = checkpoint.directory
         if folder and not (folder / "model_index.json").is_file():  # its authors' own layout
             folder = None
-        config, parts = cls.published_for(checkpoint), {}
         if folder:
-            config = {part: read_config(folder / part) for part in [*cls.networks, "scheduler"]}
-        for part, kind in cls.networks.items():
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            named = [*cls.present(cls.networks, index), "scheduler"]
+            config = {part: read_config(folder / part) for part in named}
+        else:
+            config = cls.published_for(checkpoint)
+            index = config | config.get("model_index", {})
+        parts: dict[str, Any] = {}
+        for part, kind in cls.present(cls.networks, index).items():
+            network: Any = kind
             if issubclass(kind, ModelMixin):
-                parts[part] = kind.from_config(config[part])
+                parts[part] = network.from_config(config[part])
             else:
                 parts[part] = kind(kind.config_class(**config[part]))
-        for part, kind in cls.processors.items():
+        for part, kind in cls.present(cls.processors, index).items():
             made = DummyTokenizer if part.startswith("tokenizer") else kind
             parts[part] = kind.from_pretrained(folder / part) if folder else made()
         with unset_fake_temporarily():  # the values of its tables are read, not only their sizes
             parts["scheduler"] = cls.scheduler_class(checkpoint).from_config(config["scheduler"])
-        return cls.of(checkpoint, name, parts)
+        return cls.of(checkpoint, name, parts, index)
 
     @classmethod
-    def of(cls, checkpoint, name: str, parts: dict[str, Any]) -> Any:
-        """The model of these parts, frozen and in eval mode for good: some networks hold a dropout."""
+    def of(cls, checkpoint, name: str, parts: dict[str, Any], index: dict) -> Any:
+        """The model of these parts and of this `model_index.json`, frozen and in eval mode for good: some networks
+        hold a dropout."""
         make: Any = cls
         model = make(name, **parts, defaults=checkpoint.defaults, world=checkpoint.world)
         model.family = checkpoint.family
+        model.networks = {part: kind for part, kind in cls.networks.items() if part in parts}
+        model.processors = {part: kind for part, kind in cls.processors.items() if part in parts}
+        for setting, default in cls.settings.items():
+            setattr(model, setting, index.get(setting, default))
         for module in model.modules():
             module.eval().requires_grad_(False)
         return model
@@ -86,6 +107,12 @@ class ModelOfParts(VideoModel):
     def published_for(cls, checkpoint) -> dict[str, dict]:
         """The published configuration of a checkpoint, for families with several."""
         return cls.published
+
+    @classmethod
+    def present(cls, kinds: dict[str, Any], index: dict) -> dict[str, Any]:
+        """Those parts that are not optional, or that a `model_index.json` names with their classes."""
+        absent = [part for part in cls.optional if index.get(part) in (None, [None, None])]
+        return {part: kind for part, kind in kinds.items() if part not in absent}
 
     @classmethod
     def scheduler_class(cls, checkpoint) -> Any:
@@ -106,7 +133,8 @@ class ModelOfParts(VideoModel):
                 f"diffusers has no pipeline of {self.family}: sample with vader_nb.sample, and save with "
                 f"save_pretrained, which writes its parts one by one"
             )
-        return kind(**{name: self.part(name) for name in self.part_names()})
+        settings = {name: getattr(self, name) for name in self.settings}
+        return kind(**{name: self.part(name) for name in self.part_names()}, **settings)
 
     def part_names(self) -> list[str]:
         return [*self.networks, *self.processors, "scheduler"]
@@ -117,4 +145,5 @@ class ModelOfParts(VideoModel):
             part = self.part(name)
             part.save_pretrained(folder / name)
             index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+        index |= {name: getattr(self, name) for name in self.settings}
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -156,23 +156,7 @@ class StableVideoDiffusion(ModelOfParts):
         spec = world.parse(str(prompt)) if self.world == "tiny" and image is None else None
         if spec is not None:
             return world.render([spec], generator)[0, :1]
-        if image is None:
-            raise ValueError(
-                f"{self.name!r} continues an image: give Prompt({str(prompt)!r}, image=…), a tensor "
-                f"(3, H, W) in [0, 1]"
-            )
-        if not isinstance(image, torch.Tensor):  # PIL's
-            image = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(image))[0]
-        if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
-            raise ValueError(
-                f"an image must be a float tensor (3, H, W) in [0, 1], got {image.dtype} of shape "
-                f"{tuple(image.shape)}"
-            )
-        if not 0 <= image.min() <= image.max() <= 1:
-            raise ValueError(
-                f"an image's values must lie in [0, 1], got {image.min():g} to {image.max():g}"
-            )
-        return image[None].float()
+        return checked_image(self.name, prompt)
 
     def embed_image(self, image: torch.Tensor) -> torch.Tensor:
         """CLIP's embedding (1, 1, width) of an image (1, 3, H, W) in [0, 1]."""
@@ -277,3 +261,29 @@ def resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if image.shape[-2:] == size:
         return image
     return interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def checked_image(name: str, prompt: str | Prompt) -> torch.Tensor:
+    """The image (1, 3, H, W) in [0, 1] of a prompt for the model of this name.
+
+    Raises:
+        ValueError: without one, and for a tensor that is none.
+    """
+    image = getattr(prompt, "image", None)
+    if image is None:
+        raise ValueError(
+            f"{name!r} continues an image: give Prompt({str(prompt)!r}, image=…), a tensor "
+            f"(3, H, W) in [0, 1]"
+        )
+    if not isinstance(image, torch.Tensor):  # PIL's
+        image = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(image))[0]
+    if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
+        raise ValueError(
+            f"an image must be a float tensor (3, H, W) in [0, 1], got {image.dtype} of shape "
+            f"{tuple(image.shape)}"
+        )
+    if not 0 <= image.min() <= image.max() <= 1:
+        raise ValueError(
+            f"an image's values must lie in [0, 1], got {image.min():g} to {image.max():g}"
+        )
+    return image[None].float()

@@ -1,0 +1,567 @@
+"""Wan 2.1 and 2.2: against diffusers' own pipelines, their full sizes, the streamed gradient of the causal decoder."""
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
+
+from vader_nb import Prompt, align, load, lora, memory_planner, models, rewards
+from vader_nb.models import wan_vae
+from vader_nb.sampling import Sampling, roll_out, sample
+from vader_nb.strategies import DRaFTLV, DRTune, Last, Step
+from vader_nb.testing import adapted, check_model
+
+PROMPTS = [
+    Prompt("a red star spinning &amp; growing", negative_prompt="blurry"),
+    Prompt("a  blue circle", negative_prompt="a red star"),
+]
+SETTINGS = {"num_inference_steps": 3, "num_frames": 5, "height": 32, "width": 48}
+SMALL = {"num_inference_steps": 5, "num_frames": 5, "height": 32, "width": 32}
+UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+VAES = {
+    "2.1": {"base_dim": 3, "z_dim": 4, "num_res_blocks": 1},
+    "2.2": {
+        "base_dim": 2,
+        "decoder_base_dim": 3,
+        "z_dim": 6,
+        "num_res_blocks": 1,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+    },
+}
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = (
+        "<pad> </s> <unk> a red blue star circle spinning growing blurry & on white sand background"
+    )
+    words = {word: i for i, word in enumerate(words.split())}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=16, **names)
+
+
+def vae(version):
+    torch.manual_seed(0)
+    config = dict(VAES[version])
+    draw = torch.Generator().manual_seed(1)
+    for name in ("latents_mean", "latents_std"):
+        config[name] = (torch.rand(config["z_dim"], generator=draw) + 0.5).tolist()
+    return diffusers.AutoencoderKLWan(**config)
+
+
+def transformer(channels, seed=0, **more):
+    torch.manual_seed(seed)
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        out_channels=channels,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        **{"in_channels": channels} | more,
+    )
+
+
+def text_encoder():
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = UMT5Config(vocab_size=32, relative_attention_num_buckets=8, **sizes)
+    return UMT5EncoderModel(config)
+
+
+def pipeline(version="2.1", scheduler=None, **more):
+    """A `WanPipeline` of random weights, built of the libraries' own classes."""
+    decoder = vae(version)
+    scheduler = scheduler or diffusers.UniPCMultistepScheduler(**UNIPC)
+    parts = tokenizer(), text_encoder(), decoder, scheduler, transformer(decoder.config.z_dim)
+    return diffusers.WanPipeline(*parts, **more)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wan")
+    pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """Two transformers, as Wan 2.2 A14B."""
+    folder = tmp_path_factory.mktemp("experts")
+    pipeline(transformer_2=transformer(4, seed=1), boundary_ratio=0.875).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expanded(tmp_path_factory):
+    """A timestep for each token and an autoencoder of residual blocks, as Wan 2.2 5B."""
+    folder = tmp_path_factory.mktemp("expanded")
+    pipeline("2.2", expand_timesteps=True).save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------ diffusers' pipelines
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_latents_and_frames_are_those_of_diffusers_pipeline(directory, guidance_scale):
+    compare(directory, guidance_scale=guidance_scale)
+
+
+@pytest.mark.parametrize("scales", [{}, {"guidance_scale_2": 3.0}])
+def test_two_experts_are_those_of_diffusers_pipeline(experts, scales):
+    compare(experts, guidance_scale=4.0, **scales)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_timesteps_of_tokens_are_those_of_diffusers_pipeline(expanded, guidance_scale):
+    compare(expanded, guidance_scale=guidance_scale, height=64, width=32)
+
+
+def compare(directory, guidance_scale, height=32, width=48, **more):
+    model = load(directory)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(directory)
+    theirs.set_progress_bar_config(disable=True)
+    settings = SETTINGS | {"height": height, "width": width, "guidance_scale": guidance_scale}
+    sampling = Sampling(**settings, options=more).resolve(model)
+    arguments = {
+        "prompt": [prompt.text for prompt in PROMPTS],
+        "negative_prompt": [prompt.negative_prompt for prompt in PROMPTS],
+        "max_sequence_length": 16,
+        **settings,
+        **more,
+    }
+    for output_type in ("latent", "pt"):
+        generators = [torch.Generator().manual_seed(seed) for seed in (5, 9)]
+        expected = theirs(**arguments, generator=generators, output_type=output_type).frames
+        if output_type == "latent":
+            found = roll_out(model, PROMPTS, [5, 9], sampling).latents
+        else:
+            found = sample(model, PROMPTS, seeds=[5, 9], sampling=sampling)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert expected.std() > 0.01
+
+
+def test_each_expert_has_its_own_steps(experts, directory):
+    model = load(experts)
+    assert list(model.denoisers) == ["transformer", "transformer_2"]
+    high, low = model.denoisers.values()
+    assert not torch.equal(high.proj_out.weight, low.proj_out.weight)
+    assert model.denoiser_at(torch.tensor(875)) is high
+    assert model.denoiser_at(torch.tensor(874)) is low
+    sampling = Sampling(num_inference_steps=40).resolve(model)
+    shares = []
+    for shift in (None, 3.0, 12.0):
+        sampling.options["flow_shift"] = shift
+        times = model.new_scheduler(sampling).timesteps
+        shares.append(sum(model.denoiser_at(t) is high for t in times) / 40)
+    assert shares == [0.325, 0.325, 0.65]  # steps above 0.7, and above 0.368
+    with pytest.raises(ValueError, match="has no sampling option 'guidance_scale_2'"):
+        Sampling(options={"guidance_scale_2": 3.0}).resolve(load(directory))
+
+
+def test_the_second_scale_alone_guides(experts):
+    """The first expert without guidance, the second with it: one branch is not enough."""
+    model = load(experts)
+    options = {"guidance_scale_2": 4.0}
+    outputs = [
+        sample(model, PROMPTS, sampling=Sampling(**SETTINGS, guidance_scale=1.0, options=options))
+        for options in ({"guidance_scale_2": None}, {"guidance_scale_2": 1.0}, options)
+    ]
+    assert torch.equal(*outputs[:2]) and not torch.allclose(*outputs[1:])
+
+
+def picture(seed):
+    pixels = torch.rand(40, 56, 3, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray((pixels * 255).byte().numpy())
+
+
+def image_pipeline(clip):
+    """A `WanImageToVideoPipeline`, with CLIP's image encoder as Wan 2.1, or with two experts as Wan 2.2."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    more = {"in_channels": 12} | ({"image_dim": 8, "added_kv_proj_dim": 24} if clip else {})
+    parts = {"transformer": transformer(4, **more)}
+    if clip:
+        sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+        sizes |= {"num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
+        size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+        parts["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**sizes))
+        parts["image_processor"] = CLIPImageProcessor(**size)
+    else:
+        parts |= {"transformer_2": transformer(4, seed=1, **more), "boundary_ratio": 0.9}
+    scheduler = diffusers.UniPCMultistepScheduler(**UNIPC)
+    return diffusers.WanImageToVideoPipeline(
+        tokenizer(), text_encoder(), vae("2.1"), scheduler, **parts
+    )
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["CLIP", "experts"])
+def of_images(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    image_pipeline(request.param).save_pretrained(folder)
+    return folder
+
+
+def test_image_to_video_is_that_of_diffusers_pipeline(of_images):
+    model, theirs = load(of_images), diffusers.DiffusionPipeline.from_pretrained(of_images)
+    theirs.set_progress_bar_config(disable=True)
+    sampling = Sampling(**SETTINGS).resolve(model)
+    prompts = [Prompt(p.text, p.negative_prompt, picture(i)) for i, p in enumerate(PROMPTS)]
+    for output_type in ("latent", "pt"):
+        expected = [
+            theirs(
+                prompt.image,
+                prompt.text,
+                prompt.negative_prompt,
+                generator=torch.Generator().manual_seed(seed),
+                output_type=output_type,
+                max_sequence_length=model.text_length,
+                **SETTINGS,
+            ).frames
+            for prompt, seed in zip(prompts, (5, 9))
+        ]
+        if output_type == "latent":
+            found = roll_out(model, prompts, [5, 9], sampling).latents
+        else:
+            found = sample(model, prompts, seeds=[5, 9], sampling=sampling)
+        torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    swapped = [Prompt(p.text, p.negative_prompt, picture(1)) for p in prompts]
+    other = sample(model, swapped, seeds=[5, 9], sampling=sampling)
+    assert not torch.allclose(other[0], found[0]) and torch.equal(other[1], found[1])
+
+
+def test_image_to_video_keeps_the_promises_of_a_model(of_images):
+    model = load(of_images, dtype=torch.float64)
+    if model.image_encoder is not None:
+        check_model(model, Sampling(**SMALL), strategies=[Last(2)])
+    with pytest.raises(ValueError, match="continues an image: give Prompt"):
+        sample(model, "a star", sampling=Sampling(**SMALL))
+
+
+def test_a_tensor_is_the_image_that_it_shows(of_images):
+    model, sampling = load(of_images), Sampling(**SETTINGS)
+    shown = picture(0).resize((48, 32))
+    tensor = to_tensor(shown)
+    one, other = (
+        sample(model, Prompt("a star", image=x), sampling=sampling) for x in (shown, tensor)
+    )
+    torch.testing.assert_close(one, other, rtol=0.01, atol=0.01)  # CLIP's resizing rounds to bytes
+
+
+# ------------------------------------------------------------------------------------ the decoder's gradient
+
+
+def coupled(frames):
+    """A nonlinear reward in which every frame meets its neighbors."""
+    jumps = frames.diff(dim=1).square().sum(dim=(1, 2, 3, 4)) / 100
+    return (frames.mean(dim=(1, 2, 3, 4)) ** 3 - jumps).sum()
+
+
+def normals(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def plain_decode(vae, latents):
+    """All frames by diffusers' class, from latents as the transformer has them."""
+    mean, std = (torch.tensor(vae.config[name]) for name in ("latents_mean", "latents_std"))
+    z = latents * std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
+    return (vae.decode(z).sample / 2 + 0.5).transpose(1, 2)
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    """Models in float64, by version."""
+    made = {}
+    for version in VAES:
+        folder = tmp_path_factory.mktemp("decoder")
+        pipeline(version).save_pretrained(folder)
+        made[version] = load(folder, dtype=torch.float64)
+    made["2.2"].vae.decoder.conv_out.weight.mul_(3)  # so that some values are clamped
+    return made
+
+
+@pytest.mark.parametrize("count, exactly", [(3, True), (6, True), (3, False)])
+@pytest.mark.parametrize("version", VAES)
+def test_the_streamed_gradient_is_autograd_through_diffusers_decode(
+    decoders, version, count, exactly, monkeypatch
+):
+    """For every choice of where states wait; of the whole clip, of its beginning, and of some frames, one twice."""
+    model = decoders[version]
+    if exactly:  # the decoder's upsampling casts to float32, whose rounding would hide small errors
+        monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    latents = (normals(2, model.vae.config.z_dim, count, 4, 2) * 2).requires_grad_()
+    whole = plain_decode(model.vae, latents)
+    length = 4 * count - 3
+    assert whole.shape[1] == length
+    clamped = ((whole == 0) | (whole == 1)).double().mean()
+    assert 0.001 < clamped < 0.5
+    for frames in (list(range(length)), [0], [length - 3, 1, -2, 1]):
+        chosen = whole[:, frames].detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(coupled(chosen) + chosen.square().sum(), chosen)
+        (expected,) = torch.autograd.grad(whole[:, frames], latents, gradient, retain_graph=True)
+        torch.testing.assert_close(model.decode(latents, frames), chosen, rtol=0, atol=1e-12)
+        for states in ("device", "cpu", 1, 2, 4):
+            model.decoder_states = states
+            found = model.decode_vjp(latents, frames, gradient)
+            assert (found - expected).norm() <= 1e-9 * expected.norm() > 0
+            reached = 1 if frames == [0] else count
+            assert not found[:, :, reached:].any() and found[:, :, :reached].any()
+
+
+def test_frames_of_the_beginning_decode_the_beginning_alone(decoders, monkeypatch):
+    model = decoders["2.1"]
+    latents, calls = normals(1, 4, 6, 4, 2), []
+    whole, run = model.decode(latents), model.vae.decoder.forward
+    monkeypatch.setattr(
+        model.vae.decoder, "forward", lambda *a, **b: calls.append(a) or run(*a, **b)
+    )
+    for frame, needed in ((0, 1), (1, 2), (4, 2), (5, 3), (20, 6)):
+        calls.clear()
+        assert torch.equal(model.decode(latents, [frame]), whole[:, [frame]])
+        assert len(calls) == needed
+
+
+@pytest.mark.parametrize("states", ["disk", 0, -1, True, 1.5])
+def test_states_must_have_a_place(decoders, states):
+    model = decoders["2.1"]
+    model.decoder_states = states
+    with pytest.raises(ValueError, match=f"decoder_states={states!r}: choose 'device', 'cpu'"):
+        model.decode_vjp(normals(1, 4, 1, 4, 2), [0], normals(1, 1, 3, 32, 16))
+
+
+def test_memory_grows_by_the_states_alone(decoders, tmp_path):
+    """Simulated: 2 more latents are 2 states on the device, or none in CPU memory, or every second one."""
+    decoders["2.1"].save_pretrained(tmp_path / "saved")
+    with memory_planner.FakeMode() as fake:
+        fake.truth = False
+        model = models.from_config(tmp_path / "saved")
+        model.offload_device = torch.device("meta")
+
+        def peak(states, count):
+            latents, frames = torch.randn(1, 4, count, 8, 8), list(range(4 * count - 3))
+            gradient = torch.randn(1, len(frames), 3, 64, 64)
+            with memory_planner.MemoryTracker("cpu") as tracker:
+                model.decoder_states = states
+                model.decode_vjp(latents, frames, gradient)
+            return tracker.bytes
+
+        state = [None] * 33
+        for _ in range(3):
+            state = wan_vae.decode_chunk(model.vae, torch.randn(1, 4, 1, 8, 8), state)[1]
+        size = sum(x.nbytes for x in state if x is not None)
+        growth = {s: (peak(s, 6) - peak(s, 4)) / size for s in ("device", "cpu", 2)}
+    assert growth["device"] == pytest.approx(2, abs=0.05)
+    assert growth["cpu"] == pytest.approx(0, abs=0.05)
+    assert growth[2] == pytest.approx(1, abs=0.05)
+
+
+# ------------------------------------------------------------------------------------ promises of a model
+
+
+@pytest.mark.parametrize("which", ["directory", "experts", "expanded"])
+def test_it_keeps_the_promises_of_a_model(which, request):
+    model = load(request.getfixturevalue(which), dtype=torch.float64)
+    assert {p.dtype for m in model.modules()[:2] for p in m.parameters()} == {torch.float64}
+    # With two experts and the default shift, the first of 5 steps is the high-noise expert's, and Last(5) trains both.
+    strategies = {
+        "directory": [Last(2), DRTune(2, stop=1), DRaFTLV(2)],
+        "experts": [Last(5), Step(5)],
+        "expanded": [Last(1)],
+    }
+    report = check_model(model, Sampling(**SMALL), strategies=strategies[which])
+    assert len(report) == 13 + len(strategies[which])
+
+
+def test_the_published_sizes():
+    counts = {}
+    for name in ("wan", "wan-14b", "wan-i2v-14b", "wan2.2-a14b", "wan2.2-5b"):
+        with torch.device("meta"):
+            model = models.from_config(name)
+            parts = {part: model.part(part) for part in model.networks}
+            parts["decoder"] = model.vae.decoder
+            counts[name] = {
+                part: round(sum(p.numel() for p in module.parameters()) / 1e6, 1)
+                for part, module in parts.items()
+            }
+            adapter = lora.add(model, rank=16)
+            counts[name]["layers"] = len(adapter.layers)
+            counts[name]["lora"] = round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1)
+        shape = model.latent_shape(Sampling().resolve(model))
+        counts[name]["latents"] = shape
+        assert len(model.blocks()) * 8 == len(adapter.layers)
+    text, vae = (
+        {"text_encoder": 5680.9},
+        {"vae": 126.9, "decoder": 73.3, "latents": (16, 21, 60, 104)},
+    )
+    large = {"transformer": 14288.5, "layers": 320, "lora": 52.4} | text | vae
+    assert counts["wan"] == {"transformer": 1419.0, "layers": 240, "lora": 11.8} | text | vae
+    assert counts["wan-14b"] == large
+    assert counts["wan2.2-a14b"] == large | {"transformer_2": 14288.5, "layers": 640, "lora": 104.9}
+    image = {"transformer": 16394.9, "image_encoder": 630.8}
+    assert counts["wan-i2v-14b"] == large | image
+    assert counts["wan2.2-5b"] == text | {
+        "transformer": 4999.8,
+        "vae": 704.7,
+        "decoder": 555.0,
+        "latents": (48, 31, 44, 80),
+        "layers": 240,
+        "lora": 23.6,
+    }
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"height": 40}, "height=40 must be a positive multiple of 16 pixels"),
+        ({"width": 8}, "width=8 must be a positive multiple of 16 pixels"),
+        ({"num_frames": 8}, "num_frames=8 must be a multiple of 4, plus 1, for .*: 5 or 9"),
+        ({"options": {"flow_shift": 0}}, "flow_shift must be at least 0.01, got 0"),
+        ({"options": {"fps": 8}}, "has no sampling option 'fps'; it has: flow_shift"),
+    ],
+)
+def test_bad_settings(directory, settings, message):
+    with pytest.raises(ValueError, match=message):
+        sample(load(directory), "a star", sampling=Sampling(**SETTINGS | settings))
+
+
+def test_what_cannot_be_sampled(directory):
+    model = load(directory)
+    with pytest.raises(ValueError, match="its prompts take no image"):
+        sample(model, Prompt("a", image=torch.zeros(3, 32, 32)), sampling=Sampling(**SETTINGS))
+    with pytest.warns(UserWarning, match="reads 16 tokens, the prompt has 21; not seen: "):
+        model.encode(["star " * 20])
+    model.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(ValueError, match="is a rectified flow: DDIMScheduler cannot sample it"):
+        sample(model, "a star", sampling=Sampling(**SETTINGS))
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+def test_float32_layers_stay_float32(directory):
+    model = load(directory, dtype={"vae": torch.float32, "default": torch.bfloat16})
+    types = {name: p.dtype for name, p in model.denoiser.named_parameters()}
+    kept = {name for name, dtype in types.items() if dtype == torch.float32}
+    assert "scale_shift_table" in kept and "blocks.0.norm2.weight" in kept
+    assert types["blocks.0.attn1.to_q.weight"] == model.dtype == torch.bfloat16
+    latents = roll_out(model, PROMPTS, [5, 9], Sampling(**SETTINGS).resolve(model)).latents
+    assert latents.dtype == torch.float32
+
+
+@pytest.mark.parametrize("which", ["directory", "experts", "expanded"])
+def test_a_saved_model_is_the_same(which, request, tmp_path):
+    folder = request.getfixturevalue(which)
+    model = load(folder)
+    model.defaults |= {"decoder_states": 2, "guidance_scale_2": 2.5}
+    again = load(model.save_pretrained(tmp_path / "saved"))
+    sampling = Sampling(**SETTINGS | {"width": 32})
+    videos = [sample(m, PROMPTS, seeds=3, sampling=sampling) for m in (model, again)]
+    assert again.decoder_states == 2
+    if which == "experts":
+        assert Sampling().resolve(again).options["guidance_scale_2"] == 2.5
+        again.sampling_options = model.sampling_options
+        videos[1] = sample(again, PROMPTS, seeds=3, sampling=sampling)
+    assert torch.equal(*videos)
+    reread = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert type(reread) is diffusers.WanPipeline
+    assert reread.config.expand_timesteps == (which == "expanded")
+    assert reread.config.boundary_ratio == (0.875 if which == "experts" else None)
+
+
+@pytest.mark.parametrize("which", ["directory", "experts"])
+def test_diffusers_loads_an_exported_adapter(which, request, tmp_path):
+    folder = request.getfixturevalue(which)
+    model, theirs = load(folder), diffusers.DiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    base = sample(model, PROMPTS, seeds=[5, 9], sampling=Sampling(**SETTINGS))
+    adapter = adapted(model)
+    found = sample(model, PROMPTS, seeds=[5, 9], adapter=adapter, sampling=Sampling(**SETTINGS))
+    file = adapter.export(tmp_path)
+    theirs.load_lora_weights(file.parent, weight_name=file.name)
+    if which == "experts":
+        theirs.transformer_2.load_lora_adapter(
+            file.parent, prefix="transformer_2", weight_name=file.name
+        )
+    expected = theirs(
+        [prompt.text for prompt in PROMPTS],
+        [prompt.negative_prompt for prompt in PROMPTS],
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 9)],
+        max_sequence_length=16,
+        output_type="pt",
+        **SETTINGS,
+    ).frames
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - base).abs().max() > 0.1
+
+
+# ------------------------------------------------------------------------------------ a model to train here
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The size of an embedded model: 3.9 M, 9 frames of 64 x 64, sampled by FlowMatchEuler."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    text = UMT5Config(
+        vocab_size=128, relative_attention_num_buckets=8, is_encoder_decoder=False, **sizes
+    )
+    made = diffusers.WanPipeline(
+        tokenizer(),
+        UMT5EncoderModel(text),
+        diffusers.AutoencoderKLWan(base_dim=16, z_dim=16, dim_mult=[1, 2, 2, 4], num_res_blocks=1),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.WanTransformer3DModel(
+            num_attention_heads=6,
+            attention_head_dim=32,
+            text_dim=64,
+            freq_dim=64,
+            ffn_dim=768,
+            num_layers=6,
+            rope_max_seq_len=64,
+        ),
+    )
+    folder = tmp_path_factory.mktemp("embedded")
+    made.save_pretrained(folder)
+    return folder
+
+
+def test_the_embedded_size_loads_samples_and_trains(embedded, tmp_path):
+    model = load(embedded)
+    assert sum(p.numel() for p in model.denoiser.parameters()) == pytest.approx(3.914e6, rel=1e-3)
+    sampling = Sampling(num_inference_steps=4, num_frames=9, height=64, width=64)
+    assert sample(model, PROMPTS, sampling=sampling).shape == (2, 9, 3, 64, 64)
+    options = {"steps": 2, "batch_size": 2, "sampling": sampling, "progress": False}
+    run = align(model, rewards.brightness(), PROMPTS, output_dir=tmp_path / "run", **options)
+    assert all(row["grad_norm"] > 0 for row in run.metrics)
+
+
+def test_flow_match_euler_is_shifted_once(embedded):
+    model = load(embedded)
+    sampling = Sampling(num_inference_steps=30).resolve(model)
+    assert model.last_step_gain(sampling) == pytest.approx(0.0938, abs=1e-4)
+    sampling.options["flow_shift"] = 1.0
+    assert model.last_step_gain(sampling) == pytest.approx(1 / 30)
+    scheduler = model.new_scheduler(sampling)
+    ours = torch.tensor(scheduler.sigmas)
+    sigmas = torch.linspace(1, 1 / 30, 30)
+    torch.testing.assert_close(ours, torch.cat([sigmas, torch.zeros(1)]))

@@ -1,0 +1,154 @@
+"""Exact gradients through a causal decoder that runs chunk by chunk, with one chunk's graph in memory at a time.
+
+Such a decoder is a recurrence: a chunk of latents and a state, the last frames that its convolutions saw, give
+frames and the next state. One pass without a graph keeps the state before each chunk; a sweep in reverse then
+computes each chunk again, with a graph, and passes the gradient on its state to the chunk before. The result is
+that of autograd through the whole clip.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+# (latents of a chunk, state) -> (its frames (B, f, …), next state). A state is a tree of tensors and other values; it
+# must not be changed in place, for it is used again.
+Chunk = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
+
+
+def decode(
+    chunk: Chunk,
+    parts: Sequence[torch.Tensor],
+    state: Any,
+    counts: Sequence[int],
+    frames: list[int],
+) -> torch.Tensor:
+    """Some frames (B, len(frames), …) of a clip; chunks after the last of them are not decoded.
+
+    Args:
+        chunk: the decoder.
+        parts: the chunks' latents, in order.
+        state: before the first chunk.
+        counts: how many frames each chunk decodes to.
+        frames: indices in the whole clip, none of them negative.
+    """
+    decoded: list[Any] = [None] * len(frames)
+    for part, places in zip(parts, places_of(counts, frames)):
+        pixels, state = chunk(part, state)
+        for place, inner in places:
+            decoded[place] = pixels[:, inner]
+    return torch.stack(decoded, dim=1)
+
+
+def decode_vjp(
+    chunk: Chunk,
+    parts: Sequence[torch.Tensor],
+    state: Any,
+    counts: Sequence[int],
+    frames: list[int],
+    gradient: torch.Tensor,
+    states: "States",
+) -> list[torch.Tensor]:
+    """The gradient on each part, given that on `decode` of the same arguments.
+
+    Args:
+        gradient: (B, len(frames), …).
+        states: where the states before the chunks wait.
+    """
+    places = places_of(counts, frames)
+    pulled: list[torch.Tensor] = [torch.zeros_like(part) for part in parts]
+    states.fill(chunk, parts[: len(places)], state)
+    waiting: list[Any] = []  # the gradient on each tensor of the state after the chunk
+    for k in reversed(range(len(places))):
+        given = [(inner, gradient[:, place]) for place, inner in places[k]]
+        pulled[k], waiting = pull_back(chunk, parts[k], states.take(k), given, waiting)
+    return pulled
+
+
+def pull_back(
+    chunk: Chunk, part: torch.Tensor, state: Any, given: list, waiting: list
+) -> tuple[torch.Tensor, list]:
+    """The gradients on one part, and on the leaves of the state before it.
+
+    Args:
+        given: (index in the chunk, gradient) of its frames.
+        waiting: the gradients on the leaves of the state after it; None where there is none.
+    """
+    part, state = (tree_map_only(torch.Tensor, as_leaf, tree) for tree in (part, state))
+    leaves = tree_leaves(state)
+    with torch.enable_grad():
+        pixels, after = chunk(part, state)
+        ends = [(pixels[:, inner], gradient) for inner, gradient in given]
+    ends += [pair for pair in zip(tree_leaves(after), waiting) if pair[1] is not None]
+    outputs, gradients = zip(*ends)
+    inputs = [part, *filter(is_real, leaves)]
+    found = iter(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True))
+    return next(found), [next(found) if is_real(x) else None for x in leaves]
+
+
+def places_of(counts: Sequence[int], frames: list[int]) -> list[list[tuple[int, int]]]:
+    """For each chunk up to the last one that is needed: (place in `frames`, index in the chunk) of its frames."""
+    places: list[list[tuple[int, int]]] = []
+    start = 0
+    for count in counts:
+        held = enumerate(frame - start for frame in frames)
+        places.append([(place, inner) for place, inner in held if 0 <= inner < count])
+        start += count
+        if start > max(frames):
+            break
+    return places
+
+
+def as_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor at the beginning of a graph, if it can have a gradient."""
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+class States:
+    """The states before each chunk, which are computed once, without a graph, and taken in reverse.
+
+    Args:
+        keep: "device" keeps all where they are made; "cpu" in CPU memory; a number m keeps every m-th on the device,
+            and the others are computed again, m at a time.
+        offload_device: what "cpu" means; see `VideoModel.offload_device`.
+    """
+
+    def __init__(self, keep: str | int, offload_device: torch.device | None = None):
+        if keep not in ("device", "cpu") and not (type(keep) is int and keep > 0):
+            raise ValueError(
+                f"decoder_states={keep!r}: choose 'device', 'cpu', or a number m to keep every m-th state"
+            )
+        self.every = keep if isinstance(keep, int) else 1
+        self.place = (offload_device or torch.device("cpu")) if keep == "cpu" else None
+
+    @torch.no_grad()
+    def fill(self, chunk: Chunk, parts: Sequence[torch.Tensor], state: Any) -> None:
+        """Compute the states before each of these parts."""
+        self.chunk, self.parts, self.kept = chunk, parts, {0: state}
+        for k, part in enumerate(parts[:-1], 1):
+            state = chunk(part, state)[1]
+            if k % self.every == 0:
+                self.kept[k] = moved(state, self.place)
+
+    @torch.no_grad()
+    def take(self, k: int) -> Any:
+        """The state before the k-th part, which is then forgotten; the last one first."""
+        if k not in self.kept:
+            start = k // self.every * self.every
+            state = self.kept[start]
+            for i in range(start, k):
+                state = self.chunk(self.parts[i], state)[1]
+                self.kept[i + 1] = state
+        return moved(self.kept.pop(k), self.place and self.parts[k].device)
+
+
+def moved(state: Any, device: torch.device | None) -> Any:
+    """The state with its tensors on a device; None leaves them where they are."""
+    if device is None:
+        return state
+    return tree_map_only(torch.Tensor, lambda x: x.to(device), state)

@@ -1,0 +1,71 @@
+"""Wan's autoencoder (`AutoencoderKLWan`, below `vae`), by itself: other families use it too.
+
+It is causal and works latent by latent: the first one is a single frame, each other one 4. Its convolutions remember
+the last two frames that they saw, and a frame reaches all later ones.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+from . import causal
+
+
+def decode(vae: Any, latents: torch.Tensor, frames: Sequence[int] | None) -> torch.Tensor:
+    """Frames (B, f, 3, H, W) in [0, 1] of latents (B, C, F, h, w) as the denoiser has them; of all for None."""
+    return causal.decode(*stream(vae, latents, frames))
+
+
+def decode_vjp(
+    vae: Any,
+    latents: torch.Tensor,
+    frames: Sequence[int],
+    gradient: torch.Tensor,
+    states: causal.States,
+) -> torch.Tensor:
+    """The gradient on the latents, given that on `decode(vae, latents, frames)`, see `causal.decode_vjp`."""
+    clip = stream(vae, latents.detach(), frames)
+    pulled = causal.decode_vjp(*clip, gradient=gradient, states=states)
+    return (torch.cat(pulled, dim=2) / statistics(vae, pulled[0])[1]).to(latents)
+
+
+def stream(vae: Any, latents: torch.Tensor, frames: Sequence[int] | None) -> tuple:
+    """The arguments of `causal.decode`."""
+    latents = latents.to(vae.dtype)
+    mean, scale = statistics(vae, latents)
+    counts = [1] + [vae.config.scale_factor_temporal] * (latents.shape[2] - 1)
+    whole = range(sum(counts))
+    chosen = list(whole) if frames is None else [whole[frame] for frame in frames]
+    state = [None] * vae._cached_conv_counts["decoder"]
+    parts = (latents / scale + mean).split(1, dim=2)
+    return partial(decode_chunk, vae), parts, state, counts, chosen
+
+
+def decode_chunk(vae: Any, latent: torch.Tensor, state: list) -> tuple[torch.Tensor, list]:
+    """Frames (B, f, 3, H, W) of one latent (B, C, 1, h, w), and what the convolutions remember after it."""
+    cache = list(state)  # the decoder writes into the list that it is given
+    first = cache[0] is None
+    x = vae.post_quant_conv(latent)
+    pixels = vae.decoder(x, feat_cache=cache, feat_idx=[0], first_chunk=first)
+    if vae.config.patch_size is not None:
+        pixels = unpatchify(pixels, vae.config.patch_size)
+    # As `AutoencoderKLWan.decode` does: values beyond pass no gradient on.
+    return pixels.clamp(-1, 1).transpose(1, 2) / 2 + 0.5, cache
+
+
+def encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, F, h, w), as the denoiser has them and in float32 at least, of pixels (B, 3, f, H, W) in [-1, 1]."""
+    latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
+    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    mean, scale = statistics(vae, latents)
+    return (latents - mean) * scale
+
+
+def statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean, and one by the deviation, of the autoencoder's latents (1, C, 1, 1, 1)."""
+    names = ("latents_mean", "latents_std")
+    mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1).to(like) for name in names)
+    return mean, 1 / std
