@@ -53,7 +53,6 @@ zoo: $(VENV)/installed
 	$(BIN)/python -m vader_nb.zoo.scripts.train_videomae
 	for stage in data image_encoder vae decoder generator generator_again; do \
 		$(BIN)/python -m vader_nb.zoo.scripts.train_i2v $$stage || exit 1; done
-	for stage in vae generator; do $(BIN)/python -m vader_nb.zoo.scripts.train_wan $$stage || exit 1; done
 	$(BIN)/python -m vader_nb.zoo.scripts.cards
 	$(BIN)/python -m vader_nb.zoo.scripts.train_adapters
 

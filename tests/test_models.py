@@ -83,6 +83,17 @@ def test_the_text_is_projected_once_per_clip_and_the_output_is_diffusers(micro):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_parts_have_the_types_that_a_family_was_made_for():
+    wan, cuda = models.family_of(models.checkpoint_of("wan")), torch.device("cuda")
+    tiny = models.family_of(models.checkpoint_of("tiny"))
+    half, full = torch.bfloat16, torch.float32
+    assert models.part_dtypes(wan, cuda, None) == {"default": half, "vae": full}
+    assert models.part_dtypes(wan, cuda, {"vae": half}) == {"default": half, "vae": half}
+    assert models.part_dtypes(wan, cuda, torch.float16) == {"default": torch.float16}
+    assert models.part_dtypes(wan, torch.device("cpu"), None) == {"default": full}
+    assert models.part_dtypes(tiny, cuda, {"vae": full}) == {"default": torch.float16, "vae": full}
+
+
 def test_everything_is_frozen_and_in_eval_mode(tiny):
     for module in tiny.modules():
         assert not any(p.requires_grad for p in module.parameters())

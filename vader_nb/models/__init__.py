@@ -247,9 +247,9 @@ def load(
             its own scheduler and defaults.
         device: by default CUDA if there is one and the launcher does not say CPU; one of several
             processes takes its own GPU.
-        dtype: by default float16 on CUDA, float32 on the CPU. A mapping such as
-            {"unet": torch.float16, "vae": torch.float32} gives parts their own; parts that it does not
-            name get its "default", or else the default.
+        dtype: by default float32 on the CPU; on CUDA float16, or what the family was made for
+            (`VideoModel.dtypes`). A mapping such as {"unet": torch.float16, "vae": torch.float32} gives parts
+            their own; parts that it does not name get its "default", or else the default.
         local_files_only: download nothing.
         check: try on a small clip whether gradients and partial decoding are right, see
             `testing.quick_check`; some decoders of other libraries give wrong gradients without a word. By default for
@@ -262,15 +262,13 @@ def load(
         FileNotFoundError: where the weights are neither here nor within reach; it says how to get them.
     """
     device = torch.device(device or default_device())
-    default = torch.float16 if device.type == "cuda" else torch.float32
-    dtypes = dtype if isinstance(dtype, dict) else {"default": dtype or default}
     checkpoint = checkpoint_of(name)
+    family = family_of(checkpoint)
+    dtypes = part_dtypes(family, device, dtype)
     if checkpoint.directory is None:
         hub = checkpoint.hub | {"local_files_only": local_files_only or not reachable()} | hub
     try:
-        model = family_of(checkpoint).from_pretrained(
-            checkpoint, name=str(name), dtypes={"default": default} | dtypes, **hub
-        )
+        model = family.from_pretrained(checkpoint, name=str(name), dtypes=dtypes, **hub)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{checkpoint.source} holds a pickle, which can run any code; convert it to safetensors first"
@@ -298,6 +296,16 @@ def load(
         quick_check(model)
         _checked.add(checkpoint.source)
     return model
+
+
+def part_dtypes(
+    family: type[VideoModel], device: torch.device, dtype: torch.dtype | dict | None
+) -> dict[str, torch.dtype]:
+    """Types of a model's parts, and "default", see `load`."""
+    if isinstance(dtype, torch.dtype):
+        return {"default": dtype}
+    on_cuda = {"default": torch.float16} | family.dtypes
+    return (on_cuda if device.type == "cuda" else {"default": torch.float32}) | (dtype or {})
 
 
 _checked: set[str] = set()  # embedded models that this process has checked

@@ -86,6 +86,7 @@ class VideoModel(ABC):
             modules -> ours. What stands before a dot in a layer's name is replaced.
         sampling_options: the family's own entries of `Sampling.options`, with their defaults.
         option_bounds: (least, most) of those entries that are numbers.
+        dtypes: what its parts are loaded in on CUDA, by name or as "default", where that is not float16.
         takes_image: it continues the image of a `Prompt`.
         independent_frames: the decoder knows no time, so that frames decode, and may be scored, one by one.
         exact: `decode` of some frames equals those frames of the whole clip's decode.
@@ -101,6 +102,7 @@ class VideoModel(ABC):
     defaults: dict
     sampling_options: dict = {}
     option_bounds: dict = {}
+    dtypes: dict[str, torch.dtype] = {}
     takes_image = False
     original_names: dict[str, str] = {}
     independent_frames = True

@@ -41,6 +41,7 @@ class LTXVideo(ModelOfParts):
     """
 
     family = "LTXPipeline"
+    dtypes = {"default": torch.bfloat16}
     targets = {"transformer": ("to_q", "to_k", "to_v", "to_out.0")}
     networks = {
         "transformer": LTXVideoTransformer3DModel,

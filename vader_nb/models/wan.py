@@ -41,6 +41,7 @@ class Wan(TextByUMT5):
     """
 
     family = "WanPipeline"
+    dtypes = {"default": torch.bfloat16, "vae": torch.float32}
     targets = {"transformer": ATTENTION, "transformer_2": ATTENTION}
     networks = {
         "transformer": WanTransformer3DModel,

@@ -12,7 +12,7 @@ import torch
 from vader_nb import Sampling, load, rewards, sample
 
 from .. import WEIGHTS, oracles, tokenizer, world
-from . import train_clip, train_generator, train_i2v, train_vae, train_videomae, train_wan
+from . import train_clip, train_generator, train_i2v, train_vae, train_videomae
 
 WORLD = f"""## Data
 Synthetic clips of one colored shape on a plain background, rendered by `vader_nb/zoo/world.py`:
@@ -197,41 +197,11 @@ def tiny_i2v() -> None:
     )
 
 
-def tiny_wan() -> None:
-    model = load("tiny-wan")
-    specs = world.split()[1]
-    rendered = world.render(specs, torch.Generator().manual_seed(1), train_wan.FRAMES)
-    with torch.no_grad():
-        parts = (rendered.transpose(1, 2) * 2 - 1).split(20)
-        latents = torch.cat([model.vae.encode(part).latent_dist.mean for part in parts])
-        again = torch.cat([model.vae.decode(part).sample for part in latents.split(20)])
-    grades = oracles.grade(again.transpose(1, 2) / 2 + 0.5, [spec.caption for spec in specs])
-    quality = {
-        f"{name}, reconstructed by the autoencoder": value.mean().item()
-        for name, value in grades.items()
-    }
-    write(
-        "tiny-wan",
-        card(
-            f"tiny-wan: text to video, {train_wan.FRAMES} frames of 64×64",
-            "A diffusers `WanPipeline`: WanTransformer3DModel, AutoencoderKLWan (factor 4 in time, 8 in space), UMT5 with a\n"
-            "word-level tokenizer, a rectified flow. `DiffusionPipeline.from_pretrained` loads it.",
-            f"`vader_nb/zoo/scripts/train_wan.py`: {train_wan.VAE_STEPS} steps of the autoencoder; the text encoder learns to spell\n"
-            f"out the caption's four attributes ({train_wan.TEXT_STEPS} steps) and is then frozen; {train_wan.STEPS} steps of\n"
-            f"{train_wan.BATCH} clips of the transformer, the first {train_wan.NOISY_STEPS} on nearly pure noise only.",
-            train_wan.SEED,
-            quality | generator_quality(model),
-            "Accuracies on the 200 held-out captions, default settings.",
-        ),
-    )
-
-
 CARDS = {
     "tiny": tiny,
     "tiny-clip": tiny_clip,
     "tiny-i2v": tiny_i2v,
     "tiny-videomae": tiny_videomae,
-    "tiny-wan": tiny_wan,
 }
 
 if __name__ == "__main__":
