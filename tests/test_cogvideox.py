@@ -6,12 +6,13 @@ import shutil
 import diffusers
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import T5Config, T5EncoderModel
 
 from vader_nb import Prompt, load, lora, models
 from vader_nb.memory_planner import MemoryTracker
-from vader_nb.models.cogvideox import SCHEDULER, part_vjp, tensors
+from vader_nb.models import causal
+from vader_nb.models.cogvideox import SCHEDULER
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRTune, Last, ReFL
 from vader_nb.testing import adapted, check_model
@@ -153,12 +154,13 @@ def test_memory_grows_with_the_states_and_not_with_the_graph(directories):
 
     streamed, plain = (peak(16, pull) - peak(8, pull) for pull in (model.decode_vjp, plainly))
     _, state = model.decode_chunk(torch.randn(1, 4, 2, 4, 4), None)
-    states = 4 * sum(x.untyped_storage().nbytes() for x in tensors(state))
+    states = 4 * sum(x.untyped_storage().nbytes() for x in tree_leaves(state))
     pixels = 2 * 4 * 32 * 3 * 16 * 16  # frames and their gradient
     assert streamed <= states + pixels < plain / 3
     part, gradient = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 8, 3, 16, 16)
-    _, later = part_vjp(model.decode_chunk, part, state, gradient, [])
-    assert [x.untyped_storage().nbytes() for x in later] == [x.nbytes for x in tensors(state)]
+    given = [(i, gradient[:, i]) for i in range(8)]
+    _, later = causal.pull_back(model.decode_chunk, part, state, given, [])
+    assert [x.untyped_storage().nbytes() for x in later] == [x.nbytes for x in tree_leaves(state)]
 
 
 def test_early_frames_take_the_first_chunks_alone(directories):
@@ -182,7 +184,7 @@ def test_no_chunk_hands_on_what_the_next_one_does_not_read(directories):
     _, state = model.decode_chunk(latents, None)
     leaves = tree_map_only(torch.Tensor, lambda x: x.requires_grad_(), state)
     frames, _ = model.decode_chunk(latents[:, :, 1:], leaves)
-    gradients = torch.autograd.grad(frames.sum(), tensors(leaves))
+    gradients = torch.autograd.grad(frames.sum(), tree_leaves(leaves))
     assert len(gradients) == 2 * 8 + 2 and all(gradient.any() for gradient in gradients)
 
 

@@ -101,8 +101,12 @@ def places_of(counts: Sequence[int], frames: list[int]) -> list[list[tuple[int, 
 
 
 def as_leaf(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor at the beginning of a graph, if it can have a gradient."""
-    return tensor.detach().requires_grad_(tensor.is_floating_point())
+    """The tensor at the beginning of a graph, if it can have a gradient; which is then one of its own: a view of the
+    gradient on a convolution's whole input would keep all of that in memory."""
+    leaf = tensor.detach().requires_grad_(tensor.is_floating_point())
+    if leaf.requires_grad:
+        leaf.register_hook(torch.clone)
+    return leaf
 
 
 def is_real(value: Any) -> bool:

@@ -4,7 +4,6 @@ The decoder is causal and takes a clip in chunks of two latents, so the gradient
 back through it chunk by chunk, exactly, and the first frames are decoded from the first chunks alone.
 """
 
-from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +19,11 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoTokenizer, T5EncoderModel
 
 from ..offload import checkpointed
 from ..prompts import Prompt
+from . import causal
 from .base import Conditioning, cached, warn_truncated
 from .parts import ModelOfParts
 
@@ -239,28 +238,22 @@ class CogVideoX(ModelOfParts):
         return (pixels / 2 + 0.5).clamp(0, 1).transpose(1, 2), state
 
     def decode(self, latents: torch.Tensor, frames: list[int] | None = None) -> torch.Tensor:
-        parts, _, indices = self.chunks(latents, frames)
-        decoded, state = [], None
-        for part in parts:
-            pixels, state = self.decode_chunk(part, state)
-            decoded.append(pixels)
-        video = torch.cat(decoded, dim=1)
-        return video if frames is None else video[:, indices]
+        parts, makes, frames = self.chunks(latents, frames)
+        return causal.decode(self.decode_chunk, parts, None, makes, frames)
 
     def decode_vjp(self, latents, frames, gradient, decode_chunk_size=1) -> torch.Tensor:
-        """As the base's, by `causal_vjp`; the decoder's own chunks bound the memory."""
+        """As the base's, swept back in time; the decoder's own chunks bound the memory."""
         leaf = latents.detach().requires_grad_()
         with torch.enable_grad():
             parts, makes, frames = self.chunks(leaf, frames)
-        shape = (len(gradient), sum(makes), *gradient.shape[2:])
-        every = gradient.new_zeros(shape)
-        every.index_add_(1, torch.tensor(frames, device=gradient.device), gradient)
-        away = None if self.offloader is None else self.offload_device
+        keep = "device" if self.offloader is None else "cpu"
+        states = causal.States(keep, self.offload_device)
         recomputed: list[nn.Module] = [
             part for part in self.vae.decoder.modules() if isinstance(part, RECOMPUTED)
         ]
+        sweep = self.decode_chunk, [part.detach() for part in parts], None, makes, frames
         with checkpointed(recomputed):
-            pulled = causal_vjp(self.decode_chunk, parts, every.split(makes, dim=1), away)
+            pulled = causal.decode_vjp(*sweep, gradient, states)
         (found,) = torch.autograd.grad(parts, leaf, pulled)
         return found
 
@@ -268,70 +261,3 @@ class CogVideoX(ModelOfParts):
 def without_cache(norm: nn.Module, inputs: Any, output: Any) -> tuple[torch.Tensor, dict]:
     """A hook: the cache of a norm's convolutions, which look at one frame each, is never read, and large."""
     return output[0], {}
-
-
-Chunk = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
-
-
-def causal_vjp(
-    chunk: Chunk,
-    parts: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-    offload_device: torch.device | None = None,
-) -> list[torch.Tensor]:
-    """The gradient on each part of what a causal decoder is given, exact, with one chunk's graph at a time.
-
-    Args:
-        chunk: (part, state) -> (frames, new state). A state is any nest of lists, tuples and dicts, never
-            changed in place; that before the first part is None.
-        parts: in the order of time.
-        gradients: on each part's frames.
-        offload_device: where the states wait for their turn; None for where they are.
-    """
-    waiting: list[Any] = []
-    state = None
-    with torch.no_grad():
-        for part in parts:
-            waiting.append(moved(state, offload_device))
-            if len(waiting) < len(parts):
-                _, state = chunk(part, state)
-    pulled: list[torch.Tensor] = []
-    later: list = []
-    for part, gradient in zip(reversed(parts), reversed(gradients)):
-        state = moved(waiting.pop(), part.device)
-        found, later = part_vjp(chunk, part, state, gradient, later)
-        pulled.append(found)
-    return pulled[::-1]
-
-
-def part_vjp(chunk: Chunk, part: torch.Tensor, state: Any, gradient: torch.Tensor, later: list):
-    """The gradients on a part, and on each tensor of the state before it (None for none).
-
-    Args:
-        gradient: on the part's frames.
-        later: on each tensor of the state that the part leaves; empty for the last part.
-    """
-    part, state = as_leaf(part), tree_map_only(torch.Tensor, as_leaf, state)
-    with torch.enable_grad():
-        frames, left = chunk(part, state)
-    outputs = [(frames, gradient), *zip(tensors(left), later)]
-    outputs, given = zip(*((y, g) for y, g in outputs if g is not None))
-    inputs = [part, *tensors(state)]
-    found, *later = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
-    return found, later
-
-
-def moved(state: Any, device: torch.device | None) -> Any:
-    """The state with its tensors on this device; None for where they are."""
-    return tree_map_only(torch.Tensor, lambda x: x if device is None else x.to(device), state)
-
-
-def as_leaf(tensor: torch.Tensor) -> torch.Tensor:
-    """A leaf with a gradient of its own: the last frames of a gradient would keep all of it in memory."""
-    leaf = tensor.detach().requires_grad_()
-    leaf.register_hook(torch.clone)
-    return leaf
-
-
-def tensors(state: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
