@@ -160,8 +160,9 @@ def quick_rows(model: VideoModel, adapter: lora.Adapter) -> Iterator[Row]:
 def smallest(model: VideoModel) -> Sampling:
     """Two steps of a small clip, or of the default one where the model makes no other."""
     for num_frames, side in ((5, 32), (9, 32), (9, 64)):
-        size = {"num_frames": num_frames, "height": side, "width": side}
-        sampling = Sampling(num_inference_steps=2, eta=0.0, **size).resolve(model)
+        sampling = Sampling(2, num_frames=num_frames, height=side, width=side, eta=0.0).resolve(
+            model
+        )
         with contextlib.suppress(ValueError):
             model.latent_shape(sampling)
             return sampling
