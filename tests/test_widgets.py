@@ -11,7 +11,7 @@ import ipywidgets
 import pytest
 import torch
 
-from vader_nb import Sampling, align, lora, prompts, rewards, sample, zoo
+from vader_nb import Sampling, align, load, lora, prompts, rewards, sample, zoo
 from vader_nb.models import MODEL_LOCK
 from vader_nb.widgets import Sampler, TrainingMonitor, clips, jobs
 from vader_nb.widgets.controls import disable
@@ -339,6 +339,14 @@ def test_its_clip_is_that_of_sample(sampler, tiny):
         tiny, "a red star growing on a gray background", seeds=3, sampling=Sampling(2, 2.0)
     )
     torch.testing.assert_close(video.frames, frames[0], rtol=0, atol=0)
+
+
+def test_a_model_that_starts_from_an_image_makes_one_from_a_caption():
+    """And is offered no adapter of another model."""
+    sampler = Sampler(load("tiny-i2v"))
+    assert list(sampler.adapter.options) == [NONE]
+    video = sampler.run(prompt="a red star growing on a gray background", seed=3, **QUICK)
+    assert video.frames.shape == (8, 3, 64, 64)
 
 
 def test_each_step_tells_how_far_it_is(tiny):
