@@ -286,16 +286,19 @@ def load(
             f"  without either:  vader_nb.load('tiny'), embedded in this package"
         ) from error
     model.to(device)
-    embedded = checkpoint.directory is not None and checkpoint.directory.parent == ZOO
-    if embedded and check is None:
-        check = checkpoint.source not in _checked
-    if check:
+    if check or (check is None and is_unchecked_zoo(checkpoint)):
         # Imported here, since testing knows models, samples and trains with them.
         from ..testing import quick_check
 
         quick_check(model)
         _checked.add(checkpoint.source)
     return model
+
+
+def is_unchecked_zoo(checkpoint: Checkpoint) -> bool:
+    """Whether it is an embedded model that this process has not checked yet."""
+    folder = checkpoint.directory
+    return folder is not None and folder.parent == ZOO and checkpoint.source not in _checked
 
 
 def part_dtypes(
@@ -308,7 +311,7 @@ def part_dtypes(
     return (on_cuda if device.type == "cuda" else {"default": torch.float32}) | (dtype or {})
 
 
-_checked: set[str] = set()  # embedded models that this process has checked
+_checked: set[str] = set()  # sources of models that this process has checked
 
 
 def from_config(name: str | Path = "tiny") -> VideoModel:

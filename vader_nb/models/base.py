@@ -172,6 +172,20 @@ class VideoModel(ABC):
             frames: indices of pixel frames, decoded together; None for the whole clip, in bounded memory.
         """
 
+    def texts(self, prompts: Sequence[str | Prompt]) -> dict[str, list[str]]:
+        """The prompts' texts by branch of the guidance.
+
+        Raises:
+            ValueError: for an image, if the model starts from none.
+        """
+        prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+        if not self.takes_image and any(prompt.image is not None for prompt in prompts):
+            raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
+        return {
+            "negative": [prompt.negative_prompt for prompt in prompts],
+            "prompt": [prompt.text for prompt in prompts],
+        }
+
     # ------------------------------------------------------------------ guidance
 
     def branches(self, sampling) -> list[str]:

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from ..offload import checkpointed
-from ..prompts import Prompt
 from . import causal
 from .base import Conditioning, cached, warn_truncated
 from .parts import ModelOfParts
@@ -107,15 +106,9 @@ class CogVideoX(ModelOfParts):
 
     def encode(self, prompts, sampling=None, generators=None) -> Conditioning:
         """T5's states of the texts, (B, 226, 4096); the network is given those of the padding, too."""
-        prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
-        if any(prompt.image is not None for prompt in prompts):
-            raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
+        columns = self.texts(prompts)
         if sampling is not None:
             self.latent_shape(sampling)  # what cannot be made is an error before T5 is at work
-        columns = {
-            "negative": [prompt.negative_prompt for prompt in prompts],
-            "prompt": [prompt.text for prompt in prompts],
-        }
         both = columns["prompt"] + columns["negative"]
         known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
         states = {

@@ -20,7 +20,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
-from ..prompts import Prompt
 from .base import Conditioning, cached, warn_truncated
 from .ltx_parts import CONDITION, PUBLISHED, PUBLISHED_091, decode_noise, fix_noise
 from .parts import ModelOfParts
@@ -92,14 +91,8 @@ class LTXVideo(ModelOfParts):
 
     def encode(self, prompts, sampling: Any = None, generators=None) -> Conditioning:
         """T5's states of the texts, which of them are padding, and where the tokens of a clip stand."""
-        prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
-        if any(prompt.image is not None for prompt in prompts):
-            raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
+        columns = self.texts(prompts)
         places = self.places(sampling).expand(len(prompts), -1, -1)
-        columns = {
-            "negative": [prompt.negative_prompt for prompt in prompts],
-            "prompt": [prompt.text for prompt in prompts],
-        }
         both = columns["prompt"] + columns["negative"]
         known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
         branches = {}

@@ -12,7 +12,6 @@ from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..prompts import Prompt
 from .base import Conditioning, cached, warn_truncated
 from .parts import ModelOfParts
 
@@ -92,13 +91,7 @@ class ModelScope(ModelOfParts):
         return self
 
     def encode(self, prompts, sampling=None, generators=None) -> Conditioning:
-        prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
-        if any(prompt.image is not None for prompt in prompts):
-            raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
-        texts = {
-            "negative": [prompt.negative_prompt for prompt in prompts],
-            "prompt": [prompt.text for prompt in prompts],
-        }
+        texts = self.texts(prompts)
         both = texts["prompt"] + texts["negative"]
         known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
         states = {

@@ -27,7 +27,6 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from .. import hub as weights
 from ..hub import DummyTokenizer
-from ..prompts import Prompt
 from .base import Conditioning, VideoModel, cached, is_flow, read_config, warn_truncated
 from .opensora_networks import OpenSoraVAE, STDiT3, STDiT3Block, TemporalVAE
 
@@ -187,14 +186,12 @@ class OpenSora(VideoModel):
         The negative branch has learned states in the place of the empty text, with as many tokens as the
         caption has.
         """
-        prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
-        if any(prompt.image is not None for prompt in prompts):
-            raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
+        texts = self.texts(prompts)
         self.latent_shape(sampling)  # a size that cannot be made is an error before T5 is at work
-        captions = [cleaned(prompt.text + QUALITY) for prompt in prompts]
-        negatives = [cleaned(p.negative_prompt) or None for p in prompts]
-        texts = captions + [text for text in negatives if text]
-        states = cached(self._embeddings, texts, self._embed, CACHED_PROMPTS)
+        captions = [cleaned(text + QUALITY) for text in texts["prompt"]]
+        negatives = [cleaned(text) or None for text in texts["negative"]]
+        both = captions + [text for text in negatives if text]
+        states = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
         learned = self.denoiser.get_buffer("y_embedder.y_embedding").to("cpu")
         chosen = {
             "negative": [

@@ -7,7 +7,6 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch.nn.functional import pad
 
 from ..hub import DummyTokenizer
-from ..prompts import Prompt
 from .base import Conditioning, cached, warn_truncated
 from .parts import ModelOfParts
 
@@ -30,12 +29,9 @@ class TextByUMT5(ModelOfParts):
         return self
 
     def encode(self, prompts, sampling: Any = None, generators=None) -> Conditioning:
-        prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
-        if not self.takes_image and any(prompt.image is not None for prompt in prompts):
-            raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
         texts = {
-            "negative": [prompt_clean(prompt.negative_prompt) for prompt in prompts],
-            "prompt": [prompt_clean(prompt.text) for prompt in prompts],
+            branch: [prompt_clean(text) for text in column]
+            for branch, column in self.texts(prompts).items()
         }
         both = texts["prompt"] + texts["negative"]
         known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
