@@ -98,7 +98,8 @@ def _motion(center: torch.Tensor, area: torch.Tensor, turned: float) -> str | No
     """Name the largest change over a clip: center (F, 2) and area (F,) in pixels, turned in degrees."""
     ends, count = (slice(0, 2), slice(-2, None)), len(center)
     middle = slice((count - 1) // 2, count // 2 + 1)
-    between = (count - 2) / (count - 1)  # of the clip, from the first two frames to the last two
+    # Of the clip, from the first two frames to the last two; what it says of fewer than 5 frames is not used.
+    between = max(1, count - 2) / max(1, count - 1)
     first, last = center[ends[0]].mean(0), center[ends[1]].mean(0)
     dx, dy = ((last - first) / (world.TRAVEL * between)).tolist()
     growth = (area[ends[1]].mean() / area[ends[0]].mean()).log().item() / (2 * 0.9 * between)
