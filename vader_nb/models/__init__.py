@@ -251,8 +251,7 @@ def load(
             (`VideoModel.dtypes`). A mapping such as {"unet": torch.float16, "vae": torch.float32} gives parts
             their own; parts that it does not name get its "default", or else the default.
         local_files_only: download nothing.
-        check: try on a small clip whether gradients and partial decoding are right, see
-            `testing.quick_check`; some decoders of other libraries give wrong gradients without a word. By default for
+        check: try gradients and partial decoding on a small clip, see `testing.quick_check`. By default for
             embedded models, once per process.
         **hub: arguments of `from_pretrained` (revision, cache_dir, token, …).
 
@@ -287,11 +286,7 @@ def load(
         ) from error
     model.to(device)
     if check or (check is None and is_unchecked_zoo(checkpoint)):
-        # Imported here, since testing knows models, samples and trains with them.
-        from ..testing import quick_check
-
-        quick_check(model)
-        _checked.add(checkpoint.source)
+        run_check(model, checkpoint)
     return model
 
 
@@ -299,6 +294,14 @@ def is_unchecked_zoo(checkpoint: Checkpoint) -> bool:
     """Whether it is an embedded model that this process has not checked yet."""
     folder = checkpoint.directory
     return folder is not None and folder.parent == ZOO and checkpoint.source not in _checked
+
+
+def run_check(model: VideoModel, checkpoint: Checkpoint) -> None:
+    # Imported here, since testing knows models, samples and trains with them.
+    from ..testing import quick_check
+
+    quick_check(model)
+    _checked.add(checkpoint.source)
 
 
 def part_dtypes(
