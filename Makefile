@@ -53,6 +53,8 @@ zoo: $(VENV)/installed
 	$(BIN)/python -m vader_nb.zoo.scripts.train_videomae
 	for stage in data image_encoder vae decoder generator generator_again; do \
 		$(BIN)/python -m vader_nb.zoo.scripts.train_i2v $$stage || exit 1; done
+	for stage in frames clips generator; do \
+		OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m vader_nb.zoo.scripts.train_wan $$stage || exit 1; done
 	$(BIN)/python -m vader_nb.zoo.scripts.cards
 	$(BIN)/python -m vader_nb.zoo.scripts.train_adapters
 

@@ -12,7 +12,7 @@ import torch
 from vader_nb import Sampling, load, rewards, sample
 
 from .. import WEIGHTS, oracles, tokenizer, world
-from . import train_clip, train_generator, train_i2v, train_vae, train_videomae
+from . import train_clip, train_generator, train_i2v, train_vae, train_videomae, train_wan
 
 WORLD = f"""## Data
 Synthetic clips of one colored shape on a plain background, rendered by `vader_nb/zoo/world.py`:
@@ -197,10 +197,36 @@ def tiny_i2v() -> None:
     )
 
 
+def tiny_wan() -> None:
+    model = load("tiny-wan")
+    quality = {
+        f"{name}, reconstructed by the autoencoder": value
+        for name, value in train_wan.report(model.vae, 200).items()
+    }
+    quality |= generator_quality(model)
+    write(
+        "tiny-wan",
+        card(
+            "tiny-wan: text to video, 9 frames of 64 × 64 as 3 latents",
+            "A diffusers `WanPipeline`: AutoencoderKLWan (4 × 8 × 8, causal), UMT5EncoderModel with a tokenizer of words,\n"
+            "WanTransformer3DModel, a rectified flow. `DiffusionPipeline.from_pretrained` loads it.",
+            f"`vader_nb/zoo/scripts/train_wan.py`: the autoencoder learns from single frames ({train_wan.FRAME_STEPS} steps of "
+            f"{train_wan.FRAME_BATCH}),\nthen from clips ({train_wan.CLIP_STEPS} steps of {train_wan.CLIP_BATCH}). The text encoder learns to spell out the "
+            f"caption's four attributes\n({train_wan.TEXT_STEPS} steps) and is then frozen; the transformer trains for "
+            f"{train_wan.STEPS} steps of {train_wan.BATCH} clips, the first\n{train_wan.NOISY_STEPS} on nearly pure noise only. Sampled by "
+            f"Euler's method, {model.defaults['num_inference_steps']} steps, guidance {model.defaults['guidance_scale']:g}, shift {train_wan.SHIFT:g}.",
+            train_wan.SEED,
+            quality,
+            "Accuracies on the 200 held-out captions, read by the oracles of `vader_nb/zoo/oracles.py`.",
+        ),
+    )
+
+
 CARDS = {
     "tiny": tiny,
     "tiny-clip": tiny_clip,
     "tiny-i2v": tiny_i2v,
+    "tiny-wan": tiny_wan,
     "tiny-videomae": tiny_videomae,
 }
 
