@@ -87,6 +87,12 @@ def offload_saved_tensors(device: torch.device, network: nn.Module) -> saved_ten
     return saved_tensors_hooks(pack, unpack)
 
 
+def is_sharded(network: nn.Module) -> bool:
+    """Each process holds a part of the weights: all must then call the network equally often."""
+    # FSDP's are DTensors, ZeRO-3's have an attribute of DeepSpeed.
+    return any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in network.parameters())
+
+
 @contextlib.contextmanager
 def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
     """Inside, these blocks keep their inputs only, and compute the rest again in the backward pass.
