@@ -256,7 +256,7 @@ def load(
         local_files_only: download nothing.
         check: try gradients and partial decoding on a small clip, see `testing.quick_check`. By default for
             embedded models, once per process.
-        text_cache: keep what the text encoder says of each text on disk (`texts.folder()`), and read the encoder only
+        text_cache: keep what the text encoder says of each text on disk (`text_files.folder()`), and read the encoder only
             for new texts, once for all that are known to come. By default where it is large, beyond 1e9 parameters.
         **hub: arguments of `from_pretrained` (revision, cache_dir, token, …).
 

@@ -1,37 +1,30 @@
-"""A text encoder's states on disk: one of gigabytes is read for new texts alone, and leaves memory again.
+"""Text encoders of gigabytes, kept out of memory: read for new texts alone, once for all of them.
 
-Each text has a file, `texts/ENCODER/….states` in $VADER_NB_CACHE, or else in `vader_nb` beside the hub's cache; any of
-them may be deleted at any time, and the least recently used are beyond `MOST` bytes. What the states depend on is in
-the names: the encoder's files, the token ids (and so the tokenizer), and what rounds: types, device, versions.
+What an encoder says of a text, its states, is kept on disk (`text_files`), in a file whose name has all that it depends
+on: the encoder's files, the token ids (and so the tokenizer), and what rounds: types, the device's type, versions.
 """
 
 import contextlib
-import hashlib
-import os
-import secrets
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import safetensors.torch
 import torch
 import transformers
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..offload import is_sharded
+from ..offload import CPUOffloader, is_sharded
 from ..prompts import Prompt
+from . import text_files
 from .base import VideoModel, cached, exclusive
 
 LARGE = 1e9  # parameters; CLIP's largest has 0.7e9, T5-xxl 4.8e9
-MOST, RECENT = 50e9, 86400  # bytes on disk; seconds after its last use in which a file stays
-SAMPLE = 4096  # bytes
-IN_MEMORY = 250  # texts
+# Arguments of `from_pretrained` on which no state depends, or that have a place of their own in the name.
+PLUMBING = ("token", "cache_dir", "local_files_only", "revision", "dtype")
+IN_MEMORY = 250  # texts that are new at once, for the steps that follow
 CPU = torch.device("cpu")
 
 
@@ -58,20 +51,25 @@ class TextOnDisk(VideoModel):
             return
         texts = dict.fromkeys(text for column in self.texts(prompts).values() for text in column)
         new = [text for text in texts if text not in self._embeddings]
-        with (
-            contextlib.ExitStack() as stack,
-            self.text_encoder.read_once(lambda: self._make_room(stack)),
-        ):
-            for text in tqdm(new, desc="text encoder", unit="text", delay=2, leave=False):
-                cached(self._embeddings, [text], self._embed, IN_MEMORY)
+        stand_in = self.text_encoder
+        with contextlib.ExitStack() as stack:
+            stand_in.reader = functools.cache(lambda device: self._read_alone(device, stack))
+            try:
+                for text in tqdm(new, desc="text encoder", unit="text", delay=2, leave=False):
+                    cached(self._embeddings, [text], self._embed, IN_MEMORY)
+                if stand_in.reader.cache_info().currsize:
+                    text_files.prune()
+            finally:
+                stand_in.reader = None  # and so the encoder, before the others come back
 
-    def _make_room(self, stack: contextlib.ExitStack) -> None:
-        """The other networks wait in CPU memory until the stack is closed."""
+    def _read_alone(self, device: torch.device, stack: contextlib.ExitStack) -> Any:
+        """The text encoder; until the stack is closed, the other networks wait in CPU memory."""
         away = self.device != self.offload_device and not is_sharded(self.denoiser)
         if self.offloader is None and away:
             self.enable_model_cpu_offload()
             stack.callback(self.disable_model_cpu_offload)
         self.onload(self.text_encoder)
+        return self.text_encoder.encoder(device)
 
 
 class StoredEncoder(nn.Module):
@@ -86,45 +84,31 @@ class StoredEncoder(nn.Module):
     def __init__(self, read: Callable[[], Any], name: str | None, dtype: torch.dtype):
         super().__init__()
         self.read, self.name, self.dtypes = read, name, [dtype]
-        self.make_room: Callable[[], None] | None = None
-        self.held: list[Any] = []  # the encoder; a list, since it must not move with this module
+        self.reader: Any = None  # in place of `encoder`, to read it once for many texts
 
     def to(self, *args, **kwargs) -> "StoredEncoder":
         """Convert the encoder, once it is read, as it would have been."""
-        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+        given = (*args, *kwargs.values())
+        dtype = next((x for x in given if isinstance(x, torch.dtype)), None)
         self.dtypes += [dtype] if dtype not in (None, self.dtypes[-1]) else []
         return self
 
-    def encoder(self) -> Any:
-        """The encoder itself, on the CPU."""
+    def encoder(self, device: torch.device) -> Any:
+        """The encoder itself, read now."""
         encoder = self.read().eval().requires_grad_(False)
         for dtype in self.dtypes[1:]:
             encoder.to(dtype)
+        CPUOffloader(device, encoder.device).onload(encoder)  # unlike `to`, it moves fake tensors
         return encoder
-
-    @contextlib.contextmanager
-    def read_once(self, make_room: Callable[[], None]) -> Iterator[None]:
-        """Inside, the encoder stays once it was needed; `make_room` is called before it is read."""
-        self.make_room = make_room
-        try:
-            yield
-        finally:
-            self.make_room = None
-            if self.held:
-                self.held.clear()
-                prune()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None):
         path = self.path(input_ids, attention_mask)
-        states = load(path) if path else None
+        states = text_files.load(path) if path else None
         if states is None:
-            if self.make_room and not self.held:
-                self.make_room()
-                self.held.append(self.encoder().to(input_ids.device))
-            encoder = self.held[0] if self.held else self.encoder().to(input_ids.device)
+            encoder = (self.reader or self.encoder)(input_ids.device)
             states = encoder(input_ids, attention_mask=attention_mask).last_hidden_state
             if path:
-                save(path, states)
+                text_files.save(path, states)
         return BaseModelOutput(last_hidden_state=states.to(input_ids.device))
 
     def path(self, ids: torch.Tensor, mask: torch.Tensor | None) -> Path | None:
@@ -136,115 +120,53 @@ class StoredEncoder(nn.Module):
         rounding += [torch.get_float32_matmul_precision(), torch.__version__]
         tokens = ids.tolist(), mask if mask is None else mask.tolist()
         facts = [tokens, self.dtypes, rounding, transformers.__version__]
-        return folder() / self.name / f"{digest(facts)}.states"
-
-
-def stored(
-    kind: Any, config: Any, read: Callable, name: Callable | None, text_cache: bool | None, dtype
-) -> Any:
-    """A text encoder of this class and configuration, or a `StoredEncoder` of it: see `models.load`."""
-    if text_cache is None:
-        with torch.device("meta"):
-            text_cache = sum(p.numel() for p in kind(config).parameters()) > LARGE
-    return StoredEncoder(read, name and name(), dtype) if text_cache else read()
+        return text_files.folder() / self.name / f"{text_files.digest(facts)}.states"
 
 
 def from_pretrained(kind: Any, source: str, subfolder: str, checkpoint: Any, options: dict) -> Any:
-    """A text encoder of a directory or hub repository, see `stored`; options: of its `from_pretrained`."""
+    """A text encoder of a directory or hub repository, or what stands for it, see `models.load`.
+
+    Args:
+        kind: its class.
+        source, subfolder, options: of its `from_pretrained`.
+        checkpoint: a `models.Checkpoint`.
+    """
     plain = {key: value for key, value in options.items() if key not in ("variant", "dtype")}
     config = kind.config_class.from_pretrained(source, subfolder=subfolder, **plain)
     place, options = Path(source, subfolder), options | {"subfolder": subfolder}
-    if not place.is_dir():  # what will be read is what is named now
+    if not is_stored(kind, config, checkpoint):
+        return kind.from_pretrained(source, **options)
+    if place.is_dir():
+        files = text_files.samples(place)
+    else:  # a commit, and what will be read is of that
+        files = [source, subfolder, config._commit_hash]
         options["revision"] = config._commit_hash
-
-    def name() -> str:
-        files = samples(place) if place.is_dir() else [source, subfolder, config._commit_hash]
-        return f"{Path(source).name}-{digest([kind.__name__, options.get('variant'), files])}"
-
-    read = partial(kind.from_pretrained, source, **options)
-    return stored(kind, config, read, name, checkpoint.text_cache, options["dtype"])
+    others = {key: value for key, value in options.items() if key not in PLUMBING}
+    name = f"{Path(source).name}-{text_files.digest([kind.__name__, others, files])}"
+    return StoredEncoder(
+        functools.partial(kind.from_pretrained, source, **options), name, options["dtype"]
+    )
 
 
 def from_config(kind: Any, config: Any, checkpoint: Any) -> Any:
-    """A text encoder of a configuration, see `stored`."""
-    dtype = torch.get_default_dtype()  # now, not when it is made
-    make = partial(kind._from_config, config, dtype=dtype)
-    return stored(kind, config, make, None, checkpoint.text_cache, dtype)
+    """The same of a configuration, for fake tensors; nothing is kept on disk."""
+    if not is_stored(kind, config, checkpoint):
+        return kind(config)
+    dtype = torch.get_default_dtype()
+    return StoredEncoder(lambda: on_meta(kind, config, dtype), None, dtype)
+
+
+def is_stored(kind: Any, config: Any, checkpoint: Any) -> bool:
+    if checkpoint.text_cache is not None:
+        return checkpoint.text_cache
+    return sum(p.numel() for p in on_meta(kind, config, torch.float32).parameters()) > LARGE
+
+
+def on_meta(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        return kind._from_config(config, dtype=dtype)
 
 
 def whole(part: Any, device: torch.device = CPU) -> Any:
     """The encoder itself, read for this, for what stands for it; other parts as they are."""
-    return part.encoder().to(device) if isinstance(part, StoredEncoder) else part
-
-
-# ------------------------------------------------------------------------------------------------- files
-
-
-def folder() -> Path:
-    """Where states are kept."""
-    beside = Path(huggingface_hub.constants.HF_HOME) / "vader_nb"
-    return Path(os.environ.get("VADER_NB_CACHE") or beside).expanduser() / "texts"
-
-
-def digest(facts: Any) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-
-
-def samples(place: Path) -> list[tuple]:
-    """What changes with the files of a directory: their names, sizes and times, and digests of some bytes in 256 places.
-
-    To read all would take as long as to load the encoder.
-    """
-    found = []
-    for path in sorted(path for path in place.iterdir() if path.is_file()):
-        stat, some = path.stat(), hashlib.sha256()
-        with open(path, "rb") as file:
-            for start in range(0, stat.st_size, max(SAMPLE, stat.st_size // 256)):
-                file.seek(start)
-                some.update(file.read(SAMPLE))
-        found.append((path.name, stat.st_size, stat.st_mtime_ns, some.hexdigest()))
-    return found
-
-
-def load(path: Path) -> torch.Tensor | None:
-    """The states in a file; None if it is not there, or damaged."""
-    try:
-        content = path.read_bytes()
-        if hashlib.sha256(content[32:]).digest() != content[:32]:
-            return None
-        os.utime(path)
-    except OSError:
-        return None
-    return safetensors.torch.load(content[32:])["states"]
-
-
-def save(path: Path, states: torch.Tensor) -> None:
-    """Write a file, whole or not at all; one that cannot be written is a warning."""
-    content = safetensors.torch.save({"states": states.cpu().contiguous()})
-    part = path.with_name(f"{secrets.token_hex(8)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(hashlib.sha256(content).digest() + content)
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        warnings.warn(
-            f"the text encoder's states could not be kept, and it will be read again ({error}): make room, or set "
-            f"VADER_NB_CACHE to a folder of another disk",
-            stacklevel=2,
-        )
-
-
-def prune() -> None:
-    """Delete the least recently used files beyond `MOST` bytes."""
-    with contextlib.suppress(OSError):  # another process deletes, too; the next time will do
-        found = sorted(
-            (path.stat().st_mtime, path.stat().st_size, path) for path in folder().glob("*/*")
-        )
-        excess = sum(size for _, size, _ in found) - MOST
-        for used, size, path in found:
-            if excess <= 0 or time.time() - used < RECENT:
-                break
-            path.unlink()
-            excess -= size
+    return part.encoder(device) if isinstance(part, StoredEncoder) else part
