@@ -324,11 +324,11 @@ def part_dtypes(
 _checked: set[str] = set()  # sources of models that this process has checked
 
 
-def from_config(name: str | Path = "tiny", text_cache: bool | None = None) -> VideoModel:
+def from_config(name: str | Path = "tiny", text_cache: bool | None = False) -> VideoModel:
     """A model with the architecture of a checkpoint and no weights read, for fake or meta tensors.
 
     What is made has torch's default dtype. Needs no download: for published checkpoints the family
-    knows the configuration.
+    knows the configuration. Parts are all there, unless `text_cache` leaves out a text encoder, see `load`.
 
     Raises:
         ValueError: for an unknown name or family.
