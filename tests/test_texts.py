@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoTokenizer
 
 from vader_nb import Prompt, align, load, lora, models, rewards, sample
 from vader_nb.cli import main
@@ -113,8 +112,7 @@ def test_a_run_reads_the_encoder_once_for_all_its_texts(
 
     model = load(directories["wan"], text_cache=True)
     ours, metrics = train(model, "stored")
-    # Autocast rounds, so that the validation's texts, without it, are other files.
-    assert len(reads) == (1 if mixed_precision is None else 2)
+    assert len(reads) == 1
     theirs, expected = train(load(directories["wan"]), "plain")
     assert all(map(torch.equal, ours, theirs))
     name = "validation/colorfulness"
@@ -180,11 +178,10 @@ def encoded(folder, text="a red star", **options):
 def test_a_changed_encoder_has_states_of_its_own(wan, reads):
     file = wan / "text_encoder" / "model.safetensors"
     before, stat = encoded(wan, text_cache=True), file.stat()
-    weights = load_file(file)
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
     last = max(weights)
     save_file(weights | {last: weights[last] + 0.5}, file, {"format": "pt"})
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a copy of an archive may have
-    assert file.stat().st_size == stat.st_size
     after = encoded(wan, text_cache=True)
     assert not torch.equal(after, before) and torch.equal(after, encoded(wan))
     assert len(reads) == 2
@@ -210,7 +207,7 @@ def test_a_changed_tokenizer_has_states_of_its_own(wan, reads):
     )
     after = encoded(wan, text_cache=True)
     assert not torch.equal(after, before) and torch.equal(after, encoded(wan))
-    assert AutoTokenizer.from_pretrained(wan / "tokenizer")("blue").input_ids
+    assert len(reads) == 2
 
 
 @pytest.mark.parametrize(
@@ -340,7 +337,7 @@ def test_the_planner_counts_the_encoder_with_the_texts_alone(directories, family
     others = sum(p.numel() * 4 for network in model.modules() for p in network.parameters()) - size
     for stage in ("weights", "roll-out", "decode", "replay", "optimizer"):
         assert kept[stage] - away[stage] == pytest.approx(size, abs=0.02 * size)
-    assert away["text"] <= max(away["weights"], kept["text"] - others + 0.1 * size)
+    assert away["text"] <= max(away["weights"], kept["text"] - others) + 0.1 * size
 
 
 # -------------------------------------------------------------------------- the encoder itself, on request

@@ -286,8 +286,7 @@ class Trainer:
         prompts += getattr(self.validation, "prompts", [])
         texts = dict.fromkeys(Prompt(str(p), getattr(p, "negative_prompt", "")) for p in prompts)
         every = distributed.gather(list(texts), self.accelerator)
-        with self.accelerator.autocast():  # as in training: it rounds
-            distributed.encode_texts(self.model, sum(every, []))
+        distributed.encode_texts(self.model, sum(every, []))
 
     def description(self) -> dict:
         """What `config.json` holds."""
