@@ -352,10 +352,7 @@ def test_a_pipeline_is_saved_whole_though_its_encoder_was_never_read(directories
         sample(load(folder), PROMPTS, sampling=sampling) for folder in (directories[family], saved)
     ]
     assert torch.equal(*clips)
-    kinds = [
-        (folder / "model_index.json").read_text().count("StoredEncoder") for folder in (saved,)
-    ]
-    assert kinds == [0]
+    assert "StoredEncoder" not in (saved / "model_index.json").read_text()
 
 
 def test_diffusers_pipeline_has_the_encoder(directories):
