@@ -19,6 +19,7 @@ from vader_nb.gradient import reward_gradient
 from vader_nb.memory_planner import Step
 from vader_nb.models import text_files, texts
 from vader_nb.sampling import Sampling
+from vader_nb.strategies import Frames
 from vader_nb.testing import CHECKS, adapted, check_model, take_gradient
 
 from . import test_cogvideox, test_ltx_video, test_opensora, test_wan
@@ -89,7 +90,7 @@ def test_clips_and_gradients_are_the_same_bit_by_bit(directories, family, reads)
         assert model.keeps_texts is stored
         clips = sample(model, PROMPTS, seeds=3, sampling=sampling)
         adapter = adapted(model)
-        options = {"seeds": [3, 8], "sampling": sampling}
+        options = {"seeds": [3, 8], "sampling": sampling, "frames": Frames.all()}
         reward_gradient(model, adapter, rewards.brightness(), PROMPTS, **options)
         results.append((clips, take_gradient(adapter)))
     for clips, gradient in results[1:]:
