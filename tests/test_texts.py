@@ -289,7 +289,7 @@ def test_where_files_are(cache, monkeypatch):
     assert str(text_files.folder()).startswith(home)
 
 
-def train(folder, cache, left):
+def train(folder, left):
     """A process's part of a run; it leaves its adapter, and how many encoders it read."""
     count, encoder = [], texts.StoredEncoder.encoder
     texts.StoredEncoder.encoder = lambda self, device: count.append(1) or encoder(self, device)
@@ -302,8 +302,8 @@ def train(folder, cache, left):
     torch.save([len(count), *(p.detach() for p in run.adapter.parameters())], left / f"{rank}.pt")
 
 
-def test_of_several_processes_the_first_one_encodes(directories, cache, tmp_path):
-    launch(train, directories["wan"], cache, tmp_path)
+def test_of_several_processes_the_first_one_encodes(directories, tmp_path):
+    launch(train, directories["wan"], tmp_path)
     (count, *first), (other, *second) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
     )

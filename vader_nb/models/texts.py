@@ -66,8 +66,8 @@ class TextOnDisk(VideoModel):
         """The text encoder; until the stack is closed, the other networks wait in CPU memory."""
         away = self.device != self.offload_device and not is_sharded(self.denoiser)
         if self.offloader is None and away:
-            self.enable_model_cpu_offload()
             stack.callback(self.disable_model_cpu_offload)
+            self.enable_model_cpu_offload()
         self.onload(self.text_encoder)
         return self.text_encoder.encoder(device)
 
