@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from torch import nn
@@ -22,8 +23,7 @@ from . import text_files
 from .base import VideoModel, cached, exclusive
 
 LARGE = 1e9  # parameters; CLIP's largest has 0.7e9, T5-xxl 4.8e9
-# Arguments of `from_pretrained` on which no state depends, or that have a place of their own in the name.
-PLUMBING = ("token", "cache_dir", "local_files_only", "revision", "dtype")
+HUB = ("token", "cache_dir", "local_files_only", "revision")  # arguments of a download
 IN_MEMORY = 250  # texts that are new at once, for the steps that follow
 CPU = torch.device("cpu")
 
@@ -139,9 +139,13 @@ def from_pretrained(kind: Any, source: str, subfolder: str, checkpoint: Any, opt
     if place.is_dir():
         files = text_files.samples(place)
     else:  # a commit, and what will be read is of that
-        files = [source, subfolder, config._commit_hash]
-        options["revision"] = config._commit_hash
-    others = {key: value for key, value in options.items() if key not in PLUMBING}
+        fetch = {key: options[key] for key in HUB if key in options}
+        file = huggingface_hub.hf_hub_download(
+            source, "config.json", subfolder=subfolder or None, **fetch
+        )
+        commit = Path(file).parents[len(Path(subfolder).parts)].name
+        files, options["revision"] = [source, subfolder, commit], commit
+    others = {key: value for key, value in options.items() if key not in (*HUB, "dtype")}
     name = f"{Path(source).name}-{text_files.digest([kind.__name__, others, files])}"
     return StoredEncoder(
         functools.partial(kind.from_pretrained, source, **options), name, options["dtype"]
