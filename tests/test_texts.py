@@ -224,22 +224,32 @@ def test_a_damaged_file_is_computed_again(directories, cache, reads, damage):
 
 
 def test_a_published_encoder_is_known_by_its_commit(directories, tmp_path, monkeypatch, reads):
-    hub = tmp_path / "hub" / "models--some--wan"
-    shutil.copytree(directories["wan"], hub / "snapshots" / ("0" * 40))
-    (hub / "refs").mkdir()
-    (hub / "refs" / "main").write_text("0" * 40)
-    published = models.Checkpoint("some/wan", "WanPipeline", "UniPCMultistepScheduler")
-    monkeypatch.setitem(models.CHECKPOINTS, "some-wan", published)
-    found = encoded("some-wan", text_cache=True, cache_dir=tmp_path / "hub")
-    assert torch.equal(found, encoded(directories["wan"]))
-    model = load("some-wan", text_cache=True, cache_dir=tmp_path / "hub")
-    assert model.text_encoder.name.startswith("wan-")
-    # Another commit becomes the newest before the encoder is read.
-    shutil.copytree(hub / "snapshots" / ("0" * 40), hub / "snapshots" / ("1" * 40))
-    (hub / "refs" / "main").write_text("1" * 40)
-    (hub / "snapshots" / ("1" * 40) / "text_encoder" / "model.safetensors").unlink()
+    def publish(repository, commit, *parts):
+        folder = tmp_path / f"models--{repository.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / "main").write_text(commit * 40)
+        for part in parts:
+            shutil.copytree(
+                directories["opensora"] / part,
+                folder / "snapshots" / (commit * 40),
+                dirs_exist_ok=True,
+            )
+        return folder / "snapshots" / (commit * 40)
+
+    publish("hpcai-tech/OpenSora-STDiT-v3", "0", "transformer")
+    publish("hpcai-tech/OpenSora-VAE-v1.2", "0", "vae")
+    publish("DeepFloyd/t5-v1_1-xxl", "0", "text_encoder", "tokenizer")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    sampling, clips = Sampling(**SIZES["opensora"]), []
+    for stored in (False, True):
+        model = load("opensora", cache_dir=tmp_path, text_cache=stored)
+        clips.append(sample(model, PROMPTS, sampling=sampling))
+    assert torch.equal(*clips) and model.text_encoder.name.startswith("t5-v1_1-xxl-")
+    # Another commit becomes the newest before the encoder is read again.
+    newer = publish("DeepFloyd/t5-v1_1-xxl", "1", "text_encoder", "tokenizer")
+    (newer / "model.safetensors").unlink()
     model.encode_texts(["a blue star"])
-    other = load("some-wan", text_cache=True, cache_dir=tmp_path / "hub")
+    other = load("opensora", cache_dir=tmp_path, text_cache=True)
     assert len(reads) == 2 and other.text_encoder.name != model.text_encoder.name
 
 
