@@ -55,6 +55,10 @@ def training_prompts(arguments) -> list:
     return vader_nb.prompts.get(arguments.prompts)
 
 
+def load(arguments):
+    return vader_nb.load(arguments.model, text_cache=arguments.text_cache)
+
+
 def spread(prompts: list, count: int) -> list:
     """Evenly spread picks."""
     count = min(count, len(prompts))
@@ -142,10 +146,12 @@ def run_align(arguments):
     if in_tiny_world(arguments):
         prompts = in_vocabulary(arguments, reward, prompts)
         groups = groups and evaluation_prompts(arguments, prompts)
-    model = vader_nb.load(arguments.model)
+    model = load(arguments)
     vader_nb.speed.apply(model, arguments.speed or "")
     if arguments.model_cpu_offload:
         model.enable_model_cpu_offload()
+    known = sum(groups.values(), prompts[: vader_nb.trainer.CHECKED_PROMPTS])
+    vader_nb.distributed.encode_texts(model, known)
     validate = None
     if arguments.validation_steps:
         validate = validation(arguments, model, [*others, reward][0], groups)
@@ -233,7 +239,7 @@ def run_evaluate(arguments):
         folder = (path if path.is_dir() else path.parent) / "evaluation"
     folder = Path(arguments.output_dir or folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    model = vader_nb.load(arguments.model)
+    model = load(arguments)
     if arguments.adapter:
         adapter = vader_nb.lora.load(model, arguments.adapter, arguments.scale)
     compare(arguments, model, adapter, rewards, groups, folder)
@@ -245,7 +251,7 @@ def run_sample(arguments):
     vader_nb.video.check_suffix(f"clip.{arguments.format}")
     folder = Path(arguments.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    model = vader_nb.load(arguments.model)
+    model = load(arguments)
     adapter = {arguments.adapter: arguments.scale} if arguments.adapter else None
     texts, seed = arguments.prompts, arguments.seed
     options = {"seeds": seed, "sampling": sampling_of(arguments), "adapter": adapter}

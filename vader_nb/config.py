@@ -47,6 +47,10 @@ class Modeled(Common):
         "tiny",
         "tiny, tiny-i2v, modelscope, zeroscope, videocrafter2, opensora, svd, svd-xt, or a directory",
     )
+    text_cache: bool | None = option(
+        None,
+        "large text encoders out of memory, their states on disk; default: beyond 1e9 parameters",
+    )
 
 
 @dataclass
@@ -122,6 +126,10 @@ class Memory(Common):
     gradient_checkpointing: bool = option(True, "compute the denoiser's blocks again backwards")
     model_cpu_offload: bool = option(False, "only the networks of the current stage on the GPU")
     dtype: str = option("float16", "of weights; float32, bfloat16")
+    text_cache: bool | None = option(
+        None,
+        "large text encoders out of memory, their states on disk; default: beyond 1e9 parameters",
+    )
     gpu_memory: str | None = option(None, "GiB, or a card: T4, H100, …; default: all cards")
     measured: bool = option(False, "on this machine's GPU, with real weights, not simulated")
 

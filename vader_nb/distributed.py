@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 from .models import VideoModel, exclusive
+from .offload import is_sharded as is_sharded
+from .prompts import Prompt
 
 TRACKERS = ("tensorboard", "wandb")  # accelerate's names, and the packages'
 
@@ -149,6 +151,13 @@ def broadcast_from_main(make: Callable, accelerator: Accelerator | PartialState 
     return value
 
 
+def encode_texts(model: VideoModel, prompts: Sequence[str | Prompt]) -> None:
+    """`model.encode_texts`, by the main process; the others wait, and then find on disk what it left there."""
+    if model.keeps_texts and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        broadcast_from_main(lambda: model.encode_texts(prompts))
+    model.encode_texts(prompts)
+
+
 def is_main_process() -> bool:
     """Whether this process speaks and writes for all. Also gives each process its own GPU."""
     return PartialState(cpu=not torch.cuda.is_available()).is_main_process
@@ -213,12 +222,6 @@ def shards_weights(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return getattr(accelerator.deepspeed_plugin, "zero_stage", None) == 3
     return accelerator.distributed_type == DistributedType.FSDP
-
-
-def is_sharded(network: torch.nn.Module) -> bool:
-    """Each process holds a part of the weights: all must then call the network equally often."""
-    # FSDP's are DTensors, ZeRO-3's have an attribute of DeepSpeed.
-    return any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in network.parameters())
 
 
 def shard(model: VideoModel, accelerator: Accelerator) -> None:

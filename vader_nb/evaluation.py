@@ -229,6 +229,7 @@ class Evaluator:
         """Run the base and each adapter on all groups; clips and scores as in `Evaluation`."""
         texts = {group: [str(prompt) for prompt in prompts] for group, prompts in groups.items()}
         self.tell_what_is_left_out(sum(texts.values(), []))
+        distributed.encode_texts(self.model, [p for prompts in groups.values() for p in prompts])
         scores = {group: {} for group in groups}
         clips: dict[str, tuple] = {}
         for group, names in texts.items():

@@ -49,6 +49,7 @@ GPUS = {  # GiB, as torch reports their total memory
 MARGIN = 1.0  # GiB for what is not a tensor
 MARGIN_HELP = "for CUDA's context, kernels' workspaces and gaps between tensors"
 # Big models are trained one clip at a time, with blocks recomputed.
+OTHERS = ("dtype", "model_cpu_offload", "text_cache")  # settings that are not training's
 DEFAULTS = {"batch_size": 1, "gradient_checkpointing": True}
 # What saves memory, the cheapest in time and in quality first.
 SAVINGS = (
@@ -168,11 +169,12 @@ class Step:
     config: TrainConfig
     dtype: torch.dtype
     model_cpu_offload: bool
+    text_cache: bool | None
 
     @classmethod
     def of(cls, model: str | Path, reward: str, settings: dict) -> "Step":
         """Arguments as for `memory`. Raises ValueError for an unknown setting."""
-        known = [f.name for f in TrainConfig.flat_fields()] + ["dtype", "model_cpu_offload"]
+        known = [f.name for f in TrainConfig.flat_fields()] + [*OTHERS]
         for name in settings:
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}; memory depends on {', '.join(known)}")
@@ -185,11 +187,15 @@ class Step:
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"unknown dtype {dtype!r}; choose float16, bfloat16 or float32")
-        return cls(str(model), reward, TrainConfig.from_flat(flat), dtype, offload)
+        text_cache = flat.pop("text_cache", None)
+        return cls(str(model), reward, TrainConfig.from_flat(flat), dtype, offload, text_cache)
 
     def make_reward(self, **options) -> Reward:
         tiny = models.checkpoint_of(self.model).world == "tiny"
         return parse(self.reward, tiny=tiny, **options)
+
+    def load(self, device: str) -> VideoModel:
+        return models.load(self.model, device=device, dtype=self.dtype, text_cache=self.text_cache)
 
     def run(self, model: VideoModel, reward: Reward, tracker) -> dict[str, int]:
         """Peak bytes by stage of a step. Before the window, only one of the equal steps is taken."""
@@ -247,7 +253,8 @@ class Step:
             torch.set_default_dtype(self.dtype)
             try:
                 fake.truth = False
-                model, reward = models.from_config(self.model), self.make_reward(from_config=True)
+                model = models.from_config(self.model, self.text_cache)
+                reward = self.make_reward(from_config=True)
             finally:
                 torch.set_default_dtype(before)
             fake.truth = True
@@ -257,7 +264,7 @@ class Step:
     def count(self) -> dict[str, int]:
         """The same with real weights on the CPU, which has no count of its own: every storage is counted."""
         with MemoryTracker() as tracker:
-            model = models.load(self.model, device="cpu", dtype=self.dtype)
+            model = self.load("cpu")
             reward = self.make_reward()
             for network in [*model.modules(), *reward.networks]:
                 tracker.track(*network.parameters(), *network.buffers())
@@ -265,7 +272,7 @@ class Step:
 
     def measure(self) -> dict[str, int]:
         """The same with real weights on a CUDA device."""
-        model = models.load(self.model, device="cuda", dtype=self.dtype)
+        model = self.load("cuda")
         return self.run(model, self.make_reward().to("cuda", self.dtype), CUDATracker())
 
 
@@ -486,7 +493,8 @@ def memory(
         gpu_memory: the GPU to find settings for: GiB, or a name such as "T4" or "4090"; None: all of `GPUS`.
         measured: take the step on this machine's CUDA device, and report torch's own count.
         **settings: fields of `TrainConfig` and `Sampling`, by default `batch_size=1` and
-            `gradient_checkpointing=True`; `dtype` (float16); `model_cpu_offload`.
+            `gradient_checkpointing=True`; `dtype` (float16); `model_cpu_offload`; `text_cache`,
+            as for `load`: the row "text" then has the text encoder alone, before the first step.
 
     Raises:
         ValueError: an unknown model, reward, setting or GPU.

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,12 +45,9 @@ class CPUOffloader:
 
     def _place(self, module: nn.Module, device: torch.device) -> None:
         if module not in self._copies:
-            self._copies[module] = [
-                (table, name, moved(tensor, self.offload_device))
-                for table, name, tensor in frozen_tensors(module)
-            ]
-        for table, name, copy in self._copies[module]:
-            table[name] = moved(copy, device)
+            self._copies[module] = moved_tables(frozen_tensors(module), self.offload_device)
+        for table, name, tensor in moved_tables(self._copies[module], device):
+            table[name] = tensor
 
 
 def frozen_tensors(module: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
@@ -60,6 +57,15 @@ def frozen_tensors(module: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]
             for name, tensor in table.items():
                 if tensor is not None and not tensor.requires_grad:
                     yield table, name, tensor
+
+
+def moved_tables(entries: Iterable[tuple], device: torch.device) -> list[tuple]:
+    """The entries with their tensors on the device; a tensor that has two names stays one."""
+    entries, copies = list(entries), {}
+    for _, _, tensor in entries:
+        if tensor not in copies:
+            copies[tensor] = moved(tensor, device)
+    return [(table, name, copies[tensor]) for table, name, tensor in entries]
 
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -85,6 +91,12 @@ def offload_saved_tensors(device: torch.device, network: nn.Module) -> saved_ten
         return tensor.to(original_device)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Each process holds a part of the weights: all must then call the network equally often."""
+    # FSDP's are DTensors, ZeRO-3's have an attribute of DeepSpeed.
+    return any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in network.parameters())
 
 
 @contextlib.contextmanager

@@ -234,7 +234,9 @@ def initial_state(
             f"a roll-out is one segment, and extend={sampling.extend} takes several: use sample or align"
         )
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    conditioning = model.encode(prompts, sampling, generators)
+    # A text that is known already must not depend on whether it was first seen under autocast.
+    with torch.autocast(model.device.type, enabled=False):
+        conditioning = model.encode(prompts, sampling, generators)
     noise = model.initial_latents(sampling, generators)
     return conditioning, model.start(noise, model.new_scheduler(sampling)), generators
 

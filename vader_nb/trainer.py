@@ -34,6 +34,7 @@ from .train_config import TrainConfig
 
 MAX_NON_FINITE = 3  # steps in a row
 MAX_NON_FINITE_SCALED = 20  # with fp16, whose loss scale comes down by such steps
+KNOWN_STEPS = 10_000  # whose texts are encoded before the first one
 CHECKED_PROMPTS = 1000  # are checked before the work starts, and compared when a run is resumed
 
 
@@ -235,6 +236,7 @@ class Trainer:
         scaled = self.accelerator.scaler is not None
         self.max_non_finite = MAX_NON_FINITE_SCALED if scaled else MAX_NON_FINITE
         found = distributed.broadcast_from_main(self.find_checkpoint, self.accelerator)
+        self.encode_texts(found[1]["step"] if found else 0)
         if distributed.shards_weights(self.accelerator):
             distributed.shard(model, self.accelerator)
         self.adapter = self.make_adapter()
@@ -274,6 +276,17 @@ class Trainer:
             return None
         tensors, contents = checkpoints.read(start)
         return tensors, contents, checkpoints.read_metrics(config.output_dir, contents["step"])
+
+    def encode_texts(self, step: int) -> None:
+        """Have the text encoder, where it is kept out of memory, read once: for all that is drawn from this step on."""
+        if not self.model.keeps_texts:
+            return
+        steps = range(step, min(self.config.steps, step + KNOWN_STEPS))
+        prompts = [prompt for i in steps for batch in self.batches(i) for prompt in batch.prompts]
+        prompts += getattr(self.validation, "prompts", [])
+        texts = dict.fromkeys(Prompt(str(p), getattr(p, "negative_prompt", "")) for p in prompts)
+        every = distributed.gather(list(texts), self.accelerator)
+        distributed.encode_texts(self.model, sum(every, []))
 
     def description(self) -> dict:
         """What `config.json` holds."""

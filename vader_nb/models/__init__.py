@@ -56,6 +56,7 @@ class Checkpoint:
         size, license: of the download.
         hub: more arguments of `from_pretrained`.
         parts: hub ids of parts that are not in `source`.
+        text_cache: see `load`.
     """
 
     source: str
@@ -67,6 +68,7 @@ class Checkpoint:
     license: str = ""
     hub: dict = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
+    text_cache: bool | None = None
 
     @property
     def directory(self) -> Path | None:
@@ -238,6 +240,7 @@ def load(
     dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     local_files_only: bool = False,
     check: bool | None = None,
+    text_cache: bool | None = None,
     **hub,
 ) -> VideoModel:
     """Load a video model, frozen and in eval mode.
@@ -253,16 +256,20 @@ def load(
         local_files_only: download nothing.
         check: try gradients and partial decoding on a small clip, see `testing.quick_check`. By default for
             embedded models, once per process.
+        text_cache: keep what the text encoder says of each text on disk (`text_files.folder()`), and read the encoder only
+            for new texts, once for all that are known to come. By default where it is large, beyond 1e9 parameters.
         **hub: arguments of `from_pretrained` (revision, cache_dir, token, …).
 
     Raises:
         AssertionError: if the check finds a wrong gradient.
-        ValueError: for an unknown name or family.
+        ValueError: for an unknown name or family, or `text_cache=True` where the text encoder stays in memory.
         FileNotFoundError: where the weights are neither here nor within reach; it says how to get them.
     """
     device = torch.device(device or default_device())
-    checkpoint = checkpoint_of(name)
+    checkpoint = replace(checkpoint_of(name), text_cache=text_cache)
     family = family_of(checkpoint)
+    if text_cache and not family.large_text_encoder:
+        raise ValueError(f"text_cache=True: {str(name)!r} has no large text encoder; leave it out")
     dtypes = part_dtypes(family, device, dtype)
     if checkpoint.directory is None:
         hub = checkpoint.hub | {"local_files_only": local_files_only or not reachable()} | hub
@@ -317,16 +324,16 @@ def part_dtypes(
 _checked: set[str] = set()  # sources of models that this process has checked
 
 
-def from_config(name: str | Path = "tiny") -> VideoModel:
+def from_config(name: str | Path = "tiny", text_cache: bool | None = False) -> VideoModel:
     """A model with the architecture of a checkpoint and no weights read, for fake or meta tensors.
 
     What is made has torch's default dtype. Needs no download: for published checkpoints the family
-    knows the configuration.
+    knows the configuration. Parts are all there, unless `text_cache` leaves out a text encoder, see `load`.
 
     Raises:
         ValueError: for an unknown name or family.
     """
-    checkpoint = checkpoint_of(name)
+    checkpoint = replace(checkpoint_of(name), text_cache=text_cache)
     return family_of(checkpoint).from_config(checkpoint, name=str(name))
 
 

@@ -87,6 +87,8 @@ class VideoModel(ABC):
         sampling_options: the family's own entries of `Sampling.options`, with their defaults.
         option_bounds: (least, most) of those entries that are numbers.
         dtypes: what its parts are loaded in on CUDA, by name or as "default", where that is not float16.
+        large_text_encoder: it may be kept out of memory, see `texts.TextOnDisk`.
+        keeps_texts: it is, and what it says of a text is on disk.
         takes_image: it continues the image of a `Prompt`.
         independent_frames: the decoder knows no time, so that frames decode, and may be scored, one by one.
         exact: `decode` of some frames equals those frames of the whole clip's decode.
@@ -103,6 +105,8 @@ class VideoModel(ABC):
     sampling_options: dict = {}
     option_bounds: dict = {}
     dtypes: dict[str, torch.dtype] = {}
+    large_text_encoder = False
+    keeps_texts: Any = False
     takes_image = False
     original_names: dict[str, str] = {}
     independent_frames = True
@@ -185,6 +189,13 @@ class VideoModel(ABC):
             "negative": [prompt.negative_prompt for prompt in prompts],
             "prompt": [prompt.text for prompt in prompts],
         }
+
+    def encode_texts(self, prompts: Sequence[str | Prompt]) -> None:
+        """Have on disk what `encode` needs of these prompts' texts, where the text encoder is kept out of memory.
+
+        It is read once for all that are new, and the other networks wait in CPU memory for as long.
+        """
+        self.texts(prompts)  # an image that it cannot take is an error now
 
     # ------------------------------------------------------------------ guidance
 
@@ -410,6 +421,11 @@ class VideoModel(ABC):
         """
         self.offloader = CPUOffloader(self.device, self.offload_device)
         self.offload(*self.modules())
+
+    def disable_model_cpu_offload(self) -> None:
+        """All networks are on the model's device again."""
+        self.onload(*self.modules())
+        self.offloader = None
 
     def offload(self, *modules: nn.Module) -> None:
         """With model offload: these wait on the offload device, for instance a reward's networks."""

@@ -25,6 +25,7 @@ from ..offload import checkpointed
 from . import causal
 from .base import Conditioning, cached, warn_truncated
 from .parts import ModelOfParts
+from .texts import TextOnDisk
 
 # The published architectures, for `from_config`; what is missing here is the classes' own default.
 SCHEDULER = {"clip_sample": False, "prediction_type": "v_prediction"}
@@ -48,7 +49,7 @@ SIDES = "height", "width"
 CACHED_PROMPTS = 500  # prompts whose embeddings a model keeps: 1.9 MB each in half precision
 
 
-class CogVideoX(ModelOfParts):
+class CogVideoX(TextOnDisk, ModelOfParts):
     """A `CogVideoXTransformer3DModel` with T5's text encoder and a causal autoencoder.
 
     Clips have 8 k + 1 frames, or 8 k where the network (not 1.5's) takes latents one by one: an even number
@@ -97,11 +98,6 @@ class CogVideoX(ModelOfParts):
     def blocks(self) -> list[nn.Module]:
         return list(self.denoiser.get_submodule("transformer_blocks").children())
 
-    def to(self, *args, **kwargs) -> "CogVideoX":
-        super().to(*args, **kwargs)
-        self._embeddings.clear()
-        return self
-
     # ------------------------------------------------------------------ the text
 
     def encode(self, prompts, sampling=None, generators=None) -> Conditioning:
@@ -109,6 +105,7 @@ class CogVideoX(ModelOfParts):
         columns = self.texts(prompts)
         if sampling is not None:
             self.latent_shape(sampling)  # what cannot be made is an error before T5 is at work
+        self.encode_texts(prompts)
         both = columns["prompt"] + columns["negative"]
         known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
         states = {

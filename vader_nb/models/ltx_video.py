@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from .base import Conditioning, cached, warn_truncated
 from .ltx_parts import CONDITION, PUBLISHED, PUBLISHED_091, decode_noise, fix_noise
 from .parts import ModelOfParts
+from .texts import TextOnDisk
 
 CACHED_PROMPTS = 250  # prompts whose embeddings a model keeps: 1 or 2 MB each in half precision
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 3.0, "num_frames": 161, "fps": 25}
@@ -31,7 +32,7 @@ DEFAULTS |= {"height": 512, "width": 704}
 DECODING = {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
 
 
-class LTXVideo(ModelOfParts):
+class LTXVideo(TextOnDisk, ModelOfParts):
     """An `LTXVideoTransformer3DModel` with T5's text encoder and a decoder that knows time.
 
     Decoders of 0.9.1 and later refine latents that are noised a little: `defaults["decode_timestep"]` is the noise level
@@ -82,17 +83,13 @@ class LTXVideo(ModelOfParts):
             if "LTXVideoTransformerBlock" in {cls.__name__ for cls in type(module).__mro__}
         ]
 
-    def to(self, *args, **kwargs) -> "LTXVideo":
-        super().to(*args, **kwargs)
-        self._embeddings.clear()
-        return self
-
     # ------------------------------------------------------------------ the text
 
     def encode(self, prompts, sampling: Any = None, generators=None) -> Conditioning:
         """T5's states of the texts, which of them are padding, and where the tokens of a clip stand."""
         columns = self.texts(prompts)
         places = self.places(sampling).expand(len(prompts), -1, -1)
+        self.encode_texts(prompts)
         both = columns["prompt"] + columns["negative"]
         known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
         branches = {}

@@ -27,8 +27,10 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from .. import hub as weights
 from ..hub import DummyTokenizer
-from .base import Conditioning, VideoModel, cached, is_flow, read_config, warn_truncated
+from . import texts
+from .base import Conditioning, cached, is_flow, read_config, warn_truncated
 from .opensora_networks import OpenSoraVAE, STDiT3, STDiT3Block, TemporalVAE
+from .texts import TextOnDisk
 
 # The published architecture, for `from_config`; what is missing here is the classes' own default.
 PUBLISHED = {
@@ -63,7 +65,7 @@ QUALITY = " aesthetic score: 6.5."  # what it was trained to read after a captio
 CACHED_PROMPTS = 1000  # prompts whose embeddings a model keeps: 8 kB per token in half precision
 
 
-class OpenSora(VideoModel):
+class OpenSora(TextOnDisk):
     """`STDiT3` with T5's text encoder, and autoencoders over time and over space.
 
     Latents do not tell clips apart whose lengths differ by less than 4 frames: `decode` goes by the latest
@@ -110,8 +112,12 @@ class OpenSora(VideoModel):
             name,
             read_network("transformer", place("transformer"), **hub).to(dtype("transformer")),
             read_network("vae", place("vae"), **shared).to(dtype("vae")),
-            T5EncoderModel.from_pretrained(
-                place("text_encoder"), dtype=dtype("text_encoder"), **shared
+            texts.from_pretrained(
+                T5EncoderModel,
+                place("text_encoder"),
+                "",
+                checkpoint,
+                shared | {"dtype": dtype("text_encoder")},
             ),
             AutoTokenizer.from_pretrained(place("tokenizer"), **shared),
             scheduler.from_config(
@@ -135,7 +141,7 @@ class OpenSora(VideoModel):
             name,
             network_of("transformer", config["transformer"]),
             network_of("vae", config["vae"]),
-            T5EncoderModel(T5Config(**config["text_encoder"])),
+            texts.from_config(T5EncoderModel, T5Config(**config["text_encoder"]), checkpoint),
             tokenizer,
             scheduler,
             checkpoint.defaults,
@@ -153,7 +159,7 @@ class OpenSora(VideoModel):
         index: dict[str, Any] = {"_class_name": "OpenSoraPipeline"}
         parts = vars(self) | self.denoisers
         for name in (*PUBLISHED, "tokenizer"):
-            part: Any = parts[name]
+            part: Any = texts.whole(parts[name])
             kind = type(part)
             index[name] = [kind.__module__.partition(".")[0], kind.__name__]
             if name in ("transformer", "vae"):
@@ -173,12 +179,12 @@ class OpenSora(VideoModel):
     def blocks(self) -> list[nn.Module]:
         return [part for part in self.denoiser.modules() if isinstance(part, STDiT3Block)]
 
-    def to(self, *args, **kwargs) -> "OpenSora":
-        super().to(*args, **kwargs)
-        self._embeddings.clear()
-        return self
-
     # ------------------------------------------------------------------ the text
+
+    def texts(self, prompts) -> dict[str, list[str]]:
+        columns = super().texts(prompts)
+        columns["prompt"] = [text + QUALITY for text in columns["prompt"]]
+        return {branch: [cleaned(text) for text in column] for branch, column in columns.items()}
 
     def encode(self, prompts, sampling: Any = None, generators=None) -> Conditioning:
         """T5's states of the captions, and what else the denoiser is told: frame rate and size.
@@ -186,10 +192,10 @@ class OpenSora(VideoModel):
         The negative branch has learned states in the place of the empty text, with as many tokens as the
         caption has.
         """
-        texts = self.texts(prompts)
+        columns = self.texts(prompts)
         self.latent_shape(sampling)  # a size that cannot be made is an error before T5 is at work
-        captions = [cleaned(text + QUALITY) for text in texts["prompt"]]
-        negatives = [cleaned(text) or None for text in texts["negative"]]
+        self.encode_texts(prompts)
+        captions, negatives = columns["prompt"], columns["negative"]
         both = captions + [text for text in negatives if text]
         states = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
         learned = self.denoiser.get_buffer("y_embedder.y_embedding").to("cpu")

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..hub import DummyTokenizer
+from . import texts
 from .base import VideoModel, read_config
 
 
@@ -50,7 +51,11 @@ class ModelOfParts(VideoModel):
         for part, kind in cls.present(cls.networks, index).items():
             argument = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
             options = hub | {argument: dtypes.get(part, dtypes["default"])}
-            parts[part] = cls.read_network(part, checkpoint, options)
+            if part == "text_encoder" and cls.large_text_encoder:
+                place = checkpoint.source, part
+                parts[part] = texts.from_pretrained(kind, *place, checkpoint, options)
+            else:
+                parts[part] = cls.read_network(part, checkpoint, options)
         others = {**cls.processors, "scheduler": cls.scheduler_class(checkpoint)}
         for part, kind in cls.present(others, index).items():
             parts[part] = kind.from_pretrained(checkpoint.source, subfolder=part, **plain)
@@ -79,6 +84,8 @@ class ModelOfParts(VideoModel):
             network: Any = kind
             if issubclass(kind, ModelMixin):
                 parts[part] = network.from_config(config[part])
+            elif part == "text_encoder" and cls.large_text_encoder:
+                parts[part] = texts.from_config(kind, kind.config_class(**config[part]), checkpoint)
             else:
                 parts[part] = kind(kind.config_class(**config[part]))
         for part, kind in cls.present(cls.processors, index).items():
@@ -134,7 +141,9 @@ class ModelOfParts(VideoModel):
                 f"save_pretrained, which writes its parts one by one"
             )
         settings = {name: getattr(self, name) for name in self.settings}
-        return kind(**{name: self.part(name) for name in self.part_names()}, **settings)
+        device = self.device
+        parts = {name: texts.whole(self.part(name), device) for name in self.part_names()}
+        return kind(**parts, **settings)
 
     def part_names(self) -> list[str]:
         return [*self.networks, *self.processors, "scheduler"]
@@ -142,7 +151,7 @@ class ModelOfParts(VideoModel):
     def save_parts(self, folder: Path) -> None:
         index: dict[str, Any] = {"_class_name": self.family}
         for name in self.part_names():
-            part = self.part(name)
+            part = texts.whole(self.part(name))
             part.save_pretrained(folder / name)
             index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
         index |= {name: getattr(self, name) for name in self.settings}

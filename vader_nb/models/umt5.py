@@ -9,12 +9,13 @@ from torch.nn.functional import pad
 from ..hub import DummyTokenizer
 from .base import Conditioning, cached, warn_truncated
 from .parts import ModelOfParts
+from .texts import TextOnDisk
 
 TEXT_LENGTH = 512  # tokens that the transformer sees
 CACHED_PROMPTS = 1000  # texts whose states a model keeps: 8 kB per token in half precision
 
 
-class TextByUMT5(ModelOfParts):
+class TextByUMT5(TextOnDisk, ModelOfParts):
     """A model with a `UMT5EncoderModel`; `__init__` calls `set_text_encoder`."""
 
     def set_text_encoder(self, text_encoder: Any, tokenizer: Any) -> None:
@@ -23,16 +24,13 @@ class TextByUMT5(ModelOfParts):
         self.text_length = min(TEXT_LENGTH, TEXT_LENGTH if unknown else tokenizer.model_max_length)
         self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU, without padding
 
-    def to(self, *args, **kwargs) -> "TextByUMT5":
-        super().to(*args, **kwargs)
-        self._embeddings.clear()
-        return self
+    def texts(self, prompts) -> dict[str, list[str]]:
+        columns = super().texts(prompts)
+        return {branch: [prompt_clean(text) for text in texts] for branch, texts in columns.items()}
 
     def encode(self, prompts, sampling: Any = None, generators=None) -> Conditioning:
-        texts = {
-            branch: [prompt_clean(text) for text in column]
-            for branch, column in self.texts(prompts).items()
-        }
+        self.encode_texts(prompts)
+        texts = self.texts(prompts)
         both = texts["prompt"] + texts["negative"]
         known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
         rows = {branch: [known[text] for text in column] for branch, column in texts.items()}
