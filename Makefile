@@ -1,4 +1,4 @@
-# make align   align an embedded model to a reward and look at it (no GPU, a few minutes; MODEL=tiny, tiny-i2v)
+# make align   align an embedded model to a reward and look at it (no GPU, a few minutes; MODEL=tiny, tiny-wan, tiny-i2v)
 # make test    run every test (WORKERS=4: in four processes; default: one for each core)
 # make lab     open the notebooks in JupyterLab
 # make app     the playground as a page of controls, without code
@@ -53,7 +53,7 @@ zoo: $(VENV)/installed
 	$(BIN)/python -m vader_nb.zoo.scripts.train_videomae
 	for stage in data image_encoder vae decoder generator generator_again; do \
 		$(BIN)/python -m vader_nb.zoo.scripts.train_i2v $$stage || exit 1; done
-	for stage in frames clips generator; do \
+	for stage in frames clips generator colors; do \
 		OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m vader_nb.zoo.scripts.train_wan $$stage || exit 1; done
 	$(BIN)/python -m vader_nb.zoo.scripts.cards
 	$(BIN)/python -m vader_nb.zoo.scripts.train_adapters

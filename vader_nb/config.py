@@ -45,7 +45,7 @@ class Common:
 class Modeled(Common):
     model: str = option(
         "tiny",
-        "tiny, tiny-i2v, modelscope, zeroscope, videocrafter2, opensora, svd, svd-xt, or a directory",
+        "tiny, tiny-wan, tiny-i2v, modelscope, zeroscope, videocrafter2, opensora, svd, svd-xt, or a directory",
     )
     text_cache: bool | None = option(
         None,
@@ -119,7 +119,7 @@ class Memory(Common):
     settings = "memory"
     model: str = option(
         "modelscope",
-        "tiny, tiny-i2v, modelscope, zeroscope, videocrafter2, opensora, svd, svd-xt, or a directory",
+        "tiny, tiny-wan, tiny-i2v, modelscope, zeroscope, videocrafter2, opensora, svd, svd-xt, or a directory",
     )
     reward: str = option("hps", "an expression of rewards")
     batch_size: int = option(1, "clips at once")

@@ -90,6 +90,7 @@ TWOS = {"decode_chunk_size": 2}
 VADER = {"num_inference_steps": 25, "guidance_scale": 9.0, "num_frames": 16, "fps": 8}
 CHECKPOINTS = {
     "tiny": TINY,
+    "tiny-wan": ZOO / "tiny-wan",
     "tiny-i2v": ZOO / "tiny-i2v",
     "modelscope": Checkpoint(
         "ali-vilab/text-to-video-ms-1.7b",
