@@ -177,8 +177,7 @@ class Adapter:
 
     def export(self, path: str | Path, format: str = "diffusers") -> Path:
         """Write the adapter, as trained (at scale 1), for another tool; see `lora_files.export`."""
-        names = self.model.original_names
-        return lora_files.export(self.state_dict(), self.alpha, path, format, names)
+        return lora_files.export(self.state_dict(), self.alpha, path, format, self.model)
 
     @exclusive
     def merge(self, folder: str | Path) -> Path:
@@ -311,7 +310,9 @@ def _targets_by_denoiser(
 
 
 @exclusive
-def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
+def load(
+    model: VideoModel, path: str | Path, scale: float = 1.0, denoiser: str | None = None
+) -> Adapter:
     """Put the adapter of a file on the model.
 
     Args:
@@ -320,6 +321,8 @@ def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
             a run's or a checkpoint's. Alpha is taken as the rank where neither the file nor the
             configuration beside it names it.
         scale: of the adapter's effect, 0 to 10.
+        denoiser: the key of the one that the file is for ("transformer_2"), whatever it says itself. Files of
+            other tools for one of two experts do not say; by default they are the first one's, as in diffusers.
 
     Raises:
         FileNotFoundError, ValueError: see `read` and `match`, among them for a file that does not fit the
@@ -327,7 +330,7 @@ def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
     """
     validate_scale(scale)
     state, metadata = read(path)
-    adapter = _attached(model, match(model, state, metadata, path))
+    adapter = _attached(model, match(model, state, metadata, path, denoiser))
     adapter.targets = lora_files.targets_of(metadata) or adapter.targets
     adapter.scale = scale
     return adapter

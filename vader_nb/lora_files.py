@@ -1,8 +1,8 @@
 """Adapter files of this and of other tools, read without running any code, and written.
 
 Our own layout is diffusers': `unet.<layer>.lora_A.weight` (rank, in) and `unet.<layer>.lora_B.weight`
-(out, rank). Read as well: diffusers' old attention processors, kohya, ComfyUI, peft, keys without a prefix, and VADER's
-own files for VideoCrafter2.
+(out, rank). Read as well: diffusers' old attention processors, kohya, ComfyUI, peft, keys without a prefix, the names of
+a model's authors, and VADER's own files for VideoCrafter2.
 """
 
 import json
@@ -10,7 +10,6 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ OTHER_KINDS = {
     r"\.lora_B\.(\w+\.)?bias$": "a LoRA with biases",
 }
 TENSOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up)(\.\w+)?\.weight")
-PREFIXES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "lora_")
+PREFIXES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "lora_", "unet_")
 TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoder|text_model|lora_te|te\d?[._])")
 
 
@@ -154,18 +153,31 @@ def check_kind(state: State, metadata: dict, path: Path) -> None:
 # ----------------------------------------------------------------------------- names and strengths
 
 
-def match(model: VideoModel, state: State, metadata: dict, path: str | Path) -> LoRA:
+def match(
+    model: VideoModel,
+    state: State,
+    metadata: dict,
+    path: str | Path,
+    denoiser: str | None = None,
+) -> LoRA:
     """A file's tensors as an adapter of the model, which acts exactly as where they come from.
 
     Layers may differ in rank and alpha: the smaller are filled up with zeros, and differing factors
     alpha / rank are multiplied into B.
 
+    Args:
+        denoiser: the key of the one that the file is for, whatever it says itself.
+
     Raises:
-        ValueError: for a layer that the model lacks, tensors of wrong shapes, or an alpha that is no
-            positive number.
+        ValueError: for a layer or denoiser that the model lacks, tensors of wrong shapes, or an alpha that is
+            no positive number.
     """
-    names, found = layer_names(model), {}
-    ignored = 0
+    denoiser = denoiser or metadata.get("denoiser")
+    if denoiser not in (None, *model.denoisers):
+        known = ", ".join(model.denoisers)
+        raise ValueError(f"{path}: {model.name!r} has no denoiser {denoiser!r}; it has: {known}")
+    names, found = layer_names(model, denoiser), {}
+    ignored, keyed = 0, denoiser is not None or len(model.denoisers) == 1
     for name, value in convert_unet_state_dict_to_peft(state).items():
         if TEXT_ENCODER.match(name):
             ignored += 1
@@ -180,12 +192,19 @@ def match(model: VideoModel, state: State, metadata: dict, path: str | Path) -> 
                 f"{path} does not fit {model.name!r}: it has no layer {base!r}. The file "
                 f"says it was made for {metadata.get('base_model', 'an unnamed model')!r}"
             )
+        keyed = keyed or plain_name(base) == plain_name(layer)
         half = "alpha" if not matched else "A" if matched[2] in ("lora_A", "lora_down") else "B"
         wide = torch.promote_types(value.dtype, torch.float32)
         found.setdefault(layer, {})[half] = value.to(wide)
     if ignored:
         warnings.warn(
             f"{path}: {ignored} tensors are for the text encoder, which is not adapted; they are left out",
+            stacklevel=3,
+        )
+    if not keyed:
+        warnings.warn(
+            f"{path} does not say which of {', '.join(model.denoisers)} it is for: it acts on the first one; for "
+            f"another, lora.load(model, path, denoiser=...)",
             stacklevel=3,
         )
     for layer, parts in found.items():
@@ -215,19 +234,24 @@ def plain_name(name: str) -> str:
     return name
 
 
-def layer_names(model: VideoModel) -> dict[str, str]:
-    """Plain name -> our name, of every layer that can have an adapter; the first denoiser's first."""
+def layer_names(model: VideoModel, only: str | None = None) -> dict[str, str]:
+    """Plain name -> our name, of every layer that can have an adapter; names without a denoiser's key are the
+    first one's. All are of one denoiser, if its key is given."""
     names = {}
-    for key, denoiser in model.denoisers.items():
-        for name, module in denoiser.named_modules():
+    for key in model.denoisers:
+        holder = only or key
+        for name, module in model.denoisers[holder].named_modules():
             if hasattr(module, "weight"):
-                names[plain_name(f"{key}.{name}")] = f"{key}.{name}"
-                names.setdefault(plain_name(name), f"{key}.{name}")
-    first, ours = next(iter(model.denoisers)), {b: a for a, b in model.original_names.items()}
-    for name, _ in model.denoiser.named_modules() if ours else ():
-        if original := renamed(name, ours):
-            names.setdefault(plain_name(original), f"{first}.{name}")
+                ours = f"{holder}.{name}"
+                names[plain_name(f"{key}.{name}")] = ours
+                for same in (name, original_name(model, name)):
+                    names.setdefault(plain_name(same), ours)
     return names
+
+
+def original_name(model: VideoModel, name: str) -> str:
+    """What the model's authors call a layer; its own name where that is not known."""
+    return renamed(name, {ours: theirs for theirs, ours in model.original_names.items()}) or name
 
 
 def check_shapes(model: VideoModel, layer: str, parts: State, path: str | Path) -> None:
@@ -321,28 +345,27 @@ def with_sorted_header(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
-# (what stands before a layer's name, what between its parts, the names of A and B)
+# (what stands before a layer's name, what between its parts, the names of A and B, whether layers have the names of
+# the model's authors, where a family knows them)
 LAYOUTS = {
-    "diffusers": ("{key}.", ".", "lora_A", "lora_B"),
-    "peft": ("base_model.model.", ".", "lora_A", "lora_B"),
-    "kohya": ("lora_unet_", "_", "lora_down", "lora_up"),
-    "comfyui": ("diffusion_model.", ".", "lora_A", "lora_B"),
-    "vader": (VADER, ".", "lora_A", "lora_B"),
+    "diffusers": ("{key}.", ".", "lora_A", "lora_B", False),
+    "peft": ("base_model.model.", ".", "lora_A", "lora_B", False),
+    "kohya": ("lora_unet_", "_", "lora_down", "lora_up", True),
+    "comfyui": ("diffusion_model.", ".", "lora_A", "lora_B", True),
+    "vader": (VADER, ".", "lora_A", "lora_B", True),
 }
 
 
-def exported_tensors(
-    state: State, alpha: float, format: str, original_names: Mapping[str, str]
-) -> State:
+def exported_tensors(state: State, alpha: float, format: str, model: VideoModel | None) -> State:
     """An adapter's tensors under the names of another tool, with what that tool reads alpha from."""
-    originals = {ours: theirs for theirs, ours in original_names.items()}
-    prefix, separator, *halves = LAYOUTS[format]
+    prefix, separator, *halves, original = LAYOUTS[format]
     tensors = {}
     for name, value in state.items():
         layer, _, half = name.rpartition(".lora_")
         key, _, inner = layer.partition(".")
+        if original and model is not None:
+            inner = original_name(model, inner)
         if format == "vader":
-            inner = renamed(inner, originals) or inner
             value = value * (alpha / VADER_ALPHA if half[0] == "B" else 1)
         base = prefix.format(key=key) + inner.replace(".", separator)
         tensors[f"{base}.{halves['AB'.index(half[0])]}.weight"] = value
@@ -351,14 +374,28 @@ def exported_tensors(
     return tensors
 
 
+def check_format(format: str, model: VideoModel | None) -> None:
+    """Raise ValueError for an unknown format, or one in which nothing reads this model's adapters."""
+    if format not in LAYOUTS:
+        raise ValueError(f"unknown format {format!r}; choose one of {', '.join(LAYOUTS)}")
+    if model is not None and format not in model.lora_formats:
+        raise ValueError(
+            f"format={format} has no names for the layers of {model.name!r}: choose one of "
+            f"{', '.join(model.lora_formats)}, or merged for its whole pipeline"
+        )
+
+
 def export(
     state: State,
     alpha: float,
     path: str | Path,
     format: str = "diffusers",
-    original_names: Mapping[str, str] | None = None,
+    model: VideoModel | None = None,
 ) -> Path:
     """Write an adapter for another tool.
+
+    "diffusers" has all denoisers in one file. In other formats each of several has its own, as ComfyUI's and
+    kohya's loaders expect, whose name ends in the denoiser's key.
 
     Args:
         state: under our own names.
@@ -366,44 +403,57 @@ def export(
         path: for "diffusers" and "peft" a folder, as their `from_pretrained` and `load_lora_weights` take;
             for "kohya", "comfyui" and "vader" a file.
         format: a key of `LAYOUTS`.
-        original_names: of the model, see `VideoModel`; for "vader".
+        model: whose `lora_formats` and `original_names` count.
 
     Returns:
-        The file with the tensors.
+        The file with the tensors; of several, the first one.
 
     Raises:
-        ValueError: for an unknown format, or one that has no names for the model's layers.
+        ValueError: see `check_format`.
     """
-    if format not in LAYOUTS:
-        raise ValueError(f"unknown format {format!r}; choose one of {', '.join(LAYOUTS)}")
-    if format == "vader" and not original_names:
-        raise ValueError("format=vader has names for VideoCrafter2's layers only: choose another")
-    keys = dict.fromkeys(name.partition(".")[0] for name in state)
-    if len(keys) > 1 and format != "diffusers":
-        raise ValueError(f"{format} has no names for several denoisers: use format=diffusers")
-    rank = next(len(value) for name, value in state.items() if ".lora_A." in name)
-    path, metadata = Path(path).expanduser(), {"format": "pt"}
-    tensors = exported_tensors(state, alpha, format, original_names or {})
-    layers = {name.rpartition(".lora_")[0].partition(".")[::2] for name in state}
-    described = {
-        key: {
-            "r": rank,
-            "lora_alpha": alpha,
-            "target_modules": sorted(inner for of, inner in layers if of == key),
-        }
-        for key in keys
-    }
+    check_format(format, model)
+    path = Path(path).expanduser()
+    keys = list(dict.fromkeys(name.partition(".")[0] for name in state))
     if format == "diffusers":
-        path = path / "pytorch_lora_weights.safetensors"
-        packed = {
-            f"{key}.{name}": value for key, x in described.items() for name, value in x.items()
-        }
-        metadata["lora_adapter_metadata"] = json.dumps(packed)
-    elif format == "peft":
-        path = path / "adapter_model.safetensors"
-        LoraConfig(**described[next(iter(keys))]).save_pretrained(str(path.parent))
-    elif format == "vader":
+        return write_diffusers(state, alpha, path)
+    if len(keys) > 1:
+        files = []
+        for key in keys:
+            part = {name: x for name, x in state.items() if name.startswith(f"{key}.")}
+            place = path / key if format == "peft" else path.with_stem(f"{path.stem}_{key}")
+            files.append(export(part, alpha, place, format, model))
+        return files[0]
+    tensors = exported_tensors(state, alpha, format, model)
+    if format == "vader":
         return write_vader(path, tensors)
+    config = configs(state, alpha)[keys[0]]
+    metadata = {"format": "pt", "denoiser": keys[0]}
+    if format == "peft":
+        path = path / "adapter_model.safetensors"
+        LoraConfig(**config).save_pretrained(str(path.parent))
     else:
-        metadata |= {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+        metadata |= {"ss_network_dim": str(config["r"]), "ss_network_alpha": str(alpha)}
     return write(path, tensors, metadata)
+
+
+def write_diffusers(state: State, alpha: float, folder: Path) -> Path:
+    """The file that `load_lora_weights` takes, with the strength of each denoiser's part in its metadata."""
+    described = {
+        f"{key}.{name}": value
+        for key, config in configs(state, alpha).items()
+        for name, value in config.items()
+    }
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(described)}
+    tensors = exported_tensors(state, alpha, "diffusers", None)
+    return write(folder / "pytorch_lora_weights.safetensors", tensors, metadata)
+
+
+def configs(state: State, alpha: float) -> dict[str, dict[str, Any]]:
+    """By denoiser, the arguments of peft's `LoraConfig`."""
+    rank = next(len(value) for name, value in state.items() if ".lora_A." in name)
+    found: dict[str, dict[str, Any]] = {}
+    for layer in sorted({name.rpartition(".lora_")[0] for name in state}):
+        key, _, inner = layer.partition(".")
+        config = {"r": rank, "lora_alpha": alpha, "target_modules": []}
+        found.setdefault(key, config)["target_modules"].append(inner)
+    return found

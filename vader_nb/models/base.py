@@ -84,6 +84,7 @@ class VideoModel(ABC):
         defaults: of sampling, under diffusers' argument names, plus `fps`.
         original_names: for families with LoRA files under their authors' names: those of the denoiser's
             modules -> ours. What stands before a dot in a layer's name is replaced.
+        lora_formats: of `lora_files.LAYOUTS`, those in which some tool reads an adapter of this family.
         sampling_options: the family's own entries of `Sampling.options`, with their defaults.
         option_bounds: (least, most) of those entries that are numbers.
         dtypes: what its parts are loaded in on CUDA, by name or as "default", where that is not float16.
@@ -104,7 +105,8 @@ class VideoModel(ABC):
     option_bounds: dict = {}
     dtypes: dict[str, torch.dtype] = {}
     takes_image = False
-    original_names: dict[str, str] = {}
+    original_names: Mapping[str, str] = {}
+    lora_formats: tuple[str, ...] = ("diffusers", "peft", "kohya", "comfyui")
     independent_frames = True
     exact = True
     offloader: CPUOffloader | None = None

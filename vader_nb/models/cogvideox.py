@@ -57,6 +57,7 @@ class CogVideoX(ModelOfParts):
 
     family = "CogVideoXPipeline"
     targets = {"transformer": ("to_q", "to_k", "to_v", "to_out.0")}
+    lora_formats = ("diffusers", "peft")  # ComfyUI's nodes for CogVideoX read diffusers' files
     networks = {
         "transformer": CogVideoXTransformer3DModel,
         "vae": AutoencoderKLCogVideoX,

@@ -20,7 +20,7 @@ from . import wan_vae
 from .base import is_flow
 from .causal import States
 from .umt5 import TextByUMT5
-from .wan_configs import PUBLISHED
+from .wan_configs import PUBLISHED, original_names
 
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 5.0, "num_frames": 81, "fps": 16}
 DEFAULTS |= {"height": 480, "width": 832, "decoder_states": "device"}
@@ -63,6 +63,7 @@ class Wan(TextByUMT5):
         self.name, self.world = name, world
         self.denoisers = {key: parts[key] for key in self.targets if key in parts}
         self.vae, self.scheduler = parts["vae"], parts["scheduler"]
+        self.original_names = original_names(parts["transformer"].config.num_layers)
         self.set_text_encoder(parts["text_encoder"], parts["tokenizer"])
         self.defaults = DEFAULTS | defaults
         self.decoder_states = self.defaults["decoder_states"]
