@@ -19,10 +19,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
 from . import lora_files
-from .lora_files import MAX_RANK, LoRA, State, match, read, write
+from .lora_files import MAX_RANK, LoRA, State, match, parse_targets, read, write
 from .models import MODEL_LOCK, VideoModel, exclusive
 
 NAME = "default"  # peft's name for the only adapter of a denoiser
+ATTENTION, FEED_FORWARD = "attention", "ffn"  # what `targets` may say instead of names
+ADAPTABLE = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
 class Adapter:
@@ -237,7 +239,7 @@ def add(
     model: VideoModel,
     rank: int = 8,
     alpha: float | None = None,
-    targets: tuple[str, ...] | None = None,
+    targets: str | tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> Adapter:
     """Give the model a fresh adapter, which changes nothing yet: B starts at zero.
@@ -246,12 +248,12 @@ def add(
         model: without an adapter on it.
         rank: of the low-rank product.
         alpha: the product is multiplied by alpha / rank; default: the rank.
-        targets: names of layers, or their endings; default: the family's attention projections. A name
-            that begins with a denoiser's key ("unet.") is that denoiser's alone.
+        targets: "attention" (the default), "attention+ffn" (and the feed-forward layers), or names of layers or
+            their endings. What begins with a denoiser's key ("transformer_2.attention") is that denoiser's alone.
         seed: of A's random values.
 
     Raises:
-        ValueError: if no layer matches, or if there is an adapter already.
+        ValueError: for a target that no layer has, or if there is an adapter already.
     """
     alpha = rank if alpha is None else alpha
     if not 1 <= rank <= MAX_RANK:
@@ -269,8 +271,8 @@ def add(
         for key, names in chosen.items():
             options: dict[str, Any] = {"lora_alpha": alpha, "target_modules": names}
             inject_adapter_in_model(LoraConfig(r=rank, **options), model.denoisers[key])
-    names = tuple(targets or dict.fromkeys(name for names in chosen.values() for name in names))
-    adapter = Adapter(model, rank, alpha, names)
+    named = parse_targets(targets) or [name for names in chosen.values() for name in names]
+    adapter = Adapter(model, rank, alpha, tuple(dict.fromkeys(named)))
     dtype = torch.promote_types(model.dtype, torch.float32)
     for layer in adapter.layers.values():
         for matrix in _matrices(layer):
@@ -281,32 +283,28 @@ def add(
 
 
 def _targets_by_denoiser(
-    model: VideoModel, targets: tuple[str, ...] | None
+    model: VideoModel, targets: str | tuple[str, ...] | None
 ) -> dict[str, list[str]]:
-    """Name endings for each denoiser that has a layer of them. Raises ValueError if none has."""
-    chosen = {}
+    """Name endings for each denoiser that has a layer of them. Raises ValueError for a target that none has."""
+    wanted = parse_targets(targets) or (ATTENTION,)
+    chosen: dict[str, list[str]] = {}
+    unknown, linear = list(wanted), set()
     for key, denoiser in model.denoisers.items():
-        endings = [name.removeprefix(f"{key}.") for name in targets or model.targets[key]]
-        names = [name for name, _ in denoiser.named_modules()]
-        found = [
-            ending
-            for ending in endings
-            if any(name == ending or name.endswith(f".{ending}") for name in names)
-        ]
-        if found:
-            chosen[key] = found
-    if not chosen:
-        linear = {
-            name.rpartition(".")[2]
-            for denoiser in model.denoisers.values()
-            for name, module in denoiser.named_modules()
-            if isinstance(module, nn.Linear)
-        }
+        words = {ATTENTION: model.targets[key], FEED_FORWARD: model.feed_forward}
+        names = [name for name, m in denoiser.named_modules() if isinstance(m, ADAPTABLE)]
+        linear |= {name.rpartition(".")[2] for name in names}
+        for target in wanted:
+            plain = target.removeprefix(f"{key}.")
+            for ending in words.get(plain, (plain,)):
+                if any(f".{name}".endswith(f".{ending}") for name in names):
+                    chosen.setdefault(key, []).append(ending)
+                    unknown = [other for other in unknown if other != target]
+    if unknown:
         raise ValueError(
-            f"no layer of {model.name!r} is named {' or '.join(targets or ())}; linear layers end in "
-            f"{', '.join(sorted(linear))}"
+            f"no layer of {model.name!r} is named {' or '.join(unknown)}; choose attention, attention+ffn, or "
+            f"layers by the ends of their names: {', '.join(sorted(linear))}"
         )
-    return chosen
+    return {key: list(dict.fromkeys(endings)) for key, endings in chosen.items()}
 
 
 @exclusive

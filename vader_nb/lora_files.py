@@ -10,6 +10,7 @@ import math
 import pickle
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,12 @@ def targets_of(metadata: dict) -> tuple[str, ...]:
         return ()
     fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if fits else ()
+
+
+def parse_targets(targets: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Names of layers, from a list or from text such as "attention+ffn"; empty for the default."""
+    texts = [targets] if isinstance(targets, str) else targets or ()
+    return tuple(name.strip() for text in texts for name in text.split("+"))
 
 
 # --------------------------------------------------------------------------------------- writing

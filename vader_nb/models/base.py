@@ -79,7 +79,9 @@ class VideoModel(ABC):
         world: "tiny" for models of the embedded synthetic world, whose captions have oracles; else None.
         denoisers: the networks that adapters attach to. Keys are diffusers' LoRA prefixes: "unet",
             "transformer", "transformer_2".
-        targets: for each denoiser, name endings of the linear layers that an adapter takes by default.
+        targets: for each denoiser, name endings of the linear layers that an adapter takes by default, which are
+            its attention's.
+        feed_forward: name endings of its feed-forward layers.
         scheduler: a diffusers scheduler; may be replaced, as in diffusers.
         defaults: of sampling, under diffusers' argument names, plus `fps`.
         original_names: for families with LoRA files under their authors' names: those of the denoiser's
@@ -99,6 +101,7 @@ class VideoModel(ABC):
     world: str | None = None
     denoisers: dict[str, nn.Module]
     targets: dict[str, tuple[str, ...]]
+    feed_forward: tuple[str, ...] = ("ff.net.0.proj", "ff.net.2")
     scheduler: Any
     defaults: dict
     sampling_options: dict = {}

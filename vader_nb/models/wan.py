@@ -43,6 +43,7 @@ class Wan(TextByUMT5):
     family = "WanPipeline"
     dtypes = {"default": torch.bfloat16, "vae": torch.float32}
     targets = {"transformer": ATTENTION, "transformer_2": ATTENTION}
+    feed_forward = ("ffn.net.0.proj", "ffn.net.2")
     networks = {
         "transformer": WanTransformer3DModel,
         "transformer_2": WanTransformer3DModel,
