@@ -7,7 +7,7 @@ layers are injected with peft directly. Their files are in diffusers' own key la
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,16 @@ class Adapter:
         self.layers: dict[str, Any] = _layers(model)
         self._scale = 1.0
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The trained tensors, in float32 whatever the base's dtype, in a fixed order."""
-        return [matrix.weight for layer in self.layers.values() for matrix in _matrices(layer)]
+    @property
+    def denoisers(self) -> list[str]:
+        """Keys of the denoisers that have layers of it."""
+        return list(dict.fromkeys(name.partition(".")[0] for name in self.layers))
+
+    def parameters(self, denoisers: Collection[str] | None = None) -> list[nn.Parameter]:
+        """The trained tensors, in float32 whatever the base's dtype, in a fixed order; of all or some denoisers."""
+        wanted = self.denoisers if denoisers is None else denoisers
+        layers = [x for name, x in self.layers.items() if name.partition(".")[0] in wanted]
+        return [matrix.weight for layer in layers for matrix in _matrices(layer)]
 
     @property
     def scale(self) -> float:
@@ -59,23 +66,30 @@ class Adapter:
             layer.scaling[NAME] = self.alpha / self.rank * self._scale
 
     @contextlib.contextmanager
-    def fused(self) -> Iterator[None]:
+    def fused(self, denoiser: nn.Module | None = None) -> Iterator[None]:
         """Inside, the base weights hold the sum and the adapter costs nothing; for use without a graph.
 
         Afterwards the base weights are the very tensors they were: the sum is a new tensor put in their
         place, never added and subtracted again, which would leave rounding errors. Where FSDP or ZeRO-3
         shards the weights there is nothing to add to, and the adapter acts unfused.
+
+        Args:
+            denoiser: fuse into this one alone, which with model offload is then on the device; by default into
+                all, where they are.
         """
-        self.model.onload(*self.model.denoisers.values())
+        if denoiser is not None:
+            self.model.onload(denoiser)
+        keys = [key for key, own in self.model.denoisers.items() if denoiser in (None, own)]
         replaced = []
         try:
             with torch.no_grad():
-                for layer in self.layers.values():
+                for name, layer in self.layers.items():
                     weight = layer.get_base_layer().weight
-                    if isinstance(weight, DTensor) or not weight.numel():
+                    sharded = isinstance(weight, DTensor) or not weight.numel()
+                    if sharded or name.partition(".")[0] not in keys:
                         continue
                     replaced.append((layer, weight, weight.data))
-                    weight.data = weight.data + layer.get_delta_weight(NAME).to(weight.dtype)
+                    weight.data = weight.data + layer.get_delta_weight(NAME).to(weight)
                     layer._disable_adapters = True
             yield
         finally:

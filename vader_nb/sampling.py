@@ -292,13 +292,17 @@ def roll_out(
     rollout.finite.append(conditioning.all_finite())
     scheduler = model.new_scheduler(sampling)
     timesteps = list(scheduler.timesteps)
-    cut, end, mode = len(timesteps) - window, len(timesteps) - stop, ""
+    cut, end, mode = len(timesteps) - window, len(timesteps) - stop, None
     with contextlib.ExitStack() as adapter_mode:
         for i, t in enumerate(timesteps[:end]):
-            wanted = _adapter_mode(i, cut, len(timesteps), adapter_range) if adapter else ""
+            wanted = (
+                _adapter_mode(model, t, i, cut, len(timesteps), adapter_range) if adapter else None
+            )
             if wanted != mode:
                 adapter_mode.close()
-                adapter_mode.enter_context(getattr(adapter, wanted, contextlib.nullcontext)())
+                if adapter is not None and wanted is not None:
+                    name, *denoiser = wanted
+                    adapter_mode.enter_context(getattr(adapter, name)(*denoiser))
                 mode = wanted
             if i == cut:  # from here on, exactly as it will be replayed
                 rollout.scheduler = copy.deepcopy(scheduler)
@@ -361,11 +365,12 @@ def next_latents(model, scheduler, output, t, latents, rollout, generators=None)
     )
 
 
-def _adapter_mode(step: int, cut: int, steps: int, adapter_range: tuple[float, float]) -> str:
-    """The adapter's context for a step: "fused", "disabled", or "" in the window, which is replayed."""
+def _adapter_mode(model, t, step: int, cut: int, steps: int, adapter_range) -> tuple | None:
+    """The adapter's context for a step and its argument: disabled, or fused into the step's denoiser; None in the
+    window, which is replayed."""
     if not adapter_active(step, steps, *adapter_range):
-        return "disabled"
-    return "fused" if step < cut else ""
+        return ("disabled",)
+    return ("fused", model.denoiser_at(t)) if step < cut else None
 
 
 @exclusive
