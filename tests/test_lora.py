@@ -475,7 +475,7 @@ def test_diffusers_own_loader_takes_the_exported_folder(tmp_path):
             if "lora_" in name:
                 p.normal_(std=0.3)
     state = {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
-    lora.lora_files.export(state, 5.0, tmp_path, "diffusers")
+    lora.lora_export.export(state, 5.0, tmp_path, "diffusers")
     inputs = torch.randn(1, 4, 8, 8), torch.tensor(10), torch.randn(1, 3, 8)
     base = plain(*inputs).sample
     plain.load_lora_adapter(tmp_path, prefix="unet", weight_name="pytorch_lora_weights.safetensors")

@@ -236,6 +236,10 @@ def test_each_of_two_experts_has_its_own_file_elsewhere(folders, tmp_path, forma
         assert adapter.state_dict().keys() == own.keys()
         assert all(torch.equal(adapter.state_dict()[name], own[name]) for name in own)
         adapter.remove()
+    adapter = spread(model, ("transformer_2.to_q",))
+    alone = adapter.export(tmp_path / ("one" if format == "peft" else "b.safetensors"), format)
+    assert "transformer_2" in str(alone.relative_to(tmp_path))  # said where there is one alone, too
+    adapter.remove()
     if format != "peft":
         theirs = diffusers.DiffusionPipeline.from_pretrained(folders["experts"])
         options = {"weight_name": second.name, "load_into_transformer_2": True}
@@ -304,7 +308,7 @@ def test_a_format_that_nothing_reads_is_refused(name, refused, tmp_path):
     with pytest.raises(
         ValueError, match=f"format={refused} has no names for the layers of .* or merged"
     ):
-        lora.lora_files.export({}, 1.0, tmp_path / "out", refused, model)
+        lora.lora_export.export({}, 1.0, tmp_path / "out", refused, model)
     assert not list(tmp_path.iterdir())
 
 

@@ -18,8 +18,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
-from . import lora_files
-from .lora_files import MAX_RANK, LoRA, State, match, parse_targets, read, write
+from . import lora_export, lora_files
+from .lora_files import MAX_RANK, LoRA, State, match, parse_targets, read
 from .models import MODEL_LOCK, VideoModel, exclusive
 
 NAME = "default"  # peft's name for the only adapter of a denoiser
@@ -189,11 +189,11 @@ class Adapter:
             key: value if isinstance(value, str) else json.dumps(value)
             for key, value in described.items()
         }
-        return write(path, self.state_dict(), text)
+        return lora_export.write(path, self.state_dict(), text)
 
     def export(self, path: str | Path, format: str = "diffusers") -> Path:
-        """Write the adapter, as trained (at scale 1), for another tool; see `lora_files.export`."""
-        return lora_files.export(self.state_dict(), self.alpha, path, format, self.model)
+        """Write the adapter, as trained (at scale 1), for another tool; see `lora_export.export`."""
+        return lora_export.export(self.state_dict(), self.alpha, path, format, self.model)
 
     @exclusive
     def merge(self, folder: str | Path) -> Path:

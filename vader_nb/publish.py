@@ -12,13 +12,13 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import lora, lora_files
+from . import lora, lora_export, lora_files
 from .models import Checkpoint, checkpoint_of, from_config, load
 
-MERGED = "merged"  # beside the layouts of `lora_files`: a whole pipeline
+MERGED = "merged"  # beside the layouts of `lora_export`: a whole pipeline
 # The file that a format is; other formats are folders.
 FILES = {"kohya": "adapter.safetensors", "comfyui": "adapter.safetensors", "vader": "adapter.pt"}
-FORMATS = (*lora_files.LAYOUTS, MERGED)
+FORMATS = (*lora_export.LAYOUTS, MERGED)
 
 
 def export(
@@ -67,7 +67,7 @@ def export(
             architecture = from_config(model)
             found = lora_files.match(architecture, state, metadata, adapter)
         file = folder / FILES.get(format, "")
-        lora_files.export(found.state, found.alpha, file, format, architecture)
+        lora_export.export(found.state, found.alpha, file, format, architecture)
     write_card(folder, run, model, base, metadata)
     if push_to_hub:
         api = HfApi()
