@@ -263,7 +263,7 @@ def load(
     device = torch.device(device or default_device())
     checkpoint = checkpoint_of(name)
     family = family_of(checkpoint)
-    dtypes = part_dtypes(family, device, dtype)
+    dtypes = part_dtypes(family.dtypes_of(checkpoint), device, dtype)
     if checkpoint.directory is None:
         hub = checkpoint.hub | {"local_files_only": local_files_only or not reachable()} | hub
     try:
@@ -305,12 +305,12 @@ def run_check(model: VideoModel, checkpoint: Checkpoint) -> None:
 
 
 def part_dtypes(
-    family: type[VideoModel], device: torch.device, dtype: torch.dtype | dict | None
+    made_for: dict[str, torch.dtype], device: torch.device, dtype: torch.dtype | dict | None
 ) -> dict[str, torch.dtype]:
-    """Types of a model's parts, and "default", see `load`."""
+    """Types of a model's parts, and "default", see `load`; made_for: see `VideoModel.dtypes`."""
     if isinstance(dtype, torch.dtype):
         return {"default": dtype}
-    on_cuda = {"default": torch.float16} | family.dtypes
+    on_cuda = {"default": torch.float16} | made_for
     return (on_cuda if device.type == "cuda" else {"default": torch.float32}) | (dtype or {})
 
 

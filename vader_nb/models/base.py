@@ -86,7 +86,7 @@ class VideoModel(ABC):
         defaults: of sampling, under diffusers' argument names, plus `fps`.
         original_names: for families with LoRA files under their authors' names: those of the denoiser's
             modules -> ours. What stands before a dot in a layer's name is replaced.
-        lora_formats: of `lora_files.LAYOUTS`, those in which some tool reads an adapter of this family.
+        lora_formats: of `lora_export.LAYOUTS`, those in which some tool reads an adapter of this family.
         sampling_options: the family's own entries of `Sampling.options`, with their defaults.
         option_bounds: (least, most) of those entries that are numbers.
         dtypes: what its parts are loaded in on CUDA, by name or as "default", where that is not float16.
@@ -126,6 +126,11 @@ class VideoModel(ABC):
     @abstractmethod
     def from_config(cls, checkpoint, *, name: str) -> "VideoModel":
         """The architecture of a `models.Checkpoint`, see `models.from_config`."""
+
+    @classmethod
+    def dtypes_of(cls, checkpoint) -> dict[str, torch.dtype]:
+        """`dtypes` of a `models.Checkpoint`, for families whose sizes differ in it."""
+        return cls.dtypes
 
     @abstractmethod
     def pipeline(self) -> Any:
@@ -359,6 +364,10 @@ class VideoModel(ABC):
                 f"unknown prediction_type {prediction!r}; known: {', '.join(predictions)}"
             )
         return predictions[prediction]()
+
+    def with_given(self, latents: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Final latents with the part of them that the prompts give, such as a first frame; here, as they are."""
+        return latents
 
     def add_noise(self, scheduler, latents: torch.Tensor, t, generators: list) -> torch.Tensor:
         """Clean latents noised to the level of timestep t."""

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from ..offload import checkpointed
 from . import causal
-from .base import Conditioning, cached, warn_truncated
+from .base import Conditioning, cached, read_config, warn_truncated
 from .parts import ModelOfParts
 
 # The published architectures, for `from_config`; what is missing here is the classes' own default.
@@ -91,6 +91,16 @@ class CogVideoX(ModelOfParts):
     @classmethod
     def published_for(cls, checkpoint) -> dict[str, dict]:
         return PUBLISHED | SIZES.get(checkpoint.source, {})
+
+    @classmethod
+    def dtypes_of(cls, checkpoint) -> dict[str, torch.dtype]:
+        """2b was made for float16; 5b and 1.5, which have rotary positions, for bfloat16."""
+        if folder := checkpoint.directory:
+            config = read_config(folder / "transformer")
+        else:
+            config = cls.published_for(checkpoint)["transformer"]
+        rotary = config.get("use_rotary_positional_embeddings")
+        return {"default": torch.bfloat16 if rotary else torch.float16}
 
     def decoders(self) -> list[nn.Module]:
         return [self.vae.decoder]
