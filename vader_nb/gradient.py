@@ -249,9 +249,10 @@ def replay(
                 outputs.update(zip(group, again))
         output = model.combine(outputs, t, sampling)
         if remaining == 1 and plan.stop:
-            return model.x0(scheduler, output, t, latents)
-        latents = next_latents(model, scheduler, output, t, latents, rollout, generators)
-    return latents
+            latents = model.x0(scheduler, output, t, latents)
+        else:
+            latents = next_latents(model, scheduler, output, t, latents, rollout, generators)
+    return model.with_given(latents, rollout.conditioning)
 
 
 def denoise(model, rollout, t, branches, last, latents) -> tuple[torch.Tensor, dict]:

@@ -324,7 +324,7 @@ def roll_out(
             rollout.finite.append(latents.isfinite().all())
             if callback is not None:
                 callback(i, t, latents)
-    rollout.latents = latents
+    rollout.latents = model.with_given(latents, conditioning)
     return rollout
 
 
@@ -348,7 +348,8 @@ def renoise(model: VideoModel, rollout: Rollout) -> Rollout:
     scaled = model.scale_input(scheduler, state, t)
     again.outputs = [model.all_branches(scaled, t, rollout.conditioning, sampling)]
     output = model.combine(again.outputs[0], t, sampling)
-    again.latents = next_latents(model, scheduler, output, t, state, rollout)
+    latents = next_latents(model, scheduler, output, t, state, rollout)
+    again.latents = model.with_given(latents, rollout.conditioning)
     again.finite = [*rollout.finite, again.latents.isfinite().all()]
     return again
 
