@@ -11,8 +11,8 @@ from torchvision.transforms.functional import to_tensor
 from vader_nb import Prompt, align, load, lora, memory_planner, models, rewards
 from vader_nb.models import wan_vae
 from vader_nb.sampling import Sampling, roll_out, sample
-from vader_nb.strategies import DRaFTLV, DRTune, Last, ReFL, Step
-from vader_nb.testing import adapted, check_model
+from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last, ReFL, Step
+from vader_nb.testing import REWARDS, adapted, apart, check_model, plain_autograd, staged
 
 PROMPTS = [
     Prompt("a red star spinning &amp; growing", negative_prompt="blurry"),
@@ -309,9 +309,15 @@ def test_2_2_5b_continues_an_image_as_diffusers_pipeline_does(expanded, tmp_path
 
 def test_the_gradient_with_a_first_latent_that_is_given(expanded):
     model = load(expanded, dtype=torch.float64)
-    sampling = Sampling(**SMALL | {"height": 32})
-    strategies = [Last(2), Step(3), ReFL(0.6), DRTune(2, stop=1), DRaFTLV(2)]
-    check_model(model, sampling, prompts=with_images(), strategies=strategies)
+    sampling, adapter = Sampling(**SMALL), adapted(model)
+    for strategy in (Last(2), Step(3), ReFL(0.6), DRTune(2, stop=1), DRaFTLV(2)):
+        setup = REWARDS["clip"], with_images(), [1, 2], sampling, strategy, Frames.all()
+        (ours, gradient), (theirs, expected) = (
+            take(model, adapter, *setup) for take in (staged, plain_autograd)
+        )
+        assert apart(gradient, expected) < 1e-9 and apart(ours, theirs) < 1e-9
+    setup = REWARDS["frames"], with_images(), [1, 2], sampling, Last(1), Frames.at(0)
+    assert not staged(model, adapter, *setup)[1].any()  # the frame that is given
     latents = roll_out(model, with_images(), [1, 2], sampling.resolve(model)).latents
     encoded = model.encode(with_images(), sampling.resolve(model))["prompt"]["first"]
     assert torch.equal(latents[:, :, :1], encoded) and encoded.std() > 0.1
