@@ -175,6 +175,30 @@ def match(
     if denoiser not in (None, *model.denoisers):
         known = ", ".join(model.denoisers)
         raise ValueError(f"{path}: {model.name!r} has no denoiser {denoiser!r}; it has: {known}")
+    found = by_layer(model, state, metadata, path, denoiser)
+    for layer, parts in found.items():
+        check_shapes(model, layer, parts, path)
+    alphas = {layer: alpha_of(layer, parts, metadata, path) for layer, parts in found.items()}
+    ranks = {layer: len(parts["A"]) for layer, parts in found.items()}
+    rank = max(ranks.values())
+    alike = len(set(alphas.values())) == 1 and len(set(ranks.values())) == 1
+    filled = {}
+    for layer, parts in found.items():
+        a, b = parts["A"], parts["B"]
+        if not alike:
+            missing = rank - ranks[layer]
+            b = b * (alphas[layer] / ranks[layer])
+            a = torch.cat([a, a.new_zeros(missing, *a.shape[1:])])
+            b = torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], dim=1)
+        filled |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+    alpha = next(iter(alphas.values())) if alike else rank
+    return LoRA(filled, rank, alpha, tuple(found))
+
+
+def by_layer(
+    model: VideoModel, state: State, metadata: dict, path: str | Path, denoiser: str | None
+) -> dict[str, State]:
+    """The tensors "A", "B" and perhaps "alpha" by our name of a layer, in float32 at least; see `match`."""
     names, found = layer_names(model, denoiser), {}
     ignored, keyed = 0, denoiser is not None or len(model.denoisers) == 1
     for name, value in convert_unet_state_dict_to_peft(state).items():
@@ -206,23 +230,7 @@ def match(
             f"another, lora.load(model, path, denoiser=...)",
             stacklevel=3,
         )
-    for layer, parts in found.items():
-        check_shapes(model, layer, parts, path)
-    alphas = {layer: alpha_of(layer, parts, metadata, path) for layer, parts in found.items()}
-    ranks = {layer: len(parts["A"]) for layer, parts in found.items()}
-    rank = max(ranks.values())
-    alike = len(set(alphas.values())) == 1 and len(set(ranks.values())) == 1
-    filled = {}
-    for layer, parts in found.items():
-        a, b = parts["A"], parts["B"]
-        if not alike:
-            missing = rank - ranks[layer]
-            b = b * (alphas[layer] / ranks[layer])
-            a = torch.cat([a, a.new_zeros(missing, *a.shape[1:])])
-            b = torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], dim=1)
-        filled |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
-    alpha = next(iter(alphas.values())) if alike else rank
-    return LoRA(filled, rank, alpha, tuple(found))
+    return found
 
 
 def plain_name(name: str) -> str:

@@ -203,9 +203,8 @@ class Step:
         with unset_fake_temporarily():
             plan = experts.draw_plan(model, adapter, sampling, strategy, generator)
             chosen = parse_frames(frames).choose(sampling.num_frames, generator)
-        if (
-            len(model.denoisers) > 1
-        ):  # fake timesteps cannot say whose they are; experts are alike in size
+        if len(model.denoisers) > 1:
+            # Fake timesteps cannot say which expert's they are; experts are alike in size.
             learning = model.denoisers[adapter.denoisers[-1]]
             model.denoiser_at = lambda t: learning
         steps = min(sampling.num_inference_steps, max(plan.active) + 1)

@@ -292,17 +292,14 @@ def roll_out(
     rollout.finite.append(conditioning.all_finite())
     scheduler = model.new_scheduler(sampling)
     timesteps = list(scheduler.timesteps)
-    cut, end, mode = len(timesteps) - window, len(timesteps) - stop, None
+    cut, end, mode = len(timesteps) - window, len(timesteps) - stop, ()
     with contextlib.ExitStack() as adapter_mode:
         for i, t in enumerate(timesteps[:end]):
-            wanted = (
-                _adapter_mode(model, t, i, cut, len(timesteps), adapter_range) if adapter else None
-            )
+            where = i, cut, len(timesteps), adapter_range
+            wanted = _adapter_mode(model.denoiser_at(t), *where) if adapter else ()
             if wanted != mode:
                 adapter_mode.close()
-                if adapter is not None and wanted is not None:
-                    name, *denoiser = wanted
-                    adapter_mode.enter_context(getattr(adapter, name)(*denoiser))
+                adapter_mode.enter_context(_acting(adapter, *wanted))
                 mode = wanted
             if i == cut:  # from here on, exactly as it will be replayed
                 rollout.scheduler = copy.deepcopy(scheduler)
@@ -366,12 +363,16 @@ def next_latents(model, scheduler, output, t, latents, rollout, generators=None)
     )
 
 
-def _adapter_mode(model, t, step: int, cut: int, steps: int, adapter_range) -> tuple | None:
-    """The adapter's context for a step and its argument: disabled, or fused into the step's denoiser; None in the
-    window, which is replayed."""
+def _adapter_mode(denoiser, step: int, cut: int, steps: int, adapter_range) -> tuple:
+    """The adapter's context for a step, and its argument: "disabled", or "fused" into the step's denoiser; none in
+    the window, which is replayed."""
     if not adapter_active(step, steps, *adapter_range):
         return ("disabled",)
-    return ("fused", model.denoiser_at(t)) if step < cut else None
+    return ("fused", denoiser) if step < cut else ()
+
+
+def _acting(adapter, name: str = "", *denoiser) -> contextlib.AbstractContextManager:
+    return getattr(adapter, name)(*denoiser) if name else contextlib.nullcontext()
 
 
 @exclusive
