@@ -97,6 +97,15 @@ def test_latents_and_frames_are_those_of_diffusers_pipeline(directories, kind, g
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_directory_is_loaded_in_the_type_that_its_size_was_made_for(directories):
+    """On CUDA; by its own configuration."""
+    found = {}
+    for kind, folder in directories.items():
+        checkpoint = models.checkpoint_of(folder)
+        found[kind] = models.family_of(checkpoint).dtypes_of(checkpoint)["default"]
+    assert found == {"2b": torch.float16, "5b": torch.bfloat16, "1.5": torch.bfloat16}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_keeps_the_promises_of_a_model(directories, kind):
     model = load(directories[kind], dtype=torch.float64)

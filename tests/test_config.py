@@ -77,6 +77,8 @@ def test_the_shell_reaches_what_python_reaches():
     assert (got.eta, got.unconditional_gradient, got.gradient_checkpointing) == (0.5, False, True)
     assert got.adapter == "runs/first"
     assert read(Align, ["targets=to_q"]).targets == ["to_q"]
+    assert read(Align, ["targets=attention+ffn"]).targets == ["attention+ffn"]
+    assert TrainConfig(targets=["attention+ffn"]).targets == ("attention", "ffn")
     keys = {f.name for f in fields(schema(Align))}
     assert {f.name for f in TrainConfig.flat_fields()} <= keys
     got = read(Memory, ["strategy=ReFL(0.5)", "gpu_memory=24", "activation_offload=true"])

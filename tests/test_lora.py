@@ -475,7 +475,7 @@ def test_diffusers_own_loader_takes_the_exported_folder(tmp_path):
             if "lora_" in name:
                 p.normal_(std=0.3)
     state = {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
-    lora.lora_files.export(state, 5.0, tmp_path, "diffusers")
+    lora.lora_export.export(state, 5.0, tmp_path, "diffusers")
     inputs = torch.randn(1, 4, 8, 8), torch.tensor(10), torch.randn(1, 3, 8)
     base = plain(*inputs).sample
     plain.load_lora_adapter(tmp_path, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
@@ -643,3 +643,71 @@ def test_an_adapter_acts_in_its_part_of_the_chain_only(micro, two_files, start, 
 def test_an_adapter_that_acts_backwards_is_an_error(micro, two_files):
     with pytest.raises(ValueError, match=r"got 0\.5 to 0\.2"):
         sample(micro, "a cat", adapter=two_files[0], adapter_start=0.5, adapter_end=0.2)
+
+
+# ------------------------------------------------------------------------------------------ where it goes
+
+
+@pytest.mark.parametrize("targets", ["attention+ffn", ("attention", "ffn"), ["attention+ffn"]])
+def test_attention_and_feed_forward_by_their_names(micro, targets):
+    attention = lora.add(micro)
+    layers = set(attention.layers)
+    attention.remove()
+    adapter = lora.add(micro, targets=targets)
+    more = set(adapter.layers) - layers
+    assert layers < set(adapter.layers) and more
+    assert all(name.endswith(("ff.net.0.proj", "ff.net.2")) for name in more)
+    assert adapter.targets == ("attention", "ffn")
+    adapter.remove()
+    same = lora.add(micro, targets="attention")
+    assert set(same.layers) == layers
+
+
+@pytest.mark.parametrize(
+    "targets, named",
+    [
+        (("attention", "to_qq"), "to_qq"),
+        ("attention+fnn", "fnn"),
+        ("norm1", "norm1"),
+        ("vae.ffn", "vae.ffn"),
+    ],
+)
+def test_a_target_that_no_layer_has_is_named(micro, targets, named):
+    with pytest.raises(ValueError, match=rf"is named {named}; choose attention, attention\+ffn"):
+        lora.add(micro, targets=targets)
+    assert not lora._layers(micro)
+
+
+@pytest.mark.parametrize(
+    "name, layers, millions",
+    [  # by hand, of rank 16: blocks * (attention + 2 layers of 16 * (width + hidden))
+        ("wan", 300, 11.796 + 30 * 2 * 16 * (1536 + 8960) / 1e6),
+        ("cogvideox", 180, 7.373 + 30 * 2 * 16 * (1920 + 7680) / 1e6),
+        ("cogvideox-5b", 252, 42 * 16 * (8 * 3072 + 2 * (3072 + 12288)) / 1e6),
+        ("ltx-video", 280, 14.680 + 28 * 2 * 16 * (2048 + 8192) / 1e6),
+    ],
+)
+def test_the_full_size_of_attention_and_feed_forward(name, layers, millions):
+    from vader_nb import models
+
+    with torch.device("meta"):
+        model = models.from_config(name)
+        adapter = lora.add(model, 16, targets="attention+ffn")
+    assert len(adapter.layers) == layers
+    counted = sum(p.numel() for p in adapter.parameters()) / 1e6
+    assert counted == pytest.approx(millions, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    "name", ["modelscope", "svd", "opensora", "animatediff", "videocrafter2", "wan2.2-a14b"]
+)
+def test_every_family_has_feed_forward_layers(name):
+    """The first and the second one of each block, and the second one narrows."""
+    from vader_nb import models
+
+    with torch.device("meta"):
+        model = models.from_config(name)
+        adapter = lora.add(model, 1, targets="ffn")
+    shapes = [layer.get_base_layer().weight.shape for layer in adapter.layers.values()]
+    narrowing = [shape for shape in shapes if shape[1] > shape[0]]
+    assert len(shapes) >= 32 and len(narrowing) == len(shapes) // 2

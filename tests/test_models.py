@@ -84,14 +84,20 @@ def test_the_text_is_projected_once_per_clip_and_the_output_is_diffusers(micro):
 
 
 def test_parts_have_the_types_that_a_family_was_made_for():
-    wan, cuda = models.family_of(models.checkpoint_of("wan")), torch.device("cuda")
-    tiny = models.family_of(models.checkpoint_of("tiny"))
+    cuda = torch.device("cuda")
+    wan, tiny, small, large, long = (
+        models.family_of(models.checkpoint_of(name)).dtypes_of(models.checkpoint_of(name))
+        for name in ("wan", "tiny", "cogvideox", "cogvideox-5b", "cogvideox-1.5")
+    )
     half, full = torch.bfloat16, torch.float32
     assert models.part_dtypes(wan, cuda, None) == {"default": half, "vae": full}
     assert models.part_dtypes(wan, cuda, {"vae": half}) == {"default": half, "vae": half}
     assert models.part_dtypes(wan, cuda, torch.float16) == {"default": torch.float16}
     assert models.part_dtypes(wan, torch.device("cpu"), None) == {"default": full}
     assert models.part_dtypes(tiny, cuda, {"vae": full}) == {"default": torch.float16, "vae": full}
+    assert models.part_dtypes(small, cuda, None) == {"default": torch.float16}
+    assert models.part_dtypes(large, cuda, None) == models.part_dtypes(long, cuda, None)
+    assert models.part_dtypes(long, cuda, None) == {"default": half}
 
 
 def test_everything_is_frozen_and_in_eval_mode(tiny):

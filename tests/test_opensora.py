@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
-from vader_nb import Prompt, load, lora, lora_files, models, testing
+from vader_nb import Prompt, load, lora, lora_export, models, testing
 from vader_nb.memory_planner import simulate
 from vader_nb.models import opensora
 from vader_nb.models.opensora import PUBLISHED, cleaned, network_of
@@ -499,7 +499,7 @@ def test_adapters_of_vader_come_and_go(model, tmp_path):
         torch.nn.init.normal_(p, 0, 0.3, generator=torch.Generator().manual_seed(len(p)))
     assert len(adapter.layers) == 4 * 3
     expected = sample(model, "a red star", adapter=adapter)
-    path = lora_files.export(adapter.state_dict(), 8, tmp_path / "peft", "peft")
+    path = lora_export.export(adapter.state_dict(), 8, tmp_path / "peft", "peft")
     adapter.remove()
     state = load_file(path)
     assert "base_model.model.spatial_blocks.0.attn.qkv.lora_A.weight" in state

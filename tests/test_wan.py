@@ -1,5 +1,7 @@
 """Wan 2.1 and 2.2: against diffusers' own pipelines, their full sizes, the streamed gradient of the causal decoder."""
 
+import shutil
+
 import diffusers
 import pytest
 import torch
@@ -9,8 +11,8 @@ from torchvision.transforms.functional import to_tensor
 from vader_nb import Prompt, align, load, lora, memory_planner, models, rewards
 from vader_nb.models import wan_vae
 from vader_nb.sampling import Sampling, roll_out, sample
-from vader_nb.strategies import DRaFTLV, DRTune, Last, Step
-from vader_nb.testing import adapted, check_model
+from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last, ReFL, Step
+from vader_nb.testing import REWARDS, adapted, apart, check_model, plain_autograd, staged
 
 PROMPTS = [
     Prompt("a red star spinning &amp; growing", negative_prompt="blurry"),
@@ -252,6 +254,91 @@ def test_image_to_video_keeps_the_promises_of_a_model(of_images):
     model = load(of_images, dtype=torch.float64)
     if model.image_encoder is not None:
         check_model(model, Sampling(**SMALL), strategies=[Last(2)])
+    with pytest.raises(ValueError, match="continues an image: give Prompt"):
+        sample(model, "a star", sampling=Sampling(**SMALL))
+
+
+def with_images(prompts=PROMPTS):
+    return [Prompt(p.text, p.negative_prompt, picture(i)) for i, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("scheduler", ["UniPC", "FlowMatchEuler"])
+def test_2_2_5b_continues_an_image_as_diffusers_pipeline_does(expanded, tmp_path, scheduler):
+    """The same directory, loaded as it is; in diffusers by the other pipeline's class."""
+    if scheduler == "FlowMatchEuler":  # whose timesteps are no whole numbers
+        shutil.copytree(expanded, tmp_path / "euler")
+        expanded = tmp_path / "euler"
+        made = diffusers.DiffusionPipeline.from_pretrained(expanded)
+        made.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+        made.save_pretrained(expanded)
+    model = load(expanded)
+    theirs = diffusers.WanImageToVideoPipeline.from_pretrained(expanded)
+    theirs.set_progress_bar_config(disable=True)
+    settings = SETTINGS | {"height": 64, "width": 32, "guidance_scale": 5.0}
+    sampling, prompts = Sampling(**settings).resolve(model), with_images()
+    if scheduler == "FlowMatchEuler":
+        sigmas = model.new_scheduler(sampling).sigmas
+        set_timesteps = theirs.scheduler.set_timesteps
+        theirs.scheduler.set_timesteps = lambda n, device: set_timesteps(
+            sigmas=sigmas[:-1].tolist(), device=device
+        )
+    expected = {
+        kind: torch.cat(
+            [
+                theirs(
+                    prompt.image,
+                    prompt.text,
+                    prompt.negative_prompt,
+                    generator=torch.Generator().manual_seed(seed),
+                    output_type=kind,
+                    max_sequence_length=model.text_length,
+                    **settings,
+                ).frames
+                for prompt, seed in zip(prompts, (5, 9))
+            ]
+        )
+        for kind in ("latent", "pt")
+    }
+    found = roll_out(model, prompts, [5, 9], sampling).latents
+    torch.testing.assert_close(found, expected["latent"], rtol=1e-5, atol=1e-5)
+    clip = sample(model, prompts, seeds=[5, 9], sampling=sampling)
+    torch.testing.assert_close(clip, expected["pt"], rtol=1e-5, atol=1e-5)
+    without = sample(model, PROMPTS, seeds=[5, 9], sampling=sampling)
+    assert (without - clip).abs().max() > 0.1
+
+
+def test_the_gradient_with_a_first_latent_that_is_given(expanded):
+    model = load(expanded, dtype=torch.float64)
+    sampling, adapter = Sampling(**SMALL), adapted(model)
+    for strategy in (Last(2), Step(3), ReFL(0.6), DRTune(2, stop=1), DRaFTLV(2)):
+        setup = REWARDS["clip"], with_images(), [1, 2], sampling, strategy, Frames.all()
+        (ours, gradient), (theirs, expected) = (
+            take(model, adapter, *setup) for take in (staged, plain_autograd)
+        )
+        assert apart(gradient, expected) < 1e-9 and apart(ours, theirs) < 1e-9
+    setup = REWARDS["frames"], with_images(), [1, 2], sampling, Last(1), Frames.at(0)
+    assert not staged(model, adapter, *setup)[1].any()  # the frame that is given
+    latents = roll_out(model, with_images(), [1, 2], sampling.resolve(model)).latents
+    encoded = model.encode(with_images(), sampling.resolve(model))["prompt"]["first"]
+    assert torch.equal(latents[:, :, :1], encoded) and encoded.std() > 0.1
+
+
+def test_a_batch_has_images_or_none(expanded, directory):
+    model = load(expanded)
+    with pytest.raises(ValueError, match="1 of 2 prompts have an image: all clips of a batch"):
+        sample(model, [with_images()[0], "a star"], sampling=Sampling(**SMALL))
+    with pytest.raises(ValueError, match="makes videos of text alone; its prompts take no image"):
+        sample(load(directory), with_images(), sampling=Sampling(**SMALL))
+
+
+def test_the_other_pipelines_class_needs_an_image(expanded, tmp_path):
+    """A directory that names `WanImageToVideoPipeline`, and expands timesteps."""
+    made = diffusers.WanImageToVideoPipeline.from_pretrained(expanded)
+    made.save_pretrained(tmp_path / "model")
+    model, other = load(tmp_path / "model"), load(expanded)
+    assert type(model).__name__ == "WanImageToVideo" and model.expand_timesteps
+    clips = [sample(m, with_images(), sampling=Sampling(**SMALL)) for m in (model, other)]
+    assert torch.equal(*clips)
     with pytest.raises(ValueError, match="continues an image: give Prompt"):
         sample(model, "a star", sampling=Sampling(**SMALL))
 

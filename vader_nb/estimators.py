@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import gradient
+from . import experts, gradient
 from .lora import Adapter
 from .models import VideoModel
 from .prompts import Prompt
@@ -79,6 +79,10 @@ class Estimator(ABC):
     needs_reward_gradient = False
     compares_rollouts = True
 
+    def strategy_of(self, config) -> Strategy | None:
+        """Chooses the steps that learn, by a `TrainConfig`; None: any may."""
+        return None
+
     def setup(self, model: VideoModel, adapter: Adapter, reward: Reward, config) -> None:
         """Remember what to work with; `config` is the run's `TrainConfig`, sampling resolved."""
         self.model, self.adapter, self.reward = model, adapter, reward
@@ -117,15 +121,19 @@ class RewardGradient(Estimator):
     def __init__(self, strategy: Strategy | None = None, frames: Frames | None = None):
         self._strategy, self._frames = strategy, frames
 
+    def strategy_of(self, config) -> Strategy:
+        return self._strategy or config.strategy
+
     def setup(self, model, adapter, reward, config) -> None:
         super().setup(model, adapter, reward, config)
-        self.strategy: Strategy = self._strategy or config.strategy
+        self.strategy = self.strategy_of(config)
         self.frames: Frames = self._frames or config.frames
         names = ("decode_chunk_size", "activation_offload", "gradient_checkpointing")
         self.settings = {name: getattr(config, name) for name in names}
 
     def collect(self, batch: Batch) -> Collected:
-        plan = self.strategy.plan(self.model.num_steps(self.sampling), batch.generator)
+        of = self.model, self.adapter, self.sampling
+        plan = experts.draw_plan(*of, self.strategy, batch.generator)
         frames = self.frames.choose(self.sampling.num_frames, batch.generator)
         rollout = gradient.rolled_out(
             self.model,

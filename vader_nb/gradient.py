@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import experts
 from .lora import Adapter, scale_for
 from .models import VideoModel, exclusive
 from .offload import kept_call, recomputation
@@ -78,13 +79,13 @@ def reward_gradient(
         **settings: of `accumulate`.
 
     Raises:
-        ValueError: before any work, if the adapter is not on the model, the window does not fit the steps or
-            the frames do not fit the clip; later for a reward without a gradient or of another shape.
+        ValueError: before any work, if the adapter is not on the model or not where the steps are, the window
+            does not fit the steps or the frames do not fit the clip; later for a reward without a gradient or of another shape.
         NonFiniteError: for numbers that are not finite, with the stage that they come from.
     """
     sampling = (sampling or Sampling()).resolve(model)
     adapter.check_attached(model)
-    plan = strategy.plan(model.num_steps(sampling), generator)
+    plan = experts.draw_plan(model, adapter, sampling, strategy, generator)
     chosen = frames.choose(sampling.num_frames, generator)
     rollout = rolled_out(model, adapter, prompts, seeds, sampling, plan, **settings)
     return accumulate(model, adapter, as_reward(reward), rollout, plan, chosen, **settings)
@@ -248,9 +249,10 @@ def replay(
                 outputs.update(zip(group, again))
         output = model.combine(outputs, t, sampling)
         if remaining == 1 and plan.stop:
-            return model.x0(scheduler, output, t, latents)
-        latents = next_latents(model, scheduler, output, t, latents, rollout, generators)
-    return latents
+            latents = model.x0(scheduler, output, t, latents)
+        else:
+            latents = next_latents(model, scheduler, output, t, latents, rollout, generators)
+    return model.with_given(latents, rollout.conditioning)
 
 
 def denoise(model, rollout, t, branches, last, latents) -> tuple[torch.Tensor, dict]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from . import gradient
+from . import experts, gradient
 from .estimators import Batch, Collected, RewardGradient, Row
 from .models import VideoModel
 from .prompts import Prompt
@@ -143,7 +143,8 @@ class LongRewardGradient(RewardGradient):
 
     def collect(self, batch: Batch) -> LongCollected:
         sampling = self.sampling
-        plan = self.strategy.plan(self.model.num_steps(sampling), batch.generator)
+        of = self.model, self.adapter, sampling
+        plan = experts.draw_plan(*of, self.strategy, batch.generator)
         frames = self.scored_frames(batch.generator)
         options = {"adapter": self.adapter, "window": max(plan.active), "stop": plan.stop}
         rolled = list(roll_out_segments(self.model, batch.prompts, batch.seeds, sampling, options))

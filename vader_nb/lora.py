@@ -7,7 +7,7 @@ layers are injected with peft directly. Their files are in diffusers' own key la
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
-from . import lora_files
-from .lora_files import MAX_RANK, LoRA, State, match, read, write
+from . import lora_export, lora_files
+from .lora_files import MAX_RANK, LoRA, State, match, parse_targets, read
 from .models import MODEL_LOCK, VideoModel, exclusive
 
 NAME = "default"  # peft's name for the only adapter of a denoiser
+ATTENTION, FEED_FORWARD = "attention", "ffn"  # what `targets` may say instead of names
+ADAPTABLE = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
 class Adapter:
@@ -41,9 +43,16 @@ class Adapter:
         self.layers: dict[str, Any] = _layers(model)
         self._scale = 1.0
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The trained tensors, in float32 whatever the base's dtype, in a fixed order."""
-        return [matrix.weight for layer in self.layers.values() for matrix in _matrices(layer)]
+    @property
+    def denoisers(self) -> list[str]:
+        """Keys of the denoisers that have layers of it."""
+        return list(dict.fromkeys(name.partition(".")[0] for name in self.layers))
+
+    def parameters(self, denoisers: Collection[str] | None = None) -> list[nn.Parameter]:
+        """The trained tensors, in float32 whatever the base's dtype, in a fixed order; of all or some denoisers."""
+        wanted = self.denoisers if denoisers is None else denoisers
+        layers = [x for name, x in self.layers.items() if name.partition(".")[0] in wanted]
+        return [matrix.weight for layer in layers for matrix in _matrices(layer)]
 
     @property
     def scale(self) -> float:
@@ -57,23 +66,30 @@ class Adapter:
             layer.scaling[NAME] = self.alpha / self.rank * self._scale
 
     @contextlib.contextmanager
-    def fused(self) -> Iterator[None]:
+    def fused(self, denoiser: nn.Module | None = None) -> Iterator[None]:
         """Inside, the base weights hold the sum and the adapter costs nothing; for use without a graph.
 
         Afterwards the base weights are the very tensors they were: the sum is a new tensor put in their
         place, never added and subtracted again, which would leave rounding errors. Where FSDP or ZeRO-3
         shards the weights there is nothing to add to, and the adapter acts unfused.
+
+        Args:
+            denoiser: fuse into this one alone, which with model offload is then on the device; by default into
+                all, where they are.
         """
-        self.model.onload(*self.model.denoisers.values())
+        if denoiser is not None:
+            self.model.onload(denoiser)
+        keys = [key for key, own in self.model.denoisers.items() if denoiser in (None, own)]
         replaced = []
         try:
             with torch.no_grad():
-                for layer in self.layers.values():
+                for name, layer in self.layers.items():
                     weight = layer.get_base_layer().weight
-                    if isinstance(weight, DTensor) or not weight.numel():
+                    sharded = isinstance(weight, DTensor) or not weight.numel()
+                    if sharded or name.partition(".")[0] not in keys:
                         continue
                     replaced.append((layer, weight, weight.data))
-                    weight.data = weight.data + layer.get_delta_weight(NAME).to(weight.dtype)
+                    weight.data = weight.data + layer.get_delta_weight(NAME).to(weight)
                     layer._disable_adapters = True
             yield
         finally:
@@ -173,12 +189,11 @@ class Adapter:
             key: value if isinstance(value, str) else json.dumps(value)
             for key, value in described.items()
         }
-        return write(path, self.state_dict(), text)
+        return lora_export.write(path, self.state_dict(), text)
 
     def export(self, path: str | Path, format: str = "diffusers") -> Path:
-        """Write the adapter, as trained (at scale 1), for another tool; see `lora_files.export`."""
-        names = self.model.original_names
-        return lora_files.export(self.state_dict(), self.alpha, path, format, names)
+        """Write the adapter, as trained (at scale 1), for another tool; see `lora_export.export`."""
+        return lora_export.export(self.state_dict(), self.alpha, path, format, self.model)
 
     @exclusive
     def merge(self, folder: str | Path) -> Path:
@@ -238,7 +253,7 @@ def add(
     model: VideoModel,
     rank: int = 8,
     alpha: float | None = None,
-    targets: tuple[str, ...] | None = None,
+    targets: str | tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> Adapter:
     """Give the model a fresh adapter, which changes nothing yet: B starts at zero.
@@ -247,12 +262,12 @@ def add(
         model: without an adapter on it.
         rank: of the low-rank product.
         alpha: the product is multiplied by alpha / rank; default: the rank.
-        targets: names of layers, or their endings; default: the family's attention projections. A name
-            that begins with a denoiser's key ("unet.") is that denoiser's alone.
+        targets: "attention" (the default), "attention+ffn" (and the feed-forward layers), or names of layers or
+            their endings. What begins with a denoiser's key ("transformer_2.attention") is that denoiser's alone.
         seed: of A's random values.
 
     Raises:
-        ValueError: if no layer matches, or if there is an adapter already.
+        ValueError: for a target that no layer has, or if there is an adapter already.
     """
     alpha = rank if alpha is None else alpha
     if not 1 <= rank <= MAX_RANK:
@@ -270,8 +285,8 @@ def add(
         for key, names in chosen.items():
             options: dict[str, Any] = {"lora_alpha": alpha, "target_modules": names}
             inject_adapter_in_model(LoraConfig(r=rank, **options), model.denoisers[key])
-    names = tuple(targets or dict.fromkeys(name for names in chosen.values() for name in names))
-    adapter = Adapter(model, rank, alpha, names)
+    named = parse_targets(targets) or [name for names in chosen.values() for name in names]
+    adapter = Adapter(model, rank, alpha, tuple(dict.fromkeys(named)))
     dtype = torch.promote_types(model.dtype, torch.float32)
     for layer in adapter.layers.values():
         for matrix in _matrices(layer):
@@ -282,36 +297,34 @@ def add(
 
 
 def _targets_by_denoiser(
-    model: VideoModel, targets: tuple[str, ...] | None
+    model: VideoModel, targets: str | tuple[str, ...] | None
 ) -> dict[str, list[str]]:
-    """Name endings for each denoiser that has a layer of them. Raises ValueError if none has."""
-    chosen = {}
+    """Name endings for each denoiser that has a layer of them. Raises ValueError for a target that none has."""
+    wanted = parse_targets(targets) or (ATTENTION,)
+    chosen: dict[str, list[str]] = {}
+    unknown, linear = list(wanted), set()
     for key, denoiser in model.denoisers.items():
-        endings = [name.removeprefix(f"{key}.") for name in targets or model.targets[key]]
-        names = [name for name, _ in denoiser.named_modules()]
-        found = [
-            ending
-            for ending in endings
-            if any(name == ending or name.endswith(f".{ending}") for name in names)
-        ]
-        if found:
-            chosen[key] = found
-    if not chosen:
-        linear = {
-            name.rpartition(".")[2]
-            for denoiser in model.denoisers.values()
-            for name, module in denoiser.named_modules()
-            if isinstance(module, nn.Linear)
-        }
+        words = {ATTENTION: model.targets[key], FEED_FORWARD: model.feed_forward}
+        names = [name for name, m in denoiser.named_modules() if isinstance(m, ADAPTABLE)]
+        linear |= {name.rpartition(".")[2] for name in names}
+        for target in wanted:
+            plain = target.removeprefix(f"{key}.")
+            for ending in words.get(plain, (plain,)):
+                if any(f".{name}".endswith(f".{ending}") for name in names):
+                    chosen.setdefault(key, []).append(ending)
+                    unknown = [other for other in unknown if other != target]
+    if unknown:
         raise ValueError(
-            f"no layer of {model.name!r} is named {' or '.join(targets or ())}; linear layers end in "
-            f"{', '.join(sorted(linear))}"
+            f"no layer of {model.name!r} is named {' or '.join(unknown)}; choose attention, attention+ffn, or "
+            f"layers by the ends of their names: {', '.join(sorted(linear))}"
         )
-    return chosen
+    return {key: list(dict.fromkeys(endings)) for key, endings in chosen.items()}
 
 
 @exclusive
-def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
+def load(
+    model: VideoModel, path: str | Path, scale: float = 1.0, denoiser: str | None = None
+) -> Adapter:
     """Put the adapter of a file on the model.
 
     Args:
@@ -320,6 +333,8 @@ def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
             a run's or a checkpoint's. Alpha is taken as the rank where neither the file nor the
             configuration beside it names it.
         scale: of the adapter's effect, 0 to 10.
+        denoiser: the key of the one that the file is for ("transformer_2"), whatever it says itself. Files of
+            other tools for one of two experts do not say; by default they are the first one's, as in diffusers.
 
     Raises:
         FileNotFoundError, ValueError: see `read` and `match`, among them for a file that does not fit the
@@ -327,7 +342,7 @@ def load(model: VideoModel, path: str | Path, scale: float = 1.0) -> Adapter:
     """
     validate_scale(scale)
     state, metadata = read(path)
-    adapter = _attached(model, match(model, state, metadata, path))
+    adapter = _attached(model, match(model, state, metadata, path, denoiser))
     adapter.targets = lora_files.targets_of(metadata) or adapter.targets
     adapter.scale = scale
     return adapter

@@ -1,8 +1,8 @@
-"""Adapter files of this and of other tools, read without running any code, and written.
+"""Adapter files of this and of other tools, read without running any code; written in `lora_export`.
 
 Our own layout is diffusers': `unet.<layer>.lora_A.weight` (rank, in) and `unet.<layer>.lora_B.weight`
-(out, rank). Read as well: diffusers' old attention processors, kohya, ComfyUI, peft, keys without a prefix, and VADER's
-own files for VideoCrafter2.
+(out, rank). Read as well: diffusers' old attention processors, kohya, ComfyUI, peft, keys without a prefix, the names of
+a model's authors, and VADER's own files for VideoCrafter2.
 """
 
 import json
@@ -10,17 +10,15 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 
 from .models import VideoModel
 from .models.base import renamed
@@ -44,7 +42,7 @@ OTHER_KINDS = {
     r"\.lora_B\.(\w+\.)?bias$": "a LoRA with biases",
 }
 TENSOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up)(\.\w+)?\.weight")
-PREFIXES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "lora_")
+PREFIXES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "lora_", "unet_")
 TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoder|text_model|lora_te|te\d?[._])")
 
 
@@ -154,40 +152,30 @@ def check_kind(state: State, metadata: dict, path: Path) -> None:
 # ----------------------------------------------------------------------------- names and strengths
 
 
-def match(model: VideoModel, state: State, metadata: dict, path: str | Path) -> LoRA:
+def match(
+    model: VideoModel,
+    state: State,
+    metadata: dict,
+    path: str | Path,
+    denoiser: str | None = None,
+) -> LoRA:
     """A file's tensors as an adapter of the model, which acts exactly as where they come from.
 
     Layers may differ in rank and alpha: the smaller are filled up with zeros, and differing factors
     alpha / rank are multiplied into B.
 
+    Args:
+        denoiser: the key of the one that the file is for, whatever it says itself.
+
     Raises:
-        ValueError: for a layer that the model lacks, tensors of wrong shapes, or an alpha that is no
-            positive number.
+        ValueError: for a layer or denoiser that the model lacks, tensors of wrong shapes, or an alpha that is
+            no positive number.
     """
-    names, found = layer_names(model), {}
-    ignored = 0
-    for name, value in convert_unet_state_dict_to_peft(state).items():
-        if TEXT_ENCODER.match(name):
-            ignored += 1
-            continue
-        matched = TENSOR.fullmatch(name)
-        base = matched[1] if matched else name.removesuffix(".alpha")
-        if not matched and base == name:
-            raise ValueError(f"{path}: {name} is no tensor of a LoRA")
-        layer = names.get(plain_name(base))
-        if layer is None:
-            raise ValueError(
-                f"{path} does not fit {model.name!r}: it has no layer {base!r}. The file "
-                f"says it was made for {metadata.get('base_model', 'an unnamed model')!r}"
-            )
-        half = "alpha" if not matched else "A" if matched[2] in ("lora_A", "lora_down") else "B"
-        wide = torch.promote_types(value.dtype, torch.float32)
-        found.setdefault(layer, {})[half] = value.to(wide)
-    if ignored:
-        warnings.warn(
-            f"{path}: {ignored} tensors are for the text encoder, which is not adapted; they are left out",
-            stacklevel=3,
-        )
+    denoiser = denoiser or metadata.get("denoiser")
+    if denoiser not in (None, *model.denoisers):
+        known = ", ".join(model.denoisers)
+        raise ValueError(f"{path}: {model.name!r} has no denoiser {denoiser!r}; it has: {known}")
+    found = by_layer(model, state, metadata, path, denoiser)
     for layer, parts in found.items():
         check_shapes(model, layer, parts, path)
     alphas = {layer: alpha_of(layer, parts, metadata, path) for layer, parts in found.items()}
@@ -207,6 +195,44 @@ def match(model: VideoModel, state: State, metadata: dict, path: str | Path) -> 
     return LoRA(filled, rank, alpha, tuple(found))
 
 
+def by_layer(
+    model: VideoModel, state: State, metadata: dict, path: str | Path, denoiser: str | None
+) -> dict[str, State]:
+    """The tensors "A", "B" and perhaps "alpha" by our name of a layer, in float32 at least; see `match`."""
+    names, found = layer_names(model, denoiser), {}
+    ignored, keyed = 0, denoiser is not None or len(model.denoisers) == 1
+    for name, value in convert_unet_state_dict_to_peft(state).items():
+        if TEXT_ENCODER.match(name):
+            ignored += 1
+            continue
+        matched = TENSOR.fullmatch(name)
+        base = matched[1] if matched else name.removesuffix(".alpha")
+        if not matched and base == name:
+            raise ValueError(f"{path}: {name} is no tensor of a LoRA")
+        layer = names.get(plain_name(base))
+        if layer is None:
+            raise ValueError(
+                f"{path} does not fit {model.name!r}: it has no layer {base!r}. The file "
+                f"says it was made for {metadata.get('base_model', 'an unnamed model')!r}"
+            )
+        keyed = keyed or plain_name(base) == plain_name(layer)
+        half = "alpha" if not matched else "A" if matched[2] in ("lora_A", "lora_down") else "B"
+        wide = torch.promote_types(value.dtype, torch.float32)
+        found.setdefault(layer, {})[half] = value.to(wide)
+    if ignored:
+        warnings.warn(
+            f"{path}: {ignored} tensors are for the text encoder, which is not adapted; they are left out",
+            stacklevel=3,
+        )
+    if not keyed:
+        warnings.warn(
+            f"{path} does not say which of {', '.join(model.denoisers)} it is for: it acts on the first one; for "
+            f"another, lora.load(model, path, denoiser=...)",
+            stacklevel=3,
+        )
+    return found
+
+
 def plain_name(name: str) -> str:
     """A layer's name as kohya writes it, without prefixes."""
     name = name.replace(".", "_")
@@ -215,19 +241,24 @@ def plain_name(name: str) -> str:
     return name
 
 
-def layer_names(model: VideoModel) -> dict[str, str]:
-    """Plain name -> our name, of every layer that can have an adapter; the first denoiser's first."""
+def layer_names(model: VideoModel, only: str | None = None) -> dict[str, str]:
+    """Plain name -> our name, of every layer that can have an adapter; names without a denoiser's key are the
+    first one's. All are of one denoiser, if its key is given."""
     names = {}
-    for key, denoiser in model.denoisers.items():
-        for name, module in denoiser.named_modules():
+    for key in model.denoisers:
+        holder = only or key
+        for name, module in model.denoisers[holder].named_modules():
             if hasattr(module, "weight"):
-                names[plain_name(f"{key}.{name}")] = f"{key}.{name}"
-                names.setdefault(plain_name(name), f"{key}.{name}")
-    first, ours = next(iter(model.denoisers)), {b: a for a, b in model.original_names.items()}
-    for name, _ in model.denoiser.named_modules() if ours else ():
-        if original := renamed(name, ours):
-            names.setdefault(plain_name(original), f"{first}.{name}")
+                ours = f"{holder}.{name}"
+                names[plain_name(f"{key}.{name}")] = ours
+                for same in (name, original_name(model, name)):
+                    names.setdefault(plain_name(same), ours)
     return names
+
+
+def original_name(model: VideoModel, name: str) -> str:
+    """What the model's authors call a layer; its own name where that is not known."""
+    return renamed(name, {ours: theirs for theirs, ours in model.original_names.items()}) or name
 
 
 def check_shapes(model: VideoModel, layer: str, parts: State, path: str | Path) -> None:
@@ -288,122 +319,7 @@ def targets_of(metadata: dict) -> tuple[str, ...]:
     return tuple(names) if fits else ()
 
 
-# --------------------------------------------------------------------------------------- writing
-
-
-def write(path: str | Path, state: State, metadata: dict[str, str]) -> Path:
-    """Write an adapter file, whole or not at all; its folder is made."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.contiguous().cpu() for name, value in state.items()}
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(with_sorted_header(serialize(tensors, metadata)))
-    unfinished.replace(path)
-    return path
-
-
-def write_vader(path: Path, state: State) -> Path:
-    """Write a file as VADER's, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    torch.save({name: value.contiguous().cpu() for name, value in state.items()}, unfinished)
-    unfinished.replace(path)
-    return path
-
-
-def with_sorted_header(data: bytes) -> bytes:
-    """A safetensors file with its header sorted: equal adapters shall be equal files, and the library
-    writes metadata in an order that changes from process to process."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
-
-
-# (what stands before a layer's name, what between its parts, the names of A and B)
-LAYOUTS = {
-    "diffusers": ("{key}.", ".", "lora_A", "lora_B"),
-    "peft": ("base_model.model.", ".", "lora_A", "lora_B"),
-    "kohya": ("lora_unet_", "_", "lora_down", "lora_up"),
-    "comfyui": ("diffusion_model.", ".", "lora_A", "lora_B"),
-    "vader": (VADER, ".", "lora_A", "lora_B"),
-}
-
-
-def exported_tensors(
-    state: State, alpha: float, format: str, original_names: Mapping[str, str]
-) -> State:
-    """An adapter's tensors under the names of another tool, with what that tool reads alpha from."""
-    originals = {ours: theirs for theirs, ours in original_names.items()}
-    prefix, separator, *halves = LAYOUTS[format]
-    tensors = {}
-    for name, value in state.items():
-        layer, _, half = name.rpartition(".lora_")
-        key, _, inner = layer.partition(".")
-        if format == "vader":
-            inner = renamed(inner, originals) or inner
-            value = value * (alpha / VADER_ALPHA if half[0] == "B" else 1)
-        base = prefix.format(key=key) + inner.replace(".", separator)
-        tensors[f"{base}.{halves['AB'.index(half[0])]}.weight"] = value
-        if format in ("kohya", "comfyui"):
-            tensors[f"{base}.alpha"] = torch.tensor(float(alpha))
-    return tensors
-
-
-def export(
-    state: State,
-    alpha: float,
-    path: str | Path,
-    format: str = "diffusers",
-    original_names: Mapping[str, str] | None = None,
-) -> Path:
-    """Write an adapter for another tool.
-
-    Args:
-        state: under our own names.
-        alpha: of all layers.
-        path: for "diffusers" and "peft" a folder, as their `from_pretrained` and `load_lora_weights` take;
-            for "kohya", "comfyui" and "vader" a file.
-        format: a key of `LAYOUTS`.
-        original_names: of the model, see `VideoModel`; for "vader".
-
-    Returns:
-        The file with the tensors.
-
-    Raises:
-        ValueError: for an unknown format, or one that has no names for the model's layers.
-    """
-    if format not in LAYOUTS:
-        raise ValueError(f"unknown format {format!r}; choose one of {', '.join(LAYOUTS)}")
-    if format == "vader" and not original_names:
-        raise ValueError("format=vader has names for VideoCrafter2's layers only: choose another")
-    keys = dict.fromkeys(name.partition(".")[0] for name in state)
-    if len(keys) > 1 and format != "diffusers":
-        raise ValueError(f"{format} has no names for several denoisers: use format=diffusers")
-    rank = next(len(value) for name, value in state.items() if ".lora_A." in name)
-    path, metadata = Path(path).expanduser(), {"format": "pt"}
-    tensors = exported_tensors(state, alpha, format, original_names or {})
-    layers = {name.rpartition(".lora_")[0].partition(".")[::2] for name in state}
-    described = {
-        key: {
-            "r": rank,
-            "lora_alpha": alpha,
-            "target_modules": sorted(inner for of, inner in layers if of == key),
-        }
-        for key in keys
-    }
-    if format == "diffusers":
-        path = path / "pytorch_lora_weights.safetensors"
-        packed = {
-            f"{key}.{name}": value for key, x in described.items() for name, value in x.items()
-        }
-        metadata["lora_adapter_metadata"] = json.dumps(packed)
-    elif format == "peft":
-        path = path / "adapter_model.safetensors"
-        LoraConfig(**described[next(iter(keys))]).save_pretrained(str(path.parent))
-    elif format == "vader":
-        return write_vader(path, tensors)
-    else:
-        metadata |= {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    return write(path, tensors, metadata)
+def parse_targets(targets: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Names of layers, from a list or from text such as "attention+ffn"; empty for the default."""
+    texts = [targets] if isinstance(targets, str) else targets or ()
+    return tuple(name.strip() for text in texts for name in text.split("+"))

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import lora, models
+from . import experts, lora, models
 from .gradient import accumulate, rolled_out
 from .models import VideoModel
 from .prompts import Prompt
@@ -202,11 +202,18 @@ class Step:
         config, generator = self.config, torch.Generator().manual_seed(0)
         sampling = config.sampling.resolve(model)
         frames = config.frames or (Frames.random(1) if reward.per_frame else Frames.all())
+        strategy = parse_strategy(config.strategy)
         with unset_fake_temporarily():
-            plan = parse_strategy(config.strategy).plan(model.num_steps(sampling), generator)
+            targets = experts.Reach(model, sampling, strategy).targets(config.targets)
+        adapter = lora.add(model, config.rank, targets=targets)
+        with unset_fake_temporarily():
+            plan = experts.draw_plan(model, adapter, sampling, strategy, generator)
             chosen = parse_frames(frames).choose(sampling.num_frames, generator)
+        if len(model.denoisers) > 1:
+            # Fake timesteps cannot say which expert's they are; experts are alike in size.
+            learning = model.denoisers[adapter.denoisers[-1]]
+            model.denoiser_at = lambda t: learning
         steps = min(sampling.num_inference_steps, max(plan.active) + 1)
-        adapter = lora.add(model, config.rank, targets=config.targets)
         if self.model_cpu_offload:
             model.enable_model_cpu_offload()
             model.offload(*reward.networks)

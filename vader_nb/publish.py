@@ -12,13 +12,13 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import lora, lora_files
+from . import lora, lora_export, lora_files
 from .models import Checkpoint, checkpoint_of, from_config, load
 
-MERGED = "merged"  # beside the layouts of `lora_files`: a whole pipeline
+MERGED = "merged"  # beside the layouts of `lora_export`: a whole pipeline
 # The file that a format is; other formats are folders.
 FILES = {"kohya": "adapter.safetensors", "comfyui": "adapter.safetensors", "vader": "adapter.pt"}
-FORMATS = (*lora_files.LAYOUTS, MERGED)
+FORMATS = (*lora_export.LAYOUTS, MERGED)
 
 
 def export(
@@ -37,8 +37,8 @@ def export(
         adapter: a run's folder, or an adapter file of any tool.
         output: the folder to make; by default `FORMAT` in the run's folder.
         format: "diffusers", "peft", "kohya", "comfyui"; "vader" for VideoCrafter2 in VADER's own code; or
-            "merged" for the model's whole pipeline with the adapter folded in. ComfyUI and kohya's tools
-            use an adapter only with models whose layers they know by diffusers' names.
+            "merged" for the model's whole pipeline with the adapter folded in. A format that has no names for
+            the model's layers is an error; of two experts each has its own file, but for "diffusers".
         model: that the adapter is for, as for `load`. Its weights are read for "merged" only.
         scale: of the adapter, for "merged".
         push_to_hub: upload the folder as this repository, "user/name", which is made.
@@ -66,8 +66,8 @@ def export(
         with FakeTensorMode():  # names and shapes are enough
             architecture = from_config(model)
             found = lora_files.match(architecture, state, metadata, adapter)
-        file, names = folder / FILES.get(format, ""), architecture.original_names
-        lora_files.export(found.state, found.alpha, file, format, names)
+        file = folder / FILES.get(format, "")
+        lora_export.export(found.state, found.alpha, file, format, architecture)
     write_card(folder, run, model, base, metadata)
     if push_to_hub:
         api = HfApi()

@@ -294,13 +294,14 @@ def roll_out(
     rollout.finite.append(conditioning.all_finite())
     scheduler = model.new_scheduler(sampling)
     timesteps = list(scheduler.timesteps)
-    cut, end, mode = len(timesteps) - window, len(timesteps) - stop, ""
+    cut, end, mode = len(timesteps) - window, len(timesteps) - stop, ()
     with contextlib.ExitStack() as adapter_mode:
         for i, t in enumerate(timesteps[:end]):
-            wanted = _adapter_mode(i, cut, len(timesteps), adapter_range) if adapter else ""
+            where = i, cut, len(timesteps), adapter_range
+            wanted = _adapter_mode(model.denoiser_at(t), *where) if adapter else ()
             if wanted != mode:
                 adapter_mode.close()
-                adapter_mode.enter_context(getattr(adapter, wanted, contextlib.nullcontext)())
+                adapter_mode.enter_context(_acting(adapter, *wanted))
                 mode = wanted
             if i == cut:  # from here on, exactly as it will be replayed
                 rollout.scheduler = copy.deepcopy(scheduler)
@@ -322,7 +323,7 @@ def roll_out(
             rollout.finite.append(latents.isfinite().all())
             if callback is not None:
                 callback(i, t, latents)
-    rollout.latents = latents
+    rollout.latents = model.with_given(latents, conditioning)
     return rollout
 
 
@@ -346,7 +347,8 @@ def renoise(model: VideoModel, rollout: Rollout) -> Rollout:
     scaled = model.scale_input(scheduler, state, t)
     again.outputs = [model.all_branches(scaled, t, rollout.conditioning, sampling)]
     output = model.combine(again.outputs[0], t, sampling)
-    again.latents = next_latents(model, scheduler, output, t, state, rollout)
+    latents = next_latents(model, scheduler, output, t, state, rollout)
+    again.latents = model.with_given(latents, rollout.conditioning)
     again.finite = [*rollout.finite, again.latents.isfinite().all()]
     return again
 
@@ -363,11 +365,16 @@ def next_latents(model, scheduler, output, t, latents, rollout, generators=None)
     )
 
 
-def _adapter_mode(step: int, cut: int, steps: int, adapter_range: tuple[float, float]) -> str:
-    """The adapter's context for a step: "fused", "disabled", or "" in the window, which is replayed."""
+def _adapter_mode(denoiser, step: int, cut: int, steps: int, adapter_range) -> tuple:
+    """The adapter's context for a step, and its argument: "disabled", or "fused" into the step's denoiser; none in
+    the window, which is replayed."""
     if not adapter_active(step, steps, *adapter_range):
-        return "disabled"
-    return "fused" if step < cut else ""
+        return ("disabled",)
+    return ("fused", denoiser) if step < cut else ()
+
+
+def _acting(adapter, name: str = "", *denoiser) -> contextlib.AbstractContextManager:
+    return getattr(adapter, name)(*denoiser) if name else contextlib.nullcontext()
 
 
 @exclusive

@@ -275,11 +275,12 @@ def plain_autograd(
         p.requires_grad_(True)
     finals = [latents]
     if isinstance(strategy, DRaFTLV):
-        t, clean = scheduler.timesteps[-1], latents.detach()
+        t, clean = scheduler.timesteps[-1], model.with_given(latents, conditioning).detach()
         finals = [
             noised_again(model, sampling, denoise, t, clean, generators) for _ in range(strategy.n)
         ]
     texts: Any = list(prompts)
+    finals = [model.with_given(final, conditioning) for final in finals]
     values = [reward(model.decode(final, chosen), texts) for final in finals]
     value = torch.stack(values).mean(0)
     (-value.mean()).backward()

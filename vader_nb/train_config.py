@@ -3,7 +3,7 @@
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from .lora_files import MAX_RANK
+from .lora_files import MAX_RANK, parse_targets
 from .sampling import Sampling, check_bounds, setting, with_help
 from .strategies import Frames, Last, Strategy, parse_frames, parse_strategy
 
@@ -47,7 +47,8 @@ class TrainConfig:
     rank: int = setting(8, "of the adapter")
     alpha: float | None = setting(None, "the adapter acts with alpha / rank; default: its rank")
     targets: tuple[str, ...] | None = setting(
-        None, "names of the layers that get an adapter; default: the model's attention projections"
+        None,
+        "layers that get an adapter: attention, attention+ffn, or names or their ends; default: attention",
     )
     strategy: Strategy = setting(
         Last(1),
@@ -97,7 +98,7 @@ class TrainConfig:
         self.strategy = parse_strategy(self.strategy)
         if self.frames is not None:
             self.frames = parse_frames(self.frames)
-        self.targets = tuple(self.targets) if self.targets else None
+        self.targets = parse_targets(self.targets) or None
         self.output_dir = Path(self.output_dir).expanduser()
 
     @classmethod

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from . import checkpoints, distributed, lora
+from . import checkpoints, distributed, experts, lora
 from . import prompts as prompt_sets
 from .estimators import Batch, Collected, Estimator, RewardGradient
 from .long_clips import LongRewardGradient, parse_segments
@@ -163,6 +163,8 @@ class Trainer:
         plan = config.strategy.plan(model.num_steps(config.sampling), generator)
         if self.estimator.needs_reward_gradient and max(plan.active) == 1 and not plan.renoise:
             warn_of_small_step(model, config.sampling)
+        self.reach = experts.Reach(model, config.sampling, self.estimator.strategy_of(config))
+        self.targets = self.reach.targets(config.targets) if adapter is None else None
         frames = config.frames.choose(config.sampling.total_frames, generator)
         self.reward.check_frames(len(frames))
 
@@ -309,7 +311,7 @@ class Trainer:
         """A fresh adapter, or the one to start from."""
         config, start = self.config, getattr(self.start_adapter, "adapter", self.start_adapter)
         if start is None:
-            return lora.add(self.model, config.rank, config.alpha, config.targets, config.seed)
+            return lora.add(self.model, config.rank, config.alpha, self.targets, config.seed)
         if isinstance(start, lora.Adapter):
             start.check_attached(self.model)
             adapter = self.start_adapter = start
@@ -329,7 +331,7 @@ class Trainer:
     def make_optimizer(self) -> None:
         """AdamW, its learning rate schedule, and what accelerate wraps around them."""
         config = self.config
-        self.parameters = self.adapter.parameters()
+        self.parameters = self.adapter.parameters(self.reach.trained(self.adapter))
         self.optimizer = adamw(self.parameters, config)
         self.schedule = lr_schedule(self.optimizer, config)
         self.backward = torch.Tensor.backward

@@ -271,7 +271,7 @@ def load(
     family = family_of(checkpoint)
     if text_cache and not family.large_text_encoder:
         raise ValueError(f"text_cache=True: {str(name)!r} has no large text encoder; leave it out")
-    dtypes = part_dtypes(family, device, dtype)
+    dtypes = part_dtypes(family.dtypes_of(checkpoint), device, dtype)
     if checkpoint.directory is None:
         hub = checkpoint.hub | {"local_files_only": local_files_only or not reachable()} | hub
     try:
@@ -313,12 +313,12 @@ def run_check(model: VideoModel, checkpoint: Checkpoint) -> None:
 
 
 def part_dtypes(
-    family: type[VideoModel], device: torch.device, dtype: torch.dtype | dict | None
+    made_for: dict[str, torch.dtype], device: torch.device, dtype: torch.dtype | dict | None
 ) -> dict[str, torch.dtype]:
-    """Types of a model's parts, and "default", see `load`."""
+    """Types of a model's parts, and "default", see `load`; made_for: see `VideoModel.dtypes`."""
     if isinstance(dtype, torch.dtype):
         return {"default": dtype}
-    on_cuda = {"default": torch.float16} | family.dtypes
+    on_cuda = {"default": torch.float16} | made_for
     return (on_cuda if device.type == "cuda" else {"default": torch.float32}) | (dtype or {})
 
 

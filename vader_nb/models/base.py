@@ -79,11 +79,14 @@ class VideoModel(ABC):
         world: "tiny" for models of the embedded synthetic world, whose captions have oracles; else None.
         denoisers: the networks that adapters attach to. Keys are diffusers' LoRA prefixes: "unet",
             "transformer", "transformer_2".
-        targets: for each denoiser, name endings of the linear layers that an adapter takes by default.
+        targets: for each denoiser, name endings of the linear layers that an adapter takes by default, which are
+            its attention's.
+        feed_forward: name endings of its feed-forward layers.
         scheduler: a diffusers scheduler; may be replaced, as in diffusers.
         defaults: of sampling, under diffusers' argument names, plus `fps`.
         original_names: for families with LoRA files under their authors' names: those of the denoiser's
             modules -> ours. What stands before a dot in a layer's name is replaced.
+        lora_formats: of `lora_export.LAYOUTS`, those in which some tool reads an adapter of this family.
         sampling_options: the family's own entries of `Sampling.options`, with their defaults.
         option_bounds: (least, most) of those entries that are numbers.
         dtypes: what its parts are loaded in on CUDA, by name or as "default", where that is not float16.
@@ -100,6 +103,7 @@ class VideoModel(ABC):
     world: str | None = None
     denoisers: dict[str, nn.Module]
     targets: dict[str, tuple[str, ...]]
+    feed_forward: tuple[str, ...] = ("ff.net.0.proj", "ff.net.2")
     scheduler: Any
     defaults: dict
     sampling_options: dict = {}
@@ -108,7 +112,8 @@ class VideoModel(ABC):
     large_text_encoder = False
     keeps_texts: Any = False
     takes_image = False
-    original_names: dict[str, str] = {}
+    original_names: Mapping[str, str] = {}
+    lora_formats: tuple[str, ...] = ("diffusers", "peft", "kohya", "comfyui")
     independent_frames = True
     exact = True
     offloader: CPUOffloader | None = None
@@ -125,6 +130,11 @@ class VideoModel(ABC):
     @abstractmethod
     def from_config(cls, checkpoint, *, name: str) -> "VideoModel":
         """The architecture of a `models.Checkpoint`, see `models.from_config`."""
+
+    @classmethod
+    def dtypes_of(cls, checkpoint) -> dict[str, torch.dtype]:
+        """`dtypes` of a `models.Checkpoint`, for families whose sizes differ in it."""
+        return cls.dtypes
 
     @abstractmethod
     def pipeline(self) -> Any:
@@ -365,6 +375,10 @@ class VideoModel(ABC):
                 f"unknown prediction_type {prediction!r}; known: {', '.join(predictions)}"
             )
         return predictions[prediction]()
+
+    def with_given(self, latents: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Final latents with the part of them that the prompts give, such as a first frame; here, as they are."""
+        return latents
 
     def add_noise(self, scheduler, latents: torch.Tensor, t, generators: list) -> torch.Tensor:
         """Clean latents noised to the level of timestep t."""

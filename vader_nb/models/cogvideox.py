@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from ..offload import checkpointed
 from . import causal
-from .base import Conditioning, cached, warn_truncated
+from .base import Conditioning, cached, read_config, warn_truncated
 from .parts import ModelOfParts
 from .texts import TextOnDisk
 
@@ -58,6 +58,7 @@ class CogVideoX(TextOnDisk, ModelOfParts):
 
     family = "CogVideoXPipeline"
     targets = {"transformer": ("to_q", "to_k", "to_v", "to_out.0")}
+    lora_formats = ("diffusers", "peft")  # ComfyUI's nodes for CogVideoX read diffusers' files
     networks = {
         "transformer": CogVideoXTransformer3DModel,
         "vae": AutoencoderKLCogVideoX,
@@ -91,6 +92,16 @@ class CogVideoX(TextOnDisk, ModelOfParts):
     @classmethod
     def published_for(cls, checkpoint) -> dict[str, dict]:
         return PUBLISHED | SIZES.get(checkpoint.source, {})
+
+    @classmethod
+    def dtypes_of(cls, checkpoint) -> dict[str, torch.dtype]:
+        """2b was made for float16; 5b and 1.5, which have rotary positions, for bfloat16."""
+        if folder := checkpoint.directory:
+            config = read_config(folder / "transformer")
+        else:
+            config = cls.published_for(checkpoint)["transformer"]
+        rotary = config.get("use_rotary_positional_embeddings")
+        return {"default": torch.bfloat16 if rotary else torch.float16}
 
     def decoders(self) -> list[nn.Module]:
         return [self.vae.decoder]

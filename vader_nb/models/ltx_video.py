@@ -43,6 +43,7 @@ class LTXVideo(TextOnDisk, ModelOfParts):
     family = "LTXPipeline"
     dtypes = {"default": torch.bfloat16}
     targets = {"transformer": ("to_q", "to_k", "to_v", "to_out.0")}
+    original_names = {"patchify_proj": "proj_in", "adaln_single": "time_embed"}
     networks = {
         "transformer": LTXVideoTransformer3DModel,
         "vae": AutoencoderKLLTXVideo,

@@ -73,6 +73,7 @@ class OpenSora(TextOnDisk):
     """
 
     targets = {"transformer": ("qkv", "q_linear", "kv_linear")}
+    feed_forward = ("mlp.fc1", "mlp.fc2")
     sampling_options = {"fps": 24}
     option_bounds = {"fps": (1, 1000)}
     independent_frames = False

@@ -76,6 +76,7 @@ class StableVideoDiffusion(ModelOfParts):
 
     family = "StableVideoDiffusionPipeline"
     targets = {"unet": ("to_q", "to_k", "to_v", "to_out.0")}
+    feed_forward = (*ModelOfParts.feed_forward, "ff_in.net.0.proj", "ff_in.net.2")
     networks = {
         "unet": UNetSpatioTemporalConditionModel,
         "vae": AutoencoderKLTemporalDecoder,

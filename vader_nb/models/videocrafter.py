@@ -143,6 +143,7 @@ class VideoCrafter2(ModelScope):
     sampling_options = {"fps": 24}
     option_bounds = {"fps": (1, 60)}
     original_names = module_names()
+    lora_formats = (*ModelScope.lora_formats, "vader")
     networks = ModelScope.networks | {"unet": VideoCrafterUNet}
     schedulers = {"DynamicScaleDDIM": DynamicScaleDDIM}
     own_defaults = DEFAULTS | {"guidance_scale": 12.0, "height": 320, "width": 512, "eta": 1.0}

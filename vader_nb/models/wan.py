@@ -1,4 +1,4 @@
-"""Wan 2.1 (arXiv 2503.20314) and Wan 2.2 (github.com/Wan-Video/Wan2.2), text to video.
+"""Wan 2.1 (arXiv 2503.20314) and Wan 2.2 (github.com/Wan-Video/Wan2.2), text to video, and with 2.2 5B image to video.
 
 All are diffusers `WanPipeline` directories: a rectified flow in a transformer, or in two, of which one is for high noise
 and one for low noise. The decoder is causal: a latent gives 4 frames, the first one a single frame, and each reaches
@@ -19,15 +19,15 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from . import wan_vae
 from .base import is_flow
 from .causal import States
-from .umt5 import TextByUMT5
-from .wan_configs import PUBLISHED
+from .wan_configs import PUBLISHED, original_names
+from .wan_image import FromFirstFrame, with_first
 
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 5.0, "num_frames": 81, "fps": 16}
 DEFAULTS |= {"height": 480, "width": 832, "decoder_states": "device"}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-class Wan(TextByUMT5):
+class Wan(FromFirstFrame):
     """A `WanTransformer3DModel`, or two, with UMT5's text encoder and a causal autoencoder.
 
     Made for bfloat16; the autoencoder is best in float32 (`dtype={"vae": torch.float32, …}`).
@@ -37,12 +37,14 @@ class Wan(TextByUMT5):
             number m to keep every m-th on the device and compute the others again. `defaults` may have it.
         boundary_ratio: with two experts, the timestep, as a part of the whole, from which on `transformer` denoises;
             below, `transformer_2` does. The last steps therefore train `transformer_2` alone.
-        expand_timesteps: the transformer is told a timestep for each of its tokens (Wan 2.2 5B).
+        expand_timesteps: the transformer is told a timestep for each of its tokens (Wan 2.2 5B), and prompts may
+            have an image, which the clip then starts from.
     """
 
     family = "WanPipeline"
     dtypes = {"default": torch.bfloat16, "vae": torch.float32}
     targets = {"transformer": ATTENTION, "transformer_2": ATTENTION}
+    feed_forward = ("ffn.net.0.proj", "ffn.net.2")
     networks = {
         "transformer": WanTransformer3DModel,
         "transformer_2": WanTransformer3DModel,
@@ -63,6 +65,7 @@ class Wan(TextByUMT5):
         self.name, self.world = name, world
         self.denoisers = {key: parts[key] for key in self.targets if key in parts}
         self.vae, self.scheduler = parts["vae"], parts["scheduler"]
+        self.original_names = original_names(parts["transformer"].config.num_layers)
         self.set_text_encoder(parts["text_encoder"], parts["tokenizer"])
         self.defaults = DEFAULTS | defaults
         self.decoder_states = self.defaults["decoder_states"]
@@ -167,8 +170,10 @@ class Wan(TextByUMT5):
         denoiser: Any = self.denoiser_at(t)
         self.onload(denoiser)
         times = t.expand(len(latents))
+        inputs = dict(inputs)
+        first = inputs.pop("first", None)
         if self.expand_timesteps:
-            times = t.expand(len(latents), latents[0, 0, :, ::2, ::2].numel())
+            latents, times = with_first(latents, first), self.token_times(latents, t, first)
         output = denoiser(latents.to(self.dtype), times, return_dict=False, **inputs)[0]
         return output.to(latents.dtype)
 

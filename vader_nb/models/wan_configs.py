@@ -1,4 +1,5 @@
-"""The published architectures of Wan, for `from_config`; what is missing here is the classes' own default."""
+"""The published architectures of Wan, for `from_config`; what is missing here is the classes' own default. And what its
+authors, and with them ComfyUI and kohya's tools, call the layers."""
 
 T5 = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 256384}
 T5 |= {"is_encoder_decoder": False}
@@ -48,3 +49,25 @@ PUBLISHED = {  # by hub id
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": BASE | EXPERTS,
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": BASE | TOKENS | {"scheduler": LARGE_SHIFT},
 }
+
+ATTENTION_NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+IMAGE_NAMES = {"k_img": "add_k_proj", "v_img": "add_v_proj"}
+
+
+def original_names(blocks: int) -> dict[str, str]:
+    """The authors' names of the linear layers of a transformer of so many blocks -> diffusers'."""
+    embedder = "condition_embedder"
+    names = {"head.head": "proj_out", "time_projection.1": f"{embedder}.time_proj"}
+    for part in ("time", "text"):
+        for theirs, ours in ((0, 1), (2, 2)):
+            names[f"{part}_embedding.{theirs}"] = f"{embedder}.{part}_embedder.linear_{ours}"
+    names["img_emb.proj.1"] = f"{embedder}.image_embedder.ff.net.0.proj"
+    names["img_emb.proj.3"] = f"{embedder}.image_embedder.ff.net.2"
+    in_block = {f"self_attn.{a}": f"attn1.{b}" for a, b in ATTENTION_NAMES.items()}
+    in_block |= {
+        f"cross_attn.{a}": f"attn2.{b}" for a, b in (ATTENTION_NAMES | IMAGE_NAMES).items()
+    }
+    in_block |= {"ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+    for i in range(blocks):
+        names |= {f"blocks.{i}.{a}": f"blocks.{i}.{b}" for a, b in in_block.items()}
+    return names

@@ -7,12 +7,11 @@ given the latents of a clip of that image and zeros, a mask that names the known
 from typing import Any
 
 import torch
-from diffusers.video_processor import VideoProcessor
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from . import wan_vae
 from .base import Conditioning
-from .svd import checked_image, resized
+from .svd import checked_image
 from .umt5 import TEXT_LENGTH
 from .wan import Wan
 
@@ -40,18 +39,16 @@ class WanImageToVideo(Wan):
         self.latent_shape(
             sampling
         )  # a size that cannot be made is an error before the encoders are at work
-        if self.expand_timesteps:
-            raise ValueError(
-                f"{self.name!r}: images with a timestep for each token are not supported"
-            )
-        conditioning = super().encode(prompts, sampling, generators)
-        given: dict[str, torch.Tensor] = {}
         images = [self.image_of(prompt) for prompt in prompts]
+        conditioning = super().encode(prompts, sampling, generators)
+        if self.expand_timesteps:
+            return conditioning
+        given: dict[str, torch.Tensor] = {}
         if self.image_encoder is not None:
             self.onload(self.image_encoder)
             given["encoder_hidden_states_image"] = torch.cat([self.tokens(x) for x in images])
         self.onload(self.vae)
-        given["condition"] = torch.cat([self.condition(image, sampling) for image in images])
+        given["condition"] = torch.cat([self.condition(prompt, sampling) for prompt in prompts])
         return Conditioning(
             {name: branch | given for name, branch in conditioning.branches.items()}
         )
@@ -70,17 +67,11 @@ class WanImageToVideo(Wan):
         states = encoder(pixels.to(self.device, encoder.dtype), output_hidden_states=True)
         return states.hidden_states[-2].to(self.dtype)
 
-    def condition(self, image: Any, sampling) -> torch.Tensor:
+    def condition(self, prompt, sampling) -> torch.Tensor:
         """(1, m + C, F, h, w): m masks, one for each frame of a latent, and the latents of image and zeros."""
-        size = sampling.height, sampling.width
-        if isinstance(image, torch.Tensor):
-            first = resized(image, size) * 2 - 1
-        else:
-            scale = self.vae.config.scale_factor_spatial
-            first = VideoProcessor(vae_scale_factor=scale).preprocess(image, *size)
-        clip = first.new_zeros(1, 3, sampling.num_frames, *size)
-        clip[:, :, 0] = first
-        latents = wan_vae.encode(self.vae, clip.to(self.device))
+        first = self.first_frame(prompt, sampling)
+        later = first.new_zeros(1, 3, sampling.num_frames - 1, *first.shape[3:])
+        latents = wan_vae.encode(self.vae, torch.cat([first, later], dim=2))
         count = self.vae.config.scale_factor_temporal
         mask = latents.new_zeros(1, count, *latents.shape[2:])
         mask[:, :, 0] = 1
@@ -88,5 +79,6 @@ class WanImageToVideo(Wan):
 
     def predict(self, latents, t, inputs) -> torch.Tensor:
         inputs = dict(inputs)
-        condition = inputs.pop("condition").to(latents)
-        return super().predict(torch.cat([latents, condition], dim=1), t, inputs)
+        if not self.expand_timesteps:
+            latents = torch.cat([latents, inputs.pop("condition").to(latents)], dim=1)
+        return super().predict(latents, t, inputs)
