@@ -103,6 +103,9 @@ def test_it_keeps_the_promises_of_a_model(directories, kind):
     sampling = Sampling(**SIZE, num_inference_steps=5)
     report = check_model(model, sampling, strategies=[Last(2), ReFL(0.6), DRTune(2, stop=1)])
     assert len(report) == 16
+    last, window = report.approximations[:2]  # of three chunks, a window of two more is all
+    assert last.error > 0.01 and last.cosine < 0.999 and last.cost < 1
+    assert (window.error, window.cost) == (0, 1) and window.cosine == pytest.approx(1)
 
 
 def coupled(frames):

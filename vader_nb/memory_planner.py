@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from . import lora, models
 from .gradient import accumulate, rolled_out
 from .models import VideoModel
+from .offload import frozen_tensors, moved
 from .prompts import Prompt
 from .rewards import Reward, parse
 from .strategies import Frames, parse_frames, parse_strategy
@@ -56,10 +57,12 @@ SAVINGS = (
     {"sequential_guidance": True},
     {"model_cpu_offload": True},
     {"decode_chunk_size": 1},
+    {"decoder_states": "cpu"},
     {"batch_size": 1},
     {"frames": Frames.random(1)},
     {"num_frames": 8},
 )
+OF_MODEL = ("dtype", "model_cpu_offload", *models.DECODER_SETTINGS)  # not settings of training
 METHODS = {  # of a model, and the stages that they begin; `predict` begins the replay, too
     "new_scheduler": "roll-out",
     "encode": "text",
@@ -166,13 +169,14 @@ class Step:
     model: str
     reward: str
     config: TrainConfig
-    dtype: torch.dtype
+    dtypes: dict[str, torch.dtype]
     model_cpu_offload: bool
+    decoder: dict
 
     @classmethod
     def of(cls, model: str | Path, reward: str, settings: dict) -> "Step":
         """Arguments as for `memory`. Raises ValueError for an unknown setting."""
-        known = [f.name for f in TrainConfig.flat_fields()] + ["dtype", "model_cpu_offload"]
+        known = [f.name for f in TrainConfig.flat_fields()] + [*OF_MODEL]
         for name in settings:
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}; memory depends on {', '.join(known)}")
@@ -181,25 +185,25 @@ class Step:
             raise ValueError(
                 f"extend={flat['extend']}: segments learn one after the other; plan for one, extend=1"
             )
-        dtype, offload = flat.pop("dtype", torch.float16), flat.pop("model_cpu_offload", False)
+        given = {name: flat.pop(name, None) for name in OF_MODEL}
+        dtype, offload = given["dtype"], bool(given["model_cpu_offload"])
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-        if not isinstance(dtype, torch.dtype):
+        if not isinstance(dtype, torch.dtype | dict | None):
             raise ValueError(f"unknown dtype {dtype!r}; choose float16, bfloat16 or float32")
-        return cls(str(model), reward, TrainConfig.from_flat(flat), dtype, offload)
+        family = models.family_of(models.checkpoint_of(model))
+        dtypes = models.part_dtypes(family, torch.device("cuda"), dtype)
+        decoder = models.decoder_settings(model, given)
+        return cls(str(model), reward, TrainConfig.from_flat(flat), dtypes, offload, decoder)
 
     def make_reward(self, **options) -> Reward:
         tiny = models.checkpoint_of(self.model).world == "tiny"
         return parse(self.reward, tiny=tiny, **options)
 
     def run(self, model: VideoModel, reward: Reward, tracker) -> dict[str, int]:
-        """Peak bytes by stage of a step. Before the window, only one of the equal steps is taken."""
-        config, generator = self.config, torch.Generator().manual_seed(0)
-        sampling = config.sampling.resolve(model)
-        frames = config.frames or (Frames.random(1) if reward.per_frame else Frames.all())
-        with unset_fake_temporarily():
-            plan = parse_strategy(config.strategy).plan(model.num_steps(sampling), generator)
-            chosen = parse_frames(frames).choose(sampling.num_frames, generator)
-        steps = min(sampling.num_inference_steps, max(plan.active) + 1)
+        """Peak bytes by stage of a step."""
+        config: Any = self.config
+        for name, value in self.decoder.items():
+            setattr(model, name, value)
         adapter = lora.add(model, config.rank, targets=config.targets)
         if self.model_cpu_offload:
             model.enable_model_cpu_offload()
@@ -213,30 +217,40 @@ class Step:
         _report_stages(model, tracker.enter)
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision or "")
         with torch.autocast(model.device.type, half, enabled=half is not None):
-            settings = {
-                "gradient_checkpointing": bool(config.gradient_checkpointing),
-                "activation_offload": config.activation_offload,
-                "decode_chunk_size": config.decode_chunk_size,
-            }
-            few = replace(sampling, num_inference_steps=steps)
-            prompts: list = ["a prompt"] * config.batch_size
-            if model.takes_image:
-                image = torch.zeros(3, sampling.height, sampling.width)
-                prompts = [Prompt("a prompt", image=image)] * config.batch_size
-            seeds = range(config.batch_size)
-            rollout = rolled_out(model, adapter, prompts, seeds, few, plan, **settings)
-            staged = model, adapter, ReportingReward(reward, tracker.enter), rollout, plan, chosen
-
-            def backward(loss: torch.Tensor) -> None:
-                tracker.enter("replay")
-                loss.backward()
-
-            accumulate(*staged, backward=backward, **settings)
+            self.gradient(model, adapter, ReportingReward(reward, tracker.enter), tracker)
         tracker.enter("optimizer")
         optimizer.step()
         optimizer.zero_grad()
         tracker.enter("")
         return {stage: tracker.stages[stage] for stage in STAGES}
+
+    def gradient(self, model: VideoModel, adapter, reward: Reward, tracker) -> None:
+        """As training takes it, with the stages reported. Before the window, only one of the equal steps is taken."""
+        config, generator = self.config, torch.Generator().manual_seed(0)
+        sampling = config.sampling.resolve(model)
+        frames = config.frames or (Frames.random(1) if reward.per_frame else Frames.all())
+        with unset_fake_temporarily():
+            plan = parse_strategy(config.strategy).plan(model.num_steps(sampling), generator)
+            chosen = parse_frames(frames).choose(sampling.num_frames, generator)
+        settings = {
+            "gradient_checkpointing": bool(config.gradient_checkpointing),
+            "activation_offload": config.activation_offload,
+            "decode_chunk_size": config.decode_chunk_size,
+        }
+        steps = min(sampling.num_inference_steps, max(plan.active) + 1)
+        few = replace(sampling, num_inference_steps=steps)
+        prompts: list = ["a prompt"] * config.batch_size
+        if model.takes_image:
+            image = torch.zeros(3, sampling.height, sampling.width)
+            prompts = [Prompt("a prompt", image=image)] * config.batch_size
+        seeds = range(config.batch_size)
+        rollout = rolled_out(model, adapter, prompts, seeds, few, plan, **settings)
+
+        def backward(loss: torch.Tensor) -> None:
+            tracker.enter("replay")
+            loss.backward()
+
+        accumulate(model, adapter, reward, rollout, plan, chosen, backward=backward, **settings)
 
     def simulate(self) -> dict[str, int]:
         """Peak bytes by stage."""
@@ -244,20 +258,21 @@ class Step:
         # CUDA does on every GPU named here; offloaded ones are on "meta".
         before = torch.get_default_dtype()
         with FakeMode() as fake, MemoryTracker("cpu") as tracker:
-            torch.set_default_dtype(self.dtype)
+            torch.set_default_dtype(self.dtypes["default"])
             try:
                 fake.truth = False
                 model, reward = models.from_config(self.model), self.make_reward(from_config=True)
             finally:
                 torch.set_default_dtype(before)
             fake.truth = True
+            _convert_parts(model, self.dtypes)
             model.offload_device = torch.device("meta")
             return self.run(model, reward, tracker)
 
     def count(self) -> dict[str, int]:
         """The same with real weights on the CPU, which has no count of its own: every storage is counted."""
         with MemoryTracker() as tracker:
-            model = models.load(self.model, device="cpu", dtype=self.dtype)
+            model = models.load(self.model, device="cpu", dtype=self.dtypes)
             reward = self.make_reward()
             for network in [*model.modules(), *reward.networks]:
                 tracker.track(*network.parameters(), *network.buffers())
@@ -265,8 +280,8 @@ class Step:
 
     def measure(self) -> dict[str, int]:
         """The same with real weights on a CUDA device."""
-        model = models.load(self.model, device="cuda", dtype=self.dtype)
-        return self.run(model, self.make_reward().to("cuda", self.dtype), CUDATracker())
+        model = models.load(self.model, device="cuda", dtype=self.dtypes)
+        return self.run(model, self.make_reward().to("cuda", self.dtypes["default"]), CUDATracker())
 
 
 class ReportingReward(Reward):
@@ -279,6 +294,15 @@ class ReportingReward(Reward):
     def __call__(self, frames, prompts):
         self.on_stage("reward")
         return self.inner(frames, prompts)
+
+
+def _convert_parts(model: VideoModel, dtypes: dict[str, torch.dtype]) -> None:
+    """Give the parts that these types name theirs: fake weights are replaced, since they cannot change."""
+    for part, dtype in dtypes.items():
+        if part != "default":
+            for table, name, tensor in frozen_tensors(getattr(model, part)):
+                if tensor.is_floating_point():
+                    table[name] = moved(tensor, dtype)
 
 
 def _report_stages(model: VideoModel, on_stage: Callable[[str], None]) -> None:
@@ -464,6 +488,8 @@ def _applies(saving: dict, model: str | Path, reward: str, settings: dict) -> bo
         return False  # the reward would score another clip
     if "frames" in saving and settings.get("frames") is None:
         return False  # one random frame already
+    if "decoder_states" in saving and not models.is_causal(model):
+        return False
     return Step.of(model, reward, settings | saving) != Step.of(model, reward, settings)
 
 
@@ -477,7 +503,8 @@ def memory(
 ) -> Memory:
     """Peak memory of one training step by stage, which GPUs it fits on, and if it does not, what to change.
 
-    Weights, and the reward's, have `dtype`; the adapter and its optimizer are float32. A simulation takes
+    Weights have `dtype`, by default what `models.load` gives them on a GPU; the reward's have that of most of the
+    model's; the adapter and its optimizer are float32. A simulation takes
     some seconds to half a minute on a CPU, and a search for what to change several of them.
 
     Args:
@@ -486,7 +513,8 @@ def memory(
         gpu_memory: the GPU to find settings for: GiB, or a name such as "T4" or "4090"; None: all of `GPUS`.
         measured: take the step on this machine's CUDA device, and report torch's own count.
         **settings: fields of `TrainConfig` and `Sampling`, by default `batch_size=1` and
-            `gradient_checkpointing=True`; `dtype` (float16); `model_cpu_offload`.
+            `gradient_checkpointing=True`; `dtype`, of all or by part as for `models.load`; `model_cpu_offload`; and
+            of a causal decoder `decoder_states` and `decoder_gradient`.
 
     Raises:
         ValueError: an unknown model, reward, setting or GPU.

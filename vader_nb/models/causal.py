@@ -148,19 +148,23 @@ class States:
         keep: "device" keeps all where they are made; "cpu" in CPU memory; a number m keeps every m-th on the device,
             and the others are computed again, m at a time.
         offload_device: what "cpu" means; see `VideoModel.offload_device`.
-        gradient: how far the gradient goes, see `CausalDecoder.decoder_gradient`.
+        window: how many chunks before its own a frame's gradient reaches; None: all of them.
     """
 
     def __init__(
-        self, keep: str | int, offload_device: torch.device | None = None, gradient: str = "exact"
+        self,
+        keep: str | int,
+        offload_device: torch.device | None = None,
+        window: int | None = None,
     ):
+        keep = int(keep) if isinstance(keep, str) and keep.isdecimal() else keep
         if keep not in ("device", "cpu") and not (type(keep) is int and keep > 0):
             raise ValueError(
                 f"decoder_states={keep!r}: choose 'device', 'cpu', or a number m to keep every m-th state"
             )
         self.every = keep if isinstance(keep, int) else 1
         self.place = (offload_device or torch.device("cpu")) if keep == "cpu" else None
-        self.window = window_of(gradient)
+        self.window = window
 
     def begin(self, chunk: Chunk, parts: Sequence[torch.Tensor], state: Any) -> None:
         """A new clip, from the state before its first chunk."""
@@ -172,7 +176,7 @@ class States:
     @torch.no_grad()
     def fill(self, start: int, end: int) -> None:
         """Compute the states before parts[start:end], from the one that is there."""
-        ((known, _),) = self.kept.items()
+        known = min(self.kept)
         self.start, state = start, self.pop(known)
         for k in range(known, end):
             if k >= start and (k - start) % self.every == 0:
@@ -195,68 +199,8 @@ class States:
         return moved(self.kept.pop(k), self.place and self.parts[k].device)
 
 
-def window_of(gradient: str) -> int | None:
-    """How many chunks before its own a frame's gradient reaches; None: all of them."""
-    if gradient in ("exact", "last_chunk"):
-        return None if gradient == "exact" else 0
-    kind, _, number = str(gradient).partition(":")
-    if kind != "window" or not number.isdecimal() or int(number) < 1:
-        raise ValueError(
-            f"decoder_gradient={gradient!r}: choose 'exact', or to save time 'last_chunk' (of a frame's gradient, the "
-            "part on the latents that it is decoded from) or 'window:w' (and on w chunks before them)"
-        )
-    return int(number)
-
-
 def moved(state: Any, device: torch.device | None) -> Any:
     """The state with its tensors on a device; None leaves them where they are."""
     if device is None:
         return state
     return tree_map_only(torch.Tensor, lambda x: x.to(device), state)
-
-
-class CausalDecoder:
-    """What a family with a causal decoder has beside `VideoModel`; `defaults` may hold both settings.
-
-    Attributes:
-        decoder_states: where `decode_vjp` keeps the decoder's states, one for each chunk: "device"; "cpu"; or a number m
-            to keep every m-th on the device and compute the others again. None: "device", and "cpu" with model offload.
-        decoder_gradient: "exact"; or an approximation, which takes less time and keeps fewer states. "last_chunk": a
-            frame's gradient reaches the latents that it is decoded from, and the state before them counts as a
-            constant. "window:w": it reaches w chunks more. Where that meets a chunk with scored frames of its own, these
-            go no further either: of a clip with all frames scored, w + 1 chunks at a time are exact by themselves.
-            A chunk is one latent of Wan, and two of CogVideoX. `testing.check_model` prints how far off they are.
-    """
-
-    offloader: Any
-    offload_device: torch.device
-    _states: str | int | None = None
-    _gradient = "exact"
-
-    def set_decoder(self, defaults: dict) -> None:
-        """Take both settings from a model's defaults."""
-        self.decoder_states = defaults.get("decoder_states")
-        self.decoder_gradient = defaults.get("decoder_gradient", "exact")
-
-    @property
-    def decoder_states(self) -> str | int | None:
-        return self._states
-
-    @decoder_states.setter
-    def decoder_states(self, value: str | int | None) -> None:
-        States("device" if value is None else value)  # what cannot be is an error now
-        self._states = value
-
-    @property
-    def decoder_gradient(self) -> str:
-        return self._gradient
-
-    @decoder_gradient.setter
-    def decoder_gradient(self, value: str) -> None:
-        window_of(value)
-        self._gradient = value
-
-    def new_states(self) -> States:
-        """For one `decode_vjp`."""
-        keep = self.decoder_states or ("device" if self.offloader is None else "cpu")
-        return States(keep, self.offload_device, self.decoder_gradient)

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from ..offload import checkpointed
 from . import causal
 from .base import Conditioning, cached, warn_truncated
+from .causal_decoder import CausalDecoder
 from .parts import ModelOfParts
 
 # The published architectures, for `from_config`; what is missing here is the classes' own default.
@@ -48,7 +49,7 @@ SIDES = "height", "width"
 CACHED_PROMPTS = 500  # prompts whose embeddings a model keeps: 1.9 MB each in half precision
 
 
-class CogVideoX(causal.CausalDecoder, ModelOfParts):
+class CogVideoX(CausalDecoder, ModelOfParts):
     """A `CogVideoXTransformer3DModel` with T5's text encoder and a causal autoencoder.
 
     Clips have 8 k + 1 frames, or 8 k where the network (not 1.5's) takes latents one by one: an even number

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import wan_vae
 from .base import is_flow
-from .causal import CausalDecoder
+from .causal_decoder import CausalDecoder
 from .umt5 import TextByUMT5
 from .wan_configs import PUBLISHED
 
