@@ -169,7 +169,7 @@ class Step:
     model: str
     reward: str
     config: TrainConfig
-    dtypes: dict[str, torch.dtype]
+    dtype: torch.dtype | dict[str, torch.dtype] | None
     model_cpu_offload: bool
     decoder: dict
 
@@ -190,10 +190,14 @@ class Step:
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
         if not isinstance(dtype, torch.dtype | dict | None):
             raise ValueError(f"unknown dtype {dtype!r}; choose float16, bfloat16 or float32")
-        family = models.family_of(models.checkpoint_of(model))
-        dtypes = models.part_dtypes(family, torch.device("cuda"), dtype)
         decoder = models.decoder_settings(model, given)
-        return cls(str(model), reward, TrainConfig.from_flat(flat), dtypes, offload, decoder)
+        return cls(str(model), reward, TrainConfig.from_flat(flat), dtype, offload, decoder)
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Types of the parts, and "default", as `models.load` gives them on a GPU."""
+        family = models.family_of(models.checkpoint_of(self.model))
+        return models.part_dtypes(family, torch.device("cuda"), self.dtype)
 
     def make_reward(self, **options) -> Reward:
         tiny = models.checkpoint_of(self.model).world == "tiny"

@@ -76,13 +76,16 @@ def recomputed(decoder: nn.Module) -> Iterator[None]:
     checkpointing: its blocks write into the list of caches that they are given.
     """
     blocks = [block for block in decoder.modules() if isinstance(block, RECOMPUTED)]
+    own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = partial(recomputed_call, block.forward)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own):
             del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def recomputed_call(forward: Any, x: torch.Tensor, feat_cache: Any = (), feat_idx: Any = ()) -> Any:
