@@ -152,7 +152,7 @@ def half_precision(options) -> Iterator[Row]:
 def allocated(step: Step) -> dict[str, int]:
     """Peak bytes by stage of CUDA's allocator, without earlier ones and cuBLAS's own workspace."""
     torch.cuda.empty_cache()
-    for dtype in (torch.float32, step.dtype):
+    for dtype in (torch.float32, step.dtypes["default"]):
         square = torch.ones(8, 8, device="cuda", dtype=dtype)
         torch.mm(square, square)
     before = torch.cuda.memory_allocated()

@@ -158,6 +158,14 @@ def test_a_stop_before_the_first_step_is_said_as_it_is(shell, monkeypatch):
         (["sample", "a cat", "threads=0"], "threads must be at least 1, got 0"),
         (["sample", "a cat", "format=exe"], "must end in .gif, .webp, .mp4"),
         (["align", "model=tinny"], "unknown model 'tinny': choose one of tiny"),
+        (
+            ["align", "decoder_states=cpu"],
+            "decoder_states='cpu' has no effect: the decoder of 'tiny'",
+        ),
+        (
+            ["align", "model=wan", "decoder_gradient=last"],
+            "decoder_gradient='last': choose 'exact'",
+        ),
         (["align", "validation_steps=0"], "validation_steps must be at least 1, got 0"),
         (["align", "max_grad_norm=nan"], "max_grad_norm must be at least 0, got nan"),
         (["check", "hps + 'a'"], "computes with a text"),

@@ -112,6 +112,9 @@ def test_it_keeps_the_promises_of_a_model(directories, kind):
     sampling = Sampling(**SIZE, num_inference_steps=5)
     report = check_model(model, sampling, strategies=[Last(2), ReFL(0.6), DRTune(2, stop=1)])
     assert len(report) == 16
+    last, window = report.approximations[:2]  # of three chunks, a window of two more is all
+    assert last.error > 0.01 and last.cosine < 0.999 and last.cost < 1
+    assert (window.error, window.cost) == (0, 1) and window.cosine == pytest.approx(1)
 
 
 def coupled(frames):
@@ -147,6 +150,36 @@ def test_the_gradient_swept_back_is_that_of_the_whole_decoder(directories, count
     assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
+def test_approximations_cut_the_state_between_chunks(directories):
+    """Against autograd with detached states; 7 latents are three chunks, of 3, 2 and 2."""
+    model = load(directories["2b"], dtype=torch.float64)
+    latents = torch.randn(2, 4, 7, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    leaf = latents.requires_grad_()
+
+    def cut(*before):
+        state, decoded = None, []
+        for k, part in enumerate((leaf / model.vae.config.scaling_factor).split([3, 2, 2], dim=2)):
+            if k in before:
+                state = tree_map_only(torch.Tensor, torch.Tensor.detach, state)
+            pixels, state = model.decode_chunk(part, state)
+            decoded.append(pixels)
+        return torch.cat(decoded, dim=1)
+
+    every, late = list(range(25)), [24]
+    cases = [("last_chunk", every, (1, 2)), ("last_chunk", late, (2,)), ("window:1", every, (1,))]
+    cases += [("window:1", late, (1,)), ("window:2", every, ()), ("window:2", late, ())]
+    for name, frames, before in cases:
+        chosen = cut(*before)[:, frames]
+        pixels = chosen.detach() - 0.5
+        (expected,) = torch.autograd.grad(chosen, leaf, pixels)
+        model.decoder_gradient = name
+        found = model.decode_vjp(latents, frames, pixels)
+        assert (found - expected).norm() <= 1e-12 * expected.norm() > 0
+        model.decoder_gradient = "exact"
+        exact = model.decode_vjp(latents, frames, pixels)
+        assert torch.equal(found, exact) == (not before)
+
+
 def test_memory_grows_with_the_states_and_not_with_the_graph(directories):
     model = load(directories["2b"])
 
@@ -168,7 +201,7 @@ def test_memory_grows_with_the_states_and_not_with_the_graph(directories):
     assert streamed <= states + pixels < plain / 3
     part, gradient = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 8, 3, 16, 16)
     given = [(i, gradient[:, i]) for i in range(8)]
-    _, later = causal.pull_back(model.decode_chunk, part, state, given, [])
+    _, later, _ = causal.pull_back(model.decode_chunk, part, state, given, [])
     assert [x.untyped_storage().nbytes() for x in later] == [x.nbytes for x in tree_leaves(state)]
 
 

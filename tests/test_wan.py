@@ -1,5 +1,6 @@
 """Wan 2.1 and 2.2: against diffusers' own pipelines, their full sizes, the streamed gradient of the causal decoder."""
 
+import contextlib
 import shutil
 
 import diffusers
@@ -9,7 +10,8 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from vader_nb import Prompt, align, load, lora, memory_planner, models, rewards
-from vader_nb.models import wan_vae
+from vader_nb.models import causal, wan_vae
+from vader_nb.rewards.networks import default_dtype
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last, ReFL, Step
 from vader_nb.testing import REWARDS, adapted, apart, check_model, plain_autograd, staged
@@ -413,8 +415,98 @@ def test_the_streamed_gradient_is_autograd_through_diffusers_decode(
             assert not found[:, :, reached:].any() and found[:, :, :reached].any()
 
 
+def decode_with_cuts(model, latents, cuts):
+    """All frames, with the states before these latents detached."""
+    mean, scale = wan_vae.statistics(model.vae, latents)
+    state, decoded = [None] * model.vae._cached_conv_counts["decoder"], []
+    for k, part in enumerate((latents / scale + mean).split(1, dim=2)):
+        if k in cuts:
+            state = [x.detach() if isinstance(x, torch.Tensor) else x for x in state]
+        pixels, state = wan_vae.decode_chunk(model.vae, part, state)
+        decoded.append(pixels)
+    return torch.cat(decoded, dim=1)
+
+
+ALL = list(range(21))
+
+
+@pytest.mark.parametrize(
+    "approximation, frames, cuts, reached, calls",
+    [
+        ("last_chunk", [20], [5], [5], (5, 1)),
+        ("last_chunk", ALL, [1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], (0, 6)),
+        ("last_chunk", [9, 20, 0], [3, 5], [0, 3, 5], (3, 3)),
+        ("window:2", [20], [3], [3, 4, 5], (5, 3)),
+        ("window:2", [-1, 5], [3], [0, 1, 2, 3, 4, 5], (4, 6)),
+        ("window:1", [20, 5], [4, 1], [1, 2, 4, 5], (4, 4)),
+        ("window:2", ALL, [3], [0, 1, 2, 3, 4, 5], (4, 6)),
+        ("window:3", ALL, [2], [0, 1, 2, 3, 4, 5], (4, 6)),
+        ("window:6", ALL, [], [0, 1, 2, 3, 4, 5], (5, 6)),
+        ("window:99", [20], [], [0, 1, 2, 3, 4, 5], (5, 6)),
+    ],
+)
+@pytest.mark.parametrize("version", VAES)
+def test_an_approximation_is_autograd_with_detached_states(
+    decoders, version, approximation, frames, cuts, reached, calls, monkeypatch
+):
+    """And takes fewer calls of the decoder: without a graph, and with one. A window as long as the clip is exact."""
+    model = decoders[version]
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    latents = (normals(2, model.vae.config.z_dim, 6, 4, 2) * 2).requires_grad_()
+    gradient = normals(2, len(frames), 3, *model.decode(latents, [0]).shape[-2:], seed=1)
+    chosen = decode_with_cuts(model, latents, cuts)[:, frames]
+    (expected,) = torch.autograd.grad(chosen, latents, gradient)
+    made, run = [], model.vae.decoder.forward
+
+    def counted(*args, **options):
+        made.append(torch.is_grad_enabled())
+        return run(*args, **options)
+
+    monkeypatch.setattr(model.vae.decoder, "forward", counted)
+    model.decoder_gradient = approximation
+    for states in ("device", "cpu", 2):
+        model.decoder_states = states
+        made.clear()
+        found = model.decode_vjp(latents, frames, gradient)
+        assert (found - expected).norm() <= 1e-12 * expected.norm()
+        assert [k for k in range(6) if found[:, :, k].any()] == reached
+        if states != 2:  # which computes some of them twice
+            assert (made.count(False), made.count(True)) == calls
+    model.decoder_states, model.decoder_gradient = None, "exact"
+    exact = model.decode_vjp(latents, frames, gradient)
+    assert not any(
+        "forward" in vars(part)
+        for part in model.vae.decoder.modules()
+        if part is not model.vae.decoder
+    )
+    apart = (exact - found).norm() / exact.norm()
+    assert apart > 0.01 if cuts else torch.equal(exact, found)
+
+
+@pytest.mark.parametrize(
+    "name", ["last", "window", "window:", "window:0", "window:-1", "window:a", 3]
+)
+def test_an_approximation_must_have_a_name(decoders, name, tmp_path):
+    """Also in the settings of a directory, where it is found at load."""
+    model = decoders["2.1"]
+    with pytest.raises(ValueError, match=f"decoder_gradient={name!r}: choose 'exact', or to save"):
+        model.decoder_gradient = name
+    assert model.decoder_gradient == "exact"
+
+
+def test_a_directory_names_the_decoders_settings(directory, tmp_path):
+    model = load(directory)
+    model.defaults |= {"decoder_states": 2, "decoder_gradient": "window:3"}
+    again = load(model.save_pretrained(tmp_path / "saved"))
+    assert (again.decoder_states, again.decoder_gradient) == (2, "window:3")
+    model.defaults["decoder_gradient"] = "window:none"
+    with pytest.raises(ValueError, match="decoder_gradient='window:none'"):
+        load(model.save_pretrained(tmp_path / "wrong"))
+
+
 def test_frames_of_the_beginning_decode_the_beginning_alone(decoders, monkeypatch):
     model = decoders["2.1"]
+    model.decoder_states = "device"
     latents, calls = normals(1, 4, 6, 4, 2), []
     whole, run = model.decode(latents), model.vae.decoder.forward
     monkeypatch.setattr(
@@ -424,29 +516,32 @@ def test_frames_of_the_beginning_decode_the_beginning_alone(decoders, monkeypatc
         calls.clear()
         assert torch.equal(model.decode(latents, [frame]), whole[:, [frame]])
         assert len(calls) == needed
+        calls.clear()
+        model.decode_vjp(latents, [frame], torch.ones_like(whole[:, [frame]]))
+        assert len(calls) == 2 * needed - 1  # the states before the last one, and each with a graph
 
 
 @pytest.mark.parametrize("states", ["disk", 0, -1, True, 1.5])
 def test_states_must_have_a_place(decoders, states):
     model = decoders["2.1"]
-    model.decoder_states = states
     with pytest.raises(ValueError, match=f"decoder_states={states!r}: choose 'device', 'cpu'"):
-        model.decode_vjp(normals(1, 4, 1, 4, 2), [0], normals(1, 1, 3, 32, 16))
+        model.decoder_states = states
 
 
 def test_memory_grows_by_the_states_alone(decoders, tmp_path):
-    """Simulated: 2 more latents are 2 states on the device, or none in CPU memory, or every second one."""
+    """Simulated: 2 more latents are 2 states on the device, or none in CPU memory, or every second one.
+    An approximation keeps none of other sweeps."""
     decoders["2.1"].save_pretrained(tmp_path / "saved")
     with memory_planner.FakeMode() as fake:
         fake.truth = False
         model = models.from_config(tmp_path / "saved")
         model.offload_device = torch.device("meta")
 
-        def peak(states, count):
+        def peak(states, count, reach="exact"):
             latents, frames = torch.randn(1, 4, count, 8, 8), list(range(4 * count - 3))
             gradient = torch.randn(1, len(frames), 3, 64, 64)
             with memory_planner.MemoryTracker("cpu") as tracker:
-                model.decoder_states = states
+                model.decoder_states, model.decoder_gradient = states, reach
                 model.decode_vjp(latents, frames, gradient)
             return tracker.bytes
 
@@ -455,9 +550,107 @@ def test_memory_grows_by_the_states_alone(decoders, tmp_path):
             state = wan_vae.decode_chunk(model.vae, torch.randn(1, 4, 1, 8, 8), state)[1]
         size = sum(x.nbytes for x in state if x is not None)
         growth = {s: (peak(s, 6) - peak(s, 4)) / size for s in ("device", "cpu", 2)}
+        window = (peak("device", 5, "last_chunk") - peak("device", 3, "last_chunk")) / size
     assert growth["device"] == pytest.approx(2, abs=0.05)
     assert growth["cpu"] == pytest.approx(0, abs=0.05)
     assert growth[2] == pytest.approx(1, abs=0.05)
+    assert window == pytest.approx(0, abs=0.05)
+
+
+def test_blocks_of_the_full_size_decoder_are_computed_again(monkeypatch):
+    """Simulated at 480 x 832: less than half of what a latent's plain graph takes, in fewer than 10 GiB."""
+
+    def peak():
+        with memory_planner.MemoryTracker("cpu") as tracker:
+            wan_vae.decode_vjp(decoder, latents, [4], gradient, causal.States("cpu", there))
+        return tracker.bytes / memory_planner.GIB
+
+    there = torch.device("meta")
+    with memory_planner.FakeMode() as fake:
+        fake.truth = False
+        with default_dtype(torch.bfloat16):  # fake weights cannot be converted
+            decoder = diffusers.AutoencoderKLWan().requires_grad_(False)
+        latents = torch.randn(1, 16, 2, 60, 104, dtype=torch.bfloat16)
+        gradient = torch.randn(1, 1, 3, 480, 832, dtype=torch.bfloat16)
+        again = peak()
+        monkeypatch.setattr(wan_vae, "recomputed", contextlib.nullcontext)
+        assert again < min(10, 0.5 * peak())
+
+
+class Away:
+    """A tensor's values where no one counts them, as in the memory of another device."""
+
+    def __init__(self, tensor):
+        self.values = tensor.numpy().copy()
+
+
+def out_of_sight(state, device):
+    """In place of `causal.moved`, on a machine with one device: there, and back."""
+    if device is None:
+        return state
+    if any(isinstance(x, Away) for x in state):
+        return [torch.tensor(x.values) if isinstance(x, Away) else x for x in state]
+    return [Away(x) if isinstance(x, torch.Tensor) else x for x in state]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A decoder large enough that its states, and what a latent's graph keeps, are the most of a step's memory."""
+    folder = tmp_path_factory.mktemp("wide")
+    made = pipeline()
+    made.vae = diffusers.AutoencoderKLWan(**VAES["2.1"] | {"base_dim": 12}, **STATISTICS)
+    made.save_pretrained(folder)
+    return folder
+
+
+STATISTICS = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+LONG = {"num_frames": 17, "height": 64, "width": 64, "num_inference_steps": 2, "frames": "all"}
+FLOAT32 = LONG | {"dtype": torch.float32}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"decoder_states": "device"},
+        {"decoder_states": "cpu"},
+        {"decoder_states": 2},
+        {"decoder_gradient": "last_chunk"},
+        {"decoder_gradient": "window:1"},
+        {"decoder_gradient": "window:1", "frames": "16"},
+        {"dtype": None},
+    ],
+    ids=str,
+)
+def test_the_planner_foresees_the_decoders_settings(wide, setting, monkeypatch):
+    """Against memory that was counted."""
+    step = memory_planner.Step.of(wide, "brightness", FLOAT32 | setting)
+    simulated = memory_planner.simulate(wide, "brightness", **FLOAT32 | setting)
+    monkeypatch.setattr(causal, "moved", out_of_sight)
+    real = step.count()
+    for stage in ("decode", "reward", "replay"):
+        assert simulated[stage] == pytest.approx(real[stage], rel=0.1), stage
+    beside = [stages["decode"] - stages["weights"] for stages in (simulated, real)]
+    assert beside[0] == pytest.approx(beside[1], rel=0.1)
+
+
+def test_the_planner_tells_the_decoders_settings_apart(wide):
+    peaks = {}
+    for name, value in [("decoder_states", s) for s in ("device", 2, "cpu")] + [
+        ("decoder_gradient", g) for g in ("window:1", "last_chunk")
+    ]:
+        stages = memory_planner.simulate(wide, "brightness", **FLOAT32 | {name: value})
+        peaks[value] = stages["decode"]
+    assert peaks["device"] > peaks[2] > peaks["cpu"]
+    assert peaks["device"] > peaks["window:1"] > peaks["last_chunk"]
+    own, half = (
+        memory_planner.simulate(wide, "brightness", **LONG | {"dtype": dtype})["decode"]
+        for dtype in (None, torch.bfloat16)
+    )  # by default the autoencoder is in float32
+    assert own > 1.2 * half
+    with pytest.raises(ValueError, match="decoder_states='disk': choose"):
+        memory_planner.memory("wan", "hps", decoder_states="disk")
+    with pytest.raises(ValueError, match="decoder_gradient='exact' has no effect: the decoder of"):
+        memory_planner.memory("tiny", "hps", decoder_gradient="exact")
 
 
 # ------------------------------------------------------------------------------------ promises of a model
@@ -475,6 +668,9 @@ def test_it_keeps_the_promises_of_a_model(which, request):
     }
     report = check_model(model, Sampling(**SMALL), strategies=strategies[which])
     assert len(report) == 13 + len(strategies[which])
+    assert [one.name for one in report.approximations] == ["last_chunk", "window:2"] * 2
+    assert all(one.error > 0.01 and one.cost < 1 for one in report.approximations)
+    assert str(report).splitlines()[-1].startswith("window:2          all frames, coupled")
 
 
 def test_the_published_sizes():

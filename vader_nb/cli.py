@@ -132,6 +132,7 @@ def run_align(arguments):
 
     # Everything that can be wrong with the words is found before anything is loaded.
     vader_nb.speed.read(arguments.speed or "")
+    decoder = vader_nb.models.decoder_settings(arguments.model, vars(arguments))
     settings = settings_of(arguments, vader_nb.TrainConfig.flat_fields())
     settings |= {"output_dir": run_folder(arguments), "resume": resume_of(arguments)}
     if arguments.validation_steps is None:
@@ -147,6 +148,8 @@ def run_align(arguments):
         prompts = in_vocabulary(arguments, reward, prompts)
         groups = groups and evaluation_prompts(arguments, prompts)
     model = load(arguments)
+    for name, value in decoder.items():
+        setattr(model, name, value)
     vader_nb.speed.apply(model, arguments.speed or "")
     if arguments.model_cpu_offload:
         model.enable_model_cpu_offload()

@@ -81,6 +81,12 @@ class Align(Judged):
     validation_steps: int | None = option(None, "steps between validations, which find the best")
     resume: str = option("false", "true: from the newest checkpoint; latest: or anew; or a path")
     model_cpu_offload: bool = option(False, "only the networks of the current stage on the GPU")
+    decoder_states: str | None = option(
+        None, "where a causal decoder's states wait: device, cpu, or a number m for every m-th"
+    )
+    decoder_gradient: str | None = option(
+        None, "of a causal decoder: exact, or to save time last_chunk or window:w"
+    )
     speed: str | None = option(None, "switches, such as channels_last,compile (tests.selfcheck)")
     evaluation: bool = option(True, "compare base and adapter at the end")
 
@@ -125,10 +131,18 @@ class Memory(Common):
     batch_size: int = option(1, "clips at once")
     gradient_checkpointing: bool = option(True, "compute the denoiser's blocks again backwards")
     model_cpu_offload: bool = option(False, "only the networks of the current stage on the GPU")
-    dtype: str = option("float16", "of weights; float32, bfloat16")
     text_cache: bool | None = option(
         None,
         "large text encoders out of memory, their states on disk; default: beyond 1e9 parameters",
+    )
+    decoder_states: str | None = option(
+        None, "where a causal decoder's states wait: device, cpu, or a number m for every m-th"
+    )
+    decoder_gradient: str | None = option(
+        None, "of a causal decoder: exact, or to save time last_chunk or window:w"
+    )
+    dtype: str | None = option(
+        None, "of weights: float16, bfloat16, float32; default: what training takes on a GPU"
     )
     gpu_memory: str | None = option(None, "GiB, or a card: T4, H100, …; default: all cards")
     measured: bool = option(False, "on this machine's GPU, with real weights, not simulated")

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from . import experts, lora, models
 from .gradient import accumulate, rolled_out
 from .models import VideoModel
+from .offload import frozen_tensors, moved
 from .prompts import Prompt
 from .rewards import Reward, parse
 from .strategies import Frames, parse_frames, parse_strategy
@@ -49,7 +50,6 @@ GPUS = {  # GiB, as torch reports their total memory
 MARGIN = 1.0  # GiB for what is not a tensor
 MARGIN_HELP = "for CUDA's context, kernels' workspaces and gaps between tensors"
 # Big models are trained one clip at a time, with blocks recomputed.
-OTHERS = ("dtype", "model_cpu_offload", "text_cache")  # settings that are not training's
 DEFAULTS = {"batch_size": 1, "gradient_checkpointing": True}
 # What saves memory, the cheapest in time and in quality first.
 SAVINGS = (
@@ -57,10 +57,13 @@ SAVINGS = (
     {"sequential_guidance": True},
     {"model_cpu_offload": True},
     {"decode_chunk_size": 1},
+    {"decoder_states": "cpu"},
     {"batch_size": 1},
     {"frames": Frames.random(1)},
     {"num_frames": 8},
 )
+# Settings that are not training's.
+OF_MODEL = ("dtype", "model_cpu_offload", "text_cache", *models.DECODER_SETTINGS)
 METHODS = {  # of a model, and the stages that they begin; `predict` begins the replay, too
     "new_scheduler": "roll-out",
     "encode": "text",
@@ -167,14 +170,15 @@ class Step:
     model: str
     reward: str
     config: TrainConfig
-    dtype: torch.dtype
+    dtype: torch.dtype | dict[str, torch.dtype] | None
     model_cpu_offload: bool
     text_cache: bool | None
+    decoder: dict
 
     @classmethod
     def of(cls, model: str | Path, reward: str, settings: dict) -> "Step":
         """Arguments as for `memory`. Raises ValueError for an unknown setting."""
-        known = [f.name for f in TrainConfig.flat_fields()] + [*OTHERS]
+        known = [f.name for f in TrainConfig.flat_fields()] + [*OF_MODEL]
         for name in settings:
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}; memory depends on {', '.join(known)}")
@@ -183,37 +187,42 @@ class Step:
             raise ValueError(
                 f"extend={flat['extend']}: segments learn one after the other; plan for one, extend=1"
             )
-        dtype, offload = flat.pop("dtype", torch.float16), flat.pop("model_cpu_offload", False)
+        given = {name: flat.pop(name, None) for name in OF_MODEL}
+        dtype, offload = given["dtype"], bool(given["model_cpu_offload"])
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-        if not isinstance(dtype, torch.dtype):
+        if not isinstance(dtype, torch.dtype | dict | None):
             raise ValueError(f"unknown dtype {dtype!r}; choose float16, bfloat16 or float32")
-        text_cache = flat.pop("text_cache", None)
-        return cls(str(model), reward, TrainConfig.from_flat(flat), dtype, offload, text_cache)
+        decoder = models.decoder_settings(model, given)
+        config, text_cache = TrainConfig.from_flat(flat), given["text_cache"]
+        return cls(str(model), reward, config, dtype, offload, text_cache, decoder)
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Types of the parts, and "default", as `models.load` gives them on a GPU."""
+        checkpoint = models.checkpoint_of(self.model)
+        own = models.family_of(checkpoint).dtypes_of(checkpoint)
+        return models.part_dtypes(own, torch.device("cuda"), self.dtype)
 
     def make_reward(self, **options) -> Reward:
         tiny = models.checkpoint_of(self.model).world == "tiny"
         return parse(self.reward, tiny=tiny, **options)
 
     def load(self, device: str) -> VideoModel:
-        return models.load(self.model, device=device, dtype=self.dtype, text_cache=self.text_cache)
+        return models.load(self.model, device=device, dtype=self.dtypes, text_cache=self.text_cache)
 
     def run(self, model: VideoModel, reward: Reward, tracker) -> dict[str, int]:
-        """Peak bytes by stage of a step. Before the window, only one of the equal steps is taken."""
-        config, generator = self.config, torch.Generator().manual_seed(0)
-        sampling = config.sampling.resolve(model)
-        frames = config.frames or (Frames.random(1) if reward.per_frame else Frames.all())
+        """Peak bytes by stage of a step."""
+        config: Any = self.config
+        for name, value in self.decoder.items():
+            setattr(model, name, value)
         strategy = parse_strategy(config.strategy)
         with unset_fake_temporarily():
-            targets = experts.Reach(model, sampling, strategy).targets(config.targets)
-        adapter = lora.add(model, config.rank, targets=targets)
-        with unset_fake_temporarily():
-            plan = experts.draw_plan(model, adapter, sampling, strategy, generator)
-            chosen = parse_frames(frames).choose(sampling.num_frames, generator)
+            reach = experts.Reach(model, config.sampling.resolve(model), strategy)
+        adapter = lora.add(model, config.rank, targets=reach.targets(config.targets))
         if len(model.denoisers) > 1:
             # Fake timesteps cannot say which expert's they are; experts are alike in size.
             learning = model.denoisers[adapter.denoisers[-1]]
             model.denoiser_at = lambda t: learning
-        steps = min(sampling.num_inference_steps, max(plan.active) + 1)
         if self.model_cpu_offload:
             model.enable_model_cpu_offload()
             model.offload(*reward.networks)
@@ -226,30 +235,42 @@ class Step:
         _report_stages(model, tracker.enter)
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision or "")
         with torch.autocast(model.device.type, half, enabled=half is not None):
-            settings = {
-                "gradient_checkpointing": bool(config.gradient_checkpointing),
-                "activation_offload": config.activation_offload,
-                "decode_chunk_size": config.decode_chunk_size,
-            }
-            few = replace(sampling, num_inference_steps=steps)
-            prompts: list = ["a prompt"] * config.batch_size
-            if model.takes_image:
-                image = torch.zeros(3, sampling.height, sampling.width)
-                prompts = [Prompt("a prompt", image=image)] * config.batch_size
-            seeds = range(config.batch_size)
-            rollout = rolled_out(model, adapter, prompts, seeds, few, plan, **settings)
-            staged = model, adapter, ReportingReward(reward, tracker.enter), rollout, plan, chosen
-
-            def backward(loss: torch.Tensor) -> None:
-                tracker.enter("replay")
-                loss.backward()
-
-            accumulate(*staged, backward=backward, **settings)
+            self.gradient(model, adapter, ReportingReward(reward, tracker.enter), tracker)
         tracker.enter("optimizer")
         optimizer.step()
         optimizer.zero_grad()
         tracker.enter("")
         return {stage: tracker.stages[stage] for stage in STAGES}
+
+    def gradient(self, model: VideoModel, adapter, reward: Reward, tracker) -> None:
+        """As training takes it, with the stages reported. Before the window, only one of the equal steps is taken."""
+        config, generator = self.config, torch.Generator().manual_seed(0)
+        sampling = config.sampling.resolve(model)
+        frames = config.frames or (Frames.random(1) if reward.per_frame else Frames.all())
+        with unset_fake_temporarily():
+            plan = experts.draw_plan(
+                model, adapter, sampling, parse_strategy(config.strategy), generator
+            )
+            chosen = parse_frames(frames).choose(sampling.num_frames, generator)
+        settings = {
+            "gradient_checkpointing": bool(config.gradient_checkpointing),
+            "activation_offload": config.activation_offload,
+            "decode_chunk_size": config.decode_chunk_size,
+        }
+        steps = min(sampling.num_inference_steps, max(plan.active) + 1)
+        few = replace(sampling, num_inference_steps=steps)
+        prompts: list = ["a prompt"] * config.batch_size
+        if model.takes_image:
+            image = torch.zeros(3, sampling.height, sampling.width)
+            prompts = [Prompt("a prompt", image=image)] * config.batch_size
+        seeds = range(config.batch_size)
+        rollout = rolled_out(model, adapter, prompts, seeds, few, plan, **settings)
+
+        def backward(loss: torch.Tensor) -> None:
+            tracker.enter("replay")
+            loss.backward()
+
+        accumulate(model, adapter, reward, rollout, plan, chosen, backward=backward, **settings)
 
     def simulate(self) -> dict[str, int]:
         """Peak bytes by stage."""
@@ -257,7 +278,7 @@ class Step:
         # CUDA does on every GPU named here; offloaded ones are on "meta".
         before = torch.get_default_dtype()
         with FakeMode() as fake, MemoryTracker("cpu") as tracker:
-            torch.set_default_dtype(self.dtype)
+            torch.set_default_dtype(self.dtypes["default"])
             try:
                 fake.truth = False
                 model = models.from_config(self.model, self.text_cache)
@@ -265,6 +286,7 @@ class Step:
             finally:
                 torch.set_default_dtype(before)
             fake.truth = True
+            _convert_parts(model, self.dtypes)
             model.offload_device = torch.device("meta")
             return self.run(model, reward, tracker)
 
@@ -280,7 +302,7 @@ class Step:
     def measure(self) -> dict[str, int]:
         """The same with real weights on a CUDA device."""
         model = self.load("cuda")
-        return self.run(model, self.make_reward().to("cuda", self.dtype), CUDATracker())
+        return self.run(model, self.make_reward().to("cuda", self.dtypes["default"]), CUDATracker())
 
 
 class ReportingReward(Reward):
@@ -293,6 +315,15 @@ class ReportingReward(Reward):
     def __call__(self, frames, prompts):
         self.on_stage("reward")
         return self.inner(frames, prompts)
+
+
+def _convert_parts(model: VideoModel, dtypes: dict[str, torch.dtype]) -> None:
+    """Give the parts that these types name theirs: fake weights are replaced, since they cannot change."""
+    for part, dtype in dtypes.items():
+        if part != "default":
+            for table, name, tensor in frozen_tensors(getattr(model, part)):
+                if tensor.is_floating_point():
+                    table[name] = moved(tensor, dtype)
 
 
 def _report_stages(model: VideoModel, on_stage: Callable[[str], None]) -> None:
@@ -478,6 +509,8 @@ def _applies(saving: dict, model: str | Path, reward: str, settings: dict) -> bo
         return False  # the reward would score another clip
     if "frames" in saving and settings.get("frames") is None:
         return False  # one random frame already
+    if "decoder_states" in saving and not models.is_causal(model):
+        return False
     return Step.of(model, reward, settings | saving) != Step.of(model, reward, settings)
 
 
@@ -491,7 +524,8 @@ def memory(
 ) -> Memory:
     """Peak memory of one training step by stage, which GPUs it fits on, and if it does not, what to change.
 
-    Weights, and the reward's, have `dtype`; the adapter and its optimizer are float32. A simulation takes
+    Weights have `dtype`, by default what `models.load` gives them on a GPU; the reward's have that of most of the
+    model's; the adapter and its optimizer are float32. A simulation takes
     some seconds to half a minute on a CPU, and a search for what to change several of them.
 
     Args:
@@ -500,8 +534,9 @@ def memory(
         gpu_memory: the GPU to find settings for: GiB, or a name such as "T4" or "4090"; None: all of `GPUS`.
         measured: take the step on this machine's CUDA device, and report torch's own count.
         **settings: fields of `TrainConfig` and `Sampling`, by default `batch_size=1` and
-            `gradient_checkpointing=True`; `dtype` (float16); `model_cpu_offload`; `text_cache`,
-            as for `load`: the row "text" then has the text encoder alone, before the first step.
+            `gradient_checkpointing=True`; `dtype`, of all or by part as for `models.load`; `model_cpu_offload`;
+            of a causal decoder `decoder_states` and `decoder_gradient`; `text_cache`, as for `load`: the row
+            "text" then has the text encoder alone, before the first step.
 
     Raises:
         ValueError: an unknown model, reward, setting or GPU.

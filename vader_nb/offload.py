@@ -68,9 +68,9 @@ def moved_tables(entries: Iterable[tuple], device: torch.device) -> list[tuple]:
     return [(table, name, copies[tensor]) for table, name, tensor in entries]
 
 
-def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device; a Parameter stays a Parameter."""
-    copy = tensor.to(device)
+def moved(tensor: torch.Tensor, to: torch.device | torch.dtype) -> torch.Tensor:
+    """The tensor on the device, or of the type; a Parameter stays a Parameter."""
+    copy = tensor.to(to)
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
 

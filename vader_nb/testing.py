@@ -10,19 +10,22 @@ import contextlib
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from . import lora, memory_planner
 from .gradient import Result, replay, reward_gradient
 from .models import VideoModel
+from .models.causal_decoder import CausalDecoder
 from .prompts import Prompt
-from .rewards import Reward, reward
+from .rewards import Reward, pixel_gradient, reward
 from .sampling import Sampling, initial_state, roll_out, sample
 from .strategies import DRaFTLV, DRTune, Frames, Last, Random, ReFL, Step, Strategy
 from .trainer import align
@@ -57,14 +60,43 @@ class Row(NamedTuple):
         return self.measured <= self.limit  # NaN does not
 
 
+class Approximation(NamedTuple):
+    """How far an approximation of the decoder's gradient is off, and what it costs; there is no limit to keep.
+
+    Attributes:
+        name: of `CausalDecoder.decoder_gradient`.
+        reward: what the gradient is of.
+        error: the relative distance of the latents' gradient to the exact one.
+        cosine: of both.
+        cost: floating point operations of `decode` and `decode_vjp`, as a part of the exact one's.
+    """
+
+    name: str
+    reward: str
+    error: float
+    cosine: float
+    cost: float
+
+
 class Report(list[Row]):
-    """The rows of a check, printed as a table."""
+    """The rows of a check, printed as a table, with the approximations of a causal decoder below."""
+
+    def __init__(self, rows: Iterable[Row] = (), approximations: Iterable[Approximation] = ()):
+        super().__init__(rows)
+        self.approximations = list(approximations)
 
     def __str__(self) -> str:
         lines = [f"{'check':<44}{'measured':>10}{'limit':>10}"]
         for row in self:
             end = "" if row.held else "  FAILED"
             lines.append(f"{row.check:<44}{row.measured:>10.1e}{row.limit:>10.1e}{end}")
+        if self.approximations:
+            lines.append(
+                f"{'decoder_gradient':<18}{'of':<26}{'error':>10}{'cosine':>10}{'cost':>8}"
+            )
+        for one in self.approximations:
+            numbers = f"{one.error:>10.3f}{one.cosine:>10.3f}{one.cost:>8.2f}"
+            lines.append(f"{one.name:<18}{one.reward:<26}{numbers}")
         return "\n".join(lines)
 
 
@@ -78,7 +110,8 @@ def check_model(
 
     The gradient of each strategy against plain autograd; the replay; `decode` of some frames and `decode_vjp`;
     batches; adapters there and back; half precision; a resumed run against an uninterrupted one; the memory
-    that the planner foresees, for a directory that the model was saved to, against what a step takes.
+    that the planner foresees, for a directory that the model was saved to, against what a step takes. Of a causal
+    decoder, the report also says how far each approximation of its gradient is off, which is no promise.
 
     Args:
         model: small, in float64 on the CPU, with weights that act (random ones are fine).
@@ -97,10 +130,26 @@ def check_model(
     sampling = (sampling or Sampling(num_inference_steps=5)).resolve(model)
     prompts = list(prompts or example_prompts(model, sampling))
     report = Report()
-    for check in CHECKS:
-        report.extend(check(model, sampling, prompts, strategies))
+    with exactly(model):
+        for check in CHECKS:
+            report.extend(check(model, sampling, prompts, strategies))
+        if isinstance(model, CausalDecoder):
+            report.approximations.extend(approximations(model, sampling, prompts))
     assert all(row.held for row in report), f"{model.name!r} does not keep its promises\n{report}"
     return report
+
+
+@contextlib.contextmanager
+def exactly(model: Any) -> Iterator[None]:
+    """Inside, a causal decoder's gradient is the exact one, whichever approximation of it was chosen."""
+    before = getattr(model, "decoder_gradient", None)
+    if before is not None:
+        model.decoder_gradient = "exact"
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.decoder_gradient = before
 
 
 def example_prompts(model: VideoModel, sampling: Sampling) -> list[str | Prompt]:
@@ -127,7 +176,8 @@ def quick_check(model: VideoModel) -> Report:
     """
     adapter = adapted(model, spread=0.03)  # so small that a line is a good approximation
     try:
-        report = Report(quick_rows(model, adapter))
+        with exactly(model):
+            report = Report(quick_rows(model, adapter))
     finally:
         adapter.remove()
     assert all(row.held for row in report), f"{model.name!r} is not as it should be\n{report}"
@@ -436,6 +486,51 @@ def memory(model, sampling, prompts, strategies) -> Iterator[Row]:
         simulated, real = step.simulate(), step.count()
     worst = max(abs(simulated[stage] / real[stage] - 1) for stage in real if stage)
     yield Row("peak memory, simulated against counted", worst, 0.1)
+
+
+class OperationCounter(TorchDispatchMode):
+    """Context that counts floating point operations. (torch's `FlopCounterMode` hooks modules, which
+    `torch.autograd.grad` to leaves does not survive.)"""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if (operations := flop_registry.get(function._overloadpacket)) is not None:
+            self.count += operations(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def approximations(
+    model: Any,
+    sampling: Sampling,
+    prompts: Sequence[str | Prompt],
+    names: Sequence[str] = ("last_chunk", "window:2"),
+) -> Iterator[Approximation]:
+    """Of a causal decoder, on a clip of at least 25 frames: for a reward on the last one, and one that couples all."""
+    sampling, prompts = replace(sampling, num_frames=max(25, sampling.num_frames)), prompts[:1]
+    latents = roll_out(model, prompts, SEEDS[:1], sampling).latents
+    late, every = [sampling.num_frames - 1], list(range(sampling.num_frames))
+
+    def pulled(name: str, scored: Reward, frames: list[int]) -> tuple[torch.Tensor, int]:
+        model.decoder_gradient = name
+        with OperationCounter() as counter:
+            with torch.no_grad():
+                clip = model.decode(latents, frames)
+            _, pixels = pixel_gradient(scored, clip, list(prompts))
+            found = model.decode_vjp(latents, frames, pixels)
+        return found.flatten(), counter.count
+
+    with exactly(model):
+        for label, scored, frames in (
+            ("the last frame", REWARDS["frames"], late),
+            ("all frames, coupled", REWARDS["clip"], every),
+        ):
+            exact, whole = pulled("exact", scored, frames)
+            for name in names:
+                found, part = pulled(name, scored, frames)
+                cosine = torch.cosine_similarity(found, exact, dim=0).item()
+                yield Approximation(name, label, apart(found, exact), cosine, part / whole)
 
 
 CHECKS: tuple[Callable[..., Iterator[Row]], ...] = (

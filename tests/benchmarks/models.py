@@ -1,7 +1,7 @@
 """What the models of `vader-nb models` need at full size: python -m tests.benchmarks.models
 
 Prints the `simulated` part of vader_nb/models/cards.yaml: one training step with HPSv2.1 at a model's default size,
-one clip, float16, the last step, blocks recomputed; by the simulator, without weights.
+one clip, in the types that `load` gives on a GPU, the last step, blocks recomputed; by the simulator, without weights.
 """
 
 import sys

@@ -42,11 +42,13 @@ def videox_fun(model, adapter, reward, sampling, K: int, frames: list[int]) -> N
     whole_graph(model, reward, sampling, K, frames, graph_before_window=True)
 
 
-def whole_graph(model, reward, sampling, K, frames, graph_before_window: bool) -> None:
+def whole_graph(
+    model, reward, sampling, K, frames, graph_before_window: bool, prompts: list[str] = PROMPTS
+) -> None:
     """Plain autograd from the reward through the window's steps."""
     scheduler = model.new_scheduler(sampling)
-    conditioning = model.encode(PROMPTS, sampling)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    conditioning = model.encode(prompts, sampling)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     latents = model.start(model.initial_latents(sampling, generators), scheduler)
     before = len(scheduler.timesteps) - K
     with recomputation(model, True, False)():
@@ -56,7 +58,7 @@ def whole_graph(model, reward, sampling, K, frames, graph_before_window: bool) -
                 output = model.guided(scaled, t, conditioning, sampling)
                 output = output if i >= before else output.detach()
                 latents = model.step(scheduler, output, t, latents)
-        (-reward(model.decode(latents, frames), PROMPTS).mean()).backward()
+        (-reward(model.decode(latents, frames), prompts).mean()).backward()
 
 
 SEQUENCES: dict[str, Callable] = {"ours": ours, "VADER": vader, "VideoX-Fun": videox_fun}

@@ -12,9 +12,11 @@ import torch
 from ..hub import reachable
 from ..tables import Table
 from .base import MODEL_LOCK, Conditioning, VideoModel, exclusive
+from .causal_decoder import DECODER_SETTINGS, CausalDecoder
 
 __all__ = [
     "CHECKPOINTS",
+    "DECODER_SETTINGS",
     "FAMILIES",
     "MODEL_LOCK",
     "Checkpoint",
@@ -351,6 +353,25 @@ def default_device() -> str:
 
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     return "cpu" if on_cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+
+
+def decoder_settings(name: str | Path, settings: dict) -> dict:
+    """Those of a model's decoder among these settings, for `CausalDecoder.set_decoder`.
+
+    Raises:
+        ValueError: for what they cannot be, or a model whose decoder has none.
+    """
+    found = {key: settings[key] for key in DECODER_SETTINGS if settings.get(key) is not None}
+    if found and not is_causal(name):
+        key, value = next(iter(found.items()))
+        raise ValueError(f"{key}={value!r} has no effect: the decoder of {name!r} is not causal")
+    CausalDecoder().set_decoder(found)
+    return found
+
+
+def is_causal(name: str | Path) -> bool:
+    """Whether the decoder of a model has the settings of `CausalDecoder`."""
+    return issubclass(family_of(checkpoint_of(name)), CausalDecoder)
 
 
 def checkpoint_of(name: str | Path) -> Checkpoint:

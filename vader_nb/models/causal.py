@@ -3,7 +3,7 @@
 Such a decoder is a recurrence: a chunk of latents and a state, the last frames that its convolutions saw, give
 frames and the next state. One pass without a graph keeps the state before each chunk; a sweep in reverse then
 computes each chunk again, with a graph, and passes the gradient on its state to the chunk before. The result is
-that of autograd through the whole clip.
+that of autograd through the whole clip; approximations, by name, end the sweep earlier.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,29 +54,39 @@ def decode_vjp(
 
     Args:
         gradient: (B, len(frames), …).
-        states: where the states before the chunks wait.
+        states: where the states before the chunks wait, and how far the gradient goes through them.
     """
     places = places_of(counts, frames)
     pulled: list[torch.Tensor] = [torch.zeros_like(part) for part in parts]
-    states.fill(chunk, parts[: len(places)], state)
-    waiting: list[Any] = []  # the gradient on each tensor of the state after the chunk
-    for k in reversed(range(len(places))):
-        given = [(inner, gradient[:, place]) for place, inner in places[k]]
-        pulled[k], waiting = pull_back(chunk, parts[k], states.take(k), given, waiting)
+    states.begin(chunk, parts, state)
+    sweeps = sweeps_of(places, states.window)
+    for start, end in sweeps:
+        states.fill(start, end)
+        waiting: list[Any] = []  # the gradient on each tensor of the state after the chunk
+        for k in reversed(range(start, end)):
+            given = [(inner, gradient[:, place]) for place, inner in places[k]]
+            pulled[k], waiting, after = pull_back(
+                chunk, parts[k], states.take(k), given, waiting, constant=k == start
+            )
+            if k == end - 1 and (start, end) != sweeps[-1]:
+                states.keep(end, after)  # the next sweep begins with it
+            del after
     return pulled
 
 
 def pull_back(
-    chunk: Chunk, part: torch.Tensor, state: Any, given: list, waiting: list
-) -> tuple[torch.Tensor, list]:
-    """The gradients on one part, and on the leaves of the state before it.
+    chunk: Chunk, part: torch.Tensor, state: Any, given: list, waiting: list, constant: bool = False
+) -> tuple[torch.Tensor, list, Any]:
+    """The gradients on one part and on the leaves of the state before it, and the state after it.
 
     Args:
         given: (index in the chunk, gradient) of its frames.
         waiting: the gradients on the leaves of the state after it; None where there is none.
+        constant: the gradient on the state before it is not needed.
     """
-    part, state = (tree_map_only(torch.Tensor, as_leaf, tree) for tree in (part, state))
-    leaves = tree_leaves(state)
+    part = as_leaf(part)
+    state = state if constant else tree_map_only(torch.Tensor, as_leaf, state)
+    leaves = [] if constant else tree_leaves(state)
     with torch.enable_grad():
         pixels, after = chunk(part, state)
         ends = [(pixels[:, inner], gradient) for inner, gradient in given]
@@ -84,7 +94,25 @@ def pull_back(
     outputs, gradients = zip(*ends)
     inputs = [part, *filter(is_real, leaves)]
     found = iter(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True))
-    return next(found), [next(found) if is_real(x) else None for x in leaves]
+    after = tree_map_only(torch.Tensor, torch.Tensor.detach, after)
+    return next(found), [next(found) if is_real(x) else None for x in leaves], after
+
+
+def sweeps_of(places: list, window: int | None) -> list[tuple[int, int]]:
+    """(first, one after the last) of the chunks that each sweep goes through, in order.
+
+    From the last chunk with a frame in it, `window` more chunks back, or all of them for None; then from the last one
+    before those.
+    """
+    sweeps: list[tuple[int, int]] = []
+    end = len(places)
+    while end > 0:
+        start = end - 1
+        if places[end - 1]:
+            start = 0 if window is None else max(0, end - 1 - window)
+            sweeps.insert(0, (start, end))
+        end = start
+    return sweeps
 
 
 def places_of(counts: Sequence[int], frames: list[int]) -> list[list[tuple[int, int]]]:
@@ -114,40 +142,60 @@ def is_real(value: Any) -> bool:
 
 
 class States:
-    """The states before each chunk, which are computed once, without a graph, and taken in reverse.
+    """The states before each chunk: computed in order, without a graph, and taken in reverse, sweep by sweep.
 
     Args:
         keep: "device" keeps all where they are made; "cpu" in CPU memory; a number m keeps every m-th on the device,
             and the others are computed again, m at a time.
         offload_device: what "cpu" means; see `VideoModel.offload_device`.
+        window: how many chunks before its own a frame's gradient reaches; None: all of them.
     """
 
-    def __init__(self, keep: str | int, offload_device: torch.device | None = None):
+    def __init__(
+        self,
+        keep: str | int,
+        offload_device: torch.device | None = None,
+        window: int | None = None,
+    ):
+        keep = int(keep) if isinstance(keep, str) and keep.isdecimal() else keep
         if keep not in ("device", "cpu") and not (type(keep) is int and keep > 0):
             raise ValueError(
                 f"decoder_states={keep!r}: choose 'device', 'cpu', or a number m to keep every m-th state"
             )
         self.every = keep if isinstance(keep, int) else 1
         self.place = (offload_device or torch.device("cpu")) if keep == "cpu" else None
+        self.window = window
+
+    def begin(self, chunk: Chunk, parts: Sequence[torch.Tensor], state: Any) -> None:
+        """A new clip, from the state before its first chunk."""
+        self.chunk, self.parts, self.kept = chunk, parts, {0: state}
+
+    def keep(self, k: int, state: Any) -> None:
+        self.kept[k] = moved(state, self.place)
 
     @torch.no_grad()
-    def fill(self, chunk: Chunk, parts: Sequence[torch.Tensor], state: Any) -> None:
-        """Compute the states before each of these parts."""
-        self.chunk, self.parts, self.kept = chunk, parts, {0: state}
-        for k, part in enumerate(parts[:-1], 1):
-            state = chunk(part, state)[1]
-            if k % self.every == 0:
-                self.kept[k] = moved(state, self.place)
+    def fill(self, start: int, end: int) -> None:
+        """Compute the states before parts[start:end], from the one that is there."""
+        known = min(self.kept)
+        self.start, state = start, self.pop(known)
+        for k in range(known, end):
+            if k >= start and (k - start) % self.every == 0:
+                self.keep(k, state)
+            if k < end - 1:
+                state = self.chunk(self.parts[k], state)[1]
 
     @torch.no_grad()
     def take(self, k: int) -> Any:
         """The state before the k-th part, which is then forgotten; the last one first."""
         if k not in self.kept:
-            start = k // self.every * self.every
-            state = self.kept[start]
-            for i in range(start, k):
+            before = k - (k - self.start) % self.every
+            state = self.kept[before]
+            for i in range(before, k):
                 state = self.chunk(self.parts[i], state)[1]
                 self.kept[i + 1] = state
+        return self.pop(k)
+
+    def pop(self, k: int) -> Any:
         return moved(self.kept.pop(k), self.place and self.parts[k].device)
 
 

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from ..offload import checkpointed
 from . import causal
 from .base import Conditioning, cached, read_config, warn_truncated
+from .causal_decoder import CausalDecoder
 from .parts import ModelOfParts
 from .texts import TextOnDisk
 
@@ -49,7 +50,7 @@ SIDES = "height", "width"
 CACHED_PROMPTS = 500  # prompts whose embeddings a model keeps: 1.9 MB each in half precision
 
 
-class CogVideoX(TextOnDisk, ModelOfParts):
+class CogVideoX(CausalDecoder, TextOnDisk, ModelOfParts):
     """A `CogVideoXTransformer3DModel` with T5's text encoder and a causal autoencoder.
 
     Clips have 8 k + 1 frames, or 8 k where the network (not 1.5's) takes latents one by one: an even number
@@ -84,6 +85,7 @@ class CogVideoX(TextOnDisk, ModelOfParts):
         if config.patch_size_t:  # 1.5's configuration names the largest size instead
             own |= {"height": min(768, own["height"]), "width": min(1360, own["width"]), "fps": 16}
         self.defaults = DEFAULTS | own | defaults
+        self.set_decoder(self.defaults)
         self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
         for module in vae.decoder.modules():
             if isinstance(module, CogVideoXSpatialNorm3D):
@@ -243,18 +245,16 @@ class CogVideoX(TextOnDisk, ModelOfParts):
         return causal.decode(self.decode_chunk, parts, None, makes, frames)
 
     def decode_vjp(self, latents, frames, gradient, decode_chunk_size=1) -> torch.Tensor:
-        """As the base's, swept back in time; the decoder's own chunks bound the memory."""
+        """As the base's, swept back in time; the decoder's own chunks bound the memory. See `CausalDecoder`."""
         leaf = latents.detach().requires_grad_()
         with torch.enable_grad():
             parts, makes, frames = self.chunks(leaf, frames)
-        keep = "device" if self.offloader is None else "cpu"
-        states = causal.States(keep, self.offload_device)
         recomputed: list[nn.Module] = [
             part for part in self.vae.decoder.modules() if isinstance(part, RECOMPUTED)
         ]
         sweep = self.decode_chunk, [part.detach() for part in parts], None, makes, frames
         with checkpointed(recomputed):
-            pulled = causal.decode_vjp(*sweep, gradient, states)
+            pulled = causal.decode_vjp(*sweep, gradient, self.new_states())
         (found,) = torch.autograd.grad(parts, leaf, pulled)
         return found
 

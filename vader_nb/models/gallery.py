@@ -19,7 +19,7 @@ class Card:
         clip: frames, height and width by default.
         parameters: millions, of the denoisers.
         gain: `VideoModel.last_step_gain`.
-        resident, offloaded: GiB at the peak of a training step with HPSv2.1, one clip in float16, K = 1,
+        resident, offloaded: GiB at the peak of a training step with HPSv2.1, one clip, K = 1,
             everything resident, or with model offload and sequential guidance; simulated.
     """
 

@@ -18,23 +18,21 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import wan_vae
 from .base import is_flow
-from .causal import States
+from .causal_decoder import CausalDecoder
 from .wan_configs import PUBLISHED, original_names
 from .wan_image import FromFirstFrame, with_first
 
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 5.0, "num_frames": 81, "fps": 16}
-DEFAULTS |= {"height": 480, "width": 832, "decoder_states": "device"}
+DEFAULTS |= {"height": 480, "width": 832}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-class Wan(FromFirstFrame):
+class Wan(CausalDecoder, FromFirstFrame):
     """A `WanTransformer3DModel`, or two, with UMT5's text encoder and a causal autoencoder.
 
     Made for bfloat16; the autoencoder is best in float32 (`dtype={"vae": torch.float32, …}`).
 
     Attributes:
-        decoder_states: where `decode_vjp` keeps the decoder's states, one for each latent: "device"; "cpu"; or a
-            number m to keep every m-th on the device and compute the others again. `defaults` may have it.
         boundary_ratio: with two experts, the timestep, as a part of the whole, from which on `transformer` denoises;
             below, `transformer_2` does. The last steps therefore train `transformer_2` alone.
         expand_timesteps: the transformer is told a timestep for each of its tokens (Wan 2.2 5B), and prompts may
@@ -68,7 +66,7 @@ class Wan(FromFirstFrame):
         self.original_names = original_names(parts["transformer"].config.num_layers)
         self.set_text_encoder(parts["text_encoder"], parts["tokenizer"])
         self.defaults = DEFAULTS | defaults
-        self.decoder_states = self.defaults["decoder_states"]
+        self.set_decoder(self.defaults)
         if len(self.denoisers) == 2:
             own = self.defaults.get("guidance_scale_2")
             self.sampling_options = self.sampling_options | {"guidance_scale_2": own}
@@ -184,7 +182,6 @@ class Wan(FromFirstFrame):
         return wan_vae.decode(self.vae, latents, frames)
 
     def decode_vjp(self, latents, frames, gradient, decode_chunk_size=1) -> torch.Tensor:
-        """As the base's, latent by latent whatever `decode_chunk_size` says; see `decoder_states`."""
+        """As the base's, latent by latent whatever `decode_chunk_size` says; see `CausalDecoder`."""
         self.onload(*self.decoders())
-        states = States(self.decoder_states, self.offload_device)
-        return wan_vae.decode_vjp(self.vae, latents, frames, gradient, states)
+        return wan_vae.decode_vjp(self.vae, latents, frames, gradient, self.new_states())
