@@ -40,6 +40,7 @@ FAMILIES: dict[str, type[VideoModel] | str] = {
     "AnimateDiffPipeline": "vader_nb.models.animatediff:AnimateDiff",
     "LTXPipeline": "vader_nb.models.ltx_video:LTXVideo",
     "LTXConditionPipeline": "vader_nb.models.ltx_video:LTXCondition",
+    "HunyuanVideoPipeline": "vader_nb.models.hunyuan:HunyuanVideo",
 }
 
 
@@ -225,6 +226,14 @@ CHECKPOINTS = {
         {"guidance_scale": 5.0, "num_inference_steps": 30, "height": 512, "width": 768},
         size="47 GB with text encoder",
         license="LTX-Video's own, see the repository",
+    ),
+    "hunyuanvideo": Checkpoint(
+        "hunyuanvideo-community/HunyuanVideo",
+        "HunyuanVideoPipeline",
+        "FlowMatchEulerDiscreteScheduler",
+        {"vae_tiling": True},
+        size="26 GB, 42 GB with text encoders and autoencoder",
+        license="Tencent Hunyuan community license, not in the EU, the UK and South Korea",
     ),
 }
 # A directory without model_index.json is known by a file of its authors' layout: name -> checkpoint.
