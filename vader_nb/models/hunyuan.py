@@ -1,7 +1,7 @@
 """HunyuanVideo (arXiv 2412.03603), text to video: diffusers' `HunyuanVideoPipeline` directories.
 
-A rectified flow whose guidance is distilled into the network: it is told the scale, and a step is one call. Clips of more
-than 4 latents are decoded in parts that overlap, and each part is looked at as a whole.
+A rectified flow whose guidance is distilled into the network: it is told the scale, and a step is one call. Long clips are
+decoded in parts that overlap (`hunyuan_vae`).
 """
 
 from copy import deepcopy
@@ -10,43 +10,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
-    AutoencoderKLHunyuanVideo,
-    HunyuanVideoDecoder3D,
-    HunyuanVideoResnetBlockCausal3D,
-    HunyuanVideoUpBlock3D,
-    HunyuanVideoUpsampleCausal3D,
-)
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
-from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import (
-    DEFAULT_PROMPT_TEMPLATE,
-    HunyuanVideoPipeline,
-)
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, LlamaModel
 
-from ..offload import checkpointed
-from .base import Conditioning, cached, warn_truncated
+from . import hunyuan_vae
+from .animatediff import PUBLISHED as STABLE_DIFFUSION
+from .base import Conditioning, cached, instances, warn_truncated
 from .parts import ModelOfParts
 
 # The published architecture, for `from_config`; what is missing here is the classes' own default.
 LLAMA = {"vocab_size": 128320, "hidden_size": 4096, "intermediate_size": 14336}
 LLAMA |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-CLIP = {"hidden_size": 768, "intermediate_size": 3072}
-CLIP |= {"num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
-PUBLISHED = {"transformer": {}, "vae": {}, "text_encoder": LLAMA, "text_encoder_2": CLIP}
-PUBLISHED |= {"scheduler": {"shift": 7.0}}
+PUBLISHED = {"transformer": {}, "vae": {}, "text_encoder": LLAMA, "scheduler": {"shift": 7.0}}
+PUBLISHED |= {"text_encoder_2": STABLE_DIFFUSION["text_encoder"]}
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 6.0, "num_frames": 129, "fps": 24}
 DEFAULTS |= {"height": 720, "width": 1280, "vae_tiling": False}
-# One within the other: a part keeps its input, a block less than the layers that it is made of.
-RECOMPUTED = HunyuanVideoDecoder3D, HunyuanVideoUpBlock3D
-RECOMPUTED += HunyuanVideoResnetBlockCausal3D, HunyuanVideoUpsampleCausal3D
 BLOCKS = {"HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"}
+TEMPLATE, CROP = DEFAULT_PROMPT_TEMPLATE["template"], DEFAULT_PROMPT_TEMPLATE["crop_start"]
 TEXT_LENGTH = 256  # tokens of a prompt that the transformer sees
 CACHED_PROMPTS = 1000  # texts whose states a model keeps: 8 kB per token in half precision
 
@@ -83,7 +68,7 @@ class HunyuanVideo(ModelOfParts):
         self.defaults = DEFAULTS | defaults
         if self.defaults["vae_tiling"]:
             vae.enable_tiling()
-        # On the CPU; LLaMA's states are without padding, which the transformer does not see.
+        # On the CPU. LLaMA's states are those of the text alone: the transformer does not see the padding.
         self._embeddings: dict[str, torch.Tensor] = {}
         self._pooled: dict[str, torch.Tensor] = {}
 
@@ -91,11 +76,7 @@ class HunyuanVideo(ModelOfParts):
         return [self.vae.post_quant_conv, self.vae.decoder]
 
     def blocks(self) -> list[nn.Module]:
-        return [
-            module
-            for module in self.denoiser.modules()
-            if BLOCKS & {cls.__name__ for cls in type(module).__mro__}
-        ]
+        return instances(self.denoiser, BLOCKS)
 
     def to(self, *args, **kwargs) -> "HunyuanVideo":
         super().to(*args, **kwargs)
@@ -114,7 +95,7 @@ class HunyuanVideo(ModelOfParts):
 
     def encode(self, prompts, sampling: Any = None, generators=None) -> Conditioning:
         """LLaMA's states of the texts, which of them are padding, CLIP's summary of each, and the guidance scale."""
-        self.latent_shape(sampling)  # what cannot be made is an error before the encoders are at work
+        self.latent_shape(sampling)  # an error comes before the encoders are at work
         columns, needed = self.texts(prompts), self.branches(sampling)
         both = [text for branch in needed for text in columns[branch]]
         known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
@@ -135,21 +116,23 @@ class HunyuanVideo(ModelOfParts):
 
     @torch.no_grad()
     def _embed(self, text: str) -> torch.Tensor:
-        """LLaMA's states (tokens, 4096) of a text within the template, on the CPU. One at a time, as ModelScope's."""
+        """LLaMA's states (tokens, 4096) of a text within the template, on the CPU; without padding."""
         self.onload(self.text_encoder)
-        whole = DEFAULT_PROMPT_TEMPLATE["template"].format(text)
-        limit = DEFAULT_PROMPT_TEMPLATE["crop_start"] + TEXT_LENGTH
-        warn_truncated(self.tokenizer, whole, limit)
-        embed: Any = HunyuanVideoPipeline._get_llama_prompt_embeds
-        states, mask = embed(self, text, DEFAULT_PROMPT_TEMPLATE, device=self.device)
-        return states[0, mask[0].bool()].to("cpu", self.dtype)
+        warn_truncated(self.tokenizer, text, TEXT_LENGTH)
+        text, limit = TEMPLATE.format(text), CROP + TEXT_LENGTH
+        options = {"truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizer(text, max_length=limit, **options).to(self.device)
+        # Those before the last two layers, as in diffusers.
+        states = self.text_encoder(tokens.input_ids, output_hidden_states=True).hidden_states[-3]
+        return states[0, CROP:].to("cpu", self.dtype)
 
     @torch.no_grad()
     def _pool(self, text: str) -> torch.Tensor:
         """CLIP's summary (768,) of a text's first 77 tokens, on the CPU."""
         self.onload(self.text_encoder_2)
-        embed: Any = HunyuanVideoPipeline._get_clip_prompt_embeds
-        return embed(self, text, device=self.device)[0].to("cpu", self.dtype)
+        options = {"truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizer_2(text, max_length=77, **options).to(self.device)
+        return self.text_encoder_2(tokens.input_ids).pooler_output[0].to("cpu", self.dtype)
 
     # ------------------------------------------------------------------ denoising
 
@@ -172,7 +155,7 @@ class HunyuanVideo(ModelOfParts):
         return config.in_channels, more + 1, sampling.height // space, sampling.width // space
 
     def new_scheduler(self, sampling):
-        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+        if type(self.scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
             raise ValueError(
                 f"{self.name!r} is a rectified flow: {type(self.scheduler).__name__} cannot sample it, "
                 "FlowMatchEulerDiscreteScheduler can"
@@ -198,45 +181,10 @@ class HunyuanVideo(ModelOfParts):
 
     def decode(self, latents: torch.Tensor, frames: list[int] | None = None) -> torch.Tensor:
         self.onload(*self.decoders())
-        return torch.stack([self.decode_clip(clip, frames) for clip in latents])
-
-    def decode_clip(self, latents: torch.Tensor, frames: list[int] | None) -> torch.Tensor:
-        """Frames (F, 3, H, W) in [0, 1] of one clip's latents (C, f, h, w)."""
-        part, places = self.needed(latents, frames)
-        scaled = part[None].to(self.vae.dtype) / self.vae.config.scaling_factor
-        pixels = self.vae.decode(scaled).sample[0].transpose(0, 1)
-        return (pixels[places] / 2 + 0.5).clamp(0, 1)
-
-    def needed(
-        self, latents: torch.Tensor, frames: list[int] | None
-    ) -> tuple[torch.Tensor, list[int]]:
-        """The latents (C, f, h, w) that decode to these frames as the whole clip does, and the frames' places then.
-
-        A frame is blended of the part of the clip that it is in and of the part before.
-        """
-        vae, count = self.vae, latents.shape[1]
-        time = vae.temporal_compression_ratio
-        every = range((count - 1) * time + 1)
-        frames = list(every) if frames is None else [every[frame] for frame in frames]
-        size, step = (
-            n // time for n in (vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames)
-        )
-        if not vae.use_framewise_decoding or count <= size:
-            return latents, frames
-        parts = [max(frame - 1, 0) // (step * time) for frame in frames]
-        start = max(min(parts) - 1, 0) * step
-        needed = latents[:, start : max(parts) * step + size + 1]
-        return needed, [frame - start * time for frame in frames]
+        return torch.stack([hunyuan_vae.decode(self.vae, clip, frames) for clip in latents])
 
     def decode_vjp(self, latents, frames, gradient, decode_chunk_size=1) -> torch.Tensor:
-        """As the base's; clip by clip, whatever `decode_chunk_size` says, with one part's graph in memory at a time."""
+        """As the base's; clip by clip, part by part, whatever `decode_chunk_size` says."""
         self.onload(*self.decoders())
-        modules: list[nn.Module] = list(self.vae.decoder.modules())
-        recomputed = [module for module in modules if isinstance(module, RECOMPUTED)]
-        pulled = []
-        for clip, pixels in zip(latents.detach(), gradient):
-            leaf = clip.requires_grad_()
-            with torch.enable_grad(), checkpointed(recomputed):
-                chosen = self.decode_clip(leaf, frames)
-                pulled += torch.autograd.grad(chosen, leaf, pixels)
-        return torch.stack(pulled)
+        pairs = zip(latents, gradient)
+        return torch.stack([hunyuan_vae.decode_vjp(self.vae, z, frames, g) for z, g in pairs])
