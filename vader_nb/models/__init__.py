@@ -41,6 +41,8 @@ FAMILIES: dict[str, type[VideoModel] | str] = {
     "LTXPipeline": "vader_nb.models.ltx_video:LTXVideo",
     "LTXConditionPipeline": "vader_nb.models.ltx_video:LTXCondition",
     "HunyuanVideoPipeline": "vader_nb.models.hunyuan:HunyuanVideo",
+    "AnyFlowPipeline": "vader_nb.models.anyflow:AnyFlow",
+    "WanAnyFlowPipeline": "vader_nb.models.anyflow:AnyFlow",  # its authors' name of it
 }
 
 
@@ -188,6 +190,14 @@ CHECKPOINTS = {
         FIFTHS | {"num_inference_steps": 40, "guidance_scale": 4.0, "guidance_scale_2": 3.0},
         size="114 GB, 126 GB with text encoder and autoencoder",
         license="Apache-2.0",
+    ),
+    "anyflow": Checkpoint(
+        "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers",
+        "AnyFlowPipeline",
+        "FlowMapEulerDiscreteScheduler",
+        FIFTHS,
+        size="5.7 GB, 29 GB with text encoder and autoencoder",
+        license="NVIDIA's own, see the repository",
     ),
     "videocrafter2": Checkpoint(
         "VideoCrafter/VideoCrafter2",

@@ -514,10 +514,9 @@ def rounded_eta(scheduler: DDIMScheduler, t, eta: float) -> float:
 
 def is_flow(scheduler) -> bool:
     """The schedule is a rectified flow's: latents are (1 - sigma) * clean + sigma * noise."""
-    return (
-        "FlowMatch" in type(scheduler).__name__
-        or scheduler.config.get("prediction_type") == "flow_prediction"
-    )
+    name = type(scheduler).__name__
+    known = "FlowMatch" in name or "FlowMap" in name
+    return known or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
 def read_config(folder: Path) -> dict:
