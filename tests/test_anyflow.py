@@ -140,6 +140,8 @@ def test_bad_settings(directory):
         sample(model, "a star", sampling=Sampling(**SETTINGS | {"height": 40}))
     with pytest.raises(ValueError, match="num_frames=8 must be a multiple of 4, plus 1"):
         sample(model, "a star", sampling=Sampling(**SETTINGS | {"num_frames": 8}))
+    with pytest.raises(ImportError, match="has no AnyFlow: pip install -U diffusers"):
+        type(model).present({"transformer": None}, {})
     model.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler cannot sample it"):
         sample(model, "a star", sampling=Sampling(**SETTINGS))

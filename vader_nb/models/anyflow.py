@@ -9,10 +9,9 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel
-from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEulerDiscreteScheduler
 from torch import nn
 from transformers import UMT5EncoderModel
 
@@ -32,7 +31,7 @@ class AnyFlow(Wan):
     family = "AnyFlowPipeline"
     targets = {"transformer": ATTENTION}
     networks = {
-        "transformer": AnyFlowTransformer3DModel,
+        "transformer": getattr(diffusers, "AnyFlowTransformer3DModel", None),
         "vae": AutoencoderKLWan,
         "text_encoder": UMT5EncoderModel,
     }
@@ -51,8 +50,18 @@ class AnyFlow(Wan):
         return super().of(replace(checkpoint, family=cls.family), name, parts, index)
 
     @classmethod
+    def present(cls, kinds: dict[str, Any], index: dict) -> dict[str, Any]:
+        """As the base's. Raises ImportError for a diffusers that is too old for AnyFlow."""
+        if None in kinds.values():
+            raise ImportError(
+                f"diffusers {diffusers.__version__} has no AnyFlow: pip install -U diffusers"
+            )
+        return super().present(kinds, index)
+
+    @classmethod
     def scheduler_class(cls, checkpoint) -> Any:
-        return FlowMapEulerDiscreteScheduler
+        own = replace(checkpoint, scheduler="FlowMapEulerDiscreteScheduler")
+        return super().scheduler_class(own)
 
     @classmethod
     def published_for(cls, checkpoint) -> dict[str, dict]:
@@ -64,7 +73,7 @@ class AnyFlow(Wan):
     # ------------------------------------------------------------------ from t to r
 
     def new_scheduler(self, sampling):
-        if not isinstance(self.scheduler, FlowMapEulerDiscreteScheduler):
+        if type(self.scheduler).__name__ != "FlowMapEulerDiscreteScheduler":
             raise ValueError(
                 f"{self.name!r} is a flow map: {type(self.scheduler).__name__} cannot sample it, "
                 "FlowMapEulerDiscreteScheduler can"
