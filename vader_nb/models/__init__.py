@@ -42,6 +42,9 @@ FAMILIES: dict[str, type[VideoModel] | str] = {
     "AnimateDiffPipeline": "vader_nb.models.animatediff:AnimateDiff",
     "LTXPipeline": "vader_nb.models.ltx_video:LTXVideo",
     "LTXConditionPipeline": "vader_nb.models.ltx_video:LTXCondition",
+    "HunyuanVideoPipeline": "vader_nb.models.hunyuan:HunyuanVideo",
+    "AnyFlowPipeline": "vader_nb.models.anyflow:AnyFlow",
+    "WanAnyFlowPipeline": "vader_nb.models.anyflow:AnyFlow",  # its authors' name of it
 }
 
 
@@ -193,6 +196,14 @@ CHECKPOINTS = {
         size="114 GB, 126 GB with text encoder and autoencoder",
         license="Apache-2.0",
     ),
+    "anyflow": Checkpoint(
+        "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers",
+        "AnyFlowPipeline",
+        "FlowMapEulerDiscreteScheduler",
+        FIFTHS,
+        size="5.7 GB, 29 GB with text encoder and autoencoder",
+        license="NVIDIA's own, see the repository",
+    ),
     "videocrafter2": Checkpoint(
         "VideoCrafter/VideoCrafter2",
         "VideoCrafter2",
@@ -230,6 +241,14 @@ CHECKPOINTS = {
         {"guidance_scale": 5.0, "num_inference_steps": 30, "height": 512, "width": 768},
         size="47 GB with text encoder",
         license="LTX-Video's own, see the repository",
+    ),
+    "hunyuanvideo": Checkpoint(
+        "hunyuanvideo-community/HunyuanVideo",
+        "HunyuanVideoPipeline",
+        "FlowMatchEulerDiscreteScheduler",
+        {"vae_tiling": True},
+        size="26 GB, 42 GB with text encoders and autoencoder",
+        license="Tencent Hunyuan community license, not in the EU, the UK and South Korea",
     ),
 }
 # A directory without model_index.json is known by a file of its authors' layout: name -> checkpoint.

@@ -515,6 +515,12 @@ def warn_truncated(tokenizer, text: str, max_length: int | None = None) -> None:
         )
 
 
+def instances(network: nn.Module, names: set[str]) -> list[nn.Module]:
+    """Its modules of these classes. By the names of all of a module's classes: an engine (FSDP) or a compiler makes
+    one of its own of a block's."""
+    return [m for m in network.modules() if names & {cls.__name__ for cls in type(m).__mro__}]
+
+
 def renamed(name: str, names: Mapping[str, str]) -> str | None:
     """A name whose longest known beginning, up to a dot, is replaced; None if there is none."""
     parts = name.split(".")
@@ -538,10 +544,9 @@ def rounded_eta(scheduler: DDIMScheduler, t, eta: float) -> float:
 
 def is_flow(scheduler) -> bool:
     """The schedule is a rectified flow's: latents are (1 - sigma) * clean + sigma * noise."""
-    return (
-        "FlowMatch" in type(scheduler).__name__
-        or scheduler.config.get("prediction_type") == "flow_prediction"
-    )
+    name = type(scheduler).__name__
+    known = "FlowMatch" in name or "FlowMap" in name
+    return known or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
 def read_config(folder: Path) -> dict:
