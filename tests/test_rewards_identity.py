@@ -173,7 +173,8 @@ def test_published_networks_are_made_without_weights(name):
 @pytest.mark.parametrize(
     "expression",
     ["hps + aesthetic", "action", "action('tiny', 'growing')", "text_video", "flow_smoothness"]
-    + ["object_removal('cat')", "temporal_consistency", "brightness"],
+    + ["object_removal('cat')", "temporal_consistency", "brightness", "subject_consistency"]
+    + ["videoprism"],
 )
 def test_they_score_fake_frames(expression):
     """With shapes but no numbers, in the default dtype of the moment."""
