@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         motion_smoothness,
     )
     from .prism import videoprism
+    from .video_align import video_reward
     from .video_mae import action
     from .vjepa import temporal_consistency
     from .xclip import text_video

@@ -21,6 +21,7 @@ _REWARDS = {
     "heads": "aesthetic aesthetic_hps compression rainy snowy",
     "pixels": "brightness colorfulness compressibility incompressibility motion_smoothness",
     "prism": "videoprism",
+    "video_align": "video_reward",
     "video_mae": "action",
     "vjepa": "temporal_consistency",
     "xclip": "text_video",
