@@ -163,7 +163,8 @@ WITH_NETWORKS = [name for name in rewards.NAMES if CARDS[name].parameters]
 @pytest.mark.parametrize("name", WITH_NETWORKS)
 def test_published_networks_are_made_without_weights(name):
     with torch.device("meta"):
-        reward = getattr(rewards, name)(*ARGUMENTS.get(name, []), from_config=True)
+        options = {"fps": 8} if name == "video_reward" else {}
+        reward = getattr(rewards, name)(*ARGUMENTS.get(name, []), from_config=True, **options)
     count = sum(p.numel() for network in reward.networks for p in network.parameters())
     for part in reward.parts():
         count += sum(tensor.numel() for layer in getattr(part, "layers", []) for tensor in layer)
@@ -173,7 +174,8 @@ def test_published_networks_are_made_without_weights(name):
 @pytest.mark.parametrize(
     "expression",
     ["hps + aesthetic", "action", "action('tiny', 'growing')", "text_video", "flow_smoothness"]
-    + ["object_removal('cat')", "temporal_consistency", "brightness"],
+    + ["object_removal('cat')", "temporal_consistency", "brightness", "subject_consistency"]
+    + ["videoprism", "video_reward(fps=8)"],
 )
 def test_they_score_fake_frames(expression):
     """With shapes but no numbers, in the default dtype of the moment."""

@@ -18,7 +18,8 @@ from vader_nb.rewards.networks import default_dtype
 FRAMES = (1, 16, 3, 256, 256)
 PROMPT = "a prompt"
 NAMES = ["aesthetic", "hps", "pickscore", "clip_score", "image_reward", "action", "text_video"]
-NAMES += ["temporal_consistency", "object_removal"]
+NAMES += ["temporal_consistency", "object_removal", "subject_consistency", "videoprism"]
+NAMES += ["video_reward(fps=8)"]
 
 
 def measure(name: str, plain: bool = False) -> tuple[float, float]:

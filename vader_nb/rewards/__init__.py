@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .checking import check
     from .clip import clip_score, hps, pickscore
     from .detection import object_presence, object_removal
+    from .dino import subject_consistency
     from .flow import flow_smoothness
     from .gallery import table
     from .heads import aesthetic, aesthetic_hps, compression, rainy, snowy
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
         incompressibility,
         motion_smoothness,
     )
+    from .prism import videoprism
+    from .video_align import video_reward
     from .video_mae import action
     from .vjepa import temporal_consistency
     from .xclip import text_video
