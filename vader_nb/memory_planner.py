@@ -218,7 +218,8 @@ class Step:
         strategy = parse_strategy(config.strategy)
         with unset_fake_temporarily():
             reach = experts.Reach(model, config.sampling.resolve(model), strategy)
-        adapter = lora.add(model, config.rank, targets=reach.targets(config.targets))
+            targets = reach.targets(config.targets)
+        adapter = lora.add(model, config.rank, targets=targets)
         if len(model.denoisers) > 1:
             # Fake timesteps cannot say which expert's they are; experts are alike in size.
             learning = model.denoisers[adapter.denoisers[-1]]

@@ -91,7 +91,8 @@ class ModelOfParts(VideoModel):
         for part, kind in cls.present(cls.processors, index).items():
             made = DummyTokenizer if part.startswith("tokenizer") else kind
             parts[part] = kind.from_pretrained(folder / part) if folder else made()
-        with unset_fake_temporarily():  # the values of its tables are read, not only their sizes
+        # The values of its tables are read, not only their sizes.
+        with unset_fake_temporarily(), torch.device("cpu"):
             parts["scheduler"] = cls.scheduler_class(checkpoint).from_config(config["scheduler"])
         return cls.of(checkpoint, name, parts, index)
 

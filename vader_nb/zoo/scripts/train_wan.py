@@ -319,7 +319,7 @@ def train_colors() -> None:
         UMT5EncoderModel.from_pretrained(FOLDER / "text_encoder"),
         PreTrainedTokenizerFast.from_pretrained(FOLDER / "tokenizer"),
     )
-    options = {"steps": COLOR_STEPS, "learning_rate": 7e-4, "seed": SEED + 1}
+    options = {"steps": COLOR_STEPS, "learning_rate": 1e-3, "seed": SEED + 1}
     train_transformer("wan_colors", *parts, mistakes=MISTAKES, noisy_steps=0, **options)
 
 
