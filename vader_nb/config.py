@@ -37,7 +37,7 @@ class Common:
     positional = ""
     example = ""
 
-    config: str | None = option(None, "a YAML file, or the name of a shipped one: modelscope")
+    config: str | None = option(None, "a YAML file, or a recipe's name: modelscope, wan, …")
     threads: int | None = option(None, "CPU threads; default: torch's choice")
 
 
@@ -166,6 +166,17 @@ class Models(Common):
     """All models: what they take, need and cost, and what was tested."""
 
     example = "vader-nb models"
+
+
+@dataclass
+class Recipes(Common):
+    """Configurations by model and GPU, and who ran them; with a name its YAML, with slurm a script."""
+
+    example = "vader-nb recipes wan"
+    positional = "name"
+    name: str = option(
+        "", "of a recipe, or slurm: the script of a job that is requeued until it is done"
+    )
 
 
 @dataclass
