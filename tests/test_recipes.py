@@ -116,7 +116,7 @@ QUICK += ["num_inference_steps=2", "reward=brightness", "held_out_reward=colorfu
 
 def test_a_recipe_run_again_leaves_a_row_and_is_not_done_twice(tmp_path, monkeypatch):
     folder = script.run("tiny", QUICK, tmp_path)
-    found = script.result(folder, "abc+")
+    found = script.result(folder, "abc")
     assert [row["metric"] for row in found["rows"]] == ["brightness", "colorfulness"]
     assert {row["group"] for row in found["rows"]} == {"held-out"}
     assert found["rows"][1]["held_out"]
@@ -134,7 +134,7 @@ def test_a_recipe_run_again_leaves_a_row_and_is_not_done_twice(tmp_path, monkeyp
     monkeypatch.setattr(recipes, "RUNS", runs)
     row = found["rows"][0]
     status = recipes.CARDS["tiny"].status
-    assert f"run here: {found['date']}, commit abc+, trained in {found['seconds']} s" in status
+    assert f"run here: {found['date']}, commit abc, trained in {found['seconds']} s" in status
     assert f"({row['low']:+.3f} to {row['high']:+.3f})" in status
     assert "colorfulness † " in status
     # Interrupted between training and evaluation, it goes on.

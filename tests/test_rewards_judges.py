@@ -232,6 +232,13 @@ def test_addresses_that_there_are_not(tiny):
             work()
 
 
+def test_a_shell_looks_for_the_server_before_it_trains(capsys):
+    nobody = f"server('http://127.0.0.1:{free_port()}/score', tries=1)"
+    with pytest.raises(SystemExit, match="2"):  # before it looks for the model's weights
+        cli.main(["align", "model=modelscope", "reward=brightness", f"held_out_reward={nobody}"])
+    assert "did not answer in 1 tries: " in capsys.readouterr().err
+
+
 def test_a_path_that_the_server_lacks_stops_before_the_work(answering):
     Reference.do_GET = lambda self: self.send_error(404)
     try:

@@ -140,6 +140,8 @@ def run_align(arguments):
         groups = evaluation_prompts(arguments, prompts)
     reward, *others = parse_rewards(arguments)
     RewardGradient().check_reward(reward)
+    for judge in (reward, *others):
+        judge.check_ready()  # now, and not only when it is asked after hours of training
     unique_metrics(reward, others)  # a held-out reward that is trained on is an error now
     if in_tiny_world(arguments):
         prompts = in_vocabulary(arguments, reward, prompts)

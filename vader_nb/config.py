@@ -58,7 +58,9 @@ class Judged(Modeled):
     held_out: str | None = option(
         None, "prompts that training does not see; for tiny: tiny_held_out"
     )
-    held_out_reward: str | None = option(None, "a reward that training does not see")
+    held_out_reward: str | None = option(
+        None, "a reward that training does not see; http://host:port/path: a server's"
+    )
     eval_prompts: int = option(32, "how many of the held-out prompts are evaluated")
     eval_training_prompts: int = option(8, "how many of the training prompts are evaluated")
     seeds_per_prompt: int = option(2, "clips of each prompt in an evaluation")

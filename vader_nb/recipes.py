@@ -130,7 +130,7 @@ def text(name: str) -> str:
 
 
 def simulated(name: str) -> float:
-    """GiB at the peak of a step of a recipe on one GPU; takes up to a minute."""
+    """GiB at the peak of a step of a recipe on one GPU, all weights in half precision; takes up to a minute."""
     from .memory_planner import GIB, simulate
 
     given = vars(config.read(config.Align, [f"config={name}"]))
@@ -138,4 +138,6 @@ def simulated(name: str) -> float:
     known -= {f.name for f in fields(config.Common)} | {"model", "reward", "gpu_memory", "measured"}
     settings = {key: value for key, value in given.items() if key in known}
     settings["gradient_checkpointing"] = True  # the default on CUDA
+    if given["mixed_precision"] == "bf16":
+        settings["dtype"] = "bfloat16"
     return max(simulate(given["model"], given["reward"], **settings).values()) / GIB

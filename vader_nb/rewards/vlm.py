@@ -95,8 +95,9 @@ def vlm_yes(
     if num_frames < 1:
         raise ValueError(f"num_frames of vlm_yes must be at least 1, got {num_frames}")
     path = Path(checkpoint).expanduser()
-    call = f"vader_nb.rewards.vlm_yes('/path/to/{path.name}')"
-    place = path if path.exists() else Source(str(checkpoint), local=call)
+    told = {"size": "a model of your choice", "license": "license on its page"}
+    told["local"] = f"vader_nb.rewards.vlm_yes('/path/to/{path.name}')"
+    place = path if path.exists() else Source(str(checkpoint), **told)
     processor = hub.pretrained(AutoProcessor.from_pretrained, place)
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"{checkpoint} has no chat template: take an instruction-tuned checkpoint")
