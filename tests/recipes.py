@@ -22,14 +22,18 @@ FIELDS = ("group", "metric", "base", "adapter", "difference", "low", "high", "pr
 
 
 def commit() -> str:
-    """Of this checkout; with + where files differ from it, runs.yaml and the page apart."""
+    """Of this checkout. Raises ValueError where files differ from it, runs.yaml and the page apart."""
 
     def git(*words: str) -> str:
         return subprocess.check_output(["git", *words], cwd=ROOT, text=True).strip()
 
     written = [f":!{path.relative_to(ROOT)}" for path in (RUNS, ROOT / "notebooks" / "recipes.md")]
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
-    return git("rev-parse", "--short=10", "HEAD") + "+" * bool(changed)
+    if changed:
+        raise ValueError(
+            f"commit first, for a row names the commit that was run; changed:\n{changed}"
+        )
+    return git("rev-parse", "--short=10", "HEAD")
 
 
 def run(name: str, words: list[str], folder: Path) -> Path:
@@ -46,13 +50,8 @@ def result(folder: Path, made_at: str) -> dict:
     wanted = json.loads((folder / "config.json").read_text())["reward"]
     rows = json.loads((folder / "evaluation.json").read_text())
     group = rows[-1]["group"]
-    judged = (
-        "motion",
-        "diversity",
-    )  # describe, and are marked as trained on; oracles are in the report
-    rows = [row for row in rows if row["group"] == group and row["metric"] not in judged]
+    rows = [row for row in rows if row["group"] == group and not row["metric"].startswith("oracle")]
     rows = [row for row in rows if row["metric"] == wanted or row["held_out"]]
-    rows = [row for row in rows if not row["metric"].startswith("oracle: ")]
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ended = (folder / "evaluation.json").stat().st_mtime
     return {
@@ -99,7 +98,7 @@ def main() -> None:
         parser.error(f"{unknown[0]!r} is no embedded recipe; choose from {', '.join(embedded)}")
     made_at = commit()
     for name in chosen.names or embedded:
-        folder = run(name, [], FOLDER / made_at.replace("+", "-changed"))
+        folder = run(name, [], FOLDER / made_at)
         record(name, result(folder, made_at), RUNS)
         write_page()
         print(f"{name}: {folder / 'report.html'}", flush=True)
