@@ -22,7 +22,7 @@ FIELDS = ("group", "metric", "base", "adapter", "difference", "low", "high", "pr
 
 
 def commit() -> str:
-    """Of this checkout. Raises ValueError where files differ from it, runs.yaml and the page apart."""
+    """Of this checkout. Ends where files differ from it, runs.yaml and the page apart."""
 
     def git(*words: str) -> str:
         return subprocess.check_output(["git", *words], cwd=ROOT, text=True).strip()
@@ -30,9 +30,7 @@ def commit() -> str:
     written = [f":!{path.relative_to(ROOT)}" for path in (RUNS, ROOT / "notebooks" / "recipes.md")]
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     if changed:
-        raise ValueError(
-            f"commit first, for a row names the commit that was run; changed:\n{changed}"
-        )
+        sys.exit(f"commit first, for a row names the commit that was run; changed:\n{changed}")
     return git("rev-parse", "--short=10", "HEAD")
 
 
