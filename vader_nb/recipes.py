@@ -47,7 +47,7 @@ class Card:
 
     Attributes:
         gpu: a name of `memory_planner.GPUS`, or CPU.
-        memory: GiB at the peak of a step on one GPU, by `simulated`.
+        memory: GiB at the peak of a step on one GPU, by `simulated`, if that was done.
         gpus: how many.
         run_by: who trained with these settings, with their figures.
         source: where they say so.
@@ -56,7 +56,7 @@ class Card:
 
     name: str
     gpu: str
-    memory: float
+    memory: float | None = None
     gpus: int = 1
     run_by: str = ""
     source: str = ""
@@ -73,9 +73,9 @@ class Card:
         if self.gpu == "CPU":
             return "not run yet: make recipes"
         if not self.run_by:
-            return "simulated only"
+            return "not run" if self.memory is None else "simulated only"
         differs = f"; {self.differs}" if self.differs else ""
-        return f"run by {self.run_by}{differs} ({self.source}); simulated only here"
+        return f"run by {self.run_by}{differs} ({self.source}); not run here"
 
     @property
     def calls(self) -> int:
@@ -96,7 +96,7 @@ class Card:
         return (
             self.name,
             self.gpu if on_cpu else f"{self.gpus} × {self.gpu}",
-            f"{self.memory:.1f} GiB",
+            "not simulated yet" if self.memory is None else f"{self.memory:.1f} GiB",
             str(self.calls),
             ", ".join("not published" if x is None else f"{x:g}" for x in published),
             self.status,
