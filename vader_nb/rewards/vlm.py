@@ -95,7 +95,7 @@ def vlm_yes(
     if num_frames < 1:
         raise ValueError(f"num_frames of vlm_yes must be at least 1, got {num_frames}")
     path = Path(checkpoint).expanduser()
-    told = {"size": "a model of your choice", "license": "license on its page"}
+    told: dict = {"size": "a model of your choice", "license": "license on its page"}
     told["local"] = f"vader_nb.rewards.vlm_yes('/path/to/{path.name}')"
     place = path if path.exists() else Source(str(checkpoint), **told)
     processor = hub.pretrained(AutoProcessor.from_pretrained, place)
