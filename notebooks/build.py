@@ -308,7 +308,8 @@ RECIPES = """\
 # Recipes
 
 Configurations by model and GPU. `vader-nb align config=NAME` runs one, with any setting changed after it;
-`vader-nb recipes NAME` prints it. Memory is the simulated peak of one GPU in a step; denoiser calls are
+`vader-nb recipes NAME` prints it. Memory is the simulated peak of one GPU in a step, with all weights in half
+precision (Wan's autoencoder is loaded in float32, which takes more); denoiser calls are
 forward passes for one optimizer step, of all GPUs, each for one clip and one branch of the guidance.
 "Run here" means on this code, at that commit; †: a reward that was not trained on; in brackets the 95 %
 interval of the difference over prompts. Rates, ranks and steps are those of the runs that are named, and
