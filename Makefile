@@ -2,6 +2,7 @@
 # make test    run every test (WORKERS=4: in four processes; default: one for each core)
 # make lab     open the notebooks in JupyterLab
 # make app     the playground as a page of controls, without code
+# make recipes run the recipes of the embedded models again and store what they reached (RECIPES=tiny: one of them)
 # make notebooks  run the notebooks and store what they show
 # make notebooks REPOSITORY=owner/name  write the name of your repository into badges and install lines, and run nothing
 # make html    render the notebooks into runs/html, to read in a browser
@@ -15,7 +16,7 @@ NAME ?= $(MODEL)-$(shell date +%Y%m%d-%H%M%S)
 WORKERS ?= auto
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: align test lab app notebooks html zoo lint clean
+.PHONY: align test lab app recipes notebooks html zoo lint clean
 
 align: $(VENV)/installed
 	$(BIN)/vader-nb align model=$(MODEL) name=$(NAME)
@@ -41,6 +42,9 @@ app: $(VENV)/installed-lab
 
 notebooks: $(VENV)/installed-test
 	$(BIN)/python notebooks/build.py $(if $(REPOSITORY),--repository $(REPOSITORY))
+
+recipes: $(VENV)/installed-test
+	$(BIN)/python -m tests.recipes $(RECIPES)
 
 html: $(VENV)/installed-test
 	$(BIN)/jupyter nbconvert --to html --output-dir runs/html notebooks/*.ipynb

@@ -23,7 +23,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
-from vader_nb import translate
+from vader_nb import recipes, translate
 
 HERE = Path(__file__).parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -237,7 +237,9 @@ def links(place: int, pages: list[str]) -> str:
 def finish(page: Path, bar: str, alternatives: list[str]) -> None:
     """Bar, style and the figures' alternative texts (which the exporter does not take over) into a rendered page."""
     text = re.sub(
-        r'(href="(?:[0-9]{2}_\w+|notation|arguments))\.(?:ipynb|md)"', r'\1.html"', page.read_text()
+        r'(href="(?:[0-9]{2}_\w+|notation|arguments|recipes))\.(?:ipynb|md)"',
+        r'\1.html"',
+        page.read_text(),
     )
     for alternative in alternatives:
         told = html.escape(alternative, quote=True)
@@ -271,7 +273,7 @@ def contents(folder: Path) -> None:
     (folder / "index.html").write_text(
         f"{head}<title>vader_nb</title><style>{style}</style><h1>vader_nb</h1><p>Align video diffusion models to "
         f"differentiable rewards, one notebook after the other.</p><ul>{''.join(rows)}</ul>"
-        f'<p><a href="notation.html">Notation and glossary</a> · <a href="arguments.html">Arguments of other tools</a></p></html>\n'
+        f'<p><a href="notation.html">Notation and glossary</a> · <a href="arguments.html">Arguments of other tools</a> · <a href="recipes.html">Recipes</a></p></html>\n'
     )
     for path in HERE.glob("*.md"):
         page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(path.read_text())])
@@ -302,6 +304,36 @@ def arguments() -> str:
     return "\n".join(lines)
 
 
+RECIPES = """\
+# Recipes
+
+Configurations by model and GPU. `vader-nb align config=NAME` runs one, with any setting changed after it;
+`vader-nb recipes NAME` prints it. Memory is the simulated peak of one GPU in a step, with all weights in half
+precision (Wan's autoencoder is loaded in float32, which takes more); denoiser calls are
+forward passes for one optimizer step, of all GPUs, each for one clip and one branch of the guidance.
+"Run here" means on this code, at that commit; †: a reward that was not trained on; in brackets the 95 %
+interval of the difference over prompts. Rates, ranks and steps are those of the runs that are named, and
+left out where no one published any: then the package's own stand, which were found on the embedded models.
+This page is generated from `vader_nb/configs` (`make recipes`).
+"""
+ON_A_CLUSTER = """\
+## On a cluster
+
+`vader-nb recipes slurm` prints this script. Where the time of a job ends, training does after the current
+step; the job is put back into the queue and goes on from there.
+"""
+
+
+def recipes_page() -> str:
+    """The text of recipes.md."""
+    lines = [RECIPES, recipes.table().markdown(), ""]
+    for name in recipes.CARDS:
+        lines += [f"## {name}", "", "```yaml", recipes.text(name).rstrip(), "```", ""]
+    return "\n".join(
+        [*lines, ON_A_CLUSTER, "```bash", recipes.text(recipes.SLURM).rstrip(), "```", ""]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -322,6 +354,7 @@ def main() -> None:
         contents(chosen.contents)
     else:
         (HERE / "arguments.md").write_text(arguments())
+        (HERE / "recipes.md").write_text(recipes_page())
         for path in sorted(HERE.glob("[0-9][0-9]_*.py")):
             if not chosen.names or path.stem in chosen.names:
                 build(path)

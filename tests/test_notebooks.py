@@ -53,6 +53,7 @@ def test_there_are_notebooks():
 
 def test_the_table_of_other_tools_arguments_is_the_one_that_is_used():
     assert (ROOT / "notebooks" / "arguments.md").read_text() == build.arguments()
+    assert (ROOT / "notebooks" / "recipes.md").read_text() == build.recipes_page()
 
 
 @pytest.fixture(params=PAIRS, ids=lambda path: path.stem)

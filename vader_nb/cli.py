@@ -128,6 +128,7 @@ def resume_of(arguments) -> bool | str:
 
 
 def run_align(arguments):
+    from .estimators import RewardGradient
     from .metrics import unique_metrics
 
     # Everything that can be wrong with the words is found before anything is loaded.
@@ -143,6 +144,9 @@ def run_align(arguments):
     if arguments.evaluation or arguments.validation_steps:
         groups = evaluation_prompts(arguments, prompts)
     reward, *others = parse_rewards(arguments)
+    RewardGradient().check_reward(reward)
+    for judge in (reward, *others):
+        judge.check_ready()  # now, and not only when it is asked after hours of training
     unique_metrics(reward, others)  # a held-out reward that is trained on is an error now
     if in_tiny_world(arguments):
         prompts = in_vocabulary(arguments, reward, prompts)
@@ -296,6 +300,12 @@ def run_models(arguments):
     print(vader_nb.models.table())
 
 
+def run_recipes(arguments):
+    from . import recipes
+
+    print(recipes.text(arguments.name) if arguments.name else recipes.table())
+
+
 def run_translate(arguments):
     if not arguments.file:
         raise ValueError("which file? vader-nb translate-config train.sh")
@@ -325,6 +335,7 @@ COMMANDS = {
     "check": (run_check, config.Check),
     "rewards": (run_rewards, config.Rewards),
     "models": (run_models, config.Models),
+    "recipes": (run_recipes, config.Recipes),
     "engine": (run_engine, config.Engine),
     "translate-config": (run_translate, config.TranslateConfig),
 }

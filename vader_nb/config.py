@@ -37,7 +37,7 @@ class Common:
     positional = ""
     example = ""
 
-    config: str | None = option(None, "a YAML file, or the name of a shipped one: modelscope")
+    config: str | None = option(None, "a YAML file, or a recipe's name: modelscope, wan, …")
     threads: int | None = option(None, "CPU threads; default: torch's choice")
 
 
@@ -62,7 +62,9 @@ class Judged(Modeled):
     held_out: str | None = option(
         None, "prompts that training does not see; for tiny: tiny_held_out"
     )
-    held_out_reward: str | None = option(None, "a reward that training does not see")
+    held_out_reward: str | None = option(
+        None, "a reward that training does not see; http://host:port/path: a server's"
+    )
     eval_prompts: int = option(32, "how many of the held-out prompts are evaluated")
     eval_training_prompts: int = option(8, "how many of the training prompts are evaluated")
     seeds_per_prompt: int = option(2, "clips of each prompt in an evaluation")
@@ -188,6 +190,17 @@ class Models(Common):
     """All models: what they take, need and cost, and what was tested."""
 
     example = "vader-nb models"
+
+
+@dataclass
+class Recipes(Common):
+    """Configurations by model and GPU, and who ran them; with a name its YAML, with slurm a script."""
+
+    example = "vader-nb recipes wan"
+    positional = "name"
+    name: str = option(
+        "", "of a recipe, or slurm: the script of a job that is requeued until it is done"
+    )
 
 
 @dataclass

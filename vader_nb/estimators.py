@@ -88,6 +88,17 @@ class Estimator(ABC):
         self.model, self.adapter, self.reward = model, adapter, reward
         self.sampling: Sampling = config.sampling
 
+    def check_reward(self, reward: Reward) -> None:
+        """Raises ValueError for a reward without the gradient that this needs."""
+        if not self.needs_reward_gradient or reward.differentiable:
+            return
+        lacking = [part for part in reward.parts() if not part.differentiable] or [reward]
+        instead = "; or train on " + lacking[0].instead if lacking[0].instead else ""
+        raise ValueError(
+            f"reward {lacking[0].name!r} is not differentiable, which this estimator needs. Judge with it: "
+            f"held_out_reward=… in a shell, evaluate(…, held_out=[…]) in Python{instead}"
+        )
+
     @abstractmethod
     def collect(self, batch: Batch) -> Collected:
         """Sample a batch, without a graph."""

@@ -6,6 +6,7 @@ evaluation.report(run.folder / "report.html", run)
 evaluate(model, {"K = 1": "runs/k1", "K = 5": "runs/k5"}, reward, "tiny_held_out")
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,8 @@ class Evaluation:
     adapters: Sequence[str] = ("adapter",)
     # The scores of all clips: group -> "base" or adapter -> metric -> (seeds, prompts).
     scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
+    # Judges that went away in the middle: metric -> what happened.
+    failed: dict[str, str] = field(default_factory=dict)
 
     def row(self, group: str, metric: str, name: str | None = None) -> Row:
         """Return the row of a metric, of the first adapter unless named."""
@@ -80,9 +83,14 @@ class Evaluation:
             cells = [f"{cell:{side}{w}}" for cell, side, w in zip(line, sides, widths)]
             table.append("  ".join(cells).rstrip())
         held_out = ["† not trained on"] * any(row.held_out for row in self.rows)
-        return "\n".join([*table, f"* {NOTES[0]}", *NOTES[1:], *held_out])
+        return "\n".join([*table, f"* {NOTES[0]}", *NOTES[1:], *held_out, *self.remarks])
 
     __repr__ = __str__
+
+    @property
+    def remarks(self) -> list[str]:
+        """What was not measured, and why."""
+        return [f"not measured to the end: {metric} ({why})" for metric, why in self.failed.items()]
 
     def gallery(self, group: str, count: int = 6) -> Gallery:
         """Show the base over the adapters, on the same prompts and seeds."""
@@ -147,9 +155,13 @@ def evaluate(
         keep: Clips of each group that are kept for pictures.
         progress: Show a progress bar.
 
+    A judge outside of this process (`rewards.server`) that fails on the first clips ends it; one that
+    goes away later is warned of and left empty, and everything else is measured.
+
     Raises:
         ValueError: An adapter does not fit, a group has no prompts, or rewards are in conflict.
-        FileNotFoundError: An adapter or a prompt file is missing. Both before the work starts.
+        FileNotFoundError: An adapter or a prompt file is missing.
+        JudgeError: A judge does not answer. All three before the work starts.
     """
     adapters, groups = named_adapters(adapter), prompt_groups(prompts)
     measured, trained = unique_metrics(rewards, held_out)
@@ -163,9 +175,11 @@ def evaluate(
     for group, by_name in scores.items():
         for metric, base in by_name[BASE].items():
             for name in adapters or [None]:
-                after = None if name is None else by_name[name][metric]
-                rows.append(paired_row(group, metric, base, after, name, metric not in trained))
-    return Evaluation(rows, clips, model.defaults["fps"], list(adapters), scores)
+                after = None if name is None else by_name[name].get(metric)  # its judge may be gone
+                label = None if after is None else name
+                rows.append(paired_row(group, metric, base, after, label, metric not in trained))
+    fps, failed = model.defaults["fps"], evaluator.failed
+    return Evaluation(rows, clips, fps, list(adapters), scores, failed)
 
 
 def named_adapters(adapter: Any) -> dict[str, Any]:
@@ -215,6 +229,10 @@ class Evaluator:
         self.segment = sampling.num_frames if sampling.extend > 1 else None
         for metric in self.metrics:
             metric.check_frames(self.num_frames)
+            metric.at_fps(self.model.defaults["fps"])
+            metric.check_ready()
+        self.failed: dict[str, str] = {}  # judges that went away: they are not asked again
+        self.judged = False  # whether all have scored once: what fails at once is a mistake
         least = getattr(self.features, "min_frames", 1)
         self.diverse = self.seeds_per_prompt > 1 and self.num_frames >= least
         self.rank, self.num_processes = 0, 1
@@ -282,7 +300,7 @@ class Evaluator:
                 break
             self.model.onload(*(module for metric in self.metrics for module in metric.networks))
             texts = [str(prompt) for prompt in chosen]
-            scores = measure(frames, texts, self.metrics, self.segment)
+            scores = self.measure(frames, texts)
             if self.diverse:
                 scores["diversity"] = self.features(frames).float().cpu()
             parts.append((number, scores, frames[: max(0, self.keep - batch.start)].cpu()))
@@ -290,8 +308,21 @@ class Evaluator:
                 bar.update(min(len(batch) * self.num_processes, bar.total - bar.n))
         if self.num_processes > 1:
             parts = sorted(gather_object(parts), key=lambda part: part[0])
+            for failed in gather_object([self.failed]):
+                self.failed |= failed
         _, scores, frames = zip(*parts)
         return self._columns(scores), torch.cat(frames)
+
+    def measure(self, frames: torch.Tensor, prompts: list[str]) -> Scores:
+        """Score one batch with the judges that are there."""
+        gone = dict(self.failed)
+        present = [metric for metric in self.metrics if metric.name not in gone]
+        failed = self.failed if self.judged else None
+        scores = measure(frames, prompts, present, self.segment, failed)
+        for name in self.failed.keys() - gone.keys():
+            warnings.warn(f"{name} is left out from here on: {self.failed[name]}", stacklevel=4)
+        self.judged = True
+        return scores
 
     def _columns(self, batches: Sequence[Scores]) -> Scores:
         """Join the scores of all batches to (seeds, prompts)."""
@@ -310,7 +341,8 @@ class Validation:
 
     `align(..., validate=Validation(model, pick(), prompts))` calls it with the adapter on the
     model, for the mean of each reward over one clip per prompt, always at the same seeds. Several
-    processes share the clips. Arguments as in `evaluate`.
+    processes share the clips. A judge that is away makes its score of that moment NaN, with a warning.
+    Arguments as in `evaluate`.
     """
 
     def __init__(
@@ -328,7 +360,11 @@ class Validation:
         self.rewards, _ = unique_metrics([], listed)
         numbers = (1, batch_size, seed, 1)
         self.evaluator = Evaluator(model, self.rewards, sampling, thumbnails, *numbers)
+        self.evaluator.judged = True  # training goes on in any case
 
     def __call__(self, adapter: Adapter) -> dict[str, float]:
+        self.evaluator.failed.clear()
         scores, _ = self.evaluator.run(adapter, self.prompts)
-        return {reward.name: scores[reward.name].mean().item() for reward in self.rewards}
+        unknown = torch.tensor(math.nan)  # which is never the best
+        names = [reward.name for reward in self.rewards]
+        return {name: scores.get(name, unknown).mean().item() for name in names}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .rewards import Reward, as_reward
+from .rewards import JudgeError, Reward, as_reward
 from .zoo import oracles, world
 
 # What cannot be measured on clips of fewer frames; see also `Reward.min_frames`.
@@ -23,6 +23,7 @@ def measure(
     prompts: list[str],
     metrics: Iterable[Reward],
     segment: int | None = None,
+    failed: dict[str, str] | None = None,
 ) -> Scores:
     """Score clips with rewards, motion, and the oracles if all prompts are of the tiny world.
 
@@ -34,11 +35,19 @@ def measure(
         metrics: The rewards.
         segment: Frames of each segment of clips that were extended; oracles then read the last one alone,
             where drift shows most, and the seams are measured.
+        failed: Takes the message of each reward whose judge is gone, which is left out; None: that is an error.
 
     Returns:
         Scores `(B,)` by name.
     """
-    scores = {metric.name: metric(frames, prompts) for metric in metrics}
+    scores = {}
+    for metric in metrics:
+        try:
+            scores[metric.name] = metric(frames, prompts)
+        except JudgeError as error:
+            if failed is None:
+                raise
+            failed[metric.name] = str(error)
     last = frames[:, -segment:] if segment else frames
     if all(world.parse(prompt) for prompt in prompts):
         for name, value in oracles.grade(last, prompts).items():

@@ -154,10 +154,9 @@ class Trainer:
         if config.gradient_checkpointing is None:
             config.gradient_checkpointing = model.device.type == "cuda"
         self.reward.check_prompts([str(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]])
-        if self.estimator.needs_reward_gradient and not self.reward.differentiable:
-            raise ValueError(
-                f"reward {self.reward.name!r} is not differentiable, which this estimator needs"
-            )
+        self.estimator.check_reward(self.reward)
+        self.reward.at_fps(model.defaults["fps"])
+        self.reward.check_ready()
         # Draw once, so that a window or frames that do not fit are an error now.
         generator = torch.Generator().manual_seed(config.seed)
         plan = config.strategy.plan(model.num_steps(config.sampling), generator)

@@ -29,8 +29,11 @@ def durations(count: int, fps: float, unit: int) -> list[int]:
     return [after - before for before, after in zip(ends, ends[1:])]
 
 
-def h264(images: list[Image.Image], fps: float) -> bytes:
-    """An mp4 that browsers play; the last row or column is doubled where a size is odd."""
+def h264(images: list[Image.Image], fps: float, crf: int | None = None) -> bytes:
+    """An mp4 that browsers play; the last row or column is doubled where a size is odd.
+
+    crf: the quality, with which one thread encodes: x264's bytes depend on their number.
+    """
     import imageio_ffmpeg
     import mediapy
 
@@ -40,7 +43,8 @@ def h264(images: list[Image.Image], fps: float) -> bytes:
     frames = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
     with tempfile.TemporaryDirectory() as folder:  # ffmpeg reads some names as options or protocols
         path = Path(folder) / "clip.mp4"
-        mediapy.write_video(path, frames, fps=fps)
+        fixed = {} if crf is None else {"crf": crf, "ffmpeg_args": ["-threads", "1"]}
+        mediapy.write_video(path, frames, fps=fps, **fixed)
         return path.read_bytes()
 
 

@@ -11,13 +11,23 @@ that are out of reach.
 import importlib
 from typing import TYPE_CHECKING
 
-from .base import Reward, as_reward, conflict, pixel_gradient, record_parts, reward, statistics
+from .base import (
+    JudgeError,
+    Reward,
+    as_reward,
+    conflict,
+    pixel_gradient,
+    record_parts,
+    reward,
+    statistics,
+)
 from .expression import EMBEDDED, MODULES, NAMES, parse
 
 if TYPE_CHECKING:
     from .blip import image_reward
     from .checking import check
     from .clip import clip_score, hps, pickscore
+    from .coded import h264_bytes, jpeg_bytes
     from .detection import object_presence, object_removal
     from .dino import subject_consistency
     from .flow import flow_smoothness
@@ -31,13 +41,25 @@ if TYPE_CHECKING:
         motion_smoothness,
     )
     from .prism import videoprism
+    from .remote import server
     from .video_align import video_reward
     from .video_mae import action
     from .vjepa import temporal_consistency
+    from .vlm import vlm_yes
     from .xclip import text_video
 
 _MODULES = MODULES | {"check": "checking", "table": "gallery"}
-__all__ = ["EMBEDDED", "NAMES", "Reward", "as_reward", "conflict", "parse", "reward", "statistics"]
+__all__ = [
+    "EMBEDDED",
+    "JudgeError",
+    "NAMES",
+    "Reward",
+    "as_reward",
+    "conflict",
+    "parse",
+    "reward",
+    "statistics",
+]
 __all__ += sorted(_MODULES)
 
 

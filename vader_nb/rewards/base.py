@@ -22,6 +22,11 @@ import torch
 
 from ..hub import Source, identity
 
+
+class JudgeError(RuntimeError):
+    """A judge outside of this process gave no scores. An evaluation goes on without it."""
+
+
 _RECORD: ContextVar[dict[str, list[torch.Tensor]] | None] = ContextVar("parts", default=None)
 
 
@@ -48,6 +53,7 @@ class Reward:
     per_frame: bool = True
     min_frames: int = 1  # of a clip that it can judge
     differentiable: bool = True
+    instead: str = ""  # of a reward that is not: what to train on
     range: tuple[float, float] = (-math.inf, math.inf)
     unit: str = ""
     networks: list[torch.nn.Module] = []  # the modules inside
@@ -89,6 +95,16 @@ class Reward:
         if count < self.min_frames:
             needed = f"{self.name} needs at least {self.min_frames} frames"
             raise ValueError(f"{needed}, got {count}; raise num_frames, or score more of them")
+
+    def check_ready(self) -> None:
+        """Raises JudgeError if a judge outside of this process does not answer."""
+        for child in self.children:
+            child.check_ready()
+
+    def at_fps(self, fps: float) -> None:
+        """Says how fast the clips play, for the rewards that ask."""
+        for child in self.children:
+            child.at_fps(fps)
 
     def parts(self) -> list["Reward"]:
         """The rewards that this one is made of, each to be reported by itself."""

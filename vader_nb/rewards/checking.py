@@ -18,10 +18,11 @@ class Finding:
 
 @dataclass
 class Report:
-    """What `check` found; prints as a table. `passed`: fit for training."""
+    """What `check` found; prints as a table. `passed`: fit for its use."""
 
     name: str
     findings: list[Finding]
+    use: str = "training"  # or evaluation, for a reward that has no gradient and says so
 
     @property
     def passed(self) -> bool:
@@ -30,7 +31,7 @@ class Report:
     def __str__(self) -> str:
         width = max(len(finding.test) for finding in self.findings)
         verdict = "fit" if self.passed else "NOT FIT"
-        lines = [f"check of reward {self.name!r}: {verdict} for training"]
+        lines = [f"check of reward {self.name!r}: {verdict} for {self.use}"]
         for finding in self.findings:
             mark = "ok  " if finding.passed else "FAIL"
             lines.append(f"{mark} {finding.test:<{width}}  {finding.detail}")
@@ -61,7 +62,7 @@ def check(
         prompts: of the clips.
     """
     reward = as_reward(reward)
-    report = Report(reward.name, [])
+    report = Report(reward.name, [], "training" if reward.differentiable else "evaluation")
     generator = torch.Generator().manual_seed(seed)
     if frames is None:
         from ..zoo import world

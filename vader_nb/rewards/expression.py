@@ -15,20 +15,24 @@ from .base import Reward, as_reward
 _REWARDS = {
     "blip": "image_reward",
     "clip": "clip_score hps pickscore",
+    "coded": "h264_bytes jpeg_bytes",
     "detection": "object_presence object_removal",
     "dino": "subject_consistency",
     "flow": "flow_smoothness",
     "heads": "aesthetic aesthetic_hps compression rainy snowy",
     "pixels": "brightness colorfulness compressibility incompressibility motion_smoothness",
     "prism": "videoprism",
+    "remote": "server",
     "video_align": "video_reward",
     "video_mae": "action",
     "vjepa": "temporal_consistency",
+    "vlm": "vlm_yes",
     "xclip": "text_video",
 }
 MODULES = {name: module for module, names in _REWARDS.items() for name in names.split()}
 NAMES = sorted(MODULES)
 EMBEDDED = ("action", "aesthetic", "aesthetic_hps", "hps")  # the package holds a tiny one of these
+WITHOUT_GRADIENT = ("coded", "remote", "vlm")  # modules
 METHODS = ("towards", "capped", "normalized", "renamed")
 OPERATORS: dict[type, Callable] = {
     ast.Add: operator.add,
@@ -38,14 +42,16 @@ OPERATORS: dict[type, Callable] = {
 }
 _KNOWN = f"known rewards: {', '.join(NAMES)}"
 FILE_FUNCTION = re.compile(r"([^\s()*+,'\"]+\.py):(\w+)")
+ADDRESS = re.compile(r"(?<!['\"])\bhttps?://[^\s()*+,'\"]+")  # one in quotes is an argument
 
 
 def parse(expression: str, tiny: bool = False, from_config: bool = False) -> Reward:
     """The reward that an expression describes.
 
     An expression may hold names of `NAMES`, functions of files (`path/to/file.py:function`, or a
-    call of one that returns a reward), numbers, strings, + - * /, calls, and the methods of
-    `METHODS`. Nothing else in the text can run.
+    call of one that returns a reward), addresses of servers (`http://host:port/path`, up to the
+    next space), numbers, strings, + - * /, calls, and the methods of `METHODS`. Nothing else in the
+    text can run.
 
     Args:
         tiny: a name without arguments means the embedded reward, where there is one.
@@ -68,7 +74,8 @@ class _Parser:
 
     def parse(self) -> Reward | float | str:
         try:
-            text = FILE_FUNCTION.sub(self.placeholder, self.expression.strip())
+            text = ADDRESS.sub(lambda match: f"server({match[0]!r})", self.expression.strip())
+            text = FILE_FUNCTION.sub(self.placeholder, text)
             tree = ast.parse(text, mode="eval").body
         except SyntaxError as error:
             hint = "write for instance hps + 0.1 * aesthetic"
@@ -126,6 +133,8 @@ class _Parser:
             return as_reward(load_function(*self.files[name].groups())(*args, **options))
         if self.tiny and name in EMBEDDED and not args:
             options = {"checkpoint": "tiny"} | options
+        if self.from_config and MODULES[name] in WITHOUT_GRADIENT:
+            raise ValueError(f"{name} has no gradient: there is no training step to simulate")
         if self.from_config and MODULES[name] != "pixels":
             options["from_config"] = True
         module = importlib.import_module(f".{MODULES[name]}", __package__)

@@ -16,6 +16,7 @@ class Card:
     Attributes:
         parameters: millions.
         typical: scores of usual pictures or clips.
+        download, license: where no published weights decide them.
         beside: GB beside the weights while one clip of 16 frames of 256 x 256 is scored, forward
             and backward, in float16 (measured by tests/benchmarks/reward_memory.py).
     """
@@ -25,6 +26,8 @@ class Card:
     fails: str
     backbone: str = "formula"
     sources: tuple[str, ...] = ()
+    download: str = "none"
+    license: str = "ours"
     parameters: float = 0
     typical: tuple[float, float] | None = None
     beside: float | None = None
@@ -44,8 +47,8 @@ class Card:
             self.name,
             self.sees,
             self.backbone,
-            ", ".join(downloads) or "none",
-            ", ".join(dict.fromkeys(licenses)) or "ours",
+            ", ".join(downloads) or self.download,
+            ", ".join(dict.fromkeys(licenses)) or self.license,
             memory if self.parameters else "none",
             "{:g} to {:g}".format(*self.typical) if self.typical else "-",
             self.fails,

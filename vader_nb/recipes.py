@@ -1,0 +1,143 @@
+"""Recipes: per family and GPU a configuration for `vader-nb align config=NAME`, and how far it is known to work.
+
+The configurations are `configs/NAME.yaml`. Learning rates, ranks and numbers of steps are those of published runs,
+or left out. `configs/recipes/cards.yaml` has what is known of each, `runs.yaml` what `make recipes` measured.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import yaml
+
+from . import config
+from .strategies import parse_strategy
+from .tables import Table
+
+FOLDER = config.FOLDER / "recipes"
+HEADINGS = ("recipe", "GPUs", "memory of each", "denoiser calls", "rate, rank, steps", "status")
+SLURM = "slurm"  # the script beside the recipes
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `make recipes` measured: rows of `evaluation.json`, seconds of training."""
+
+    date: str
+    commit: str
+    seconds: int
+    machine: str
+    rows: list[dict]
+
+    def __str__(self) -> str:
+        found = [
+            f"{row['metric']}{' †' if row['held_out'] else ''} {row['base']:.3f} to {row['adapter']:.3f}, "
+            f"difference {row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+            for row in self.rows
+        ]
+        where = f"on {self.rows[0]['prompts']} {self.rows[0]['group']} prompts"
+        return (
+            f"run here: {self.date}, commit {self.commit}, trained in {self.seconds} s on {self.machine}; "
+            f"{where}: {'; '.join(found)}"
+        )
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a recipe.
+
+    Attributes:
+        gpu: a name of `memory_planner.GPUS`, or CPU.
+        memory: GiB at the peak of a step on one GPU, by `simulated`, if that was done.
+        gpus: how many.
+        run_by: who trained with these settings, with their figures.
+        source: where they say so.
+        differs: from what they did.
+    """
+
+    name: str
+    gpu: str
+    memory: float | None = None
+    gpus: int = 1
+    run_by: str = ""
+    source: str = ""
+    differs: str = ""
+
+    @property
+    def settings(self) -> dict:
+        return config.translate.read_yaml(config.FOLDER / f"{self.name}.yaml")
+
+    @property
+    def status(self) -> str:
+        if self.name in RUNS:
+            return str(RUNS[self.name])
+        if self.gpu == "CPU":
+            return "not run yet: make recipes"
+        if not self.run_by:
+            return "not run" if self.memory is None else "simulated only"
+        differs = f"; {self.differs}" if self.differs else ""
+        return f"run by {self.run_by}{differs} ({self.source}); not run here"
+
+    @property
+    def calls(self) -> int:
+        """Forward passes of the denoiser for an optimizer step, one per clip and guidance branch.
+
+        All steps are taken without a graph, and those that learn once more, with one.
+        """
+        given = self.settings
+        steps, branches = given["num_inference_steps"], 2 if given["guidance_scale"] > 1 else 1
+        plan = parse_strategy(given["strategy"]).plan(steps, torch.Generator().manual_seed(0))
+        clips = self.gpus * given["batch_size"] * given.get("gradient_accumulation_steps", 1)
+        return clips * branches * (steps + (plan.renoise or len(plan.active)))
+
+    def row(self) -> tuple[str, ...]:
+        """The cells under `HEADINGS`."""
+        given, on_cpu = self.settings, self.gpu == "CPU"
+        published = [given.get(key) for key in ("learning_rate", "rank", "steps")]
+        return (
+            self.name,
+            self.gpu if on_cpu else f"{self.gpus} × {self.gpu}",
+            "not simulated yet" if self.memory is None else f"{self.memory:.1f} GiB",
+            str(self.calls),
+            ", ".join("not published" if x is None else f"{x:g}" for x in published),
+            self.status,
+        )
+
+
+def _read(name: str) -> dict:
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+
+
+CARDS = {name: Card(name, **fields) for name, fields in _read("cards").items()}
+RUNS = {name: Run(**fields) for name, fields in _read("runs").items()}
+
+
+def table() -> Table:
+    """All recipes: hardware, simulated memory, denoiser calls per optimizer step, and who ran them."""
+    return Table(HEADINGS, [card.row() for card in CARDS.values()], HEADINGS)
+
+
+def text(name: str) -> str:
+    """A recipe's YAML, or with "slurm" the script that runs one on a cluster and is requeued.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    places = {card: config.FOLDER / f"{card}.yaml" for card in CARDS}
+    places[SLURM] = FOLDER / "slurm.sh"
+    if name not in places:
+        raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(places)}")
+    return places[name].read_text(encoding="utf-8")
+
+
+def simulated(name: str) -> float:
+    """GiB at the peak of a step of a recipe on one GPU, all weights in half precision; takes up to a minute."""
+    from .memory_planner import GIB, simulate
+
+    given = vars(config.read(config.Align, [f"config={name}"]))
+    known = {f.name for f in fields(config.schema(config.Memory))}
+    known -= {f.name for f in fields(config.Common)} | {"model", "reward", "gpu_memory", "measured"}
+    settings = {key: value for key, value in given.items() if key in known}
+    settings["gradient_checkpointing"] = True  # the default on CUDA
+    if given["mixed_precision"] == "bf16":
+        settings["dtype"] = "bfloat16"
+    return max(simulate(given["model"], given["reward"], **settings).values()) / GIB
