@@ -7,6 +7,7 @@ and counts the bytes that are alive. A setting acts here because it acts in trai
 import contextlib
 import copy
 import functools
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -232,11 +233,13 @@ class Step:
             p.grad = torch.zeros_like(p)
         optimizer.step()  # makes its moments, which are there in every later step
         optimizer.zero_grad()
+        gc.collect()
         tracker.enter("weights")
         _report_stages(model, tracker.enter)
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision or "")
         with torch.autocast(model.device.type, half, enabled=half is not None):
             self.gradient(model, adapter, ReportingReward(reward, tracker.enter), tracker)
+        gc.collect()  # what waits for Python's collector would count, or not, by chance
         tracker.enter("optimizer")
         optimizer.step()
         optimizer.zero_grad()
