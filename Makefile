@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: align test lab app recipes notebooks html zoo lint clean
 
 align: $(VENV)/installed
-	$(BIN)/vader-nb align model=$(MODEL) name=$(NAME)
+	$(BIN)/vader-nb align $(if $(filter tiny-%,$(MODEL)),config,model)=$(MODEL) name=$(NAME)
 
 # The browser that the tests click in: Debian's, installed where it is missing and that is allowed.
 CHROMIUM := /usr/bin/chromium

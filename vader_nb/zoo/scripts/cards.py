@@ -213,11 +213,13 @@ def tiny_wan() -> None:
             f"`vader_nb/zoo/scripts/train_wan.py`: the autoencoder learns from single frames ({train_wan.FRAME_STEPS} steps of "
             f"{train_wan.FRAME_BATCH}),\nthen from clips ({train_wan.CLIP_STEPS} steps of {train_wan.CLIP_BATCH}). The text encoder learns to spell out the "
             f"caption's four attributes\n({train_wan.TEXT_STEPS} steps) and is then frozen; the transformer trains for "
-            f"{train_wan.STEPS} steps of {train_wan.BATCH} clips, the first\n{train_wan.NOISY_STEPS} on nearly pure noise only. Sampled by "
+            f"{train_wan.STEPS} steps of {train_wan.BATCH} clips, the first\n{train_wan.NOISY_STEPS} on nearly pure noise only, and "
+            f"{train_wan.COLOR_STEPS} more with captions of which {train_wan.MISTAKES:.0%} have a color drawn at random. Sampled by "
             f"Euler's method, {model.defaults['num_inference_steps']} steps, guidance {model.defaults['guidance_scale']:g}, shift {train_wan.SHIFT:g}.",
             train_wan.SEED,
             quality,
-            "Accuracies on the 200 held-out captions, read by the oracles of `vader_nb/zoo/oracles.py`.",
+            "Accuracies on the 200 held-out captions, read by the oracles of `vader_nb/zoo/oracles.py`. The mistaken captions\n"
+            "are there so that alignment has something to mend: without them every color is right.",
         ),
     )
 
