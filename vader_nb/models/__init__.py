@@ -304,19 +304,24 @@ def load(
     except OSError as error:
         if checkpoint.directory:
             raise
-        repositories = dict.fromkeys([checkpoint.source, *checkpoint.parts.values()])
-        fetch = " && ".join(f"hf download {repository}" for repository in repositories)
-        raise FileNotFoundError(
-            f"the weights of {name!r} are not on this machine and the hub cannot be reached: "
-            f"{checkpoint.source} ({checkpoint.size}, {checkpoint.license}).\n"
-            f"  with a network:  {fetch}\n"
-            f"  with a copy:     vader_nb.load('/path/to/the/pipeline/directory')\n"
-            f"  without either:  vader_nb.load('tiny'), embedded in this package"
-        ) from error
+        raise FileNotFoundError(how_to_get(name, checkpoint)) from error
     model.to(device)
     if check or (check is None and is_unchecked_zoo(checkpoint)):
         run_check(model, checkpoint)
     return model
+
+
+def how_to_get(name: str | Path, checkpoint: Checkpoint) -> str:
+    """What to do where a published checkpoint is out of reach."""
+    repositories = dict.fromkeys([checkpoint.source, *checkpoint.parts.values()])
+    fetch = " && ".join(f"hf download {repository}" for repository in repositories)
+    return (
+        f"the weights of {name!r} are not on this machine and the hub cannot be reached: "
+        f"{checkpoint.source} ({checkpoint.size}, {checkpoint.license}).\n"
+        f"  with a network:  {fetch}\n"
+        f"  with a copy:     vader_nb.load('/path/to/the/pipeline/directory')\n"
+        f"  without either:  vader_nb.load('tiny'), embedded in this package"
+    )
 
 
 def is_unchecked_zoo(checkpoint: Checkpoint) -> bool:
