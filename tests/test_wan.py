@@ -705,6 +705,15 @@ def test_the_planner_tells_the_decoders_settings_apart(wide):
         memory_planner.memory("tiny", "hps", decoder_gradient="exact")
 
 
+def test_the_planner_takes_the_random_frame_that_needs_the_most(wide):
+    """With a causal decoder the last one, before which all others are decoded."""
+    first, last, random = (
+        memory_planner.simulate(wide, "brightness", **FLOAT32 | {"frames": frames})["decode"]
+        for frames in ("0", "16", "random:1")
+    )
+    assert first < last == random
+
+
 # ------------------------------------------------------------------------------------ promises of a model
 
 
