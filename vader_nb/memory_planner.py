@@ -336,7 +336,8 @@ def _convert_parts(model: VideoModel, dtypes: dict[str, torch.dtype]) -> None:
     """Give the parts that these types name theirs: fake weights are replaced, since they cannot change."""
     for part, dtype in dtypes.items():
         if part != "default":
-            for table, name, tensor in frozen_tensors(getattr(model, part)):
+            network = model.denoisers.get(part) or getattr(model, part)
+            for table, name, tensor in frozen_tensors(network):
                 if tensor.is_floating_point():
                     table[name] = moved(tensor, dtype)
 
