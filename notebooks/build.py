@@ -311,7 +311,7 @@ Configurations by model and GPU. `vader-nb align config=NAME` runs one, with any
 `vader-nb recipes NAME` prints it, and `vader-nb recipes` this table.
 
 - Memory is the simulated peak of one GPU in a step, weights included, in the types in which `align` loads them:
-  `vader-nb memory config=NAME gpu_memory=GPU` shows it by stage, with the same settings. Of the embedded models it is what
+  `vader-nb memory config=NAME gpu_memory="GPU"` shows it by stage, with the same settings. Of the embedded models it is what
   their tensors take on a CPU: `vader-nb memory config=NAME dtype=float32 gradient_checkpointing=false`.
 - Denoiser calls are forward passes for one optimizer step, of all GPUs, each for one clip and one branch of the guidance.
 - Rates, ranks and steps are those of the runs that are named, and left out where no one published any: then the package's

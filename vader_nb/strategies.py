@@ -183,7 +183,7 @@ class Frames:
 
     @classmethod
     def random(cls, k: int = 1) -> "Frames":
-        """k different frames, drawn anew for each batch. VADER takes 1."""
+        """k different frames, drawn anew for each batch, of those that no image gives. VADER takes 1."""
         return cls("random", k)
 
     @classmethod
