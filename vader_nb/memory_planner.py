@@ -196,7 +196,9 @@ class Step:
         decoder = models.decoder_settings(model, given)
         config, text_cache = TrainConfig.from_flat(flat), given["text_cache"]
         step = cls(str(model), reward, config, dtype, offload, text_cache, decoder)
-        check_half(config.mixed_precision, step.dtypes.values())
+        dtypes = step.dtypes
+        dtypes.pop("text_encoder", None)  # which autocast does not reach
+        check_half(config.mixed_precision, dtypes.values())
         return step
 
     @property

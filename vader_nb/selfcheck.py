@@ -1,6 +1,6 @@
 """Does a model do on this machine what it promises? `vader-nb selfcheck model=wan`, a table to paste into an issue.
 
-One family end to end, in ten minutes on a GPU, of which the largest part is reading weights: its gradient, an
+One family end to end, in about ten minutes on a GPU, of which the largest part is reading weights: its gradient, an
 interrupted run against an uninterrupted one, memory against the planner's, both half precisions, two GPUs if there
 are. A check that fails leaves the others; what needs a GPU that is not there is not run, and says so.
 """

@@ -234,8 +234,12 @@ class Trainer:
         self.accelerator = distributed.accelerator_for(
             model.device, config.mixed_precision, config.log_with, config.output_dir
         )
-        weights = (p for network in model.modules() for p in network.parameters())
-        check_half(self.accelerator.mixed_precision, {p.dtype for p in weights})
+        networks = (
+            *model.denoisers.values(),
+            *model.decoders(),
+        )  # texts are encoded without autocast
+        dtypes = {p.dtype for network in networks for p in network.parameters()}
+        check_half(self.accelerator.mixed_precision, dtypes)
         scaled = self.accelerator.scaler is not None
         self.max_non_finite = MAX_NON_FINITE_SCALED if scaled else MAX_NON_FINITE
         found = distributed.broadcast_from_main(self.find_checkpoint, self.accelerator)

