@@ -94,17 +94,17 @@ def test_what_does_not_fit_is_named(daisy, tmp_path, monkeypatch):
 
 
 def test_a_short_alignment_raises_the_probability_on_captions_that_it_has_not_seen(daisy, tmp_path):
-    """By a factor only: the logarithm, since probabilities of 1e-4 differ from clip to clip by as much."""
+    """By a factor, of almost nothing: the tiny world has no daisies, and clips differ by as much. Hence the logarithm."""
 
     def log_probability(frames, prompts):
         return daisy(frames, prompts).log()
 
-    model, few = load("tiny"), Sampling(num_inference_steps=4)
-    settings = {"steps": 8, "batch_size": 2, "learning_rate": 1e-2, "frames": "all"}
+    model, few = load("tiny", check=False), Sampling(num_inference_steps=4)
+    settings = {"steps": 10, "batch_size": 2, "learning_rate": 1e-2, "frames": "all"}
     settings |= {"sampling": few, "output_dir": tmp_path / "run", "progress": False}
     aim = rewards.reward(log_probability, per_frame=True)
     run = align(model, aim, "tiny", **settings)
-    captions = {"held-out": prompts.get("tiny_held_out")[:12]}
+    captions = {"held-out": prompts.get("tiny_held_out")[:8]}
     options = {"seeds_per_prompt": 1, "sampling": few, "progress": False}
     row = evaluate(model, run, aim, captions, **options).row("held-out", "log_probability")
     assert row.low > 0 and row.difference > 0.15, row

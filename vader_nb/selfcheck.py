@@ -159,7 +159,7 @@ def peak_memory(subject: Subject) -> Iterator[Row]:
             yield Row("memory", needs, verdict=f"not run: {free:.1f} GiB")
             return
     else:
-        changes = {"dtype": torch.float32, "num_inference_steps": 2, "height": 32, "width": 32}
+        changes = {"dtype": torch.float32, "num_inference_steps": 3}
     step = Step.of(subject.name, subject.expression, settings | changes)
     real, planned = (allocated if on_cuda else Step.count)(step), step.simulate()
     # Without the text encoder's stage, which is empty where its states are on disk.
