@@ -79,7 +79,8 @@ Cards of the embedded ones: [tiny](../vader_nb/zoo/weights/tiny/README.md),
 
 ## What K does: a UNet and a transformer, noise and flow
 
-Both embedded text-to-video models with the same captions, seeds and reward (hps + 0.02 × aesthetic), 40 training steps each, on one CPU thread:
+Both embedded text-to-video models with the same captions, seeds and reward (hps + 0.02 × aesthetic), 40 training steps
+each by its recipe (`tiny`: four clips, one random frame of each; `tiny-wan`: eight clips, all frames), on one CPU thread:
 
 | model | K | gain | cosine | step, CPU s | held-out reward | per CPU minute |
 |---|---|---|---|---|---|---|
