@@ -10,7 +10,7 @@ import torch
 
 from vader_nb import align, load, lora, models, quantization, rewards, sample
 from vader_nb.cli import main
-from vader_nb.memory_planner import STAGES, FakeMode, Step, simulate
+from vader_nb.memory_planner import SAVINGS, STAGES, FakeMode, Step, _applies, simulate
 from vader_nb.models.parts import ModelOfParts
 from vader_nb.quantization import BITS, QuantizedLinear, eligible
 from vader_nb.rewards.networks import default_dtype
@@ -337,6 +337,15 @@ def test_the_planner_counts_what_a_step_takes(folders, quantize):
     simulated, real = step.simulate(), step.count()
     for stage in STAGES:
         assert simulated[stage] == pytest.approx(real[stage], rel=0.1), stage
+
+
+def test_the_planner_offers_what_is_installed(folders, monkeypatch):
+    setup = {"quantize": "4bit"}, folders["wan"], "brightness"
+    assert {"quantize": "8bit"} in SAVINGS and setup[0] in SAVINGS
+    assert _applies(*setup, {}) and _applies(*setup, {"quantize": "8bit"})
+    assert not _applies(*setup, {"quantize": "4bit"})
+    monkeypatch.setattr(quantization, "is_installed", lambda: False)
+    assert not _applies(*setup, {})
 
 
 @pytest.mark.parametrize("quantize", [None, *BITS])
