@@ -16,7 +16,7 @@ from vader_nb.quantization import BITS, QuantizedLinear, eligible
 from vader_nb.rewards.networks import default_dtype
 from vader_nb.sampling import Sampling
 from vader_nb.strategies import Frames, Last
-from vader_nb.testing import REWARDS, SEEDS, adapted, apart, plain_autograd, staged
+from vader_nb.testing import HALF, REWARDS, SEEDS, adapted, apart, plain_autograd, staged
 
 from . import test_animatediff, test_cogvideox, test_hunyuan, test_ltx_video, test_wan
 from .test_opensora import SETTINGS as OPENSORA
@@ -292,17 +292,17 @@ def test_an_embedded_model_keeps_the_promises_that_are_checked_at_load_and_learn
     assert {p.dtype for p in run.adapter.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("mixed_precision", [None, "bf16"])
-def test_in_half_precision_the_gradient_points_where_the_wide_one_does(folders, mixed_precision):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_half_precision_the_gradient_points_where_the_wide_one_does(folders, autocast):
     gradients = []
-    for dtype in (torch.float64, torch.bfloat16 if mixed_precision is None else torch.float32):
+    for half in (False, True):  # from the same noise, which Wan draws in float32
+        dtype = torch.bfloat16 if half and not autocast else torch.float32
         model = load(folders["wan"], dtype=dtype, quantize="8bit")
         adapter = adapted(model)
-        setup = REWARDS["frames"], PROMPTS, SEEDS, SMALL, Last(2), Frames.all()
-        half = mixed_precision is not None and dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            gradients.append(staged(model, adapter, *setup)[1].double())
-    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.95
+        setup = REWARDS["frames"], PROMPTS, SEEDS, SMALL, Last(1), Frames.at(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and autocast):
+            gradients.append(staged(model, adapter, *setup)[1])
+    assert torch.cosine_similarity(*gradients, dim=0) > HALF[torch.bfloat16]
 
 
 def test_what_cannot_be_is_an_error_before_anything_is_read(monkeypatch):
@@ -329,9 +329,8 @@ def test_in_a_shell(folders, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------ its memory
 
 
-@pytest.mark.parametrize("quantize", BITS)
-def test_the_planner_counts_what_a_step_takes(folders, quantize):
-    settings = {"dtype": torch.float32, "quantize": quantize, "batch_size": 2, "strategy": Last(2)}
+def test_the_planner_counts_what_a_step_takes(folders):
+    settings = {"dtype": torch.float32, "quantize": "4bit", "batch_size": 2, "strategy": Last(2)}
     settings |= test_wan.SMALL | {"text_cache": False}
     step = Step.of(folders["wan"], "brightness", settings)
     simulated, real = step.simulate(), step.count()
