@@ -314,6 +314,12 @@ def test_what_cannot_be_is_an_error_before_anything_is_read(monkeypatch):
             ask()
 
 
+def test_a_model_without_such_layers_is_an_error(folders, monkeypatch):
+    monkeypatch.setattr(quantization, "eligible", lambda network: iter(()))
+    with pytest.raises(ValueError, match="quantize has no effect: no list of blocks in .*micro"):
+        load(folders["micro"], quantize="4bit")
+
+
 def test_in_a_shell(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [

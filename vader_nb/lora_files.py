@@ -265,10 +265,10 @@ def original_name(model: VideoModel, name: str) -> str:
 def check_shapes(model: VideoModel, layer: str, parts: State, path: str | Path) -> None:
     key, _, name = layer.partition(".")
     module: Any = model.denoisers[key].get_submodule(name)
-    linear = isinstance(
-        module, nn.Linear
-    )  # of which a quantized one keeps its weight in another shape
-    size = (module.out_features, module.in_features) if linear else tuple(module.weight.shape)
+    if isinstance(module, nn.Linear):  # a quantized one keeps its weight in another shape
+        size = (module.out_features, module.in_features)
+    else:
+        size = tuple(module.weight.shape)
     for half, other in ("AB", "BA"):
         if half not in parts:
             raise ValueError(

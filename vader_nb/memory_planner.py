@@ -547,8 +547,8 @@ def memory(
         measured: take the step on this machine's CUDA device, and report torch's own count.
         **settings: fields of `TrainConfig` and `Sampling`, by default `batch_size=1` and
             `gradient_checkpointing=True`; `dtype`, of all or by part as for `models.load`; `model_cpu_offload`;
-            of a causal decoder `decoder_states` and `decoder_gradient`; `quantize`, and `text_cache`, as for `load`: the row
-            "text" then has the text encoder alone, before the first step.
+            of a causal decoder `decoder_states` and `decoder_gradient`; `quantize`, as for `load`; and `text_cache`,
+            too: the row "text" then has the text encoder alone, before the first step.
 
     Raises:
         ValueError: an unknown model, reward, setting or GPU.

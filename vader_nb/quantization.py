@@ -2,9 +2,9 @@
 
 The linear layers of the denoisers' blocks keep their weights quantized, and compute with the dequantized ones, in the
 type of their inputs, forward and backward. A step therefore has exactly the gradient of a float base that holds the
-dequantized weights. (bitsandbytes' own layer of 8 bits rounds its inputs to 8 bits, too; such a function has no
-gradient, and what passes for it is another function's.) A clip has tens of thousands of tokens: next to the products,
-dequantizing costs little.
+dequantized weights. (bitsandbytes' own layer of 8 bits, which diffusers' `BitsAndBytesConfig` makes on a GPU, rounds its
+inputs to 8 bits, too; such a function has no gradient, and what passes for it is another function's.) A clip has tens of
+thousands of tokens: next to the products, dequantizing costs little.
 """
 
 import enum
@@ -138,12 +138,20 @@ def eligible(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def apply(model: Any, config: "Config | None") -> None:
-    """Quantize what is not yet of a model's denoisers, one layer after the other."""
+    """Quantize what is not yet of a model's denoisers, one layer after the other.
+
+    Raises:
+        ValueError: if there is nothing to quantize.
+    """
     if config is None:
         return
     for network in model.denoisers.values():
         for name, layer in eligible(network):
             config.quantize(network, name, layer.weight.detach())
+    if not is_quantized(model):
+        raise ValueError(
+            f"quantize has no effect: no list of blocks in {model.name!r} has a linear layer"
+        )
 
 
 def is_quantized(model: Any) -> bool:
