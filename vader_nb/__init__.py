@@ -8,9 +8,13 @@ Names are imported on first use: `import vader_nb` itself loads nothing heavy.
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# Where it is installed, peft and diffusers import it, and it advises to install a kernel that nothing here calls.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from . import (

@@ -56,7 +56,8 @@ def training_prompts(arguments) -> list:
 
 
 def load(arguments):
-    return vader_nb.load(arguments.model, text_cache=arguments.text_cache)
+    settings = {name: getattr(arguments, name) for name in ("text_cache", "quantize")}
+    return vader_nb.load(arguments.model, **settings)
 
 
 def spread(prompts: list, count: int) -> list:

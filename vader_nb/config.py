@@ -51,6 +51,9 @@ class Modeled(Common):
         None,
         "large text encoders out of memory, their states on disk; default: beyond 1e9 parameters",
     )
+    quantize: str | None = option(
+        None, "8bit or 4bit: the frozen denoiser's weights, by bitsandbytes; default: as loaded"
+    )
 
 
 @dataclass
@@ -136,6 +139,9 @@ class Memory(Common):
     text_cache: bool | None = option(
         None,
         "large text encoders out of memory, their states on disk; default: beyond 1e9 parameters",
+    )
+    quantize: str | None = option(
+        None, "8bit or 4bit: the frozen denoiser's weights, by bitsandbytes; default: as loaded"
     )
     decoder_states: str | None = option(
         None, "where a causal decoder's states wait: device, cpu, or a number m for every m-th"
