@@ -1,11 +1,15 @@
 """What autograd saved waits elsewhere, and comes back one before it is needed."""
 
+import contextlib
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vader_nb import offload
 from vader_nb.memory_planner import FakeMode, MemoryTracker
 from vader_nb.offload import Offloaded, offload_saved_tensors
 
@@ -99,3 +103,39 @@ def test_weights_stay_where_they_are(events):
         y = layer(torch.ones(2, 3, requires_grad=True))
     assert [one().kept.shape for one in events[1]] == [(2, 3)]
     assert y.shape == (2, 3)
+
+
+def test_on_a_gpu_copies_have_a_stream_and_wait_for_what_they_need(monkeypatch):
+    """Without a GPU: fake CUDA tensors, and streams that note what is asked of them."""
+    noted = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            noted.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def inside(stream):
+        noted.append(f"copy in {stream.name}")
+        yield
+
+    side, main = Stream("side"), Stream("main")
+    monkeypatch.setattr(offload, "copies", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    kept = lambda tensor, stream: noted.append(f"memory kept for {stream.name}")  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "record_stream", kept)
+    out = ["side waits for main", "copy in side", "memory kept for side"]
+    home = ["main waits for side", "memory kept for main"]
+    with FakeTensorMode():
+        hooks: Any = offload_saved_tensors(CPU, NOTHING)
+        first, second = (hooks.pack_hook(torch.ones(n, device="cuda")) for n in (1, 2))
+        assert noted == out * 2 and first.kept.device.type == "cpu"
+        noted.clear()
+        assert hooks.unpack_hook(second).device.type == "cuda"
+        assert noted == ["copy in side", *home, "copy in side"]  # the first comes already
+        noted.clear()
+        assert hooks.unpack_hook(first).shape == (1,)
+        assert noted == home
