@@ -287,7 +287,7 @@ def test_another_adapter_sorts_anew_but_keeps_the_prompt(everything):
 def test_before_it_is_shown_only_two_contestants_are_awaited(tiny, tmp_path):
     async def notebook():
         comparison = make(tiny, tmp_path)
-        bundle = comparison._repr_mimebundle_()
+        bundle = comparison.bundles()[1]
         there = list(comparison.data.clips[PROMPTS[0]])
         await comparison.jobs.task
         return comparison, bundle, there
@@ -486,7 +486,7 @@ def test_blind_mode_reveals_nothing(comparison):
     )
     alts = {re.search(r'alt="([^",]*)', page)[1] for page in pages(comparison)}
     assert alts == {f"A and B: {PROMPTS[0]}"}
-    assert "aesthetic" not in re.sub("base64,[^\"']*", "", str(comparison._repr_mimebundle_()))
+    assert "aesthetic" not in re.sub("base64,[^\"']*", "", str(comparison.bundles()))
 
 
 def test_a_pair_is_base_and_adapter_from_one_new_seed(comparison, tiny):

@@ -35,7 +35,7 @@ def main(names: list[str]) -> None:
     for name in names or [name for name in widgets.__all__ if name != "TrainingMonitor"]:
         began = time.time()
         panel = getattr(widgets, name)(*([] if name == "MemoryPlanner" else [model]))
-        panel._repr_mimebundle_()
+        panel.bundles()
         print(f"{name}: first picture after {time.time() - began:.2f} s", flush=True)
         if name == "Sampler":
             panel.set(num_inference_steps=1)  # it is not the sampling that could pile up

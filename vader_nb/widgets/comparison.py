@@ -14,17 +14,18 @@ from ipywidgets import HTML, ToggleButton, VBox
 from ..checkpoints import write_text
 from ..evaluation import BASE
 from ..models import VideoModel
+from ..prompts import Prompt
 from ..rewards import Reward
 from ..sampling import Sampling
 from ..video import Video
 from . import comparison_html
 from .comparison_data import Comparison
-from .comparison_html import columns, number, score_rows
+from .comparison_html import score_rows
 from .controls import FULL, choice, disable, row, switch
-from .drawing import download_link, note
+from .drawing import columns, download_link, note, number
 from .jobs import Job
 from .panel import Panel
-from .player import EMPTY, Player, pictures
+from .player import EMPTY, Player, joined, pictures
 from .voting import Pair, Tally, Vote, Votes
 
 GIVEN, HELPS, HURTS = "as given", "helps most first", "hurts most first"
@@ -62,7 +63,7 @@ class RewardComparison(Panel):
         model: VideoModel,
         adapters: Mapping[str, str | Path] | None = None,
         rewards: Sequence[Reward | Callable] | None = None,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | Prompt] | None = None,
         seed: int = 0,
         folder: str | Path = "runs/comparison",
         sampling: Sampling | None = None,
@@ -256,7 +257,7 @@ class RewardComparison(Panel):
 
     def _draw(self, frames: Sequence, alt: str) -> None:
         """Join clips side by side, playing and frame by frame."""
-        self._picture = comparison_html.joined(frames, self.data.model.defaults["fps"], alt)
+        self._picture = joined(frames, self.data.model.defaults["fps"], alt)
         self._images = pictures(self._picture, alt)
 
     def _switch_view(self) -> None:

@@ -3,7 +3,19 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ipywidgets import HTML, Checkbox, Dropdown, FloatSlider, HBox, IntSlider, Text, VBox, Widget
+from ipywidgets import (
+    HTML,
+    Checkbox,
+    Dropdown,
+    FloatSlider,
+    HBox,
+    IntSlider,
+    Text,
+    ToggleButton,
+    ToggleButtons,
+    VBox,
+    Widget,
+)
 
 from .drawing import note
 
@@ -15,9 +27,9 @@ LINE = {"style": LABEL, "layout": WIDE}  # of a control with a label
 FRAMES = ("random:1", "ends", "every:2", "all")  # choices of the frames that are scored
 
 
-def text(description: str, value: str) -> Text:
+def text(description: str, value: str, **options) -> Text:
     """A line of text, heard when it is finished."""
-    return Text(value, description=description, continuous_update=False, **LINE)
+    return Text(value, description=description, continuous_update=False, **LINE, **options)
 
 
 def slider(description: str, value: float, low: float, high: float, **options) -> Widget:
@@ -52,6 +64,19 @@ def beside(*columns: Widget) -> HBox:
     return HBox(columns, layout=FULL | look)
 
 
+def fold(description: str, *children: Widget) -> VBox:
+    """A button that shows and hides widgets, at first hidden. Unlike ipywidgets' accordion, it is in the tab order."""
+    button = ToggleButton(
+        value=False, description=description, icon="sliders", layout={"width": "auto"}
+    )
+    inside = VBox(children, layout=FULL | {"display": "none"})
+    button.observe(
+        lambda change: setattr(inside.layout, "display", "flex" if change["new"] else "none"),
+        "value",
+    )
+    return VBox([button, inside], layout=FULL)
+
+
 def disable(why: str, *controls, remark: HTML | None = None) -> None:
     """Disable controls and say why, in their tooltips and in `remark`; an empty reason enables."""
     for item in controls:
@@ -65,7 +90,7 @@ def disable(why: str, *controls, remark: HTML | None = None) -> None:
 
 def set_value(name: str, control: Any, value) -> None:
     """Set a control. Raises ValueError for a value that it does not offer."""
-    if isinstance(control, Dropdown):
+    if isinstance(control, Dropdown | ToggleButtons):
         offered = [option[1] if isinstance(option, tuple) else option for option in control.options]
         if value not in offered:
             raise ValueError(f"{name} must be one of {', '.join(map(str, offered))}; got {value!r}")

@@ -8,13 +8,42 @@ import io
 from collections.abc import Sequence
 from html import escape
 
+import torch
 from ipywidgets import HTML, SelectionSlider, Tab, VBox, jslink
+from PIL import Image
 
-from ..video import Video
+from ..video import Video, grid
 from .controls import FULL, LINE
 from .drawing import data_url, note
 
 EMPTY = note("no clip yet")
+GAP = 4  # pixels between clips
+BACKGROUND = 0.25  # their gray, which is seen beside white, gray and black clips
+
+
+def joined(clips: Sequence[torch.Tensor | None], fps: float, text: str) -> Video:
+    """Clips (F, 3, H, W) side by side as one video; None: an empty place, not made yet."""
+    like = next(clip for clip in clips if clip is not None)
+    filled = [torch.full_like(like, BACKGROUND) if clip is None else clip for clip in clips]
+    return Video(grid(torch.stack(filled), len(filled), GAP, BACKGROUND), fps, text)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def segments(lengths: Sequence[int], frame: int = 0) -> str:
+    """The segments of a long clip as a line, so that its seams are seen; bold: that of `frame`, counted from 1."""
+    if len(lengths) < 2:
+        return ""
+    line, end = "", 0
+    for number, length in enumerate(lengths, 1):
+        tag = "b" if end < frame <= end + length else "span"
+        end += length
+        line += f"<{tag} style='flex:{length}'>segment {number}, to frame {end}</{tag}>"
+    return f"<div class=vader-segments>{line}</div>"
 
 
 def moving(video: Video, alt: str) -> str:
@@ -27,9 +56,7 @@ def pictures(video: Video, alt: str) -> list[str]:
     """The clip as an <img> that plays, then each of its frames."""
     found = [moving(video, alt)]
     for number, image in enumerate(video.images(), 1):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        source, text = data_url(buffer.getvalue(), "image/png"), f"{alt}, frame {number}"
+        source, text = data_url(png(image), "image/png"), f"{alt}, frame {number}"
         found.append(f'<img class=vader-frame src="{source}" alt="{escape(text)}">')
     return found
 
