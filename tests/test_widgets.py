@@ -421,17 +421,15 @@ def test_a_slider_makes_the_clip_anew(sampler):
     assert not torch.equal(sampler.video.frames, before.frames)
 
 
-def test_the_seed_stays_when_it_is_locked_and_changes_when_not(sampler):
+def test_the_seed_stays_until_another_one_is_asked_for(sampler):
     sampler.set(seed=4)
-    sampler.lock.value = True
     sampler.prompt.value = "a green circle moving up on a white background"
     assert sampler.video.caption == sampler.prompt.value
     assert sampler.seed.value == 4
-    sampler.lock.value = False
-    sampler.prompt.value = "a green square moving up on a white background"
-    assert sampler.history[0][0].seed == sampler.seed.value != 4
-    assert sampler.video.caption == sampler.prompt.value
-    sampler.lock.value = True
+    sampler.dice.click()
+    assert sampler.history[0][0].seed == sampler.seed.value
+    sampler.seed.value = 2**31 + 5
+    assert sampler.history[0][0].seed == 2**31 - 1  # the largest
 
 
 def test_what_cannot_act_is_disabled_and_says_why(sampler, tiny):

@@ -15,6 +15,8 @@ from .controls import slider, text
 WORDS = {w for spec in world.specs() for w in spec.caption.split()}  # of the tiny world
 TELLING = WORDS - {"a", "on", "background", "moving"}
 OWN = "the model's own"  # a number that is not set
+FROM_IMAGE = "It starts from an image: upload one."
+FROM_PROMPT = "It starts from an image; without one, the prompt's first frame is drawn for it."
 GUIDED = ("negative_prompt", "guidance_rescale")  # controls that act where there is guidance
 
 
@@ -34,7 +36,7 @@ def controls(model: VideoModel) -> dict[str, Widget]:
             made[name] = text(label, "", placeholder=OWN)
             continue
         low, high = model.option_bounds[name]
-        step = {} if isinstance(value, int) else {"step": value / 10, "readout_format": ".3~f"}
+        step = {} if isinstance(value, int) else {"step": value / 10, "readout_format": ".3f"}
         made[name] = slider(label, value, low, min(high, 10 * value), **step, **late)
     return made
 
@@ -64,7 +66,7 @@ def vocabulary(model: VideoModel) -> str:
         return ""
     kinds = world.COLORS, world.SHAPES, world.MOTIONS, world.BACKGROUNDS
     named = zip(("colors", "shapes", "motions", "backgrounds"), map(", ".join, kinds))
-    return "It knows these words. " + " · ".join(f"{kind}: {words}" for kind, words in named)
+    return "Words that the model knows, " + " · ".join(f"{kind}: {words}" for kind, words in named)
 
 
 def unknown(model: VideoModel, prompt: str) -> str:

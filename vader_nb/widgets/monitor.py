@@ -100,12 +100,11 @@ class TrainingMonitor(Panel):
         self._task: asyncio.Task | None = None
         self.state, self.curves, self.caption = HTML(), HTML(), HTML()
         self.stop_button = self.button("stop and keep", "stop", 150, self.stop)
-        self.refresh_button = self.button("refresh", "refresh", 100, self.refresh)
         self.step = SelectionSlider(options=[NONE], description="clips of step", **LINE)
         self.on(self._show_clips, self.step)
         self.player = Player(model.defaults["num_frames"] if model else 1)
         self.clips = column(self.step, self.player.box, self.caption, max_width="480px")
-        buttons = row(self.stop_button, self.refresh_button, self.why)
+        buttons = row(self.stop_button, self.why)
         pictures = beside(column(self.curves, flex="2 1 300px"), self.clips)
         self.assemble(self.state, buttons, pictures)
         try:

@@ -21,7 +21,7 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 NAMES = """
 const root = this.closest('.vader'), name = () => root.querySelectorAll(
   '.noUi-handle, .ui-slider-handle').forEach(handle => {
-    const label = handle.closest('.jupyter-widgets').querySelector('.widget-label')
+    const label = handle.closest('.widget-slider').querySelector('.widget-label')
     if (label && label.textContent) handle.setAttribute('aria-label', label.textContent)
   })
 new MutationObserver(name).observe(root, {childList: true, subtree: true}), name()

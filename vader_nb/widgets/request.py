@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .. import zoo
 from ..models import VideoModel
@@ -56,8 +56,9 @@ class Request:
         """What the model is given."""
         if not (self.negative_prompt or self.image):
             return self.prompt
-        image = Image.open(io.BytesIO(self.image)).convert("RGB") if self.image else None
-        return Prompt(self.prompt, self.negative_prompt, image)
+        return Prompt(
+            self.prompt, self.negative_prompt, as_image(self.image) if self.image else None
+        )
 
     def settings(self) -> dict:
         """Arguments of `Sampling` that are not its defaults."""
@@ -125,3 +126,8 @@ class Request:
                 f"Video(frames[0], fps={fps:g})",
             ]
         )
+
+
+def as_image(data: bytes) -> Image.Image:
+    """A file's image, upright."""
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")

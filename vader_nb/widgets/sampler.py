@@ -4,7 +4,6 @@ Sampler(model, adapters={"hps": "runs/hps"})          in a notebook
 sampler.run(prompt="…", seed=3, scale=0.7)            the same from Python: a Video
 """
 
-import io
 import itertools
 import random
 from collections import deque
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from ipywidgets import HTML, BoundedIntText, FileUpload, FloatRangeSlider, VBox, Widget
-from PIL import Image
 
 from ..evaluation import BASE
 from ..long_clips import segment_of_frames
@@ -38,8 +36,8 @@ from .controls import (
 from .drawing import code, columns, data_url, download_link, note
 from .jobs import Job
 from .panel import Panel, remember
-from .player import Player, joined, moving, pictures, png, segments
-from .request import NONE, Request
+from .player import Player, encoded, fit, joined, moving, pictures, segments
+from .request import NONE, Request, as_image
 
 HISTORY = 8  # clips that are kept to go back to
 SEEDS = 2**31 - 1  # the largest
@@ -97,7 +95,6 @@ class Sampler(Panel):
         part = {"description": "adapter acts", "min": 0, "max": 1, "readout_format": ".0%"}
         self.part = FloatRangeSlider(value=(0, 1), **part, **fine, **LINE)
         self.part.add_class("vader-range")
-        self.lock = switch("keep the seed when the prompt changes", True)
         self.beside = switch("base model beside the adapter", bool(self.adapters))
         self.format = choice("save as", [".mp4", ".gif", ".webp"], width="210px")
         self.dice = self.button("new seed", "random", 110, self.roll)
@@ -111,18 +108,17 @@ class Sampler(Panel):
         self.words, self.first, self.saved = HTML(), HTML(), HTML()
         self.caption, self.listing = HTML(), HTML()
         self._slots = [self._slot(index) for index in range(HISTORY)]
-        box, seeds, *others = self.settings.values()
-        self.on(self._new_prompt, box)
-        self.on(self._sample, seeds, *others, self.part, self.beside)
+        self.on(self._sample, *self.settings.values(), self.part, self.beside)
         self._arrange(own)
         self.changed()
 
     def _arrange(self, own: Mapping[str, Widget]) -> None:
         s = self.settings
-        mixing = s["second"], s["second_scale"], self.part
-        more = fold("more settings", *own.values(), *mixing, self.lock, self.beside)
-        plain = s["num_inference_steps"], s["guidance_scale"], s["adapter"], s["scale"]
-        controls = column(row(s["seed"], self.dice), *plain, self.why, more, flex="2 1 270px")
+        acting = [s["adapter"], s["scale"]] if self.adapters else []
+        mixing = [s["second"], s["second_scale"], self.part, self.beside] if self.adapters else []
+        more = fold("more settings", *own.values(), *mixing)
+        plain = row(s["seed"], self.dice), s["num_inference_steps"], s["guidance_scale"]
+        controls = column(*plain, *acting, self.why, more, flex="2 1 270px")
         wide = "560px" if self.adapters else "340px"
         clip = column(self.player.box, self.caption, flex="3 1 260px", max_width=wide)
         start = row(self.upload, self.again, self.forget, self.first)
@@ -214,10 +210,10 @@ class Sampler(Panel):
         if not self.model.takes_image:
             raise ValueError(f"{self.model.name!r} makes clips of text alone: it takes no image")
         if isinstance(image, torch.Tensor):
-            return png(Video(image[None]).images()[0])
+            return encoded(Video(image[None]).images()[0])
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
         try:
-            Image.open(io.BytesIO(data)).verify()
+            as_image(data)
         except (OSError, SyntaxError) as error:
             raise ValueError(f"this file is no image that can be read: {error}") from error
         return data
@@ -238,12 +234,6 @@ class Sampler(Panel):
         files = [*files.values()] if isinstance(files, dict) else files  # ipywidgets 7, and 8
         if files:
             self.start_from(bytes(files[-1]["content"]))
-
-    def _new_prompt(self) -> None:
-        if self.lock.value:
-            self._sample()
-        else:
-            self.roll()
 
     def _sample(self) -> None:
         self.changed()
@@ -276,13 +266,12 @@ class Sampler(Panel):
         acting = [self.settings[n] for n in families.GUIDED if n in self.settings]
         disable("" if guided else "guidance is off: nothing is pushed away", *acting)
         disable("" if self.image else "there is no image", self.forget)
-        shown = note(
-            "It starts from an image; without one, here from the first frame of such a clip."
-        )
+        self.first.value = note(families.FROM_PROMPT if self.model.world else families.FROM_IMAGE)
         if self.image:
-            source = data_url(self.image, "image/png")
-            shown = f'<img src="{source}" alt="the image that it starts from" style="height:56px">'
-        self.first.value = shown
+            small = as_image(self.image)
+            small.thumbnail((112, 112))
+            look = 'alt="the image that it starts from" style="height:56px"'
+            self.first.value = f'<img src="{data_url(encoded(small), "image/png")}" {look}>'
 
     def _made(self, request: Request) -> Generator[float, None, Video]:
         """Sample a clip."""
@@ -329,7 +318,10 @@ class Sampler(Panel):
         for frame, image in enumerate(pictures(shown, alt)):
             pages.append((columns(names, image) if names else image) + segments(lengths, frame))
         self.player.show(pages)
-        told = [str(request), SAME if names else "", families.experts_at_work(self.model, sampling)]
+        frames, _, height, width = video.frames.shape
+        size = f"{frames} frames of {width} x {height}, at {video.fps:g} per second"
+        told = [f"{request} · {size}", SAME if names else ""]
+        told.append(families.experts_at_work(self.model, sampling))
         self.caption.value = f"<b>{escape(request.prompt)}</b>{''.join(map(note, told))}"
         summary = f"<summary>as code</summary>{note('one click selects all of it')}"
         self.listing.value = f"<details>{summary}{code(self.code)}</details>"
@@ -337,7 +329,7 @@ class Sampler(Panel):
         for slot, (request, video, _) in zip(self._slots, self.history):
             picture, again, caption = slot.children
             alt = f"{request.prompt} · {request}"
-            picture.value = moving(video, alt)
+            picture.value = moving(Video(fit(video.frames, 128), video.fps), alt)
             caption.value = f"<figcaption>{escape(alt)}</figcaption>"
             again.tooltip = f"show this clip again: {alt}"
             slot.layout.display = "flex"
@@ -361,10 +353,11 @@ class Sampler(Panel):
         numbers = itertools.count(1)  # a prompt never becomes a file name
         while not claimed(path := self.folder / f"clip-{next(numbers):03d}.txt"):
             pass
-        settings = f"{request.prompt}\n{request}\n\n{self.code}\n"
+        listing = self.code.replace("clip-001-start", f"{path.stem}-start")
+        settings = f"{request.prompt}\n{request}\n\n{listing}\n"
         path.write_text(settings, encoding="utf-8")
         if request.image:
-            path.with_name(f"{path.stem}-start.png").write_bytes(request.image)
+            as_image(request.image).save(path.with_name(f"{path.stem}-start.png"))
         path = video.save(path.with_suffix(str(self.format.value)), width=256)
         self.saved.value = f"{note(f'saved as {path}')}{download_link(path)}"
         return path
