@@ -222,6 +222,16 @@ def test_the_base_is_beside_the_adapter_and_made_once(tiny):
     assert "same noise" not in sampler.caption.value
 
 
+def test_clips_that_are_large_are_not_kept_without_end(tiny, monkeypatch):
+    sampler = Sampler(tiny, prompt=ASK)
+    size = sampler.run(**QUICK).frames.nbytes
+    monkeypatch.setattr("vader_nb.widgets.sampler.MEMORY", 2.5 * size)
+    for seed in range(1, 5):
+        sampler.run(seed=seed)
+    assert len(sampler.history) == len(sampler._bases) == 2
+    assert [slot.layout.display for slot in sampler._slots].count("flex") == 2
+
+
 # ----------------------------------------------------------------------------------------- what the tiny world knows
 
 

@@ -99,6 +99,7 @@ def curves(metrics: list[dict]) -> list[Markup]:
         axes.plot(steps, values, alpha=0.35, color=BLUE)
         axes.plot(steps[window - 1 :], means, color=BLUE, linewidth=2)
         axes.set(title=title, xlabel="step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         pictures.append(svg(figure))
     return pictures
 

@@ -1,6 +1,6 @@
 """What panels are built from: controls with labels, and columns of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ipywidgets import (
@@ -24,7 +24,12 @@ WIDE = {"width": "auto", "max_width": "640px"}  # of a control: one line, also o
 FULL = {"width": "100%"}
 LABEL = {"description_width": "96px"}
 LINE = {"style": LABEL, "layout": WIDE}  # of a control with a label
-FRAMES = ("random:1", "ends", "every:2", "all")  # choices of the frames that are scored
+FRAMES = {  # choices of the frames that are scored
+    "random:1": "random:1, one at random",
+    "ends": "ends: first, middle, last",
+    "every:2": "every:2, every second",
+    "all": "all",
+}
 
 
 def text(description: str, value: str, **options) -> Text:
@@ -38,8 +43,11 @@ def slider(description: str, value: float, low: float, high: float, **options) -
     return kind(value, min=low, max=high, description=description, **LINE, **options)
 
 
-def choice(description: str, options: Sequence, value=None, width: str = "auto") -> Dropdown:
-    """A list to choose from; by default its first entry is chosen."""
+def choice(
+    description: str, options: Sequence | Mapping, value=None, width: str = "auto"
+) -> Dropdown:
+    """A list to choose from, or a mapping with its texts; by default its first entry is chosen."""
+    options = [(t, o) for o, t in options.items()] if isinstance(options, Mapping) else options
     chosen = {} if value is None else {"value": value}
     layout = WIDE | {"width": width}
     return Dropdown(options=options, description=description, **chosen, style=LABEL, layout=layout)

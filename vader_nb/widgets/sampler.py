@@ -20,26 +20,15 @@ from ..long_clips import segment_of_frames
 from ..models import VideoModel
 from ..video import Video
 from . import clips, families
-from .controls import (
-    LABEL,
-    LINE,
-    beside,
-    choice,
-    column,
-    disable,
-    fold,
-    row,
-    slider,
-    switch,
-    text,
-)
+from .controls import LABEL, LINE, beside, choice, column, disable, fold, row, slider, switch, text
 from .drawing import code, columns, data_url, download_link, note
 from .jobs import Job
 from .panel import Panel, remember
 from .player import Player, encoded, fit, joined, moving, pictures, segments
 from .request import NONE, Request, as_image
 
-HISTORY = 8  # clips that are kept to go back to
+HISTORY = 8  # clips that are kept to go back to, fewer if they are large
+MEMORY = 2e9  # bytes that these clips take at most, and those of the base model beside them
 SEEDS = 2**31 - 1  # the largest
 SAME = "Both clips start from the same noise; on the right, the adapter acts."
 
@@ -295,9 +284,12 @@ class Sampler(Panel):
         if self._has_base(request) and base not in self._bases:
             remember(self._bases, base, (yield from self._made(base)), HISTORY)
         video = yield from self._made(request)
-        if request == base:
-            remember(self._bases, base, video, HISTORY)
+        most = max(1, min(HISTORY, int(MEMORY // video.frames.nbytes)))
+        if base in self._bases or request == base:
+            remember(self._bases, base, self._bases.get(base, video), most)
         self.history.appendleft((request, video, controls))
+        while len(self.history) > most:
+            self.history.pop()
         self._show()
 
     def _has_base(self, request: Request) -> bool:
@@ -333,6 +325,8 @@ class Sampler(Panel):
             caption.value = f"<figcaption>{escape(alt)}</figcaption>"
             again.tooltip = f"show this clip again: {alt}"
             slot.layout.display = "flex"
+        for slot in self._slots[len(self.history) :]:
+            slot.layout.display = "none"
 
     @property
     def code(self) -> str:
