@@ -55,7 +55,7 @@ def test_each_family_has_its_controls(tiny, wan, sampler):
     own = {"extend", "fps", "motion_bucket_id", "noise_aug_strength", "min_guidance_scale"}
     assert own <= sampler.settings.keys()
     assert not {"negative_prompt", "guidance_rescale"} & sampler.settings.keys()  # it reads no text
-    assert sampler.upload.disabled is False
+    assert sampler.first.box.layout.display == "flex"
     assert list(sampler.adapter.options) == [NONE]  # no adapter of another model is offered
 
 
@@ -94,37 +94,39 @@ def test_options_are_those_of_the_family(wan, sampler):
 
 
 def test_a_clip_starts_from_an_image_and_goes_on_from_its_last_frame(sampler, i2v, tmp_path):
-    sampler.start_from(picture())
+    sampler.run(image=picture())
     given = Image.open(io.BytesIO(picture()))
     wanted = sample(i2v, Prompt(ASK, image=given), sampling=Sampling(2))
     torch.testing.assert_close(sampler.video.frames, wanted[0])
     assert "from your image" in sampler.caption.value
-    assert "<img" in sampler.first.value
+    assert "<img" in sampler.first.shown.value
     path = sampler.save()
     start = path.with_name("clip-001-start.png")
     assert Image.open(start).size == given.size
     assert "clip-001-start.png" in path.with_suffix(".txt").read_text()
 
     last = sampler.video.frames[-1]
-    sampler.again.click()
-    assert Image.open(io.BytesIO(sampler.image)).size == (64, 64)
+    sampler.first.again.click()
+    assert Image.open(io.BytesIO(sampler.first.data)).size == (64, 64)
     first = sampler.video.frames[0]
     assert (first - last).abs().mean() < (first - wanted[0][0]).abs().mean() + 0.05
     sampler.back(1)
-    assert sampler.image == picture()  # with its image
-    sampler.forget.click()
-    assert sampler.image is None and sampler.forget.disabled
+    assert sampler.first.data == picture()  # with its image
+    sampler.first.forget.click()
+    assert sampler.first.data is None and sampler.first.forget.disabled
 
 
 def test_what_is_no_image_is_said(sampler, tiny):
-    sampler._uploaded()  # nothing was chosen
+    sampler.first._uploaded()  # nothing was chosen
     assert sampler.error is None
     with pytest.raises(ValueError, match="no image that can be read"):
         sampler.run(image=b"text")
     with pytest.raises(ValueError, match="'tiny' makes clips of text alone"):
-        Sampler(tiny, adapters={}).start_from(torch.zeros(3, 64, 64))
-    with pytest.raises(ValueError, match="no clip yet to go on from"):
-        sampler.go_on()
+        Sampler(tiny, adapters={}).run(image=torch.zeros(3, 64, 64))
+    assert sampler.first.data is None
+    fresh = Sampler(sampler.model)
+    fresh.first.again.click()
+    assert "no clip yet to go on from" in fresh.remark.value
 
 
 def test_a_long_clip_is_that_of_extend_and_its_seams_are_marked(sampler, i2v):

@@ -15,8 +15,6 @@ from .controls import slider, text
 WORDS = {w for spec in world.specs() for w in spec.caption.split()}  # of the tiny world
 TELLING = WORDS - {"a", "on", "background", "moving"}
 OWN = "the model's own"  # a number that is not set
-FROM_IMAGE = "It starts from an image: upload one."
-FROM_PROMPT = "It starts from an image; without one, the prompt's first frame is drawn for it."
 GUIDED = ("negative_prompt", "guidance_rescale")  # controls that act where there is guidance
 
 

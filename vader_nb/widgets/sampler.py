@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ipywidgets import HTML, BoundedIntText, FileUpload, FloatRangeSlider, VBox, Widget
+from ipywidgets import HTML, BoundedIntText, FloatRangeSlider, VBox, Widget
 
 from ..evaluation import BASE
 from ..long_clips import segment_of_frames
@@ -21,11 +21,12 @@ from ..models import VideoModel
 from ..video import Video
 from . import clips, families
 from .controls import LABEL, LINE, beside, choice, column, disable, fold, row, slider, switch, text
-from .drawing import code, columns, data_url, download_link, note
+from .drawing import code, columns, download_link, note
 from .jobs import Job
 from .panel import Panel, remember
-from .player import Player, encoded, fit, joined, moving, pictures, segments
+from .player import Player, fit, joined, moving, pictures, segments
 from .request import NONE, Request, as_image
+from .start_image import StartImage
 
 HISTORY = 8  # clips that are kept to go back to, fewer if they are large
 MEMORY = 2e9  # bytes that these clips take at most, and those of the base model beside them
@@ -62,7 +63,6 @@ class Sampler(Panel):
         self.model, self.folder = model, Path(folder)
         self.adapters = clips.validate_adapters(model, adapters)
         self.history: deque[tuple[Request, Video, dict]] = deque(maxlen=HISTORY)
-        self.image: bytes | None = None  # an image file's, that clips start from
         self._bases: dict[Request, Video] = {}  # the base model's clips
         self._merged = (None, None)  # weights by path, and the adapter that is their sum
         steps, guidance = model.defaults["num_inference_steps"], model.defaults["guidance_scale"]
@@ -88,14 +88,9 @@ class Sampler(Panel):
         self.format = choice("save as", [".mp4", ".gif", ".webp"], width="210px")
         self.dice = self.button("new seed", "random", 110, self.roll)
         self.save_button = self.button("save", "download", 90, self.save)
-        self.upload = FileUpload(accept="image/*", description="start from an image")
-        self.upload.layout.width = "190px"
-        self.on(self._uploaded, self.upload)
-        self.again = self.button("from the last frame", "step-forward", 180, self.go_on)
-        self.forget = self.button("without", "times", 100, lambda: self.start_from(None))
+        self.first = StartImage(self, model, self._last_frame, self._sample)
         self.player = Player(model.defaults["num_frames"])
-        self.words, self.first, self.saved = HTML(), HTML(), HTML()
-        self.caption, self.listing = HTML(), HTML()
+        self.words, self.saved, self.caption, self.listing = HTML(), HTML(), HTML(), HTML()
         self._slots = [self._slot(index) for index in range(HISTORY)]
         self.on(self._sample, *self.settings.values(), self.part, self.beside)
         self._arrange(own)
@@ -110,12 +105,10 @@ class Sampler(Panel):
         controls = column(*plain, *acting, self.why, more, flex="2 1 270px")
         wide = "560px" if self.adapters else "340px"
         clip = column(self.player.box, self.caption, flex="3 1 260px", max_width=wide)
-        start = row(self.upload, self.again, self.forget, self.first)
-        start.layout.display = "flex" if self.model.takes_image else "none"
         self.assemble(
             s["prompt"],
             self.words,
-            start,
+            self.first.box,
             beside(clip, controls),
             row(self.format, self.save_button, self.saved),
             self.listing,
@@ -131,7 +124,7 @@ class Sampler(Panel):
     def _controls(self) -> dict[str, Any]:
         """What `set` takes to come back to the settings."""
         start, end = self.part.value
-        return self.values() | {"start": start, "end": end, "image": self.image}
+        return self.values() | {"start": start, "end": end, "image": self.first.data}
 
     @property
     def request(self) -> Request:
@@ -166,11 +159,11 @@ class Sampler(Panel):
             raise ValueError(
                 f"an adapter acts from start to end, 0 <= start < end <= 1; got {start:g}, {end:g}"
             )
-        image = changes.pop("image", self.image)
+        image = changes.pop("image", self.first.data)
         super().set(**changes)
         with self.quiet():
             self.part.value = (start, end)
-        self.image = self._checked(image)
+        self.first.set(image)
         self.changed()
 
     def run(self, **changes) -> Video:
@@ -192,37 +185,10 @@ class Sampler(Panel):
         self.history.appendleft(entry)
         self._show()
 
-    def _checked(self, image: bytes | Path | str | torch.Tensor | None) -> bytes | None:
-        """An image as the bytes of a file. Raises ValueError for none, or for a model that takes none."""
-        if image is None:
-            return None
-        if not self.model.takes_image:
-            raise ValueError(f"{self.model.name!r} makes clips of text alone: it takes no image")
-        if isinstance(image, torch.Tensor):
-            return encoded(Video(image[None]).images()[0])
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
-        try:
-            as_image(data)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"this file is no image that can be read: {error}") from error
-        return data
-
-    def start_from(self, image: bytes | Path | str | torch.Tensor | None) -> None:
-        """Start clips from an image, a file or a tensor (3, H, W) in [0, 1]; None: from none."""
-        self.image = self._checked(image)
-        self._sample()
-
-    def go_on(self) -> None:
-        """Start from the last frame of the clip that is shown."""
+    def _last_frame(self) -> torch.Tensor:
         if self.video is None:
             raise ValueError("there is no clip yet to go on from")
-        self.start_from(self.video.frames[-1])
-
-    def _uploaded(self) -> None:
-        files: Any = self.upload.value
-        files = [*files.values()] if isinstance(files, dict) else files  # ipywidgets 7, and 8
-        if files:
-            self.start_from(bytes(files[-1]["content"]))
+        return self.video.frames[-1]
 
     def _sample(self) -> None:
         self.changed()
@@ -254,13 +220,6 @@ class Sampler(Panel):
         guided = families.guides(self.model, self.request.sampling)
         acting = [self.settings[n] for n in families.GUIDED if n in self.settings]
         disable("" if guided else "guidance is off: nothing is pushed away", *acting)
-        disable("" if self.image else "there is no image", self.forget)
-        self.first.value = note(families.FROM_PROMPT if self.model.world else families.FROM_IMAGE)
-        if self.image:
-            small = as_image(self.image)
-            small.thumbnail((112, 112))
-            look = 'alt="the image that it starts from" style="height:56px"'
-            self.first.value = f'<img src="{data_url(encoded(small), "image/png")}" {look}>'
 
     def _made(self, request: Request) -> Generator[float, None, Video]:
         """Sample a clip."""
