@@ -555,7 +555,7 @@ def test_the_panel_makes_its_first_clip_when_it_is_shown(tiny):
     panel.set(**QUICK)
     assert panel.video is None
     _, still = panel.bundles()
-    assert Tags(still["text/html"]).alts == [f"clip of: {panel.prompt.value}"]
+    assert Tags(still["text/html"]).alts == [panel.prompt.value]
 
 
 def test_a_request_reads_well():

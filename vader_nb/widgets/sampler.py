@@ -64,6 +64,7 @@ class Sampler(Panel):
         self.adapters = clips.validate_adapters(model, adapters)
         self.history: deque[tuple[Request, Video, dict]] = deque(maxlen=HISTORY)
         self._bases: dict[Request, Video] = {}  # the base model's clips
+        self._shown: tuple[list[str], Video]  # names and clips side by side
         self._merged = (None, None)  # weights by path, and the adapter that is their sum
         steps, guidance = model.defaults["num_inference_steps"], model.defaults["guidance_scale"]
         names, late = [NONE, *self.adapters], {"continuous_update": False}
@@ -262,6 +263,7 @@ class Sampler(Panel):
         if base is not None:
             names, alt = [BASE, request.how], f"base and {request.how}: {request.prompt}"
             shown = joined([base.frames, video.frames], video.fps, request.prompt)
+        self._shown = names, shown
         sampling = request.sampling.resolve(self.model)
         places = segment_of_frames(sampling)
         lengths = [places.count(index) for index in range(sampling.extend)]
@@ -281,7 +283,7 @@ class Sampler(Panel):
             picture, again, caption = slot.children
             alt = f"{request.prompt} · {request}"
             picture.value = moving(Video(fit(video.frames, 128), video.fps), alt)
-            caption.value = f"<figcaption>{escape(alt)}</figcaption>"
+            caption.value = note(alt)
             again.tooltip = f"show this clip again: {alt}"
             slot.layout.display = "flex"
         for slot in self._slots[len(self.history) :]:
@@ -320,9 +322,10 @@ class Sampler(Panel):
             self.run()
 
     def to_html(self) -> str:
-        caption = f"<figcaption>{self.caption.value}</figcaption>"
-        picture = self.player.pages.children[0].value
-        return f"<figure style='margin:0;max-width:{256 * (1 + ('<table' in picture))}px'>{picture}{caption}</figure>"
+        names, shown = self._shown
+        picture = shown.to_html(256 * (len(names) or 1))
+        picture = columns(names, picture) if names else picture
+        return f"<figure style='margin:0'>{picture}<figcaption>{self.caption.value}</figcaption></figure>"
 
 
 def claimed(path: Path) -> bool:
