@@ -39,7 +39,7 @@ def test_a_panel_is_made_when_its_tab_is_opened(quick, tmp_path):
     assert other is not panel and quick == ["tiny", "tiny-i2v"]
     monitor = page.open("Watch a run")
     assert monitor.folder == tmp_path / "run"
-    assert page.model.disabled
+    assert page.model.layout.display == "none"
     with pytest.raises(ValueError, match="tab must be one of Sample, .*; got 'Sampel'"):
         page.open("Sampel")
 

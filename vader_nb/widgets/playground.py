@@ -13,7 +13,7 @@ from ipywidgets import HTML, ToggleButtons, VBox
 from ..models import VideoModel, load
 from .comparison import RewardComparison
 from .composer import RewardComposer
-from .controls import FULL, choice, disable
+from .controls import FULL, choice
 from .drawing import note
 from .jobs import Job
 from .monitor import TrainingMonitor
@@ -78,14 +78,17 @@ class Playground(Panel):
         }
         return make[tab](self.models[name])
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """The tab that is open, and the model of its panel, empty for those without one."""
+        return self.tab.value, "" if self.tab.value in WITHOUT_MODEL else self.model.value
+
     def _job(self) -> Job:
-        tab, name = self.tab.value, self.model.value
-        alone = tab in WITHOUT_MODEL
-        disable("this panel needs no model" if alone else "", self.model)
-        self.model.layout.display = "none" if alone else ""
+        key = tab, name = self.key
+        self.model.layout.display = "" if name else "none"
         self.question.value = note(TABS[tab])
-        key = (tab, "" if alone else name)
         if key not in self.panels:
+            self.place.children = []
             self.say("One moment: the models load, and the first clips are made.")
             yield 0.1
             self.panels[key] = self._make(tab, name)
@@ -96,14 +99,11 @@ class Playground(Panel):
     def open(self, tab: str, model: str | None = None) -> Panel:
         """Open a tab, and return its panel. Raises ValueError for one of `TABS` or models that there is not."""
         self.set(tab=tab, model=model or self.model.value)
-        self.jobs.finish(self._job)
-        return self.panels[tab, "" if tab in WITHOUT_MODEL else self.model.value]
+        self.prepare()
+        return self.panels[self.key]
 
     def prepare(self) -> None:
-        if not self.panels:
-            self.jobs.finish(self._job)
+        self.jobs.finish(self._job)
 
     def to_html(self) -> str:
-        return self.panels[
-            self.tab.value, "" if self.tab.value in WITHOUT_MODEL else self.model.value
-        ].to_html()
+        return self.panels[self.key].to_html()
