@@ -100,7 +100,7 @@ def wait_until(true, page):
 
 
 def caption(page):
-    return page.locator(".widget-html-content", has=page.locator("b")).first
+    return page.locator(".widget-html-content:has(b)").first
 
 
 def test_one_types_a_prompt(sampled):
