@@ -16,6 +16,7 @@ from vader_nb.evaluation import BASE
 from vader_nb.rewards import action, aesthetic, hps
 from vader_nb.widgets import RewardComparison, comparison_data, comparison_html, voting
 from vader_nb.widgets.drawing import Series, chart
+from vader_nb.widgets.player import GAP
 
 PROMPTS = [
     "a red circle moving up on a black background",
@@ -200,7 +201,7 @@ def test_the_first_page_plays_all_in_one_picture_and_page_i_is_frame_i(everythin
         assert comparison_html.number(values[i].item()) in page  # the legend tells the values there
         places.append(float(re.search(r'd="M([\d.]+)[^>]*vader-marker', page)[1]))
     assert places == sorted(set(places))  # the marker moves with the frame
-    assert everything._picture.frames.shape == (4, 3, 64, 3 * 64 + 2 * comparison_html.GAP)
+    assert everything._picture.frames.shape == (4, 3, 64, 3 * 64 + 2 * GAP)
 
 
 def test_a_curve_has_a_line_for_each_contestant_and_a_reward_on_clips_says_it_has_none(everything):
@@ -493,7 +494,7 @@ def test_a_pair_is_base_and_adapter_from_one_new_seed(comparison, tiny):
     comparison.blind.value = True
     pair = comparison.pair
     assert pair.seed != comparison.data.seed
-    halves = comparison._picture.frames.split([64, comparison_html.GAP, 64], dim=3)
+    halves = comparison._picture.frames.split([64, GAP, 64], dim=3)
     for shown, name in zip(halves[::2], pair.sides):
         torch.testing.assert_close(
             shown, by_hand(tiny, pair.prompt, name, pair.seed)[0], atol=1e-5, rtol=0

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
-from vader_nb import widgets
+from vader_nb import load, rewards, widgets
 from vader_nb.widgets import Sampler, playground
 from vader_nb.widgets.playground import TABS, Playground
 
@@ -65,6 +66,13 @@ def test_a_panel_that_cannot_be_made_says_why(monkeypatch):
     widget, still = page.bundles()
     assert "no weights of tiny" in page.remark.value
     assert "no weights of tiny" in still["text/html"]
+
+
+def test_no_progress_bar_of_what_loads_in_a_moment(capfd):
+    load("tiny", check=False)
+    rewards.action("tiny")
+    assert "Loading weights" not in "".join(capfd.readouterr())
+    assert logging.is_progress_bar_enabled()
 
 
 # ------------------------------------------------------------------------------------------------------- the pages

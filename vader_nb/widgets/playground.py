@@ -58,7 +58,6 @@ class Playground(Panel):
             tab=ToggleButtons(options=[*TABS], style={"button_width": "auto"}, layout=FULL),
             model=choice("model", models, width="260px"),
         )
-        self.tab.add_class("vader-tabs")
         self.question, self.place = HTML(), VBox(layout=FULL)
         self.on(lambda: self.jobs.submit(self._job, 0), self.tab, self.model)
         self.assemble(self.tab, self.question, self.model, self.place)
