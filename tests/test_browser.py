@@ -519,6 +519,14 @@ def test_ipywidgets_7_does_the_same(seven, page):
     handle.press("ArrowRight")
     expect(sampler.locator(".vader-frames img[alt$='frame 1']")).to_be_visible()
     expect(sampler.locator(".vader-frames img[alt$='frame 2']")).to_be_hidden()
+    named = sampler.locator(".ui-slider-handle:visible, .noUi-handle:visible").all()
+    assert [h.get_attribute("aria-label") for h in named][:4] == [
+        "frame",
+        "steps",
+        "guidance",
+        "scale",
+    ]
+    assert not page.locator(".vader-still:visible").count()
     comparison = panel_of(page, "Reward comparison")
     comparison.get_by_role("button", name=re.compile("blind vote")).click()
     button = comparison.get_by_role("button", name="B is better")

@@ -29,7 +29,7 @@ new MutationObserver(name).observe(root, {childList: true, subtree: true}), name
 # The picture of a panel stands under the widget, which hides it. Where there is no widget, because
 # its kernel is gone, the picture is seen, and Jupyter's remark that it finds no widget is not.
 STILL = (
-    "<style>:has(+ * .vader-still) .jupyter-widgets.jp-OutputArea-output {{ display: none }}</style>"
+    "<style>:has(+ * .vader-still) > .jp-OutputArea-output.jupyter-widgets:not(:has(*)) {{ display: none }}</style>"
     "<div class='vader-still vader-still-{id}'>"
     "<p><em>A stored picture. Run this cell again to use its controls.</em></p>{picture}</div>"
 )
