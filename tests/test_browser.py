@@ -361,7 +361,7 @@ def test_a_clip_starts_from_an_uploaded_image_and_goes_on_in_segments(visited):
     panel.locator("img.vader-frame").first.wait_for()
     with page.expect_file_chooser() as chooser:
         upload.press("Enter")
-    chooser.value.set_files(ROOT / "notebooks" / "images" / "sampler.png")
+    chooser.value.set_files(ROOT / "notebooks" / "images" / "panel_sampler.png")
     expect(caption(panel)).to_contain_text("from your image")
     expect(panel.get_by_alt_text("the image that it starts from")).to_be_visible()
     panel.get_by_role("button", name="from the last frame").press("Enter")
