@@ -302,7 +302,7 @@ def test_the_playground_is_a_page_of_its_own(visited):
     expect(page.locator(".vader-title")).to_have_text(
         ["Video models that learn from rewards", "Sampler"]
     )
-    expect(page.get_by_text("Both clips start from the same noise")).to_be_visible()
+    expect(page.get_by_text("the same noise with an adapter")).to_be_visible()
     box = page.get_by_label("prompt", exact=True)
     box.fill("a cat")
     box.press("Enter")

@@ -31,7 +31,7 @@ from .start_image import StartImage
 HISTORY = 8  # clips that are kept to go back to, fewer if they are large
 MEMORY = 2e9  # bytes that these clips take at most, and those of the base model beside them
 SEEDS = 2**31 - 1  # the largest
-SAME = "Both clips start from the same noise; on the right, the adapter acts."
+SAME = "Left, the base model; right, the same noise with an adapter that a reward has trained."
 
 
 class Sampler(Panel):
