@@ -84,8 +84,8 @@ sampler
 
 # %% [markdown]
 # Three things to try: move *scale* down to 0, which is the base model, and up to 1.5, beyond what was trained. Mix in a second
-# adapter. And press *back to this* under an older clip: the controls go back with it. The clip that you see is `sampler.video`,
-# and *as code* shows how to make it without the panel.
+# adapter, under *more settings*. And press *back to this* under an older clip: the controls go back with it. The clip on the
+# right is `sampler.video`, and *as code* shows how to make it without the panel.
 #
 # > **Predict.** The `aesthetic` adapter was trained, with too high a learning rate, on a rating of single frames that never
 # > reads the prompt: saturation, contrast, centering. At scale 1, what happens to *a green star bouncing on a white background*?
@@ -113,7 +113,7 @@ course.predict(
 # ## In which steps is an adapter active?
 #
 # VADER trains through the *last* denoising step only (K = 1), and then the adapter is active in all of them. With the slider
-# *adapter acts* you can restrict it to a part of the chain: 0 % is noise, 100 % is the video. (In code: `sample(…,
+# *adapter acts*, under *more settings*, you can restrict it to a part of the chain: 0 % is noise, 100 % is the video. (In code: `sample(…,
 # adapter_start=0.5, adapter_end=1.0)`.)
 #
 # > **Predict.** Where does most of the change happen?
