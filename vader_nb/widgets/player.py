@@ -66,7 +66,7 @@ def moving(video: Video, alt: str) -> str:
     """The clip as an element that plays: a GIF, or H.264 for a large one, with a frame where that does not play."""
     if is_large(video):
         source = data_url(video.encoded(".mp4"), "video/mp4")
-        poster = data_url(encoded(video.images()[0], "jpeg"), "image/jpeg")
+        poster = data_url(encoded(Video(video.frames[:1]).images()[0], "jpeg"), "image/jpeg")
         look = "class=vader-frame autoplay loop muted playsinline"
         return f'<video {look} src="{source}" poster="{poster}" aria-label="{escape(alt)}"></video>'
     source = data_url(video.encoded(".gif"), "image/gif")
