@@ -83,10 +83,12 @@ def test_options_are_those_of_the_family(wan, sampler):
     flow = Sampler(wan, prompt=ASK)
     plain = flow.run(**QUICK)
     assert not flow.request.options
-    shifted = flow.run(flow_shift="9")
+    shifted = flow.run(flow_shift=9)
     assert not torch.equal(plain.frames, shifted.frames)
     assert "flow_shift 9" in flow.caption.value
     same_as_its_code(flow)
+    flow.set(flow_shift=None)
+    assert not flow.request.options
     flow.flow_shift.value = "fast"
     assert "flow_shift must be a number, or empty" in flow.remark.value
     flow.flow_shift.value = "-1"
@@ -149,7 +151,7 @@ def test_two_experts_have_their_steps_and_a_scale(tmp_path):
     sampler = Sampler(model, prompt="a")
     plain = sampler.run(num_inference_steps=5, guidance_scale=4.0)
     assert "transformer: steps 1 to 2 · transformer_2: steps 3 to 5" in sampler.caption.value
-    other = sampler.run(guidance_scale_2="1")
+    other = sampler.run(guidance_scale_2=1)
     assert not torch.equal(plain.frames, other.frames)
     assert "guidance_scale_2 1" in sampler.caption.value
 

@@ -104,4 +104,6 @@ def set_value(name: str, control: Any, value) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(str, offered))}; got {value!r}")
     elif hasattr(control, "max") and not control.min <= value <= control.max:
         raise ValueError(f"{name} must lie in {control.min:g}..{control.max:g}, got {value}")
+    elif isinstance(control, Text) and (value is None or isinstance(value, int | float)):
+        value = "" if value is None else f"{value:g}"  # a number that need not be given
     control.value = value
