@@ -54,7 +54,7 @@ class StartImage:
         try:
             small = data and as_image(data)
         except (OSError, SyntaxError) as error:
-            raise ValueError(f"this file is no image that can be read: {error}") from error
+            raise ValueError("this is no image that can be read: try a PNG or a JPEG") from error
         self.data = data
         self.show(small)
 
