@@ -294,6 +294,9 @@ def panel_of(page, title):
 
 def tab(page, name):
     page.get_by_role("button", name=name, exact=True).press("Enter")  # by keyboard alone
+    expect(page.get_by_text(TABS[name])).to_be_visible()
+    page.wait_for_timeout(300)  # until the panel of the tab before is gone
+    expect(page.locator(".vader-title")).to_have_count(2)
 
 
 def test_the_playground_is_a_page_of_its_own(visited):
@@ -412,7 +415,6 @@ def test_the_playground_fits_its_page(visited, width):
     page.set_viewport_size({"width": width, "height": 800})
     for name in TABS:
         tab(page, name)
-        expect(page.locator(".vader-title")).to_have_count(2)
         panel = page.locator(".vader").last
         expect(panel).to_be_visible()
         page.wait_for_timeout(300)
