@@ -464,7 +464,7 @@ def test_blind_mode_reveals_nothing(comparison):
     comparison.adapter.value = "aesthetic"
     comparison.blind.value = True
     hidden = set(parts(comparison.open_box))
-    assert comparison.open_box.layout.display == "none"
+    assert comparison.open_box.layout.display == comparison.prompt.layout.display == "none"
     for part in set(parts(comparison.box)) - hidden:
         said = " ".join(
             str(getattr(part, name, "")) for name in ("value", "description", "tooltip")

@@ -102,11 +102,11 @@ class RewardComparison(Panel):
         self.player = Player(self.data.sampling.num_frames or 1)
         self.caption, self.counts, self.saved = HTML(), HTML(), HTML()
         sweep = row(self.all_button, self.stop_button, self.order, self.adapter)
-        lines = [self.prompt, row(self.reward, self.heat), sweep, self.why]
-        self.open_box = VBox(lines, layout=FULL)
+        self.open_box = VBox([row(self.reward, self.heat), sweep, self.why], layout=FULL)
         self.ballot_box = row(*self.ballot.values(), self.tally_button)
-        views = [self.open_box, self.player.box, self.caption, self.ballot_box, self.counts]
-        self.assemble(*views, row(self.blind, self.export_button, self.saved))
+        clips = [self.prompt, self.player.box, self.caption]
+        below = [self.open_box, self.ballot_box, self.counts]
+        self.assemble(*clips, *below, row(self.blind, self.export_button, self.saved))
         self.changed()
 
     def changed(self) -> None:
@@ -131,7 +131,8 @@ class RewardComparison(Panel):
         self.why.value = note(alone or unsorted and f"sorting: {unsorted}")
         vote = f"blind vote: base or {self.adapter.value}?"
         self.blind.description = "leave the blind vote" if blind else vote
-        self.open_box.layout.display = "none" if blind else "flex"
+        for part in (self.prompt, self.open_box):
+            part.layout.display = "none" if blind else "flex"
         self.ballot_box.layout.display = "flex" if blind else "none"
 
     def _missing(self) -> int:
