@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import quantization
-from ..hub import reachable
+from ..hub import quiet_if_embedded, reachable
 from ..tables import Table
 from .base import MODEL_LOCK, Conditioning, VideoModel, exclusive
 from .causal_decoder import DECODER_SETTINGS, CausalDecoder
@@ -304,7 +304,8 @@ def load(
     if checkpoint.directory is None:
         hub = checkpoint.hub | {"local_files_only": local_files_only or not reachable()} | hub
     try:
-        model = family.from_pretrained(checkpoint, name=str(name), dtypes=dtypes, **hub)
+        with quiet_if_embedded(checkpoint.source):
+            model = family.from_pretrained(checkpoint, name=str(name), dtypes=dtypes, **hub)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{checkpoint.source} holds a pickle, which can run any code; convert it to safetensors first"
