@@ -14,7 +14,10 @@ import jupytext
 import nbformat
 import pytest
 
+from vader_nb import course
+
 from . import environments
+from .answers import ANSWERS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -167,6 +170,41 @@ def test_every_exercise_is_open_and_its_check_says_what_is_missing(pair):
     for check in checks:
         assert printed(check).startswith("Not yet: "), check.source
         assert "your code raised" not in printed(check), printed(check)
+
+
+@pytest.fixture(scope="module", params=ANSWERS)
+def chapter(request):
+    """A notebook, and the names that its checks need: what the cells tagged "for-checks" make."""
+    notebook = jupytext.read(ROOT / "notebooks" / f"{request.param}.py")
+    names = {"course": course}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("VADER_NB_FAST", "1")
+        for cell in code(notebook):
+            if any(build.tagged(cell, tag) for tag in ("parameters", "for-checks")):
+                exec(cell.source, names)
+        yield notebook, names, ANSWERS[request.param]
+
+
+def test_a_check_accepts_what_is_right_and_refuses_what_is_known_to_be_wrong(chapter, capsys):
+    notebook, names, answers = chapter
+    checks = {
+        cell.source.split(", ")[-1].strip(" )\n"): cell.source for cell in tagged(notebook, "check")
+    }
+    assert checks.keys() == answers.keys()
+
+    def said_of(answer, check):
+        exec(answer, names)
+        exec(check, names)
+        return capsys.readouterr().out
+
+    for name, (right, wrong) in answers.items():
+        assert len(right) >= 2, "one right answer shows nothing"
+        for answer in right:
+            assert said_of(answer, checks[name]) == "Right.\n", answer
+        for answer, reason in wrong.items():
+            said = said_of(answer, checks[name])
+            assert said.startswith("Not yet: "), answer
+            assert reason in said, (said, answer)
 
 
 # ------------------------------------------------------------------- the solved copies, where Colab would run them
