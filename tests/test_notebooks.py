@@ -177,6 +177,22 @@ def test_it_asks_before_it_shows(pair):
     assert all(guess < answer for guess, answer in zip(guesses, answers))
 
 
+def test_answers_and_alternatives_stay_in_the_package():
+    """A notebook names them by keys, so that neither can be read beside the question; each is used, once."""
+    known = course.texts()
+    for kind, call in (
+        ("answers", r"course\.predict\(\s*guess,\s*"),
+        ("alternatives", r"course\.show\(\s*figure,\s*"),
+    ):
+        used = []
+        for chapter in {key[:2] for key in known[kind]}:
+            (path,) = (path for path in PAIRS if path.stem.startswith(chapter))
+            sources = "\n".join(cell.source for cell in code(jupytext.read(path)))
+            used += re.findall(rf'{call}"([^"]*)"', sources)
+            assert len(re.findall(call, sources)) == len(re.findall(rf'{call}"{chapter}-', sources))
+        assert sorted(used) == sorted(known[kind])
+
+
 def test_every_exercise_is_open_and_its_check_says_what_is_missing(pair):
     _, _, notebook = pair
     stubs, checks = tagged(notebook, "exercise"), tagged(notebook, "check")

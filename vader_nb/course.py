@@ -102,22 +102,25 @@ def live_graphs(
     """
     import torch
 
-    waiting, most = weakref.WeakKeyDictionary(), [0]  # a graph that is dropped does not wait
+    waiting, most = 0, [0]
 
-    class Mark:
-        pass
+    def done(count):
+        nonlocal waiting
+        waiting -= count
 
     class Counted(torch.autograd.Function):
         @staticmethod
         def forward(ctx, result):
-            ctx.mark = Mark()
-            waiting[ctx.mark] = size(result)
-            most[0] = max(most[0], sum(waiting.values()))
+            nonlocal waiting
+            mark, count = result.new_empty(1), size(result)
+            ctx.save_for_backward(mark)  # it is freed when all is that the graph has saved
+            weakref.finalize(mark.untyped_storage(), done, count)
+            waiting += count
+            most[0] = max(most[0], waiting)
             return result.view_as(result)
 
         @staticmethod
         def backward(ctx, gradient):
-            waiting.pop(ctx.mark, None)
             return gradient
 
     original = getattr(owner, method)
