@@ -378,8 +378,8 @@ course.predict(guess, "04-largest", **{f"stage{i}": mb for i, mb in enumerate(pe
 # The peak of the whole is that of its largest stage. Now let the work grow: first the frames, then $K$.
 
 # %%
-counts = [n for n in (1, 2, 4, 8) if n <= FRAMES]
-Ks, one = course.quick((1, 2, 4), (1, 2)), Frames.at(FRAMES // 2)
+counts = [n for n in (1, 4, 8) if n <= FRAMES]
+Ks, one = course.quick((1, 3), (1, 2)), Frames.at(FRAMES // 2)
 over_frames = {
     "plain": [megabytes(lambda n=n: plain(range(n)).backward()) for n in counts],
     "in stages": [megabytes(lambda n=n: staged(frames=Frames.at(*range(n)))) for n in counts],
@@ -402,7 +402,8 @@ course.show(figure, "04-memory")
 
 # %% [markdown]
 # Flat, both. VADER's paper ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)) scores *one random frame* because more did
-# not fit; in stages all frames take no more memory than one. What they take is time.
+# not fit; in stages all frames take no more memory than one. The price is time:
+# each frame has to be decoded, and stage 3 computes each of the $K$ calls a second time.
 #
 # What is left is one call of the denoiser. The same trick works once more, *inside* of it: keep the inputs of its blocks only, and
 # compute each block again in the backward pass. This is **gradient checkpointing** ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)),
@@ -449,24 +450,44 @@ course.show(figure, "04-uphill")
 # ## Why one step can teach ten
 #
 # With $K = 1$ the gradient passes through the last step alone, and the last step cannot move much any more. But $\theta$ is *shared*: what
-# it learned there, it does in all ten steps. Is that a help, or a disturbance? The package brings an adapter that was aligned to `hps` with
-# $K = 1$ (60 optimizer steps). `sample` can let an adapter act in a part of the chain only.
+# it learned there, it does in all ten steps. Is that a help, or a disturbance? The package brings an adapter that was aligned to the
+# `aesthetic` reward (a rating from 1 to 10) with $K = 1$. `sample` can let an adapter act in a part of the chain only.
 #
-# > **Predict.** Where does it earn most of the reward that it adds? **(a)** in the last step, the only one that it was trained in ·
+# > **Predict.** Where does it earn most of what it adds to the rating? **(a)** in the last step, the only one that it was trained in ·
 # > **(b)** in the nine steps before, in which it was never trained · **(c)** nowhere: in the nine steps before it takes away what the last
 # > one adds
 
 # %%
 guess = None  # "a", "b" or "c"
 
+# %% [markdown]
+# (Measured on 24 held-out captions by `python -m tests.benchmarks.one_step`, with and without the adapter from the same noise.)
+
 # %%
-from vader_nb import prompts as prompt_sets
+parts = course.texts()["measured"]["parts"]  # name: mean, and half of its 95 % interval
+means, halves = zip(*parts.values())
+
+figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
+axis.barh(list(parts), means, xerr=halves, error_kw={"ecolor": "gray", "capsize": 3})
+axis.axvline(0, color="gray", linewidth=0.7)
+axis.set(xlabel="added to the rating, mean and 95 % interval")
+axis.invert_yaxis()
+course.show(figure, "04-parts")
+
+# %%
+letter = "a" if means[0] > means[1] else "b" if means[1] > 0 else "c"
+course.predict(guess, "04-parts", letter=letter, last=means[0], before=means[1], all=means[-1])
+
+# %% [markdown]
+# One clip of them, from the same noise each time:
+
+# %%
 from vader_nb import zoo
 
 small = vader_nb.load(MODEL)  # in its usual precision: from here on, speed counts
-judge = rewards.hps("tiny").to(small.device)
-asked = prompt_sets.get("tiny_held_out")[: course.quick(16, 4)]
-steps_of = {
+watched = "a green star bouncing on a white background"
+ranges = {
+    "base": None,
     "last step": (0.9, 1),
     "nine before": (0, 0.9),
     "second half": (0.5, 1),
@@ -474,34 +495,23 @@ steps_of = {
     "all": (0, 1),
 }
 
-made = {"base": vader_nb.sample(small, asked, seeds=SEED)}
-for name, (start, end) in steps_of.items():
-    options = {"adapter": zoo.adapters()["hps"], "adapter_start": start, "adapter_end": end}
-    made[name] = vader_nb.sample(small, asked, seeds=SEED, **options)
-with torch.no_grad():
-    scores = {name: judge(clips, asked).float().cpu() for name, clips in made.items()}
-
-# %%
-added = {name: scores[name] - scores["base"] for name in steps_of}
-means = [values.mean().item() for values in added.values()]
-bounds = [1.96 * values.std().item() / len(values) ** 0.5 for values in added.values()]
-
-figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
-axis.barh(list(added), means, xerr=bounds, error_kw={"ecolor": "gray", "capsize": 3})
-axis.axvline(0, color="gray", linewidth=0.7)
-axis.set(xlabel=f"added to hps, mean of {len(asked)} clips and 95 % interval")
-axis.invert_yaxis()
-course.show(figure, "04-parts")
-
-# %%
-course.predict(guess, "04-parts", last=means[0], before=means[1], all=means[-1])
-
-# %%
-most = added["all"].argmax().item()
-Gallery({asked[most]: [Video(clips[most], 8, name) for name, clips in made.items()]}, width=128)
+row = []
+for name, steps in ranges.items():
+    start, end = steps or (0, 1)
+    adapted = zoo.adapters()["aesthetic"] if steps else None
+    clips = vader_nb.sample(
+        small, watched, seeds=SEED, adapter=adapted, adapter_start=start, adapter_end=end
+    )
+    row.append(Video(clips[0], 8, name))
+Gallery({watched: row}, width=112)
 
 # %% [markdown]
-# @PARTSTEXT@
+# Most of it comes from steps in which the adapter was never trained. This answers notebook 1's riddle: polishing can teach a model to draw,
+# because the polisher *is* the painter. The ten steps are one network, and what it has learned to do with the features of "a green star"
+# at the last step, it does with the same features at the steps before. A little in each of them adds up to a lot.
+#
+# And it has a limit, which you see, too: the first half adds next to nothing. There the layout is decided, from noise in which those
+# features do not exist yet.
 
 # %% [markdown]
 # ## Where one step is not enough
@@ -509,26 +519,25 @@ Gallery({asked[most]: [Video(clips[most], 8, name) for name, clips in made.items
 # The explanation has a premise: all steps share $\theta$. Where they do not, $K = 1$ must fail. And there is such a model:
 # [Wan 2.2 A14B](https://github.com/Wan-Video/Wan2.2) has *two* denoisers, one for the first, noisy steps, in which the layout is
 # decided, and one for the last third. Do the same to the package's `tiny-wan`: its denoiser twice. Nothing else changes, not even the
-# clips; but now an adapter has two halves.
+# clips; but now the adapter has two halves.
 
 # %%
 import copy
 
 from vader_nb import DRTune
 
-wan = vader_nb.load("tiny-wan")
+wan, judge = vader_nb.load("tiny-wan"), rewards.hps("tiny").to(small.device)
 wan.denoisers["transformer_2"] = copy.deepcopy(wan.denoisers["transformer"])
 wan.boundary_ratio = 0.6  # below timestep 600 the second one denoises: the last three of ten steps
-halves = lora.add(wan, rank=4, seed=SEED)
+both = lora.add(wan, rank=4, seed=SEED)
 
-for strategy in (Last(1), Last(3), Last(4), DRTune(2)):
-    for p in halves.parameters():
+for strategy in (Last(1), Last(3), Last(4), DRTune(5)):
+    for p in both.parameters():
         p.grad = torch.zeros_like(p)
     options = {"seeds": [SEED], "strategy": strategy, "sampling": Sampling(num_inference_steps=10)}
-    vader_nb.reward_gradient(wan, halves, judge, prompts, frames=Frames.at(4), **options)
+    vader_nb.reward_gradient(wan, both, judge, prompts, frames=Frames.at(4), **options)
     norms = [
-        torch.stack([p.grad.norm() for p in halves.parameters([key])]).norm()
-        for key in wan.denoisers
+        torch.stack([p.grad.norm() for p in both.parameters([key])]).norm() for key in wan.denoisers
     ]
     print(
         f"{strategy!s:22} gradient of the first half {norms[0]:.5f}, of the second {norms[1]:.5f}"
@@ -536,7 +545,7 @@ for strategy in (Last(1), Last(3), Last(4), DRTune(2)):
 
 # %% [markdown]
 # Zero, exactly, for any reward. Does it matter? Let the reward be *layout*: how far to the left the shape is. Training takes minutes, so
-# this picture comes from a stored measurement (`python -m tests.benchmarks.one_step`: three seeds, 16 optimizer steps of 4 clips,
+# this picture comes from a stored measurement (`python -m tests.benchmarks.one_step`: three seeds, 12 optimizer steps of 4 clips,
 # 16 held-out captions).
 
 # %%
@@ -568,7 +577,13 @@ axis.set(
 course.show(figure, "04-experts")
 
 # %% [markdown]
-# @EXPERTTEXT@
+# With one denoiser, $K = 1$ moves the shape. With two, it earns less than half of that: it can bend what the last three steps do, and the layout
+# was decided before. $K = 10$ reaches both halves and wins it back, for more seconds. `DRTune(2)` reaches both, too, in every draw or
+# the next, and in twelve steps that does not show yet. So when you choose $K$, ask first: *do the steps that must change share
+# their weights with a step that learns?* (`align` warns where a denoiser is out of reach.)
+#
+# Every row pays for it: after that much of so crude a reward, the oracles can name the shape in few of the clips that moved. That is
+# reward hacking, and notebook 8 is about it.
 
 # %% [markdown]
 # ## The estimator lab
@@ -585,11 +600,12 @@ course.show(figure, "04-experts")
 # | `DRTune(K)` | DRTune ([Wu et al. 2024](https://arxiv.org/abs/2405.00760)) | K steps spread over the chain; the gradient skips the network in between |
 #
 # All of them stand in for the exact gradient, `Last(10)`. How well? Two draws tell nothing: some strategies draw the same steps twice.
-# We take **eight draws on each of three clips**, and look at their mean *and* their range. Many draws are the same plan, which
+# We take **eight draws on each of two clips**, and look at their mean *and* their range. Many draws are the same plan, which
 # is computed once.
 
 # %%
 from vader_nb import DRaFTLV, Random, ReFL
+from vader_nb import prompts as prompt_sets
 
 lab = {
     "Last(1)": Last(1),
@@ -605,7 +621,8 @@ learner = lora.add(small, rank=4, seed=SEED)
 with torch.no_grad():
     for p, twin in zip(learner.parameters(), adapter.parameters()):
         p.copy_(twin)
-subjects = [(text, seed) for seed, text in enumerate(asked[: course.quick(3, 1)])]
+asked = prompt_sets.get("tiny_held_out")
+subjects = [(text, seed) for seed, text in enumerate(asked[: course.quick(2, 1)])]
 
 
 class Fixed:
@@ -616,7 +633,7 @@ class Fixed:
 
 
 # %%
-def estimate(plan, text, seed, frames=Frames.all()):
+def estimate(plan, text, seed, frames=Frames.every(2)):
     """The adapter's gradient for one clip, as one vector, on the CPU."""
     for p in learner.parameters():
         p.grad = None
@@ -631,8 +648,9 @@ def drawn(strategy, count=8):
 
 
 # %% [markdown]
-# > **Predict.** Which one comes closest to the direction of the exact gradient, on average?
-# > **(a)** `Last(1)` · **(b)** `Last(5)` · **(c)** `DRTune(5)`
+# > **Predict.** Five of ten steps learn. `Last(5)` takes the late ones and all that passes through the network between them; `DRTune(5)`
+# > takes every second one, and skips the network in between. Whose direction is better? **(a)** `Last(5)`'s · **(b)** `DRTune(5)`'s ·
+# > **(c)** they are within 0.03 of each other
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -673,18 +691,22 @@ course.show(figure, "04-lab")
 
 # %%
 averages = {name: sum(draw[0] for draw in draws) / len(draws) for name, draws in measured.items()}
-options = {"a": "Last(1)", "b": "Last(5)", "c": "DRTune(5)"}
-closest = max(options, key=lambda letter: averages[options[letter]])
-course.predict(
-    guess, "04-closest", letter=closest, name=options[closest], cosine=averages[options[closest]]
-)
+late, spread_out = averages["Last(5)"], averages["DRTune(5)"]
+letter = "c" if abs(late - spread_out) < 0.03 else "a" if late > spread_out else "b"
+course.predict(guess, "04-closest", letter=letter, late=late, spread_out=spread_out)
 
 # %% [markdown]
-# @LABTEXT@
+# Read it with care. *Direction*: every one of them points uphill. `Last(1)` lies within some 30 degrees of the exact gradient, for about half of
+# the seconds of five steps. *Length*: hardly matters, because AdamW divides it out. *Range*: `ReFL()` and `DRTune(1)` train another step
+# in each draw, so their draws lie far apart. `Last(K)` draws nothing: its range is that between the two clips. So is `DRaFTLV`'s, whose fresh
+# noise comes from the clip's own seed.
+#
+# And one thing that no average shows: what is left out is left out in every draw. Truncation is a *bias*, and more draws do not
+# remove it. The range is *variance*, and they do.
 #
 # ## Which frames?
 #
-# VADER scores one random frame. How far is its gradient from that of all eight? For twelve clips (four captions, three seeds) we take
+# VADER scores one random frame. How far is its gradient from that of all eight? For nine clips (three captions, three seeds) we take
 # the gradient of each frame alone. The mean over any subset of them is the gradient of that subset, so all 255 subsets come for free.
 
 
@@ -703,7 +725,7 @@ def by_frame(text, seed):
     return torch.stack(rows)
 
 
-captions, seeds = asked[: course.quick(4, 2)], range(course.quick(3, 2))
+captions, seeds = asked[: course.quick(3, 2)], range(course.quick(3, 2))
 singles = torch.stack([torch.stack([by_frame(text, seed) for seed in seeds]) for text in captions])
 print("(captions, seeds, frames, parameters):", tuple(singles.shape))
 
@@ -746,7 +768,9 @@ print(
 )
 
 # %% [markdown]
-# @FRAMETEXT@
+# A single frame is a rough guide, and an unlucky one points *downhill* (a cosine below zero). Why is one enough for VADER? Because the estimate is
+# **unbiased**: its mean over the frames is exactly the gradient of all of them, so over many clips and steps the errors cancel. The price of
+# more frames is time; in stages, it is no memory.
 #
 # ## Where the variance comes from
 #
@@ -780,7 +804,10 @@ axis.invert_yaxis()
 course.show(figure, "04-variance")
 
 # %% [markdown]
-# @VARTEXT@
+# The frame is the largest source, then the caption; the seed, and the $K$ that `Random()` draws, matter less. That is advice for a batch: more
+# captions average out all of it, more frames of a clip only the frames' part (but that is the largest, and a frame is cheaper than a clip), more
+# seeds of one caption leave the captions' part as it is. So spread the clips over captions, and score a few frames of each. (Nine
+# clips, one reward, a random adapter: with yours, measure again.)
 #
 # ## Recap
 #
@@ -842,9 +869,10 @@ course.attempt(check, EveryOther)
 # ```
 # </details>
 #
-# **Exercise 4** (★★★, open, an hour). The lab knows one reward. Take `rewards.action("tiny")`, which judges the motion of the whole clip,
-# or one of your own, and bring a plot: the cosine of `Last(K)` to the exact gradient over $K$, with its range over clips. Does your
-# reward want a longer window than `hps`? Where in the chain is decided what it looks at? (`vader_nb.check` first.)
+# **Exercise 4** (★★★, open, an hour). Bring a plot: the cosine of `Last(K)` to the exact gradient over $K$, with its range over clips, for one
+# of these. (i) `rewards.action("tiny")`, which judges the motion of the whole clip, or a reward of your own (`vader_nb.check` first). (ii) `tiny`
+# with a last step as small as SVD's: `diffusers.DDIMScheduler.from_config(model.scheduler.config, timestep_spacing="leading")` ends at
+# timestep 0 instead of 99. How far does `Last(1)` fall? Its gradient gets short, but that is not the trouble (why not?). What is?
 
 # %% [markdown] tags=["next"]
 # **Next:** [05 · LoRA](05_lora.ipynb): which weights should the gradient change? Fewer than you think.

@@ -1,5 +1,6 @@
 """The notebook pairs: in sync, freshly executed, light, and built alike; and each runs, solved, where Colab would run it."""
 
+import base64
 import json
 import os
 import re
@@ -9,12 +10,13 @@ import sys
 import tempfile
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
+from xml.etree import ElementTree
 
 import jupytext
 import nbformat
 import pytest
 
-from vader_nb import course
+from vader_nb import course, course_drawings
 
 from . import environments
 from .answers import ANSWERS
@@ -191,6 +193,22 @@ def test_answers_and_alternatives_stay_in_the_package():
             used += re.findall(rf'{call}"([^"]*)"', sources)
             assert len(re.findall(call, sources)) == len(re.findall(rf'{call}"{chapter}-', sources))
         assert sorted(used) == sorted(known[kind])
+
+
+def test_a_drawing_is_whole_and_its_texts_stay_inside():
+    source, alternative = re.search(
+        r'src="data:image/svg\+xml;base64,(.*?)" alt="(.+?)"', course_drawings.stages()
+    ).groups()
+    drawing = ElementTree.fromstring(base64.b64decode(source))
+    assert drawing.attrib["aria-label"] == alternative
+    _, _, width, height = map(float, drawing.attrib["viewBox"].split())
+    for text in drawing.iter("{http://www.w3.org/2000/svg}text"):
+        x, y, size = (float(text.attrib[name]) for name in ("x", "y", "font-size"))
+        reach = 0.6 * size * len(text.text or "")  # of the sans-serif fonts of browsers
+        before = {"start": 0, "middle": reach / 2, "end": reach}[text.attrib["text-anchor"]]
+        assert x - before >= 0
+        assert x - before + reach <= width, text.text
+        assert size <= y <= height
 
 
 def test_every_exercise_is_open_and_its_check_says_what_is_missing(pair):

@@ -95,6 +95,6 @@ def notes() -> list[str]:
     for i, (look, text) in enumerate((*LEGEND, ("later", "its turn comes after"))):
         parts += box(4 + 205 * i, y, 22, 14, look, "")
         parts.append(words(32 + 205 * i, y + 12, text, 12))
-    parts += arrow(676, 626, y + 7)
-    parts.append(words(684, y + 12, "gradient", 12))
+    parts += arrow(668, 622, y + 7)
+    parts.append(words(675, y + 12, "gradient", 12))
     return parts
