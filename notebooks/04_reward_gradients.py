@@ -253,7 +253,6 @@ def compare(by_stages, frames, K):
 # %% tags=["check"]
 def check(by_stages):
     compare(by_stages, [FRAMES - 1], K=1)
-    compare(by_stages, range(FRAMES), K=1)
     compare(by_stages, [0, 1], K=3)
 
 
@@ -518,7 +517,7 @@ Gallery({watched: row}, width=112)
 #
 # The explanation has a premise: all steps share $\theta$. Where they do not, $K = 1$ must fail. And there is such a model:
 # [Wan 2.2 A14B](https://github.com/Wan-Video/Wan2.2) has *two* denoisers, one for the first, noisy steps, in which the layout is
-# decided, and one for the last third. Do the same to the package's `tiny-wan`: its denoiser twice. Nothing else changes, not even the
+# decided, and one for the rest (in its authors' settings the last 14 of 40 steps). Do the same to the package's `tiny-wan`: its denoiser twice. Nothing else changes, not even the
 # clips; but now the adapter has two halves.
 
 # %%
@@ -535,7 +534,8 @@ for strategy in (Last(1), Last(3), Last(4), DRTune(5)):
     for p in both.parameters():
         p.grad = torch.zeros_like(p)
     options = {"seeds": [SEED], "strategy": strategy, "sampling": Sampling(num_inference_steps=10)}
-    vader_nb.reward_gradient(wan, both, judge, prompts, frames=Frames.at(4), **options)
+    options |= {"frames": Frames.at(4), "generator": torch.Generator().manual_seed(SEED)}
+    vader_nb.reward_gradient(wan, both, judge, prompts, **options)
     norms = [
         torch.stack([p.grad.norm() for p in both.parameters([key])]).norm() for key in wan.denoisers
     ]
@@ -545,7 +545,7 @@ for strategy in (Last(1), Last(3), Last(4), DRTune(5)):
 
 # %% [markdown]
 # Zero, exactly, for any reward. Does it matter? Let the reward be *layout*: how far to the left the shape is. Training takes minutes, so
-# this picture comes from a stored measurement (`python -m tests.benchmarks.one_step`: three seeds, 12 optimizer steps of 4 clips,
+# this picture comes from a stored measurement (`python -m tests.benchmarks.one_step`: 12 optimizer steps of 4 clips,
 # 16 held-out captions).
 
 # %%
@@ -577,13 +577,12 @@ axis.set(
 course.show(figure, "04-experts")
 
 # %% [markdown]
-# With one denoiser, $K = 1$ moves the shape. With two, it earns less than half of that: it can bend what the last three steps do, and the layout
-# was decided before. $K = 10$ reaches both halves and wins it back, for more seconds. `DRTune(2)` reaches both, too, in every draw or
-# the next, and in twelve steps that does not show yet. So when you choose $K$, ask first: *do the steps that must change share
-# their weights with a step that learns?* (`align` warns where a denoiser is out of reach.)
+# With one denoiser, $K = 1$ moves the shape. With two, it earns less than half of that: it can bend what the last three steps do, but the layout
+# was decided before. $K = 10$ reaches both halves and wins it back, for more seconds. So when you choose $K$, ask first: *do the steps that
+# must change share their weights with a step that learns?* (`align` warns where a denoiser is out of reach.)
 #
-# Every row pays for it: after that much of so crude a reward, the oracles can name the shape in few of the clips that moved. That is
-# reward hacking, and notebook 8 is about it.
+# And where the shape moved most, it is hardly a shape any more: after twelve steps of so crude a reward the oracles can name it in few of the
+# clips. That is reward hacking, and notebook 8 is about it.
 
 # %% [markdown]
 # ## The estimator lab
@@ -686,7 +685,7 @@ for axis, title, column in zip(axes, titles, range(3)):
     axis.set_title(title, fontsize=10)
     axis.set_xlim(min(0, axis.get_xlim()[0]), None)
 axes[0].set_yticks(range(len(measured)), list(measured))
-axes[0].invert_yaxis()
+axes[0].set_ylim(len(measured) - 0.5, -0.9)
 course.show(figure, "04-lab")
 
 # %%
@@ -696,8 +695,8 @@ letter = "c" if abs(late - spread_out) < 0.03 else "a" if late > spread_out else
 course.predict(guess, "04-closest", letter=letter, late=late, spread_out=spread_out)
 
 # %% [markdown]
-# Read it with care. *Direction*: every one of them points uphill. `Last(1)` lies within some 30 degrees of the exact gradient, for about half of
-# the seconds of five steps. *Length*: hardly matters, because AdamW divides it out. *Range*: `ReFL()` and `DRTune(1)` train another step
+# Read it with care. *Direction*: every one of them points uphill. `Last(1)` lies within some 30 degrees of the exact gradient, for little more than
+# half of the seconds of five steps. *Length*: hardly matters, because AdamW divides it out. *Range*: `ReFL()` and `DRTune(1)` train another step
 # in each draw, so their draws lie far apart. `Last(K)` draws nothing: its range is that between the two clips. So is `DRaFTLV`'s, whose fresh
 # noise comes from the clip's own seed.
 #

@@ -21,7 +21,7 @@ from vader_nb import prompts as prompt_sets
 from vader_nb.strategies import parse_strategy
 from vader_nb.zoo import oracles
 
-CASES = [("one", "Last(1)"), ("two", "Last(1)"), ("two", "DRTune(2)"), ("two", "Last(10)")]
+CASES = [("one", "Last(1)"), ("two", "Last(1)"), ("two", "Last(10)")]
 STEPS, BATCH, RATE, CAPTIONS = 12, 4, 3e-3, 16
 RATED = 24
 PARTS = {
