@@ -31,7 +31,7 @@ from .offload import frozen_tensors, moved
 from .prompts import Prompt
 from .rewards import Reward, parse
 from .strategies import Frames, parse_frames, parse_strategy
-from .train_config import TrainConfig
+from .train_config import HALF, TrainConfig, check_half
 
 GIB = 2**30
 STAGES = ("weights", "text", "roll-out", "decode", "reward", "replay", "optimizer")
@@ -195,7 +195,11 @@ class Step:
             raise ValueError(f"unknown dtype {dtype!r}; choose float16, bfloat16 or float32")
         decoder = models.decoder_settings(model, given)
         config, text_cache = TrainConfig.from_flat(flat), given["text_cache"]
-        return cls(str(model), reward, config, dtype, offload, text_cache, decoder)
+        step = cls(str(model), reward, config, dtype, offload, text_cache, decoder)
+        dtypes = step.dtypes
+        dtypes.pop("text_encoder", None)  # which autocast does not reach
+        check_half(config.mixed_precision, dtypes.values())
+        return step
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -236,7 +240,7 @@ class Step:
         gc.collect()
         tracker.enter("weights")
         _report_stages(model, tracker.enter)
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision or "")
+        half = HALF.get(config.mixed_precision or "")
         with torch.autocast(model.device.type, half, enabled=half is not None):
             self.gradient(model, adapter, ReportingReward(reward, tracker.enter), tracker)
         gc.collect()  # what waits for Python's collector would count, or not, by chance
@@ -250,12 +254,11 @@ class Step:
         """As training takes it, with the stages reported. Before the window, only one of the equal steps is taken."""
         config, generator = self.config, torch.Generator().manual_seed(0)
         sampling = config.sampling.resolve(model)
-        frames = config.frames or (Frames.random(1) if reward.per_frame else Frames.all())
         with unset_fake_temporarily():
             plan = experts.draw_plan(
                 model, adapter, sampling, parse_strategy(config.strategy), generator
             )
-            chosen = parse_frames(frames).choose(sampling.num_frames, generator)
+            chosen = self.scored_frames(model, reward, sampling.num_frames)
         settings = {
             "gradient_checkpointing": bool(config.gradient_checkpointing),
             "activation_offload": config.activation_offload,
@@ -275,6 +278,18 @@ class Step:
             loss.backward()
 
         accumulate(model, adapter, reward, rollout, plan, chosen, backward=backward, **settings)
+
+    def scored_frames(self, model: VideoModel, reward: Reward, num_frames: int) -> list[int]:
+        """Indices; in the place of random ones those that take the most: the last ones of a causal decoder, which
+        decodes all before them, and else some in the middle, where chunks are whole."""
+        default = Frames.random(1) if reward.per_frame else Frames.all()
+        frames = parse_frames(self.config.frames or default)
+        chosen = frames.choose(num_frames, torch.Generator().manual_seed(0))
+        if frames.kind == "random":
+            causal = isinstance(model, models.CausalDecoder)
+            start = num_frames - len(chosen) if causal else (num_frames - len(chosen)) // 2
+            chosen = list(range(start, start + len(chosen)))
+        return chosen
 
     def simulate(self) -> dict[str, int]:
         """Peak bytes by stage."""
@@ -325,7 +340,8 @@ def _convert_parts(model: VideoModel, dtypes: dict[str, torch.dtype]) -> None:
     """Give the parts that these types name theirs: fake weights are replaced, since they cannot change."""
     for part, dtype in dtypes.items():
         if part != "default":
-            for table, name, tensor in frozen_tensors(getattr(model, part)):
+            network = model.denoisers.get(part) or getattr(model, part)
+            for table, name, tensor in frozen_tensors(network):
                 if tensor.is_floating_point():
                     table[name] = moved(tensor, dtype)
 
