@@ -1,5 +1,6 @@
 """The notebook pairs: in sync, freshly executed, light, and built alike; and each runs, solved, where Colab would run it."""
 
+import base64
 import json
 import os
 import re
@@ -9,12 +10,16 @@ import sys
 import tempfile
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
+from xml.etree import ElementTree
 
 import jupytext
 import nbformat
 import pytest
 
+from vader_nb import course, course_drawings
+
 from . import environments
+from .answers import ANSWERS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -175,6 +180,38 @@ def test_it_asks_before_it_shows(pair):
     assert all(guess < answer for guess, answer in zip(guesses, answers))
 
 
+def test_answers_and_alternatives_stay_in_the_package():
+    """A notebook names them by keys, so that neither can be read beside the question; each is used, once."""
+    known = course.texts()
+    for kind, call in (
+        ("answers", r"course\.predict\(\s*guess,\s*"),
+        ("alternatives", r"course\.show\(\s*figure,\s*"),
+    ):
+        used = []
+        for chapter in {key[:2] for key in known[kind]}:
+            (path,) = (path for path in PAIRS if path.stem.startswith(chapter))
+            sources = "\n".join(cell.source for cell in code(jupytext.read(path)))
+            used += re.findall(rf'{call}"([^"]*)"', sources)
+            assert len(re.findall(call, sources)) == len(re.findall(rf'{call}"{chapter}-', sources))
+        assert sorted(used) == sorted(known[kind])
+
+
+def test_a_drawing_is_whole_and_its_texts_stay_inside():
+    source, alternative = re.search(
+        r'src="data:image/svg\+xml;base64,(.*?)" alt="(.+?)"', course_drawings.stages()
+    ).groups()
+    drawing = ElementTree.fromstring(base64.b64decode(source))
+    assert drawing.attrib["aria-label"] == alternative
+    _, _, width, height = map(float, drawing.attrib["viewBox"].split())
+    for text in drawing.iter("{http://www.w3.org/2000/svg}text"):
+        x, y, size = (float(text.attrib[name]) for name in ("x", "y", "font-size"))
+        reach = 0.6 * size * len(text.text or "")  # of the sans-serif fonts of browsers
+        before = {"start": 0, "middle": reach / 2, "end": reach}[text.attrib["text-anchor"]]
+        assert x - before >= 0
+        assert x - before + reach <= width, text.text
+        assert size <= y <= height
+
+
 def test_every_exercise_is_open_and_its_check_says_what_is_missing(pair):
     _, _, notebook = pair
     stubs, checks = tagged(notebook, "exercise"), tagged(notebook, "check")
@@ -182,6 +219,41 @@ def test_every_exercise_is_open_and_its_check_says_what_is_missing(pair):
     for check in checks:
         assert printed(check).startswith("Not yet: "), check.source
         assert "your code raised" not in printed(check), printed(check)
+
+
+@pytest.fixture(scope="module", params=ANSWERS)
+def chapter(request):
+    """A notebook, and the names that its checks need: what the cells tagged "for-checks" make."""
+    notebook = jupytext.read(ROOT / "notebooks" / f"{request.param}.py")
+    names = {"course": course}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("VADER_NB_FAST", "1")
+        for cell in code(notebook):
+            if any(build.tagged(cell, tag) for tag in ("parameters", "for-checks")):
+                exec(cell.source, names)
+        yield notebook, names, ANSWERS[request.param]
+
+
+def test_a_check_accepts_what_is_right_and_refuses_what_is_known_to_be_wrong(chapter, capsys):
+    notebook, names, answers = chapter
+    checks = {
+        cell.source.split(", ")[-1].strip(" )\n"): cell.source for cell in tagged(notebook, "check")
+    }
+    assert checks.keys() == answers.keys()
+
+    def said_of(answer, check):
+        exec(answer, names)
+        exec(check, names)
+        return capsys.readouterr().out
+
+    for name, (right, wrong) in answers.items():
+        assert len(right) >= 2, "one right answer shows nothing"
+        for answer in right:
+            assert said_of(answer, checks[name]) == "Right.\n", answer
+        for answer, reason in wrong.items():
+            said = said_of(answer, checks[name])
+            assert said.startswith("Not yet: "), answer
+            assert reason in said, (said, answer)
 
 
 # ------------------------------------------------------------------- the solved copies, where Colab would run them

@@ -1,9 +1,15 @@
 """What the notebooks of the course share: figures with a description, questions to predict, exercises that check
 themselves, a fast setting for tests."""
 
+import functools
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
+
+import yaml
 
 T = TypeVar("T")
 
@@ -18,11 +24,19 @@ def quick(full: T, fast: T) -> T:
     return fast if os.environ.get("VADER_NB_FAST") == "1" else full
 
 
+@functools.cache
+def texts() -> dict[str, dict]:
+    """What a reader is not to see beside the question: the `answers` and the figures' `alternatives`, by key."""
+    file = Path(__file__).with_name("course.yaml")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
 def show(figure, alt: str) -> None:
-    """Display a matplotlib figure with its alternative text, once."""
+    """Display a matplotlib figure once, with its alternative text or the key of one in course.yaml."""
     import matplotlib.pyplot as plt
     from IPython.display import display
 
+    alt = texts()["alternatives"].get(alt, alt)
     plt.close(figure)
     display(figure, metadata={"image/png": {"alt": alt}})
 
@@ -32,8 +46,19 @@ def picture(frame):
     return frame.detach().float().cpu().clamp(0, 1).permute(1, 2, 0)
 
 
-def predict(guess: str | None, right: str, because: str) -> None:
-    """Compare a guess (a letter, or None for no answer yet) with what came out, and say why."""
+def predict(guess: str | None, right: str, because: str = "", **values) -> None:
+    """Compare a guess (a letter, or None for no answer yet) with what came out, and say why.
+
+    Args:
+        guess: of the reader.
+        right: the letter, or the key of an answer in course.yaml.
+        because: the reason; an answer of course.yaml has its own.
+        **values: numbers that were measured, which the reason names. `letter` is the right one, where that
+            was measured, too.
+    """
+    if right in texts()["answers"]:
+        known = texts()["answers"][right]
+        right, because = values.get("letter") or known["letter"], known["because"].format(**values)
     if guess is None:
         verdict = ""
     elif guess.strip(" ()").lower() == right:
@@ -60,3 +85,52 @@ def attempt(check: Callable[..., None], *answers) -> None:
         print(f"Not yet: your code raised {type(error).__name__}: {error}")
     else:
         print("Right.")
+
+
+@contextmanager
+def live_graphs(
+    owner, method: str, size: Callable[..., int] = lambda result: 1
+) -> Iterator[list[int]]:
+    """Inside, count the graphs of a method's results that wait for their backward pass.
+
+    Args:
+        owner, method: what is called, on an instance.
+        size: of a result, for how many it counts.
+
+    Yields:
+        A list with one entry, the most that waited at the same time.
+    """
+    import torch
+
+    waiting, most = 0, [0]
+
+    def done(count):
+        nonlocal waiting
+        waiting -= count
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, result):
+            nonlocal waiting
+            mark, count = result.new_empty(1), size(result)
+            ctx.save_for_backward(mark)  # it is freed when all is that the graph has saved
+            weakref.finalize(mark.untyped_storage(), done, count)
+            waiting += count
+            most[0] = max(most[0], waiting)
+            return result.view_as(result)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    original = getattr(owner, method)
+
+    def counted(*args, **kwargs):
+        result = original(*args, **kwargs)
+        return Counted.apply(result) if result.requires_grad else result
+
+    setattr(owner, method, counted)
+    try:
+        yield most
+    finally:
+        delattr(owner, method)
