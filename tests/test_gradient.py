@@ -477,3 +477,61 @@ def test_keeping_the_last_calls_graph_changes_no_bit(micro, strategy, kind, monk
     for a, b in zip(kept, again):
         assert all(map(torch.equal, a, b)) if isinstance(a, list) else torch.equal(a, b)
     assert with_graph == with_graph_again and total == total_again - 1
+
+
+# ------------------------------------------------------------------------------ a roll-out's window once more
+
+
+@pytest.mark.parametrize("strategy", [Last(1), Last(3), Step(2), ReFL(0.6)], ids=str)
+def test_a_window_taken_again_is_that_of_the_adapter_as_it_is_now(micro, strategy):
+    """Against plain autograd from the same latents; and with the weights of before, bit for bit what it was."""
+    from vader_nb.gradient import accumulate, rolled_out
+
+    adapter, sampling = adapted(micro), Sampling().resolve(micro)
+    plan = strategy.plan(5, torch.Generator().manual_seed(0))
+    setup, calls, predict = (micro, adapter, PROMPTS, SEEDS, sampling, plan), [], micro.predict
+    first = rolled_out(*setup)
+    micro.predict = lambda *a, **k: (calls.append(1), predict(*a, **k))[1]
+    again = rolled_out(*setup, start=first)
+    assert len(calls) == max(plan.active) - plan.stop  # and not those before the window
+    assert torch.equal(first.latents, again.latents)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.mul_(1.1)
+    frames = [0, 1, 2]
+    moved = rolled_out(*setup, start=first)
+    assert torch.equal(moved.states[0], first.states[0])
+    assert not torch.equal(moved.latents, first.latents)
+    rewards = accumulate(micro, adapter, REWARDS["clip"], moved, plan, frames).rewards
+    found = testing.take_gradient(adapter)
+    scheduler, latents = copy.deepcopy(first.scheduler), first.states[0]
+    for i, t in enumerate(first.timesteps):
+        n = len(first.timesteps) - i + plan.stop
+        for p in adapter.parameters():
+            p.requires_grad_(n in plan.active)
+        output = micro.guided(latents, t, first.conditioning, sampling)
+        if n == plan.stop + 1 and plan.stop:
+            latents = micro.x0(scheduler, output, t, latents)
+        else:
+            latents = micro.step(scheduler, output, t, latents)
+    expected = REWARDS["clip"](micro.decode(latents), PROMPTS)
+    for p in adapter.parameters():
+        p.requires_grad_(True)
+    (-expected.mean()).backward()
+    assert_equal((rewards, found), (expected.detach(), testing.take_gradient(adapter)))
+
+
+def test_a_window_taken_again_draws_fresh_noise(micro):
+    """Where the sampler draws any; the same at every attempt."""
+    from vader_nb.gradient import rolled_out
+
+    micro.scheduler = diffusers.DDIMScheduler.from_config(micro.scheduler.config)
+    adapter, sampling = adapted(micro), Sampling(eta=1.0).resolve(micro)
+    plan, found = Last(3).plan(5, None), []
+    for _ in range(2):
+        first = rolled_out(micro, adapter, PROMPTS, SEEDS, sampling, plan)
+        options = {"sampling": sampling, "plan": plan, "start": first}
+        parts = [rolled_out(micro, adapter, PROMPTS, [], **options) for _ in range(2)]
+        found.append([first.latents, *(part.latents for part in parts)])
+    assert all(map(torch.equal, *found))
+    assert not any(torch.equal(*pair) for pair in zip(found[0], found[0][1:]))

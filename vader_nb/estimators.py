@@ -1,12 +1,13 @@
 """Estimators: what turns a batch of prompts into a gradient on the adapter.
 
 For one optimizer step the trainer calls `collect` for each micro-batch, `advantages` once with all that was
-collected, and `accumulate` for each; the last, and the update after it, `updates_per_rollout` times.
+collected, and `accumulate` for each; the last, and the update after it, `updates_per_rollout` times, with `renewed`
+in between.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -41,11 +42,13 @@ class Collected:
         rollout: `states` and `outputs` hold the steps that the estimator learns from.
         plan, frames: the steps that learn, and indices of the frames that are scored.
         rewards, advantages: (B,), where the estimator needs them before it takes the gradient.
+        generator: of its batch, where later updates draw, too.
     """
 
     rollout: Rollout
     plan: Plan
     frames: list[int]
+    generator: torch.Generator | None = None
     rewards: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
 
@@ -106,6 +109,10 @@ class Estimator(ABC):
     def advantages(self, collected: list[Collected], gather: Callable) -> None:  # noqa: B027
         """Between roll-out and gradient: compare rewards; gather(value) lists those of all processes."""
 
+    def renewed(self, collected: Collected) -> Collected:
+        """What the next update of the same roll-outs learns from, without a graph."""
+        return collected
+
     @abstractmethod
     def accumulate(
         self, collected: Collected, weight: float, backward: Callable[[torch.Tensor], None]
@@ -120,6 +127,10 @@ class Estimator(ABC):
 
 class RewardGradient(Estimator):
     """The reward's own gradient, backpropagated through the last denoising steps: VADER, DRaFT, ReFL, …
+
+    With `rollout_reuse=n` a roll-out serves n updates. Each begins at the latents before the steps that learn, which
+    the adapter of up to n - 1 updates ago has made; from there on it is on-policy: those steps are taken again with
+    the adapter as it is, other frames are drawn, and so is the noise of `DRaFTLV` and of stochastic samplers.
 
     Args:
         strategy: which steps learn; default: the configuration's.
@@ -139,6 +150,7 @@ class RewardGradient(Estimator):
         super().setup(model, adapter, reward, config)
         self.strategy = self.strategy_of(config)
         self.frames: Frames = self._frames or config.frames
+        self.updates_per_rollout = config.rollout_reuse
         names = ("decode_chunk_size", "activation_offload", "gradient_checkpointing")
         self.settings = {name: getattr(config, name) for name in names}
 
@@ -146,16 +158,20 @@ class RewardGradient(Estimator):
         of = self.model, self.adapter, self.sampling
         plan = experts.draw_plan(*of, self.strategy, batch.generator)
         frames = self.frames.choose(self.sampling.num_frames, batch.generator)
-        rollout = gradient.rolled_out(
-            self.model,
-            self.adapter,
-            batch.prompts,
-            batch.seeds,
-            self.sampling,
-            plan,
-            **self.settings,
-        )
-        return Collected(rollout, plan, frames)
+        rollout = self.rolled_out(batch.prompts, batch.seeds, plan)
+        return Collected(rollout, plan, frames, batch.generator)
+
+    def rolled_out(self, prompts, seeds, plan: Plan, start: Rollout | None = None) -> Rollout:
+        of = self.model, self.adapter, prompts, seeds, self.sampling, plan
+        return gradient.rolled_out(*of, start, **self.settings)
+
+    def renewed(self, collected: Collected) -> Collected:
+        """The same latents before the steps that learn, for the next update."""
+        rollout, plan, generator = collected.rollout, collected.plan, collected.generator
+        frames = self.frames.choose(self.sampling.num_frames, generator)
+        if not plan.renoise:  # which takes those steps itself
+            rollout = self.rolled_out(rollout.prompts, [], plan, rollout)
+        return replace(collected, rollout=rollout, frames=frames)
 
     def accumulate(self, collected, weight, backward) -> Row:
         with record_parts() as scores:

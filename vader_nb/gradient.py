@@ -91,9 +91,9 @@ def reward_gradient(
     return accumulate(model, adapter, as_reward(reward), rollout, plan, chosen, **settings)
 
 
-def rolled_out(model, adapter, prompts, seeds, sampling, plan, **settings) -> Rollout:
-    """Stage 1: what `accumulate`, with these settings, needs."""
-    options = {"adapter": adapter, "window": max(plan.active), "stop": plan.stop}
+def rolled_out(model, adapter, prompts, seeds, sampling, plan, start=None, **settings) -> Rollout:
+    """Stage 1: what `accumulate`, with these settings, needs; `start` as for `roll_out`."""
+    options = {"adapter": adapter, "window": max(plan.active), "stop": plan.stop, "start": start}
     last_call = kept_call(model, sampling, plan, **settings)
     return roll_out(model, prompts, seeds, sampling, last_call=last_call, **options)
 

@@ -276,6 +276,7 @@ def roll_out(
     window: int = 0,
     stop: int = 0,
     last_call: Callable[[], contextlib.AbstractContextManager] | None = None,
+    start: Rollout | None = None,
     callback: Callback | None = None,
 ) -> Rollout:
     """Sample a batch without a graph, and note the last `window` steps.
@@ -287,16 +288,22 @@ def roll_out(
         adapter_range: the part of the chain in which the adapter acts, see `adapter_active`.
         window, stop: how many last steps to note, and to leave out for the clean latents predicted there.
         last_call: keep the graph of the last denoiser call, made in this context.
+        start: a roll-out with the same arguments, whose window is taken once more: from its latents before the
+            window, by the adapter as it is now, with fresh noise where the sampler draws any.
         callback: as for `sample`.
     """
-    conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
+    if start is None:
+        conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
+        scheduler = model.new_scheduler(sampling)
+    else:
+        conditioning, latents, generators = start.conditioning, start.states[0], start.generators
+        scheduler = copy.deepcopy(start.scheduler)
     rollout = Rollout(prompts, conditioning, sampling, latents, generators)
-    rollout.finite.append(conditioning.all_finite())
-    scheduler = model.new_scheduler(sampling)
     timesteps = list(scheduler.timesteps)
     cut, end, mode = len(timesteps) - window, len(timesteps) - stop, ()
+    rollout.finite += start.finite[: cut + 1] if start else [conditioning.all_finite()]
     with contextlib.ExitStack() as adapter_mode:
-        for i, t in enumerate(timesteps[:end]):
+        for i, t in list(enumerate(timesteps[:end]))[cut if start else 0 :]:
             where = i, cut, len(timesteps), adapter_range
             wanted = _adapter_mode(model.denoiser_at(t), *where) if adapter else ()
             if wanted != mode:

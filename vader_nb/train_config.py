@@ -9,6 +9,7 @@ from .strategies import Frames, Last, Strategy, parse_frames, parse_strategy
 
 BOUNDS = {
     "steps": (1, 10**9),
+    "rollout_reuse": (1, 100),
     "batch_size": (1, 10_000),
     "gradient_accumulation_steps": (1, 100_000),
     "learning_rate": (1e-38, 100),
@@ -33,7 +34,10 @@ class TrainConfig:
     Strategy, frames and output_dir may be given as text.
     """
 
-    steps: int = setting(40, "optimizer steps")
+    steps: int = setting(40, "of the training: each a roll-out and an update of the adapter")
+    rollout_reuse: int = setting(
+        1, "updates for each roll-out: the steps that learn, alone, are taken again for each"
+    )
     batch_size: int = setting(4, "clips at once, in each process")
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step, in each process")
     learning_rate: float = setting(1e-3, "of AdamW")

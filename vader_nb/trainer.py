@@ -8,6 +8,7 @@ number of processes draws anything else.
 
 import hashlib
 import importlib
+import itertools
 import math
 import resource
 import time
@@ -155,6 +156,7 @@ class Trainer:
             config.gradient_checkpointing = model.device.type == "cuda"
         self.reward.check_prompts([str(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]])
         self.estimator.check_reward(self.reward)
+        self.check_options()
         self.reward.at_fps(model.defaults["fps"])
         self.reward.check_ready()
         # Draw once, so that a window or frames that do not fit are an error now.
@@ -166,6 +168,13 @@ class Trainer:
         self.targets = self.reach.targets(config.targets) if adapter is None else None
         frames = config.frames.choose(config.sampling.total_frames, generator)
         self.reward.check_frames(len(frames))
+
+    def check_options(self) -> None:
+        """Raise ValueError for an option that could not act."""
+        config, gradients = self.config, self.estimator.needs_reward_gradient
+        if config.rollout_reuse > 1 and not (gradients and config.sampling.extend == 1):
+            what = "clips of one segment" if gradients else "the reward's gradient"
+            raise ValueError(f"rollout_reuse={config.rollout_reuse} is for {what}: set it to 1")
 
     @exclusive
     def fit(self) -> Run:
@@ -209,15 +218,17 @@ class Trainer:
         """One step: roll-outs, and as many optimizer updates on them as the estimator wants."""
         began = time.perf_counter()
         try:
-            collected = self.collect(self.state.step)
+            collected, again = itertools.tee(self.collect(self.state.step))
+            if self.estimator.updates_per_rollout == 1:
+                again = []  # nothing is kept
             row = self.gradients(collected)
         except NonFiniteError as error:
-            collected, row = [], {"step": self.state.step + 1, "skipped": str(error)}
+            again, row = [], {"step": self.state.step + 1, "skipped": str(error)}
             bar.write(f"step {self.state.step + 1} skipped: {error}")
         with distributed.delay_signals():  # a step is taken and recorded, or neither
             row = self.update(row)
-            for _ in range(self.estimator.updates_per_rollout - 1 if collected else 0):
-                row = self.update(self.gradients(collected))
+            if "reward" in row and again:
+                row |= self.update_again(list(again))
             self.state.step += 1
             self.record(row | self.costs(time.perf_counter() - began))
             bar.update()
@@ -225,6 +236,18 @@ class Trainer:
                 bar.set_postfix(reward=f"{row['reward']:.4f}", grad=f"{row['grad_norm']:.2e}")
         if self.callback is not None:
             self.callback(self.state.metrics[-1])
+
+    def update_again(self, collected: list[Collected]) -> dict:
+        """The later updates of a step, on the roll-outs of the first; returns what the step's row says of them."""
+        for number in range(2, self.estimator.updates_per_rollout + 1):
+            try:
+                row = self.gradients(map(self.estimator.renewed, collected), later=True)
+            except NonFiniteError as error:
+                row = {"step": self.state.step + 1, "skipped": str(error)}
+            row = self.update(row)
+            if "skipped" in row:  # the next ones begin at the same latents
+                return {"skipped_updates": f"from number {number} on: {row['skipped']}"}
+        return {}
 
     # ------------------------------------------------------------------ before the first step
 
@@ -242,11 +265,11 @@ class Trainer:
             distributed.shard(model, self.accelerator)
         self.adapter = self.make_adapter()
         try:
+            self.estimator.setup(model, self.adapter, self.reward, config)
             self.make_optimizer()
             if found:
                 self.restore(*found)
             self.place_reward()
-            self.estimator.setup(model, self.adapter, self.reward, config)
             distributed.broadcast_from_main(
                 lambda: checkpoints.begin(config.output_dir, self.description(), self.state.step),
                 self.accelerator,
@@ -332,7 +355,7 @@ class Trainer:
         config = self.config
         self.parameters = self.adapter.parameters(self.reach.trained(self.adapter))
         self.optimizer = adamw(self.parameters, config)
-        self.schedule = lr_schedule(self.optimizer, config)
+        self.schedule = lr_schedule(self.optimizer, config, self.estimator.updates_per_rollout)
         self.backward = torch.Tensor.backward
         if not distributed.uses_engine(self.accelerator):
             self.optimizer = self.accelerator.prepare(self.optimizer)
@@ -394,8 +417,11 @@ class Trainer:
         )
         return collected
 
-    def gradients(self, collected: Iterable[Collected]) -> dict:
+    def gradients(self, collected: Iterable[Collected], later: bool = False) -> dict:
         """Gradients of all micro-batches, averaged over processes and clipped; returns the step's row.
+
+        Args:
+            later: than the step's first update, so that it is too late to stop, or to have nothing to learn from.
 
         Raises:
             NonFiniteError: in every process, if one of them saw a number that is not finite.
@@ -416,6 +442,7 @@ class Trainer:
                         break
         means = mean_rewards(rows, self.reward)
         stop = bool(self.signals) or (self.config.output_dir / checkpoints.STOP).exists()
+        stop = stop and not later
         synced = distributed.sync_gradients(
             self.parameters, self.accelerator, means, bool(problem), stop
         )
@@ -427,18 +454,18 @@ class Trainer:
         return {
             "step": self.state.step + 1,
             **synced.values,
-            "grad_norm": self.clip(synced.values["reward"] >= self.reward.range[1] - 1e-6),
+            "grad_norm": self.clip(synced.values["reward"] >= self.reward.range[1] - 1e-6, later),
             "learning_rate": self.schedule.get_last_lr()[0],
             **rows[-1].info,
         }
 
-    def clip(self, at_cap: bool) -> float:
+    def clip(self, at_cap: bool, later: bool = False) -> float:
         """Clip the gradient; returns its norm before that. Raises for one that is not finite, or zero at
         the start though the reward is below its cap."""
         engine = distributed.uses_engine(self.accelerator)
         clip: Any = torch.nn.utils.clip_grad_norm_ if engine else self.accelerator.clip_grad_norm_
         norm = float(clip(self.parameters, self.config.max_grad_norm or math.inf))
-        if norm == 0 and self.state.step == 0:
+        if norm == 0 and self.state.step == 0 and not later:
             what = f"the gradient of {self.reward.name!r} that reaches the adapter is zero"
             if not at_cap:
                 raise ValueError(f"{what}: nothing to learn from")
@@ -620,8 +647,8 @@ def adamw(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.op
     return torch.optim.AdamW(parameters, **options, fused=fused)
 
 
-def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig):
-    """One of diffusers' learning rate schedules. Raises ValueError for an unknown name."""
+def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int = 1):
+    """One of diffusers' learning rate schedules, over so many updates a step. Raises ValueError for an unknown name."""
     from diffusers.optimization import SchedulerType, get_scheduler
 
     usable = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
@@ -632,8 +659,8 @@ def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig):
     return get_scheduler(
         config.lr_scheduler,
         optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.steps,
+        num_warmup_steps=config.lr_warmup_steps * updates,
+        num_training_steps=config.steps * updates,
     )
 
 
