@@ -10,7 +10,17 @@ from vader_nb import testing
 from vader_nb.gradient import score
 from vader_nb.rewards import as_reward, hps, reward
 from vader_nb.sampling import NonFiniteError, Sampling, roll_out, sample
-from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last, Random, ReFL, Step
+from vader_nb.strategies import (
+    DirectAlign,
+    DRaFTLV,
+    DRTune,
+    Frames,
+    Last,
+    LeapAlign,
+    Random,
+    ReFL,
+    Step,
+)
 from vader_nb.testing import REWARDS, adapted
 
 PROMPTS, SEEDS = ["a red star", "a blue circle growing"], [3, 8]
@@ -32,6 +42,8 @@ STRATEGIES = [
     DRTune(2),
     DRTune(2, stop=2),
     DRaFTLV(2),
+    DirectAlign(2),
+    LeapAlign(0.3),
 ]
 
 
@@ -316,7 +328,19 @@ def test_half_precision_carries_gradients_that_are_too_small_for_it(micro_direct
 
 @pytest.mark.parametrize(
     "strategy",
-    [Last(6), Last(0), Step(6), Random(9), DRTune(6), DRTune(1, stop=5), ReFL(0), DRaFTLV(0)],
+    [
+        Last(6),
+        Last(0),
+        Step(6),
+        Random(9),
+        DRTune(6),
+        DRTune(1, stop=5),
+        ReFL(0),
+        DRaFTLV(0),
+        DirectAlign(0),
+        DirectAlign(fraction=2),
+        LeapAlign(2),
+    ],
     ids=str,
 )
 def test_windows_that_do_not_fit_are_refused_before_any_work(micro, strategy):
@@ -377,6 +401,47 @@ def test_the_strategies_draw_what_their_papers_say():
         assert steps[1] - steps[0] == steps[2] - steps[1] == 3
         assert 1 <= steps[0] <= steps[-1] <= 10  # VideoX-Fun's open interval loses the last one
         assert max(ReFL().plan(40, generator).active) <= 10
+
+
+def test_the_leaps_of_a_flow_are_the_papers(micro):
+    """LeapAlign: x_j = x_k - (k - j) v, with the roll-out's values; its steps are drawn over the whole chain."""
+    from vader_nb.sampling import leap
+
+    micro.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    sampling = Sampling().resolve(micro)
+    rollout = roll_out(micro, PROMPTS, SEEDS, sampling, window=5)
+    sigmas = micro.new_scheduler(sampling).sigmas
+    v = torch.zeros_like(rollout.states[1]).requires_grad_()
+    for active, later in (({4, 2}, 3), ({4}, 5)):
+        landed = leap(micro, rollout, 1, active, v, rollout.states[1])
+        assert torch.equal(landed, [*rollout.states, rollout.latents][later])
+        (slope,) = torch.autograd.grad(landed.sum(), v)
+        expected = (sigmas[later] - sigmas[1]).double()
+        torch.testing.assert_close(slope, expected.expand_as(slope), rtol=1e-6, atol=0)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [LeapAlign().plan(10, generator).active for _ in range(200)]
+    assert {len(active) for active in drawn} == {2} and set().union(*drawn) == set(range(1, 11))
+    with pytest.raises(ValueError, match="LeapAlign needs 2 steps"):
+        LeapAlign().plan(1, generator)
+
+
+def test_direct_align_shows_the_reward_almost_clean_latents(micro):
+    """At every level, as its paper says; a ReFL that stopped there would see a blur. At the last step it is DRaFT-LV."""
+    from vader_nb.gradient import rolled_out
+    from vader_nb.sampling import renoise
+
+    adapter, sampling = adapted(micro), Sampling().resolve(micro)
+    plan = DirectAlign().plan(5, torch.Generator().manual_seed(0))
+    rollout = rolled_out(micro, adapter, PROMPTS, SEEDS, sampling, plan)
+    final, scheduler = rollout.latents, micro.new_scheduler(sampling)
+    for stop in (2, 3):
+        again = renoise(micro, rollout, stop)
+        output = micro.guided(again.states[0], again.timesteps[0], rollout.conditioning, sampling)
+        blurred = micro.x0(scheduler, output, again.timesteps[0], again.states[0])
+        assert (again.latents - final).norm() < 0.7 * (blurred - final).norm()
+    setup = micro, adapter, REWARDS["clip"], sampling
+    pairs = [staged(*setup, one, Frames.all()) for one in (DirectAlign(2, 0.1), DRaFTLV(2))]
+    assert_equal(*pairs)
 
 
 def test_an_adapter_that_is_not_on_the_model_is_refused(micro, micro_directory):

@@ -40,7 +40,17 @@ if TYPE_CHECKING:
     from .prompts import Prompt
     from .rewards import check, reward
     from .sampling import Sampling, sample
-    from .strategies import DRaFTLV, DRTune, Frames, Last, Random, ReFL, Step
+    from .strategies import (
+        DirectAlign,
+        DRaFTLV,
+        DRTune,
+        Frames,
+        Last,
+        LeapAlign,
+        Random,
+        ReFL,
+        Step,
+    )
     from .trainer import TrainConfig, Trainer, align
     from .video import Gallery, Video
 
@@ -59,7 +69,17 @@ _NAMES = {
     "rewards": ("check", "reward"),
     "sampling": ("Sampling", "sample"),
     "speed": (),
-    "strategies": ("DRaFTLV", "DRTune", "Frames", "Last", "Random", "ReFL", "Step"),
+    "strategies": (
+        "DRaFTLV",
+        "DRTune",
+        "DirectAlign",
+        "Frames",
+        "Last",
+        "LeapAlign",
+        "Random",
+        "ReFL",
+        "Step",
+    ),
     "trainer": ("TrainConfig", "Trainer", "align"),
     "video": ("Gallery", "Video"),
     "zoo": (),

@@ -14,6 +14,8 @@ import torch
 from . import experts, gradient
 from .lora import Adapter
 from .models import VideoModel
+from .near_base import pull_to_base
+from .offload import recomputation
 from .prompts import Prompt
 from .rewards import Reward, record_parts
 from .sampling import Rollout, Sampling
@@ -150,7 +152,7 @@ class RewardGradient(Estimator):
         super().setup(model, adapter, reward, config)
         self.strategy = self.strategy_of(config)
         self.frames: Frames = self._frames or config.frames
-        self.updates_per_rollout = config.rollout_reuse
+        self.updates_per_rollout, self.base_penalty = config.rollout_reuse, config.base_penalty
         names = ("decode_chunk_size", "activation_offload", "gradient_checkpointing")
         self.settings = {name: getattr(config, name) for name in names}
 
@@ -174,6 +176,13 @@ class RewardGradient(Estimator):
         return replace(collected, rollout=rollout, frames=frames)
 
     def accumulate(self, collected, weight, backward) -> Row:
+        info: dict = {"frames": collected.frames}
+        if self.base_penalty:
+            rollout = self.model, self.adapter, collected.rollout, collected.plan
+            how = [self.settings[name] for name in ("gradient_checkpointing", "activation_offload")]
+            context = recomputation(self.model, *how)
+            distance = pull_to_base(*rollout, context, weight * self.base_penalty, backward)
+            info["base_distance"] = distance.mean().item()
         with record_parts() as scores:
             result = gradient.accumulate(
                 self.model,
@@ -187,4 +196,4 @@ class RewardGradient(Estimator):
                 **self.settings,
             )
         parts = {name: torch.cat(values, dim=1).mean(dim=1) for name, values in scores.items()}
-        return Row(result.rewards, parts, {"frames": collected.frames})
+        return Row(result.rewards, parts, info)

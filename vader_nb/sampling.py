@@ -167,6 +167,7 @@ class Rollout:
         window_generators: copies from there, so that the sampler's noise replays exactly.
         finite: of the text's states and of the latents after each step, whether all numbers are.
         kept: the last call's input and its outputs by branch, with their graph, where that was asked for.
+        known: of Direct-Align, the clean latents that were noised, and their part in what is left without the noise.
     """
 
     prompts: Sequence[str | Prompt]
@@ -181,6 +182,15 @@ class Rollout:
     window_generators: list[torch.Generator] = field(default_factory=list)
     finite: list[torch.Tensor] = field(default_factory=list)
     kept: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+    known: tuple[torch.Tensor, float] | None = None
+
+    def without_noise(self, clean: torch.Tensor) -> torch.Tensor:
+        """What is left of a step to clean' and noise', once the known noise is taken off: (arXiv 2509.06942, equation 6)
+
+        The step ends at  alpha' * clean + sigma' * noise, and minus sigma' times the known noise, divided by alpha',
+        that is a mixture of the predicted and the known clean latents.
+        """
+        return clean if self.known is None else torch.lerp(clean, *self.known)
 
     def at_window(self) -> tuple[Any, list[torch.Generator]]:
         """Copies of the scheduler and the generators as they were at the beginning of the window."""
@@ -343,21 +353,45 @@ def _kept_outputs(model, rollout: Rollout, scaled, t, passes_on: bool, last_call
 
 
 @torch.no_grad()
-def renoise(model: VideoModel, rollout: Rollout) -> Rollout:
-    """The final latents noised to the last step's level, and that step taken again (DRaFT-LV)."""
-    t, sampling = rollout.timesteps[-1], rollout.sampling
+def renoise(model: VideoModel, rollout: Rollout, stop: int = 0) -> Rollout:
+    """The final latents noised to the last step's level, or that of a step before, which is taken again (DRaFT-LV)."""
+    sampling = rollout.sampling
     # A fresh scheduler: a multistep solver's memory belongs to another trajectory than the new one.
     scheduler = model.new_scheduler(sampling)
+    t = scheduler.timesteps[-1 - stop]
     state = model.add_noise(scheduler, rollout.latents, t, rollout.generators)
     again = replace(rollout, timesteps=[t], states=[state], scheduler=copy.deepcopy(scheduler))
+    if stop:
+        following = model.signal_and_noise(scheduler, scheduler.timesteps[-stop])
+        (alpha, sigma), (alpha_next, sigma_next) = model.signal_and_noise(scheduler, t), following
+        again.known = rollout.latents, float(sigma_next / alpha_next * alpha / sigma)
     again.window_generators = clone(rollout.generators)
     scaled = model.scale_input(scheduler, state, t)
     again.outputs = [model.all_branches(scaled, t, rollout.conditioning, sampling)]
     output = model.combine(again.outputs[0], t, sampling)
-    latents = next_latents(model, scheduler, output, t, state, rollout)
+    if stop:
+        latents = again.without_noise(model.x0(scheduler, output, t, state))
+    else:
+        latents = next_latents(model, scheduler, output, t, state, rollout)
     again.latents = model.with_given(latents, rollout.conditioning)
     again.finite = [*rollout.finite, again.latents.isfinite().all()]
     return again
+
+
+def leap(model: VideoModel, rollout: Rollout, i: int, active, output, latents) -> torch.Tensor:
+    """From step i of the window straight to the next active one (counted from the end), or to the final latents.
+
+    Their values are the roll-out's, and their gradient is that of one long deterministic step (LeapAlign).
+    """
+    scheduler = model.new_scheduler(rollout.sampling)  # which is at no step of its own
+    t, target = rollout.timesteps[i], rollout.latents
+    landed, steps = model.x0(scheduler, output, t, latents), len(rollout.timesteps)
+    for later in [n for n in range(i + 1, steps) if steps - n in active][:1]:
+        target = rollout.states[later]
+        alpha, sigma = model.signal_and_noise(scheduler, t)
+        alpha_next, sigma_next = model.signal_and_noise(scheduler, rollout.timesteps[later])
+        landed = alpha_next * landed + sigma_next * (latents - alpha * landed) / sigma
+    return target + (landed - landed.detach())
 
 
 def next_latents(model, scheduler, output, t, latents, rollout, generators=None) -> torch.Tensor:

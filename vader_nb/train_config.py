@@ -15,6 +15,8 @@ BOUNDS = {
     "learning_rate": (1e-38, 100),
     "lr_warmup_steps": (0, 10**9),
     "weight_decay": (0, 100),
+    "base_penalty": (0, 1e9),
+    "ema_decay": (0, 0.999999),
     "max_grad_norm": (0, 1e9),
     "rank": (1, MAX_RANK),
     "alpha": (1e-6, 1e6),
@@ -23,6 +25,7 @@ BOUNDS = {
     "checkpointing_steps": (1, 10**9),
     "checkpoints_total_limit": (1, 10**9),
     "validation_steps": (1, 10**9),
+    "early_stopping": (1, 10**9),
 }
 
 
@@ -45,7 +48,18 @@ class TrainConfig:
         "constant", "constant_with_warmup, linear, cosine, … as in diffusers"
     )
     lr_warmup_steps: int = setting(0, "steps in which the learning rate rises")
-    weight_decay: float = setting(0.0, "of AdamW")
+    weight_decay: float = setting(
+        0.0, "of AdamW: pulls the adapter towards zero, which is the base"
+    )
+    base_penalty: float = setting(
+        0.0,
+        "weight of the outputs' distance to the base's at the steps that learn: KL divergence where the sampler adds "
+        "noise, else mean squared difference",
+    )
+    ema_decay: float = setting(
+        0.0,
+        "the adapter is its weights' moving average over updates, with 0.99 of some 100; 0: the last",
+    )
     max_grad_norm: float = setting(1.0, "longer gradients are clipped to this norm; 0: none are")
     use_8bit_adam: bool = setting(False, "optimizer state in 8 bits, by the package bitsandbytes")
     rank: int = setting(8, "of the adapter")
@@ -88,6 +102,11 @@ class TrainConfig:
         may_change=True,
     )
     validation_steps: int = setting(20, "steps between validations", may_change=True)
+    early_stopping: int | None = setting(
+        None,
+        "so many validations without a better one end the run, whose adapter is the best checkpoint's",
+        may_change=True,
+    )
     resume: bool | str | Path = setting(
         False,
         "true: go on from the newest checkpoint; latest: or start anew where none is; or a checkpoint's path",

@@ -6,6 +6,7 @@ Everything is drawn from generators seeded with (seed, step), so that neither a 
 number of processes draws anything else.
 """
 
+import contextlib
 import hashlib
 import importlib
 import itertools
@@ -27,6 +28,7 @@ from .estimators import Batch, Collected, Estimator, RewardGradient
 from .long_clips import LongRewardGradient, parse_segments
 from .models import VideoModel, exclusive
 from .models.base import EARLIER_STEPS, SMALL_GAIN
+from .near_base import MovingAverage
 from .prompts import Prompt
 from .rewards import Reward, as_reward
 from .sampling import NonFiniteError, Sampling
@@ -172,9 +174,15 @@ class Trainer:
     def check_options(self) -> None:
         """Raise ValueError for an option that could not act."""
         config, gradients = self.config, self.estimator.needs_reward_gradient
-        if config.rollout_reuse > 1 and not (gradients and config.sampling.extend == 1):
-            what = "clips of one segment" if gradients else "the reward's gradient"
-            raise ValueError(f"rollout_reuse={config.rollout_reuse} is for {what}: set it to 1")
+        for name, off in {"rollout_reuse": 1, "base_penalty": 0}.items():
+            if getattr(config, name) != off and not (gradients and config.sampling.extend == 1):
+                what = "clips of one segment" if gradients else "the reward's gradient"
+                raise ValueError(f"{name}={getattr(config, name)} is for {what}: set it to {off}")
+        if config.early_stopping and self.validation is None:
+            raise ValueError(
+                f"early_stopping={config.early_stopping} needs a validation: validate=Validation(…) in Python, "
+                f"validation_steps=20 in a shell"
+            )
 
     @exclusive
     def fit(self) -> Run:
@@ -195,7 +203,7 @@ class Trainer:
         stopped = False
         with distributed.catch_signals(self.accelerator) as self.signals:
             try:
-                while state.step < config.steps:
+                while state.step < config.steps and not self.plateaued(bar):
                     self.train_step(bar)
             except KeyboardInterrupt:
                 stopped = True
@@ -213,6 +221,17 @@ class Trainer:
                 bar.close()
         self.finish()
         return Run(self.adapter, state.metrics, config.output_dir, stopped)
+
+    def plateaued(self, bar: tqdm) -> bool:
+        """Whether `early_stopping` ends the run now."""
+        best, metrics = best_step(self.state.metrics), self.state.metrics
+        later = [row["step"] for row in metrics if row["step"] > (best or 0) and is_validated(row)]
+        if best is None or len(later) < (self.config.early_stopping or math.inf):
+            return False
+        bar.write(
+            f"stopped early after step {later[-1]}: the best validation is that of step {best}"
+        )
+        return True
 
     def train_step(self, bar: tqdm) -> None:
         """One step: roll-outs, and as many optimizer updates on them as the estimator wants."""
@@ -354,6 +373,9 @@ class Trainer:
         """AdamW, its learning rate schedule, and what accelerate wraps around them."""
         config = self.config
         self.parameters = self.adapter.parameters(self.reach.trained(self.adapter))
+        self.average = (
+            MovingAverage(self.parameters, config.ema_decay) if config.ema_decay else None
+        )
         self.optimizer = adamw(self.parameters, config)
         self.schedule = lr_schedule(self.optimizer, config, self.estimator.updates_per_rollout)
         self.backward = torch.Tensor.backward
@@ -376,6 +398,8 @@ class Trainer:
         self.adapter.load_state_dict(tensors, "the checkpoint")
         self.optimizer.load_state_dict(contents["optimizer"])
         self.schedule.load_state_dict(contents["schedule"])
+        if self.average:
+            self.average.load_state_dict(contents["average"])
         # A process that was not there before takes the states of one that was.
         states = contents["random"]
         checkpoints.set_random_states(states[self.accelerator.process_index % len(states)])
@@ -492,10 +516,16 @@ class Trainer:
         taken = "reward" in row
         if taken and not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
+            if self.average:
+                self.average.update()
         self.optimizer.zero_grad()
         self.state.non_finite = 0 if taken else self.state.non_finite + 1
         distributed.check_synchronized(self.parameters, self.accelerator, self.state.step + 1)
         return row
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """Inside, the adapter is what the run would return now."""
+        return self.average.applied() if self.average else contextlib.nullcontext()
 
     def costs(self, seconds: float) -> dict:
         """What a step took: time, clips per second in all processes, peak memory in bytes."""
@@ -529,7 +559,8 @@ class Trainer:
         """Add validation scores to the step's row: the main process's, so that all decide alike."""
         if self.validation is None:
             return
-        own = self.validation(self.adapter)
+        with self.averaged():
+            own = self.validation(self.adapter)
         scores: Any = distributed.broadcast_from_main(lambda: own, self.accelerator)
         self.journal.amend({f"validation/{name}": value for name, value in scores.items()})
 
@@ -544,11 +575,14 @@ class Trainer:
             "scaler": scaler and scaler.state_dict(),
             "random": distributed.gather(checkpoints.random_states(), self.accelerator),
         }
+        if self.average:
+            contents["average"] = self.average.state_dict()
         if not self.accelerator.is_main_process:
             return True
-        saved = checkpoints.save(
-            config.output_dir, state.step, self.adapter, contents, **self.adapter_metadata()
-        )
+        with self.averaged():
+            saved = checkpoints.save(
+                config.output_dir, state.step, self.adapter, contents, **self.adapter_metadata()
+            )
         if saved:
             best = best_step(state.metrics)
             checkpoints.prune(config.output_dir, config.checkpoints_total_limit, best)
@@ -568,10 +602,12 @@ class Trainer:
         if self.state.step:
             with distributed.delay_signals():
                 self.save()
+                steps = self.settle()
                 if self.accelerator.is_main_process:
                     self.journal.flush()
                     try:
-                        self.adapter.save(folder / "adapter.safetensors", **self.adapter_metadata())
+                        metadata = self.adapter_metadata() | {"steps": steps}
+                        self.adapter.save(folder / "adapter.safetensors", **metadata)
                     except OSError as error:
                         warnings.warn(
                             f"the adapter could not be written to {folder} ({error}); it is on the model "
@@ -580,6 +616,22 @@ class Trainer:
                         )
         for tracker in self.accelerator.trackers if self.config.log_with else []:
             track(tracker.finish)
+
+    def settle(self) -> int:
+        """Leave what the run returns on the model: the last adapter, its average, or with `early_stopping` the best
+        checkpoint's. Returns its step."""
+        if self.average:
+            self.average.apply()
+
+        def read_best() -> tuple:
+            best = best_step(self.state.metrics) if self.config.early_stopping else None
+            path = checkpoints.list_checkpoints(self.config.output_dir).get(best or 0)
+            return (best, lora.read(path)[0]) if path else (self.state.step, None)
+
+        step, tensors = distributed.broadcast_from_main(read_best, self.accelerator)
+        if tensors is not None:
+            self.adapter.load_state_dict(tensors, "the best checkpoint")
+        return step
 
 
 def mean_rewards(rows: list, reward: Reward) -> dict[str, float]:
@@ -664,12 +716,16 @@ def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: 
     )
 
 
+def is_validated(row: dict) -> bool:
+    return any(key.startswith("validation/") for key in row)
+
+
 def best_step(metrics: list[dict]) -> int | None:
     """The step with the highest validation score (the first one that `validate` names), if any.
 
     If a resumed run validates by another score, steps before that do not count.
     """
-    scored = [row for row in metrics if any(key.startswith("validation/") for key in row)]
+    scored = [row for row in metrics if is_validated(row)]
     if not scored:
         return None
     first = next(key for key in scored[-1] if key.startswith("validation/"))
