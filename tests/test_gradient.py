@@ -439,6 +439,17 @@ def test_direct_align_shows_the_reward_almost_clean_latents(micro):
         output = micro.guided(again.states[0], again.timesteps[0], rollout.conditioning, sampling)
         blurred = micro.x0(scheduler, output, again.timesteps[0], again.states[0])
         assert (again.latents - final).norm() < 0.7 * (blurred - final).norm()
+        # As the paper writes it, with the scheduler's own step.
+        levels = [
+            micro.signal_and_noise(scheduler, t) for t in scheduler.timesteps[-1 - stop :][:2]
+        ]
+        (alpha, sigma), (alpha_next, sigma_next) = levels
+        noise = (again.states[0] - alpha * final) / sigma
+        after = micro.step(
+            micro.new_scheduler(sampling), output, again.timesteps[0], again.states[0]
+        )
+        recovered = (after - sigma_next * noise) / alpha_next
+        torch.testing.assert_close(again.latents, recovered, rtol=1e-5, atol=1e-5)
     setup = micro, adapter, REWARDS["clip"], sampling
     pairs = [staged(*setup, one, Frames.all()) for one in (DirectAlign(2, 0.1), DRaFTLV(2))]
     assert_equal(*pairs)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .distributed import launch
     from .evaluation import Validation, evaluate
     from .gradient import reward_gradient
+    from .guidance import RewardGuidance
     from .long_clips import extend
     from .lora import Adapter
     from .memory_planner import memory
@@ -59,6 +60,7 @@ _NAMES = {
     "distributed": ("launch",),
     "evaluation": ("Validation", "evaluate"),
     "gradient": ("reward_gradient",),
+    "guidance": ("RewardGuidance",),
     "long_clips": ("extend",),
     "lora": ("Adapter",),
     "memory_planner": ("memory",),

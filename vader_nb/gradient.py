@@ -94,8 +94,7 @@ def reward_gradient(
 
 def rolled_out(model, adapter, prompts, seeds, sampling, plan, start=None, **settings) -> Rollout:
     """Stage 1: what `accumulate`, with these settings, needs; `start` as for `roll_out`."""
-    window, stop = (1, 0) if plan.renoise else (max(plan.active), plan.stop)
-    options = {"adapter": adapter, "window": window, "stop": stop, "start": start}
+    options = {"adapter": adapter, "start": start, **plan.rollout}
     last_call = kept_call(model, sampling, plan, **settings)
     return roll_out(model, prompts, seeds, sampling, last_call=last_call, **options)
 

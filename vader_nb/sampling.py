@@ -185,10 +185,10 @@ class Rollout:
     known: tuple[torch.Tensor, float] | None = None
 
     def without_noise(self, clean: torch.Tensor) -> torch.Tensor:
-        """What is left of a step to clean' and noise', once the known noise is taken off: (arXiv 2509.06942, equation 6)
+        """The predicted clean latents or, of Direct-Align's step, what the known noise leaves of it.
 
-        The step ends at  alpha' * clean + sigma' * noise, and minus sigma' times the known noise, divided by alpha',
-        that is a mixture of the predicted and the known clean latents.
+        The step ends at  alpha' * clean + sigma' * noise  by the prediction. Less the known noise, times sigma',
+        and divided by alpha', that is a mixture of the predicted and the known clean latents.
         """
         return clean if self.known is None else torch.lerp(clean, *self.known)
 
@@ -362,10 +362,9 @@ def renoise(model: VideoModel, rollout: Rollout, stop: int = 0) -> Rollout:
     state = model.add_noise(scheduler, rollout.latents, t, rollout.generators)
     again = replace(rollout, timesteps=[t], states=[state], scheduler=copy.deepcopy(scheduler))
     if stop:
-        following = model.signal_and_noise(scheduler, scheduler.timesteps[-stop])
-        (alpha, sigma), (alpha_next, sigma_next) = model.signal_and_noise(scheduler, t), following
-        again.known = rollout.latents, float(sigma_next / alpha_next * alpha / sigma)
-    again.window_generators = clone(rollout.generators)
+        levels = [model.signal_and_noise(scheduler, at) for at in (t, scheduler.timesteps[-stop])]
+        (alpha, sigma), (alpha_next, sigma_next) = [map(float, level) for level in levels]
+        again.known = rollout.latents, sigma_next * alpha / (alpha_next * sigma)
     scaled = model.scale_input(scheduler, state, t)
     again.outputs = [model.all_branches(scaled, t, rollout.conditioning, sampling)]
     output = model.combine(again.outputs[0], t, sampling)

@@ -32,6 +32,12 @@ class Plan:
     leap: float | None = None
 
     @property
+    def rollout(self) -> dict[str, int]:
+        """How many last steps the roll-out notes, and how many it leaves out: arguments of `roll_out`."""
+        window = max(self.active)
+        return {"window": 1, "stop": 0} if self.renoise else {"window": window, "stop": self.stop}
+
+    @property
     def passes(self) -> float:
         """The part of the gradient on a denoiser call's input that is passed on to the steps before."""
         return 0.0 if self.linear else 1.0 if self.leap is None else self.leap

@@ -26,7 +26,7 @@ from .models import VideoModel
 from .models.causal_decoder import CausalDecoder
 from .prompts import Prompt
 from .rewards import Reward, pixel_gradient, reward
-from .sampling import Sampling, clone, initial_state, roll_out, sample
+from .sampling import Sampling, initial_state, roll_out, sample
 from .strategies import (
     DirectAlign,
     DRaFTLV,
@@ -367,15 +367,19 @@ def noised_again(model, sampling, denoise, stop, clean, generators) -> torch.Ten
     Direct-Align: to that of the step before the last `stop` ones, whose noise is then taken off again.
     """
     scheduler = model.new_scheduler(sampling)
-    t, drawn = scheduler.timesteps[-1 - stop], clone(generators)
+    t = scheduler.timesteps[-1 - stop]
     noised = model.add_noise(scheduler, clean, t, generators)
     output = denoise(model.scale_input(scheduler, noised, t), t)
     if not stop:
         return model.step(scheduler, output, t, noised, eta=sampling.eta, generators=generators)
-    following = model.step(scheduler, output, t, noised)
-    alpha, sigma = model.signal_and_noise(model.new_scheduler(sampling), scheduler.timesteps[-stop])
-    noise = torch.cat([torch.randn(clean[:1].shape, generator=g, dtype=clean.dtype) for g in drawn])
-    return (following - sigma * noise) / alpha
+    clean_then = model.x0(scheduler, output, t, noised)
+    (alpha, sigma), (alpha_next, sigma_next) = (
+        [float(x) for x in model.signal_and_noise(model.new_scheduler(sampling), at)]
+        for at in scheduler.timesteps[-1 - stop :][:2]
+    )
+    known, found = ((noised - alpha * x) / sigma for x in (clean, clean_then))
+    following = alpha_next * clean_then + sigma_next * found
+    return (following - sigma_next * known) / alpha_next
 
 
 def two_leaps(model, sampling, denoise, states, plan) -> torch.Tensor:

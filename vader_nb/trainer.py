@@ -628,7 +628,8 @@ class Trainer:
             path = checkpoints.list_checkpoints(self.config.output_dir).get(best or 0)
             return (best, lora.read(path)[0]) if path else (self.state.step, None)
 
-        step, tensors = distributed.broadcast_from_main(read_best, self.accelerator)
+        found: Any = distributed.broadcast_from_main(read_best, self.accelerator)
+        step, tensors = found
         if tensors is not None:
             self.adapter.load_state_dict(tensors, "the best checkpoint")
         return step
