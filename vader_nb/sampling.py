@@ -361,6 +361,7 @@ def renoise(model: VideoModel, rollout: Rollout, stop: int = 0) -> Rollout:
     t = scheduler.timesteps[-1 - stop]
     state = model.add_noise(scheduler, rollout.latents, t, rollout.generators)
     again = replace(rollout, timesteps=[t], states=[state], scheduler=copy.deepcopy(scheduler))
+    again.window_generators = clone(rollout.generators)
     if stop:
         levels = [model.signal_and_noise(scheduler, at) for at in (t, scheduler.timesteps[-stop])]
         (alpha, sigma), (alpha_next, sigma_next) = [map(float, level) for level in levels]

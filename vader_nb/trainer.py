@@ -173,7 +173,7 @@ class Trainer:
 
     def check_options(self) -> None:
         """Raise ValueError for an option that could not act."""
-        config, gradients = self.config, self.estimator.needs_reward_gradient
+        config, gradients = self.config, isinstance(self.estimator, RewardGradient)
         for name, off in {"rollout_reuse": 1, "base_penalty": 0}.items():
             if getattr(config, name) != off and not (gradients and config.sampling.extend == 1):
                 what = "clips of one segment" if gradients else "the reward's gradient"
@@ -224,9 +224,12 @@ class Trainer:
 
     def plateaued(self, bar: tqdm) -> bool:
         """Whether `early_stopping` ends the run now."""
-        best, metrics = best_step(self.state.metrics), self.state.metrics
-        later = [row["step"] for row in metrics if row["step"] > (best or 0) and is_validated(row)]
-        if best is None or len(later) < (self.config.early_stopping or math.inf):
+        patience, metrics = self.config.early_stopping, self.state.metrics
+        best = best_step(metrics) if patience else None
+        later = [
+            row["step"] for row in metrics if best and row["step"] > best and is_validated(row)
+        ]
+        if not patience or len(later) < patience:
             return False
         bar.write(
             f"stopped early after step {later[-1]}: the best validation is that of step {best}"
@@ -398,8 +401,9 @@ class Trainer:
         self.adapter.load_state_dict(tensors, "the checkpoint")
         self.optimizer.load_state_dict(contents["optimizer"])
         self.schedule.load_state_dict(contents["schedule"])
-        if self.average:
-            self.average.load_state_dict(contents["average"])
+        if self.average:  # of a version without it: from here on
+            begun = MovingAverage(self.parameters, 0)
+            self.average.load_state_dict(contents.get("average") or begun.state_dict())
         # A process that was not there before takes the states of one that was.
         states = contents["random"]
         checkpoints.set_random_states(states[self.accelerator.process_index % len(states)])
