@@ -403,6 +403,13 @@ def test_the_strategies_draw_what_their_papers_say():
         assert max(ReFL().plan(40, generator).active) <= 10
 
 
+@pytest.mark.parametrize("strategy", [LeapAlign(0.3), DirectAlign(2), DRaFTLV(2)], ids=str)
+def test_strategies_made_for_flows_equal_plain_autograd_on_one(micro, strategy):
+    micro.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    setup = micro, adapted(micro), REWARDS["clip"], Sampling(eta=0.0), strategy, Frames.all()
+    assert_equal(staged(*setup), plain_autograd(*setup))
+
+
 def test_the_leaps_of_a_flow_are_the_papers(micro):
     """LeapAlign: x_j = x_k - (k - j) v, with the roll-out's values; its steps are drawn over the whole chain."""
     from vader_nb.sampling import leap
