@@ -146,8 +146,8 @@ class DirectAlign:
     """Direct-Align (arXiv 2509.06942, the estimator of SRPO): `DRaFTLV` at any step.
 
     The final latents are noised to the level of a random step, among the last `fraction` of all, which is taken
-    with a graph. Since the noise is known, what is left of it can be taken off again: the reward sees almost
-    clean latents at any level, where `ReFL` shows it a blur. Averaged over n noisings.
+    with a graph. Since the noise is known, what is left of it can be taken off again: the reward sees clean
+    latents that this one step has changed, where `ReFL` shows it a blur. Averaged over n noisings.
     """
 
     n: int = 1

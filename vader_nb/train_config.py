@@ -37,7 +37,7 @@ class TrainConfig:
     Strategy, frames and output_dir may be given as text.
     """
 
-    steps: int = setting(40, "of the training: each a roll-out and an update of the adapter")
+    steps: int = setting(40, "of the training: roll-outs, and an update of the adapter by them")
     rollout_reuse: int = setting(
         1, "updates for each roll-out: the steps that learn, alone, are taken again for each"
     )
