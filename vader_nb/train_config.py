@@ -70,7 +70,8 @@ class TrainConfig:
     )
     strategy: Strategy = setting(
         Last(1),
-        "which steps learn: Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3)",
+        "which steps learn: Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3), DirectAlign, "
+        "LeapAlign",
     )
     frames: Frames = setting(
         None,
