@@ -14,16 +14,16 @@ import argparse
 import hashlib
 import html
 import re
+import shutil
 import time
 from copy import deepcopy
 from pathlib import Path
 
 import jupytext
 import nbformat
+import pages
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
-
-from vader_nb import recipes, translate
 
 HERE = Path(__file__).parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -260,78 +260,66 @@ def figures(notebook: dict) -> list[str]:
     ]
 
 
+STYLE = """
+:root{color-scheme:light dark;--link:#2457a6;--quiet:#667}
+@media(prefers-color-scheme:dark){:root{--link:#8ab4f8;--quiet:#9aa}}
+body{font:18px/1.6 system-ui,sans-serif;max-width:44em;margin:3em auto;padding:0 1em}
+a{color:var(--link)}h1{margin-bottom:0}p.lead{font-size:1.2em;margin-top:0}figure{margin:2em 0}
+img{max-width:100%;border-radius:6px}figcaption,.goal{color:var(--quiet);font-size:.9em}
+ol,ul{padding:0}li{list-style:none;margin:.9em 0}
+"""
+# Title and what one finds there, of the pages beside the course.
+SHELF = {
+    "package": "load, reward, align, sample; the map of the code",
+    "gpus": "in a shell: processes, memory, resuming, adapters for other tools",
+    "recipes": "settings by model and card",
+    "models": "Wan, CogVideoX, HunyuanVideo, LTX, ModelScope, SVD and more",
+    "rewards": "HPSv2, PickScore, ImageReward, VideoReward and more",
+    "controls": "sample, compare, compose and watch",
+    "add_a_model": "in under a hundred lines",
+    "arguments": "of VADER, VideoX-Fun and TRL",
+    "notation": "words and symbols",
+}
+
+
 def contents(folder: Path) -> None:
     """The start page of the rendered series, links between its pages, and what a narrow screen needs."""
-    rows, pages = [], sorted(page.stem for page in folder.glob("[0-9][0-9]_*.html"))
-    for place, stem in enumerate(pages):
+    rows, stems = [], sorted(page.stem for page in folder.glob("[0-9][0-9]_*.html"))
+    for place, stem in enumerate(stems):
         notebook = nbformat.read(HERE / f"{stem}.ipynb", as_version=4)
-        finish(folder / f"{stem}.html", links(place, pages), figures(notebook))
+        finish(folder / f"{stem}.html", links(place, stems), figures(notebook))
         title, goals = (html.escape(text) for text in introduction(notebook))
-        rows.append(f'<li><a href="{stem}.html">{title}</a><br>{goals}</li>')
-    style = "body{font:18px/1.6 system-ui,sans-serif;max-width:40em;margin:3em auto;padding:0 1em}li{list-style:none;margin:1em 0}ul{padding:0}"
-    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    (folder / "index.html").write_text(
-        f"{head}<title>vader_nb</title><style>{style}</style><h1>vader_nb</h1><p>Align video diffusion models to "
-        f"differentiable rewards, one notebook after the other.</p><ul>{''.join(rows)}</ul>"
-        f'<p><a href="notation.html">Notation and glossary</a> · <a href="arguments.html">Arguments of other tools</a> · <a href="recipes.html">Recipes</a></p></html>\n'
-    )
-    for path in HERE.glob("*.md"):
-        page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(path.read_text())])
+        rows.append(
+            f'<li><a href="{stem}.html">{title}</a><br><span class="goal">{goals}</span></li>'
+        )
+    shelf = []
+    for path in sorted(HERE.glob("*.md"), key=lambda path: [*SHELF].index(path.stem)):
+        text = path.read_text().replace("](../", f"](https://github.com/{repository()}/blob/main/")
+        text = re.sub(r"\]\((\w+)\.(ipynb|md)\)", r"](\1.html)", text)
+        page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
         (folder / f"{path.stem}.html").write_text(HTMLExporter().from_notebook_node(page)[0])
-        finish(folder / f"{path.stem}.html", links(-1, pages), [])
-    print(f"look at: {folder / 'index.html'}")
-
-
-ARGUMENTS = """\
-# Other tools' arguments, and what they are called here
-
-`vader-nb align` and `evaluate` read VADER's names as they are; `vader-nb translate-config FILE`
-turns a configuration or launch script of any of these tools into ours and reports what differs.
-This page is generated from `vader_nb/configs/foreign/*.yaml`.
-"""
-
-
-def arguments() -> str:
-    """The text of arguments.md."""
-    lines = [ARGUMENTS]
-    for table in map(translate.tool, translate.SOURCES):
-        lines += [f"## {table.title}", "", "| argument | here | |", "|---|---|---|"]
-        for name, setting in table.names.items():
-            lines.append(f"| `{name}` | `{setting}` | {table.notes.get(name, '')} |")
-        for reason, names in table.left_out.items():
-            lines.append(f"| `{'`, `'.join(names)}` | none | {reason} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-RECIPES = """\
-# Recipes
-
-Configurations by model and GPU. `vader-nb align config=NAME` runs one, with any setting changed after it;
-`vader-nb recipes NAME` prints it. Memory is the simulated peak of one GPU in a step, with all weights in half
-precision (Wan's autoencoder is loaded in float32, which takes more); denoiser calls are
-forward passes for one optimizer step, of all GPUs, each for one clip and one branch of the guidance.
-"Run here" means on this code, at that commit; †: a reward that was not trained on; in brackets the 95 %
-interval of the difference over prompts. Rates, ranks and steps are those of the runs that are named, and
-left out where no one published any: then the package's own stand, which were found on the embedded models.
-This page is generated from `vader_nb/configs` (`make recipes`).
-"""
-ON_A_CLUSTER = """\
-## On a cluster
-
-`vader-nb recipes slurm` prints this script. Where the time of a job ends, training does after the current
-step; the job is put back into the queue and goes on from there.
-"""
-
-
-def recipes_page() -> str:
-    """The text of recipes.md."""
-    lines = [RECIPES, recipes.table().markdown(), ""]
-    for name in recipes.CARDS:
-        lines += [f"## {name}", "", "```yaml", recipes.text(name).rstrip(), "```", ""]
-    return "\n".join(
-        [*lines, ON_A_CLUSTER, "```bash", recipes.text(recipes.SLURM).rstrip(), "```", ""]
+        finish(folder / f"{path.stem}.html", links(-1, stems), [])
+        title = text.splitlines()[0].lstrip("# ")
+        shelf.append(
+            f'<li><a href="{path.stem}.html">{title}</a>: '
+            f'<span class="goal">{SHELF[path.stem]}</span></li>'
+        )
+    shutil.copytree(HERE / "images", folder / "images", dirs_exist_ok=True)
+    readme = (HERE.parent / "README.md").read_text()
+    picture, caption = re.search(
+        r"!\[(.*?)\]\(notebooks/images.*?\)\n\n\*(.*?)\*\n", readme, re.S
+    ).groups()
+    (folder / "index.html").write_text(
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>vader_nb: reward gradients for video diffusion</title><style>{STYLE}</style>"
+        '<h1>vader_nb</h1><p class="lead">Teach a text-to-video model what you like, by the gradient of a reward.</p>'
+        f'<figure><img src="images/before_after.gif" alt="{html.escape(picture)}">'
+        f"<figcaption>{html.escape(caption.replace('`', ''))}</figcaption></figure>"
+        f"<h2>The course</h2><ol>{''.join(rows)}</ol>"
+        f"<h2>Beside it</h2><ul>{''.join(shelf)}</ul>"
+        f'<p><a href="https://github.com/{repository()}">Code, and two commands to run it</a> · Apache-2.0</p></html>\n'
     )
+    print(f"look at: {folder / 'index.html'}")
 
 
 def main() -> None:
@@ -353,8 +341,7 @@ def main() -> None:
     elif chosen.contents:
         contents(chosen.contents)
     else:
-        (HERE / "arguments.md").write_text(arguments())
-        (HERE / "recipes.md").write_text(recipes_page())
+        pages.write(HERE)
         for path in sorted(HERE.glob("[0-9][0-9]_*.py")):
             if not chosen.names or path.stem in chosen.names:
                 build(path)

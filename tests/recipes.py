@@ -74,9 +74,8 @@ def record(name: str, found: dict, file: Path) -> None:
 
 def write_page() -> None:
     """In a process of its own, which reads what was just written."""
-    code = "import build; (build.HERE / 'recipes.md').write_text(build.recipes_page())"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "notebooks"), str(ROOT)])}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, ROOT / "notebooks" / "pages.py"], env=environment, check=True)
 
 
 def main() -> None:

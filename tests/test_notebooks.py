@@ -19,6 +19,7 @@ from . import environments
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
 import build  # noqa: E402
+import pages  # noqa: E402
 
 PAIRS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
 
@@ -51,9 +52,22 @@ def test_there_are_notebooks():
     assert PAIRS
 
 
-def test_the_table_of_other_tools_arguments_is_the_one_that_is_used():
-    assert (ROOT / "notebooks" / "arguments.md").read_text() == build.arguments()
-    assert (ROOT / "notebooks" / "recipes.md").read_text() == build.recipes_page()
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_a_generated_page_says_what_the_package_says(name):
+    stored = (ROOT / "notebooks" / name).read_text(encoding="utf-8")
+    assert stored == pages.PAGES[name](), "write it again: python notebooks/pages.py"
+
+
+def test_the_site_has_every_page_and_no_dead_link(tmp_path):
+    for path in PAIRS:
+        (tmp_path / f"{path.stem}.html").write_text("<html><body></body></html>")
+    build.contents(tmp_path)
+    index = (tmp_path / "index.html").read_text()
+    beside = [path.stem for path in (ROOT / "notebooks").glob("*.md")]
+    assert all(f'href="{stem}.html"' in index for stem in [p.stem for p in PAIRS] + beside)
+    for page in tmp_path.glob("*.html"):
+        for link in re.findall(r'(?:href|src)="([^"#:]+)"', page.read_text()):
+            assert (tmp_path / link).exists(), (page.name, link)
 
 
 @pytest.fixture(params=PAIRS, ids=lambda path: path.stem)

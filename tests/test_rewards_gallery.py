@@ -21,9 +21,6 @@ from vader_nb import hub, rewards
 from vader_nb.rewards import conflict, parse, statistics
 from vader_nb.rewards.gallery import CARDS, HEADINGS, SOURCES
 
-README = Path(__file__).parent.parent / "README.md"
-
-
 # ---------------------------------------------------------------------------------------- the gallery
 
 
@@ -32,13 +29,10 @@ def test_every_reward_has_a_card_and_every_card_a_reward():
     assert all(source in SOURCES for card in CARDS.values() for source in card.sources)
 
 
-def test_it_shows_itself_as_text_as_html_and_in_the_readme():
+def test_it_shows_itself_as_text_and_as_html():
     table = rewards.table()
     assert all(name in repr(table) for name in rewards.NAMES)
     assert table._repr_html_().count("<tr>") == len(CARDS) + 1
-    assert table.markdown() in README.read_text(), (
-        "paste vader_nb.rewards.table().markdown() into README.md"
-    )
 
 
 def test_what_may_not_be_sold_is_marked():

@@ -1,0 +1,157 @@
+"""The pages that are generated from what the package says of itself: `python notebooks/pages.py`."""
+
+from pathlib import Path
+
+from vader_nb import models, recipes, rewards, translate
+
+ARGUMENTS = """\
+# Other tools' arguments, and what they are called here
+
+`vader-nb align` and `evaluate` read VADER's names as they are; `vader-nb translate-config FILE`
+turns a configuration or launch script of any of these tools into ours and reports what differs.
+This page is generated from `vader_nb/configs/foreign/*.yaml`.
+"""
+
+
+def arguments_page() -> str:
+    lines = [ARGUMENTS]
+    for table in map(translate.tool, translate.SOURCES):
+        lines += [f"## {table.title}", "", "| argument | here | |", "|---|---|---|"]
+        for name, setting in table.names.items():
+            lines.append(f"| `{name}` | `{setting}` | {table.notes.get(name, '')} |")
+        for reason, names in table.left_out.items():
+            lines.append(f"| `{'`, `'.join(names)}` | none | {reason} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+RECIPES = """\
+# Recipes
+
+Configurations by model and GPU. `vader-nb align config=NAME` runs one, with any setting changed after it;
+`vader-nb recipes NAME` prints it. Memory is the simulated peak of one GPU in a step, with all weights in half
+precision (Wan's autoencoder is loaded in float32, which takes more); denoiser calls are
+forward passes for one optimizer step, of all GPUs, each for one clip and one branch of the guidance.
+"Run here" means on this code, at that commit; †: a reward that was not trained on; in brackets the 95 %
+interval of the difference over prompts. Rates, ranks and steps are those of the runs that are named, and
+left out where no one published any: then the package's own stand, which were found on the embedded models.
+This page is generated from `vader_nb/configs` (`make recipes`).
+"""
+ON_A_CLUSTER = """\
+## On a cluster
+
+`vader-nb recipes slurm` prints this script. Where the time of a job ends, training does after the current
+step; the job is put back into the queue and goes on from there.
+"""
+
+
+def recipes_page() -> str:
+    lines = [RECIPES, recipes.table().markdown(), ""]
+    for name in recipes.CARDS:
+        lines += [f"## {name}", "", "```yaml", recipes.text(name).rstrip(), "```", ""]
+    return "\n".join(
+        [*lines, ON_A_CLUSTER, "```bash", recipes.text(recipes.SLURM).rstrip(), "```", ""]
+    )
+
+
+MODELS = """\
+# Models
+
+`vader_nb.load(NAME)`, or `model=NAME` in a shell. A directory of any of these pipelines loads, too, and so does its id on the Hub.
+`vader-nb models` prints this table with advice on K and on decoding. This page is generated (`make notebooks`).
+
+{table}
+
+*Training, GiB* is the simulated peak of one training step with HPSv2.1, one clip, K = 1, weights in the types that a GPU gets,
+text encoders beyond 1e9 parameters away. *Tested*: at full size each model was built on tensors that have shapes but no
+values (parameters and memory are counted); at reduced width it was run with random weights. **The published weights have
+not been run where this was written.**
+
+Cards of the embedded ones: [tiny](../vader_nb/zoo/weights/tiny/README.md),
+[tiny-wan](../vader_nb/zoo/weights/tiny-wan/README.md), [tiny-i2v](../vader_nb/zoo/weights/tiny-i2v/README.md), and
+[three adapters](../vader_nb/zoo/weights/tiny-adapters/README.md) for `tiny`. Not in yet: LTX-2.
+
+## Models that continue an image
+
+They take a `Prompt` with an image, and make their own clips longer:
+
+```python
+i2v = vader_nb.load("tiny-i2v")  # or "svd"
+prompt = vader_nb.Prompt("a red star growing on a black background", image=clips[0, 0])
+long = vader_nb.extend(i2v, clips[0, 0], times=3, prompts=prompt)  # 22 frames
+vader_nb.align(i2v, rewards.hps("tiny"), "tiny", extend=3, segments="2,3", output_dir="runs/long")
+```
+
+## One of your own
+
+[Add a model](add_a_model.md) in under a hundred lines; `vader_nb.testing.check_model` compares its gradients with autograd's.
+"""
+
+
+def models_page() -> str:
+    return MODELS.format(table=models.table().markdown())
+
+
+REWARDS = """\
+# Rewards
+
+`rewards.hps()` in Python, `reward=hps` in a shell. `hps("tiny")`, `aesthetic("tiny")` and `action("tiny")` are embedded. Without a
+checkpoint a reward loads what its authors published, from the Hub, from your `HF_HOME` when offline, or from a path that you give.
+`vader-nb rewards` prints this table with memory and usual scores. This page is generated (`make notebooks`).
+
+{table}
+
+Each network is tested against the library that defines it (open_clip, transformers, torchvision, HPSv2's own package; for ImageReward
+a plain rewriting of its network) on checkpoints of the real layout with random weights. **The published weights have not been
+run where this was written.**
+
+Frames are scored a few at a time and the networks' blocks are checkpointed: sixteen frames through HPS's ViT-H add 0.16 GB to its
+1.97 GB of float16 weights, where plain autograd adds 3.5 GB (`python -m tests.benchmarks.reward_memory`: exact shapes
+without numbers).
+
+The `hpsv2` package is not needed: its score is computed through open_clip. As an extra it exists for comparisons only
+(`pip install vader-nb[hpsv2]`); the released package lacks a file and pins old versions.
+
+## They mix
+
+They add (`hps() + 0.1 * aesthetic()`), aim (`.towards(10)`), stop (`.capped(2)`), count in standard deviations
+(`.normalized(mean, std)`), and tell whether they pull apart (`rewards.conflict`).
+
+## Any differentiable function of frames is one
+
+```python
+def blueness(frames, prompts):  # (B, F, 3, H, W) in [0, 1] -> (B,)
+    return (frames[:, :, 2] - frames[:, :, 0]).mean(dim=(1, 2, 3))
+
+
+vader_nb.check(blueness)  # is it fit to train on?
+```
+
+In a shell it is `reward=my_rewards.py:blueness`.
+
+## Judges without a gradient
+
+They serve `evaluate`: real JPEG and H.264 bytes, a vision-language model's "yes" (`rewards.vlm_yes`), or a server of yours
+(`reward=http://localhost:8000/score`). When one goes away, its column is lost and nothing else.
+"""
+
+
+def rewards_page() -> str:
+    return REWARDS.format(table=rewards.table().markdown())
+
+
+PAGES = {
+    "arguments.md": arguments_page,
+    "models.md": models_page,
+    "recipes.md": recipes_page,
+    "rewards.md": rewards_page,
+}
+
+
+def write(folder: Path) -> None:
+    for name, page in PAGES.items():
+        (folder / name).write_text(page())
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parent)
