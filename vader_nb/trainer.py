@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoints, distributed, experts, lora
 from . import prompts as prompt_sets
-from .estimators import Batch, Collected, Estimator, RewardGradient
+from .estimators import Batch, Collected, Estimator, RewardGradient, parse_estimator
 from .long_clips import LongRewardGradient, parse_segments
 from .models import VideoModel, exclusive
 from .models.base import EARLIER_STEPS, SMALL_GAIN
@@ -80,7 +80,7 @@ def align(
     prompts: Sequence[str | Prompt] | str,
     *,
     adapter=None,
-    estimator: Estimator | None = None,
+    estimator: Estimator | str | None = None,
     validate: Callable[[lora.Adapter], dict[str, float]] | None = None,
     callback: Callable[[dict], None] | None = None,
     **settings,
@@ -93,7 +93,8 @@ def align(
         prompts: to train on: a list, the name of a set, or a file.
         adapter: to start from: an `Adapter` on the model, a `Run`, a path, or several by weight; default:
             a fresh one.
-        estimator: what turns a batch into a gradient; default: `RewardGradient`.
+        estimator: what turns a batch into a gradient, also as text; default: `RewardGradient`. `DDPO`, `GRPO` and
+            `DPO` take rewards without a gradient.
         validate: called every `validation_steps` with the adapter on the model. Returns named scores, which
             enter the metrics; the first one decides which checkpoint is best. See `Validation`.
         callback: called with each step's metrics.
@@ -135,7 +136,7 @@ class Trainer:
         config: TrainConfig | None = None,
         *,
         adapter=None,
-        estimator: Estimator | None = None,
+        estimator: Estimator | str | None = None,
         validate: Callable[[lora.Adapter], dict[str, float]] | None = None,
         callback: Callable[[dict], None] | None = None,
     ):
@@ -148,9 +149,10 @@ class Trainer:
         self.lock: checkpoints.FileLock | None = None
         config.validate()
         config.sampling = config.sampling.resolve(model)
-        self.estimator = estimator or default_estimator(config)
-        if config.frames is None:
-            config.frames = Frames.random(1) if self.reward.per_frame else Frames.all()
+        self.estimator = parse_estimator(estimator) or default_estimator(config)
+        if config.frames is None:  # without a gradient all of them cost little memory
+            few = self.reward.per_frame and self.estimator.needs_reward_gradient
+            config.frames = Frames.random(1) if few else Frames.all()
         if config.gradient_checkpointing is None:
             config.gradient_checkpointing = model.device.type == "cuda"
         self.reward.check_prompts([str(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]])
@@ -208,16 +210,24 @@ class Trainer:
     def train_step(self, bar: tqdm) -> None:
         """One step: roll-outs, and as many optimizer updates on them as the estimator wants."""
         began = time.perf_counter()
-        try:
-            collected = self.collect(self.state.step)
-            row = self.gradients(collected)
-        except NonFiniteError as error:
-            collected, row = [], {"step": self.state.step + 1, "skipped": str(error)}
-            bar.write(f"step {self.state.step + 1} skipped: {error}")
+        rollouts: list[Iterable[Collected]] = []
+
+        def gradients(update: int) -> dict:
+            try:
+                if not update:
+                    rollouts.append(self.collect(self.state.step))
+                part = self.estimator.minibatch(rollouts[0], update)
+                return self.gradients(part, may_stop=not update)
+            except NonFiniteError as error:
+                bar.write(f"step {self.state.step + 1} skipped: {error}")
+                return {"step": self.state.step + 1, "skipped": str(error)}
+
+        first = gradients(0)
         with distributed.delay_signals():  # a step is taken and recorded, or neither
-            row = self.update(row)
-            for _ in range(self.estimator.updates_per_rollout - 1 if collected else 0):
-                row = self.update(self.gradients(collected))
+            rows = [self.update(first)]
+            while "reward" in rows[-1] and len(rows) < self.estimator.updates_per_rollout:
+                rows.append(self.update(gradients(len(rows))))
+            row = mean_row(rows)
             self.state.step += 1
             self.record(row | self.costs(time.perf_counter() - began))
             bar.update()
@@ -236,6 +246,13 @@ class Trainer:
         )
         scaled = self.accelerator.scaler is not None
         self.max_non_finite = MAX_NON_FINITE_SCALED if scaled else MAX_NON_FINITE
+        clips = config.batch_size * config.gradient_accumulation_steps
+        clips, group = clips * self.accelerator.num_processes, self.estimator.clips_per_prompt
+        if clips % group:
+            raise ValueError(
+                f"the {clips} clips of a step (batch_size × gradient_accumulation_steps × processes) cannot be "
+                f"divided into groups of {group} of one prompt"
+            )
         found = distributed.broadcast_from_main(self.find_checkpoint, self.accelerator)
         self.encode_texts(found[1]["step"] if found else 0)
         if distributed.shards_weights(self.accelerator):
@@ -243,10 +260,10 @@ class Trainer:
         self.adapter = self.make_adapter()
         try:
             self.make_optimizer()
+            self.estimator.setup(model, self.adapter, self.reward, config)
             if found:
                 self.restore(*found)
             self.place_reward()
-            self.estimator.setup(model, self.adapter, self.reward, config)
             distributed.broadcast_from_main(
                 lambda: checkpoints.begin(config.output_dir, self.description(), self.state.step),
                 self.accelerator,
@@ -299,7 +316,7 @@ class Trainer:
             "reward_fingerprint": self.reward.fingerprint,
             "prompts": len(self.prompts),
             "prompts_checksum": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
-            "estimator": type(self.estimator).__name__,
+            "estimator": repr(self.estimator),
             "num_processes": self.accelerator.num_processes,
             **config.to_json(),
             "alpha": config.rank if config.alpha is None else config.alpha,
@@ -332,7 +349,7 @@ class Trainer:
         config = self.config
         self.parameters = self.adapter.parameters(self.reach.trained(self.adapter))
         self.optimizer = adamw(self.parameters, config)
-        self.schedule = lr_schedule(self.optimizer, config)
+        self.schedule = lr_schedule(self.optimizer, config, self.estimator.updates_per_rollout)
         self.backward = torch.Tensor.backward
         if not distributed.uses_engine(self.accelerator):
             self.optimizer = self.accelerator.prepare(self.optimizer)
@@ -358,6 +375,7 @@ class Trainer:
         checkpoints.set_random_states(states[self.accelerator.process_index % len(states)])
         if contents["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(contents["scaler"])
+        self.estimator.restore(contents.get("estimator", {}))  # older checkpoints have none
         self.state = State(contents["step"], metrics, contents["non_finite"])
 
     # ------------------------------------------------------------------ one step
@@ -370,7 +388,9 @@ class Trainer:
         generators = [torch.Generator().manual_seed(base + (i << 40)) for i in range(count)]
         # The first one also draws prompts and seeds for all.
         size = (count * config.batch_size,)
-        chosen = torch.randint(len(self.prompts), size, generator=generators[0])
+        groups = (size[0] // self.estimator.clips_per_prompt,)
+        chosen = torch.randint(len(self.prompts), groups, generator=generators[0])
+        chosen = chosen.repeat_interleave(self.estimator.clips_per_prompt)
         seeds = torch.randint(2**31, size, generator=generators[0])
         # Processes that share weights must call the denoiser equally often, and so draw the same steps.
         together = distributed.shards_weights(accelerator)
@@ -380,6 +400,7 @@ class Trainer:
                 [self.prompts[j] for j in chosen[part].tolist()],
                 seeds[part].tolist(),
                 generators[i - accelerator.process_index if together else i],
+                i,
             )
 
     def collect(self, step: int) -> Iterable[Collected]:
@@ -394,8 +415,11 @@ class Trainer:
         )
         return collected
 
-    def gradients(self, collected: Iterable[Collected]) -> dict:
+    def gradients(self, collected: Iterable[Collected], may_stop: bool = True) -> dict:
         """Gradients of all micro-batches, averaged over processes and clipped; returns the step's row.
+
+        Args:
+            may_stop: nothing of this step has been taken yet.
 
         Raises:
             NonFiniteError: in every process, if one of them saw a number that is not finite.
@@ -416,6 +440,7 @@ class Trainer:
                         break
         means = mean_rewards(rows, self.reward)
         stop = bool(self.signals) or (self.config.output_dir / checkpoints.STOP).exists()
+        stop = stop and may_stop
         synced = distributed.sync_gradients(
             self.parameters, self.accelerator, means, bool(problem), stop
         )
@@ -438,7 +463,8 @@ class Trainer:
         engine = distributed.uses_engine(self.accelerator)
         clip: Any = torch.nn.utils.clip_grad_norm_ if engine else self.accelerator.clip_grad_norm_
         norm = float(clip(self.parameters, self.config.max_grad_norm or math.inf))
-        if norm == 0 and self.state.step == 0:
+        # Scores that are all equal, as those of a judge who says yes or no may be, teach nothing yet.
+        if norm == 0 and self.state.step == 0 and self.estimator.needs_reward_gradient:
             what = f"the gradient of {self.reward.name!r} that reaches the adapter is zero"
             if not at_cap:
                 raise ValueError(f"{what}: nothing to learn from")
@@ -515,6 +541,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": scaler and scaler.state_dict(),
+            "estimator": self.estimator.state(),
             "random": distributed.gather(checkpoints.random_states(), self.accelerator),
         }
         if not self.accelerator.is_main_process:
@@ -566,6 +593,16 @@ def mean_rewards(rows: list, reward: Reward) -> dict[str, float]:
         values = [row.parts[name.removeprefix("reward/")] for row in rows]
         means[name] = torch.cat(values).mean().item()
     return means
+
+
+def mean_row(rows: list[dict]) -> dict:
+    """One row of those of a step's updates, with the means of their numbers; one that was skipped says why."""
+    taken = [row for row in rows if "reward" in row]
+    result = rows[0] | rows[-1]
+    for name in taken[-1] if len(taken) > 1 else []:
+        if isinstance(taken[-1][name], float):
+            result[name] = sum(row[name] for row in taken) / len(taken)
+    return result
 
 
 def track(call: Callable, *args, **options) -> None:
@@ -620,8 +657,8 @@ def adamw(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.op
     return torch.optim.AdamW(parameters, **options, fused=fused)
 
 
-def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig):
-    """One of diffusers' learning rate schedules. Raises ValueError for an unknown name."""
+def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int = 1):
+    """One of diffusers' learning rate schedules, for so many updates a step. Raises ValueError for an unknown name."""
     from diffusers.optimization import SchedulerType, get_scheduler
 
     usable = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
@@ -632,8 +669,8 @@ def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig):
     return get_scheduler(
         config.lr_scheduler,
         optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.steps,
+        num_warmup_steps=config.lr_warmup_steps * updates,
+        num_training_steps=config.steps * updates,
     )
 
 
