@@ -157,6 +157,7 @@ class Trainer:
             config.gradient_checkpointing = model.device.type == "cuda"
         self.reward.check_prompts([str(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]])
         self.estimator.check_reward(self.reward)
+        self.estimator.check_settings(config)
         self.reward.at_fps(model.defaults["fps"])
         self.reward.check_ready()
         # Draw once, so that a window or frames that do not fit are an error now.

@@ -11,6 +11,7 @@ Flow-GRPO (arXiv 2505.05470, equation 9), whose `a` is the noise level. A step t
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -24,13 +25,13 @@ class Transition:
     """One step of a chain.
 
     Attributes:
-        model, sampling, t: whose, with resolved settings, at which timestep.
+        model, scheduler, t: whose, and at which of the scheduler's timesteps; it has taken no step.
         alpha, sigma: before it.
         alpha_next, direction, std: see above; std 0: it is deterministic.
     """
 
     model: VideoModel
-    sampling: object
+    scheduler: Any
     t: torch.Tensor
     alpha: float
     sigma: float
@@ -41,8 +42,7 @@ class Transition:
     def mean(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Where the step goes on average, (B, C, F, H, W) in float32 at least, by the guided output at these latents."""
         output, latents = widened(output), widened(latents)
-        scheduler = self.model.new_scheduler(self.sampling)
-        clean = self.model.x0(scheduler, output, self.t, latents)
+        clean = self.model.x0(self.scheduler, output, self.t, latents)
         noise = (latents - self.alpha * clean) / self.sigma
         return self.alpha_next * clean + self.direction * noise
 
@@ -82,7 +82,7 @@ def transition(model: VideoModel, sampling, i: int, noise_level: float | None = 
     Raises:
         ValueError: for a scheduler whose steps are no such Gaussians.
     """
-    scheduler = model.new_scheduler(sampling)  # a new one, which has no step of its own in mind
+    scheduler = model.new_scheduler(sampling)
     name = type(scheduler).__name__
     if getattr(scheduler, "order", 1) != 1 or "FlowMap" in name:
         raise ValueError(
@@ -103,7 +103,7 @@ def transition(model: VideoModel, sampling, i: int, noise_level: float | None = 
         left = sigma**2 - (alpha / alpha_next * sigma_next) ** 2
         std = level * sigma_next / sigma * math.sqrt(max(left, 0))
         direction = math.sqrt(max(sigma_next**2 - std**2, 0))
-    return Transition(model, sampling, t, alpha, sigma, alpha_next, direction, std)
+    return Transition(model, scheduler, t, alpha, sigma, alpha_next, direction, std)
 
 
 def after(model: VideoModel, sampling, i: int) -> tuple[float, float]:

@@ -108,6 +108,9 @@ class Estimator(ABC):
             f"or train without its gradient: estimator=GRPO"
         )
 
+    def check_settings(self, config) -> None:  # noqa: B027
+        """Raises ValueError for a run's settings that cannot be met; sampling is resolved."""
+
     @abstractmethod
     def collect(self, batch: Batch) -> Collected:
         """Sample a batch, without a graph."""

@@ -37,13 +37,13 @@ class DPO(FromScores):
     def clips_per_prompt(self) -> int:
         return self.group_size
 
-    def setup(self, model, adapter, reward, config) -> None:
-        super().setup(model, adapter, reward, config)
+    def check_settings(self, config) -> None:
+        super().check_settings(config)
         size = self.group_size * self.minibatches
-        if self.group_size < 2 or config.batch_size % size:
+        if config.batch_size % size:
             raise ValueError(
-                f"batch_size={config.batch_size} must be a multiple of group_size={self.group_size} (2 or more) "
-                f"times minibatches={self.minibatches}: a pair is ranked within a batch"
+                f"batch_size={config.batch_size} must be a multiple of group_size={self.group_size} times "
+                f"minibatches={self.minibatches}: a pair is ranked within a batch"
             )
 
     def collect(self, batch: Batch) -> Scored:

@@ -12,11 +12,25 @@ import torch
 from ..models import Conditioning
 from ..offload import recomputation
 from ..rewards import record_parts
-from ..sampling import NonFiniteError, Rollout, decode, finite
+from ..sampling import NonFiniteError, Rollout, check_bounds, decode, finite
 from ..strategies import Plan
 from ..transitions import widened
 from .base import Batch, Collected, Estimator, Row
 
+BOUNDS = {
+    "minibatches": (1, 1000),
+    "inner_epochs": (1, 1000),
+    "clip_range": (0, 1),
+    "adv_clip": (0, 1e6),
+    "noise_level": (1e-3, 10),
+    "timestep_fraction": (1e-3, 1),
+    "num_inference_steps": (1, 1000),
+    "beta": (0, 1e9),
+    "buffer_size": (1, 10**6),
+    "min_count": (1, 10**6),
+    "group_size": (2, 10**6),
+    "draws": (1, 1000),
+}
 Loss = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]  # of the denoiser's outputs, by branch
 
 
@@ -79,10 +93,9 @@ class FromScores(Estimator):
     def updates_per_rollout(self) -> int:
         return self.minibatches * self.inner_epochs
 
-    def setup(self, model, adapter, reward, config) -> None:
-        """As the base's. Raises ValueError for settings that cannot be met, or that would not act."""
-        super().setup(model, adapter, reward, config)
+    def check_settings(self, config) -> None:
         name = type(self).__name__
+        check_bounds(self, {key: BOUNDS[key] for key in vars(self).keys() & BOUNDS.keys()})
         if config.sampling.extend > 1:
             raise ValueError(f"{name} learns from clips of one segment: leave extend out")
         if config.strategy != type(config)().strategy:
@@ -93,6 +106,9 @@ class FromScores(Estimator):
             raise ValueError(
                 f"batch_size={config.batch_size} must be a multiple of minibatches={self.minibatches}"
             )
+
+    def setup(self, model, adapter, reward, config) -> None:
+        super().setup(model, adapter, reward, config)
         self.frames, self.decode_chunk_size = config.frames, config.decode_chunk_size
         self.options = config.gradient_checkpointing, config.activation_offload
 
@@ -140,8 +156,8 @@ class FromScores(Estimator):
         texts = [text for index in order for text in everyone[index][0]]
         rewards = torch.cat([everyone[index][1] for index in order])
         # Where one is not finite, the step will be skipped: nothing is to be remembered of it.
-        finite = rewards.isfinite().all()
-        values = self.compare(texts, rewards) if finite else torch.zeros_like(rewards)
+        whole = rewards.isfinite().all()
+        values = self.compare(texts, rewards) if whole else torch.zeros_like(rewards)
         parts = dict(zip(order, values.split([len(everyone[index][1]) for index in order])))
         for one in collected:
             one.advantages = parts[one.batch.index].to(one.rewards)

@@ -28,13 +28,6 @@ class GRPO(PolicyGradient):
     def clips_per_prompt(self) -> int:
         return self.group_size
 
-    def setup(self, model, adapter, reward, config) -> None:
-        if self.group_size < 2:
-            raise ValueError(
-                f"group_size={self.group_size}: a clip needs others to be compared with"
-            )
-        super().setup(model, adapter, reward, config)
-
     def compare(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
         groups = rewards.view(-1, self.group_size)
         centered = groups - groups.mean(dim=1, keepdim=True)

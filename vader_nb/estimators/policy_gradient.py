@@ -12,7 +12,7 @@ import torch
 
 from .. import experts
 from ..sampling import roll_out
-from ..transitions import Transition, default_noise_level, transition
+from ..transitions import transition
 from .base import Batch, Row
 from .from_scores import FromScores, Scored
 
@@ -46,24 +46,20 @@ class PolicyGradient(FromScores):
         if self.num_inference_steps is not None:
             steps = min(self.num_inference_steps, self.sampling.num_inference_steps)
             self.sampling = replace(self.sampling, num_inference_steps=steps)
-        if self.noise_level is None:
-            self.level = default_noise_level(model, self.sampling)
-        else:
-            self.level = self.noise_level
         owners = list(reversed(experts.by_step(model, self.sampling)))
-        moves = [self.step(i) for i in range(len(owners))]
+        of = model, self.sampling
+        self.moves = [transition(*of, i, self.noise_level) for i in range(len(owners))]
         # A step without noise has no density; one whose denoiser has no part of the adapter does not learn.
-        self.usable = [i for i, m in enumerate(moves) if m.std and owners[i] in adapter.denoisers]
+        self.usable = [
+            i for i, m in enumerate(self.moves) if m.std and owners[i] in adapter.denoisers
+        ]
         if not self.usable:
             raise ValueError(
-                f"none of {len(moves)} steps has noise and an adapter to learn: raise num_inference_steps"
+                f"none of {len(owners)} steps has noise and an adapter to learn: raise num_inference_steps"
             )
 
-    def step(self, i: int) -> Transition:
-        return transition(self.model, self.sampling, i, self.level)
-
     def take(self, i: int, output, latents, generators) -> torch.Tensor:
-        return self.step(i).sample(output, latents, generators)
+        return self.moves[i].sample(output, latents, generators)
 
     def collect(self, batch: Batch) -> Scored:
         steps = self.model.num_steps(self.sampling)
@@ -82,7 +78,7 @@ class PolicyGradient(FromScores):
 
     def log_prob(self, i: int, output: torch.Tensor, states: list) -> tuple:
         """Log-probability (B,) of what step i did, and its mean, by the guided output."""
-        move = self.step(i)
+        move = self.moves[i]
         mean = move.mean(output, states[i])
         return move.log_prob(mean, states[i + 1]), mean
 
@@ -102,7 +98,7 @@ class PolicyGradient(FromScores):
                 log_prob, mean = self.log_prob(i, model.combine(outputs, t, self.sampling), states)
                 value = self.objective((log_prob - before).exp(), collected.advantages, seen)
                 if reference is not None:
-                    value = value + self.beta * self.step(i).divergence(mean, reference).mean()
+                    value = value + self.beta * self.moves[i].divergence(mean, reference).mean()
                 return value * (weight / len(collected.steps))
 
             call = rollout.conditioning, states[i], t, scheduler
@@ -123,4 +119,4 @@ class PolicyGradient(FromScores):
         scaled = self.model.scale_input(self.model.new_scheduler(self.sampling), state, t)
         with self.adapter.disabled():
             output = self.model.guided(scaled, t, rollout.conditioning, self.sampling)
-        return self.step(i).mean(output, state)
+        return self.moves[i].mean(output, state)
