@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import (
         distributed,
+        estimators,
         gradient,
         lora,
         models,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .best import best_checkpoint
     from .distributed import launch
+    from .estimators import DDPO, DPO, GRPO, BestOf
     from .evaluation import Validation, evaluate
     from .gradient import reward_gradient
     from .guidance import RewardGuidance
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "best": ("best_checkpoint",),
     "distributed": ("launch",),
+    "estimators": ("BestOf", "DDPO", "DPO", "GRPO"),
     "evaluation": ("Validation", "evaluate"),
     "gradient": ("reward_gradient",),
     "guidance": ("RewardGuidance",),

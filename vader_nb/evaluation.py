@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +141,8 @@ def evaluate(
 
     Args:
         model: The model. Afterwards it carries the adapter that it carried before.
-        adapter: An `Adapter`, run, path or `{path: weight}`; something that samples by itself, with
-            `.sample(model, prompts, seeds=…, sampling=…)`; a dict of these by name; or None for
-            the base alone.
+        adapter: An `Adapter`, run, path or `{path: weight}`; `BestOf`, `RewardGuidance`; a dict of these by
+            name; or None for the base alone.
         rewards: The rewards trained on. A sum is reported as a whole and part by part.
         prompts: Groups of prompts by name, or one group: a list, a set's name, or a file.
         held_out: Rewards that were not trained on, and are therefore the ones to believe.
@@ -170,8 +168,7 @@ def evaluate(
     numbers = (seeds_per_prompt, batch_size, seed, keep)
     evaluator = Evaluator(model, measured, sampling, features, *numbers)
     for which in adapters.values():
-        if not hasattr(which, "sample"):
-            lora.check_fits(model, which)
+        lora.check_fits(model, which)
     clips, scores = evaluator.compare(adapters, groups, progress)
     trained |= {"motion", "diversity"}  # descriptions that judge nothing
     rows = []
@@ -259,11 +256,10 @@ class Evaluator:
         hidden = not progress or self.rank > 0
         with tqdm(total=total, desc="evaluate", unit="clip", disable=hidden) as bar:
             for name, which in {BASE: None, **adapters}.items():
-                by_itself = hasattr(which, "sample")
-                with lora.use_adapter(self.model, None if by_itself else which) as adapter:
+                with lora.use_adapter(self.model, which) as adapter:
                     for group, prompts in groups.items():
-                        sampler = which if by_itself else adapter
-                        scores[group][name], shown = self.run(sampler, prompts, bar)
+                        sampler = getattr(which, "sample", sample)
+                        scores[group][name], shown = self.run(adapter, prompts, bar, sampler)
                         clips[group] += (shown,)
         return clips, scores
 
@@ -280,10 +276,13 @@ class Evaluator:
 
     @random_states_kept()  # a reward that draws must not change what training draws
     def run(
-        self, adapter: Any, prompts: Sequence[str | Prompt], bar: tqdm | None = None
+        self,
+        adapter: Adapter | None,
+        prompts: Sequence[str | Prompt],
+        bar: tqdm | None = None,
+        sampler: Callable = sample,
     ) -> tuple[Scores, torch.Tensor]:
-        """Score the adapter that is on the model, or what samples by itself; also return the first clips (N, F, 3, H, W)."""
-        make = getattr(adapter, "sample", None) or partial(sample, adapter=adapter)
+        """Score the adapter that is on the model; also return the first clips (N, F, 3, H, W)."""
         if self.model.offloader is None:  # else networks are moved when they are needed
             for metric in self.metrics:
                 metric.to(self.model.device)
@@ -300,7 +299,8 @@ class Evaluator:
             batch = batches[min(number, len(batches) - 1)]
             chosen = [prompts[i % len(prompts)] for i in batch]
             seeds = [self.seed + i for i in batch]
-            frames = make(self.model, chosen, seeds=seeds, sampling=self.sampling)
+            options = {"seeds": seeds, "sampling": self.sampling, "adapter": adapter}
+            frames = sampler(self.model, chosen, **options)
             if spare:  # sampled only because sharded processes call the denoiser equally often
                 break
             self.model.onload(*(module for metric in self.metrics for module in metric.networks))

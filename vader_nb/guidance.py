@@ -11,6 +11,7 @@ denoiser). Every clip pays for it: one decoding and one gradient of the reward f
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,12 +32,14 @@ class RewardGuidance:
         strength: how far predicted clean latents are moved at each step, as a part of their norm.
         last: how many of the last steps are guided; default: all.
         decode_chunk_size: frames decoded at once.
+        adapter: to sample with, as for `sampling.sample`; None: the base model.
     """
 
     reward: Reward | Callable
     strength: float = 0.1
     last: int | None = None
     decode_chunk_size: int = 1
+    adapter: Any = None
 
     @exclusive
     @torch.no_grad()
@@ -47,8 +50,9 @@ class RewardGuidance:
         *,
         seeds: Sequence[int],
         sampling: Sampling | None = None,
+        adapter=None,
     ) -> torch.Tensor:
-        """Frames (B, F, 3, H, W) in [0, 1] by the base model; arguments as for `sampling.sample`.
+        """Frames (B, F, 3, H, W) in [0, 1]; arguments as for `sampling.sample`, with the own adapter as default.
 
         Raises:
             NonFiniteError: for latents, frames, rewards or gradients that are not finite.
@@ -57,7 +61,7 @@ class RewardGuidance:
         conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
         scheduler = model.new_scheduler(sampling)
         steps = len(scheduler.timesteps)
-        with lora.use_adapter(model, None):
+        with lora.use_adapter(model, self.adapter if adapter is None else adapter):
             for i, t in enumerate(scheduler.timesteps):
                 scaled = model.scale_input(scheduler, latents, t)
                 output = model.guided(scaled, t, conditioning, sampling)

@@ -21,6 +21,8 @@ from .prompts import Prompt
 
 T = TypeVar("T")
 Callback = Callable[[int, torch.Tensor, torch.Tensor], None]  # (step index, timestep, latents)
+# (step index, guided output, latents, a generator per clip) -> next latents
+Step = Callable[[int, torch.Tensor, torch.Tensor, list[torch.Generator]], torch.Tensor]
 
 
 def setting(default: Any, help: str, may_change: bool = False) -> Any:
@@ -192,6 +194,17 @@ class Rollout:
         """
         return clean if self.known is None else torch.lerp(clean, *self.known)
 
+    def begin_window(self, scheduler) -> None:
+        """From here on, exactly as it will be replayed."""
+        self.scheduler = copy.deepcopy(scheduler)
+        self.window_generators = clone(self.generators)
+
+    def note(self, t: torch.Tensor, state: torch.Tensor, outputs: dict) -> None:
+        """One more step of the window."""
+        self.timesteps.append(t)
+        self.states.append(state)
+        self.outputs.append(outputs)
+
     def at_window(self) -> tuple[Any, list[torch.Generator]]:
         """Copies of the scheduler and the generators as they were at the beginning of the window."""
         return copy.deepcopy(self.scheduler), clone(self.window_generators)
@@ -287,6 +300,7 @@ def roll_out(
     stop: int = 0,
     last_call: Callable[[], contextlib.AbstractContextManager] | None = None,
     start: Rollout | None = None,
+    step: Step | None = None,
     callback: Callback | None = None,
 ) -> Rollout:
     """Sample a batch without a graph, and note the last `window` steps.
@@ -300,6 +314,7 @@ def roll_out(
         last_call: keep the graph of the last denoiser call, made in this context.
         start: a roll-out with the same arguments, whose window is taken once more: from its latents before the
             window, by the adapter as it is now, with fresh noise where the sampler draws any.
+        step: takes the steps in the scheduler's place.
         callback: as for `sample`.
     """
     if start is None:
@@ -320,21 +335,22 @@ def roll_out(
                 adapter_mode.close()
                 adapter_mode.enter_context(_acting(adapter, *wanted))
                 mode = wanted
-            if i == cut:  # from here on, exactly as it will be replayed
-                rollout.scheduler = copy.deepcopy(scheduler)
-                rollout.window_generators = clone(generators)
-            scaled = model.scale_input(scheduler, latents, t)
+            if i == cut:
+                rollout.begin_window(scheduler)
+            # A scheduler that is not asked to step does not count the steps.
+            own = model.new_scheduler(sampling) if step else scheduler
+            scaled = model.scale_input(own, latents, t)
             if i == end - 1 and last_call is not None:
                 outputs = _kept_outputs(model, rollout, scaled, t, window - stop > 1, last_call)
             else:
                 outputs = model.all_branches(scaled, t, conditioning, sampling)
             if i >= cut:
-                rollout.timesteps.append(t)
-                rollout.states.append(latents)
-                rollout.outputs.append(outputs)
+                rollout.note(t, latents, outputs)
             output = model.combine(outputs, t, sampling)
             if stop and i == end - 1:
                 latents = model.x0(scheduler, output, t, latents)
+            elif step is not None:
+                latents = step(i, output, latents, generators)
             else:
                 latents = next_latents(model, scheduler, output, t, latents, rollout)
             rollout.finite.append(latents.isfinite().all())

@@ -5,8 +5,9 @@ names them: step 1 is the last one, the one whose output is the video.
 """
 
 import ast
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -207,21 +208,26 @@ def parse_strategy(text: "str | Strategy") -> Strategy:
     Raises:
         ValueError: for an unknown name or arguments that the strategy does not take.
     """
-    if not isinstance(text, str):
-        return text
+    examples = "Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3), DirectAlign, LeapAlign"
+    return parse_call(text, STRATEGIES, "strategy", examples) if isinstance(text, str) else text
+
+
+def parse_call(text: str, kinds: Mapping[str, Callable], what: str, examples: str) -> Any:
+    """What a constructor call with literal arguments makes, or a bare name; upper or lower case.
+
+    Raises:
+        ValueError: for an unknown name or arguments that it does not take.
+    """
     try:
         node = ast.parse(text.strip(), mode="eval").body
         name = ast.unparse(node.func if isinstance(node, ast.Call) else node)
-        kinds = {key.lower(): kind for key, kind in STRATEGIES.items()}
+        known = {key.lower(): kind for key, kind in kinds.items()}
         args = [ast.literal_eval(arg) for arg in getattr(node, "args", [])]
         options = {k.arg: ast.literal_eval(k.value) for k in getattr(node, "keywords", [])}
-        return kinds[name.lower().replace("_", "")](*args, **options)
+        return known[name.lower().replace("_", "")](*args, **options)
     except (SyntaxError, AttributeError, KeyError, ValueError, TypeError) as error:
-        examples = "Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3), DirectAlign, LeapAlign"
         detail = f" ({error})" if isinstance(error, TypeError) else ""
-        raise ValueError(
-            f"cannot read strategy {text!r}{detail}; write one of {examples}"
-        ) from None
+        raise ValueError(f"cannot read {what} {text!r}{detail}; write one of {examples}") from None
 
 
 @dataclass(frozen=True)

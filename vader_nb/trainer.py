@@ -9,7 +9,6 @@ number of processes draws anything else.
 import contextlib
 import hashlib
 import importlib
-import itertools
 import math
 import resource
 import time
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoints, distributed, experts, lora
 from . import prompts as prompt_sets
-from .estimators import Batch, Collected, Estimator, RewardGradient
+from .estimators import Batch, Collected, Estimator, RewardGradient, parse_estimator
 from .long_clips import LongRewardGradient, parse_segments
 from .models import VideoModel, exclusive
 from .models.base import EARLIER_STEPS, SMALL_GAIN
@@ -83,7 +82,7 @@ def align(
     prompts: Sequence[str | Prompt] | str,
     *,
     adapter=None,
-    estimator: Estimator | None = None,
+    estimator: Estimator | str | None = None,
     validate: Callable[[lora.Adapter], dict[str, float]] | None = None,
     callback: Callable[[dict], None] | None = None,
     **settings,
@@ -96,7 +95,8 @@ def align(
         prompts: to train on: a list, the name of a set, or a file.
         adapter: to start from: an `Adapter` on the model, a `Run`, a path, or several by weight; default:
             a fresh one.
-        estimator: what turns a batch into a gradient; default: `RewardGradient`.
+        estimator: what turns a batch into a gradient, also as text; default: `RewardGradient`. `DDPO`, `GRPO` and
+            `DPO` take rewards without a gradient.
         validate: called every `validation_steps` with the adapter on the model. Returns named scores, which
             enter the metrics; the first one decides which checkpoint is best. See `Validation`.
         callback: called with each step's metrics.
@@ -138,7 +138,7 @@ class Trainer:
         config: TrainConfig | None = None,
         *,
         adapter=None,
-        estimator: Estimator | None = None,
+        estimator: Estimator | str | None = None,
         validate: Callable[[lora.Adapter], dict[str, float]] | None = None,
         callback: Callable[[dict], None] | None = None,
     ):
@@ -151,14 +151,16 @@ class Trainer:
         self.lock: checkpoints.FileLock | None = None
         config.validate()
         config.sampling = config.sampling.resolve(model)
-        self.estimator = estimator or default_estimator(config)
-        if config.frames is None:
-            config.frames = Frames.random(1) if self.reward.per_frame else Frames.all()
+        self.estimator = parse_estimator(estimator) or default_estimator(config)
+        if config.frames is None:  # without a gradient all of them cost little memory
+            few = self.reward.per_frame and self.estimator.needs_reward_gradient
+            config.frames = Frames.random(1) if few else Frames.all()
         if config.gradient_checkpointing is None:
             config.gradient_checkpointing = model.device.type == "cuda"
         self.reward.check_prompts([str(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]])
         self.estimator.check_reward(self.reward)
         self.check_options()
+        self.estimator.check_settings(config)
         self.reward.at_fps(model.defaults["fps"])
         self.reward.check_ready()
         # Draw once, so that a window or frames that do not fit are an error now.
@@ -239,18 +241,24 @@ class Trainer:
     def train_step(self, bar: tqdm) -> None:
         """One step: roll-outs, and as many optimizer updates on them as the estimator wants."""
         began = time.perf_counter()
-        try:
-            collected, again = itertools.tee(self.collect(self.state.step))
-            if self.estimator.updates_per_rollout == 1:
-                again = []  # nothing is kept
-            row = self.gradients(collected)
-        except NonFiniteError as error:
-            again, row = [], {"step": self.state.step + 1, "skipped": str(error)}
-            bar.write(f"step {self.state.step + 1} skipped: {error}")
+        rollouts: list[Iterable[Collected]] = []
+
+        def gradients(update: int) -> dict:
+            try:
+                if not update:
+                    rollouts.append(self.collect(self.state.step))
+                part = self.estimator.minibatch(rollouts[0], update)
+                return self.gradients(part, may_stop=not update)
+            except NonFiniteError as error:
+                bar.write(f"step {self.state.step + 1} skipped: {error}")
+                return {"step": self.state.step + 1, "skipped": str(error)}
+
+        first = gradients(0)
         with distributed.delay_signals():  # a step is taken and recorded, or neither
-            row = self.update(row)
-            if "reward" in row and again:
-                row |= self.update_again(list(again))
+            rows = [self.update(first)]
+            while "reward" in rows[-1] and len(rows) < self.estimator.updates_per_rollout:
+                rows.append(self.update(gradients(len(rows))))
+            row = mean_row(rows)
             self.state.step += 1
             self.record(row | self.costs(time.perf_counter() - began))
             bar.update()
@@ -258,18 +266,6 @@ class Trainer:
                 bar.set_postfix(reward=f"{row['reward']:.4f}", grad=f"{row['grad_norm']:.2e}")
         if self.callback is not None:
             self.callback(self.state.metrics[-1])
-
-    def update_again(self, collected: list[Collected]) -> dict:
-        """The later updates of a step, on the roll-outs of the first; returns what the step's row says of them."""
-        for number in range(2, self.estimator.updates_per_rollout + 1):
-            try:
-                row = self.gradients(map(self.estimator.renewed, collected), later=True)
-            except NonFiniteError as error:
-                row = {"step": self.state.step + 1, "skipped": str(error)}
-            row = self.update(row)
-            if "skipped" in row:  # the next ones begin at the same latents
-                return {"skipped_updates": f"from number {number} on: {row['skipped']}"}
-        return {}
 
     # ------------------------------------------------------------------ before the first step
 
@@ -281,6 +277,13 @@ class Trainer:
         )
         scaled = self.accelerator.scaler is not None
         self.max_non_finite = MAX_NON_FINITE_SCALED if scaled else MAX_NON_FINITE
+        clips = config.batch_size * config.gradient_accumulation_steps
+        clips, group = clips * self.accelerator.num_processes, self.estimator.clips_per_prompt
+        if clips % group:
+            raise ValueError(
+                f"the {clips} clips of a step (batch_size × gradient_accumulation_steps × processes) cannot be "
+                f"divided into groups of {group} of one prompt"
+            )
         found = distributed.broadcast_from_main(self.find_checkpoint, self.accelerator)
         self.encode_texts(found[1]["step"] if found else 0)
         if distributed.shards_weights(self.accelerator):
@@ -344,7 +347,7 @@ class Trainer:
             "reward_fingerprint": self.reward.fingerprint,
             "prompts": len(self.prompts),
             "prompts_checksum": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
-            "estimator": type(self.estimator).__name__,
+            "estimator": repr(self.estimator),
             "num_processes": self.accelerator.num_processes,
             **config.to_json(),
             "alpha": config.rank if config.alpha is None else config.alpha,
@@ -409,6 +412,7 @@ class Trainer:
         checkpoints.set_random_states(states[self.accelerator.process_index % len(states)])
         if contents["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(contents["scaler"])
+        self.estimator.restore(contents.get("estimator", {}))  # older checkpoints have none
         self.state = State(contents["step"], metrics, contents["non_finite"])
 
     # ------------------------------------------------------------------ one step
@@ -421,7 +425,9 @@ class Trainer:
         generators = [torch.Generator().manual_seed(base + (i << 40)) for i in range(count)]
         # The first one also draws prompts and seeds for all.
         size = (count * config.batch_size,)
-        chosen = torch.randint(len(self.prompts), size, generator=generators[0])
+        groups = (size[0] // self.estimator.clips_per_prompt,)
+        chosen = torch.randint(len(self.prompts), groups, generator=generators[0])
+        chosen = chosen.repeat_interleave(self.estimator.clips_per_prompt)
         seeds = torch.randint(2**31, size, generator=generators[0])
         # Processes that share weights must call the denoiser equally often, and so draw the same steps.
         together = distributed.shards_weights(accelerator)
@@ -431,6 +437,7 @@ class Trainer:
                 [self.prompts[j] for j in chosen[part].tolist()],
                 seeds[part].tolist(),
                 generators[i - accelerator.process_index if together else i],
+                i,
             )
 
     def collect(self, step: int) -> Iterable[Collected]:
@@ -445,11 +452,11 @@ class Trainer:
         )
         return collected
 
-    def gradients(self, collected: Iterable[Collected], later: bool = False) -> dict:
+    def gradients(self, collected: Iterable[Collected], may_stop: bool = True) -> dict:
         """Gradients of all micro-batches, averaged over processes and clipped; returns the step's row.
 
         Args:
-            later: than the step's first update, so that it is too late to stop, or to have nothing to learn from.
+            may_stop: nothing of this step has been taken yet.
 
         Raises:
             NonFiniteError: in every process, if one of them saw a number that is not finite.
@@ -470,7 +477,7 @@ class Trainer:
                         break
         means = mean_rewards(rows, self.reward)
         stop = bool(self.signals) or (self.config.output_dir / checkpoints.STOP).exists()
-        stop = stop and not later
+        stop = stop and may_stop
         synced = distributed.sync_gradients(
             self.parameters, self.accelerator, means, bool(problem), stop
         )
@@ -482,18 +489,22 @@ class Trainer:
         return {
             "step": self.state.step + 1,
             **synced.values,
-            "grad_norm": self.clip(synced.values["reward"] >= self.reward.range[1] - 1e-6, later),
+            "grad_norm": self.clip(
+                synced.values["reward"] >= self.reward.range[1] - 1e-6, may_stop
+            ),
             "learning_rate": self.schedule.get_last_lr()[0],
             **rows[-1].info,
         }
 
-    def clip(self, at_cap: bool, later: bool = False) -> float:
+    def clip(self, at_cap: bool, first: bool = True) -> float:
         """Clip the gradient; returns its norm before that. Raises for one that is not finite, or zero at
         the start though the reward is below its cap."""
         engine = distributed.uses_engine(self.accelerator)
         clip: Any = torch.nn.utils.clip_grad_norm_ if engine else self.accelerator.clip_grad_norm_
         norm = float(clip(self.parameters, self.config.max_grad_norm or math.inf))
-        if norm == 0 and self.state.step == 0 and not later:
+        # Scores that are all equal, as those of a judge who says yes or no may be, teach nothing yet.
+        needed = first and self.estimator.needs_reward_gradient
+        if norm == 0 and self.state.step == 0 and needed:
             what = f"the gradient of {self.reward.name!r} that reaches the adapter is zero"
             if not at_cap:
                 raise ValueError(f"{what}: nothing to learn from")
@@ -577,6 +588,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": scaler and scaler.state_dict(),
+            "estimator": self.estimator.state(),
             "random": distributed.gather(checkpoints.random_states(), self.accelerator),
         }
         if self.average:
@@ -652,6 +664,16 @@ def mean_rewards(rows: list, reward: Reward) -> dict[str, float]:
     return means
 
 
+def mean_row(rows: list[dict]) -> dict:
+    """One row of those of a step's updates, with the means of their numbers; one that was skipped says why."""
+    taken = [row for row in rows if "reward" in row]
+    result = rows[0] | rows[-1]
+    for name in taken[-1] if len(taken) > 1 else []:
+        if isinstance(taken[-1][name], float):
+            result[name] = sum(row[name] for row in taken) / len(taken)
+    return result
+
+
 def track(call: Callable, *args, **options) -> None:
     """Call a tracker; a full disk costs its record, not the run."""
     try:
@@ -705,7 +727,7 @@ def adamw(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.op
 
 
 def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int = 1):
-    """One of diffusers' learning rate schedules, over so many updates a step. Raises ValueError for an unknown name."""
+    """One of diffusers' learning rate schedules, for so many updates a step. Raises ValueError for an unknown name."""
     from diffusers.optimization import SchedulerType, get_scheduler
 
     usable = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
