@@ -9,7 +9,7 @@ as if the denoiser had predicted those (arXiv 2311.16424; universal guidance, ar
 denoiser). Every clip pays for it: one decoding and one gradient of the reward for each step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from . import lora
 from .gradient import score
 from .models import VideoModel, exclusive
 from .prompts import Prompt
-from .rewards import Reward, as_reward
+from .rewards import as_reward
 from .sampling import Sampling, decode, initial_state
 
 
@@ -35,11 +35,14 @@ class RewardGuidance:
         adapter: to sample with, as for `sampling.sample`; None: the base model.
     """
 
-    reward: Reward | Callable
+    reward: Any
     strength: float = 0.1
     last: int | None = None
     decode_chunk_size: int = 1
     adapter: Any = None
+
+    def __post_init__(self):
+        self.reward = as_reward(self.reward)
 
     @exclusive
     @torch.no_grad()
@@ -58,6 +61,9 @@ class RewardGuidance:
             NonFiniteError: for latents, frames, rewards or gradients that are not finite.
         """
         sampling = (sampling or Sampling()).resolve(model)
+        self.reward.at_fps(model.defaults["fps"])
+        if model.offloader is None:  # else its networks are moved when they are needed
+            self.reward.to(model.device)
         conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
         scheduler = model.new_scheduler(sampling)
         steps = len(scheduler.timesteps)
@@ -74,8 +80,7 @@ class RewardGuidance:
     def moved(self, model, scheduler, output, t, latents, prompts, sampling) -> torch.Tensor:
         """The denoiser's output that predicts better clean latents."""
         clean, frames = model.x0(scheduler, output, t, latents), list(range(sampling.num_frames))
-        judge = as_reward(self.reward)
-        _, gradient = score(model, clean, judge, prompts, frames, self.decode_chunk_size)
+        _, gradient = score(model, clean, self.reward, prompts, frames, self.decode_chunk_size)
         norms = [x.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) for x in (clean, gradient)]
         step = self.strength * norms[0] * gradient / norms[1].clamp(min=1e-30)
         slope = model.x0(scheduler, output + 1, t, latents) - clean  # it is linear in the output
