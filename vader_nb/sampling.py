@@ -184,7 +184,7 @@ class Rollout:
     window_generators: list[torch.Generator] = field(default_factory=list)
     finite: list[torch.Tensor] = field(default_factory=list)
     kept: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
-    known: tuple[torch.Tensor, float] | None = None
+    known: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def without_noise(self, clean: torch.Tensor) -> torch.Tensor:
         """The predicted clean latents or, of Direct-Align's step, what the known noise leaves of it.
@@ -192,7 +192,10 @@ class Rollout:
         The step ends at  alpha' * clean + sigma' * noise  by the prediction. Less the known noise, times sigma',
         and divided by alpha', that is a mixture of the predicted and the known clean latents.
         """
-        return clean if self.known is None else torch.lerp(clean, *self.known)
+        if self.known is None:
+            return clean
+        known, part = self.known
+        return clean + part.to(clean.device) * (known - clean)
 
     def begin_window(self, scheduler) -> None:
         """From here on, exactly as it will be replayed."""
@@ -380,7 +383,7 @@ def renoise(model: VideoModel, rollout: Rollout, stop: int = 0) -> Rollout:
     again.window_generators = clone(rollout.generators)
     if stop:
         levels = [model.signal_and_noise(scheduler, at) for at in (t, scheduler.timesteps[-stop])]
-        (alpha, sigma), (alpha_next, sigma_next) = [map(float, level) for level in levels]
+        alpha, sigma, alpha_next, sigma_next = (x.double() for level in levels for x in level)
         again.known = rollout.latents, sigma_next * alpha / (alpha_next * sigma)
     scaled = model.scale_input(scheduler, state, t)
     again.outputs = [model.all_branches(scaled, t, rollout.conditioning, sampling)]
