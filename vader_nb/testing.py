@@ -385,7 +385,7 @@ def noised_again(model, sampling, denoise, stop, clean, generators) -> torch.Ten
 def two_leaps(model, sampling, denoise, states, plan) -> torch.Tensor:
     """LeapAlign: from the earlier step's state to the later one's, and from there to the final latents."""
     (j, k), steps = sorted(plan.active), len(states) - 1
-    latents, levels = states[steps - k].detach(), []
+    latents = states[steps - k].detach()
     for n, landing in ((k, steps - j), (j, steps)):
         scheduler = model.new_scheduler(sampling)
         t = scheduler.timesteps[-n]
