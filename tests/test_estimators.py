@@ -207,7 +207,7 @@ def test_dpos_gradient_is_the_closed_form(schedule):
     estimator = DPO(beta=3.0, draws=2)
     model, adapter = learner(estimator, flow() if schedule == "flow" else ddim(schedule))
     (one,) = estimator.minibatch(collected(estimator), 0)
-    rewards = one.rewards.view(4, 2)
+    rewards = one.advantages.view(4, 2)
     assert (rewards[:, 0] > rewards[:, 1]).all()  # the best first
     matrix, a, b = model.effective(adapter)
     draws = torch.Generator().set_state(one.batch.generator.get_state())

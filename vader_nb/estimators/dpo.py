@@ -51,23 +51,22 @@ class DPO(FromScores):
         return self.scored(roll_out(*of, adapter=self.adapter), batch)
 
     def minibatch(self, collected, update: int) -> list[Scored]:
-        """Pairs: the best and the worst clip of each group, one after the other."""
+        """Pairs: the best and the worst clip of each group, one after the other, what they scored as advantages."""
         result = []
         for one in collected:
             groups = one.rewards.cpu().view(-1, self.group_size)
             ends = torch.stack([groups.argmax(1), groups.argmin(1)], dim=1)
             ends = ends + self.group_size * torch.arange(len(groups))[:, None]
             pairs = ends[update % self.minibatches :: self.minibatches]
-            result.append(one.take(pairs.flatten().tolist()))
+            pair = one.take(pairs.flatten().tolist())
+            everyone = {"rewards": one.rewards, "parts": one.parts}  # for the record
+            result.append(replace(pair, advantages=pair.rewards, **everyone))
         return result
-
-    def advantages(self, collected, gather) -> None:
-        """Pairs are ranked within a batch: nothing to exchange."""
 
     def accumulate(
         self, collected: Scored, weight: float, backward: Callable[[torch.Tensor], None]
     ) -> Row:
-        count, margins = len(collected.rewards) // 2, []
+        count, margins = len(collected.advantages) // 2, []
         for k in range(count):
             pair = collected.take([2 * k, 2 * k + 1])
             for _ in range(self.draws):
@@ -91,7 +90,7 @@ class DPO(FromScores):
         with torch.no_grad(), self.adapter.disabled():
             scaled = model.scale_input(scheduler, latents, t)
             reference = error(model.predict_branches(scaled, t, call[0], [branch]))
-        tied = bool(pair.rewards[0] == pair.rewards[1])
+        tied = bool(pair.advantages[0] == pair.advantages[1])
 
         def loss(outputs) -> torch.Tensor:
             gained = reference - error(outputs)
