@@ -495,6 +495,17 @@ def test_best_of_n_is_the_best_of_the_clips_that_it_samples(micro_directory):
     assert torch.equal(clips, max(each, key=lambda clip: clip[0, :, 0, 0, 0].mean()))
 
 
+def test_a_flow_with_a_causal_decoder_learns(tmp_path):
+    model = load("tiny-wan")
+    options = FAST | {"num_inference_steps": 3, "num_frames": 5, "height": 32, "width": 32}
+    for how in (GRPO(group_size=2), DPO()):
+        folder = tmp_path / type(how).__name__
+        run = align(model, First(), PROMPTS, steps=1, estimator=how, output_dir=folder, **options)
+        assert any(p.any() for p in run.adapter.parameters()[1::2])
+        assert run.metrics[0].get("clip_fraction", 0) == 0  # the first update is on its own clips
+        run.adapter.remove()
+
+
 def test_in_a_shell(micro_directory, tmp_path, capsys):
     from vader_nb.cli import main
 
