@@ -13,7 +13,7 @@ from vader_nb.distributed import launch
 from vader_nb.estimators import DDPO, DPO, GRPO, Batch, BestOf, parse_estimator
 from vader_nb.models import Conditioning, VideoModel
 from vader_nb.rewards import Reward
-from vader_nb.sampling import Sampling
+from vader_nb.sampling import Sampling, derived_seed
 from vader_nb.strategies import Frames, Last
 from vader_nb.train_config import TrainConfig
 from vader_nb.trainer import align
@@ -207,7 +207,7 @@ def test_dpos_gradient_is_the_closed_form(schedule):
     estimator = DPO(beta=3.0, draws=2)
     model, adapter = learner(estimator, flow() if schedule == "flow" else ddim(schedule))
     (one,) = estimator.minibatch(collected(estimator), 0)
-    rewards = one.rewards.view(4, 2)
+    rewards = one.advantages.view(4, 2)
     assert (rewards[:, 0] > rewards[:, 1]).all()  # the best first
     matrix, a, b = model.effective(adapter)
     draws = torch.Generator().set_state(one.batch.generator.get_state())
@@ -298,7 +298,9 @@ def test_schedulers_without_a_density_are_refused():
 # ------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("how", [DDPO(), GRPO(), DPO(beta=20.0, draws=4)], ids=repr)
+@pytest.mark.parametrize(
+    "how", [DDPO(), GRPO(), DPO(beta=20.0, draws=4)], ids=["ddpo", "grpo", "dpo"]
+)
 def test_the_reward_rises(how, tmp_path):
     """On held-out seeds, by an interval of the paired differences."""
     model = Toy(flow() if isinstance(how, GRPO) else ddim(), 4)
@@ -421,6 +423,13 @@ def test_guidances_branches_one_by_one_give_the_same_gradient(micro):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
 
 
+def test_micro_batches_draw_each_for_itself():
+    """torch's CPU generator reads 32 bits of a seed."""
+    draws = [torch.randn(4, generator=seeded(derived_seed(2**31, k))) for k in range(50)]
+    assert len({tuple(x.tolist()) for x in draws}) == 50
+    assert derived_seed(7, 0) == 7
+
+
 def test_ddpo_compares_with_a_prompts_history():
     estimator = DDPO(min_count=3, buffer_size=4)
     learner(estimator, ddim())
@@ -480,9 +489,21 @@ def test_best_of_n_is_the_best_of_the_clips_that_it_samples(micro_directory):
     assert found["three"]["first"].mean() > found["base"]["first"].mean()
     clips = BestOf(3, First()).sample(model, ["a red star"], seeds=[7])
     each = [
-        BestOf(1, First()).sample(model, ["a red star"], seeds=[7 + (k << 44)]) for k in range(3)
+        BestOf(1, First()).sample(model, ["a red star"], seeds=[derived_seed(7, k)])
+        for k in range(3)
     ]
     assert torch.equal(clips, max(each, key=lambda clip: clip[0, :, 0, 0, 0].mean()))
+
+
+def test_a_flow_with_a_causal_decoder_learns(tmp_path):
+    model = load("tiny-wan")
+    options = FAST | {"num_inference_steps": 3, "num_frames": 5, "height": 32, "width": 32}
+    for how in (GRPO(group_size=2), DPO()):
+        folder = tmp_path / type(how).__name__
+        run = align(model, First(), PROMPTS, steps=1, estimator=how, output_dir=folder, **options)
+        assert any(p.any() for p in run.adapter.parameters()[1::2])
+        assert run.metrics[0].get("clip_fraction", 0) == 0  # the first update is on its own clips
+        run.adapter.remove()
 
 
 def test_in_a_shell(micro_directory, tmp_path, capsys):

@@ -232,6 +232,11 @@ def clone(generators: list[torch.Generator]) -> list[torch.Generator]:
     return [torch.Generator(g.device).set_state(g.get_state()) for g in generators]
 
 
+def derived_seed(seed: int, k: int) -> int:
+    """The k-th of seeds that belong to one; the 0th is itself. Within the 32 bits that torch's CPU generator reads."""
+    return (seed + k * 2_654_435_761) % 2**32 if k else seed
+
+
 def initial_noise(
     model: VideoModel, seeds: Sequence[int], sampling: Sampling
 ) -> tuple[torch.Tensor, list[torch.Generator]]:

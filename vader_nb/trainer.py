@@ -30,7 +30,7 @@ from .models.base import EARLIER_STEPS, SMALL_GAIN
 from .near_base import MovingAverage
 from .prompts import Prompt
 from .rewards import Reward, as_reward
-from .sampling import NonFiniteError, Sampling
+from .sampling import NonFiniteError, Sampling, derived_seed
 from .strategies import Frames
 from .train_config import TrainConfig
 
@@ -422,7 +422,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         count = accelerator.num_processes * config.gradient_accumulation_steps
         base = config.seed * 1_000_003 + step
-        generators = [torch.Generator().manual_seed(base + (i << 40)) for i in range(count)]
+        generators = [torch.Generator().manual_seed(derived_seed(base, i)) for i in range(count)]
         # The first one also draws prompts and seeds for all.
         size = (count * config.batch_size,)
         groups = (size[0] // self.estimator.clips_per_prompt,)

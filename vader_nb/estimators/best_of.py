@@ -7,7 +7,7 @@ import torch
 
 from ..models import VideoModel
 from ..rewards import Reward, as_reward
-from ..sampling import sample
+from ..sampling import derived_seed, sample
 
 
 @dataclass
@@ -47,7 +47,7 @@ class BestOf:
 
     def candidates(self, model: VideoModel, prompts, seeds, k: int, options) -> tuple:
         """The k-th clip of each prompt and its reward: (B,), (B, F, 3, H, W)."""
-        own = [seed + (k << 44) for seed in seeds]  # beyond those of other clips and segments
+        own = [derived_seed(seed, k) for seed in seeds]
         frames = sample(model, prompts, seeds=own, **options)
         model.onload(*self.reward.networks)
         if model.offloader is None:

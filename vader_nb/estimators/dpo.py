@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..lora import Adapter
 from ..models import VideoModel
 from ..models.base import is_flow
 from ..sampling import roll_out
@@ -46,28 +47,34 @@ class DPO(FromScores):
                 f"minibatches={self.minibatches}: a pair is ranked within a batch"
             )
 
+    def setup(self, model, adapter, reward, config) -> None:
+        super().setup(model, adapter, reward, config)
+        if "FlowMap" in type(model.scheduler).__name__:
+            raise ValueError(
+                f"{model.name!r} predicts whole steps: it has no error at one timestep, which DPO needs"
+            )
+
     def collect(self, batch: Batch) -> Scored:
         of = self.model, batch.prompts, batch.seeds, self.sampling
         return self.scored(roll_out(*of, adapter=self.adapter), batch)
 
     def minibatch(self, collected, update: int) -> list[Scored]:
-        """Pairs: the best and the worst clip of each group, one after the other."""
+        """Pairs: the best and the worst clip of each group, one after the other, what they scored as advantages."""
         result = []
         for one in collected:
             groups = one.rewards.cpu().view(-1, self.group_size)
             ends = torch.stack([groups.argmax(1), groups.argmin(1)], dim=1)
             ends = ends + self.group_size * torch.arange(len(groups))[:, None]
             pairs = ends[update % self.minibatches :: self.minibatches]
-            result.append(one.take(pairs.flatten().tolist()))
+            pair = one.take(pairs.flatten().tolist())
+            everyone = {"rewards": one.rewards, "parts": one.parts}  # for the record
+            result.append(replace(pair, advantages=pair.rewards, **everyone))
         return result
-
-    def advantages(self, collected, gather) -> None:
-        """Pairs are ranked within a batch: nothing to exchange."""
 
     def accumulate(
         self, collected: Scored, weight: float, backward: Callable[[torch.Tensor], None]
     ) -> Row:
-        count, margins = len(collected.rewards) // 2, []
+        count, margins = len(collected.advantages) // 2, []
         for k in range(count):
             pair = collected.take([2 * k, 2 * k + 1])
             for _ in range(self.draws):
@@ -78,7 +85,7 @@ class DPO(FromScores):
         """Add the gradient of one pair at one timestep; a tie has none."""
         model, branch = self.model, self.model.branches(self.sampling)[-1]
         generator, clean = pair.batch.generator, widened(pair.rollout.latents)
-        scheduler, t = training_timestep(model, self.sampling, generator)
+        scheduler, t = training_timestep(self.adapter, self.sampling, generator)
         alpha, sigma = levels(model, scheduler, t)
         noise = randn_tensor(clean[:1].shape, generator, clean.device, clean.dtype).expand_as(clean)
         latents = (alpha * clean + sigma * noise).to(pair.rollout.latents.dtype)
@@ -91,7 +98,7 @@ class DPO(FromScores):
         with torch.no_grad(), self.adapter.disabled():
             scaled = model.scale_input(scheduler, latents, t)
             reference = error(model.predict_branches(scaled, t, call[0], [branch]))
-        tied = bool(pair.rewards[0] == pair.rewards[1])
+        tied = bool(pair.advantages[0] == pair.advantages[1])
 
         def loss(outputs) -> torch.Tensor:
             gained = reference - error(outputs)
@@ -102,14 +109,18 @@ class DPO(FromScores):
         self.learn(*call, [branch], loss, backward)
 
 
-def training_timestep(model: VideoModel, sampling, generator: torch.Generator):
-    """A timestep of those that the model was trained at, and a scheduler for it."""
+def training_timestep(adapter: Adapter, sampling, generator: torch.Generator):
+    """A timestep of those that the model was trained at and whose denoiser learns, and a scheduler for it."""
+    model = adapter.model
     count = model.scheduler.config.num_train_timesteps
     scheduler = model.new_scheduler(replace(sampling, num_inference_steps=count))
-    drawn = int(torch.randint(count, (), generator=generator))
-    if not hasattr(scheduler, "sigmas"):
-        return scheduler, torch.tensor(drawn, device=model.device)
-    return scheduler, scheduler.timesteps[drawn]
+    learning = [model.denoisers[key] for key in adapter.denoisers]
+    while True:
+        drawn = int(torch.randint(count, (), generator=generator))
+        listed = hasattr(scheduler, "sigmas")
+        t = scheduler.timesteps[drawn] if listed else torch.tensor(drawn, device=model.device)
+        if model.denoiser_at(t) in learning:
+            return scheduler, t
 
 
 def target(model: VideoModel, scheduler, clean, noise, alpha: float, sigma: float) -> torch.Tensor:

@@ -82,6 +82,26 @@ class PolicyGradient(FromScores):
         mean = move.mean(output, states[i])
         return move.log_prob(mean, states[i + 1]), mean
 
+    def compare(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
+        """Advantages (N,) from the rewards, in float64, of all the step's clips in all processes, in order."""
+        raise NotImplementedError
+
+    def advantages(self, collected: list[Scored], gather: Callable) -> None:
+        own = {}
+        for one in collected:
+            texts = [str(prompt) for prompt in one.batch.prompts]
+            own[one.batch.index] = texts, one.rewards.double().cpu()
+        everyone = {index: entry for part in gather(own) for index, entry in part.items()}
+        order = sorted(everyone)
+        texts = [text for index in order for text in everyone[index][0]]
+        rewards = torch.cat([everyone[index][1] for index in order])
+        # Where one is not finite, the step will be skipped: nothing is to be remembered of it.
+        whole = rewards.isfinite().all()
+        values = self.compare(texts, rewards) if whole else torch.zeros_like(rewards)
+        parts = dict(zip(order, values.split([len(everyone[index][1]) for index in order])))
+        for one in collected:
+            one.advantages = parts[one.batch.index].to(one.rewards)
+
     def accumulate(
         self, collected: Scored, weight: float, backward: Callable[[torch.Tensor], None]
     ) -> Row:
