@@ -76,10 +76,14 @@ class Judged(Modeled):
 
 @dataclass
 class Align(Judged):
-    """Train an adapter with reward gradients, evaluate it, write a report."""
+    """Train an adapter, by reward gradients or otherwise; evaluate it, write a report."""
 
     example = 'vader-nb align reward="hps + 0.02 * aesthetic" prompts=tiny name=mine'
     settings = "training"
+    estimator: str | None = option(
+        None,
+        "RewardGradient, the default, or for any reward: DDPO, GRPO(group_size=16), DPO(beta=2000)",
+    )
     adapter: str | None = option(None, "an adapter file, or a run's folder, to start from")
     name: str | None = option(None, "the run's name; default: the model's and the time")
     output_dir: str = option("runs", "the folder of runs")
