@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..hub import reachable
+from ..offload import is_sharded
 from ..tables import Table
 from .base import MODEL_LOCK, Conditioning, VideoModel, exclusive
 from .causal_decoder import DECODER_SETTINGS, CausalDecoder
@@ -305,10 +306,21 @@ def load(
         if checkpoint.directory:
             raise
         raise FileNotFoundError(how_to_get(name, checkpoint)) from error
-    model.to(device)
+    place(model, device)
     if check or (check is None and is_unchecked_zoo(checkpoint)):
         run_check(model, checkpoint)
     return model
+
+
+def place(model: VideoModel, device: torch.device) -> None:
+    """Move a model to its device; or where FSDP was launched, this process's part of its denoisers."""
+    from .. import sharding
+
+    if options := sharding.fsdp_options():
+        sharding.shard(model, device, **options)
+    for module in model.modules():
+        if not is_sharded(module):
+            module.to(device)
 
 
 def how_to_get(name: str | Path, checkpoint: Checkpoint) -> str:

@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ipndm import IPNDMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..offload import CPUOffloader
 from ..prompts import Prompt
@@ -479,7 +480,12 @@ class VideoModel(ABC):
         """Where the work is done."""
         if self.offloader is not None:
             return self.offloader.device
-        return next(self.denoiser.parameters()).device
+        weight = next(self.denoiser.parameters())
+        if isinstance(weight, DTensor) and weight.device_mesh.device_type == "cuda":
+            return torch.device(
+                "cuda", torch.cuda.current_device()
+            )  # FSDP's part may wait elsewhere
+        return weight.device
 
     @property
     def dtype(self) -> torch.dtype:
