@@ -343,9 +343,7 @@ class Step:
     def measure(self) -> dict[str, int]:
         """The same with real weights on a CUDA device."""
         if self.num_gpus > 1:
-            raise ValueError(
-                f"measured takes one GPU, and simulates num_gpus={self.num_gpus}: leave one out"
-            )
+            raise ValueError(f"measured takes one GPU, and num_gpus={self.num_gpus}: leave one out")
         model = self.load("cuda")
         return self.run(model, self.make_reward().to("cuda", self.dtypes["default"]), CUDATracker())
 

@@ -6,6 +6,7 @@ are called, and nothing of them is sent back, since they have no gradient.
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -126,8 +127,10 @@ def simulated(num_gpus: int) -> Iterator[None]:
 
     if torch.distributed.is_initialized():
         raise RuntimeError("several processes are at work here: simulate others in a process apart")
+    drawn = random.getstate()  # from which these collectives draw, too
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_gpus)
     try:
         yield
     finally:
         torch.distributed.destroy_process_group()
+        random.setstate(drawn)
