@@ -137,8 +137,8 @@ def test_where_the_weights_are_sharded_nothing_of_them_is_sent_back(two, micro_d
             given[name].append(count)
         assert size < sum(given.pop("c10d::allreduce_")) <= 1.1 * size
         assert all("gather" in name for name in given)
-        # Two micro-batches of three denoiser calls, and the last one's backward pass, each give their half.
-        assert sum(map(sum, given.values())) == pytest.approx(2 * 4 * weights / 2, rel=0.1)
+        # Its half, in each of two micro-batches: for three calls, the last one again, and its backward pass.
+        assert sum(map(sum, given.values())) == pytest.approx(2 * 5 * weights / 2, rel=0.1)
 
 
 def launched(directory, folder):
@@ -169,6 +169,13 @@ def test_a_model_is_loaded_in_parts_where_fsdp_was_launched(two, micro_directory
             torch.testing.assert_close(
                 found[offload]["gradient"], found["unsharded"], rtol=1e-9, atol=1e-12
             )
+
+
+def late(directory, folder):
+    model = build(directory)
+    lora.add(model, 2)
+    with pytest.raises(ValueError, match="carries an adapter: shard the model before it gets one"):
+        shard(model)
 
 
 MEMORY = {"num_frames": 4, "height": 32, "width": 32}
@@ -282,6 +289,7 @@ SCENARIOS = {
     "counted": (counted, True),
     "launched": (launched,),
     "memory": (remembered,),
+    "late": (late,),
     "experts": (sharded_experts,),
 }
 for each in EMBEDDED:

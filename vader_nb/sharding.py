@@ -73,10 +73,13 @@ def shard(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    weights = [p for denoiser in model.denoisers.values() for p in denoiser.parameters()]
-    if any(p.requires_grad for p in weights):
+    parameters = (p for denoiser in model.denoisers.values() for p in denoiser.parameters())
+    kinds = {
+        (p.requires_grad, str(p.dtype)) for p in parameters
+    }  # and no reference to a whole weight
+    if any(trained for trained, _ in kinds):
         raise ValueError(f"{model.name!r} carries an adapter: shard the model before it gets one")
-    dtypes = {str(p.dtype) for p in weights}
+    dtypes = {dtype for _, dtype in kinds}
     if len(dtypes) > 1 and torch.__version__ < "2.8":
         raise ValueError(
             f"{model.name!r} holds weights of {' and '.join(sorted(dtypes))}: sharding them together needs torch 2.8"

@@ -316,8 +316,11 @@ def place(model: VideoModel, device: torch.device) -> None:
     """Move a model to its device; or where FSDP was launched, this process's part of its denoisers."""
     from .. import sharding
 
-    if options := sharding.fsdp_options():
-        sharding.shard(model, device, **options)
+    options = sharding.fsdp_options()
+    if options is None:
+        model.to(device)
+        return
+    sharding.shard(model, device, **options)
     for module in model.modules():
         if not is_sharded(module):
             module.to(device)

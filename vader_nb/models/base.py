@@ -482,9 +482,8 @@ class VideoModel(ABC):
             return self.offloader.device
         weight = next(self.denoiser.parameters())
         if isinstance(weight, DTensor) and weight.device_mesh.device_type == "cuda":
-            return torch.device(
-                "cuda", torch.cuda.current_device()
-            )  # FSDP's part may wait elsewhere
+            # Where FSDP gathers it: a process's part may wait in CPU memory.
+            return torch.device("cuda", torch.cuda.current_device())
         return weight.device
 
     @property
