@@ -215,6 +215,7 @@ class Step:
             raise ValueError(
                 f"extend={flat['extend']}: segments learn one after the other; plan for one, extend=1"
             )
+        shared = sharding.check(flat.pop("num_gpus", 1), flat.pop("sharding", "none"))
         given = {name: flat.pop(name, None) for name in OF_MODEL}
         dtype, offload = given["dtype"], bool(given["model_cpu_offload"])
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
@@ -222,7 +223,6 @@ class Step:
             raise ValueError(f"unknown dtype {dtype!r}; choose float16, bfloat16 or float32")
         decoder = models.decoder_settings(model, given)
         config, text_cache = TrainConfig.from_flat(flat), given["text_cache"]
-        shared = sharding.check(given["num_gpus"] or 1, given["sharding"] or "none")
         return cls(str(model), reward, config, dtype, offload, text_cache, decoder, *shared)
 
     @property
@@ -552,7 +552,7 @@ def _applies(saving: dict, model: str | Path, reward: str, settings: dict) -> bo
         return False  # the reward would score another clip
     if "frames" in saving and settings.get("frames") is None:
         return False  # one random frame already
-    if "sharding" in saving and (settings.get("num_gpus") or 1) == 1:
+    if "sharding" in saving and settings.get("num_gpus", 1) == 1:
         return False
     if "decoder_states" in saving and not models.is_causal(model):
         return False
