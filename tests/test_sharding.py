@@ -137,8 +137,9 @@ def test_where_the_weights_are_sharded_nothing_of_them_is_sent_back(two, micro_d
             given[name].append(count)
         assert size < sum(given.pop("c10d::allreduce_")) <= 1.1 * size
         assert all("gather" in name for name in given)
-        # Its half, in each of two micro-batches: for three calls, the last one again, and its backward pass.
-        assert sum(map(sum, given.values())) == pytest.approx(2 * 5 * weights / 2, rel=0.1)
+        # Its half, in each of two micro-batches: for three calls, and the last one again, which FSDP takes for a part of
+        # the backward pass around it: what it gathers there stays until it is passed.
+        assert sum(map(sum, given.values())) == pytest.approx(2 * 4 * weights / 2, rel=0.01)
 
 
 def launched(directory, folder):

@@ -61,8 +61,8 @@ def shard(
 
     Args:
         model: a `VideoModel`, the same in each process.
-        device: default: the model's. From CPU memory the denoisers move there block by block, so that no GPU ever holds
-            one whole.
+        device: default: the model's. From CPU memory the denoisers move there block by block, and are never whole there
+            while they are loaded, rolled out, decoded and scored. (In the replay FSDP keeps what it gathers of one.)
         reshard_after_forward: free a block's gathered weights after each call. False needs the memory of a whole
             denoiser, and gathers less often.
         cpu_offload: a process's part waits in CPU memory.
