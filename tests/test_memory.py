@@ -333,6 +333,13 @@ def test_what_does_not_fit_is_told_what_to_change(small):
         assert max(simulate(**(setting | fewer)).values()) / GIB + MARGIN > gib
 
 
+def test_weights_are_cut_up_if_that_makes_it_fit(small):
+    setting = small | {"sequential_guidance": True, "model_cpu_offload": True, "num_gpus": 8}
+    gib = max(simulate(**setting, sharding="full").values()) / GIB + MARGIN
+    answer = vader_nb.memory(**setting, gpu_memory=gib)
+    assert answer.suggestions[find_gpu(gib)[0]] == {"sharding": "full"}
+
+
 def test_a_reward_on_the_clip_is_not_offered_another_clip(small, monkeypatch):
     """Neither one random frame nor fewer frames; and frames that are named are not looked for where there are fewer."""
     tried = []
@@ -387,6 +394,10 @@ def test_a_gpu_is_named_or_a_number_of_gib(given, found):
         ({"gpu_memory": 0}, "unknown GPU 0; .* or give its memory in GiB"),
         ({"hight": 64}, "unknown setting 'hight'; memory depends on .*height"),
         ({"dtype": "float17"}, "unknown dtype 'float17'"),
+        ({"num_gpus": 0}, "num_gpus must be at least 1, got 0"),
+        ({"sharding": "full"}, "sharding=full has no effect on one GPU: say how many, num_gpus=8"),
+        ({"num_gpus": 8, "sharding": "half"}, "unknown sharding 'half'; choose one of none, full"),
+        ({"num_gpus": 8, "measured": True}, "measured takes one GPU, and num_gpus=8"),
         ({"model": "tiny", "strategy": Last(100)}, "K=100"),
         (
             {"model": "tiny-i2v", "extend": 3},

@@ -23,6 +23,9 @@ torch._subclasses.fake_tensor.FakeTensorMode
 torch._subclasses.fake_tensor.unset_fake_temporarily
 torch.autograd.graph.saved_tensors_hooks
 torch.distributed
+torch.distributed.device_mesh.init_device_mesh
+torch.distributed.fsdp.CPUOffloadPolicy
+torch.distributed.fsdp.OffloadPolicy
 torch.distributed.fsdp.fully_shard
 torch.distributed.tensor.DTensor
 torch.func.functional_call
@@ -30,6 +33,7 @@ torch.nn
 torch.nn.functional
 torch.nn.functional.interpolate
 torch.nn.functional.pad
+torch.testing._internal.distributed.fake_pg.FakeStore
 torch.utils._python_dispatch.TorchDispatchMode
 torch.utils._pytree.tree_leaves
 torch.utils._pytree.tree_map_only

@@ -25,7 +25,7 @@ from vader_nb import (
 from vader_nb.estimators import Batch
 from vader_nb.long_clips import LongRewardGradient
 from vader_nb.models.svd import PUBLISHED
-from vader_nb.sampling import Sampling, join, roll_out, sample
+from vader_nb.sampling import Sampling, derived_seed, join, roll_out, sample
 from vader_nb.strategies import DRTune, Frames, Last
 from vader_nb.testing import REWARDS, adapted, check_model, take_gradient
 from vader_nb.train_config import TrainConfig
@@ -208,7 +208,7 @@ def test_the_gradient_of_a_long_clip_is_that_of_the_named_segments(directory, se
     clips, prompts = [], PROMPTS
     for index in range(3):
         one = Sampling(**SETTINGS | {"height": 16}).resolve(model)
-        own = [5 + (index << 32), 9 + (index << 32)]
+        own = [derived_seed(seed, index) for seed in (5, 9)]
         rollout = roll_out(model, prompts, own, one, window=1)
         t, scheduler = rollout.timesteps[0], rollout.at_window()[0]
         scaled = model.scale_input(scheduler, rollout.states[0], t)

@@ -156,6 +156,8 @@ class Memory(Common):
     dtype: str | None = option(
         None, "of weights: float16, bfloat16, float32; default: what training takes on a GPU"
     )
+    num_gpus: int = option(1, "processes, one on each GPU")
+    sharding: str = option("none", "none, or full: denoisers cut up over the GPUs (engine fsdp)")
     gpu_memory: str | None = option(None, "GiB, or a card: T4, H100, …; default: all cards")
     measured: bool = option(False, "on this machine's GPU, with real weights, not simulated")
 

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from .models import VideoModel, exclusive
-from .offload import is_sharded as is_sharded
 from .prompts import Prompt
 
 TRACKERS = ("tensorboard", "wandb")  # accelerate's names, and the packages'
@@ -165,7 +164,6 @@ def is_main_process() -> bool:
 
 # ------------------------------------------------------------------------------------------- signals
 
-# The stop button or Ctrl-C; a cluster's warning before it kills.
 # The stop button or Ctrl-C; a cluster's warning before it kills; a terminal that is closed.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # no SIGHUP on Windows
@@ -207,43 +205,6 @@ def delay_signals() -> Iterator[None]:
         yield
     for number in delayed:
         signal.raise_signal(number)
-
-
-# ------------------------------------------------------------------------------------ FSDP and DeepSpeed
-
-
-def uses_engine(accelerator: Accelerator) -> bool:
-    """Launched for FSDP or DeepSpeed, which get the frozen model at most; the adapter stays here."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-def shards_weights(accelerator: Accelerator) -> bool:
-    """The engine shards the frozen model over processes: FSDP, or DeepSpeed ZeRO-3."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return getattr(accelerator.deepspeed_plugin, "zero_stage", None) == 3
-    return accelerator.distributed_type == DistributedType.FSDP
-
-
-def shard(model: VideoModel, accelerator: Accelerator) -> None:
-    """Let the engine shard the frozen denoisers, before they get an adapter (whole in each process)."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin: Any = accelerator.deepspeed_plugin
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # required, and unused
-        for denoiser in model.denoisers.values():
-            accelerator.prepare(denoiser)
-        return
-    from torch.distributed.fsdp import fully_shard
-
-    plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise ValueError(
-            "fsdp_version must be 2: version 1 flattens an adapter and frozen weights into one tensor"
-        )
-    offload, reshard = plugin.cpu_offload, plugin.reshard_after_forward
-    for block in model.blocks():
-        fully_shard(block, reshard_after_forward=reshard, offload_policy=offload)
-    for denoiser in model.denoisers.values():
-        fully_shard(denoiser, offload_policy=offload)
 
 
 # -------------------------------------------------------------------------------------------- launching

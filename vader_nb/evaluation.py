@@ -25,6 +25,7 @@ from .checkpoints import random_states_kept, to_json, write_text
 from .lora import Adapter
 from .metrics import Scores, measure, motion, thumbnails, unique_metrics, videomae_features  # noqa: F401
 from .models import VideoModel
+from .offload import is_sharded
 from .prompts import Prompt
 from .rewards import Reward
 from .sampling import Sampling, sample
@@ -294,7 +295,7 @@ class Evaluator:
         for first in range(0, len(batches), self.num_processes):
             number = first + self.rank
             spare = number >= len(batches)
-            if spare and not distributed.is_sharded(self.model.denoiser):
+            if spare and not is_sharded(self.model.denoiser):
                 break
             batch = batches[min(number, len(batches) - 1)]
             chosen = [prompts[i % len(prompts)] for i in batch]

@@ -12,7 +12,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jinja2
 import torch
@@ -21,10 +22,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import experts, lora, models, quantization
+from . import experts, lora, models, quantization, sharding
+from .distributed import sync_gradients
 from .gradient import accumulate, rolled_out
 from .models import VideoModel
 from .offload import frozen_tensors, moved
@@ -57,6 +60,7 @@ SAVINGS = (
     {"gradient_checkpointing": True},
     {"sequential_guidance": True},
     {"model_cpu_offload": True},
+    {"sharding": "full"},
     {"decode_chunk_size": 1},
     {"decoder_states": "cpu"},
     {"activation_offload": True},
@@ -67,7 +71,8 @@ SAVINGS = (
     {"num_frames": 8},
 )
 # Settings that are not training's.
-OF_MODEL = ("dtype", "model_cpu_offload", "text_cache", "quantize", *models.DECODER_SETTINGS)
+OF_MODEL = ("dtype", "model_cpu_offload", "text_cache", "quantize", "num_gpus", "sharding")
+OF_MODEL += models.DECODER_SETTINGS
 METHODS = {  # of a model, and the stages that they begin; `predict` begins the replay, too
     "new_scheduler": "roll-out",
     "encode": "text",
@@ -94,7 +99,26 @@ class MemoryTracker(TorchDispatchMode):
         self.bytes = 0  # the most at one moment
         self.stages: dict[str, int] = {}  # the most in each stage that was entered
         self.stage = ""
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}  # bytes by storage
+
+    def __enter__(self):
+        # Of torch, since dispatch does not see it: FSDP frees gathered weights so, and takes them back.
+        storages: Any = torch.UntypedStorage
+        self._resize = resize = storages.resize_
+
+        def resized(storage, size):
+            resize(storage, size)
+            if storage._cdata in self._known:
+                self.live += storage.nbytes() - self._known[storage._cdata]
+                self._known[storage._cdata] = storage.nbytes()
+                self._update()
+
+        storages.resize_ = resized
+        return super().__enter__()
+
+    def __exit__(self, *problem):
+        torch.UntypedStorage.resize_ = self._resize
+        return super().__exit__(*problem)
 
     def enter(self, stage: str) -> None:
         self.stage = stage
@@ -105,12 +129,14 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known:
-                self._known.add(storage._cdata)
+                self._known[storage._cdata] = storage.nbytes()
                 self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._free, storage._cdata)
         self._update()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # until it is about the tensors inside
         result = function(*args, **(kwargs or {}))
         made = [x for x in _tensors(result) if self.device in (None, x.device.type)]
         if any(x.untyped_storage()._cdata not in self._known for x in made):
@@ -123,9 +149,8 @@ class MemoryTracker(TorchDispatchMode):
         self.bytes = max(self.bytes, self.live)
         self.stages[self.stage] = max(self.stages.get(self.stage, 0), self.live)
 
-    def _free(self, storage: int, size: int) -> None:
-        self._known.discard(storage)
-        self.live -= size
+    def _free(self, storage: int) -> None:
+        self.live -= self._known.pop(storage)
 
 
 def _tensors(tree) -> list[torch.Tensor]:
@@ -179,6 +204,8 @@ class Step:
     text_cache: bool | None
     quantize: str | None
     decoder: dict
+    num_gpus: int = 1
+    sharding: str = "none"
 
     @classmethod
     def of(cls, model: str | Path, reward: str, settings: dict) -> "Step":
@@ -192,6 +219,7 @@ class Step:
             raise ValueError(
                 f"extend={flat['extend']}: segments learn one after the other; plan for one, extend=1"
             )
+        shared = sharding.check(flat.pop("num_gpus", 1), flat.pop("sharding", "none"))
         given = {name: flat.pop(name, None) for name in OF_MODEL}
         dtype, offload = given["dtype"], bool(given["model_cpu_offload"])
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
@@ -200,7 +228,7 @@ class Step:
         decoder = models.decoder_settings(model, given)
         quantization.config(given["quantize"])  # or an error now
         config, loading = TrainConfig.from_flat(flat), (given["text_cache"], given["quantize"])
-        step = cls(str(model), reward, config, dtype, offload, *loading, decoder)
+        step = cls(str(model), reward, config, dtype, offload, *loading, decoder, *shared)
         dtypes = step.dtypes
         dtypes.pop("text_encoder", None)  # which autocast does not reach
         check_half(config.mixed_precision, dtypes.values())
@@ -251,6 +279,9 @@ class Step:
             self.gradient(model, adapter, ReportingReward(reward, tracker.enter), tracker)
         gc.collect()  # what waits for Python's collector would count, or not, by chance
         tracker.enter("optimizer")
+        if self.num_gpus > 1:
+            one_of = SimpleNamespace(num_processes=self.num_gpus, reduce=lambda x, how: x.clone())
+            sync_gradients(adapter.parameters(), cast(Any, one_of), {}, False, False)
         optimizer.step()
         optimizer.zero_grad()
         tracker.enter("")
@@ -313,7 +344,11 @@ class Step:
             fake.truth = True
             _convert_parts(model, self.dtypes)
             model.offload_device = torch.device("meta")
-            return self.run(model, reward, tracker)
+            if self.sharding == "none":
+                return self.run(model, reward, tracker)
+            with sharding.simulated(self.num_gpus):
+                sharding.shard(model)
+                return self.run(model, reward, tracker)
 
     def count(self) -> dict[str, int]:
         """The same with real weights on the CPU, which has no count of its own: every storage is counted."""
@@ -322,10 +357,14 @@ class Step:
             reward = self.make_reward()
             for network in [*model.modules(), *reward.networks]:
                 tracker.track(*network.parameters(), *network.buffers())
+            if self.sharding != "none":
+                sharding.shard(model)  # over processes that are there
             return self.run(model, reward, tracker)
 
     def measure(self) -> dict[str, int]:
         """The same with real weights on a CUDA device."""
+        if self.num_gpus > 1:
+            raise ValueError(f"measured takes one GPU, and num_gpus={self.num_gpus}: leave one out")
         model = self.load("cuda")
         return self.run(model, self.make_reward().to("cuda", self.dtypes["default"]), CUDATracker())
 
@@ -535,6 +574,8 @@ def _applies(saving: dict, model: str | Path, reward: str, settings: dict) -> bo
         return False  # the reward would score another clip
     if "frames" in saving and settings.get("frames") is None:
         return False  # one random frame already
+    if "sharding" in saving and settings.get("num_gpus", 1) == 1:
+        return False
     if "decoder_states" in saving and not models.is_causal(model):
         return False
     if "quantize" in saving and not quantization.is_installed():
@@ -563,8 +604,10 @@ def memory(
         measured: take the step on this machine's CUDA device, and report torch's own count.
         **settings: fields of `TrainConfig` and `Sampling`, by default `batch_size=1` and
             `gradient_checkpointing=True`; `dtype`, of all or by part as for `models.load`; `model_cpu_offload`;
-            of a causal decoder `decoder_states` and `decoder_gradient`; `quantize`, as for `load`; and `text_cache`,
-            too: the row "text" then has the text encoder alone, before the first step.
+            of a causal decoder `decoder_states` and `decoder_gradient`; `quantize`, as for `load`; `text_cache`,
+            too: the row "text" then has the text encoder alone, before the first step; `num_gpus`, each with
+            `batch_size` clips, and `sharding="full"`, as by `vader-nb engine fsdp`: the memory is then that of one
+            of them.
 
     Raises:
         ValueError: an unknown model, reward, setting or GPU.

@@ -44,6 +44,8 @@ class CPUOffloader:
         self.loaded = [module for module in self.loaded if module not in modules]
 
     def _place(self, module: nn.Module, device: torch.device) -> None:
+        if is_sharded(module):  # an engine has it, and offloads it if asked to
+            return
         if module not in self._copies:
             self._copies[module] = moved_tables(frozen_tensors(module), self.offload_device)
         for table, name, tensor in moved_tables(self._copies[module], device):

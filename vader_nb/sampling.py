@@ -502,7 +502,7 @@ def sample(
 
 def segment_settings(sampling: Sampling, seeds: Sequence[int], index: int) -> tuple:
     """Settings and seeds of one segment of a long clip; the first has those of a clip by itself."""
-    return replace(sampling, extend=1), [seed + (index << 32) for seed in seeds]
+    return replace(sampling, extend=1), [derived_seed(seed, index) for seed in seeds]
 
 
 def continued(prompts: Sequence[str | Prompt], clips: torch.Tensor) -> list[Prompt]:

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from . import checkpoints, distributed, experts, lora
+from . import checkpoints, distributed, experts, lora, sharding
 from . import prompts as prompt_sets
 from .estimators import Batch, Collected, Estimator, RewardGradient, parse_estimator
 from .long_clips import LongRewardGradient, parse_segments
 from .models import VideoModel, exclusive
 from .models.base import EARLIER_STEPS, SMALL_GAIN
 from .near_base import MovingAverage
+from .offload import is_sharded
 from .prompts import Prompt
 from .rewards import Reward, as_reward
 from .sampling import NonFiniteError, Sampling, derived_seed
@@ -293,8 +294,7 @@ class Trainer:
             )
         found = distributed.broadcast_from_main(self.find_checkpoint, self.accelerator)
         self.encode_texts(found[1]["step"] if found else 0)
-        if distributed.shards_weights(self.accelerator):
-            distributed.shard(model, self.accelerator)
+        sharding.shard_as_launched(model, self.accelerator)
         self.adapter = self.make_adapter()
         try:
             self.estimator.setup(model, self.adapter, self.reward, config)
@@ -392,7 +392,7 @@ class Trainer:
         self.optimizer = adamw(self.parameters, config)
         self.schedule = lr_schedule(self.optimizer, config, self.estimator.updates_per_rollout)
         self.backward = torch.Tensor.backward
-        if not distributed.uses_engine(self.accelerator):
+        if not sharding.uses_engine(self.accelerator):
             self.optimizer = self.accelerator.prepare(self.optimizer)
             self.backward = self.accelerator.backward
 
@@ -437,7 +437,7 @@ class Trainer:
         chosen = chosen.repeat_interleave(self.estimator.clips_per_prompt)
         seeds = torch.randint(2**31, size, generator=generators[0])
         # Processes that share weights must call the denoiser equally often, and so draw the same steps.
-        together = distributed.shards_weights(accelerator)
+        together = is_sharded(self.model.denoiser)
         for i in range(accelerator.process_index, count, accelerator.num_processes):
             part = slice(i * config.batch_size, (i + 1) * config.batch_size)
             yield Batch(
@@ -470,7 +470,7 @@ class Trainer:
             KeyboardInterrupt: in every process, if one of them was asked to stop.
         """
         rows, problem = [], ""
-        sharded = distributed.shards_weights(self.accelerator)
+        sharded = is_sharded(self.model.denoiser)
         weight = 1 / self.config.gradient_accumulation_steps
         with self.accelerator.autocast():
             for part in collected:
@@ -506,7 +506,7 @@ class Trainer:
     def clip(self, at_cap: bool, first: bool = True) -> float:
         """Clip the gradient; returns its norm before that. Raises for one that is not finite, or zero at
         the start though the reward is below its cap."""
-        engine = distributed.uses_engine(self.accelerator)
+        engine = sharding.uses_engine(self.accelerator)
         clip: Any = torch.nn.utils.clip_grad_norm_ if engine else self.accelerator.clip_grad_norm_
         norm = float(clip(self.parameters, self.config.max_grad_norm or math.inf))
         # Scores that are all equal, as those of a judge who says yes or no may be, teach nothing yet.

@@ -50,7 +50,7 @@ class RewardGradient(Estimator):
         rollout = self.rolled_out(batch.prompts, batch.seeds, plan)
         return Collected(rollout, plan, frames, batch.generator)
 
-    def chosen_frames(self, prompts, generator: torch.Generator) -> list[int]:
+    def chosen_frames(self, prompts, generator: torch.Generator | None) -> list[int]:
         """Of the frames that are not given."""
         count = self.sampling.num_frames
         return self.frames.choose(count, generator, self.model.given_frames(prompts))

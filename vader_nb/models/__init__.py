@@ -11,6 +11,7 @@ import torch
 
 from .. import quantization
 from ..hub import quiet_if_embedded, reachable
+from ..offload import is_sharded
 from ..tables import Table
 from .base import MODEL_LOCK, Conditioning, VideoModel, exclusive
 from .causal_decoder import DECODER_SETTINGS, CausalDecoder
@@ -315,10 +316,24 @@ def load(
             raise
         raise FileNotFoundError(how_to_get(name, checkpoint)) from error
     quantization.apply(model, quantized)
-    model.to(device)
+    place(model, device)
     if check or (check is None and is_unchecked_zoo(checkpoint)):
         run_check(model, checkpoint)
     return model
+
+
+def place(model: VideoModel, device: torch.device) -> None:
+    """Move a model to its device; or where FSDP was launched, this process's part of its denoisers."""
+    from .. import sharding
+
+    options = sharding.fsdp_options()
+    if options is None:
+        model.to(device)
+        return
+    sharding.shard(model, device, **options)
+    for module in model.modules():
+        if not is_sharded(module):
+            module.to(device)
 
 
 def how_to_get(name: str | Path, checkpoint: Checkpoint) -> str:

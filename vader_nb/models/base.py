@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ipndm import IPNDMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..offload import CPUOffloader
 from ..prompts import Prompt
@@ -489,7 +490,11 @@ class VideoModel(ABC):
         """Where the work is done."""
         if self.offloader is not None:
             return self.offloader.device
-        return next(self.denoiser.parameters()).device
+        weight = next(self.denoiser.parameters())
+        if isinstance(weight, DTensor) and weight.device_mesh.device_type == "cuda":
+            # Where FSDP gathers it: a process's part may wait in CPU memory.
+            return torch.device("cuda", torch.cuda.current_device())
+        return weight.device
 
     @property
     def dtype(self) -> torch.dtype:
