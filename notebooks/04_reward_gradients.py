@@ -572,8 +572,9 @@ course.show(figure, "04-experts")
 
 # %% [markdown]
 # With one denoiser, $K = 1$ moves the shape. With two, it earns less than half of that: it can bend what the last three steps do, but the layout
-# was decided before. $K = 10$ reaches both halves and wins it back, at the price of ten backward passes for one. So when you choose $K$, ask first: *do the steps that
-# must change share their weights with a step that learns?* (`align` warns where a denoiser is out of reach.)
+# was decided before. $K = 10$ reaches both halves and wins most of it back, with one seed of the three hardly any, at the price of ten
+# backward passes for one. So when you choose $K$, ask first: *do the steps that must change share their weights with a step that learns?*
+# (`align` warns where a denoiser is out of reach.)
 #
 # And where the shape moved most, it is hardly a shape any more: after twelve steps of so crude a reward the oracles can name it in few of the
 # clips. That is reward hacking, and notebook 8 is about it.
