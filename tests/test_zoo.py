@@ -184,7 +184,7 @@ def test_tiny_wan_draws_what_the_caption_says_and_so_it_does_in_plain_diffusers(
         height=64,
         width=64,
         num_frames=9,
-        num_inference_steps=10,
+        num_inference_steps=5,
         guidance_scale=1.0,
         max_sequence_length=16,
         output_type="pt",

@@ -145,7 +145,8 @@ class RewardGradient(Estimator):
     def collect(self, batch: Batch) -> Collected:
         of = self.model, self.adapter, self.sampling
         plan = experts.draw_plan(*of, self.strategy, batch.generator)
-        frames = self.frames.choose(self.sampling.num_frames, batch.generator)
+        given = self.model.given_frames(batch.prompts)
+        frames = self.frames.choose(self.sampling.num_frames, batch.generator, given)
         rollout = gradient.rolled_out(
             self.model,
             self.adapter,

@@ -24,15 +24,15 @@ FOLDER, SEED, FRAMES = WEIGHTS / "tiny-wan", 7, 9
 FRAMES_VAE = Path("runs/zoo/wan_frames_vae")  # the autoencoder between its two stages
 VAE_CLIPS, FRAME_STEPS, FRAME_BATCH, CLIP_STEPS, CLIP_BATCH = 1500, 1500, 16, 1200, 4
 CLIPS, STEPS, BATCH = 3000, 4000, 12
-COLOR_STEPS = 3000  # of the last stage
-MISTAKES = 0.4  # its share of captions with a color drawn at random
+COLOR_STEPS = 4000  # of the last stage
+MISTAKES = 0.33  # its share of captions with a color drawn at random
 NOISY_STEPS = 1000  # the first ones see nearly pure noise only, where the text alone decides
 TEXT_STEPS, TEXT_LENGTH, CODE_SCALE = 300, 16, 1.0
 EMPTY = 0.1  # share of captions left out, for guidance
 SHIFT = 3.0
 DEFAULTS = {
-    "num_inference_steps": 10,
-    "guidance_scale": 1.25,
+    "num_inference_steps": 5,
+    "guidance_scale": 1.0,
     "num_frames": FRAMES,
     "height": world.SIZE,
     "width": world.SIZE,
