@@ -35,7 +35,7 @@
 # - *weigh* what truncation saves against what it loses, and *plan* memory before you rent a GPU;
 # - *watch* a run, and stop it without losing anything.
 
-# %% tags=["setup", "app"]
+# %% tags=["setup"]
 import sys
 from importlib.util import find_spec
 
@@ -47,21 +47,20 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
 
 from vader_nb import course
 
-# %% tags=["parameters", "app"]
+# %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny", "modelscope"]
 STEPS = 12  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
 STEPS = course.quick(STEPS, 2)  # fewer when tests run this notebook
 
-# %% [markdown] tags=["app"]
+# %% [markdown]
 # ## The sampler
 #
-# Type a prompt, move a slider. The tiny model knows seven colors (*red, yellow, green, cyan, blue, purple, pink*), four shapes
-# (*circle, square, triangle, star*), eight motions (*moving left, right, up* or *down, growing, shrinking, bouncing, spinning*)
-# and four backgrounds (*white, gray, black, sand*), in sentences like the one in the box. Three adapters come with it, each
-# aligned to a single reward: `aesthetic`, `hps`, `action`.
+# Type a prompt, move a slider. The words that the tiny model knows stand under the prompt; it has read them in sentences like the
+# one in the box. Three adapters come with it, each aligned to a single reward: `hps`, `aesthetic`, `action`. Beside the adapter's
+# clip stands that of the base model, from the same noise.
 
-# %% tags=["app"]
+# %%
 import tempfile
 
 import torch
@@ -85,8 +84,8 @@ sampler
 
 # %% [markdown]
 # Three things to try: move *scale* down to 0, which is the base model, and up to 1.5, beyond what was trained. Mix in a second
-# adapter. And press *back to this* under an older clip: the controls go back with it. The clip that you see is `sampler.video`,
-# and *as code* shows how to make it without the panel.
+# adapter, under *more settings*. And press *back to this* under an older clip: the controls go back with it. The clip on the
+# right is `sampler.video`, and *as code* shows how to make it without the panel.
 #
 # > **Predict.** The `aesthetic` adapter was trained, with too high a learning rate, on a rating of single frames that never
 # > reads the prompt: saturation, contrast, centering. At scale 1, what happens to *a green star bouncing on a white background*?
@@ -114,7 +113,7 @@ course.predict(
 # ## In which steps is an adapter active?
 #
 # VADER trains through the *last* denoising step only (K = 1), and then the adapter is active in all of them. With the slider
-# *adapter acts* you can restrict it to a part of the chain: 0 % is noise, 100 % is the video. (In code: `sample(…,
+# *adapter acts*, under *more settings*, you can restrict it to a part of the chain: 0 % is noise, 100 % is the video. (In code: `sample(…,
 # adapter_start=0.5, adapter_end=1.0)`.)
 #
 # > **Predict.** Where does most of the change happen?
@@ -147,48 +146,48 @@ course.predict(
     "it learned its changes where the gradient came from: late, in colors more than in layout.",
 )
 
-# %% [markdown] tags=["app"]
+# %% [markdown]
 # ## Base against adapters
 #
 # One clip proves nothing. Here all clips of a prompt start from the same noise; only the adapter differs. Every reward is shown
 # under each clip, with its difference from the base. The *gradient heat map* shows which pixels a reward would change first.
 # Then press *blind vote*: you vote without names or numbers, and see afterward whether you agree with the reward.
 
-# %% tags=["app"]
+# %%
 comparison = RewardComparison(model, seed=SEED, prompts=few)
 comparison.run()  # all of it, for a page without a kernel
 comparison
 
-# %% [markdown] tags=["app"]
+# %% [markdown]
 # ## Composing a reward
 #
 # Rewards have units as different as kilograms and miles. In standard deviations, measured on the base model's clips, a weight of
 # 1 means the same for each. The table of *conflicts* shows whether two rewards pull the pixels in the same direction.
 
-# %% tags=["app"]
+# %%
 composer = RewardComposer(model, seed=SEED, prompts=few)
 composer.measure()  # the conflicts, too, for a page without a kernel
 composer
 
-# %% [markdown] tags=["app"]
+# %% [markdown]
 # ## What truncation costs
 #
 # Choose K steps, one frame or all, with or without checkpointing. Press *measure* to see how much memory the gradient takes, and
 # how well it agrees with the exact one, the gradient through all steps and frames (cosine 1).
 
-# %% tags=["app"]
+# %%
 explorer = TruncationExplorer(model)
 for K in course.quick((1, 2, 5), (1,)):  # three settings, for a page without a kernel
     explorer.measure(K=K, frames="all")  # for a page without a kernel
 explorer
 
-# %% [markdown] tags=["app"]
+# %% [markdown]
 # ## Will it fit?
 #
 # Check before you rent a GPU: this runs the same code with the full-size architectures on tensors without data. Nothing is
 # downloaded.
 
-# %% tags=["app"]
+# %%
 planner = MemoryPlanner(course.quick("modelscope", "tiny"))
 planner.simulate()  # its first answer, for a page without a kernel
 planner
@@ -241,12 +240,12 @@ TrainingMonitor(f"{folder}/run")
 #
 # | panel | its question | from Python |
 # |---|---|---|
-# | `Sampler` | what does this adapter do to this clip? | `sampler.run(prompt=…, scale=0.5)` |
-# | `RewardComparison` | better than the base, and by which reward? | `comparison.run()`, `comparison.tally()` |
-# | `RewardComposer` | what do I want, in one number? | `composer.reward`, `composer.expression` |
-# | `TruncationExplorer` | how much of the gradient do I need? | `explorer.measure()` |
-# | `MemoryPlanner` | will it fit? | `vader_nb.memory(…)` |
-# | `TrainingMonitor` | is the run still going where I want? | `align(…, **monitor.hooks)` |
+# | [`Sampler`](panel_sampler.md) | what does this adapter do to this clip? | `sampler.run(prompt=…, scale=0.5)` |
+# | [`RewardComparison`](panel_comparison.md) | better than the base, and by which reward? | `comparison.run()`, `comparison.tally()` |
+# | [`RewardComposer`](panel_composer.md) | what do I want, in one number? | `composer.reward`, `composer.expression` |
+# | [`TruncationExplorer`](panel_truncation.md) | how much of the gradient do I need? | `explorer.measure()` |
+# | [`MemoryPlanner`](panel_planner.md) | will it fit? | `vader_nb.memory(…)` |
+# | [`TrainingMonitor`](panel_monitor.md) | is the run still going where I want? | `align(…, **monitor.hooks)` |
 #
 # ## Exercises
 #

@@ -147,6 +147,8 @@ def storable(output: dict) -> dict | None:
     nothing, nor of a library's remark on stderr."""
     data = output.get("data", {})
     widget = data.pop(WIDGET, None)
+    if "text/html" in data:  # under the number of a widget
+        data["text/html"] = re.sub(r"vader-still-\w+", "", data["text/html"])
     return (
         None if output.get("name") == "stderr" or (widget and "text/html" not in data) else output
     )
@@ -182,23 +184,11 @@ def build(source: Path) -> None:
     )
 
 
-RUN = """## Watching a run
-
-`vader-nb align name=playground` in a shell, beside this page, starts one; it appears here."""
-
-
-def app(source: Path, target: Path) -> None:
-    """The cells of a notebook that are tagged "app", unrun, and a monitor of what a shell trains: what `make app` serves as
-    a page of its own. In runs/app its neighbors are the runs."""
-    notebook = jupytext.read(source)
-    notebook.cells = [cell for cell in notebook.cells if tagged(cell, "app")]
-    for cell in notebook.cells:  # which has one, and need not wait for what a click would do
-        lines = cell.source.splitlines()
-        cell.source = "\n".join(
-            line for line in lines if not line.endswith("for a page without a kernel")
-        )
-    monitor = 'from vader_nb.widgets import TrainingMonitor\n\nTrainingMonitor("../playground")'
-    notebook.cells += [nbformat.v4.new_markdown_cell(RUN), nbformat.v4.new_code_cell(monitor)]
+def app(target: Path) -> None:
+    """The notebook that `make app` serves as a page of its own. In runs/app, its neighbors are the runs."""
+    source = "from vader_nb.widgets.playground import Playground\n\nPlayground(run='../playground')"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    notebook.metadata["title"] = "vader_nb playground"
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, target)
 
@@ -237,7 +227,7 @@ def links(place: int, pages: list[str]) -> str:
 def finish(page: Path, bar: str, alternatives: list[str]) -> None:
     """Bar, style and the figures' alternative texts (which the exporter does not take over) into a rendered page."""
     text = re.sub(
-        r'(href="(?:[0-9]{2}_\w+|notation|arguments|recipes))\.(?:ipynb|md)"',
+        r'(href="(?:[0-9]{2}_\w+|panel_\w+|notation|arguments|recipes))\.(?:ipynb|md)"',
         r'\1.html"',
         page.read_text(),
     )
@@ -293,17 +283,16 @@ def contents(folder: Path) -> None:
             f'<li><a href="{stem}.html">{title}</a><br><span class="goal">{goals}</span></li>'
         )
     shelf = []
-    for path in sorted(HERE.glob("*.md"), key=lambda path: [*SHELF].index(path.stem)):
+    for path in sorted(HERE.glob("*.md"), key=lambda path: [*SHELF, path.stem].index(path.stem)):
         text = path.read_text().replace("](../", f"](https://github.com/{repository()}/blob/main/")
         text = re.sub(r"\]\((\w+)\.(ipynb|md)\)", r"](\1.html)", text)
         page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
         (folder / f"{path.stem}.html").write_text(HTMLExporter().from_notebook_node(page)[0])
         finish(folder / f"{path.stem}.html", links(-1, stems), [])
         title = text.splitlines()[0].lstrip("# ")
-        shelf.append(
-            f'<li><a href="{path.stem}.html">{title}</a>: '
-            f'<span class="goal">{SHELF[path.stem]}</span></li>'
-        )
+        if path.stem in SHELF:  # the panels' pages are found from controls.md
+            link = f'<a href="{path.stem}.html">{title}</a>'
+            shelf.append(f'<li>{link}: <span class="goal">{SHELF[path.stem]}</span></li>')
     shutil.copytree(HERE / "images", folder / "images", dirs_exist_ok=True)
     readme = (HERE.parent / "README.md").read_text()
     picture, caption = re.search(
@@ -337,7 +326,7 @@ def main() -> None:
         for path in rename_repository(chosen.repository):
             print(path.relative_to(HERE.parent))
     elif chosen.app:
-        app(HERE / "09_playground.py", chosen.app)
+        app(chosen.app)
     elif chosen.contents:
         contents(chosen.contents)
     else:

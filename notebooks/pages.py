@@ -77,6 +77,27 @@ Cards of the embedded ones: [tiny](../vader_nb/zoo/weights/tiny/README.md),
 [tiny-wan](../vader_nb/zoo/weights/tiny-wan/README.md), [tiny-i2v](../vader_nb/zoo/weights/tiny-i2v/README.md), and
 [three adapters](../vader_nb/zoo/weights/tiny-adapters/README.md) for `tiny`. Not in yet: LTX-2.
 
+## What K does: a UNet and a transformer, noise and flow
+
+Both embedded text-to-video models with the same captions, seeds and reward (hps + 0.02 × aesthetic), 40 training steps
+each by its recipe (`tiny`: four clips, one random frame of each; `tiny-wan`: eight clips, all frames), on one CPU thread:
+
+| model | K | gain | cosine | step, CPU s | held-out reward | per CPU minute |
+|---|---|---|---|---|---|---|
+| `tiny`: UNet, v, DDIM | 1 | 0.33 | 0.89 | 1.95 | +0.044 [+0.010, +0.093] | +0.034 |
+| `tiny`: UNet, v, DDIM | 2 | 0.33 | 0.92 | 2.39 | +0.043 [+0.008, +0.091] | +0.027 |
+| `tiny`: UNet, v, DDIM | 5 | 0.33 | 0.99 | 3.67 | +0.042 [+0.007, +0.090] | +0.017 |
+| `tiny`: UNet, v, DDIM | 10 | 0.33 | 1.00 | 5.60 | +0.044 [+0.008, +0.091] | +0.012 |
+| `tiny-wan`: transformer, flow, Euler | 1 | 0.43 | 0.80 | 4.37 | +0.044 [+0.007, +0.142] | +0.015 |
+| `tiny-wan`: transformer, flow, Euler | 2 | 0.43 | 0.91 | 4.22 | +0.050 [+0.011, +0.156] | +0.018 |
+| `tiny-wan`: transformer, flow, Euler | 5 | 0.43 | 1.00 | 4.39 | +0.052 [+0.011, +0.143] | +0.018 |
+
+*Gain*: how far the final latents move with the last denoiser output, by the schedule alone. *Cosine*: of the gradient of `Last(K)` to that
+through all steps. *Held-out reward*: what training adds on 48 captions, with its 95 % interval. In the UNet one step's
+gradient points where that through all ten steps does (0.89), reaches the same reward, and costs a third: VADER's setting. In the transformer,
+which takes five steps and is cheap beside its decoder, the exact gradient costs as much as that of one step. No K is better
+than another beyond its interval here. (`python -m tests.benchmarks.truncation 1`.)
+
 ## Models that continue an image
 
 They take a `Prompt` with an image, and make their own clips longer:

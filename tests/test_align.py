@@ -22,7 +22,7 @@ from vader_nb import Prompt, checkpoints, lora
 from vader_nb.checkpoints import list_checkpoints, read
 from vader_nb.rewards import brightness, motion_smoothness, reward
 from vader_nb.sampling import Sampling
-from vader_nb.strategies import DRTune, Frames, Last
+from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last
 from vader_nb.trainer import align, best_step
 
 PROMPTS = ["a red star", "a blue circle", "a green square growing"]
@@ -1022,6 +1022,99 @@ def test_every_setting_is_known_to_the_flat_list():
     assert config.strategy == DRTune(2, stop=1)
     with pytest.raises(ValueError, match="unknown setting 'stepz'"):
         TrainConfig.from_flat({"stepz": 3})
+
+
+# ----------------------------------------------------------------------------- several updates a roll-out
+
+
+def test_a_rollout_serves_several_updates(fresh, tmp_path, monkeypatch):
+    """Of 4 denoiser calls 3 are the roll-out's alone; each update scores other frames; the schedule knows of them."""
+    from vader_nb import gradient
+
+    frames, rates, calls = [], [], {1: [], 3: []}
+    accumulate, step = gradient.accumulate, torch.optim.AdamW.step
+    monkeypatch.setattr(
+        gradient, "accumulate", lambda *a, **k: frames.append(a[5]) or accumulate(*a, **k)
+    )
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *a, **k: rates.append(self.param_groups[0]["lr"]) or step(self, *a, **k),
+    )
+    for n in calls:
+        rates.clear()
+        model = fresh()
+        predict = model.predict
+        model.predict = lambda *a, predict=predict, n=n: (calls[n].append(1), predict(*a))[1]
+        options = FAST | {"rollout_reuse": n, "lr_scheduler": "linear"}
+        options |= {"frames": Frames.random(1), "output_dir": tmp_path / str(n), "steps": 3}
+        run = align(model, brightness(), PROMPTS, **options)
+        assert rates == pytest.approx([1e-2 * (1 - i / (3 * n)) for i in range(3 * n)])
+    assert len(calls[1]) == 3 * (4 + 1)  # one of them once more, with a graph
+    assert len(calls[3]) == len(calls[1]) + 3 * 2 * (1 + 1)
+    assert len(run.metrics) == 3 and len(frames) == 3 + 9
+    assert len({tuple(one) for one in frames[3:6]}) > 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"strategy": DRaFTLV(1), "gradient_accumulation_steps": 2}]
+)
+def test_resume_with_several_updates_a_rollout_is_bit_equal(fresh, tmp_path, monkeypatch, options):
+    """After a stop between the updates of a roll-out, which ends after them; and after a kill there."""
+    options = FAST | {"rollout_reuse": 3, "steps": 5, "frames": Frames.random(1)} | options
+    whole = align(fresh(), brightness(), PROMPTS, output_dir=tmp_path / "whole", **options)
+    step, calls = torch.optim.AdamW.step, []
+
+    def disturbed(self, *arguments, **settings):
+        calls.append(1)
+        if len(calls) == 8:  # the second update of the third step
+            os.kill(os.getpid(), signal.SIGINT)
+        if len(calls) == 14:  # and of the fifth, whose first has been taken: the process is gone
+            raise SystemExit("killed")
+        return step(self, *arguments, **settings)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", disturbed)
+    monkeypatch.setattr("vader_nb.trainer.Trainer.finish", lambda self: self.save())
+    options |= {"output_dir": tmp_path / "parts", "resume": "latest"}
+    run = align(fresh(), brightness(), PROMPTS, **options)
+    assert run.stopped and len(run.metrics) == 3
+    monkeypatch.setattr("vader_nb.trainer.Trainer.finish", lambda self: None)
+    with pytest.raises(SystemExit):
+        align(fresh(), brightness(), PROMPTS, **options)
+    assert max(list_checkpoints(tmp_path / "parts")) == 4
+    monkeypatch.undo()
+    again = align(fresh(), brightness(), PROMPTS, **options)
+    assert untimed(again.metrics) == untimed(whole.metrics)
+    assert all(map(torch.equal, whole.adapter.parameters(), again.adapter.parameters()))
+
+
+def test_a_later_update_that_is_not_finite_ends_those_of_its_rollout(fresh, tmp_path):
+    calls = []
+
+    def moody(frames, prompts):
+        calls.append(1)
+        value = frames.mean(dim=(1, 2, 3, 4))
+        return value * float("nan") if len(calls) == 5 else value
+
+    options = FAST | {"rollout_reuse": 3, "output_dir": tmp_path / "run", "steps": 3}
+    run = align(fresh(), moody, PROMPTS, **options)
+    assert len(calls) == 3 + 2 + 3
+    assert len(run.rewards) == 3
+    assert run.metrics[1]["skipped"].startswith("the rewards of")
+    assert all(p.isfinite().all() for p in run.adapter.parameters())
+
+
+def test_rollouts_that_cannot_serve_again_are_refused(fresh, tmp_path):
+    from vader_nb.estimators import Estimator
+
+    class Other(Estimator):
+        collect = accumulate = None
+
+    options = FAST | {"rollout_reuse": 2, "output_dir": tmp_path / "run"}
+    with pytest.raises(ValueError, match="rollout_reuse=2 is for the reward's gradient"):
+        align(fresh(), brightness(), PROMPTS, estimator=Other(), **options)
+    with pytest.raises(ValueError, match="rollout_reuse must be at least 1"):
+        align(fresh(), brightness(), PROMPTS, **options | {"rollout_reuse": 0})
 
 
 # ------------------------------------------------------------- one folder, one run; settings that act

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from vader_nb.widgets.playground import TABS
+
 from . import browser
 from .browser import expect
 
@@ -98,7 +100,7 @@ def wait_until(true, page):
 
 
 def caption(page):
-    return page.locator(".vader .widget-html-content", has=page.locator("b")).first
+    return page.locator(".widget-html-content:has(b)").first
 
 
 def test_one_types_a_prompt(sampled):
@@ -153,10 +155,10 @@ def test_an_error_says_what_to_do(sampled):
 
 def test_one_goes_back_to_an_older_clip(sampled):
     shown = sampled.get_by_role("button", name="back to this")
-    figures = sampled.locator(".vader figure:visible figcaption")
-    text = figures.nth(2).inner_text()
+    prompt, how = shown.nth(2).locator("xpath=following-sibling::*").inner_text().split(" · ", 1)
     shown.nth(2).click()
-    expect(caption(sampled)).to_contain_text(text)
+    expect(caption(sampled)).to_contain_text(prompt)
+    expect(caption(sampled)).to_contain_text(how)
 
 
 def test_a_clip_is_saved(sampled, folder):
@@ -244,7 +246,7 @@ def test_one_compares_and_votes(address, folder, page):
     for number in (1, 2):
         button = panel.get_by_role("button", name="A is better")
         expect(button).to_be_enabled()
-        expect(panel.get_by_text("aesthetic").locator("visible=true")).to_have_count(0)
+        expect(panel.get_by_text("hps").locator("visible=true")).to_have_count(0)
         button.click()
         wait_until(
             lambda number=number: (
@@ -259,45 +261,145 @@ def test_one_compares_and_votes(address, folder, page):
     expect(panel.get_by_role("link")).to_be_visible()
 
 
+SCROLLING = """panel => [panel, ...panel.querySelectorAll('*')].filter(e => e.clientWidth
+    && /auto|scroll/.test(getComputedStyle(e).overflowX) && e.scrollWidth > e.clientWidth + 1
+    && !e.classList.contains('vader-scroll')).map(e => e.className)"""
+
+
+def handles(panel):
+    return panel.locator(".noUi-handle:visible").all()
+
+
 @pytest.fixture(scope="module")
 def app(folder):
     """The playground as `make app` serves it."""
     target = folder / "app" / "playground.ipynb"
-    build.app(ROOT / "notebooks" / "09_playground.py", target)
+    build.app(target)
     with browser.voila(target) as address:
         yield address
 
 
-def test_the_playground_is_a_page_of_its_own(app, page):
-    page.goto(app)
-    expect(page.locator(".vader-title")).to_have_count(6)
-    page.locator(".vader img.vader-frame").first.wait_for()
-    box = page.get_by_label("prompt", exact=True).first
-    box.fill("a red circle moving up on a sand background")
-    box.press("Enter")
-    expect(caption(page)).to_contain_text("a red circle moving up on a sand background")
-    assert not page.locator(".vader [role=alert]").count()
-    assert not page.locator("[data-mime-type='application/vnd.jupyter.error']").count()
+@pytest.fixture(scope="module")
+def visited(app, chromium):
+    """The playground's page, opened once; tests go on where the one before left it."""
+    with browser.window(chromium) as page:
+        page.goto(app)
+        page.locator(".vader img.vader-frame").first.wait_for()
+        yield page
 
 
 def panel_of(page, title):
-    return page.locator(".vader", has=page.locator(".vader-title", has_text=title))
+    return page.locator(".vader", has=page.locator(".vader-title", has_text=title)).last
 
 
-def test_its_studies_answer(app, page):
+def tab(page, name):
+    page.get_by_role("button", name=name, exact=True).press("Enter")  # by keyboard alone
+    expect(page.get_by_text(TABS[name])).to_be_visible()
+    page.wait_for_timeout(300)  # until the panel of the tab before is gone
+    expect(page.locator(".vader-title")).to_have_count(2)
+
+
+def test_the_playground_is_a_page_of_its_own(visited):
+    page = visited
+    assert page.title() == "vader_nb playground"
+    expect(page.locator(".vader-title")).to_have_text(
+        ["Video models that learn from rewards", "Sampler"]
+    )
+    expect(page.get_by_text("the same noise with an adapter")).to_be_visible()
+    box = page.get_by_label("prompt", exact=True)
+    box.fill("a cat")
+    box.press("Enter")
+    expect(page.locator(".vader-remark")).to_contain_text("knows none of these words")
+    box.fill("a red circle moving up on a sand background")
+    box.press("Enter")
+    expect(page.locator(".vader-remark")).to_have_count(0)
+    expect(caption(panel_of(page, "Sampler"))).to_contain_text("a red circle moving up")
+    assert not page.locator(".vader [role=alert]").count()
+    assert not page.get_by_text("Loading weights").count()
+    assert not page.locator("[data-mime-type='application/vnd.jupyter.error']").count()
+
+
+def test_an_error_and_the_progress_stand_directly_under_the_hint(visited):
+    panel = panel_of(visited, "Sampler")
+    box = panel.get_by_label("prompt", exact=True)
+    before = box.input_value()
+    box.fill(" ")
+    box.press("Enter")
+    alert = panel.locator("[role=alert]")
+    expect(alert).to_be_visible()
+    top = panel.locator(".vader-title").bounding_box()["y"]
+    assert top < alert.bounding_box()["y"] < top + 90 < box.bounding_box()["y"] + 60
+    assert panel.locator(".widget-hprogress").bounding_box()["y"] < top + 70
+    box.fill(before)
+    box.press("Enter")
+    expect(alert).to_have_count(0)
+
+
+def test_more_settings_are_reached_by_keyboard(visited):
+    panel = panel_of(visited, "Sampler")
+    mixing = panel.get_by_label("mixed with")
+    expect(mixing).to_be_hidden()
+    panel.get_by_role("button", name="more settings").press("Enter")
+    expect(mixing).to_be_visible()
+    negative = panel.get_by_label("negative", exact=True)
+    negative.fill("a sand background")
+    negative.press("Enter")
+    expect(caption(panel)).to_contain_text("not “a sand background”")
+    named = [handle.get_attribute("aria-label") for handle in handles(panel)]
+    assert named[:4] == ["frame", "steps", "guidance", "scale"]
+    assert all(named) and named.count("adapter acts") == 2
+    end = panel.locator(".vader-range")
+    handle, readout = end.locator(".noUi-handle").last, end.locator(".widget-readout")
+    right = handle.bounding_box()
+    assert right["x"] + right["width"] <= readout.bounding_box()["x"] + 1
+    assert readout.evaluate("e => e.scrollWidth <= e.clientWidth")
+
+
+def test_a_clip_starts_from_an_uploaded_image_and_goes_on_in_segments(visited):
+    page = visited
+    page.get_by_label("model", exact=True).select_option("tiny-i2v")
+    upload = page.get_by_role("button", name=re.compile("start from an image"))
+    expect(upload).to_be_visible()
+    panel = panel_of(page, "Sampler")
+    panel.locator("img.vader-frame").first.wait_for()
+    with page.expect_file_chooser() as chooser:
+        upload.press("Enter")
+    chooser.value.set_files(ROOT / "notebooks" / "images" / "panel_sampler.png")
+    expect(caption(panel)).to_contain_text("from your image")
+    expect(panel.get_by_alt_text("the image that it starts from")).to_be_visible()
+    panel.get_by_role("button", name="from the last frame").press("Enter")
+    expect(panel.get_by_role("button", name="back to this")).to_have_count(3)
+    panel.get_by_role("button", name="without").press("Enter")
+    expect(caption(panel)).not_to_contain_text("from your image")
+    panel.get_by_role("button", name="more settings").press("Enter")
+    handle = panel.locator(".widget-slider", has_text=re.compile("^segments")).locator(
+        ".noUi-handle"
+    )
+    handle.press("ArrowRight")
+    expect(panel.get_by_text("segment 2, to frame 15").locator("visible=true")).to_be_visible()
+    handle = panel.locator(".widget-slider", has_text=re.compile("^frame")).locator(".noUi-handle")
+    handle.press("PageUp")
+    expect(panel.locator(".vader-segments b:visible")).to_have_count(1)
+
+
+def test_its_studies_answer(visited):
     """Weights re-sort the clips at once; a measurement has its row; a simulation its verdict; a mistake its remedy."""
-    page.goto(app)
+    page = visited
+    page.get_by_label("model", exact=True).select_option("tiny")
+    tab(page, "Compose")
     composer = panel_of(page, "Reward composer")
     composer.locator("img.vader-frame").first.wait_for()
     handle = composer.locator(".widget-slider", has_text=re.compile("^hps")).locator(".noUi-handle")
-    handle.focus()
     handle.press("ArrowRight")
     expect(composer.locator(".vader-code")).to_contain_text("1.05 * hps.normalized(")
+    assert not re.search(r"[-−]0\.00(?!\d)", composer.inner_text())
 
+    tab(page, "Truncate")
     explorer = panel_of(page, "Truncation")
-    explorer.get_by_role("button", name="measure").click()
+    explorer.get_by_role("button", name="measure").press("Enter")
     expect(explorer).to_contain_text(re.compile(r"\d MB"))
 
+    tab(page, "Plan memory")
     planner = panel_of(page, "Memory planner")
     reward = planner.get_by_label("reward", exact=True)
     reward.fill("hsp")
@@ -306,15 +408,81 @@ def test_its_studies_answer(app, page):
     expect(planner.locator("[role=alert]")).to_contain_text("hps")
 
 
-def test_the_playground_fits_a_phone(app, chromium):
-    with browser.window(chromium, 400, 800) as page:
-        page.goto(app)
-        expect(page.locator(".vader-title")).to_have_count(6)
-        for panel in page.locator(".vader").all():
-            name = panel.locator(".vader-title").inner_text()
-            wide, seen = panel.evaluate("e => [e.scrollWidth, e.clientWidth]")
-            assert wide <= seen + 1, f"{name} is {wide} pixels wide, of which {seen} are seen"
-            assert seen > 300
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_playground_fits_its_page(visited, width):
+    """No panel wider than the page, nothing that scrolls sideways but tables, every slider named; a clip is in sight."""
+    page = visited
+    page.set_viewport_size({"width": width, "height": 800})
+    for name in TABS:
+        tab(page, name)
+        panel = page.locator(".vader").last
+        expect(panel).to_be_visible()
+        page.wait_for_timeout(300)
+        wide, seen = panel.evaluate("e => [e.scrollWidth, e.clientWidth]")
+        assert wide <= seen + 1, f"{name} is {wide} pixels wide, of which {seen} are seen"
+        assert min(300, width) < seen <= 1000
+        assert panel.evaluate(SCROLLING) == [], name
+        assert all(handle.get_attribute("aria-label") for handle in handles(panel)), name
+    tab(page, "Sample")
+    panel = panel_of(page, "Sampler")
+    clip = panel.locator("img.vader-frame:visible").first.bounding_box()
+    steps = panel.locator(".widget-slider", has_text=re.compile("^steps")).bounding_box()
+    assert clip["y"] + clip["height"] < 800 - 50
+    assert width > 1000 or clip["y"] < steps["y"]
+
+
+def test_two_visitors_do_not_see_each_other_s_clips(app, visited, chromium):
+    tab(visited, "Sample")
+    with browser.window(chromium) as other:
+        other.goto(app)
+        other.locator(".vader img.vader-frame").first.wait_for()
+        mine, its = (panel_of(page, "Sampler") for page in (visited, other))
+        box = its.get_by_label("prompt", exact=True)
+        box.fill("a purple star spinning on a black background")
+        box.press("Enter")
+        expect(caption(its)).to_contain_text("a purple star")
+        links = []
+        for panel in (its, mine):
+            panel.get_by_role("button", name=re.compile("save$")).click()
+            expect(panel.get_by_role("link", name="download")).to_be_visible()
+            links.append(panel.get_by_text("saved as").inner_text())
+        assert "a purple star" not in mine.inner_text()
+        assert all("clip-001" in link for link in links)  # in folders of their own
+        assert links[0] != links[1]
+
+
+def test_after_a_restart_a_panel_says_so_and_after_a_reload_its_picture_is_there(
+    address, folder, page
+):
+    browser.notebook(folder / "restart.ipynb", SAMPLER)
+    browser.open_notebook(page, address, "restart.ipynb")
+    browser.run_all(page)
+    panel = page.locator(".vader")
+    panel.locator("img.vader-frame").first.wait_for()
+    still = page.locator(".vader-still")
+    expect(still).to_be_hidden()
+    before = "e => getComputedStyle(e, '::before').content"
+    assert panel.evaluate(before) == "none"
+    browser.menu(page, "Kernel", r"^Restart Kernel…$")
+    page.locator(".jp-Dialog .jp-mod-accept").click()
+    wait_until(lambda: "run this cell again" in panel.evaluate(before), page)
+    inside = panel.locator(".jupyter-widgets-disconnected")
+    assert inside.count() > 10
+    assert {e.evaluate(before) for e in inside.all()} == {"none"}  # no broken link on each control
+    expect(still).to_be_hidden()
+
+    page.locator(".jp-Notebook").click(position={"x": 5, "y": 5})
+    page.keyboard.press("Control+s")
+    wait_until(lambda: "vader-still" in (folder / "restart.ipynb").read_text(), page)
+    page.reload()
+    expect(still).to_be_visible()
+    expect(still).to_contain_text("Run this cell again")
+    expect(still.get_by_alt_text("a blue square shrinking on a gray background")).to_be_visible()
+    assert still.locator("img").bounding_box()["width"] > 300  # enlarged without the panel's style
+    expect(page.get_by_text("Error displaying widget")).to_be_hidden()
+    browser.run_all(page)
+    page.locator(".vader img.vader-frame").first.wait_for()
+    expect(still).to_be_hidden()
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +521,14 @@ def test_ipywidgets_7_does_the_same(seven, page):
     handle.press("ArrowRight")
     expect(sampler.locator(".vader-frames img[alt$='frame 1']")).to_be_visible()
     expect(sampler.locator(".vader-frames img[alt$='frame 2']")).to_be_hidden()
+    named = sampler.locator(".ui-slider-handle:visible, .noUi-handle:visible").all()
+    assert [h.get_attribute("aria-label") for h in named][:4] == [
+        "frame",
+        "steps",
+        "guidance",
+        "scale",
+    ]
+    assert not page.locator(".vader-still:visible").count()
     comparison = panel_of(page, "Reward comparison")
     comparison.get_by_role("button", name=re.compile("blind vote")).click()
     button = comparison.get_by_role("button", name="B is better")

@@ -19,6 +19,7 @@ from vader_nb import (
     load,
     lora,
     prompts,
+    report,
     rewards,
     sample,
 )
@@ -747,3 +748,11 @@ def test_many_clips_are_not_kept(micro, monkeypatch):
     assert (
         evaluation.clips["all"][1].untyped_storage().nbytes() == evaluation.clips["all"][1].nbytes
     )
+
+
+@pytest.mark.parametrize("steps", [[2], [1, 2]])
+def test_the_axis_of_a_short_run_has_whole_steps(steps):
+    rows = [{"step": step, "reward": 7.0, "grad_norm": 7.0} for step in steps]
+    for curve in report.curves(rows):  # whose ticks have their text as a comment
+        assert "<!-- 2 -->" in curve
+        assert "<!-- 1." not in curve

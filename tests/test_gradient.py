@@ -10,7 +10,17 @@ from vader_nb import testing
 from vader_nb.gradient import score
 from vader_nb.rewards import as_reward, hps, reward
 from vader_nb.sampling import NonFiniteError, Sampling, roll_out, sample
-from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last, Random, ReFL, Step
+from vader_nb.strategies import (
+    DirectAlign,
+    DRaFTLV,
+    DRTune,
+    Frames,
+    Last,
+    LeapAlign,
+    Random,
+    ReFL,
+    Step,
+)
 from vader_nb.testing import REWARDS, adapted
 
 PROMPTS, SEEDS = ["a red star", "a blue circle growing"], [3, 8]
@@ -32,6 +42,8 @@ STRATEGIES = [
     DRTune(2),
     DRTune(2, stop=2),
     DRaFTLV(2),
+    DirectAlign(2),
+    LeapAlign(0.3),
 ]
 
 
@@ -316,7 +328,19 @@ def test_half_precision_carries_gradients_that_are_too_small_for_it(micro_direct
 
 @pytest.mark.parametrize(
     "strategy",
-    [Last(6), Last(0), Step(6), Random(9), DRTune(6), DRTune(1, stop=5), ReFL(0), DRaFTLV(0)],
+    [
+        Last(6),
+        Last(0),
+        Step(6),
+        Random(9),
+        DRTune(6),
+        DRTune(1, stop=5),
+        ReFL(0),
+        DRaFTLV(0),
+        DirectAlign(0),
+        DirectAlign(fraction=2),
+        LeapAlign(2),
+    ],
     ids=str,
 )
 def test_windows_that_do_not_fit_are_refused_before_any_work(micro, strategy):
@@ -377,6 +401,65 @@ def test_the_strategies_draw_what_their_papers_say():
         assert steps[1] - steps[0] == steps[2] - steps[1] == 3
         assert 1 <= steps[0] <= steps[-1] <= 10  # VideoX-Fun's open interval loses the last one
         assert max(ReFL().plan(40, generator).active) <= 10
+
+
+@pytest.mark.parametrize("strategy", [LeapAlign(0.3), DirectAlign(2), DRaFTLV(2)], ids=str)
+def test_strategies_made_for_flows_equal_plain_autograd_on_one(micro, strategy):
+    micro.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    setup = micro, adapted(micro), REWARDS["clip"], Sampling(eta=0.0), strategy, Frames.all()
+    assert_equal(staged(*setup), plain_autograd(*setup))
+
+
+def test_the_leaps_of_a_flow_are_the_papers(micro):
+    """LeapAlign: x_j = x_k - (k - j) v, with the roll-out's values; its steps are drawn over the whole chain."""
+    from vader_nb.sampling import leap
+
+    micro.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    sampling = Sampling().resolve(micro)
+    rollout = roll_out(micro, PROMPTS, SEEDS, sampling, window=5)
+    sigmas = micro.new_scheduler(sampling).sigmas
+    v = torch.zeros_like(rollout.states[1]).requires_grad_()
+    for active, later in (({4, 2}, 3), ({4}, 5)):
+        landed = leap(micro, rollout, 1, active, v, rollout.states[1])
+        assert torch.equal(landed, [*rollout.states, rollout.latents][later])
+        (slope,) = torch.autograd.grad(landed.sum(), v)
+        expected = (sigmas[later] - sigmas[1]).double()
+        torch.testing.assert_close(slope, expected.expand_as(slope), rtol=1e-6, atol=0)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [LeapAlign().plan(10, generator).active for _ in range(200)]
+    assert {len(active) for active in drawn} == {2} and set().union(*drawn) == set(range(1, 11))
+    with pytest.raises(ValueError, match="LeapAlign needs 2 steps"):
+        LeapAlign().plan(1, generator)
+
+
+def test_direct_align_shows_the_reward_almost_clean_latents(micro):
+    """At every level, as its paper says; a ReFL that stopped there would see a blur. At the last step it is DRaFT-LV."""
+    from vader_nb.gradient import rolled_out
+    from vader_nb.sampling import renoise
+
+    adapter, sampling = adapted(micro), Sampling().resolve(micro)
+    plan = DirectAlign().plan(5, torch.Generator().manual_seed(0))
+    rollout = rolled_out(micro, adapter, PROMPTS, SEEDS, sampling, plan)
+    final, scheduler = rollout.latents, micro.new_scheduler(sampling)
+    for stop in (2, 3):
+        again = renoise(micro, rollout, stop)
+        output = micro.guided(again.states[0], again.timesteps[0], rollout.conditioning, sampling)
+        blurred = micro.x0(scheduler, output, again.timesteps[0], again.states[0])
+        assert (again.latents - final).norm() < 0.7 * (blurred - final).norm()
+        # As the paper writes it, with the scheduler's own step.
+        levels = [
+            micro.signal_and_noise(scheduler, t) for t in scheduler.timesteps[-1 - stop :][:2]
+        ]
+        (alpha, sigma), (alpha_next, sigma_next) = levels
+        noise = (again.states[0] - alpha * final) / sigma
+        after = micro.step(
+            micro.new_scheduler(sampling), output, again.timesteps[0], again.states[0]
+        )
+        recovered = (after - sigma_next * noise) / alpha_next
+        torch.testing.assert_close(again.latents, recovered, rtol=1e-5, atol=1e-5)
+    setup = micro, adapter, REWARDS["clip"], sampling
+    pairs = [staged(*setup, one, Frames.all()) for one in (DirectAlign(2, 0.1), DRaFTLV(2))]
+    assert_equal(*pairs)
 
 
 def test_an_adapter_that_is_not_on_the_model_is_refused(micro, micro_directory):
@@ -477,3 +560,61 @@ def test_keeping_the_last_calls_graph_changes_no_bit(micro, strategy, kind, monk
     for a, b in zip(kept, again):
         assert all(map(torch.equal, a, b)) if isinstance(a, list) else torch.equal(a, b)
     assert with_graph == with_graph_again and total == total_again - 1
+
+
+# ------------------------------------------------------------------------------ a roll-out's window once more
+
+
+@pytest.mark.parametrize("strategy", [Last(1), Last(3), Step(2), ReFL(0.6)], ids=str)
+def test_a_window_taken_again_is_that_of_the_adapter_as_it_is_now(micro, strategy):
+    """Against plain autograd from the same latents; and with the weights of before, bit for bit what it was."""
+    from vader_nb.gradient import accumulate, rolled_out
+
+    adapter, sampling = adapted(micro), Sampling().resolve(micro)
+    plan = strategy.plan(5, torch.Generator().manual_seed(0))
+    setup, calls, predict = (micro, adapter, PROMPTS, SEEDS, sampling, plan), [], micro.predict
+    first = rolled_out(*setup)
+    micro.predict = lambda *a, **k: (calls.append(1), predict(*a, **k))[1]
+    again = rolled_out(*setup, start=first)
+    assert len(calls) == max(plan.active) - plan.stop  # and not those before the window
+    assert torch.equal(first.latents, again.latents)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.mul_(1.1)
+    frames = [0, 1, 2]
+    moved = rolled_out(*setup, start=first)
+    assert torch.equal(moved.states[0], first.states[0])
+    assert not torch.equal(moved.latents, first.latents)
+    rewards = accumulate(micro, adapter, REWARDS["clip"], moved, plan, frames).rewards
+    found = testing.take_gradient(adapter)
+    scheduler, latents = copy.deepcopy(first.scheduler), first.states[0]
+    for i, t in enumerate(first.timesteps):
+        n = len(first.timesteps) - i + plan.stop
+        for p in adapter.parameters():
+            p.requires_grad_(n in plan.active)
+        output = micro.guided(latents, t, first.conditioning, sampling)
+        if n == plan.stop + 1 and plan.stop:
+            latents = micro.x0(scheduler, output, t, latents)
+        else:
+            latents = micro.step(scheduler, output, t, latents)
+    expected = REWARDS["clip"](micro.decode(latents), PROMPTS)
+    for p in adapter.parameters():
+        p.requires_grad_(True)
+    (-expected.mean()).backward()
+    assert_equal((rewards, found), (expected.detach(), testing.take_gradient(adapter)))
+
+
+def test_a_window_taken_again_draws_fresh_noise(micro):
+    """Where the sampler draws any; the same at every attempt."""
+    from vader_nb.gradient import rolled_out
+
+    micro.scheduler = diffusers.DDIMScheduler.from_config(micro.scheduler.config)
+    adapter, sampling = adapted(micro), Sampling(eta=1.0).resolve(micro)
+    plan, found = Last(3).plan(5, None), []
+    for _ in range(2):
+        first = rolled_out(micro, adapter, PROMPTS, SEEDS, sampling, plan)
+        options = {"sampling": sampling, "plan": plan, "start": first}
+        parts = [rolled_out(micro, adapter, PROMPTS, [], **options) for _ in range(2)]
+        found.append([first.latents, *(part.latents for part in parts)])
+    assert all(map(torch.equal, *found))
+    assert not any(torch.equal(*pair) for pair in zip(found[0], found[0][1:]))

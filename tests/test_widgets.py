@@ -19,7 +19,8 @@ from vader_nb.widgets.drawing import Series, chart
 from vader_nb.widgets.monitor import load_clip
 from vader_nb.widgets.panel import VIEW, Panel
 from vader_nb.widgets.player import Player
-from vader_nb.widgets.sampler import HISTORY, NONE, Request
+from vader_nb.widgets.request import NONE, Request
+from vader_nb.widgets.sampler import HISTORY
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'so'"
 QUICK = {"num_inference_steps": 2}
@@ -244,20 +245,36 @@ def test_an_error_in_a_handler_is_shown_until_the_next_change():
     assert not panel.remark.value
 
 
-def test_a_panel_is_shown_as_a_widget_and_as_a_picture(monkeypatch):
-    panel = Counter()
-    bundle = panel._repr_mimebundle_()
-    assert bundle[VIEW]["model_id"] == panel.box.model_id
-    assert Tags(bundle["text/html"]).alts == ["the number 0"]
-    monkeypatch.setitem(jobs.sys.modules, "google.colab", jobs)
-    assert "text/html" not in panel._repr_mimebundle_()
+def test_a_panel_is_shown_as_a_widget_over_a_picture_that_the_widget_hides(monkeypatch):
+    panel, shown = Counter(), []
+    widget, still = panel.bundles()
+    assert list(widget) == [VIEW]
+    assert widget[VIEW]["model_id"] == panel.box.model_id
+    assert Tags(still["text/html"]).alts == ["the number 0"]
+    assert "Run this cell again" in still["text/html"]
+    assert f".vader-still-{panel.box.model_id} {{ display: none }}" in pages(panel.box)[0]
+    assert f"vader-still-{panel.box.model_id}'" in still["text/html"]
+    monkeypatch.setattr(
+        "vader_nb.widgets.panel.display", lambda bundle, raw: shown.append(list(bundle))
+    )
+    panel._ipython_display_()
+    assert shown == [[VIEW], ["text/plain", "text/html"]]
+    monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5.13")
+    panel._ipython_display_()
+    assert shown[2:] == [[VIEW]]
+
+
+def test_progress_and_errors_stand_under_the_hint():
+    head, progress, remark, *_ = (panel := Counter()).box.children
+    assert panel.hint in head.value
+    assert (progress, remark) == (panel.progress, panel.remark)
 
 
 def test_a_panel_whose_first_picture_fails_is_there_and_says_why(tiny):
     panel = Sampler(tiny, prompt=" ")
-    bundle = panel._repr_mimebundle_()
-    assert bundle[VIEW]["model_id"] == panel.box.model_id
-    assert "the prompt is empty" in bundle["text/html"]
+    widget, still = panel.bundles()
+    assert widget[VIEW]["model_id"] == panel.box.model_id
+    assert "the prompt is empty" in still["text/html"]
     assert "the prompt is empty" in panel.remark.value
 
 
@@ -404,17 +421,15 @@ def test_a_slider_makes_the_clip_anew(sampler):
     assert not torch.equal(sampler.video.frames, before.frames)
 
 
-def test_the_seed_stays_when_it_is_locked_and_changes_when_not(sampler):
+def test_the_seed_stays_until_another_one_is_asked_for(sampler):
     sampler.set(seed=4)
-    sampler.lock.value = True
     sampler.prompt.value = "a green circle moving up on a white background"
     assert sampler.video.caption == sampler.prompt.value
     assert sampler.seed.value == 4
-    sampler.lock.value = False
-    sampler.prompt.value = "a green square moving up on a white background"
-    assert sampler.history[0][0].seed == sampler.seed.value != 4
-    assert sampler.video.caption == sampler.prompt.value
-    sampler.lock.value = True
+    sampler.dice.click()
+    assert sampler.history[0][0].seed == sampler.seed.value
+    sampler.seed.value = 2**31 + 5
+    assert sampler.history[0][0].seed == 2**31 - 1  # the largest
 
 
 def test_what_cannot_act_is_disabled_and_says_why(sampler, tiny):
@@ -471,7 +486,7 @@ def test_prompts_are_shown_as_text(sampler):
     for text in [*shown, sampler.to_html()]:
         found = Tags(text)
         assert "script" not in found.found
-        assert not found.handlers
+        assert not found.handlers or found.found[0] == "style" and found.handlers == ["onload"]
     assert any(EVIL in alt for text in shown for alt in Tags(text).alts)
 
 
@@ -539,8 +554,8 @@ def test_the_panel_makes_its_first_clip_when_it_is_shown(tiny):
     panel = Sampler(tiny, adapters={})
     panel.set(**QUICK)
     assert panel.video is None
-    bundle = panel._repr_mimebundle_()
-    assert Tags(bundle["text/html"]).alts == [panel.prompt.value]
+    _, still = panel.bundles()
+    assert Tags(still["text/html"]).alts == [panel.prompt.value]
 
 
 def test_a_request_reads_well():

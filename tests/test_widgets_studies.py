@@ -187,7 +187,7 @@ def test_a_negative_weight_turns_a_conflict_round(composed):
     assert "hps and aesthetic</td><td>+" in composed.pairs.value
     assert "agree" in composed.pairs.value
     composed.weights["aesthetic"].value = -0.5
-    assert "hps and −aesthetic</td><td>-" in composed.pairs.value
+    assert "hps and −aesthetic</td><td>−" in composed.pairs.value
     assert "work against each other" in composed.pairs.value
 
 

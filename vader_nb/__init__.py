@@ -8,13 +8,18 @@ Names are imported on first use: `import vader_nb` itself loads nothing heavy.
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+# Where it is installed, peft and diffusers import it, and it advises to install a kernel that nothing here calls.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 if TYPE_CHECKING:
     from . import (
         distributed,
+        estimators,
         gradient,
         lora,
         models,
@@ -31,8 +36,10 @@ if TYPE_CHECKING:
     )
     from .best import best_checkpoint
     from .distributed import launch
+    from .estimators import DDPO, DPO, GRPO, BestOf
     from .evaluation import Validation, evaluate
     from .gradient import reward_gradient
+    from .guidance import RewardGuidance
     from .long_clips import extend
     from .lora import Adapter
     from .memory_planner import memory
@@ -40,15 +47,27 @@ if TYPE_CHECKING:
     from .prompts import Prompt
     from .rewards import check, reward
     from .sampling import Sampling, sample
-    from .strategies import DRaFTLV, DRTune, Frames, Last, Random, ReFL, Step
+    from .strategies import (
+        DirectAlign,
+        DRaFTLV,
+        DRTune,
+        Frames,
+        Last,
+        LeapAlign,
+        Random,
+        ReFL,
+        Step,
+    )
     from .trainer import TrainConfig, Trainer, align
     from .video import Gallery, Video
 
 _NAMES = {
     "best": ("best_checkpoint",),
     "distributed": ("launch",),
+    "estimators": ("BestOf", "DDPO", "DPO", "GRPO"),
     "evaluation": ("Validation", "evaluate"),
     "gradient": ("reward_gradient",),
+    "guidance": ("RewardGuidance",),
     "long_clips": ("extend",),
     "lora": ("Adapter",),
     "memory_planner": ("memory",),
@@ -59,7 +78,17 @@ _NAMES = {
     "rewards": ("check", "reward"),
     "sampling": ("Sampling", "sample"),
     "speed": (),
-    "strategies": ("DRaFTLV", "DRTune", "Frames", "Last", "Random", "ReFL", "Step"),
+    "strategies": (
+        "DRaFTLV",
+        "DRTune",
+        "DirectAlign",
+        "Frames",
+        "Last",
+        "LeapAlign",
+        "Random",
+        "ReFL",
+        "Step",
+    ),
     "trainer": ("TrainConfig", "Trainer", "align"),
     "video": ("Gallery", "Video"),
     "zoo": (),

@@ -56,7 +56,8 @@ def training_prompts(arguments) -> list:
 
 
 def load(arguments):
-    return vader_nb.load(arguments.model, text_cache=arguments.text_cache)
+    settings = {name: getattr(arguments, name) for name in ("text_cache", "quantize")}
+    return vader_nb.load(arguments.model, **settings)
 
 
 def spread(prompts: list, count: int) -> list:
@@ -128,7 +129,7 @@ def resume_of(arguments) -> bool | str:
 
 
 def run_align(arguments):
-    from .estimators import RewardGradient
+    from .estimators import RewardGradient, parse_estimator
     from .metrics import unique_metrics
 
     # Everything that can be wrong with the words is found before anything is loaded.
@@ -139,12 +140,13 @@ def run_align(arguments):
     if arguments.validation_steps is None:
         del settings["validation_steps"]
     training = vader_nb.TrainConfig.from_flat(settings)
+    estimator = parse_estimator(arguments.estimator)
     prompts = training_prompts(arguments)
     groups = {}
     if arguments.evaluation or arguments.validation_steps:
         groups = evaluation_prompts(arguments, prompts)
     reward, *others = parse_rewards(arguments)
-    RewardGradient().check_reward(reward)
+    (estimator or RewardGradient()).check_reward(reward)
     for judge in (reward, *others):
         judge.check_ready()  # now, and not only when it is asked after hours of training
     unique_metrics(reward, others)  # a held-out reward that is trained on is an error now
@@ -163,8 +165,8 @@ def run_align(arguments):
     if arguments.validation_steps:
         validate = validation(arguments, model, [*others, reward][0], groups)
     began = time.time()
-    options = {"adapter": arguments.adapter, "validate": validate} | vars(training)
-    run = vader_nb.align(model, reward, prompts, **options)
+    options = {"adapter": arguments.adapter, "estimator": estimator, "validate": validate}
+    run = vader_nb.align(model, reward, prompts, **options, **vars(training))
     report_run(run, groups, time.time() - began)
     if arguments.evaluation and groups and not run.stopped:
         compare(arguments, model, run.adapter, [reward, *others], groups, run.folder, run)

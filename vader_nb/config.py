@@ -51,6 +51,9 @@ class Modeled(Common):
         None,
         "large text encoders out of memory, their states on disk; default: beyond 1e9 parameters",
     )
+    quantize: str | None = option(
+        None, "8bit or 4bit: the frozen denoiser's weights, by bitsandbytes; default: as loaded"
+    )
 
 
 @dataclass
@@ -73,10 +76,14 @@ class Judged(Modeled):
 
 @dataclass
 class Align(Judged):
-    """Train an adapter with reward gradients, evaluate it, write a report."""
+    """Train an adapter, by reward gradients or otherwise; evaluate it, write a report."""
 
     example = 'vader-nb align reward="hps + 0.02 * aesthetic" prompts=tiny name=mine'
     settings = "training"
+    estimator: str | None = option(
+        None,
+        "RewardGradient, the default, or for any reward: DDPO, GRPO(group_size=16), DPO(beta=2000)",
+    )
     adapter: str | None = option(None, "an adapter file, or a run's folder, to start from")
     name: str | None = option(None, "the run's name; default: the model's and the time")
     output_dir: str = option("runs", "the folder of runs")
@@ -136,6 +143,9 @@ class Memory(Common):
     text_cache: bool | None = option(
         None,
         "large text encoders out of memory, their states on disk; default: beyond 1e9 parameters",
+    )
+    quantize: str | None = option(
+        None, "8bit or 4bit: the frozen denoiser's weights, by bitsandbytes; default: as loaded"
     )
     decoder_states: str | None = option(
         None, "where a causal decoder's states wait: device, cpu, or a number m for every m-th"

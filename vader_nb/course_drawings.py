@@ -19,13 +19,15 @@ ALT = (
 
 def stages() -> str:
     """The reward's gradient in one piece, and in three stages: what is in memory. HTML, an <img>."""
+    all_steps, x0 = dict.fromkeys(STEPS, "empty"), CUTS["latents x₀"]
     rows = (
-        *chain(0, "plain autograd", {2: "kept", 1: "kept"}, ["kept"] * 3, (END, STEPS[2])),
-        *chain(1, "1 · roll out", dict.fromkeys(STEPS, "empty"), ["later"] * 3),
-        *chain(2, "2 · score", {}, ["kept", "later", "later"], (END, CUTS["latents x₀"])),
-        *chain(
-            3, "3 · replay", {2: "later", 1: "kept"}, None, (CUTS["latents x₀"] - 4, STEPS[2] + 48)
-        ),
+        *chain(0, "plain autograd", all_steps | {2: "kept", 1: "kept"}, ["kept"] * 3),
+        *arrow(END, STEPS[2], 0),
+        *chain(1, "1 · roll out", all_steps),
+        *chain(2, "2 · score", {}, ["kept", "later", "later"]),
+        *arrow(END, x0, 2),
+        *chain(3, "3 · replay", {2: "later", 1: "kept"}),
+        *arrow(x0 - 4, STEPS[2] + 48, 3),
         *notes(),
     )
     drawing = svg(WIDTH, 4 * ROW + 64, rows, ALT, WIDTH)
@@ -34,21 +36,16 @@ def stages() -> str:
     return f'<img src="{source}" alt="{ALT}" style="width:100%;max-width:{WIDTH}px">'
 
 
-def chain(row: int, title: str, steps: dict, frames: list | None, gradient=None) -> list[str]:
-    """One row: looks of its steps and frames ("kept", "empty", "later"; not named: not part of it),
-    and where its gradient begins and ends."""
+def chain(row: int, title: str, steps: dict, frames: list | None = None) -> list[str]:
+    """One row: the looks of its steps and frames ("kept", "empty", "later"); others are not part of it."""
     y = 34 + row * ROW
     parts = [words(4, y + 28, title, 14, font_weight=600)]
-    if row == 0:
-        steps = {4: "empty", 3: "empty", **steps}
     for number, x in STEPS.items():
         parts += box(x, y, 48, 46, steps.get(number, "absent"), f"step {number}")
     for i in FRAMES:
+        look = frames[i] if frames else "absent"
         for x, name in ((DECODER, "decode"), (REWARD, "reward")):
-            look = frames[i] if frames else "absent"
-            parts += box(x, y + 16 * i, 92, 14, look if row != 1 else "absent", f"{name} {i + 1}")
-    if gradient:
-        parts += arrow(*gradient, y + 58)
+            parts += box(x, y + 16 * i, 92, 14, look, f"{name} {i + 1}")
     return parts
 
 
@@ -67,8 +64,9 @@ def box(x: float, y: float, width: float, height: float, look: str, text: str) -
     return [frame, words(x + width / 2, y + height / 2 + 4, text, 12, "middle", **more)]
 
 
-def arrow(start: float, end: float, y: float) -> list[str]:
-    """The gradient, from right to left."""
+def arrow(start: float, end: float, row: float) -> list[str]:
+    """The gradient below a row, from right to left."""
+    y = 92 + row * ROW
     head = f"M{end + 9} {y - 5}L{end} {y}L{end + 9} {y + 5}Z"
     line = path([(start, y), (end + 8, y)], stroke=RED, stroke_width=2.5)
     return [line, element("path", d=head, fill=RED)]
@@ -95,6 +93,6 @@ def notes() -> list[str]:
     for i, (look, text) in enumerate((*LEGEND, ("later", "its turn comes after"))):
         parts += box(4 + 205 * i, y, 22, 14, look, "")
         parts.append(words(32 + 205 * i, y + 12, text, 12))
-    parts += arrow(668, 622, y + 7)
+    parts += arrow(668, 622, (y - 85) / ROW)
     parts.append(words(675, y + 12, "gradient", 12))
     return parts

@@ -141,8 +141,8 @@ def evaluate(
 
     Args:
         model: The model. Afterwards it carries the adapter that it carried before.
-        adapter: An `Adapter`, run, path or `{path: weight}`; a dict of these by name; or None for
-            the base alone.
+        adapter: An `Adapter`, run, path or `{path: weight}`; `BestOf`, `RewardGuidance`; a dict of these by
+            name; or None for the base alone.
         rewards: The rewards trained on. A sum is reported as a whole and part by part.
         prompts: Groups of prompts by name, or one group: a list, a set's name, or a file.
         held_out: Rewards that were not trained on, and are therefore the ones to believe.
@@ -258,7 +258,8 @@ class Evaluator:
             for name, which in {BASE: None, **adapters}.items():
                 with lora.use_adapter(self.model, which) as adapter:
                     for group, prompts in groups.items():
-                        scores[group][name], shown = self.run(adapter, prompts, bar)
+                        sampler = getattr(which, "sample", sample)
+                        scores[group][name], shown = self.run(adapter, prompts, bar, sampler)
                         clips[group] += (shown,)
         return clips, scores
 
@@ -275,7 +276,11 @@ class Evaluator:
 
     @random_states_kept()  # a reward that draws must not change what training draws
     def run(
-        self, adapter: Adapter | None, prompts: Sequence[str | Prompt], bar: tqdm | None = None
+        self,
+        adapter: Adapter | None,
+        prompts: Sequence[str | Prompt],
+        bar: tqdm | None = None,
+        sampler: Callable = sample,
     ) -> tuple[Scores, torch.Tensor]:
         """Score the adapter that is on the model; also return the first clips (N, F, 3, H, W)."""
         if self.model.offloader is None:  # else networks are moved when they are needed
@@ -295,7 +300,7 @@ class Evaluator:
             chosen = [prompts[i % len(prompts)] for i in batch]
             seeds = [self.seed + i for i in batch]
             options = {"seeds": seeds, "sampling": self.sampling, "adapter": adapter}
-            frames = sample(self.model, chosen, **options)
+            frames = sampler(self.model, chosen, **options)
             if spare:  # sampled only because sharded processes call the denoiser equally often
                 break
             self.model.onload(*(module for metric in self.metrics for module in metric.networks))

@@ -36,6 +36,7 @@ from .sampling import (
     Sampling,
     decode,
     finite,
+    leap,
     next_latents,
     renoise,
     roll_out,
@@ -91,9 +92,9 @@ def reward_gradient(
     return accumulate(model, adapter, as_reward(reward), rollout, plan, chosen, **settings)
 
 
-def rolled_out(model, adapter, prompts, seeds, sampling, plan, **settings) -> Rollout:
-    """Stage 1: what `accumulate`, with these settings, needs."""
-    options = {"adapter": adapter, "window": max(plan.active), "stop": plan.stop}
+def rolled_out(model, adapter, prompts, seeds, sampling, plan, start=None, **settings) -> Rollout:
+    """Stage 1: what `accumulate`, with these settings, needs; `start` as for `roll_out`."""
+    options = {"adapter": adapter, "start": start, **plan.rollout}
     last_call = kept_call(model, sampling, plan, **settings)
     return roll_out(model, prompts, seeds, sampling, last_call=last_call, **options)
 
@@ -132,7 +133,7 @@ def accumulate(
 
     rewards, problem, count = [], None, max(1, plan.renoise)
     for _ in range(count):
-        scored = renoise(model, rollout) if plan.renoise else rollout
+        scored = renoise(model, rollout, plan.stop) if plan.renoise else rollout
         try:
             scored.check()
             value, gradient = score(
@@ -237,9 +238,13 @@ def replay(
     for i, (t, outputs) in enumerate(zip(rollout.timesteps, rollout.outputs)):
         remaining = len(rollout.timesteps) - i  # of the window
         active = remaining + plan.stop in plan.active
+        if plan.leap is not None and not active:
+            continue
+        scheduler = scheduler if plan.leap is None else model.new_scheduler(sampling)
         scaled = model.scale_input(scheduler, latents, t)
-        if active or (scaled.requires_grad and not plan.linear):
-            before, outputs = scaled.detach() if plan.linear else scaled, dict(outputs)
+        if active or (scaled.requires_grad and plan.passes):
+            before, outputs = scaled.detach(), dict(outputs)
+            before = before.lerp(scaled, plan.passes) if plan.passes else before
             for group in groups:
                 call = functools.partial(denoise, model, rollout, t, group, remaining == 1)
                 noted = (outputs[name] for name in group)
@@ -248,8 +253,10 @@ def replay(
                 )
                 outputs.update(zip(group, again))
         output = model.combine(outputs, t, sampling)
-        if remaining == 1 and plan.stop:
-            latents = model.x0(scheduler, output, t, latents)
+        if plan.leap is not None:
+            latents = leap(model, rollout, i, plan.active, output, latents)
+        elif remaining == 1 and plan.stop:
+            latents = rollout.without_noise(model.x0(scheduler, output, t, latents))
         else:
             latents = next_latents(model, scheduler, output, t, latents, rollout, generators)
     return model.with_given(latents, rollout.conditioning)

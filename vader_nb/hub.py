@@ -1,12 +1,13 @@
 """Where published weights come from: the model hub, a web address, a path. No pickled code."""
 
+import contextlib
 import copy
 import hashlib
 import os
 import pickle
 import socket
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
@@ -100,6 +101,21 @@ def missing(source: Source, cause: Exception) -> FileNotFoundError:
     )
 
 
+@contextlib.contextmanager
+def quiet_if_embedded(place: StrPath) -> Iterator[None]:
+    """Inside, transformers shows no progress bar for a checkpoint of this package, which takes a moment to load."""
+    from transformers.utils import logging
+
+    embedded = Path(place).is_relative_to(Path(__file__).parent)
+    if quiet := embedded and logging.is_progress_bar_enabled():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet:
+            logging.enable_progress_bar()
+
+
 def pretrained(load: Callable, place: Source | Path, **options):
     """What `load`, some class's `from_pretrained`, makes of a directory or of a hub repository.
 
@@ -109,7 +125,8 @@ def pretrained(load: Callable, place: Source | Path, **options):
     if isinstance(place, Path):
         if not (place / "config.json").is_file():
             raise FileNotFoundError(f"{place} is not a checkpoint directory: it has no config.json")
-        return load(str(place), **options)
+        with quiet_if_embedded(place):
+            return load(str(place), **options)
     try:
         return load(
             place.repo, revision=place.revision, local_files_only=not reachable(), **options

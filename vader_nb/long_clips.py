@@ -148,7 +148,7 @@ class LongRewardGradient(RewardGradient):
         of = self.model, self.adapter, sampling
         plan = experts.draw_plan(*of, self.strategy, batch.generator)
         frames = self.scored_frames(batch)
-        options = {"adapter": self.adapter, "window": max(plan.active), "stop": plan.stop}
+        options = {"adapter": self.adapter, **plan.rollout}
         rolled = list(roll_out_segments(self.model, batch.prompts, batch.seeds, sampling, options))
         rollouts, clips = zip(*rolled)
         return LongCollected(rollouts[0], plan, frames, rollouts=list(rollouts), clips=list(clips))

@@ -71,7 +71,8 @@ class Adapter:
 
         Afterwards the base weights are the very tensors they were: the sum is a new tensor put in their
         place, never added and subtracted again, which would leave rounding errors. Where FSDP or ZeRO-3
-        shards the weights there is nothing to add to, and the adapter acts unfused.
+        shards the weights there is nothing to add to, and the adapter acts unfused; so it does on quantized
+        weights, whose sum with it would be rounded to their few values, away from what the window computes.
 
         Args:
             denoiser: fuse into this one alone, which with model offload is then on the device; by default into
@@ -86,7 +87,8 @@ class Adapter:
                 for name, layer in self.layers.items():
                     weight = layer.get_base_layer().weight
                     sharded = isinstance(weight, DTensor) or not weight.numel()
-                    if sharded or name.partition(".")[0] not in keys:
+                    quantized = not weight.is_floating_point()
+                    if sharded or quantized or name.partition(".")[0] not in keys:
                         continue
                     replaced.append((layer, weight, weight.data))
                     weight.data = weight.data + layer.get_delta_weight(NAME).to(weight)

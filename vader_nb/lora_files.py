@@ -19,6 +19,7 @@ import torch
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from .models import VideoModel
 from .models.base import renamed
@@ -263,7 +264,11 @@ def original_name(model: VideoModel, name: str) -> str:
 
 def check_shapes(model: VideoModel, layer: str, parts: State, path: str | Path) -> None:
     key, _, name = layer.partition(".")
-    weight = model.denoisers[key].get_parameter(f"{name}.weight")
+    module: Any = model.denoisers[key].get_submodule(name)
+    if isinstance(module, nn.Linear):  # a quantized one keeps its weight in another shape
+        size = (module.out_features, module.in_features)
+    else:
+        size = tuple(module.weight.shape)
     for half, other in ("AB", "BA"):
         if half not in parts:
             raise ValueError(
@@ -271,7 +276,7 @@ def check_shapes(model: VideoModel, layer: str, parts: State, path: str | Path) 
             )
     a, b = parts["A"], parts["B"]
     rank = len(a) if a.ndim else 0
-    shapes = ((rank, *weight.shape[1:]), (len(weight), rank, *[1] * (weight.ndim - 2)))
+    shapes = ((rank, *size[1:]), (size[0], rank, *[1] * (len(size) - 2)))
     for half, value, shape in zip("AB", (a, b), shapes):
         if tuple(value.shape) != shape or not rank:
             raise ValueError(

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import experts, lora, models
+from . import experts, lora, models, quantization
 from .gradient import accumulate, rolled_out
 from .models import VideoModel
 from .offload import frozen_tensors, moved
@@ -59,12 +59,15 @@ SAVINGS = (
     {"model_cpu_offload": True},
     {"decode_chunk_size": 1},
     {"decoder_states": "cpu"},
+    {"activation_offload": True},
     {"batch_size": 1},
+    {"quantize": "8bit"},
+    {"quantize": "4bit"},
     {"frames": Frames.random(1)},
     {"num_frames": 8},
 )
 # Settings that are not training's.
-OF_MODEL = ("dtype", "model_cpu_offload", "text_cache", *models.DECODER_SETTINGS)
+OF_MODEL = ("dtype", "model_cpu_offload", "text_cache", "quantize", *models.DECODER_SETTINGS)
 METHODS = {  # of a model, and the stages that they begin; `predict` begins the replay, too
     "new_scheduler": "roll-out",
     "encode": "text",
@@ -174,6 +177,7 @@ class Step:
     dtype: torch.dtype | dict[str, torch.dtype] | None
     model_cpu_offload: bool
     text_cache: bool | None
+    quantize: str | None
     decoder: dict
 
     @classmethod
@@ -194,8 +198,9 @@ class Step:
         if not isinstance(dtype, torch.dtype | dict | None):
             raise ValueError(f"unknown dtype {dtype!r}; choose float16, bfloat16 or float32")
         decoder = models.decoder_settings(model, given)
-        config, text_cache = TrainConfig.from_flat(flat), given["text_cache"]
-        step = cls(str(model), reward, config, dtype, offload, text_cache, decoder)
+        quantization.config(given["quantize"])  # or an error now
+        config, loading = TrainConfig.from_flat(flat), (given["text_cache"], given["quantize"])
+        step = cls(str(model), reward, config, dtype, offload, *loading, decoder)
         dtypes = step.dtypes
         dtypes.pop("text_encoder", None)  # which autocast does not reach
         check_half(config.mixed_precision, dtypes.values())
@@ -213,7 +218,8 @@ class Step:
         return parse(self.reward, tiny=tiny, **options)
 
     def load(self, device: str) -> VideoModel:
-        return models.load(self.model, device=device, dtype=self.dtypes, text_cache=self.text_cache)
+        options = {"text_cache": self.text_cache, "quantize": self.quantize}
+        return models.load(self.model, device=device, dtype=self.dtypes, **options)
 
     def run(self, model: VideoModel, reward: Reward, tracker) -> dict[str, int]:
         """Peak bytes by stage of a step."""
@@ -300,7 +306,7 @@ class Step:
             torch.set_default_dtype(self.dtypes["default"])
             try:
                 fake.truth = False
-                model = models.from_config(self.model, self.text_cache)
+                model = models.from_config(self.model, self.text_cache, self.quantize)
                 reward = self.make_reward(from_config=True)
             finally:
                 torch.set_default_dtype(before)
@@ -531,6 +537,8 @@ def _applies(saving: dict, model: str | Path, reward: str, settings: dict) -> bo
         return False  # one random frame already
     if "decoder_states" in saving and not models.is_causal(model):
         return False
+    if "quantize" in saving and not quantization.is_installed():
+        return False
     return Step.of(model, reward, settings | saving) != Step.of(model, reward, settings)
 
 
@@ -555,8 +563,8 @@ def memory(
         measured: take the step on this machine's CUDA device, and report torch's own count.
         **settings: fields of `TrainConfig` and `Sampling`, by default `batch_size=1` and
             `gradient_checkpointing=True`; `dtype`, of all or by part as for `models.load`; `model_cpu_offload`;
-            of a causal decoder `decoder_states` and `decoder_gradient`; `text_cache`, as for `load`: the row
-            "text" then has the text encoder alone, before the first step.
+            of a causal decoder `decoder_states` and `decoder_gradient`; `quantize`, as for `load`; and `text_cache`,
+            too: the row "text" then has the text encoder alone, before the first step.
 
     Raises:
         ValueError: an unknown model, reward, setting or GPU.

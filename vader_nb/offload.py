@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -74,21 +74,75 @@ def moved(tensor: torch.Tensor, to: torch.device | torch.dtype) -> torch.Tensor:
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
 
+class Offloaded:
+    """A tensor that autograd saved, which waits on another device.
+
+    From a CUDA device it is copied to pinned memory while the device computes on; the copy back begins when the
+    backward pass takes the one that was saved next, so that it is there, or nearly, when its own turn comes.
+
+    Args:
+        before: weak reference to the one that was saved before it, or None.
+    """
+
+    def __init__(self, tensor: torch.Tensor, device: torch.device, before: ReferenceType | None):
+        self.home, self.before = tensor.device, before
+        self.coming: torch.Tensor | None = None
+        overlaps = self.home.type == "cuda" and device.type == "cpu"
+        self.stream = copies(self.home) if overlaps else None
+        if self.stream is None:
+            self.kept = tensor.to(device)
+            return
+        self.kept = torch.empty_like(tensor, device=device, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream(self.home))
+        with torch.cuda.stream(self.stream):
+            self.kept.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self.stream)  # its memory is not given away before
+
+    def fetch(self) -> torch.Tensor:
+        """Let it come, if it does not already."""
+        if self.coming is None:
+            with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+                self.coming = self.kept.to(self.home, non_blocking=True)
+        return self.coming
+
+    def take(self) -> torch.Tensor:
+        """The tensor on its own device; the one before it comes next."""
+        tensor, self.coming = self.fetch(), None
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.home)
+            current.wait_stream(self.stream)
+            tensor.record_stream(current)
+        if self.before is not None and (before := self.before()) is not None:
+            before.fetch()
+        return tensor
+
+
+@functools.cache
+def copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device's copies; one, since the allocator keeps memory apart for each."""
+    return torch.cuda.Stream(device)
+
+
 def offload_saved_tensors(device: torch.device, network: nn.Module) -> saved_tensors_hooks:
-    """Context in which tensors that autograd saves for the backward pass wait on `device`.
+    """Context in which tensors that autograd saves for the backward pass wait on `device`, see `Offloaded`.
 
     The network's own weights, which autograd saves as well, stay where they are (torch's
-    `save_on_cpu` would copy each of them).
+    `save_on_cpu` would copy each of them, and its copies wait for the device and the device for them).
     """
-    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    own = [*network.parameters(), *network.buffers()]  # quantized weights are buffers
+    weights = {x.untyped_storage()._cdata for x in own}
+    last: ReferenceType | None = None
 
     def pack(tensor):
-        is_weight = tensor.untyped_storage()._cdata in weights
-        return tensor.device, tensor if is_weight else tensor.to(device)
+        nonlocal last
+        if tensor.untyped_storage()._cdata in weights:
+            return tensor
+        saved = Offloaded(tensor, device, last)
+        last = ref(saved)
+        return saved
 
-    def unpack(packed):
-        original_device, tensor = packed
-        return tensor.to(original_device)
+    def unpack(saved):
+        return saved.take() if isinstance(saved, Offloaded) else saved
 
     return saved_tensors_hooks(pack, unpack)
 

@@ -13,6 +13,7 @@ import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from .checkpoints import write_text
 from .stats import NOTES
@@ -99,6 +100,7 @@ def curves(metrics: list[dict]) -> list[Markup]:
         axes.plot(steps, values, alpha=0.35, color=BLUE)
         axes.plot(steps[window - 1 :], means, color=BLUE, linewidth=2)
         axes.set(title=title, xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         pictures.append(svg(figure))
     return pictures
 

@@ -21,6 +21,8 @@ from .prompts import Prompt
 
 T = TypeVar("T")
 Callback = Callable[[int, torch.Tensor, torch.Tensor], None]  # (step index, timestep, latents)
+# (step index, guided output, latents, a generator per clip) -> next latents
+Step = Callable[[int, torch.Tensor, torch.Tensor, list[torch.Generator]], torch.Tensor]
 
 
 def setting(default: Any, help: str, may_change: bool = False) -> Any:
@@ -167,6 +169,7 @@ class Rollout:
         window_generators: copies from there, so that the sampler's noise replays exactly.
         finite: of the text's states and of the latents after each step, whether all numbers are.
         kept: the last call's input and its outputs by branch, with their graph, where that was asked for.
+        known: of Direct-Align, the clean latents that were noised, and their part in what is left without the noise.
     """
 
     prompts: Sequence[str | Prompt]
@@ -181,6 +184,29 @@ class Rollout:
     window_generators: list[torch.Generator] = field(default_factory=list)
     finite: list[torch.Tensor] = field(default_factory=list)
     kept: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+    known: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def without_noise(self, clean: torch.Tensor) -> torch.Tensor:
+        """The predicted clean latents or, of Direct-Align's step, what the known noise leaves of it.
+
+        The step ends at  alpha' * clean + sigma' * noise  by the prediction. Less the known noise, times sigma',
+        and divided by alpha', that is a mixture of the predicted and the known clean latents.
+        """
+        if self.known is None:
+            return clean
+        known, part = self.known
+        return clean + part.to(clean.device) * (known - clean)
+
+    def begin_window(self, scheduler) -> None:
+        """From here on, exactly as it will be replayed."""
+        self.scheduler = copy.deepcopy(scheduler)
+        self.window_generators = clone(self.generators)
+
+    def note(self, t: torch.Tensor, state: torch.Tensor, outputs: dict) -> None:
+        """One more step of the window."""
+        self.timesteps.append(t)
+        self.states.append(state)
+        self.outputs.append(outputs)
 
     def at_window(self) -> tuple[Any, list[torch.Generator]]:
         """Copies of the scheduler and the generators as they were at the beginning of the window."""
@@ -204,6 +230,11 @@ class Rollout:
 def clone(generators: list[torch.Generator]) -> list[torch.Generator]:
     """Generators that will draw the same numbers as these."""
     return [torch.Generator(g.device).set_state(g.get_state()) for g in generators]
+
+
+def derived_seed(seed: int, k: int) -> int:
+    """The k-th of seeds that belong to one; the 0th is itself. Within the 32 bits that torch's CPU generator reads."""
+    return (seed + k * 2_654_435_761) % 2**32 if k else seed
 
 
 def initial_noise(
@@ -276,6 +307,8 @@ def roll_out(
     window: int = 0,
     stop: int = 0,
     last_call: Callable[[], contextlib.AbstractContextManager] | None = None,
+    start: Rollout | None = None,
+    step: Step | None = None,
     callback: Callback | None = None,
 ) -> Rollout:
     """Sample a batch without a graph, and note the last `window` steps.
@@ -287,37 +320,45 @@ def roll_out(
         adapter_range: the part of the chain in which the adapter acts, see `adapter_active`.
         window, stop: how many last steps to note, and to leave out for the clean latents predicted there.
         last_call: keep the graph of the last denoiser call, made in this context.
+        start: a roll-out with the same arguments, whose window is taken once more: from its latents before the
+            window, by the adapter as it is now, with fresh noise where the sampler draws any.
+        step: takes the steps in the scheduler's place.
         callback: as for `sample`.
     """
-    conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
+    if start is None:
+        conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
+        scheduler = model.new_scheduler(sampling)
+    else:
+        conditioning, latents, generators = start.conditioning, start.states[0], start.generators
+        scheduler = copy.deepcopy(start.scheduler)
     rollout = Rollout(prompts, conditioning, sampling, latents, generators)
-    rollout.finite.append(conditioning.all_finite())
-    scheduler = model.new_scheduler(sampling)
     timesteps = list(scheduler.timesteps)
     cut, end, mode = len(timesteps) - window, len(timesteps) - stop, ()
+    rollout.finite += start.finite[: cut + 1] if start else [conditioning.all_finite()]
     with contextlib.ExitStack() as adapter_mode:
-        for i, t in enumerate(timesteps[:end]):
+        for i, t in list(enumerate(timesteps[:end]))[cut if start else 0 :]:
             where = i, cut, len(timesteps), adapter_range
             wanted = _adapter_mode(model.denoiser_at(t), *where) if adapter else ()
             if wanted != mode:
                 adapter_mode.close()
                 adapter_mode.enter_context(_acting(adapter, *wanted))
                 mode = wanted
-            if i == cut:  # from here on, exactly as it will be replayed
-                rollout.scheduler = copy.deepcopy(scheduler)
-                rollout.window_generators = clone(generators)
-            scaled = model.scale_input(scheduler, latents, t)
+            if i == cut:
+                rollout.begin_window(scheduler)
+            # A scheduler that is not asked to step does not count the steps.
+            own = model.new_scheduler(sampling) if step else scheduler
+            scaled = model.scale_input(own, latents, t)
             if i == end - 1 and last_call is not None:
                 outputs = _kept_outputs(model, rollout, scaled, t, window - stop > 1, last_call)
             else:
                 outputs = model.all_branches(scaled, t, conditioning, sampling)
             if i >= cut:
-                rollout.timesteps.append(t)
-                rollout.states.append(latents)
-                rollout.outputs.append(outputs)
+                rollout.note(t, latents, outputs)
             output = model.combine(outputs, t, sampling)
             if stop and i == end - 1:
                 latents = model.x0(scheduler, output, t, latents)
+            elif step is not None:
+                latents = step(i, output, latents, generators)
             else:
                 latents = next_latents(model, scheduler, output, t, latents, rollout)
             rollout.finite.append(latents.isfinite().all())
@@ -336,21 +377,45 @@ def _kept_outputs(model, rollout: Rollout, scaled, t, passes_on: bool, last_call
 
 
 @torch.no_grad()
-def renoise(model: VideoModel, rollout: Rollout) -> Rollout:
-    """The final latents noised to the last step's level, and that step taken again (DRaFT-LV)."""
-    t, sampling = rollout.timesteps[-1], rollout.sampling
+def renoise(model: VideoModel, rollout: Rollout, stop: int = 0) -> Rollout:
+    """The final latents noised to the last step's level, or that of a step before, which is taken again (DRaFT-LV)."""
+    sampling = rollout.sampling
     # A fresh scheduler: a multistep solver's memory belongs to another trajectory than the new one.
     scheduler = model.new_scheduler(sampling)
+    t = scheduler.timesteps[-1 - stop]
     state = model.add_noise(scheduler, rollout.latents, t, rollout.generators)
     again = replace(rollout, timesteps=[t], states=[state], scheduler=copy.deepcopy(scheduler))
     again.window_generators = clone(rollout.generators)
+    if stop:
+        levels = [model.signal_and_noise(scheduler, at) for at in (t, scheduler.timesteps[-stop])]
+        alpha, sigma, alpha_next, sigma_next = (x.double() for level in levels for x in level)
+        again.known = rollout.latents, sigma_next * alpha / (alpha_next * sigma)
     scaled = model.scale_input(scheduler, state, t)
     again.outputs = [model.all_branches(scaled, t, rollout.conditioning, sampling)]
     output = model.combine(again.outputs[0], t, sampling)
-    latents = next_latents(model, scheduler, output, t, state, rollout)
+    if stop:
+        latents = again.without_noise(model.x0(scheduler, output, t, state))
+    else:
+        latents = next_latents(model, scheduler, output, t, state, rollout)
     again.latents = model.with_given(latents, rollout.conditioning)
     again.finite = [*rollout.finite, again.latents.isfinite().all()]
     return again
+
+
+def leap(model: VideoModel, rollout: Rollout, i: int, active, output, latents) -> torch.Tensor:
+    """From step i of the window straight to the next active one (counted from the end), or to the final latents.
+
+    Their values are the roll-out's, and their gradient is that of one long deterministic step (LeapAlign).
+    """
+    scheduler = model.new_scheduler(rollout.sampling)  # which is at no step of its own
+    t, target = rollout.timesteps[i], rollout.latents
+    landed, steps = model.x0(scheduler, output, t, latents), len(rollout.timesteps)
+    for later in [n for n in range(i + 1, steps) if steps - n in active][:1]:
+        target = rollout.states[later]
+        alpha, sigma = model.signal_and_noise(scheduler, t)
+        alpha_next, sigma_next = model.signal_and_noise(scheduler, rollout.timesteps[later])
+        landed = alpha_next * landed + sigma_next * (latents - alpha * landed) / sigma
+    return target + (landed - landed.detach())
 
 
 def next_latents(model, scheduler, output, t, latents, rollout, generators=None) -> torch.Tensor:

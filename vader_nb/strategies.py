@@ -1,12 +1,13 @@
 """Which denoising steps learn, and which frames are scored: the choices that name a reward-gradient method.
 
-The published estimators differ in four fields of a `Plan`. Steps are counted from the end wherever a user
+The published estimators differ in five fields of a `Plan`. Steps are counted from the end wherever a user
 names them: step 1 is the last one, the one whose output is the video.
 """
 
 import ast
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -19,13 +20,28 @@ class Plan:
         active: steps, counted from the end, whose adapter gradient is kept.
         linear: the path from step to step is F(sg(x)) instead of F(x): DRTune's stop-gradient.
         stop: stop before this many last steps and score the clean video predicted there.
-        renoise: DRaFT-LV: this many fresh noisings of the final latents instead of one replay.
+        renoise: DRaFT-LV: this many fresh noisings of the final latents instead of one replay. With `stop`
+            Direct-Align: to the level of that step, and the noise, which is known, taken off the prediction.
+        leap: LeapAlign: the path leads from one active step straight to the next, and from the last to the
+            video; a call passes on this part of the gradient on its input.
     """
 
     active: frozenset[int]
     linear: bool = False
     stop: int = 0
     renoise: int = 0
+    leap: float | None = None
+
+    @property
+    def rollout(self) -> dict[str, int]:
+        """How many last steps the roll-out notes, and how many it leaves out: arguments of `roll_out`."""
+        window = max(self.active)
+        return {"window": 1, "stop": 0} if self.renoise else {"window": window, "stop": self.stop}
+
+    @property
+    def passes(self) -> float:
+        """The part of the gradient on a denoiser call's input that is passed on to the steps before."""
+        return 0.0 if self.linear else 1.0 if self.leap is None else self.leap
 
 
 class Strategy(Protocol):
@@ -126,6 +142,44 @@ class DRTune:
         return Plan(active, linear=True, stop=stop)
 
 
+@dataclass(frozen=True)
+class DirectAlign:
+    """Direct-Align (arXiv 2509.06942, the estimator of SRPO): `DRaFTLV` at any step.
+
+    The final latents are noised to the level of a random step, among the last `fraction` of all, which is taken
+    with a graph. Since the noise is known, what is left of it can be taken off again: the reward sees clean
+    latents that this one step has changed, where `ReFL` shows it a blur. Averaged over n noisings.
+    """
+
+    n: int = 1
+    fraction: float = 1.0
+
+    def plan(self, steps: int, generator: torch.Generator | None) -> Plan:
+        late = ReFL(self.fraction).plan(steps, generator)
+        return replace(DRaFTLV(self.n).plan(steps, generator), active=late.active, stop=late.stop)
+
+
+@dataclass(frozen=True)
+class LeapAlign:
+    """LeapAlign (arXiv 2604.15311): two random steps learn, whatever the length of the chain.
+
+    The gradient goes from the video to the later step in one leap, as if there were no steps between, and from
+    there to the earlier one; both steps' latents are those of the roll-out. What passes through the later
+    denoiser call is multiplied by `discount`, against exploding gradients: 0 is DRTune's stop-gradient. (The
+    paper also gives pairs more weight whose leaps end near the roll-out's latents, which is not done here.)
+    """
+
+    discount: float = 0.5
+
+    def plan(self, steps: int, generator: torch.Generator | None) -> Plan:
+        if not 0 <= self.discount <= 1:
+            raise ValueError(f"LeapAlign's discount must lie in 0..1, got {self.discount}")
+        if steps < 2:
+            raise ValueError(f"LeapAlign needs 2 steps, the sampler takes {steps}")
+        drawn = torch.randperm(steps, generator=generator)[:2] + 1
+        return Plan(frozenset(drawn.tolist()), leap=float(self.discount))
+
+
 STRATEGIES = {
     "Last": Last,
     "Random": Random,
@@ -133,6 +187,8 @@ STRATEGIES = {
     "DRaFTLV": DRaFTLV,
     "ReFL": ReFL,
     "DRTune": DRTune,
+    "DirectAlign": DirectAlign,
+    "LeapAlign": LeapAlign,
 }
 
 
@@ -152,21 +208,26 @@ def parse_strategy(text: "str | Strategy") -> Strategy:
     Raises:
         ValueError: for an unknown name or arguments that the strategy does not take.
     """
-    if not isinstance(text, str):
-        return text
+    examples = "Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3), DirectAlign, LeapAlign"
+    return parse_call(text, STRATEGIES, "strategy", examples) if isinstance(text, str) else text
+
+
+def parse_call(text: str, kinds: Mapping[str, Callable], what: str, examples: str) -> Any:
+    """What a constructor call with literal arguments makes, or a bare name; upper or lower case.
+
+    Raises:
+        ValueError: for an unknown name or arguments that it does not take.
+    """
     try:
         node = ast.parse(text.strip(), mode="eval").body
         name = ast.unparse(node.func if isinstance(node, ast.Call) else node)
-        kinds = {key.lower(): kind for key, kind in STRATEGIES.items()}
+        known = {key.lower(): kind for key, kind in kinds.items()}
         args = [ast.literal_eval(arg) for arg in getattr(node, "args", [])]
         options = {k.arg: ast.literal_eval(k.value) for k in getattr(node, "keywords", [])}
-        return kinds[name.lower().replace("_", "")](*args, **options)
+        return known[name.lower().replace("_", "")](*args, **options)
     except (SyntaxError, AttributeError, KeyError, ValueError, TypeError) as error:
-        examples = "Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3)"
         detail = f" ({error})" if isinstance(error, TypeError) else ""
-        raise ValueError(
-            f"cannot read strategy {text!r}{detail}; write one of {examples}"
-        ) from None
+        raise ValueError(f"cannot read {what} {text!r}{detail}; write one of {examples}") from None
 
 
 @dataclass(frozen=True)

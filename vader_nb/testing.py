@@ -27,7 +27,18 @@ from .models.causal_decoder import CausalDecoder
 from .prompts import Prompt
 from .rewards import Reward, pixel_gradient, reward
 from .sampling import Sampling, initial_state, roll_out, sample
-from .strategies import DRaFTLV, DRTune, Frames, Last, Random, ReFL, Step, Strategy
+from .strategies import (
+    DirectAlign,
+    DRaFTLV,
+    DRTune,
+    Frames,
+    Last,
+    LeapAlign,
+    Random,
+    ReFL,
+    Step,
+    Strategy,
+)
 from .trainer import align
 
 PROMPTS = (
@@ -44,6 +55,8 @@ STRATEGIES = (
     DRTune(2),
     DRTune(2, stop=1),
     DRaFTLV(2),
+    DirectAlign(2),
+    LeapAlign(),
 )
 HALF = {torch.float16: 0.99, torch.bfloat16: 0.8}  # least cosine of the gradient to float64's
 
@@ -296,10 +309,11 @@ def plain_autograd(
     conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
     scheduler = model.new_scheduler(sampling)
     denoise = partial(guided, model, conditioning, sampling)
-    weights = adapter.parameters()
+    weights, states = adapter.parameters(), []
     for i, t in enumerate(scheduler.timesteps):
         n = len(scheduler.timesteps) - i  # counted from the end
         scaled = model.scale_input(scheduler, latents, t)
+        states.append(latents)
         if isinstance(strategy, (Last, Random)):
             with torch.set_grad_enabled(n <= max(plan.active)):
                 output = denoise(scaled, t)
@@ -324,11 +338,12 @@ def plain_autograd(
     for p in weights:
         p.requires_grad_(True)
     finals = [latents]
-    if isinstance(strategy, DRaFTLV):
-        t, clean = scheduler.timesteps[-1], model.with_given(latents, conditioning).detach()
-        finals = [
-            noised_again(model, sampling, denoise, t, clean, generators) for _ in range(strategy.n)
-        ]
+    if isinstance(strategy, (DRaFTLV, DirectAlign)):
+        clean = model.with_given(latents, conditioning).detach()
+        options = plan.stop, clean, generators
+        finals = [noised_again(model, sampling, denoise, *options) for _ in range(strategy.n)]
+    if isinstance(strategy, LeapAlign):
+        finals = [two_leaps(model, sampling, denoise, [*states, latents], plan)]
     texts: Any = list(prompts)
     finals = [model.with_given(final, conditioning) for final in finals]
     values = [reward(model.decode(final, chosen), texts) for final in finals]
@@ -346,12 +361,46 @@ def guided(model, conditioning, sampling, latents, t) -> torch.Tensor:
     return model.combine(outputs, t, sampling)
 
 
-def noised_again(model, sampling, denoise, t, clean, generators) -> torch.Tensor:
-    """DRaFT-LV: the final latents noised to the last step's level, and that step taken with a graph."""
+def noised_again(model, sampling, denoise, stop, clean, generators) -> torch.Tensor:
+    """DRaFT-LV: the final latents noised to the last step's level, and that step taken with a graph.
+
+    Direct-Align: to that of the step before the last `stop` ones, whose noise is then taken off again.
+    """
     scheduler = model.new_scheduler(sampling)
+    t = scheduler.timesteps[-1 - stop]
     noised = model.add_noise(scheduler, clean, t, generators)
     output = denoise(model.scale_input(scheduler, noised, t), t)
-    return model.step(scheduler, output, t, noised, eta=sampling.eta, generators=generators)
+    if not stop:
+        return model.step(scheduler, output, t, noised, eta=sampling.eta, generators=generators)
+    clean_then = model.x0(scheduler, output, t, noised)
+    (alpha, sigma), (alpha_next, sigma_next) = (
+        [float(x) for x in model.signal_and_noise(model.new_scheduler(sampling), at)]
+        for at in scheduler.timesteps[-1 - stop :][:2]
+    )
+    known, found = ((noised - alpha * x) / sigma for x in (clean, clean_then))
+    following = alpha_next * clean_then + sigma_next * found
+    return (following - sigma_next * known) / alpha_next
+
+
+def two_leaps(model, sampling, denoise, states, plan) -> torch.Tensor:
+    """LeapAlign: from the earlier step's state to the later one's, and from there to the final latents."""
+    (j, k), steps = sorted(plan.active), len(states) - 1
+    latents = states[steps - k].detach()
+    for n, landing in ((k, steps - j), (j, steps)):
+        scheduler = model.new_scheduler(sampling)
+        t = scheduler.timesteps[-n]
+        levels = model.signal_and_noise(scheduler, t)
+        passed = plan.leap * latents + (1 - plan.leap) * latents.detach()
+        output = denoise(model.scale_input(scheduler, passed, t), t)
+        clean = model.x0(scheduler, output, t, latents)
+        noise, following = (latents - levels[0] * clean) / levels[1], (1.0, 0.0)
+        if n == k:
+            following = model.signal_and_noise(
+                model.new_scheduler(sampling), scheduler.timesteps[-j]
+            )
+        landed = following[0] * clean + following[1] * noise
+        latents = states[landing].detach() + landed - landed.detach()
+    return latents
 
 
 def staged(model, adapter, reward, prompts, seeds, sampling, strategy, frames, **options):

@@ -12,11 +12,14 @@ from .strategies import Frames, Last, Strategy, parse_frames, parse_strategy
 
 BOUNDS = {
     "steps": (1, 10**9),
+    "rollout_reuse": (1, 100),
     "batch_size": (1, 10_000),
     "gradient_accumulation_steps": (1, 100_000),
     "learning_rate": (1e-38, 100),
     "lr_warmup_steps": (0, 10**9),
     "weight_decay": (0, 100),
+    "base_penalty": (0, 1e9),
+    "ema_decay": (0, 0.999999),
     "max_grad_norm": (0, 1e9),
     "rank": (1, MAX_RANK),
     "alpha": (1e-6, 1e6),
@@ -25,6 +28,7 @@ BOUNDS = {
     "checkpointing_steps": (1, 10**9),
     "checkpoints_total_limit": (1, 10**9),
     "validation_steps": (1, 10**9),
+    "early_stopping": (1, 10**9),
 }
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of mixed_precision
 
@@ -37,7 +41,10 @@ class TrainConfig:
     Strategy, frames and output_dir may be given as text.
     """
 
-    steps: int = setting(40, "optimizer steps")
+    steps: int = setting(40, "of the training: roll-outs, and an update of the adapter by them")
+    rollout_reuse: int = setting(
+        1, "updates for each roll-out: the steps that learn, alone, are taken again for each"
+    )
     batch_size: int = setting(4, "clips at once, in each process")
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step, in each process")
     learning_rate: float = setting(1e-3, "of AdamW")
@@ -45,7 +52,18 @@ class TrainConfig:
         "constant", "constant_with_warmup, linear, cosine, … as in diffusers"
     )
     lr_warmup_steps: int = setting(0, "steps in which the learning rate rises")
-    weight_decay: float = setting(0.0, "of AdamW")
+    weight_decay: float = setting(
+        0.0, "of AdamW: pulls the adapter towards zero, which is the base"
+    )
+    base_penalty: float = setting(
+        0.0,
+        "weight of the outputs' distance to the base's at the steps that learn: KL divergence where the sampler adds "
+        "noise, else mean squared difference",
+    )
+    ema_decay: float = setting(
+        0.0,
+        "the adapter is its weights' moving average over updates, with 0.99 of some 100; 0: the last",
+    )
     max_grad_norm: float = setting(1.0, "longer gradients are clipped to this norm; 0: none are")
     use_8bit_adam: bool = setting(False, "optimizer state in 8 bits, by the package bitsandbytes")
     rank: int = setting(8, "of the adapter")
@@ -56,7 +74,8 @@ class TrainConfig:
     )
     strategy: Strategy = setting(
         Last(1),
-        "which steps learn: Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3)",
+        "which steps learn: Last(1), Random(), Step(3), DRaFTLV(2), ReFL(0.25), DRTune(2, stop=3), DirectAlign, "
+        "LeapAlign",
     )
     frames: Frames = setting(
         None,
@@ -88,6 +107,11 @@ class TrainConfig:
         may_change=True,
     )
     validation_steps: int = setting(20, "steps between validations", may_change=True)
+    early_stopping: int | None = setting(
+        None,
+        "so many validations without a better one end the run, whose adapter is the best checkpoint's",
+        may_change=True,
+    )
     resume: bool | str | Path = setting(
         False,
         "true: go on from the newest checkpoint; latest: or start anew where none is; or a checkpoint's path",

@@ -6,6 +6,7 @@ Everything is drawn from generators seeded with (seed, step), so that neither a 
 number of processes draws anything else.
 """
 
+import contextlib
 import hashlib
 import importlib
 import math
@@ -22,13 +23,14 @@ from tqdm.auto import tqdm
 
 from . import checkpoints, distributed, experts, lora
 from . import prompts as prompt_sets
-from .estimators import Batch, Collected, Estimator, RewardGradient
+from .estimators import Batch, Collected, Estimator, RewardGradient, parse_estimator
 from .long_clips import LongRewardGradient, parse_segments
 from .models import VideoModel, exclusive
 from .models.base import EARLIER_STEPS, SMALL_GAIN
+from .near_base import MovingAverage
 from .prompts import Prompt
 from .rewards import Reward, as_reward
-from .sampling import NonFiniteError, Sampling
+from .sampling import NonFiniteError, Sampling, derived_seed
 from .strategies import Frames
 from .train_config import TrainConfig, check_half
 
@@ -80,7 +82,7 @@ def align(
     prompts: Sequence[str | Prompt] | str,
     *,
     adapter=None,
-    estimator: Estimator | None = None,
+    estimator: Estimator | str | None = None,
     validate: Callable[[lora.Adapter], dict[str, float]] | None = None,
     callback: Callable[[dict], None] | None = None,
     **settings,
@@ -93,7 +95,8 @@ def align(
         prompts: to train on: a list, the name of a set, or a file.
         adapter: to start from: an `Adapter` on the model, a `Run`, a path, or several by weight; default:
             a fresh one.
-        estimator: what turns a batch into a gradient; default: `RewardGradient`.
+        estimator: what turns a batch into a gradient, also as text; default: `RewardGradient`. `DDPO`, `GRPO` and
+            `DPO` take rewards without a gradient.
         validate: called every `validation_steps` with the adapter on the model. Returns named scores, which
             enter the metrics; the first one decides which checkpoint is best. See `Validation`.
         callback: called with each step's metrics.
@@ -135,7 +138,7 @@ class Trainer:
         config: TrainConfig | None = None,
         *,
         adapter=None,
-        estimator: Estimator | None = None,
+        estimator: Estimator | str | None = None,
         validate: Callable[[lora.Adapter], dict[str, float]] | None = None,
         callback: Callable[[dict], None] | None = None,
     ):
@@ -148,13 +151,16 @@ class Trainer:
         self.lock: checkpoints.FileLock | None = None
         config.validate()
         config.sampling = config.sampling.resolve(model)
-        self.estimator = estimator or default_estimator(config)
-        if config.frames is None:
-            config.frames = Frames.random(1) if self.reward.per_frame else Frames.all()
+        self.estimator = parse_estimator(estimator) or default_estimator(config)
+        if config.frames is None:  # without a gradient all of them cost little memory
+            few = self.reward.per_frame and self.estimator.needs_reward_gradient
+            config.frames = Frames.random(1) if few else Frames.all()
         if config.gradient_checkpointing is None:
             config.gradient_checkpointing = model.device.type == "cuda"
         self.reward.check_prompts([str(prompt) for prompt in self.prompts[:CHECKED_PROMPTS]])
         self.estimator.check_reward(self.reward)
+        self.check_options()
+        self.estimator.check_settings(config)
         self.reward.at_fps(model.defaults["fps"])
         self.reward.check_ready()
         # Draw once, so that a window or frames that do not fit are an error now.
@@ -167,6 +173,19 @@ class Trainer:
         given = model.given_frames(self.prompts)
         frames = config.frames.choose(config.sampling.total_frames, generator, given)
         self.reward.check_frames(len(frames))
+
+    def check_options(self) -> None:
+        """Raise ValueError for an option that could not act."""
+        config, gradients = self.config, isinstance(self.estimator, RewardGradient)
+        for name, off in {"rollout_reuse": 1, "base_penalty": 0}.items():
+            if getattr(config, name) != off and not (gradients and config.sampling.extend == 1):
+                what = "clips of one segment" if gradients else "the reward's gradient"
+                raise ValueError(f"{name}={getattr(config, name)} is for {what}: set it to {off}")
+        if config.early_stopping and self.validation is None:
+            raise ValueError(
+                f"early_stopping={config.early_stopping} needs a validation: validate=Validation(…) in Python, "
+                f"validation_steps=20 in a shell"
+            )
 
     @exclusive
     def fit(self) -> Run:
@@ -187,7 +206,7 @@ class Trainer:
         stopped = False
         with distributed.catch_signals(self.accelerator) as self.signals:
             try:
-                while state.step < config.steps:
+                while state.step < config.steps and not self.plateaued(bar):
                     self.train_step(bar)
             except KeyboardInterrupt:
                 stopped = True
@@ -206,19 +225,41 @@ class Trainer:
         self.finish()
         return Run(self.adapter, state.metrics, config.output_dir, stopped)
 
+    def plateaued(self, bar: tqdm) -> bool:
+        """Whether `early_stopping` ends the run now."""
+        patience, metrics = self.config.early_stopping, self.state.metrics
+        best = best_step(metrics) if patience else None
+        later = [
+            row["step"] for row in metrics if best and row["step"] > best and is_validated(row)
+        ]
+        if not patience or len(later) < patience:
+            return False
+        bar.write(
+            f"stopped early after step {later[-1]}: the best validation is that of step {best}"
+        )
+        return True
+
     def train_step(self, bar: tqdm) -> None:
         """One step: roll-outs, and as many optimizer updates on them as the estimator wants."""
         began = time.perf_counter()
-        try:
-            collected = self.collect(self.state.step)
-            row = self.gradients(collected)
-        except NonFiniteError as error:
-            collected, row = [], {"step": self.state.step + 1, "skipped": str(error)}
-            bar.write(f"step {self.state.step + 1} skipped: {error}")
+        rollouts: list[Iterable[Collected]] = []
+
+        def gradients(update: int) -> dict:
+            try:
+                if not update:
+                    rollouts.append(self.collect(self.state.step))
+                part = self.estimator.minibatch(rollouts[0], update)
+                return self.gradients(part, may_stop=not update)
+            except NonFiniteError as error:
+                bar.write(f"step {self.state.step + 1} skipped: {error}")
+                return {"step": self.state.step + 1, "skipped": str(error)}
+
+        first = gradients(0)
         with distributed.delay_signals():  # a step is taken and recorded, or neither
-            row = self.update(row)
-            for _ in range(self.estimator.updates_per_rollout - 1 if collected else 0):
-                row = self.update(self.gradients(collected))
+            rows = [self.update(first)]
+            while "reward" in rows[-1] and len(rows) < self.estimator.updates_per_rollout:
+                rows.append(self.update(gradients(len(rows))))
+            row = mean_row(rows)
             self.state.step += 1
             self.record(row | self.costs(time.perf_counter() - began))
             bar.update()
@@ -243,17 +284,24 @@ class Trainer:
         check_half(self.accelerator.mixed_precision, dtypes)
         scaled = self.accelerator.scaler is not None
         self.max_non_finite = MAX_NON_FINITE_SCALED if scaled else MAX_NON_FINITE
+        clips = config.batch_size * config.gradient_accumulation_steps
+        clips, group = clips * self.accelerator.num_processes, self.estimator.clips_per_prompt
+        if clips % group:
+            raise ValueError(
+                f"the {clips} clips of a step (batch_size × gradient_accumulation_steps × processes) cannot be "
+                f"divided into groups of {group} of one prompt"
+            )
         found = distributed.broadcast_from_main(self.find_checkpoint, self.accelerator)
         self.encode_texts(found[1]["step"] if found else 0)
         if distributed.shards_weights(self.accelerator):
             distributed.shard(model, self.accelerator)
         self.adapter = self.make_adapter()
         try:
+            self.estimator.setup(model, self.adapter, self.reward, config)
             self.make_optimizer()
             if found:
                 self.restore(*found)
             self.place_reward()
-            self.estimator.setup(model, self.adapter, self.reward, config)
             distributed.broadcast_from_main(
                 lambda: checkpoints.begin(config.output_dir, self.description(), self.state.step),
                 self.accelerator,
@@ -306,7 +354,7 @@ class Trainer:
             "reward_fingerprint": self.reward.fingerprint,
             "prompts": len(self.prompts),
             "prompts_checksum": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
-            "estimator": type(self.estimator).__name__,
+            "estimator": repr(self.estimator),
             "num_processes": self.accelerator.num_processes,
             **config.to_json(),
             "alpha": config.rank if config.alpha is None else config.alpha,
@@ -338,8 +386,11 @@ class Trainer:
         """AdamW, its learning rate schedule, and what accelerate wraps around them."""
         config = self.config
         self.parameters = self.adapter.parameters(self.reach.trained(self.adapter))
+        self.average = (
+            MovingAverage(self.parameters, config.ema_decay) if config.ema_decay else None
+        )
         self.optimizer = adamw(self.parameters, config)
-        self.schedule = lr_schedule(self.optimizer, config)
+        self.schedule = lr_schedule(self.optimizer, config, self.estimator.updates_per_rollout)
         self.backward = torch.Tensor.backward
         if not distributed.uses_engine(self.accelerator):
             self.optimizer = self.accelerator.prepare(self.optimizer)
@@ -360,11 +411,15 @@ class Trainer:
         self.adapter.load_state_dict(tensors, "the checkpoint")
         self.optimizer.load_state_dict(contents["optimizer"])
         self.schedule.load_state_dict(contents["schedule"])
+        if self.average:  # of a version without it: from here on
+            begun = MovingAverage(self.parameters, 0)
+            self.average.load_state_dict(contents.get("average") or begun.state_dict())
         # A process that was not there before takes the states of one that was.
         states = contents["random"]
         checkpoints.set_random_states(states[self.accelerator.process_index % len(states)])
         if contents["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(contents["scaler"])
+        self.estimator.restore(contents.get("estimator", {}))  # older checkpoints have none
         self.state = State(contents["step"], metrics, contents["non_finite"])
 
     # ------------------------------------------------------------------ one step
@@ -374,10 +429,12 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         count = accelerator.num_processes * config.gradient_accumulation_steps
         base = config.seed * 1_000_003 + step
-        generators = [torch.Generator().manual_seed(base + (i << 40)) for i in range(count)]
+        generators = [torch.Generator().manual_seed(derived_seed(base, i)) for i in range(count)]
         # The first one also draws prompts and seeds for all.
         size = (count * config.batch_size,)
-        chosen = torch.randint(len(self.prompts), size, generator=generators[0])
+        groups = (size[0] // self.estimator.clips_per_prompt,)
+        chosen = torch.randint(len(self.prompts), groups, generator=generators[0])
+        chosen = chosen.repeat_interleave(self.estimator.clips_per_prompt)
         seeds = torch.randint(2**31, size, generator=generators[0])
         # Processes that share weights must call the denoiser equally often, and so draw the same steps.
         together = distributed.shards_weights(accelerator)
@@ -387,6 +444,7 @@ class Trainer:
                 [self.prompts[j] for j in chosen[part].tolist()],
                 seeds[part].tolist(),
                 generators[i - accelerator.process_index if together else i],
+                i,
             )
 
     def collect(self, step: int) -> Iterable[Collected]:
@@ -401,8 +459,11 @@ class Trainer:
         )
         return collected
 
-    def gradients(self, collected: Iterable[Collected]) -> dict:
+    def gradients(self, collected: Iterable[Collected], may_stop: bool = True) -> dict:
         """Gradients of all micro-batches, averaged over processes and clipped; returns the step's row.
+
+        Args:
+            may_stop: nothing of this step has been taken yet.
 
         Raises:
             NonFiniteError: in every process, if one of them saw a number that is not finite.
@@ -423,6 +484,7 @@ class Trainer:
                         break
         means = mean_rewards(rows, self.reward)
         stop = bool(self.signals) or (self.config.output_dir / checkpoints.STOP).exists()
+        stop = stop and may_stop
         synced = distributed.sync_gradients(
             self.parameters, self.accelerator, means, bool(problem), stop
         )
@@ -434,18 +496,22 @@ class Trainer:
         return {
             "step": self.state.step + 1,
             **synced.values,
-            "grad_norm": self.clip(synced.values["reward"] >= self.reward.range[1] - 1e-6),
+            "grad_norm": self.clip(
+                synced.values["reward"] >= self.reward.range[1] - 1e-6, may_stop
+            ),
             "learning_rate": self.schedule.get_last_lr()[0],
             **rows[-1].info,
         }
 
-    def clip(self, at_cap: bool) -> float:
+    def clip(self, at_cap: bool, first: bool = True) -> float:
         """Clip the gradient; returns its norm before that. Raises for one that is not finite, or zero at
         the start though the reward is below its cap."""
         engine = distributed.uses_engine(self.accelerator)
         clip: Any = torch.nn.utils.clip_grad_norm_ if engine else self.accelerator.clip_grad_norm_
         norm = float(clip(self.parameters, self.config.max_grad_norm or math.inf))
-        if norm == 0 and self.state.step == 0:
+        # Scores that are all equal, as those of a judge who says yes or no may be, teach nothing yet.
+        needed = first and self.estimator.needs_reward_gradient
+        if norm == 0 and self.state.step == 0 and needed:
             what = f"the gradient of {self.reward.name!r} that reaches the adapter is zero"
             if not at_cap:
                 raise ValueError(f"{what}: nothing to learn from")
@@ -472,10 +538,16 @@ class Trainer:
         taken = "reward" in row
         if taken and not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
+            if self.average:
+                self.average.update()
         self.optimizer.zero_grad()
         self.state.non_finite = 0 if taken else self.state.non_finite + 1
         distributed.check_synchronized(self.parameters, self.accelerator, self.state.step + 1)
         return row
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """Inside, the adapter is what the run would return now."""
+        return self.average.applied() if self.average else contextlib.nullcontext()
 
     def costs(self, seconds: float) -> dict:
         """What a step took: time, clips per second in all processes, peak memory in bytes."""
@@ -509,7 +581,8 @@ class Trainer:
         """Add validation scores to the step's row: the main process's, so that all decide alike."""
         if self.validation is None:
             return
-        own = self.validation(self.adapter)
+        with self.averaged():
+            own = self.validation(self.adapter)
         scores: Any = distributed.broadcast_from_main(lambda: own, self.accelerator)
         self.journal.amend({f"validation/{name}": value for name, value in scores.items()})
 
@@ -522,13 +595,17 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": scaler and scaler.state_dict(),
+            "estimator": self.estimator.state(),
             "random": distributed.gather(checkpoints.random_states(), self.accelerator),
         }
+        if self.average:
+            contents["average"] = self.average.state_dict()
         if not self.accelerator.is_main_process:
             return True
-        saved = checkpoints.save(
-            config.output_dir, state.step, self.adapter, contents, **self.adapter_metadata()
-        )
+        with self.averaged():
+            saved = checkpoints.save(
+                config.output_dir, state.step, self.adapter, contents, **self.adapter_metadata()
+            )
         if saved:
             best = best_step(state.metrics)
             checkpoints.prune(config.output_dir, config.checkpoints_total_limit, best)
@@ -548,10 +625,12 @@ class Trainer:
         if self.state.step:
             with distributed.delay_signals():
                 self.save()
+                steps = self.settle()
                 if self.accelerator.is_main_process:
                     self.journal.flush()
                     try:
-                        self.adapter.save(folder / "adapter.safetensors", **self.adapter_metadata())
+                        metadata = self.adapter_metadata() | {"steps": steps}
+                        self.adapter.save(folder / "adapter.safetensors", **metadata)
                     except OSError as error:
                         warnings.warn(
                             f"the adapter could not be written to {folder} ({error}); it is on the model "
@@ -560,6 +639,23 @@ class Trainer:
                         )
         for tracker in self.accelerator.trackers if self.config.log_with else []:
             track(tracker.finish)
+
+    def settle(self) -> int:
+        """Leave what the run returns on the model: the last adapter, its average, or with `early_stopping` the best
+        checkpoint's. Returns its step."""
+        if self.average:
+            self.average.apply()
+
+        def read_best() -> tuple:
+            best = best_step(self.state.metrics) if self.config.early_stopping else None
+            path = checkpoints.list_checkpoints(self.config.output_dir).get(best or 0)
+            return (best, lora.read(path)[0]) if path else (self.state.step, None)
+
+        found: Any = distributed.broadcast_from_main(read_best, self.accelerator)
+        step, tensors = found
+        if tensors is not None:
+            self.adapter.load_state_dict(tensors, "the best checkpoint")
+        return step
 
 
 def mean_rewards(rows: list, reward: Reward) -> dict[str, float]:
@@ -573,6 +669,16 @@ def mean_rewards(rows: list, reward: Reward) -> dict[str, float]:
         values = [row.parts[name.removeprefix("reward/")] for row in rows]
         means[name] = torch.cat(values).mean().item()
     return means
+
+
+def mean_row(rows: list[dict]) -> dict:
+    """One row of those of a step's updates, with the means of their numbers; one that was skipped says why."""
+    taken = [row for row in rows if "reward" in row]
+    result = rows[0] | rows[-1]
+    for name in taken[-1] if len(taken) > 1 else []:
+        if isinstance(taken[-1][name], float):
+            result[name] = sum(row[name] for row in taken) / len(taken)
+    return result
 
 
 def track(call: Callable, *args, **options) -> None:
@@ -627,8 +733,8 @@ def adamw(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.op
     return torch.optim.AdamW(parameters, **options, fused=fused)
 
 
-def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig):
-    """One of diffusers' learning rate schedules. Raises ValueError for an unknown name."""
+def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int = 1):
+    """One of diffusers' learning rate schedules, for so many updates a step. Raises ValueError for an unknown name."""
     from diffusers.optimization import SchedulerType, get_scheduler
 
     usable = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
@@ -639,9 +745,13 @@ def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig):
     return get_scheduler(
         config.lr_scheduler,
         optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.steps,
+        num_warmup_steps=config.lr_warmup_steps * updates,
+        num_training_steps=config.steps * updates,
     )
+
+
+def is_validated(row: dict) -> bool:
+    return any(key.startswith("validation/") for key in row)
 
 
 def best_step(metrics: list[dict]) -> int | None:
@@ -649,7 +759,7 @@ def best_step(metrics: list[dict]) -> int | None:
 
     If a resumed run validates by another score, steps before that do not count.
     """
-    scored = [row for row in metrics if any(key.startswith("validation/") for key in row)]
+    scored = [row for row in metrics if is_validated(row)]
     if not scored:
         return None
     first = next(key for key in scored[-1] if key.startswith("validation/"))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..hub import reachable
+from .. import quantization
+from ..hub import quiet_if_embedded, reachable
 from ..tables import Table
 from .base import MODEL_LOCK, Conditioning, VideoModel, exclusive
 from .causal_decoder import DECODER_SETTINGS, CausalDecoder
@@ -62,6 +63,7 @@ class Checkpoint:
         hub: more arguments of `from_pretrained`.
         parts: hub ids of parts that are not in `source`.
         text_cache: see `load`.
+        quantize: how denoisers are quantized while they are read.
     """
 
     source: str
@@ -74,6 +76,7 @@ class Checkpoint:
     hub: dict = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
     text_cache: bool | None = None
+    quantize: quantization.Config | None = None
 
     @property
     def directory(self) -> Path | None:
@@ -263,6 +266,7 @@ def load(
     local_files_only: bool = False,
     check: bool | None = None,
     text_cache: bool | None = None,
+    quantize: str | None = None,
     **hub,
 ) -> VideoModel:
     """Load a video model, frozen and in eval mode.
@@ -280,15 +284,19 @@ def load(
             embedded models, once per process.
         text_cache: keep what the text encoder says of each text on disk (`text_files.folder()`), and read the encoder only
             for new texts, once for all that are known to come. By default where it is large, beyond 1e9 parameters.
+        quantize: "8bit" or "4bit": the denoisers' weights are kept in so many (see `vader_nb.quantization`), and an adapter is
+            in float32 as ever. Needs the package bitsandbytes.
         **hub: arguments of `from_pretrained` (revision, cache_dir, token, …).
 
     Raises:
         AssertionError: if the check finds a wrong gradient.
-        ValueError: for an unknown name or family, or `text_cache=True` where the text encoder stays in memory.
+        ValueError: for an unknown name or family, `text_cache=True` where the text encoder stays in memory, or `quantize`
+            without bitsandbytes.
         FileNotFoundError: where the weights are neither here nor within reach; it says how to get them.
     """
     device = torch.device(device or default_device())
-    checkpoint = replace(checkpoint_of(name), text_cache=text_cache)
+    quantized = quantization.config(quantize, device)
+    checkpoint = replace(checkpoint_of(name), text_cache=text_cache, quantize=quantized)
     family = family_of(checkpoint)
     if text_cache and not family.large_text_encoder:
         raise ValueError(f"text_cache=True: {str(name)!r} has no large text encoder; leave it out")
@@ -296,7 +304,8 @@ def load(
     if checkpoint.directory is None:
         hub = checkpoint.hub | {"local_files_only": local_files_only or not reachable()} | hub
     try:
-        model = family.from_pretrained(checkpoint, name=str(name), dtypes=dtypes, **hub)
+        with quiet_if_embedded(checkpoint.source):
+            model = family.from_pretrained(checkpoint, name=str(name), dtypes=dtypes, **hub)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{checkpoint.source} holds a pickle, which can run any code; convert it to safetensors first"
@@ -305,6 +314,7 @@ def load(
         if checkpoint.directory:
             raise
         raise FileNotFoundError(how_to_get(name, checkpoint)) from error
+    quantization.apply(model, quantized)
     model.to(device)
     if check or (check is None and is_unchecked_zoo(checkpoint)):
         run_check(model, checkpoint)
@@ -351,17 +361,22 @@ def part_dtypes(
 _checked: set[str] = set()  # sources of models that this process has checked
 
 
-def from_config(name: str | Path = "tiny", text_cache: bool | None = False) -> VideoModel:
+def from_config(
+    name: str | Path = "tiny", text_cache: bool | None = False, quantize: str | None = None
+) -> VideoModel:
     """A model with the architecture of a checkpoint and no weights read, for fake or meta tensors.
 
     What is made has torch's default dtype. Needs no download: for published checkpoints the family
-    knows the configuration. Parts are all there, unless `text_cache` leaves out a text encoder, see `load`.
+    knows the configuration. Parts are all there, unless `text_cache` leaves out a text encoder; `quantize`: see `load`.
 
     Raises:
-        ValueError: for an unknown name or family.
+        ValueError: for an unknown name or family, or `quantize` without bitsandbytes.
     """
+    quantized = quantization.config(quantize)
     checkpoint = replace(checkpoint_of(name), text_cache=text_cache)
-    return family_of(checkpoint).from_config(checkpoint, name=str(name))
+    model = family_of(checkpoint).from_config(checkpoint, name=str(name))
+    quantization.apply(model, quantized)
+    return model
 
 
 def table() -> Table:

@@ -25,6 +25,7 @@ from torch import nn
 
 from ..offload import CPUOffloader
 from ..prompts import Prompt
+from ..quantization import is_quantized
 
 MODEL_LOCK = threading.RLock()
 # A last step whose `last_step_gain` is smaller teaches next to nothing, and what to take instead.
@@ -460,7 +461,12 @@ class VideoModel(ABC):
 
         Raises:
             FileExistsError: if the folder is not empty.
+            ValueError: for a quantized model, whose weights are rounded.
         """
+        if is_quantized(self):
+            raise ValueError(
+                f"{self.name!r} is quantized, and would be saved with rounded weights: load it without quantize"
+            )
         folder = Path(folder).expanduser()
         if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} is not empty; choose another folder")

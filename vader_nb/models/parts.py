@@ -65,6 +65,8 @@ class ModelOfParts(VideoModel):
     @classmethod
     def read_network(cls, part: str, checkpoint, options: dict) -> nn.Module:
         """One of `networks`; options: of its `from_pretrained`."""
+        if part in cls.targets and checkpoint.quantize:
+            options = options | {"quantization_config": checkpoint.quantize}
         return cls.networks[part].from_pretrained(checkpoint.source, subfolder=part, **options)
 
     @classmethod

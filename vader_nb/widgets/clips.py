@@ -10,12 +10,22 @@ from .. import lora, prompts, zoo
 from ..lora import Adapter
 from ..models import VideoModel
 from ..models.modelscope import ModelScope
-from ..sampling import Sampling, adapter_active, denoising_step, initial_state
+from ..prompts import Prompt
+from ..sampling import (
+    Sampling,
+    adapter_active,
+    continued,
+    decode,
+    denoising_step,
+    initial_state,
+    join,
+    segment_settings,
+)
 
 
 def denoising(
     model: VideoModel,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     adapter: Adapter | None = None,
@@ -27,20 +37,23 @@ def denoising(
     The adapter, from `merged`, is on the model only during a step: a cell that runs between two
     steps finds the model as it left it.
     """
-    sampling = (sampling or Sampling()).resolve(model)
-    with torch.no_grad():
-        conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
-    scheduler: Any = model.new_scheduler(sampling)
-    steps = len(scheduler.timesteps)
-    for i, t in enumerate(scheduler.timesteps):
-        active = adapter if adapter_active(i, steps, start, end) else None
-        with torch.no_grad(), lora.use_adapter(model, active):
-            latents = denoising_step(
-                model, scheduler, latents, t, conditioning, sampling, generators
-            )
-        yield (i + 1) / (steps + 1)
-    with torch.no_grad():
-        return model.decode(latents)
+    sampling, clips = (sampling or Sampling()).resolve(model), []
+    for index in range(sampling.extend):
+        one, own = segment_settings(sampling, seeds, index)
+        conditioning, latents, generators = initial_state(model, prompts, own, one)
+        scheduler: Any = model.new_scheduler(one)
+        steps = len(scheduler.timesteps)
+        for i, t in enumerate(scheduler.timesteps):
+            active = adapter if adapter_active(i, steps, start, end) else None
+            with torch.no_grad(), lora.use_adapter(model, active):
+                latents = denoising_step(
+                    model, scheduler, latents, t, conditioning, one, generators
+                )
+            yield (index + (i + 1) / (steps + 1)) / sampling.extend
+        with torch.no_grad():
+            clips.append(decode(model, model.with_given(latents, conditioning)))
+        prompts = continued(prompts, clips[-1]) if sampling.extend > 1 else prompts
+    return join(clips)
 
 
 def merged(model: VideoModel, weights: Mapping[str | Path, float]) -> Adapter | None:
@@ -55,10 +68,9 @@ def validate_adapters(
 ) -> dict[str, str | Path]:
     """The adapters by name, default: those shipped for "tiny". Raises for one that does not fit."""
     if adapters is None:
-        own = model.world == "tiny" and isinstance(
-            model, ModelScope
-        )  # of the embedded models, only "tiny"
-        adapters = zoo.adapters() if own else {}
+        own = model.world == "tiny" and isinstance(model, ModelScope)  # the family of "tiny"
+        shipped = zoo.adapters() if own else {}
+        adapters = {name: shipped[name] for name in sorted(shipped, key=lambda name: name != "hps")}
     for path in adapters.values():
         lora.check_fits(model, path)
     return dict(adapters)

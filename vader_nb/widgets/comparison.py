@@ -14,17 +14,18 @@ from ipywidgets import HTML, ToggleButton, VBox
 from ..checkpoints import write_text
 from ..evaluation import BASE
 from ..models import VideoModel
+from ..prompts import Prompt
 from ..rewards import Reward
 from ..sampling import Sampling
 from ..video import Video
 from . import comparison_html
 from .comparison_data import Comparison
-from .comparison_html import columns, number, score_rows
+from .comparison_html import score_rows
 from .controls import FULL, choice, disable, row, switch
-from .drawing import download_link, note
+from .drawing import columns, download_link, note, number
 from .jobs import Job
 from .panel import Panel
-from .player import EMPTY, Player, pictures
+from .player import EMPTY, Player, joined, pictures
 from .voting import Pair, Tally, Vote, Votes
 
 GIVEN, HELPS, HURTS = "as given", "helps most first", "hurts most first"
@@ -62,7 +63,7 @@ class RewardComparison(Panel):
         model: VideoModel,
         adapters: Mapping[str, str | Path] | None = None,
         rewards: Sequence[Reward | Callable] | None = None,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | Prompt] | None = None,
         seed: int = 0,
         folder: str | Path = "runs/comparison",
         sampling: Sampling | None = None,
@@ -101,11 +102,11 @@ class RewardComparison(Panel):
         self.player = Player(self.data.sampling.num_frames or 1)
         self.caption, self.counts, self.saved = HTML(), HTML(), HTML()
         sweep = row(self.all_button, self.stop_button, self.order, self.adapter)
-        lines = [self.prompt, row(self.reward, self.heat), sweep, self.why]
-        self.open_box = VBox(lines, layout=FULL)
+        self.open_box = VBox([row(self.reward, self.heat), sweep, self.why], layout=FULL)
         self.ballot_box = row(*self.ballot.values(), self.tally_button)
-        views = [self.open_box, self.player.box, self.caption, self.ballot_box, self.counts]
-        self.assemble(*views, row(self.blind, self.export_button, self.saved))
+        clips = [self.prompt, self.player.box, self.caption]
+        below = [self.open_box, self.ballot_box, self.counts]
+        self.assemble(*clips, *below, row(self.blind, self.export_button, self.saved))
         self.changed()
 
     def changed(self) -> None:
@@ -130,7 +131,8 @@ class RewardComparison(Panel):
         self.why.value = note(alone or unsorted and f"sorting: {unsorted}")
         vote = f"blind vote: base or {self.adapter.value}?"
         self.blind.description = "leave the blind vote" if blind else vote
-        self.open_box.layout.display = "none" if blind else "flex"
+        for part in (self.prompt, self.open_box):
+            part.layout.display = "none" if blind else "flex"
         self.ballot_box.layout.display = "flex" if blind else "none"
 
     def _missing(self) -> int:
@@ -256,7 +258,7 @@ class RewardComparison(Panel):
 
     def _draw(self, frames: Sequence, alt: str) -> None:
         """Join clips side by side, playing and frame by frame."""
-        self._picture = comparison_html.joined(frames, self.data.model.defaults["fps"], alt)
+        self._picture = joined(frames, self.data.model.defaults["fps"], alt)
         self._images = pictures(self._picture, alt)
 
     def _switch_view(self) -> None:

@@ -11,6 +11,7 @@ from .. import prompts as prompt_sets
 from ..evaluation import BASE, named_adapters
 from ..lora import Adapter
 from ..models import VideoModel
+from ..prompts import Prompt
 from ..rewards import Reward, as_reward, parse
 from ..rewards.base import at_least_float32
 from ..sampling import Sampling
@@ -39,7 +40,7 @@ class Comparison:
         model: VideoModel,
         adapters: Mapping[str, str | Path] | None,
         rewards: Sequence[Reward | Callable] | None,
-        prompts: Sequence[str] | None,
+        prompts: Sequence[str | Prompt] | None,
         sampling: Sampling | None,
         seed: int,
     ):
@@ -50,7 +51,8 @@ class Comparison:
             raise ValueError(
                 f"a comparison takes up to {MAX_PROMPTS} prompts, got {len(given)}: give it fewer"
             )
-        self.prompts = [*dict.fromkeys(str(prompt) for prompt in given if str(prompt).strip())]
+        self.given = {str(prompt): prompt for prompt in given if str(prompt).strip()}
+        self.prompts = [*self.given]
         for reward in self.rewards.values():
             reward.check_prompts(self.prompts)
         self.adapters = clips.validate_adapters(model, adapters and named_adapters(adapters))
@@ -67,7 +69,8 @@ class Comparison:
         if name not in self.merged:
             self.merged[name] = clips.merged(self.model, {self.adapters[name]: 1.0})
         adapter = self.merged[name]
-        frames = yield from clips.denoising(self.model, [prompt], [seed], self.sampling, adapter)
+        given = [self.given[prompt]]
+        frames = yield from clips.denoising(self.model, given, [seed], self.sampling, adapter)
         return frames[0]
 
     def add(self, prompt: str, name: str) -> Job:

@@ -14,24 +14,15 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from .. import report
 from ..evaluation import BASE
 from ..stats import MIN_PROMPTS, paired_interval
-from ..video import Video, grid
 from .comparison_data import Clip, Comparison
-from .drawing import Series, chart, note, path, table
+from .drawing import Series, chart, columns, note, number, path, table
+from .player import joined
 from .voting import Tally
 
 # Contestants are told apart by color and by dashes; the base is gray. Legible on white and black.
 COLORS = ("#7d8590", "#3b82c4", "#d97706", "#2f9e6e", "#a855c7")
 DASHES = ("2 3", "", "7 3", "7 2 2 2", "4 2")
-GAP = 4  # pixels between clips
-BACKGROUND = 0.25  # their gray, which is seen beside white, gray and black clips
 HEAT = LinearSegmentedColormap.from_list("heat", ["#d9001a", "#ff8c00", "#ffff66"])
-
-
-def joined(clips: Sequence[torch.Tensor | None], fps: int, text: str) -> Video:
-    """Clips (F, 3, H, W) side by side as one video; None: an empty place, not made yet."""
-    like = next(clip for clip in clips if clip is not None)
-    filled = [torch.full_like(like, BACKGROUND) if clip is None else clip for clip in clips]
-    return Video(grid(torch.stack(filled), len(filled), GAP, BACKGROUND), fps, text)
 
 
 def heat_overlay(clip: Clip, reward: str) -> torch.Tensor:
@@ -51,18 +42,6 @@ def heat_legend(reward: str) -> str:
         f"{escape(reward)} changes with the pixel, |∂ reward / ∂ pixel|, relative to each clip's "
         "largest. It shows where the reward looks, not what it prefers.</div>"
     )
-
-
-def columns(names: Sequence[str], picture: str, rows: Sequence[Sequence] = ()) -> str:
-    """A picture with a clip per contestant, above their names and rows of cells."""
-    size = f"max-width:{256 * len(names)}px;min-width:{64 * len(names)}px"
-    fixed = "class=vader-columns style='table-layout:fixed;width:100%'"
-    body = picture + table(names, rows, fixed)
-    return f"<div class=vader-scroll><div style='{size}'>{body}</div></div>"
-
-
-def number(value: float, sign: str = "") -> str:
-    return f"{round(value, 3) + 0.0:{sign}.3f}".replace("-", "−")  # no minus zero
 
 
 def signed(difference: float) -> Markup:

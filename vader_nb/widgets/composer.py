@@ -15,11 +15,12 @@ import torch
 from ipywidgets import HTML
 
 from ..models import VideoModel
+from ..prompts import Prompt
 from ..rewards import Reward, as_reward, conflict, parse, statistics
 from ..video import Video
 from . import clips
 from .controls import beside, column, disable, row, slider, switch
-from .drawing import code, note, table
+from .drawing import code, note, number, table
 from .jobs import Job
 from .panel import Panel
 from .player import moving
@@ -47,7 +48,7 @@ class RewardComposer(Panel):
         model: Makes the clips.
         rewards: Expressions for `rewards.parse`, or rewards and expressions by name. A reward that
             is not an expression needs a Python name, under which it stands in `expression`.
-        prompts: Of the clips, two or more.
+        prompts: Of the clips, two or more; `Prompt`s where the model starts from images.
         seed: Of the first clip; those of the others follow.
 
     Attributes:
@@ -68,13 +69,14 @@ class RewardComposer(Panel):
         self,
         model: VideoModel,
         rewards: Mapping[str, Reward | Callable | str] | Sequence[str] = REWARDS,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | Prompt] | None = None,
         seed: int = 0,
     ):
         super().__init__()
         self.model = model
         prompts = clips.examples(model, CLIPS) if prompts is None else prompts
-        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self.given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
+        self.prompts = [str(prompt) for prompt in self.given]
         self.seeds = list(range(seed, seed + len(self.prompts)))
         if len(self.prompts) < 2 or not all(prompt.strip() for prompt in self.prompts):
             needed = "rewards are compared on 2 or more clips, none with an empty prompt"
@@ -170,7 +172,7 @@ class RewardComposer(Panel):
             self.jobs.finish(self._sampling)
 
     def _sampling(self) -> Job:
-        self.frames = yield from clips.denoising(self.model, self.prompts, self.seeds)
+        self.frames = yield from clips.denoising(self.model, self.given, self.seeds)
         scores = {}
         for name, reward in self.rewards.items():
             with torch.no_grad():
@@ -211,8 +213,9 @@ class RewardComposer(Panel):
         for rank, i in enumerate(self.order):
             rows = []
             for name, score in self.scores.items():
-                rows.append((name, f"{score[i]:.3g}", f"{self.added(name)[i]:+.2f}"))
-            head = f"<b>{rank + 1}. &nbsp; {self.composed()[i]:+.2f}</b>{note(self.prompts[i])}"
+                rows.append((name, f"{score[i]:.3g}", number(self.added(name)[i].item(), "+", 2)))
+            place = f"{rank + 1}. &nbsp; {number(self.composed()[i].item(), '+', 2)}"
+            head = f"<b>{place if self.used else ''}</b>{note(self.prompts[i])}"
             self.captions[i].value = head + table(("", "score", "adds"), rows, "class=vader-note")
             self.slots[i].layout.order = str(rank)
         own = ", ".join(name for name in self.own if name in self.used)
@@ -232,7 +235,7 @@ class RewardComposer(Panel):
             cells = "", UNKNOWN
             if pair in self.cosines:
                 cosine = self.cosines[pair] * (-1 if len(negative & {*pair}) == 1 else 1)
-                cells = f"{round(cosine, 2) + 0.0:+.2f}", verdict(cosine)
+                cells = number(cosine, "+", 2), verdict(cosine)
             rows.append((names, *cells))
         found = table(("gradients of", "cosine", "they"), rows)
         return f"<b>Do they pull the same way?</b>{found}{note(COSINE)}"

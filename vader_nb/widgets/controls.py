@@ -1,9 +1,21 @@
 """What panels are built from: controls with labels, and columns of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ipywidgets import HTML, Checkbox, Dropdown, FloatSlider, HBox, IntSlider, Text, VBox, Widget
+from ipywidgets import (
+    HTML,
+    Checkbox,
+    Dropdown,
+    FloatSlider,
+    HBox,
+    IntSlider,
+    Text,
+    ToggleButton,
+    ToggleButtons,
+    VBox,
+    Widget,
+)
 
 from .drawing import note
 
@@ -12,12 +24,17 @@ WIDE = {"width": "auto", "max_width": "640px"}  # of a control: one line, also o
 FULL = {"width": "100%"}
 LABEL = {"description_width": "96px"}
 LINE = {"style": LABEL, "layout": WIDE}  # of a control with a label
-FRAMES = ("random:1", "ends", "every:2", "all")  # choices of the frames that are scored
+FRAMES = {  # choices of the frames that are scored
+    "random:1": "random:1, one at random",
+    "ends": "ends: first, middle, last",
+    "every:2": "every:2, every second",
+    "all": "all",
+}
 
 
-def text(description: str, value: str) -> Text:
+def text(description: str, value: str, **options) -> Text:
     """A line of text, heard when it is finished."""
-    return Text(value, description=description, continuous_update=False, **LINE)
+    return Text(value, description=description, continuous_update=False, **LINE, **options)
 
 
 def slider(description: str, value: float, low: float, high: float, **options) -> Widget:
@@ -26,8 +43,11 @@ def slider(description: str, value: float, low: float, high: float, **options) -
     return kind(value, min=low, max=high, description=description, **LINE, **options)
 
 
-def choice(description: str, options: Sequence, value=None, width: str = "auto") -> Dropdown:
-    """A list to choose from; by default its first entry is chosen."""
+def choice(
+    description: str, options: Sequence | Mapping, value=None, width: str = "auto"
+) -> Dropdown:
+    """A list to choose from, or a mapping with its texts; by default its first entry is chosen."""
+    options = [(t, o) for o, t in options.items()] if isinstance(options, Mapping) else options
     chosen = {} if value is None else {"value": value}
     layout = WIDE | {"width": width}
     return Dropdown(options=options, description=description, **chosen, style=LABEL, layout=layout)
@@ -52,6 +72,19 @@ def beside(*columns: Widget) -> HBox:
     return HBox(columns, layout=FULL | look)
 
 
+def fold(description: str, *children: Widget) -> VBox:
+    """A button that shows and hides widgets, at first hidden. Unlike ipywidgets' accordion, it is in the tab order."""
+    button = ToggleButton(
+        value=False, description=description, icon="sliders", layout={"width": "auto"}
+    )
+    inside = VBox(children, layout=FULL | {"display": "none"})
+    button.observe(
+        lambda change: setattr(inside.layout, "display", "flex" if change["new"] else "none"),
+        "value",
+    )
+    return VBox([button, inside], layout=FULL)
+
+
 def disable(why: str, *controls, remark: HTML | None = None) -> None:
     """Disable controls and say why, in their tooltips and in `remark`; an empty reason enables."""
     for item in controls:
@@ -65,10 +98,12 @@ def disable(why: str, *controls, remark: HTML | None = None) -> None:
 
 def set_value(name: str, control: Any, value) -> None:
     """Set a control. Raises ValueError for a value that it does not offer."""
-    if isinstance(control, Dropdown):
+    if isinstance(control, Dropdown | ToggleButtons):
         offered = [option[1] if isinstance(option, tuple) else option for option in control.options]
         if value not in offered:
             raise ValueError(f"{name} must be one of {', '.join(map(str, offered))}; got {value!r}")
     elif hasattr(control, "max") and not control.min <= value <= control.max:
         raise ValueError(f"{name} must lie in {control.min:g}..{control.max:g}, got {value}")
+    elif isinstance(control, Text) and (value is None or isinstance(value, int | float)):
+        value = "" if value is None else f"{value:g}"  # a number that need not be given
     control.value = value

@@ -37,6 +37,18 @@ def table(head: Iterable, rows: Iterable[Iterable], look: str = "") -> str:
     return f"<div class=vader-scroll><table {look}>{lines}</table></div>"
 
 
+def columns(names: Sequence[str], picture: str, rows: Sequence[Sequence] = ()) -> str:
+    """A picture with a clip per contestant, above their names and rows of cells."""
+    size = f"max-width:{256 * len(names)}px;min-width:{64 * len(names)}px"
+    fixed = "class=vader-columns style='table-layout:fixed;width:100%'"
+    body = picture + table(names, rows, fixed)
+    return f"<div class=vader-scroll><div style='{size}'>{body}</div></div>"
+
+
+def number(value: float, sign: str = "", digits: int = 3) -> str:
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")  # no minus zero
+
+
 def data_url(data: bytes, kind: str) -> str:
     """An address that holds data of a kind such as "image/png", for an <img> or a link."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
@@ -124,15 +136,18 @@ def chart(
     left, right = x_range or (min(points)[0], max(points)[0])
     low, high = min(y for _, y in points), max(y for _, y in points)
 
+    labels = {y: f"{y + 0.0:.3g}".replace("-", "−") for y in (low, (low + high) / 2, high)}
+    margin = max(42.0, 8 + 6.5 * max(map(len, labels.values())))
+
     def place(x: float, y: float) -> tuple[float, float]:
         along = (x - left) / (right - left) if right > left else 0.5
         up = (y - low) / (high - low) if high > low else 0.5
-        return 42 + along * (width - 52), height - 20 - up * (height - 42)
+        return margin + along * (width - margin - 10), height - 20 - up * (height - 42)
 
-    for value in dict.fromkeys((low, (low + high) / 2, high)):
+    for value, text in labels.items():
         y = place(left, value)[1]
-        parts.append(path([(42, y), (width - 10, y)], stroke="currentColor", opacity=0.2))
-        parts.append(words(38, y + 4, f"{value:.3g}", 10, "end", opacity=0.75))
+        parts.append(path([(margin, y), (width - 10, y)], stroke="currentColor", opacity=0.2))
+        parts.append(words(margin - 4, y + 4, text, 10, "end", opacity=0.75))
     parts.append(words(4, height - 3, x_label, 10, opacity=0.75))
     for x in dict.fromkeys((left, right)):
         parts.append(words(place(x, low)[0], height - 3, f"{x:g}", 10, "middle", opacity=0.75))

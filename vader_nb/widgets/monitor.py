@@ -28,7 +28,7 @@ from ..sampling import Sampling, sample
 from ..trainer import Run, best_step
 from ..video import Video, grid
 from .controls import LINE, beside, column, disable, row
-from .drawing import Series, chart, image, note
+from .drawing import Series, chart, code, image, note
 from .jobs import running
 from .panel import Panel
 from .player import Player, pictures
@@ -36,6 +36,7 @@ from .player import Player, pictures
 REDRAWS = 4  # per second while a cell trains: some pages cannot take more
 POLL = 1.0  # seconds between two looks at a folder
 SILENT = 120  # seconds without a step after which a run may be dead
+START = "run = align(model, reward, prompts, output_dir=monitor.folder, **monitor.hooks)"
 SEEDS = 2  # clips per prompt; diversity needs two
 NONE = "none yet"
 DESCRIPTIONS = ("diversity", "motion")  # they describe the clips, and are no rewards
@@ -65,7 +66,7 @@ class TrainingMonitor(Panel):
     """
 
     title = "Training monitor"
-    hint = "Start the run in a cell with **monitor.hooks: curves and clips follow it here."
+    hint = "Start a run in another cell: its curves and clips appear here while it trains."
 
     def __init__(
         self,
@@ -99,14 +100,13 @@ class TrainingMonitor(Panel):
         self._task: asyncio.Task | None = None
         self.state, self.curves, self.caption = HTML(), HTML(), HTML()
         self.stop_button = self.button("stop and keep", "stop", 150, self.stop)
-        self.refresh_button = self.button("refresh", "refresh", 100, self.refresh)
         self.step = SelectionSlider(options=[NONE], description="clips of step", **LINE)
         self.on(self._show_clips, self.step)
         self.player = Player(model.defaults["num_frames"] if model else 1)
-        self.progress.description = "steps"
-        clips = column(self.step, self.player.box, self.caption, max_width="480px")
-        buttons = row(self.stop_button, self.refresh_button, self.why)
-        self.assemble(self.state, buttons, beside(column(self.curves, flex="2 1 300px"), clips))
+        self.clips = column(self.step, self.player.box, self.caption, max_width="480px")
+        buttons = row(self.stop_button, self.why)
+        pictures = beside(column(self.curves, flex="2 1 300px"), self.clips)
+        self.assemble(self.state, buttons, pictures)
         try:
             self.refresh()
         except Exception as error:  # an odd folder: the panel says so, and follows what comes
@@ -210,6 +210,7 @@ class TrainingMonitor(Panel):
         self.state.value = self._state(self.folder)
         self.curves.value = flow(self._charts().values())
         saved = [str(step) for step in self._saved_clips()] or [NONE]
+        self.clips.layout.display = "none" if saved == [NONE] else "flex"
         if list(self.step.options) != saved:
             at_newest = self.step.index == len(self.step.options) - 1
             chosen = saved[-1] if at_newest or self.step.value not in saved else self.step.value
@@ -224,7 +225,8 @@ class TrainingMonitor(Panel):
     def _state(self, place: Path | str) -> str:
         """The state of the run in words; `place` is how its folder is named."""
         if self.shown == "waiting":
-            return f"<div><b>waiting</b> for the first step of {escape(str(place))}</div>"
+            start = code(START) if self.model else ""
+            return f"<div><b>waiting</b> for the first step of {escape(str(place))}</div>{start}"
         lines = [f"step {self._step()} of {self._total_steps()} · {place}"]
         if best := best_step(self.rows):
             lines[0] += f" · best held-out at step {best}"
@@ -244,6 +246,8 @@ class TrainingMonitor(Panel):
 
     def _charts(self) -> dict[str, str]:
         """The curves by their titles."""
+        if not self.rows:
+            return {}
         titles = {"reward": "reward, trained on"}
         for key in (key for r in self.rows for key in r if key.startswith("validation/")):
             name = key.removeprefix("validation/")
@@ -266,8 +270,7 @@ class TrainingMonitor(Panel):
         self.caption.value = note(f"from left to right, {SEEDS} seeds each: {' · '.join(prompts)}")
 
     def to_html(self) -> str:
-        charts = self._charts() if self.rows else {}
-        curves = flow(image(drawing, title) for title, drawing in charts.items())
+        curves = flow(image(drawing, title) for title, drawing in self._charts().items())
         clips = self.player.pages.children[0].value if self.step.value != NONE else ""
         clips = f"<div style='max-width:420px'>{clips}</div>{self.caption.value}"
         return f"{self._state(self.folder.name)}{curves}{clips}"

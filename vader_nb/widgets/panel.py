@@ -1,20 +1,38 @@
 """What all panels share: a frame with a place for errors, named settings, a still picture."""
 
 import contextlib
-import sys
+import os
 from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from IPython.display import display
 from ipywidgets import HTML, Button, FloatProgress, VBox, Widget
 
-from .controls import FULL, LINE, set_value
+from .controls import FULL, set_value
 from .drawing import note
 from .jobs import Jobs
 
 STYLE = Path(__file__).with_name("panel.css.j2").read_text(encoding="utf-8")
 VIEW = "application/vnd.jupyter.widget-view+json"
+# ipywidgets gives the handle of a slider no accessible name: that of its label. A page that runs no
+# such code has all but these names.
+NAMES = """
+const root = this.closest('.vader'), name = () => root.querySelectorAll(
+  '.noUi-handle, .ui-slider-handle').forEach(handle => {
+    const label = handle.closest('.widget-slider').querySelector('.widget-label')
+    if (label && label.textContent) handle.setAttribute('aria-label', label.textContent)
+  })
+new MutationObserver(name).observe(root, {childList: true, subtree: true}), name()
+"""
+# The picture of a panel stands under the widget, which hides it. Where there is no widget, because
+# its kernel is gone, the picture is seen, and Jupyter's remark that it finds no widget is not.
+STILL = (
+    "<style>:has(+ * .vader-still) > .jp-OutputArea-output.jupyter-widgets:not(:has(*)) {{ display: none }}</style>"
+    "<div class='vader-still vader-still-{id}'>"
+    "<p><em>A stored picture. Run this cell again to use its controls.</em></p>{picture}</div>"
+)
 
 
 class Panel:
@@ -33,8 +51,8 @@ class Panel:
         self.settings: dict[str, Any] = settings
         self.error: Exception | None = None
         self.remark, self.why = HTML(), HTML()
-        self.progress = FloatProgress(min=0, max=1, description="working", **LINE)
-        self.progress.layout.visibility = "hidden"
+        bar = {"width": "auto", "height": "10px", "visibility": "hidden"}
+        self.progress = FloatProgress(min=0, max=1, layout=bar)
         self.jobs = Jobs(self.busy, self.waiting, self.failed)
         self._quiet = False
 
@@ -45,10 +63,12 @@ class Panel:
 
     def assemble(self, *children: Widget) -> None:
         """Put the panel together, once its parts are made."""
-        title = f"<div class=vader-title>{escape(self.title)}</div>{note(self.hint)}"
-        head = HTML(f"<style>{STYLE}</style>{title}")
-        self.box = VBox([head, *children, self.progress, self.remark], layout=FULL)
+        head = HTML()
+        self.box = VBox([head, self.progress, self.remark, *children], layout=FULL)
         self.box.add_class("vader")
+        style = f"{STYLE}.vader-still-{self.box.model_id} {{ display: none }}"
+        title = f"<div class=vader-title>{escape(self.title)}</div>{note(self.hint)}"
+        head.value = f'<style onload="{escape(NAMES)}">{style}</style>{title}'
 
     def button(self, description: str, icon: str, width: int, press: Callable, style="") -> Button:
         """A button that calls press()."""
@@ -136,18 +156,23 @@ class Panel:
         """The panel as a still picture."""
         raise NotImplementedError
 
-    def _repr_mimebundle_(self, **_):
-        bundle = {"text/plain": repr(self)}
+    def bundles(self) -> list[dict]:
+        """What a notebook shows, by MIME type: the widget, and the picture that it hides."""
         try:
             self.prepare()
             picture = self.to_html()
         except Exception as error:  # shown in the panel, which has the controls to fix it
             self.failed(error)
             picture = self.remark.value
-        if "google.colab" not in sys.modules:  # Colab could prefer the picture to the widget
-            bundle["text/html"] = picture
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        return bundle | {VIEW: view}
+        still = STILL.format(id=self.box.model_id, picture=picture)
+        return [{VIEW: view}, {"text/plain": repr(self), "text/html": still}]
+
+    def _ipython_display_(self) -> None:
+        for bundle in self.bundles():
+            # A page of Voila's lives no longer than its kernel.
+            if VIEW in bundle or "voila" not in os.environ.get("SERVER_SOFTWARE", ""):
+                display(bundle, raw=True)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.hint}"

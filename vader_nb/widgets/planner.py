@@ -16,7 +16,7 @@ from .jobs import Job
 from .panel import Panel, remember
 
 ASKED = ("model", "reward", "gpu_memory")  # the controls that are no settings of the step
-DEFAULT = ("default of the model", 0)  # of a size
+DEFAULT = {0: "default of the model"}  # of a size
 PIXELS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 768, 1024)
 LENGTHS = (1, 4, 8, 12, 16, 24, 32, 48, 64)
 MAX_STEPS = 50  # of a directory that does not say how many are usual
@@ -52,9 +52,9 @@ class MemoryPlanner(Panel):
         is_per_frame(str(model), reward)
         if gpu_memory not in GPUS:
             raise ValueError(f"unknown GPU {gpu_memory!r}; choose one of {', '.join(GPUS)}")
-        gpus = [(f"{name}, {size:g} GiB", name) for name, size in GPUS.items()]
-        pixels = [DEFAULT, *((f"{n} pixels", n) for n in PIXELS)]
-        lengths = [DEFAULT, *((str(n), n) for n in LENGTHS)]
+        gpus = {name: f"{name}, {size:g} GiB" for name, size in GPUS.items()}
+        pixels = DEFAULT | {n: f"{n} pixels" for n in PIXELS}
+        lengths = DEFAULT | {n: str(n) for n in LENGTHS}
         super().__init__(
             model=choice("model", list(dict.fromkeys([*CHECKPOINTS, str(model)])), str(model)),
             reward=text("reward", reward),

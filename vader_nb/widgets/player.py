@@ -8,30 +8,81 @@ import io
 from collections.abc import Sequence
 from html import escape
 
+import torch
 from ipywidgets import HTML, SelectionSlider, Tab, VBox, jslink
+from PIL import Image
+from torch.nn.functional import interpolate
 
-from ..video import Video
+from ..video import SMALL, Video, grid
 from .controls import FULL, LINE
 from .drawing import data_url, note
 
 EMPTY = note("no clip yet")
+GAP = 4  # pixels between clips
+WIDEST = 1920  # pixels of clips side by side: players of H.264 take no more than some 4000
+SHOWN = 640  # pixels of a single frame of a large clip
+BACKGROUND = 0.25  # their gray, which is seen beside white, gray and black clips
+
+
+def joined(clips: Sequence[torch.Tensor | None], fps: float, text: str) -> Video:
+    """Clips (F, 3, H, W) side by side as one video; None: an empty place, not made yet."""
+    fitted = [clip if clip is None else fit(clip, WIDEST // len(clips)) for clip in clips]
+    like = next(clip for clip in fitted if clip is not None)
+    filled = [torch.full_like(like, BACKGROUND) if clip is None else clip for clip in fitted]
+    return Video(grid(torch.stack(filled), len(filled), GAP, BACKGROUND), fps, text)
+
+
+def fit(frames: torch.Tensor, width: int) -> torch.Tensor:
+    """Frames (F, 3, H, W), made smaller where they are wider than that."""
+    height = round(frames.shape[2] * width / frames.shape[3])
+    wide = frames.shape[3] > width
+    return interpolate(frames.float(), (height, width), mode="area") if wide else frames
+
+
+def encoded(image: Image.Image, kind: str = "png") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def segments(lengths: Sequence[int], frame: int = 0) -> str:
+    """The segments of a long clip as a line, so that its seams are seen; bold: that of `frame`, counted from 1."""
+    if len(lengths) < 2:
+        return ""
+    line, end = "", 0
+    for number, length in enumerate(lengths, 1):
+        tag = "b" if end < frame <= end + length else "span"
+        end += length
+        line += f"<{tag} style='flex:{length}'>segment {number}, to frame {end}</{tag}>"
+    return f"<div class=vader-segments>{line}</div>"
+
+
+def still(image: Image.Image, alt: str, kind: str) -> str:
+    source = data_url(encoded(image, kind), f"image/{kind}")
+    return f'<img class=vader-frame src="{source}" alt="{escape(alt)}">'
 
 
 def moving(video: Video, alt: str) -> str:
-    """The clip as an <img> that plays."""
+    """The clip as an element that plays: a GIF, or H.264 for a large one, with a frame where that does not play."""
+    if is_large(video):
+        source = data_url(video.encoded(".mp4"), "video/mp4")
+        poster = data_url(encoded(Video(video.frames[:1]).images()[0], "jpeg"), "image/jpeg")
+        look = "class=vader-frame autoplay loop muted playsinline"
+        return f'<video {look} src="{source}" poster="{poster}" aria-label="{escape(alt)}"></video>'
     source = data_url(video.encoded(".gif"), "image/gif")
     return f'<img class=vader-frame src="{source}" alt="{escape(alt)}">'
 
 
+def is_large(video: Video) -> bool:
+    return video.frames[:, 0].numel() >= SMALL
+
+
 def pictures(video: Video, alt: str) -> list[str]:
-    """The clip as an <img> that plays, then each of its frames."""
-    found = [moving(video, alt)]
-    for number, image in enumerate(video.images(), 1):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        source, text = data_url(buffer.getvalue(), "image/png"), f"{alt}, frame {number}"
-        found.append(f'<img class=vader-frame src="{source}" alt="{escape(text)}">')
-    return found
+    """The clip as an element that plays, then each of its frames; those of a large clip are JPEGs as wide as a panel shows."""
+    kind = "jpeg" if is_large(video) else "png"
+    images = Video(fit(video.frames, SHOWN)).images() if is_large(video) else video.images()
+    frames = [still(image, f"{alt}, frame {i}", kind) for i, image in enumerate(images, 1)]
+    return [moving(video, alt), *frames]
 
 
 class Player:

@@ -7,62 +7,38 @@ sampler.run(prompt="…", seed=3, scale=0.7)            the same from Python: a 
 import itertools
 import random
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from ipywidgets import HTML, FloatRangeSlider, IntText, VBox
+import torch
+from ipywidgets import HTML, BoundedIntText, FloatRangeSlider, VBox, Widget
 
-from .. import zoo
+from ..evaluation import BASE
+from ..long_clips import segment_of_frames
 from ..models import VideoModel
-from ..sampling import Sampling
 from ..video import Video
-from . import clips
-from .controls import LABEL, LINE, beside, choice, column, disable, row, slider, switch, text
-from .drawing import code, download_link, note
+from . import clips, families
+from .controls import LABEL, LINE, beside, choice, column, disable, fold, row, slider, switch, text
+from .drawing import code, columns, download_link, note
 from .jobs import Job
-from .panel import Panel
-from .player import Player, moving, pictures
+from .panel import Panel, remember
+from .player import Player, fit, joined, moving, pictures, segments
+from .request import NONE, Request, as_image
+from .start_image import StartImage
 
-NONE = "none (base model)"
-HISTORY = 8  # clips that are kept to go back to
-
-
-@dataclass(frozen=True)
-class Request:
-    """The settings of a clip."""
-
-    prompt: str
-    seed: int = 0
-    num_inference_steps: int = 10
-    guidance_scale: float = 2.0
-    adapter: str = NONE  # a name of the panel's adapters or `NONE`
-    scale: float = 1.0  # 0 to 1.5
-    second: str = NONE
-    second_scale: float = 0.5
-    start: float = 0.0  # the part of the denoising in which the adapters act
-    end: float = 1.0
-
-    def weights(self) -> dict[str, float]:
-        """The adapters that act, by name. A second one acts only beside a first."""
-        if self.adapter == NONE:
-            return {}
-        # The same adapter twice counts once, with the first scale.
-        chosen = {self.second: self.second_scale, self.adapter: self.scale}
-        return {n: chosen[n] for n in (self.adapter, self.second) if n != NONE and chosen[n]}
-
-    def __str__(self) -> str:
-        weights = self.weights()
-        how = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items()) or "base"
-        if weights and (self.start, self.end) != (0, 1):
-            how += f", acting {self.start:.0%} to {self.end:.0%}"
-        steps, guidance = self.num_inference_steps, self.guidance_scale
-        return f"{how} · seed {self.seed} · {steps} steps · guidance {guidance:g}"
+HISTORY = 8  # clips that are kept to go back to, fewer if they are large
+MEMORY = 2e9  # bytes that these clips take at most, and those of the base model beside them
+SEEDS = 2**31 - 1  # the largest
+SAME = "Left, the base model; right, the same noise with an adapter that a reward has trained."
 
 
 class Sampler(Panel):
-    """A clip of a prompt, sampled again whenever a control changes.
+    """A clip of a prompt, sampled again whenever a control changes; with an adapter, beside the base model's.
+
+    It has the controls that the model's family has: an image to start from, a negative prompt, segments of a long clip,
+    and options such as `fps` or `motion_bucket_id`, by their names in `Sampling`.
 
     Args:
         model: What makes the clips.
@@ -86,58 +62,86 @@ class Sampler(Panel):
     ):
         self.model, self.folder = model, Path(folder)
         self.adapters = clips.validate_adapters(model, adapters)
-        self.history: deque[tuple[Request, Video]] = deque(maxlen=HISTORY)
+        self.history: deque[tuple[Request, Video, dict]] = deque(maxlen=HISTORY)
+        self._bases: dict[Request, Video] = {}  # the base model's clips
+        self._shown: tuple[list[str], Video]  # names and clips side by side
         self._merged = (None, None)  # weights by path, and the adapter that is their sum
         steps, guidance = model.defaults["num_inference_steps"], model.defaults["guidance_scale"]
         names, late = [NONE, *self.adapters], {"continuous_update": False}
         fine = late | {"step": 0.05}
+        own = families.controls(model)
+        seed = {"min": 0, "max": SEEDS, "style": LABEL, "layout": {"width": "220px"}}
         super().__init__(
             prompt=text("prompt", prompt or clips.examples(model, 1)[0]),
-            seed=IntText(0, description="seed", style=LABEL, layout={"width": "220px"}),
+            seed=BoundedIntText(0, description="seed", **seed),
             num_inference_steps=slider("steps", steps, 1, max(50, steps), **late),
-            guidance_scale=slider("guidance", float(guidance), 1, 15, step=0.5, **late),
+            guidance_scale=slider("guidance", float(guidance), 1, 15, step=0.25, **late),
             adapter=choice("adapter", names, names[:2][-1]),
             scale=slider("scale", 1.0, 0, 1.5, **fine),
             second=choice("mixed with", names),
             second_scale=slider("its scale", 0.5, 0, 1.5, **fine),
+            **own,
         )
         part = {"description": "adapter acts", "min": 0, "max": 1, "readout_format": ".0%"}
         self.part = FloatRangeSlider(value=(0, 1), **part, **fine, **LINE)
-        self.lock = switch("keep the seed when the prompt changes", True)
+        self.part.add_class("vader-range")
+        self.beside = switch("base model beside the adapter", bool(self.adapters))
         self.format = choice("save as", [".mp4", ".gif", ".webp"], width="210px")
         self.dice = self.button("new seed", "random", 110, self.roll)
         self.save_button = self.button("save", "download", 90, self.save)
+        self.first = StartImage(self, model, self._last_frame, self._sample)
         self.player = Player(model.defaults["num_frames"])
-        self.caption, self.listing, self.saved = HTML(), HTML(), HTML()
+        self.words, self.saved, self.caption, self.listing = HTML(), HTML(), HTML(), HTML()
         self._slots = [self._slot(index) for index in range(HISTORY)]
-        box, seed, *others = self.settings.values()
-        self.on(self._new_prompt, box)
-        self.on(self._sample, seed, *others, self.part)
-        controls = [box, row(seed, self.dice), self.lock, *others, self.part, self.why]
-        clip = column(self.player.box, self.caption, flex="1 1 260px", max_width="340px")
+        self.on(self._sample, *self.settings.values(), self.part, self.beside)
+        self._arrange(own)
+        self.changed()
+
+    def _arrange(self, own: Mapping[str, Widget]) -> None:
+        s = self.settings
+        acting = [s["adapter"], s["scale"]] if self.adapters else []
+        mixing = [s["second"], s["second_scale"], self.part, self.beside] if self.adapters else []
+        more = fold("more settings", *own.values(), *mixing)
+        plain = row(s["seed"], self.dice), s["num_inference_steps"], s["guidance_scale"]
+        controls = column(*plain, *acting, self.why, more, flex="2 1 270px")
+        wide = "560px" if self.adapters else "340px"
+        clip = column(self.player.box, self.caption, flex="3 1 260px", max_width=wide)
         self.assemble(
-            beside(column(*controls, flex="2 1 330px", max_width="600px"), clip),
+            s["prompt"],
+            self.words,
+            self.first.box,
+            beside(clip, controls),
             row(self.format, self.save_button, self.saved),
             self.listing,
             row(*self._slots, align="flex-start"),
         )
-        self.changed()
 
     def _slot(self, index: int) -> VBox:
         """A place in the history strip, made once and filled again, so that nothing piles up."""
         again = self.button("back to this", "", 120, lambda: self.back(index))
         layout = {"width": "130px", "display": "none", "margin": "4px"}
-        return VBox([HTML(), again], layout=layout)
+        return VBox([HTML(), again, HTML()], layout=layout)
+
+    def _controls(self) -> dict[str, Any]:
+        """What `set` takes to come back to the settings."""
+        start, end = self.part.value
+        return self.values() | {"start": start, "end": end, "image": self.first.data}
 
     @property
     def request(self) -> Request:
         """The settings in the controls."""
-        start, end = self.part.value
-        values = self.values() | {"start": start, "end": end}
+        values = self._controls()
         for name, value in values.items():
             if isinstance(value, float):
                 values[name] = round(value, 4)  # a slider's steps add up to 0.30000000000000004
-        return Request(**values)
+        options = []
+        for name, default in self.model.sampling_options.items():
+            value = values.pop(name)
+            if isinstance(value, str):
+                value = families.number_or_none(name, value)
+            if value != default:
+                options.append((name, value))
+        return Request(**values, options=tuple(options))
 
     @property
     def video(self) -> Video | None:
@@ -156,9 +160,12 @@ class Sampler(Panel):
             raise ValueError(
                 f"an adapter acts from start to end, 0 <= start < end <= 1; got {start:g}, {end:g}"
             )
+        image = changes.pop("image", self.first.data)
         super().set(**changes)
         with self.quiet():
             self.part.value = (start, end)
+        self.first.set(image)
+        self.changed()
 
     def run(self, **changes) -> Video:
         """Set controls by name, as `set` does, and sample a clip now."""
@@ -173,17 +180,16 @@ class Sampler(Panel):
     def back(self, index: int) -> None:
         """Show a clip of the history again, with its settings; 0 is the newest."""
         entry = self.history[index]
-        self.set(**vars(entry[0]))
+        self.set(**entry[2])
         self.jobs.give_up()
         del self.history[index]
         self.history.appendleft(entry)
         self._show()
 
-    def _new_prompt(self) -> None:
-        if self.lock.value:
-            self._sample()
-        else:
-            self.roll()
+    def _last_frame(self) -> torch.Tensor:
+        if self.video is None:
+            raise ValueError("there is no clip yet to go on from")
+        return self.video.frames[-1]
 
     def _sample(self) -> None:
         self.changed()
@@ -200,82 +206,113 @@ class Sampler(Panel):
         elif first == second:
             why = "Mixing needs two different adapters."
         mixing = first != NONE and second not in (NONE, first)
-        disable("" if self.adapters else why, self.adapter)
+        disable("" if self.adapters else why, self.adapter, self.beside)
         choose = "choose an adapter first" if first == NONE else ""
         disable(choose, self.scale, self.second, self.part)
         disable("" if mixing else "choose a second adapter", self.second_scale)
         self.why.value = note(why)
+        self._tell()
 
-    def _job(self) -> Job:
-        request = self.request
-        if not request.prompt.strip():
-            raise ValueError("the prompt is empty: type what the clip should show")
-        weights = {self.adapters[name]: weight for name, weight in request.weights().items()}
+    def _tell(self) -> None:
+        """What the model makes of these settings, as far as it is known before."""
+        strange = families.unknown(self.model, self.prompt.value)
+        remark = f"<div class=vader-remark role=status>{escape(strange)}</div>" if strange else ""
+        self.words.value = remark + note(families.vocabulary(self.model))
+        guided = families.guides(self.model, self.request.sampling)
+        acting = [self.settings[n] for n in families.GUIDED if n in self.settings]
+        disable("" if guided else "guidance is off: nothing is pushed away", *acting)
+
+    def _made(self, request: Request) -> Generator[float, None, Video]:
+        """Sample a clip."""
+        weights = {self.adapters[name]: weight for name, weight in request.weights.items()}
         if self._merged[0] != weights:
             self._merged = weights, clips.merged(self.model, weights)
-        sampling = Sampling(request.num_inference_steps, request.guidance_scale)
-        asked = [request.prompt], [request.seed], sampling, self._merged[1]
+        asked = [request.given], [request.seed], request.sampling, self._merged[1]
         frames = yield from clips.denoising(self.model, *asked, request.start, request.end)
-        video = Video(frames[0], self.model.defaults["fps"], request.prompt)
-        self.history.appendleft((request, video))
+        return Video(frames[0], self._fps(request), request.prompt)
+
+    def _fps(self, request: Request) -> float:
+        """Of the clip: what the model was told, as far as it is not its default."""
+        told = self.model.sampling_options.get("fps", 1)
+        return self.model.defaults["fps"] * dict(request.options).get("fps", told) / told
+
+    def _job(self) -> Job:
+        request, controls = self.request, self._controls()
+        base = request.base
+        if not request.prompt.strip():
+            raise ValueError("the prompt is empty: type what the clip should show")
+        if self._has_base(request) and base not in self._bases:
+            remember(self._bases, base, (yield from self._made(base)), HISTORY)
+        video = yield from self._made(request)
+        most = max(1, min(HISTORY, int(MEMORY // video.frames.nbytes)))
+        if base in self._bases or request == base:
+            remember(self._bases, base, self._bases.get(base, video), most)
+        self.history.appendleft((request, video, controls))
+        while len(self.history) > most:
+            self.history.pop()
         self._show()
 
+    def _has_base(self, request: Request) -> bool:
+        """Whether the base model's clip stands beside that of a request."""
+        return self.beside.value and bool(request.weights)
+
     def _show(self) -> None:
-        request, video = self.history[0]
-        self.player.show(pictures(video, f"clip of: {request.prompt}"))
-        self.caption.value = f"<b>{escape(request.prompt)}</b>{note(str(request))}"
+        request, video, _ = self.history[0]
+        base = self._bases.get(request.base) if self._has_base(request) else None
+        shown, names, alt = video, [], f"clip of: {request.prompt}"
+        if base is not None:
+            names, alt = [BASE, request.how], f"base and {request.how}: {request.prompt}"
+            shown = joined([base.frames, video.frames], video.fps, request.prompt)
+        self._shown = names, shown
+        sampling = request.sampling.resolve(self.model)
+        places = segment_of_frames(sampling)
+        lengths = [places.count(index) for index in range(sampling.extend)]
+        pages = []
+        for frame, image in enumerate(pictures(shown, alt)):
+            pages.append((columns(names, image) if names else image) + segments(lengths, frame))
+        self.player.show(pages)
+        frames, _, height, width = video.frames.shape
+        size = f"{frames} frames of {width} x {height}, at {video.fps:g} per second"
+        told = [f"{request} · {size}", SAME if names else ""]
+        told.append(families.experts_at_work(self.model, sampling))
+        self.caption.value = f"<b>{escape(request.prompt)}</b>{''.join(map(note, told))}"
         summary = f"<summary>as code</summary>{note('one click selects all of it')}"
         self.listing.value = f"<details>{summary}{code(self.code)}</details>"
         self.saved.value = ""
-        for slot, (request, video) in zip(self._slots, self.history):
-            picture, again = slot.children
-            caption = f"<figcaption>{escape(str(request))}</figcaption>"
+        for slot, (request, video, _) in zip(self._slots, self.history):
+            picture, again, caption = slot.children
             alt = f"{request.prompt} · {request}"
-            picture.value = f"<figure>{moving(video, alt)}{caption}</figure>"
+            picture.value = moving(Video(fit(video.frames, 128), video.fps), alt)
+            caption.value = note(alt)
             again.tooltip = f"show this clip again: {alt}"
             slot.layout.display = "flex"
+        for slot in self._slots[len(self.history) :]:
+            slot.layout.display = "none"
 
     @property
     def code(self) -> str:
         """Python that samples the clip that is shown, without this panel."""
         request = self.history[0][0] if self.history else self.request
-        steps, guidance = request.num_inference_steps, request.guidance_scale
-        call = f"{request.prompt!r}, seeds={request.seed}, sampling=sampling"
-        shipped, adapters = zoo.adapters(), []
-        for name, weight in request.weights().items():
-            path = self.adapters[name]
-            # Of a shipped adapter, what holds on other machines too.
-            known = path == shipped.get(name)
-            file = f"zoo.adapters()[{name!r}]" if known else repr(str(path))
-            adapters.append(f"{file}: {weight:g}")
-        if adapters:
-            call += f", adapter={{{', '.join(adapters)}}}"
-            if (request.start, request.end) != (0, 1):
-                call += f", adapter_start={request.start:g}, adapter_end={request.end:g}"
-        return (
-            "import vader_nb\n"
-            "from vader_nb import Sampling, Video, zoo\n\n"
-            f"model = vader_nb.load({self.model.name!r})\n"
-            f"sampling = Sampling(num_inference_steps={steps}, guidance_scale={guidance:g})\n"
-            f"frames = vader_nb.sample(model, {call})\n"
-            f"Video(frames[0], fps={self.model.defaults['fps']})"
-        )
+        return request.code(self.model, self.adapters, self._fps(request))
 
     def save(self) -> Path:
-        """Save the clip that is shown in the chosen format, and its settings in a text file.
+        """Save the clip that is shown in the chosen format, its settings in a text file, and the image that it starts from.
 
         Raises:
             ValueError: There is no clip yet.
         """
         if not self.history:
             raise ValueError("there is no clip yet to save")
-        request, video = self.history[0]
+        request, video, _ = self.history[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = itertools.count(1)  # a prompt never becomes a file name
         while not claimed(path := self.folder / f"clip-{next(numbers):03d}.txt"):
             pass
-        settings = f"{request.prompt}\n{request}\n\n{self.code}\n"
+        listing = self.code.replace("clip-001-start", f"{path.stem}-start")
+        settings = f"{request.prompt}\n{request}\n\n{listing}\n"
         path.write_text(settings, encoding="utf-8")
+        if request.image:
+            as_image(request.image).save(path.with_name(f"{path.stem}-start.png"))
         path = video.save(path.with_suffix(str(self.format.value)), width=256)
         self.saved.value = f"{note(f'saved as {path}')}{download_link(path)}"
         return path
@@ -285,9 +322,10 @@ class Sampler(Panel):
             self.run()
 
     def to_html(self) -> str:
-        request, video = self.history[0]
-        caption = f"<figcaption>{escape(str(request))}</figcaption>"
-        return f"<figure style='margin:0'>{video.to_html(256)}{caption}</figure>"
+        names, shown = self._shown
+        picture = shown.to_html(256 * (len(names) or 1))
+        picture = columns(names, picture) if names else picture
+        return f"<figure style='margin:0'>{picture}<figcaption>{self.caption.value}</figcaption></figure>"
 
 
 def claimed(path: Path) -> bool:

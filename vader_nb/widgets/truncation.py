@@ -19,6 +19,7 @@ from .. import lora
 from ..gradient import reward_gradient
 from ..memory_planner import MemoryTracker
 from ..models import VideoModel
+from ..prompts import Prompt
 from ..rewards import Reward, as_reward, parse
 from ..sampling import Sampling
 from ..strategies import Last, parse_frames
@@ -84,12 +85,13 @@ class TruncationExplorer(Panel):
         self,
         model: VideoModel,
         reward: Reward | Callable | str = "hps",
-        prompt: str | None = None,
+        prompt: str | Prompt | None = None,
         seed: int = 0,
         rank: int = 4,
     ):
         self.model, self.seed = model, seed
-        self.prompt = clips.examples(model, 1)[0] if prompt is None else prompt
+        self.given = clips.examples(model, 1)[0] if prompt is None else prompt
+        self.prompt = str(self.given)
         if not self.prompt.strip():
             raise ValueError("the prompt is empty: say what the clip should show")
         tiny = model.world == "tiny"
@@ -185,7 +187,7 @@ class TruncationExplorer(Panel):
                     self.model,
                     self.adapter,
                     self.reward,
-                    [self.prompt],
+                    [self.given],
                     seeds=[self.seed],
                     strategy=Last(setting.K),
                     frames=parse_frames(setting.frames),
@@ -242,9 +244,11 @@ class TruncationExplorer(Panel):
 
 
 def bar(text: str, share: float) -> Markup:
-    """A number over a bar that fills its share of the cell."""
-    look = f"background:linear-gradient(90deg,#8884 {100 * share:.0f}%,transparent 0)"
-    return Markup(f'<div style="{look}">{text}</div>')
+    """A number above a line that has its share of the cell's width."""
+    line = (
+        f"linear-gradient(90deg,#8888 {100 * share:.0f}%,transparent 0) bottom/100% 3px no-repeat"
+    )
+    return Markup(f'<div style="padding-bottom:3px;background:{line}">{text}</div>')
 
 
 def random_adapter(model: VideoModel, rank: int, seed: int) -> lora.Adapter:

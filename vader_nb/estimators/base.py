@@ -1,22 +1,22 @@
 """Estimators: what turns a batch of prompts into a gradient on the adapter.
 
 For one optimizer step the trainer calls `collect` for each micro-batch, `advantages` once with all that was
-collected, and `accumulate` for each; the last, and the update after it, `updates_per_rollout` times.
+collected, and `accumulate` for each (of a `minibatch`); the last, and the update after it, `updates_per_rollout`
+times.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from . import experts, gradient
-from .lora import Adapter
-from .models import VideoModel
-from .prompts import Prompt
-from .rewards import Reward, record_parts
-from .sampling import Rollout, Sampling
-from .strategies import Frames, Plan, Strategy
+from ..lora import Adapter
+from ..models import VideoModel
+from ..prompts import Prompt
+from ..rewards import Reward
+from ..sampling import Rollout, Sampling
+from ..strategies import Plan, Strategy
 
 
 @dataclass
@@ -26,11 +26,13 @@ class Batch:
     Attributes:
         prompts, seeds: one per clip.
         generator: for what the estimator draws; seeded by (seed, step, micro-batch).
+        index: its place among the step's micro-batches of all processes.
     """
 
     prompts: Sequence[str | Prompt]
     seeds: list[int]
     generator: torch.Generator
+    index: int = 0
 
 
 @dataclass
@@ -39,13 +41,15 @@ class Collected:
 
     Attributes:
         rollout: `states` and `outputs` hold the steps that the estimator learns from.
-        plan, frames: the steps that learn, and indices of the frames that are scored.
+        plan, frames: the steps that a reward's gradient goes through, and indices of the frames that are scored.
         rewards, advantages: (B,), where the estimator needs them before it takes the gradient.
+        generator: of its batch, where later updates draw, too.
     """
 
     rollout: Rollout
     plan: Plan
     frames: list[int]
+    generator: torch.Generator | None = None
     rewards: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
 
@@ -73,11 +77,17 @@ class Estimator(ABC):
         needs_reward_gradient: the reward must be differentiable in the frames.
         compares_rollouts: all of a step's batches are collected before the first is accumulated; else one
             is in memory at a time.
+        clips_per_prompt: a step's clips are groups of so many consecutive ones, of one prompt each.
     """
 
-    updates_per_rollout = 1
+    updates_per_rollout: int = 1
+    clips_per_prompt: int = 1
     needs_reward_gradient = False
     compares_rollouts = True
+
+    def __repr__(self) -> str:
+        """As it is written in Python: config.json holds it, and a run is resumed by the same estimator alone."""
+        return type(self).__name__
 
     def strategy_of(self, config) -> Strategy | None:
         """Chooses the steps that learn, by a `TrainConfig`; None: any may."""
@@ -96,8 +106,12 @@ class Estimator(ABC):
         instead = "; or train on " + lacking[0].instead if lacking[0].instead else ""
         raise ValueError(
             f"reward {lacking[0].name!r} is not differentiable, which this estimator needs. Judge with it: "
-            f"held_out_reward=… in a shell, evaluate(…, held_out=[…]) in Python{instead}"
+            f"held_out_reward=… in a shell, evaluate(…, held_out=[…]) in Python{instead}; "
+            f"or train without its gradient: estimator=GRPO"
         )
+
+    def check_settings(self, config) -> None:  # noqa: B027
+        """Raises ValueError for a run's settings that cannot be met; sampling is resolved."""
 
     @abstractmethod
     def collect(self, batch: Batch) -> Collected:
@@ -105,6 +119,17 @@ class Estimator(ABC):
 
     def advantages(self, collected: list[Collected], gather: Callable) -> None:  # noqa: B027
         """Between roll-out and gradient: compare rewards; gather(value) lists those of all processes."""
+
+    def minibatch(self, collected: Iterable[Collected], update: int) -> Iterable[Collected]:
+        """What one of the updates per roll-out, counted from 0, learns from: a part of each, or all."""
+        return collected
+
+    def state(self) -> dict:
+        """What is remembered from step to step, for a checkpoint: numbers and texts, in lists and dicts."""
+        return {}
+
+    def restore(self, state: dict) -> None:  # noqa: B027
+        """Go on from there; called after `setup`."""
 
     @abstractmethod
     def accumulate(
@@ -116,60 +141,3 @@ class Estimator(ABC):
             weight: 1 / the number of micro-batches.
             backward: runs the backward pass of a scalar.
         """
-
-
-class RewardGradient(Estimator):
-    """The reward's own gradient, backpropagated through the last denoising steps: VADER, DRaFT, ReFL, …
-
-    Args:
-        strategy: which steps learn; default: the configuration's.
-        frames: which frames are scored; default: the configuration's.
-    """
-
-    needs_reward_gradient = True
-    compares_rollouts = False
-
-    def __init__(self, strategy: Strategy | None = None, frames: Frames | None = None):
-        self._strategy, self._frames = strategy, frames
-
-    def strategy_of(self, config) -> Strategy:
-        return self._strategy or config.strategy
-
-    def setup(self, model, adapter, reward, config) -> None:
-        super().setup(model, adapter, reward, config)
-        self.strategy = self.strategy_of(config)
-        self.frames: Frames = self._frames or config.frames
-        names = ("decode_chunk_size", "activation_offload", "gradient_checkpointing")
-        self.settings = {name: getattr(config, name) for name in names}
-
-    def collect(self, batch: Batch) -> Collected:
-        of = self.model, self.adapter, self.sampling
-        plan = experts.draw_plan(*of, self.strategy, batch.generator)
-        given = self.model.given_frames(batch.prompts)
-        frames = self.frames.choose(self.sampling.num_frames, batch.generator, given)
-        rollout = gradient.rolled_out(
-            self.model,
-            self.adapter,
-            batch.prompts,
-            batch.seeds,
-            self.sampling,
-            plan,
-            **self.settings,
-        )
-        return Collected(rollout, plan, frames)
-
-    def accumulate(self, collected, weight, backward) -> Row:
-        with record_parts() as scores:
-            result = gradient.accumulate(
-                self.model,
-                self.adapter,
-                self.reward,
-                collected.rollout,
-                collected.plan,
-                collected.frames,
-                weight=weight,
-                backward=backward,
-                **self.settings,
-            )
-        parts = {name: torch.cat(values, dim=1).mean(dim=1) for name, values in scores.items()}
-        return Row(result.rewards, parts, {"frames": collected.frames})

@@ -1,0 +1,49 @@
+"""The pictures of the panels' pages, made in a real browser: `python -m tests.panel_pictures [name …]`"""
+
+import io
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from . import browser
+
+PAGES = browser.ROOT / "notebooks"
+# What is done before the picture, in the words of the pages.
+BEFORE = {
+    "comparison": "comparison.run()",
+    "composer": "composer.measure()",
+    "truncation": "[explorer.measure(K=K, frames='all') for K in (1, 2, 5)]",
+    "planner": "planner.simulate()",
+    "monitor": (
+        "align(model, rewards.aesthetic('tiny'), prompts.get('tiny'), steps=12, batch_size=2, learning_rate=5e-3, "
+        "output_dir=monitor.folder, progress=False, **monitor.hooks).adapter.remove()"
+    ),
+}
+
+
+def main(names: list[str]) -> None:
+    pages = {page.stem.removeprefix("panel_"): page for page in sorted(PAGES.glob("panel_*.md"))}
+    with tempfile.TemporaryDirectory() as folder, browser.chromium() as chromium:
+        for name in names or pages:
+            code = re.search(r"```python\n(.*?)```", pages[name].read_text(), re.DOTALL)[1]
+            *lines, panel = code.strip().splitlines()
+            cell = "\n".join([*lines, BEFORE.get(name, ""), panel])
+            notebook = browser.notebook(Path(folder) / f"{name}.ipynb", cell)
+            with browser.voila(notebook) as address, browser.window(chromium, 1040, 1600) as page:
+                page.goto(address)
+                panel = page.locator(".vader").first
+                panel.wait_for()
+                page.wait_for_timeout(4000)  # until the last of its first clips
+                picture = Image.open(io.BytesIO(panel.screenshot())).convert("RGB")
+            target = PAGES / "images" / f"panel_{name}.png"
+            picture.quantize(128).save(target, optimize=True)
+            print(
+                f"{target.name}: {picture.size}, {target.stat().st_size / 1000:.0f} kB", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
