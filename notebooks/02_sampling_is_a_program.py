@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
-# | no GPU, no download, no account | 0.9 minutes | 1.8 GB | not measured |
+# | no GPU, no download, no account | 0.6 minutes | 1.7 GB | not measured |
 #
 # *Words and symbols: [notation and glossary](notation.md).*
 
@@ -413,8 +413,9 @@ course.predict(guess, "02-longest", letter=letter, longest=longest + 1, cosine=c
 
 # %% [markdown]
 # Look at the right-hand picture again. A cosine above zero means that a small step along this one term goes uphill on
-# the reward. The last step's term alone is not the exact gradient, but it is the cheapest of all, and it points uphill. (That was
-# one clip and the simplest of rewards. Notebook 4 measures it with real ones, over many clips.)
+# the reward. All ten do, and the last step's is the poorest guide of them. But it is the cheapest, too: no other term comes
+# without a backward pass through later steps. (That was one clip, the simplest of rewards, and no guidance. Notebook 4 measures it
+# with a real reward and over many draws.)
 #
 # ## How much can the last step change? Its gain
 #
@@ -547,7 +548,7 @@ course.attempt(check, gain_of_step)
 #
 # Four of them you have met above. **Exercise 5** (★★★, open, an hour). Bring a plot. (i) The cosine of each step's term to the exact
 # gradient again, with its range over five captions and seeds, for `rewards.hps("tiny")` instead of brightness. Is the last step
-# always the best single one? (ii) The gain of *every* step over the noise level, for the five families. Change `timestep_spacing`
+# always the poorest guide? (ii) The gain of *every* step over the noise level, for the five families. Change `timestep_spacing`
 # ("leading", "linspace", "trailing") and the number of steps: who decides how much is left for the last step, the model or the scheduler?
 
 # %% [markdown] tags=["next"]

@@ -351,7 +351,7 @@ ANSWERS = {
             {
                 "def terms(steps): return []": "three terms",
                 EVERY_LATER_STEP_LEARNS: "term 2",
-                TERMS.replace("            p.grad = None", "            pass"): "term 2",
+                TERMS.replace("            p.grad = None", "            pass"): "is off",
                 TERMS.replace("return vectors", "return vectors[::-1]"): "term 1",
                 TERMS.replace("brightness(x)", "(-brightness(x))"): "-1.000 times",
                 TERMS.replace(
