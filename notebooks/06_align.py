@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
-# | no GPU, no download, no account | 2.6 minutes | 1.5 GB | not measured |
+# | no GPU, no download, no account | 4.6 minutes | 1.5 GB | not measured |
 #
 # *Words and symbols: [notation and glossary](notation.md).*
 
@@ -353,7 +353,7 @@ print(f"gradient norm: {min(norms):.3f} to {max(norms):.3f}, and max_grad_norm i
 # ## What a minute buys
 #
 # Papers plot the reward over *steps*. You pay for *minutes*. With a graph through the last five steps, `Last(5)`, the gradient is closer to
-# the exact one (notebook 4), and each step takes longer. So give both the same time: half as many steps, and everything else as above.
+# the exact one (notebook 4), and each step takes longer. So give both about the same time: half as many steps, and everything else as above.
 
 # %%
 run.adapter.remove()
@@ -425,7 +425,14 @@ values = {"one": one.difference, "five": five.difference}
 course.predict(guess, "06-minute", letter=letter, **values)
 
 # %% [markdown]
-# MINUTE_TEXT
+# Read the intervals before the dots. Both runs have clearly raised `hps`, and they cannot be told apart: the better direction has paid for
+# its longer steps, and no more. That is what one seed, one reward and half a minute can say; your model and your hour may say something else.
+# The question stays the same: how much, *after the same time*, with its interval?
+#
+# Now `oracle: color`, the row that we would love to believe. It has the largest dot of all, and its interval reaches below zero. By our
+# own rule we cannot tell, whatever the pictures suggest: 32 answers of yes or no are few. (`hps` is a number with decimals, and the
+# same clips are enough for it.)
+#
 #
 # > **Predict.** We never asked for more or less diversity. What has happened to it, with `Last(1)`? **(a)** it has grown · **(b)** it has
 # > shrunk · **(c)** we cannot tell from so few clips
@@ -446,7 +453,9 @@ course.predict(guess, "06-diversity", letter=letter, **numbers)
 evaluation
 
 # %% [markdown]
-# EVAL_TEXT
+# Alignment pulls the clips of one caption toward what the reward likes best, and so toward each other. Here that is partly welcome: wrong
+# colors were part of the variety. With a reward of taste it is the first warning of *mode collapse*. The frames change less from one to
+# the next, too (`motion`), although things move as the caption says (`oracle: motion`): less flicker.
 #
 # An interval that contains zero means: *with this many clips we cannot tell.* It does not mean that there is no effect. More clips make
 # it narrower, with the square root of their number.
