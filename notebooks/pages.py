@@ -29,13 +29,18 @@ RECIPES = """\
 # Recipes
 
 Configurations by model and GPU. `vader-nb align config=NAME` runs one, with any setting changed after it;
-`vader-nb recipes NAME` prints it. Memory is the simulated peak of one GPU in a step, with all weights in half
-precision (Wan's autoencoder is loaded in float32, which takes more); denoiser calls are
-forward passes for one optimizer step, of all GPUs, each for one clip and one branch of the guidance.
-"Run here" means on this code, at that commit; †: a reward that was not trained on; in brackets the 95 %
-interval of the difference over prompts. Rates, ranks and steps are those of the runs that are named, and
-left out where no one published any: then the package's own stand, which were found on the embedded models.
-This page is generated from `vader_nb/configs` (`make recipes`).
+`vader-nb recipes NAME` prints it, and `vader-nb recipes` this table.
+
+- Memory is the simulated peak of one GPU in a step, weights included, in the types in which `align` loads them:
+  `vader-nb memory config=NAME gpu_memory="GPU"` shows it by stage, with the same settings. Of the embedded models it is what
+  their tensors take on a CPU: `vader-nb memory config=NAME dtype=float32 gradient_checkpointing=false`.
+- Denoiser calls are forward passes for one optimizer step, of all GPUs, each for one clip and one branch of the guidance.
+- Rates, ranks and steps are those of the runs that are named, and left out where no one published any: then the package's
+  own stand, which were found on the embedded models.
+- "Run here" means on this code, at that commit, by `make recipes`; †: a reward that was not trained on; in brackets the 95 %
+  interval of the difference over prompts.
+
+This page is generated from `vader_nb/configs`.
 """
 ON_A_CLUSTER = """\
 ## On a cluster
@@ -63,7 +68,8 @@ MODELS = """\
 {table}
 
 *Training, GiB* is the simulated peak of one training step with HPSv2.1, one clip, K = 1, weights in the types that a GPU gets,
-text encoders beyond 1e9 parameters away. *Tested*: at full size each model was built on tensors that have shapes but no
+text encoders beyond 1e9 parameters away; *offloaded*: with `model_cpu_offload=true sequential_guidance=true`, and where the decoder
+is causal `decoder_states=cpu` (`python -m tests.benchmarks.models`). *Tested*: at full size each model was built on tensors that have shapes but no
 values (parameters and memory are counted); at reduced width it was run with random weights. **The published weights have
 not been run where this was written.**
 

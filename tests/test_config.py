@@ -371,7 +371,7 @@ negative_prompts: ""
          ["use_text_lora", "load_videodataset: left out; there is no data set", "alpha=8"]),
         ("train.sh", VIDEOX_SH, {"model": "models/Wan", "rank": 32, "alpha": 16.0, "learning_rate": 1e-5,
          "max_grad_norm": 0.3, "height": 256, "reward": "hps", "strategy": "Last(5)", "mixed_precision": "bf16"},
-         ["Wan and CogVideoX", "low_vram", "backprop: left out"]),
+         ["its Fun checkpoints", "low_vram", "backprop: left out"]),
         ("align.yaml", TRL_YAML, {"steps": 50, "learning_rate": 1e-3, "gradient_accumulation_steps": 4,
          "num_inference_steps": 50, "strategy": "Last(5)"}, ["negative_prompts"]),
     ],

@@ -16,18 +16,18 @@ import vader_nb
 from tests import recipes as script
 from vader_nb import checkpoints, cli, config, models, recipes
 from vader_nb.memory_planner import GPUS, MARGIN
-from vader_nb.strategies import Last, parse_strategy
 
 ROOT = Path(__file__).parent.parent
 # Settings that only published runs may decide; peers' figures, for those who have any.
 PUBLISHED = {
-    "modelscope": (2e-4, 16, 200),
+    "modelscope": (2e-4, 16, None),
     "videocrafter2": (2e-4, 16, 450),
-    "opensora": (2e-4, 16, None),
+    "opensora": (2e-4, 16, 800),
     "cogvideox": (1e-5, 128, 3000),
     "cogvideox-5b": (1e-5, 128, 1500),
     "wan": (1e-5, 128, 5000),
     "wan-14b": (1e-5, 128, 3000),
+    "wan2.2-a14b": (1e-5, 128, 2700),
     "wan-unirl": (5e-6, 64, 835),
 }
 
@@ -68,26 +68,68 @@ def test_simulated_memory_is_what_the_table_says(name):
     assert round(recipes.simulated(name), 1) == recipes.CARDS[name].memory
 
 
-def test_denoiser_calls_are_those_of_a_step(tmp_path, monkeypatch):
-    model, calls = vader_nb.load("tiny"), []
-    model.denoiser.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-    given = {
-        "num_inference_steps": 5,
-        "guidance_scale": 2.0,
-        "batch_size": 2,
-        "strategy": "Last(3)",
-    }
-    given |= {"gradient_accumulation_steps": 2}
+@pytest.mark.parametrize(
+    ("gpu", "strategy", "more", "expected"),
+    [
+        ("CPU", "Last(3)", {}, 2 * (5 + 3)),
+        ("T4", "Last(3)", {}, 2 * (5 + 2)),  # the last call's graph is kept
+        ("T4", "Last(3)", {"sequential_guidance": True}, 2 * (5 + 3)),
+        ("CPU", "Last(3)", {"unconditional_gradient": False}, 2 * 5 + 3),
+        ("T4", "Step(3)", {}, 2 * (5 + 3)),  # through two later steps
+        ("T4", "DRTune(2)", {}, 2 * (5 + 2)),
+        ("T4", "DRaFTLV(2)", {"guidance_scale": 1.0}, 5 + 2 * 2),
+    ],
+)
+def test_denoiser_calls_are_those_of_a_step(
+    gpu, strategy, more, expected, counted, tmp_path, monkeypatch
+):
+    model, calls = counted
+    calls.clear()
+    given = {"model": "tiny", "num_inference_steps": 5, "guidance_scale": 2.0, "batch_size": 2}
+    given |= {"gradient_accumulation_steps": 2, "strategy": strategy} | more
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(given))
     monkeypatch.setattr(config, "FOLDER", tmp_path)
-    settings = {"steps": 1, "num_frames": 4, "output_dir": tmp_path / "run", "progress": False}
-    settings["gradient_checkpointing"] = False
-    vader_nb.align(
-        model, vader_nb.rewards.brightness(), "tiny", **given, **settings
-    ).adapter.remove()
-    assert sum(calls) == recipes.Card("mine", "CPU").calls == 2 * 2 * 2 * (5 + 3)
-    assert recipes.Card("mine", "T4", gpus=3).calls == 3 * sum(calls)
-    assert parse_strategy("Last(3)") == Last(3)
+    settings = {"steps": 1, "num_frames": 2, "output_dir": tmp_path / "run", "progress": False}
+    settings |= {"height": 16, "width": 16, "gradient_checkpointing": gpu != "CPU"}
+    given["model"] = model
+    reward = vader_nb.rewards.brightness()
+    vader_nb.align(reward=reward, prompts="tiny", **given, **settings).adapter.remove()
+    assert sum(calls) == recipes.Card("mine", gpu).calls == 2 * 2 * expected
+    assert recipes.Card("mine", gpu, gpus=3).calls == 3 * sum(calls)
+
+
+@pytest.fixture(scope="module")
+def counted():
+    model, calls = vader_nb.load("tiny"), []
+    model.denoiser.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    return model, calls
+
+
+def test_guidance_that_the_denoiser_is_told_takes_one_call():
+    steps = recipes.CARDS["hunyuanvideo"].settings["num_inference_steps"]
+    assert recipes.CARDS["hunyuanvideo"].calls == 4 * (steps + 1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "modelscope"])
+def test_the_memory_command_reads_a_recipe(name, monkeypatch):
+    """Those of its settings on which memory depends, and words after it."""
+    asked = {}
+    monkeypatch.setattr(vader_nb, "memory", lambda **settings: asked.update(settings) or "")
+    cli.main(["memory", *recipes.CARDS[name].memory_words, "rank=3"])
+    given = recipes.CARDS[name].settings | {"rank": 3}
+    shared = given.keys() & asked.keys()
+    assert {"model", "reward", "strategy", "num_inference_steps"} <= shared
+    assert {key: asked[key] for key in shared} == {key: given[key] for key in shared}
+    assert (asked["dtype"], asked["gradient_checkpointing"]) == (
+        ("float32", False) if name == "tiny" else (None, True)
+    )
+
+
+def test_the_memory_command_refuses_what_no_run_has(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("model: tiny\nprompts: tiny\nstrategi: Last(1)\n")
+    with pytest.raises(SystemExit):
+        cli.main(["memory", f"config={tmp_path / 'mine.yaml'}"])
+    assert "unknown key 'strategi'" in capsys.readouterr().err
 
 
 def test_the_shell_shows_table_recipe_and_script(capsys):

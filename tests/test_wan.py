@@ -9,12 +9,21 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from vader_nb import Prompt, align, load, lora, memory_planner, models, rewards
+from vader_nb import Prompt, Trainer, align, gradient, load, lora, memory_planner, models, rewards
 from vader_nb.models import causal, wan_vae
 from vader_nb.rewards.networks import default_dtype
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last, ReFL, Step
-from vader_nb.testing import REWARDS, adapted, apart, check_model, plain_autograd, staged
+from vader_nb.testing import (
+    REWARDS,
+    adapted,
+    apart,
+    check_model,
+    plain_autograd,
+    staged,
+    take_gradient,
+)
+from vader_nb.train_config import TrainConfig
 
 PROMPTS = [
     Prompt("a red star spinning &amp; growing", negative_prompt="blurry"),
@@ -318,11 +327,54 @@ def test_the_gradient_with_a_first_latent_that_is_given(expanded):
             take(model, adapter, *setup) for take in (staged, plain_autograd)
         )
         assert apart(gradient, expected) < 1e-9 and apart(ours, theirs) < 1e-9
-    setup = REWARDS["frames"], with_images(), [1, 2], sampling, Last(1), Frames.at(0)
-    assert not staged(model, adapter, *setup)[1].any()  # the frame that is given
     latents = roll_out(model, with_images(), [1, 2], sampling.resolve(model)).latents
     encoded = model.encode(with_images(), sampling.resolve(model))["prompt"]["first"]
     assert torch.equal(latents[:, :, :1], encoded) and encoded.std() > 0.1
+
+
+def learned_from(model, prompts):
+    """The frames whose reward has a gradient."""
+    adapter, plan, sampling = adapted(model), Last(1).plan(5, None), Sampling(**SMALL)
+    rollout = gradient.rolled_out(model, adapter, prompts, [1, 2], sampling.resolve(model), plan)
+    frames = []
+    for frame in range(sampling.num_frames):
+        gradient.accumulate(model, adapter, REWARDS["frames"], rollout, plan, [frame])
+        if take_gradient(adapter).any():
+            frames.append(frame)
+    adapter.remove()
+    return frames
+
+
+def test_frames_that_an_image_gives_are_neither_drawn_nor_accepted_alone(expanded):
+    model = load(expanded)
+    for prompts, given in ((with_images(), 1), (PROMPTS, 0)):
+        assert model.given_frames(prompts) == given
+        assert learned_from(model, prompts) == list(range(given, 5))
+        drawn = [Frames.random(1).choose(5, None, given)[0] for _ in range(100)]
+        assert set(drawn) == set(range(given, 5))
+    adapter = adapted(model)
+    for frames in (Frames.at(0), Frames.random(5)):
+        config = TrainConfig(frames=frames, sampling=Sampling(**SMALL))
+        with pytest.raises(ValueError, match="image"):
+            staged(
+                model,
+                adapter,
+                REWARDS["frames"],
+                with_images(),
+                [1, 2],
+                Sampling(**SMALL),
+                Last(1),
+                frames,
+            )
+        with pytest.raises(ValueError, match="image"):
+            Trainer(model, REWARDS["frames"], with_images(), config)
+        Trainer(model, REWARDS["frames"], PROMPTS, config)
+
+
+def test_all_frames_are_learned_from_where_the_image_is_a_condition(of_images):
+    model = load(of_images)
+    assert model.given_frames(with_images()) == 0
+    assert learned_from(model, with_images()) == list(range(5))
 
 
 def test_a_batch_has_images_or_none(expanded, directory):
@@ -651,6 +703,15 @@ def test_the_planner_tells_the_decoders_settings_apart(wide):
         memory_planner.memory("wan", "hps", decoder_states="disk")
     with pytest.raises(ValueError, match="decoder_gradient='exact' has no effect: the decoder of"):
         memory_planner.memory("tiny", "hps", decoder_gradient="exact")
+
+
+def test_the_planner_takes_the_random_frame_that_needs_the_most(wide):
+    """With a causal decoder the last one, before which all others are decoded."""
+    first, last, random = (
+        memory_planner.simulate(wide, "brightness", **FLOAT32 | {"frames": frames})["decode"]
+        for frames in ("0", "16", "random:1")
+    )
+    assert first < last == random
 
 
 # ------------------------------------------------------------------------------------ promises of a model

@@ -300,6 +300,9 @@ def read(command: type[Common], words: Sequence[str]) -> Any:
         else:
             given[key] = parsed(key, value, known.get(key))
     file = from_file(given["config"], known) if given.get("config") else {}
+    if command is Memory:  # of a run, memory depends on some of its settings
+        run = schema(Align).__dataclass_fields__.keys() - known
+        file = {key: value for key, value in file.items() if key not in run}
     check_keys(file, known, f" in {given.get('config')}")
     check_keys(given, known)
     layers = []

@@ -87,7 +87,7 @@ def reward_gradient(
     sampling = (sampling or Sampling()).resolve(model)
     adapter.check_attached(model)
     plan = experts.draw_plan(model, adapter, sampling, strategy, generator)
-    chosen = frames.choose(sampling.num_frames, generator)
+    chosen = frames.choose(sampling.num_frames, generator, model.given_frames(prompts))
     rollout = rolled_out(model, adapter, prompts, seeds, sampling, plan, **settings)
     return accumulate(model, adapter, as_reward(reward), rollout, plan, chosen, **settings)
 

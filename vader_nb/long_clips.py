@@ -120,14 +120,16 @@ class LongRewardGradient(RewardGradient):
         super().setup(model, adapter, reward, config)
         self.segments = parse_segments(config.segments, config.sampling.extend)
         if self.frames.kind != "random":  # which is drawn where something learns
-            self.scored_segments(self.scored_frames(None))
+            self.scored_segments(self.frames.named(len(segment_of_frames(self.sampling))))
 
-    def scored_frames(self, generator: torch.Generator | None) -> list[int]:
+    def scored_frames(self, batch: Batch) -> list[int]:
         """Indices in the whole clip; for a reward on single frames, random ones of the segments that learn."""
-        places = segment_of_frames(self.sampling)
+        places, generator = segment_of_frames(self.sampling), batch.generator
         if self.frames.kind != "random" or not self.reward.per_frame:
             return self.frames.choose(len(places), generator)
         learning = [frame for frame, segment in enumerate(places) if segment in self.segments]
+        if learning[0] == 0:
+            learning = learning[self.model.given_frames(batch.prompts) :]
         return [learning[i] for i in self.frames.choose(len(learning), generator)]
 
     def scored_segments(self, frames: list[int]) -> list[int]:
@@ -145,7 +147,7 @@ class LongRewardGradient(RewardGradient):
         sampling = self.sampling
         of = self.model, self.adapter, sampling
         plan = experts.draw_plan(*of, self.strategy, batch.generator)
-        frames = self.scored_frames(batch.generator)
+        frames = self.scored_frames(batch)
         options = {"adapter": self.adapter, **plan.rollout}
         rolled = list(roll_out_segments(self.model, batch.prompts, batch.seeds, sampling, options))
         rollouts, clips = zip(*rolled)

@@ -250,12 +250,11 @@ class Step:
         """As training takes it, with the stages reported. Before the window, only one of the equal steps is taken."""
         config, generator = self.config, torch.Generator().manual_seed(0)
         sampling = config.sampling.resolve(model)
-        frames = config.frames or (Frames.random(1) if reward.per_frame else Frames.all())
         with unset_fake_temporarily():
             plan = experts.draw_plan(
                 model, adapter, sampling, parse_strategy(config.strategy), generator
             )
-            chosen = parse_frames(frames).choose(sampling.num_frames, generator)
+            chosen = self.scored_frames(model, reward, sampling.num_frames)
         settings = {
             "gradient_checkpointing": bool(config.gradient_checkpointing),
             "activation_offload": config.activation_offload,
@@ -275,6 +274,18 @@ class Step:
             loss.backward()
 
         accumulate(model, adapter, reward, rollout, plan, chosen, backward=backward, **settings)
+
+    def scored_frames(self, model: VideoModel, reward: Reward, num_frames: int) -> list[int]:
+        """Indices; in the place of random ones those that take the most: the last ones of a causal decoder, which
+        decodes all before them, and else some in the middle, where chunks are whole."""
+        default = Frames.random(1) if reward.per_frame else Frames.all()
+        frames = parse_frames(self.config.frames or default)
+        chosen = frames.choose(num_frames, torch.Generator().manual_seed(0))
+        if frames.kind == "random":
+            causal = isinstance(model, models.CausalDecoder)
+            start = num_frames - len(chosen) if causal else (num_frames - len(chosen)) // 2
+            chosen = list(range(start, start + len(chosen)))
+        return chosen
 
     def simulate(self) -> dict[str, int]:
         """Peak bytes by stage."""
@@ -325,7 +336,8 @@ def _convert_parts(model: VideoModel, dtypes: dict[str, torch.dtype]) -> None:
     """Give the parts that these types name theirs: fake weights are replaced, since they cannot change."""
     for part, dtype in dtypes.items():
         if part != "default":
-            for table, name, tensor in frozen_tensors(getattr(model, part)):
+            network = model.denoisers.get(part) or getattr(model, part)
+            for table, name, tensor in frozen_tensors(network):
                 if tensor.is_floating_point():
                     table[name] = moved(tensor, dtype)
 

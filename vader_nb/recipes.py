@@ -5,11 +5,13 @@ or left out. `configs/recipes/cards.yaml` has what is known of each, `runs.yaml`
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import yaml
 
-from . import config
+from . import config, models
+from .sampling import Sampling
 from .strategies import parse_strategy
 from .tables import Table
 
@@ -67,6 +69,12 @@ class Card:
         return config.translate.read_yaml(config.FOLDER / f"{self.name}.yaml")
 
     @property
+    def memory_words(self) -> list[str]:
+        """Of `vader-nb memory`, for a step of this recipe."""
+        on_cpu = ["dtype=float32", "gradient_checkpointing=false"]  # its defaults
+        return [f"config={self.name}", *(on_cpu if self.gpu == "CPU" else [])]
+
+    @property
     def status(self) -> str:
         if self.name in RUNS:
             return str(RUNS[self.name])
@@ -81,13 +89,26 @@ class Card:
     def calls(self) -> int:
         """Forward passes of the denoiser for an optimizer step, one per clip and guidance branch.
 
-        All steps are taken without a graph, and those that learn once more, with one.
+        All steps are taken without a graph, and those that learn once more, with one; of the last one the
+        graph may be kept (`offload.kept_call`). Blocks that are computed again are not counted.
         """
         given = self.settings
-        steps, branches = given["num_inference_steps"], 2 if given["guidance_scale"] > 1 else 1
+        family: Any = models.family_of(models.checkpoint_of(given["model"]))
+        options = family.sampling_options | given.get("options", {})
+        sampling = Sampling(guidance_scale=given["guidance_scale"], options=options)
+        branches = len(family.branches(None, sampling))
+        learning = branches if given.get("unconditional_gradient", True) else 1
+        steps = given["num_inference_steps"]
         plan = parse_strategy(given["strategy"]).plan(steps, torch.Generator().manual_seed(0))
+        again = learning * (len(plan.active) if plan.linear else max(plan.active) - plan.stop)
+        if plan.renoise:
+            again = plan.renoise * (branches + learning)
+        elif 1 + plan.stop in plan.active and not plan.linear and learning == branches:
+            moving = ("model_cpu_offload", "activation_offload", "sequential_guidance")
+            stays = family.independent_frames and not any(given.get(key) for key in moving)
+            again -= branches * (stays and self.gpu != "CPU")
         clips = self.gpus * given["batch_size"] * given.get("gradient_accumulation_steps", 1)
-        return clips * branches * (steps + (plan.renoise or len(plan.active)))
+        return clips * (branches * (steps - plan.stop) + again)
 
     def row(self) -> tuple[str, ...]:
         """The cells under `HEADINGS`."""
@@ -130,14 +151,13 @@ def text(name: str) -> str:
 
 
 def simulated(name: str) -> float:
-    """GiB at the peak of a step of a recipe on one GPU, all weights in half precision; takes up to a minute."""
+    """GiB at the peak of a step of a recipe on one GPU; takes some seconds to minutes.
+
+    It is what `vader-nb memory` prints for `Card.memory_words`.
+    """
     from .memory_planner import GIB, simulate
 
-    given = vars(config.read(config.Align, [f"config={name}"]))
-    known = {f.name for f in fields(config.schema(config.Memory))}
-    known -= {f.name for f in fields(config.Common)} | {"model", "reward", "gpu_memory", "measured"}
-    settings = {key: value for key, value in given.items() if key in known}
-    settings["gradient_checkpointing"] = True  # the default on CUDA
-    if given["mixed_precision"] == "bf16":
-        settings["dtype"] = "bfloat16"
-    return max(simulate(given["model"], given["reward"], **settings).values()) / GIB
+    given = vars(config.read(config.Memory, CARDS[name].memory_words))
+    asked = {f.name for f in fields(config.Common)} | {"gpu_memory", "measured"}
+    settings = {key: value for key, value in given.items() if key not in asked}
+    return max(simulate(**settings).values()) / GIB

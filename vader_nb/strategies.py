@@ -244,7 +244,7 @@ class Frames:
 
     @classmethod
     def random(cls, k: int = 1) -> "Frames":
-        """k different frames, drawn anew for each batch. VADER takes 1."""
+        """k different frames, drawn anew for each batch, of those that no image gives. VADER takes 1."""
         return cls("random", k)
 
     @classmethod
@@ -272,15 +272,38 @@ class Frames:
             return ",".join(map(str, self.indices))
         return f"{self.kind}:{self.count}" if self.kind in ("random", "every") else self.kind
 
-    def choose(self, num_frames: int, generator: torch.Generator | None) -> list[int]:
-        """Indices of the chosen frames, ascending. Raises ValueError if the clip is too short."""
+    def choose(
+        self, num_frames: int, generator: torch.Generator | None, given: int = 0
+    ) -> list[int]:
+        """Indices of the chosen frames, ascending.
+
+        Args:
+            num_frames: of the clip.
+            generator: draws random ones.
+            given: so many first frames are the prompts' images (`VideoModel.given_frames`), and are not drawn.
+
+        Raises:
+            ValueError: if the clip is too short, or nothing can be learned from the frames: all of them are given.
+        """
         if self.kind == "random":
-            if not 1 <= self.count <= num_frames:
+            free = num_frames - given
+            if not 1 <= self.count <= free:
+                image = f", of which the image gives {given}" if given else ""
                 raise ValueError(
-                    f"cannot choose {self.count} random frames: the clip has {num_frames}, "
-                    f"choose 1..{num_frames}"
+                    f"cannot choose {self.count} random frames: the clip has {num_frames}{image}, "
+                    f"choose 1..{free}"
                 )
-            return sorted(torch.randperm(num_frames, generator=generator)[: self.count].tolist())
+            drawn = torch.randperm(free, generator=generator)[: self.count]
+            return sorted((drawn + given).tolist())
+        chosen = self.named(num_frames)
+        if max(chosen) < given:
+            raise ValueError(
+                f"frames={self}: the prompts' images give them, and no training changes them; choose later ones"
+            )
+        return chosen
+
+    def named(self, num_frames: int) -> list[int]:
+        """As `choose`, for all but random ones."""
         if self.kind == "ends":
             return sorted({0, num_frames // 2, num_frames - 1})
         if self.kind == "every":

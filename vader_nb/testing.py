@@ -305,7 +305,7 @@ def plain_autograd(
     sampling = sampling.resolve(model)
     generator = torch.Generator().manual_seed(0)
     plan = strategy.plan(model.num_steps(sampling), generator)  # only to draw the same numbers
-    chosen = frames.choose(sampling.num_frames, generator)
+    chosen = frames.choose(sampling.num_frames, generator, model.given_frames(prompts))
     conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
     scheduler = model.new_scheduler(sampling)
     denoise = partial(guided, model, conditioning, sampling)

@@ -170,7 +170,8 @@ class Trainer:
             warn_of_small_step(model, config.sampling)
         self.reach = experts.Reach(model, config.sampling, self.estimator.strategy_of(config))
         self.targets = self.reach.targets(config.targets) if adapter is None else None
-        frames = config.frames.choose(config.sampling.total_frames, generator)
+        given = model.given_frames(self.prompts)
+        frames = config.frames.choose(config.sampling.total_frames, generator, given)
         self.reward.check_frames(len(frames))
 
     def check_options(self) -> None:

@@ -2,6 +2,7 @@
 
 Prints the `simulated` part of vader_nb/models/cards.yaml: one training step with HPSv2.1 at a model's default size,
 one clip, in the types that `load` gives on a GPU, the last step, blocks recomputed; by the simulator, without weights.
+"offloaded" is with `OFFLOAD`, and `CAUSAL` for the families that have it.
 """
 
 import sys
@@ -11,6 +12,7 @@ import yaml
 from vader_nb import Sampling, memory_planner, models
 
 OFFLOAD = {"model_cpu_offload": True, "sequential_guidance": True}
+CAUSAL = {"decoder_states": "cpu"}  # of a causal decoder
 
 
 def facts(name: str) -> dict:
@@ -18,7 +20,8 @@ def facts(name: str) -> dict:
         fake.truth = False
         model = models.from_config(name)
     sampling = Sampling().resolve(model)
-    peaks = [memory_planner.simulate(name, "hps", **more) for more in ({}, OFFLOAD)]
+    offload = OFFLOAD | (CAUSAL if models.is_causal(name) else {})
+    peaks = [memory_planner.simulate(name, "hps", **more) for more in ({}, offload)]
     resident, offloaded = (round(max(stages.values()) / memory_planner.GIB, 1) for stages in peaks)
     parts = [part for denoiser in model.denoisers.values() for part in denoiser.parameters()]
     return {

@@ -120,7 +120,7 @@ class FromScores(Estimator):
     def scored(self, rollout: Rollout, batch: Batch) -> Scored:
         """The roll-out with its rewards."""
         model, reward, count = self.model, self.reward, self.sampling.num_frames
-        frames = self.frames.choose(count, batch.generator)
+        frames = self.frames.choose(count, batch.generator, model.given_frames(batch.prompts))
         result = Scored(rollout, Plan(frozenset()), frames, batch=batch)
         size = self.decode_chunk_size if model.independent_frames else count
         chunks = [frames[i : i + size] for i in range(0, len(frames), size)]

@@ -46,9 +46,14 @@ class RewardGradient(Estimator):
     def collect(self, batch: Batch) -> Collected:
         of = self.model, self.adapter, self.sampling
         plan = experts.draw_plan(*of, self.strategy, batch.generator)
-        frames = self.frames.choose(self.sampling.num_frames, batch.generator)
+        frames = self.chosen_frames(batch.prompts, batch.generator)
         rollout = self.rolled_out(batch.prompts, batch.seeds, plan)
         return Collected(rollout, plan, frames, batch.generator)
+
+    def chosen_frames(self, prompts, generator: torch.Generator) -> list[int]:
+        """Of the frames that are not given."""
+        count = self.sampling.num_frames
+        return self.frames.choose(count, generator, self.model.given_frames(prompts))
 
     def rolled_out(self, prompts, seeds, plan: Plan, start: Rollout | None = None) -> Rollout:
         of = self.model, self.adapter, prompts, seeds, self.sampling, plan
@@ -68,7 +73,7 @@ class RewardGradient(Estimator):
     def renewed(self, collected: Collected) -> Collected:
         """The same latents before the steps that learn, for the next update."""
         rollout, plan, generator = collected.rollout, collected.plan, collected.generator
-        frames = self.frames.choose(self.sampling.num_frames, generator)
+        frames = self.chosen_frames(rollout.prompts, generator)
         if not plan.renoise:  # which takes those steps itself
             rollout = self.rolled_out(rollout.prompts, [], plan, rollout)
         return replace(collected, rollout=rollout, frames=frames)

@@ -186,6 +186,10 @@ class VideoModel(ABC):
             frames: indices of pixel frames, decoded together; None for the whole clip, in bounded memory.
         """
 
+    def given_frames(self, prompts: Sequence[str | Prompt]) -> int:
+        """How many first frames of these prompts' clips are their images, whatever the denoiser says."""
+        return 0
+
     def texts(self, prompts: Sequence[str | Prompt]) -> dict[str, list[str]]:
         """The prompts' texts by branch of the guidance.
 

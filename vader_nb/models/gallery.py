@@ -20,7 +20,8 @@ class Card:
         parameters: millions, of the denoisers.
         gain: `VideoModel.last_step_gain`.
         resident, offloaded: GiB at the peak of a training step with HPSv2.1, one clip, K = 1,
-            everything resident, or with model offload and sequential guidance; simulated.
+            everything resident, or with model offload, sequential guidance, and a causal decoder's states in
+            CPU memory; simulated.
     """
 
     tested: str

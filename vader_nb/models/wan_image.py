@@ -23,6 +23,10 @@ class FromFirstFrame(TextByUMT5):
     expand_timesteps = False
     vae: Any
 
+    def given_frames(self, prompts) -> int:
+        shown = (getattr(prompt, "image", None) is not None for prompt in prompts)
+        return int(self.expand_timesteps and all(shown))
+
     def texts(self, prompts) -> dict[str, list[str]]:
         if self.expand_timesteps:
             prompts = [replace(p, image=None) if isinstance(p, Prompt) else p for p in prompts]

@@ -134,7 +134,8 @@ class TruncationExplorer(Panel):
     def chosen(self) -> list[int]:
         """Indices of the scored frames; a random one is the one that `reward_gradient` draws."""
         generator = torch.Generator().manual_seed(self.seed)
-        return parse_frames(self.frames.value).choose(self.sampling.num_frames, generator)
+        given = self.model.given_frames([self.prompt])
+        return parse_frames(self.frames.value).choose(self.sampling.num_frames, generator, given)
 
     def changed(self) -> None:
         setting, chosen, steps = self.setting, self.chosen, self.sampling.num_inference_steps
