@@ -9,10 +9,11 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import T5Config, T5EncoderModel
 
-from vader_nb import Prompt, load, lora, models
-from vader_nb.memory_planner import MemoryTracker
+from vader_nb import Prompt, align, load, lora, models
+from vader_nb.memory_planner import MemoryTracker, simulate
 from vader_nb.models import causal
 from vader_nb.models.cogvideox import SCHEDULER
+from vader_nb.rewards import brightness
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRTune, Last, ReFL
 from vader_nb.testing import adapted, check_model
@@ -104,6 +105,23 @@ def test_a_directory_is_loaded_in_the_type_that_its_size_was_made_for(directorie
         checkpoint = models.checkpoint_of(folder)
         found[kind] = models.family_of(checkpoint).dtypes_of(checkpoint)["default"]
     assert found == {"2b": torch.float16, "5b": torch.bfloat16, "1.5": torch.bfloat16}
+
+
+@pytest.mark.parametrize(("kind", "other"), [("2b", "bf16"), ("5b", "fp16")])
+def test_autocast_to_the_half_type_that_weights_do_not_have_is_refused(
+    directories, tmp_path, kind, other
+):
+    """Which the decoder's concatenations of its cache and its input do not survive."""
+    with pytest.raises(ValueError, match=f"mixed_precision={other} .*load the model with dtype="):
+        simulate(directories[kind], "brightness", mixed_precision=other, **SIZE)
+    (own,) = {"fp16", "bf16"} - {other}
+    stages = simulate(directories[kind], "brightness", mixed_precision=own, **SIZE)
+    assert max(stages.values()) > 0
+    settings = {"mixed_precision": "bf16", "output_dir": tmp_path / "run"}
+    model = load(directories["2b"], dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"set mixed_precision=fp16 or no, or load"):
+        align(model, brightness(), ["a red star"], steps=1, **SIZE, **settings)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vader_nb import cli, config, translate
+from vader_nb import cli, config, memory_planner, translate
 from vader_nb.config import (
     FOLDER,
     Align,
@@ -489,6 +489,8 @@ def test_shipped_configurations(path):
     got = read(Align, [f"config={path.stem}"])
     assert len(prompts.get(got.prompts))
     assert parse_strategy(got.strategy) and parse_frames(got.frames)
+    # Refuses autocast to the half type that the weights do not have.
+    memory_planner.Step.of(got.model, got.reward, {"mixed_precision": got.mixed_precision})
 
 
 # ---------------------------------------------------------------------------------------- engines

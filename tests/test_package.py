@@ -35,7 +35,9 @@ torch.utils._pytree.tree_leaves
 torch.utils._pytree.tree_map_only
 torch.utils._triton.has_triton
 torch.utils.checkpoint.checkpoint
+torch.utils.collect_env
 torch.utils.flop_counter.flop_registry
+torchvision.models.EfficientNet_B0_Weights
 torchvision.models.optical_flow.RAFT
 torchvision.models.optical_flow.raft_small
 """

@@ -156,7 +156,7 @@ def test_a_file_or_function_that_is_not_there_is_named(my_file):
 # ------------------------------------------------------------------------------- from configurations alone
 
 ARGUMENTS = {"compression": ["head.pt"], "rainy": ["head.pt"], "snowy": ["head.pt"]}
-ARGUMENTS["object_presence"] = ["book"]
+ARGUMENTS |= {"object_presence": ["book"], "class_probability": ["daisy"]}
 WITH_NETWORKS = [name for name in rewards.NAMES if CARDS[name].parameters]
 
 
@@ -175,7 +175,7 @@ def test_published_networks_are_made_without_weights(name):
     "expression",
     ["hps + aesthetic", "action", "action('tiny', 'growing')", "text_video", "flow_smoothness"]
     + ["object_removal('cat')", "temporal_consistency", "brightness", "subject_consistency"]
-    + ["videoprism", "video_reward(fps=8)"],
+    + ["videoprism", "video_reward(fps=8)", "class_probability('daisy')"],
 )
 def test_they_score_fake_frames(expression):
     """With shapes but no numbers, in the default dtype of the moment."""

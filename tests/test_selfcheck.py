@@ -1,16 +1,21 @@
-"""The switches for speed change no gradient and no name, and go off again; the checklist sees what is broken."""
+"""The switches for speed change no gradient and no name, and go off again; selfcheck sees what is broken."""
 
 import functools
+import json
+import re
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from tests import selfcheck
 from tests.test_gradient import PROMPTS, SEEDS, adapted, bright
-from vader_nb import gradient, speed
+from vader_nb import checkpoints, cli, gradient, machine, selfcheck, speed
 from vader_nb.gradient import reward_gradient
+from vader_nb.models import FAMILIES
+from vader_nb.models.modelscope import ModelScope
 from vader_nb.rewards import reward
 from vader_nb.sampling import Sampling, roll_out
 from vader_nb.strategies import Frames, Last, Step
@@ -197,16 +202,32 @@ def test_everything_is_restored_after_an_error_too(micro):
     assert traces(micro) == before
 
 
-# -------------------------------------------------------------------------------------- the checklist
+# -------------------------------------------------------------------------------------- the command
 
 
-def only(monkeypatch, **checks):
-    monkeypatch.setattr(selfcheck, "CHECKS", {name: (check, 0) for name, check in checks.items()})
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`vader-nb selfcheck …` in this process, of some checks: its exit code, its table, all that it printed."""
+
+    def run(*words, small=None, **checks):
+        words = [*words, *([f"model={small}", "reward=brightness"] if small else [])]
+        if checks:
+            kept = {name: (check, 0) for name, check in checks.items()}
+            monkeypatch.setattr(selfcheck, "CHECKS", kept)
+        code = 0
+        try:
+            cli.main(["selfcheck", *words])
+        except SystemExit as error:
+            code = error.code
+        printed = capsys.readouterr().out
+        return code, table(printed), printed
+
+    return run
 
 
 def table(text):
     """Rows of the second table as lists of cells."""
-    lines = text.partition("verdict")[2].splitlines()[2:]
+    lines = text.partition("seconds")[2].splitlines()[2:]
     return [
         [cell.strip() for cell in line.strip("|").split(" | ")]
         for line in lines
@@ -214,38 +235,92 @@ def table(text):
     ]
 
 
-def test_the_gradient_check_passes_here(monkeypatch, capsys):
-    only(monkeypatch, gradient=selfcheck.gradient)
-    assert selfcheck.main(["--quick"]) == 0
-    ((check, _, figure, limit, verdict),) = table(capsys.readouterr().out)
-    assert (check, verdict) == ("gradient", "ok")
-    assert float(figure) <= float(limit.removeprefix("<= "))
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture(scope="module")
+def small(micro_directory, tmp_path_factory):
+    """The micro model as if it was an embedded one, which a CPU may check."""
+    folder = shutil.copytree(micro_directory, tmp_path_factory.mktemp("small") / "mine")
+    (folder / "vader_nb.json").write_text(json.dumps({"defaults": {}, "world": "tiny"}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-wan", "tiny-i2v"])
+def test_the_embedded_models_pass_and_what_needs_a_gpu_says_so(run, no_gpu, name):
+    code, rows, printed = run(f"model={name}")
+    assert code == 0, printed
+    verdicts = {}
+    for check, *_, verdict, seconds in rows:
+        verdicts.setdefault(check, []).append(verdict)
+        assert float(seconds) >= 0
+    assert verdicts == {
+        "resume": ["ok"],
+        "memory": ["ok"],
+        "gradient, float32": ["ok"] * 4,
+        "half precision": ["needs a GPU"],
+        "two processes": ["needs 2 GPUs"],
+    }
+    told = dict(line.strip("| ").split(" | ") for line in printed.split("\n\n")[0].splitlines()[2:])
+    assert told["model"] == name and re.fullmatch("digest [0-9a-f]{16}", told["revision"])
+    assert told["torch"] == torch.__version__ and told["GPU"] == "none"
+    assert str(Path.home()) not in printed and not re.search(r"(?<![\w:.])/\w", printed)
+
+
+class Broken(ModelScope):
+    """Its frames are right, and its gradient half of what it should be."""
+
+    def decode(self, latents, frames=None):
+        made = super().decode(latents, frames)
+        return made.detach() + 0.5 * (made - made.detach())
+
+
+def test_a_broken_model_fails_its_check_and_the_others_go_on(
+    run, no_gpu, small, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(small, tmp_path / "mine")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "Broken"}))
+    monkeypatch.setitem(FAMILIES, "Broken", Broken)
+    checks = {"gradient": selfcheck.gradient, "resume": selfcheck.resume}
+    code, rows, printed = run(small=folder, **checks)
+    assert code == 1
+    found = {(check, measured): verdict for check, measured, *_, verdict, _ in rows}
+    assert found == {
+        ("gradient, float32", "with checkpointing against without"): "ok",
+        ("gradient, float32", "gradient against a finite difference"): "FAILED",
+        ("gradient, float32", "decode of some frames against all"): "ok",
+        ("gradient, float32", "of the last step, against plain autograd"): "ok",
+        ("resume", "1 step + 1 resumed against 2: largest difference"): "ok",
+    }
+    assert "1 failure;" in printed and "| model | mine |" in printed
+    assert tmp_path.name not in printed
 
 
 BREAKS = {
     "2 % too long": lambda rewards, slope: (rewards, 1.02 * slope),
-    "one clip's missing": lambda rewards, slope: (
+    "one column's missing": lambda rewards, slope: (
         rewards,
-        slope * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1, 1),
+        slope * (slope.new_ones(1) - torch.eye(slope.shape[-1])[0]),
     ),
     "not a number": lambda rewards, slope: (rewards, slope + float("nan")),
 }
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_the_gradient_check_fails_when_the_gradient_is_broken(monkeypatch, capsys, broken):
+def test_the_gradient_check_fails_when_the_gradient_is_broken(
+    run, no_gpu, small, monkeypatch, broken
+):
     real = gradient.score
     monkeypatch.setattr(gradient, "score", lambda *args: BREAKS[broken](*real(*args)))
-    only(monkeypatch, gradient=selfcheck.gradient)
-    assert selfcheck.main([]) == 1
-    assert table(capsys.readouterr().out)[0][-1] == "FAILED"
+    code, rows, _ = run(small=small, gradient=selfcheck.gradient)
+    assert code == 1 and rows[-1][-2] == "FAILED"
 
 
-def test_the_resume_check_fails_when_the_optimizer_is_forgotten(monkeypatch, capsys):
-    from vader_nb import checkpoints
-
-    only(monkeypatch, resume=selfcheck.resume)
-    assert selfcheck.main([]) == 0
+def test_the_resume_check_fails_when_the_optimizer_is_forgotten(run, no_gpu, small, monkeypatch):
     real = checkpoints.read
 
     def read(path):
@@ -254,45 +329,96 @@ def test_the_resume_check_fails_when_the_optimizer_is_forgotten(monkeypatch, cap
         return tensors, contents
 
     monkeypatch.setattr(checkpoints, "read", read)
-    assert selfcheck.main([]) == 1
+    code, ((*_, verdict, _),), _ = run(small=small, resume=selfcheck.resume)
+    assert (code, verdict) == (1, "FAILED")
 
 
-def test_the_memory_check_compares_the_peak_with_the_simulator(monkeypatch, capsys):
-    only(monkeypatch, memory=selfcheck.peak_memory)
-    assert selfcheck.main([]) == 0
-    monkeypatch.setattr(selfcheck.Step, "simulate", lambda step: {"replay": 1})
-    assert selfcheck.main([]) == 1
+@pytest.mark.parametrize("factor", [0.8, 1.2])
+def test_the_memory_check_fails_when_the_planner_is_wrong(run, no_gpu, small, monkeypatch, factor):
+    planned = selfcheck.Step.simulate
+    monkeypatch.setattr(selfcheck.Step, "count", planned)
+    monkeypatch.setattr(
+        selfcheck.Step,
+        "simulate",
+        lambda step: {stage: factor * size for stage, size in planned(step).items()},
+    )
+    code, ((_, _, figure, _, verdict, _),), _ = run(small=small, memory=selfcheck.peak_memory)
+    assert (code, figure, verdict) == (1, f"{1 / factor:.3f}", "FAILED")
 
 
-def test_a_check_that_crashes_leaves_the_others(monkeypatch, capsys):
-    def crashes(options):
+def test_both_half_precisions_are_tried_and_overflow_in_the_own_one_is_a_failure(
+    run, no_gpu, small, monkeypatch
+):
+    """On the CPU, where float32 is the model's own, and which trains in bfloat16 alone."""
+    monkeypatch.setattr(selfcheck, "HALF", {"bf16": torch.bfloat16})
+    monkeypatch.setattr(selfcheck, "SCALED_STEPS", 2)
+    code, rows, _ = run(small=small, gradient=selfcheck.gradient, half=selfcheck.half_precision)
+    assert code == 0 and [row[-2] for row in rows] == ["ok"] * 6
+    cosine = float(rows[-2][2].removeprefix("finite, cosine "))
+    assert selfcheck.testing.HALF[torch.bfloat16] < cosine <= 1
+    assert rows[-1][1:4] == ["bf16: finite training steps of 2", "2", ">= 1"]
+    real = gradient.score
+    monkeypatch.setattr(gradient, "score", lambda *args: BREAKS["not a number"](*real(*args)))
+    _, ((_, measured, figure, _, verdict, _),), _ = run(small=small, half=selfcheck.half_precision)
+    assert (figure, verdict) == ("not finite", "use torch.float32") and "bf16" in measured
+    subject = selfcheck.Subject(str(small), "brightness")
+    subject.dtype = torch.bfloat16
+    assert [row.verdict for row in selfcheck.half_precision(subject)] == ["FAILED"]
+
+
+def test_a_check_that_crashes_leaves_the_others_and_names_no_folder(run, no_gpu, small):
+    def crashes(subject):
         yield selfcheck.Row("crashes", "before", verdict="ok")
-        raise RuntimeError("out of | luck\nand a second line")
+        raise RuntimeError(
+            f"out of | luck in {Path.home()}/secret/place/file.txt\nand a second line"
+        )
 
-    def fine(options):
+    def fine(subject):
         yield selfcheck.at_most("fine", "nothing", 0.0, 1.0)
 
-    only(monkeypatch, crashes=crashes, fine=fine)
-    assert selfcheck.main([]) == 1
-    printed = capsys.readouterr().out
-    rows = table(printed)
+    code, rows, printed = run(small=small, crashes=crashes, fine=fine)
+    assert code == 1
     assert [row[0] for row in rows] == ["crashes", "crashes", "fine"]
-    assert rows[1][1:] == [r"RuntimeError: out of \| luck", "", "", "FAILED"]
-    assert rows[2][-1] == "ok"
-    assert "1 check failed" in printed
+    assert rows[1][1:5] == [r"RuntimeError: out of \| luck in file.txt", "", "", "FAILED"]
+    assert rows[2][-2] == "ok"
+    assert "1 failure;" in printed
 
 
-def test_what_needs_a_gpu_is_not_run_and_never_ok(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    needy = {name: (check, gpus) for name, (check, gpus) in selfcheck.CHECKS.items() if gpus}
-    assert set(needy) == {"half precision", "loss scaling", "two processes"}
-    monkeypatch.setattr(selfcheck, "CHECKS", needy)
-    assert selfcheck.main([]) == 0
-    assert [row[-1] for row in table(capsys.readouterr().out)] == ["no GPU: not run"] * 3
+def test_a_mistake_is_an_error_before_any_check(run, no_gpu, capsys):
+    for words, message in (
+        (
+            ["model=wan"],
+            "model=wan needs a GPU, and there is none; on a CPU take tiny, tiny-wan, tiny-i2v",
+        ),
+        (["reward=beauty"], "unknown reward 'beauty'"),
+        (["model=none"], "none"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["selfcheck", *words])
+        told = capsys.readouterr()
+        assert ended.value.code == 2 and message in told.err and not told.out
+
+
+def test_the_report_names_nobody():
+    home = Path.home()
+    private = machine.private
+    assert private(f"no file at {home}/wan/vae/config.json") == "no file at config.json"
+    assert private("'/mnt/data/me/model' is not there") == "'model' is not there"
+    assert private("see https://huggingface.co/a/b") == "see https://huggingface.co/a/b"
+    assert private("3 / 4 of 1/2") == "3 / 4 of 1/2"
+
+
+def test_a_published_checkpoint_is_named_by_its_commits(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert machine.revision("wan") == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers unknown commit"
+    place = tmp_path / "models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers" / "refs"
+    place.mkdir(parents=True)
+    (place / "main").write_text("0fad780a")
+    assert machine.revision("wan") == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers 0fad780a"
 
 
 def test_a_switch_that_crashes_or_bends_the_gradient_is_left_off_and_is_no_failure(
-    monkeypatch, capsys
+    run, no_gpu, small, monkeypatch
 ):
     def crash(model, undo):
         raise RuntimeError("no such kernel")
@@ -306,14 +432,13 @@ def test_a_switch_that_crashes_or_bends_the_gradient_is_left_off_and_is_no_failu
 
     made = {"crash": crash, "bend": bend, "math": speed.SWITCHES["sdpa_math"], "idle": idle}
     monkeypatch.setattr(speed, "SWITCHES", made)
-    only(monkeypatch, speed=selfcheck.switches)
-    assert selfcheck.main(["--quick"]) == 0
-    rows = {row[0]: row for row in table(capsys.readouterr().out)}
-    assert rows["speed: crash"][1:] == ["RuntimeError: no such kernel", "", "", "leave it off"]
+    code, found, _ = run("speed=true", small=small, none=lambda subject: [])
+    assert code == 0
+    rows = {row[0]: row for row in found}
+    assert rows["speed: crash"][1:5] == ["no such kernel", "", "", "off"]
     assert "cosine" in rows["speed: bend"][1]
-    assert rows["speed: bend"][-1] == "leave it off"
-    assert rows["speed: idle"][1:] == ["not on this machine", "", "", "off"]
-    assert rows["speed: math"][-1] in ("use it", "leave it off")
+    assert rows["speed: idle"][1:5] == ["not on this machine", "", "", "off"]
+    assert rows["speed: math"][-2] in ("use it", "leave it off")
     assert rows["speed: none"][2].startswith("1.00")
 
 

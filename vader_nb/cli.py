@@ -293,6 +293,14 @@ def run_check(arguments):
         sys.exit(1)
 
 
+def run_selfcheck(arguments):
+    from . import selfcheck
+
+    names = ("model", "reward", "text_cache", "speed")
+    if selfcheck.report(**{name: getattr(arguments, name) for name in names}):
+        sys.exit(1)
+
+
 def run_rewards(arguments):
     print(vader_nb.rewards.table())
 
@@ -334,6 +342,7 @@ COMMANDS = {
     "memory": (run_memory, config.Memory),
     "export": (run_export, config.Export),
     "check": (run_check, config.Check),
+    "selfcheck": (run_selfcheck, config.Selfcheck),
     "rewards": (run_rewards, config.Rewards),
     "models": (run_models, config.Models),
     "recipes": (run_recipes, config.Recipes),

@@ -93,7 +93,7 @@ class Align(Judged):
     decoder_gradient: str | None = option(
         None, "of a causal decoder: exact, or to save time last_chunk or window:w"
     )
-    speed: str | None = option(None, "switches, such as channels_last,compile (tests.selfcheck)")
+    speed: str | None = option(None, "switches, such as channels_last,compile (see selfcheck)")
     evaluation: bool = option(True, "compare base and adapter at the end")
 
 
@@ -180,6 +180,17 @@ class Check(Common):
     example = "vader-nb check my_rewards.py:blueness"
     positional = "reward"
     reward: str = option("", "an expression, such as hps('tiny'), or file.py:function")
+
+
+@dataclass
+class Selfcheck(Modeled):
+    """Does a model do on this machine what it promises? Ten minutes on a GPU; a table for an issue."""
+
+    example = "vader-nb selfcheck model=wan"
+    reward: str | None = option(
+        None, "an expression; default: hps for embedded models, else brightness"
+    )
+    speed: bool = option(False, "also measure the switches for speed: minutes more")
 
 
 @dataclass

@@ -31,7 +31,7 @@ from .offload import frozen_tensors, moved
 from .prompts import Prompt
 from .rewards import Reward, parse
 from .strategies import Frames, parse_frames, parse_strategy
-from .train_config import TrainConfig
+from .train_config import HALF, TrainConfig, check_half
 
 GIB = 2**30
 STAGES = ("weights", "text", "roll-out", "decode", "reward", "replay", "optimizer")
@@ -195,7 +195,11 @@ class Step:
             raise ValueError(f"unknown dtype {dtype!r}; choose float16, bfloat16 or float32")
         decoder = models.decoder_settings(model, given)
         config, text_cache = TrainConfig.from_flat(flat), given["text_cache"]
-        return cls(str(model), reward, config, dtype, offload, text_cache, decoder)
+        step = cls(str(model), reward, config, dtype, offload, text_cache, decoder)
+        dtypes = step.dtypes
+        dtypes.pop("text_encoder", None)  # which autocast does not reach
+        check_half(config.mixed_precision, dtypes.values())
+        return step
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -236,7 +240,7 @@ class Step:
         gc.collect()
         tracker.enter("weights")
         _report_stages(model, tracker.enter)
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision or "")
+        half = HALF.get(config.mixed_precision or "")
         with torch.autocast(model.device.type, half, enabled=half is not None):
             self.gradient(model, adapter, ReportingReward(reward, tracker.enter), tracker)
         gc.collect()  # what waits for Python's collector would count, or not, by chance

@@ -3,7 +3,7 @@
     speed.apply(model, "channels_last,compile")     # from now on
     with speed.apply(model, "channels_last"):       # only inside
 
-`python -m tests.selfcheck`, in a clone, measures them on a machine. None changes the result, beyond rounding, nor
+`vader-nb selfcheck speed=true` measures them on a machine. None changes the result, beyond rounding, nor
 the names of weights and of the adapter's tensors.
 
 A switch is a function of the model and an `ExitStack`, on which it puts what turns it off again. It
@@ -12,11 +12,13 @@ raises `Unavailable` where it cannot help.
 
 import functools
 import shutil
+import statistics
+import time
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +31,9 @@ KERNELS = ("flash", "mem_efficient", "cudnn", "math")
 LAYOUTS = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
 # Compiled variants of a block (sizes, with and without a graph, adapter fused or not); torch allows 8.
 CACHE_SIZE_LIMIT = 64
+SPEEDUP = 1.05  # that makes a switch worth it; more where chance alone goes further
+SAME_GRADIENT = 0.99  # cosine of a switch's gradient to the one without
+ROUNDS = 5
 
 
 class Unavailable(RuntimeError):
@@ -152,3 +157,64 @@ def apply(model: VideoModel, names: str | Sequence[str]) -> ExitStack:
             except Unavailable as reason:
                 warnings.warn(f"{name} stays off: {reason}", stacklevel=2)
         return stack.pop_all()
+
+
+class Speed(NamedTuple):
+    """Median seconds of a step, how many times as fast that is, and what that must exceed to be no chance."""
+
+    seconds: float
+    ratio: float
+    limit: float
+
+
+def compare(
+    model: VideoModel, gradient: Callable[[], torch.Tensor], rounds: int = ROUNDS
+) -> dict[str, Speed | str]:
+    """Measure each switch by itself; for one that cannot be used here, the reason.
+
+    Each round runs all of them, and the median of the rounds' ratios counts, so that a machine whose
+    speed drifts does not decide; "none, again" shows how far chance goes.
+
+    Args:
+        gradient: takes a step with this model, and returns its gradient.
+    """
+    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+
+    def timed(switch: Callable | None) -> tuple[float, torch.Tensor]:
+        with ExitStack() as undo:
+            if switch:
+                switch(model, undo)
+            synchronize()
+            began = time.perf_counter()
+            found = gradient()
+            synchronize()
+            return time.perf_counter() - began, found
+
+    timed(None)
+    expected, unfit = timed(None)[1], {}
+    ready: dict[str, Callable | None] = {"none": None, "none, again": None}
+    for name, switch in SWITCHES.items():
+        try:
+            same = torch.cosine_similarity(timed(switch)[1], expected, dim=0).item()
+            if not same >= SAME_GRADIENT:
+                raise RuntimeError(f"the gradient's cosine to the one without is {same:.4f}")
+            ready[name] = switch
+        except Exception as error:
+            unfit[name] = str(error).strip().partition("\n")[0] or type(error).__name__
+    seconds = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name, switch in ready.items():
+            seconds[name].append(timed(switch)[0])
+    return speeds(seconds) | unfit
+
+
+def speeds(seconds: dict[str, list[float]]) -> dict[str, Speed | str]:
+    """Of each switch's seconds in each round."""
+    ratios = {
+        name: statistics.median(base / mine for base, mine in zip(seconds["none"], times))
+        for name, times in seconds.items()
+    }
+    chance = ratios["none, again"]
+    limit = max(SPEEDUP, chance, 1 / chance)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {name: Speed(medians[name], ratio, limit) for name, ratio in ratios.items()}

@@ -1,7 +1,10 @@
 """Every setting of a training run, written once."""
 
+from collections.abc import Iterable
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
+
+import torch
 
 from .lora_files import MAX_RANK, parse_targets
 from .sampling import Sampling, check_bounds, setting, with_help
@@ -27,6 +30,7 @@ BOUNDS = {
     "validation_steps": (1, 10**9),
     "early_stopping": (1, 10**9),
 }
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of mixed_precision
 
 
 @with_help
@@ -159,3 +163,15 @@ class TrainConfig:
     def validate(self) -> None:
         """Raises ValueError for a number that makes no sense."""
         check_bounds(self, BOUNDS)
+
+
+def check_half(mixed_precision: str | None, dtypes: Iterable[torch.dtype]) -> None:
+    """Raises ValueError for autocast to one half type over weights in the other: torch joins no tensors of both."""
+    half = HALF.get(mixed_precision or "")
+    for dtype in dtypes:
+        if half and dtype in HALF.values() and dtype != half:
+            own = next(name for name, kind in HALF.items() if kind == dtype)
+            raise ValueError(
+                f"mixed_precision={mixed_precision} does not go with weights in {dtype}: "
+                f"set mixed_precision={own} or no, or load the model with dtype={half}"
+            )

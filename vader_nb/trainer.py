@@ -32,7 +32,7 @@ from .prompts import Prompt
 from .rewards import Reward, as_reward
 from .sampling import NonFiniteError, Sampling
 from .strategies import Frames
-from .train_config import TrainConfig
+from .train_config import TrainConfig, check_half
 
 MAX_NON_FINITE = 3  # steps in a row
 MAX_NON_FINITE_SCALED = 20  # with fp16, whose loss scale comes down by such steps
@@ -276,6 +276,12 @@ class Trainer:
         self.accelerator = distributed.accelerator_for(
             model.device, config.mixed_precision, config.log_with, config.output_dir
         )
+        networks = (
+            *model.denoisers.values(),
+            *model.decoders(),
+        )  # texts are encoded without autocast
+        dtypes = {p.dtype for network in networks for p in network.parameters()}
+        check_half(self.accelerator.mixed_precision, dtypes)
         scaled = self.accelerator.scaler is not None
         self.max_non_finite = MAX_NON_FINITE_SCALED if scaled else MAX_NON_FINITE
         clips = config.batch_size * config.gradient_accumulation_steps

@@ -26,6 +26,7 @@ from .expression import EMBEDDED, MODULES, NAMES, parse
 if TYPE_CHECKING:
     from .blip import image_reward
     from .checking import check
+    from .classifier import class_probability
     from .clip import clip_score, hps, pickscore
     from .coded import h264_bytes, jpeg_bytes
     from .detection import object_presence, object_removal

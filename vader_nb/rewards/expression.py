@@ -14,6 +14,7 @@ from .base import Reward, as_reward
 
 _REWARDS = {
     "blip": "image_reward",
+    "classifier": "class_probability",
     "clip": "clip_score hps pickscore",
     "coded": "h264_bytes jpeg_bytes",
     "detection": "object_presence object_removal",
