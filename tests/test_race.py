@@ -93,13 +93,12 @@ def test_every_run_spends_the_budget_and_is_evaluated_at_its_parts(whole):
     runs = [line for line in lines if line["seed"] is not None]
     assert len(runs) == 2 * 2 * 2 * 2 and len(lines) == len(runs) + 2
     assert {(line["part"], line["reward_queries"]) for line in runs} == {(1, 2), (2, 4)}
-    for (
-        line
-    ) in runs:  # two steps, two clips, two branches: rolled out, and the steps that learn replayed
-        replayed = 2 if line["contestant"] != "VADER" else 1
-        clips = 2 * 2 * line["part"]
-        assert line["denoiser_backwards"] <= replayed * clips  # DDIM's last step may have no noise
-        assert line["denoiser_calls"] == 2 * clips + line["denoiser_backwards"]
+    for line in runs:  # two denoising steps of two clips, in two branches; the prompt's learns
+        clips, backwards = 2 * line["part"], line["denoiser_backwards"]
+        policy = line["contestant"] != "VADER"  # which takes both branches again
+        assert backwards in ((clips, 2 * clips) if policy else (clips,))
+        again = 2 * backwards if policy else backwards
+        assert line["denoiser_calls"] == 2 * 2 * clips + again
         assert line["bytes_kept"] > 0 and line["seconds"] > 0
     (best,) = [line for line in lines if line["contestant"] == "best of 2"]
     assert best["per_clip"] == {"reward_queries": 2, "denoiser_calls": 2 * 2 * 2}
