@@ -8,12 +8,16 @@ import os
 import pytest
 import torch
 
-from vader_nb import lora, race, race_results, stats
+from vader_nb import cli, config, lora, race, race_results, stats
 from vader_nb.distributed import launch
+from vader_nb.estimators import parse_estimator
 from vader_nb.meter import COSTS, Meter
+from vader_nb.race_jobs import SETTINGS as SETTABLE
+from vader_nb.race_jobs import checked_budget, plan_jobs
 from vader_nb.race_results import LINES, Race, read_lines
 from vader_nb.racing import Runner
 from vader_nb.rewards import brightness, colorfulness
+from vader_nb.train_config import TrainConfig
 
 from .test_parallel import build
 
@@ -155,6 +159,34 @@ def test_a_bad_race_names_the_key(micro_directory, tmp_path, contestants, change
     with pytest.raises(ValueError, match=message):
         run(micro_directory, tmp_path / "new", contestants, **changes)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((config.FOLDER / "races").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_races(path):
+    got = config.read(config.Race, [f"races/{path.stem}"])
+    rates, seeds = map(float, got.learning_rates), map(int, got.seeds)
+    settings = {name: getattr(got, name) for name in SETTABLE}
+    jobs = plan_jobs(got.contestants, settings, list(rates), list(seeds))
+    assert jobs[0].contestant == "base" and checked_budget(got.budget, got.evaluations)
+    for job in jobs:
+        own = {name: value for name, value in job.settings.items() if name in SETTABLE}
+        assert TrainConfig.from_flat(own).strategy
+        assert parse_estimator(job.settings.get("estimator", "RewardGradient"))
+
+
+def test_a_bad_race_file_names_the_key(tmp_path):
+    for text, message in {
+        "contestant: {}": "unknown key 'contestant' in .*did you mean contestants",
+        "evaluations: many": "evaluations: ",
+        "resume: true": "unknown key 'resume'",
+    }.items():
+        (tmp_path / "race.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            config.read(config.Race, [str(tmp_path / "race.yaml")])
+    with pytest.raises(SystemExit):
+        cli.main(["race", "races/tiny", "seeds=[a]"])
 
 
 def test_another_race_in_the_folder_is_refused(micro_directory, whole):

@@ -14,6 +14,7 @@ from .train_config import TrainConfig
 # What the race decides, and no contestant.
 DECIDED = {"steps", "learning_rate", "seed", "output_dir", "resume", "validation_steps"}
 DECIDED |= {"early_stopping", "extend", "segments", "log_with", "progress"}
+DECIDED |= {"checkpoints_total_limit"}
 SETTINGS = {f.name for f in TrainConfig.flat_fields()} - DECIDED
 OWN = {"estimator", "learning_rates", "best_of", "guidance"}  # of a contestant, beside SETTINGS
 

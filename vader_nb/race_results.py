@@ -80,13 +80,8 @@ class Race:
         best = self.best()
         shown = ("reward", "held-out reward", "oracle accuracy", "diversity", "motion")
         names = [name for name in shown if self.metric(name) in best[BASE].ends[0]["scores"]]
-        headings = [
-            "contestant",
-            "learning rate",
-            "seeds",
-            *(c.replace("_", " ") for c in COSTS),
-            *names,
-        ]
+        costs = [cost.replace("_", " ") for cost in COSTS]
+        headings = ["contestant", "learning rate", "seeds", *costs, *names]
         rows = []
         for name, runs in best.items():
             rate = f"{runs.rate:g}" if runs.rate else ""
@@ -133,23 +128,28 @@ class Race:
         """
         best = self.best()
         start = best[BASE].scores(y)[0, -1]
-        goal = best[level].scores(y)[:, -1].mean().item() if isinstance(level, str) else level
-        captions = resamples(len(start), 0)
-        result = {}
+        captions, result = resamples(len(start), 0), {}
+        ends = {name: best[name].scores(y)[:, -1] for name in [level] if isinstance(name, str)}
+
+        def goal(seeds: Any = slice(None), of: Any = slice(None)) -> float:
+            if not isinstance(level, str):
+                return level
+            if isinstance(seeds, torch.Tensor):  # while it runs, one may have more than another
+                seeds = seeds % len(ends[level])
+            return ends[level][seeds][:, of].mean().item()
+
         for name, runs in best.items():
             if not runs.rate or runs.failed:
                 continue
             scores, spent = runs.scores(y), torch.tensor(runs.spent(x, each=True)).double()
             scores = torch.cat([start.expand(len(scores), 1, -1), scores], dim=1)
             spent = torch.cat([torch.zeros(len(spent), 1).double(), spent], dim=1)
-            seeds = resamples(len(scores), 1)
-            drawn = [
-                crossing(spent[s].mean(0), scores[s].mean(0)[:, c].mean(1), goal)
-                for s, c in zip(seeds, captions)
-            ]
-            drawn.sort()
+            drawn = sorted(
+                crossing(spent[s].mean(0), scores[s].mean(0)[:, c].mean(1), goal(s, c))
+                for s, c in zip(resamples(len(scores), 1), captions)
+            )
             low, high = (drawn[round(share * (RESAMPLES - 1))] for share in (0.025, 0.975))
-            result[name] = crossing(spent.mean(0), scores.mean((0, 2)), goal), low, high
+            result[name] = crossing(spent.mean(0), scores.mean((0, 2)), goal()), low, high
         return result
 
     def queries_to_reach(
@@ -160,17 +160,10 @@ class Race:
         least = min((estimate for estimate, *_ in found.values()), default=math.inf)
         rows = []
         for name, (estimate, low, high) in found.items():
-            ratio = estimate / least if math.isfinite(estimate) and least else math.nan
-            interval = f"{count(low)} to {count(high)}"
-            rows.append(
-                [name, count(estimate), interval, "" if math.isnan(ratio) else f"{ratio:.1f}"]
-            )
-        headings = [
-            "contestant",
-            f"{x.replace('_', ' ')} to reach {y} {level}",
-            "95 % interval",
-            "times the least",
-        ]
+            times = f"{estimate / least:.1f}" if math.isfinite(estimate) and least else ""
+            rows.append([name, count(estimate), f"{count(low)} to {count(high)}", times])
+        what = f"{x.replace('_', ' ')} to reach {y} {level}"
+        headings = ["contestant", what, "95 % interval", "times the least"]
         return Table(headings, rows, headings)
 
     def plot(self, x: str = "reward_queries", y: str = "held-out reward", log: bool = True) -> Any:

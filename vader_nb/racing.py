@@ -173,7 +173,7 @@ class Runner:
     bar: Any = None
 
     def trainer(self, job: Job) -> MeteredTrainer:
-        settings = {"checkpoints_total_limit": 1, **job.settings}
+        settings = {**job.settings, "checkpoints_total_limit": 1}
         estimator = settings.pop("estimator", None)
         settings |= {"learning_rate": job.learning_rate, "seed": job.seed, "steps": 10**9}
         settings |= {"output_dir": self.output_dir / job.folder, "resume": "latest"}
