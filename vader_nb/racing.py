@@ -142,13 +142,15 @@ def begin(folder: Path, about: dict, index: int) -> None:
 def alone(model: VideoModel) -> Iterator[tuple[int, int]]:
     """Inside, this process trains by itself, whatever launched it. Yields its index, and how many there are."""
     before = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
-    count = int(before.get("WORLD_SIZE", 1))
+    count, dist = int(before.get("WORLD_SIZE", 1)), torch.distributed
+    ready = dist.is_available() and dist.is_initialized()
+    index = dist.get_rank() if ready else int(before.get("RANK", 0))
     if count > 1:
         before["ACCELERATE_TORCH_DEVICE"] = os.environ.get("ACCELERATE_TORCH_DEVICE", "")
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(model.device)
         AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        yield int(before.get("RANK", 0)), count
+        yield index, count
     finally:
         if count > 1:
             os.environ.update(before)
