@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from .memory_planner import memory
     from .models import load
     from .prompts import Prompt
+    from .race_results import Race
+    from .racing import race
     from .rewards import check, reward
     from .sampling import Sampling, sample
     from .strategies import (
@@ -74,6 +76,8 @@ _NAMES = {
     "models": ("load",),
     "prompts": ("Prompt",),
     "publish": (),
+    "race_results": ("Race",),
+    "racing": ("race",),
     "recipes": (),
     "rewards": ("check", "reward"),
     "sampling": ("Sampling", "sample"),
@@ -94,7 +98,8 @@ _NAMES = {
     "zoo": (),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = sorted(_NAMES.keys() - {"best", "evaluation", "long_clips", "memory_planner"})
+_INNER = {"best", "evaluation", "long_clips", "memory_planner", "race_results", "racing"}
+_MODULES = sorted(_NAMES.keys() - _INNER)
 __all__ = ["__version__", *_MODULE_OF, *_MODULES]
 
 

@@ -254,6 +254,47 @@ def run_evaluate(arguments):
     compare(arguments, model, adapter, rewards, groups, folder)
 
 
+def run_race(arguments):
+    from .evaluation import thumbnails, videomae_features
+    from .race_jobs import SETTINGS
+    from .racing import race
+
+    prompts, (reward, *judges) = training_prompts(arguments), parse_rewards(arguments)
+    needed = {"held_out_reward": judges, "contestants": arguments.contestants}
+    needed |= {"budget": arguments.budget, "learning_rates": arguments.learning_rates}
+    needed["held_out"] = captions = evaluation_prompts(arguments, prompts).get("held-out", [])
+    for name, value in needed.items():
+        if not value:
+            raise ValueError(f"a race needs {name}: see vader_nb/configs/races/tiny.yaml")
+    numbers = {}
+    for name, kind in {"learning_rates": float, "seeds": int}.items():
+        try:
+            numbers[name] = [kind(value) for value in getattr(arguments, name)]
+        except ValueError as error:
+            raise ValueError(f"{name} must be a list of numbers: {error}") from error
+    model = load(arguments)
+    result = race(
+        model,
+        arguments.contestants,
+        reward,
+        prompts,
+        held_out=captions,
+        held_out_reward=judges[0],
+        budget=arguments.budget,
+        evaluations=arguments.evaluations,
+        seeds_per_prompt=arguments.seeds_per_prompt,
+        eval_batch_size=arguments.eval_batch_size,
+        features=videomae_features("tiny") if model.world == "tiny" else thumbnails,
+        output_dir=arguments.output_dir,
+        **numbers,
+        **{name: getattr(arguments, name) for name in SETTINGS},
+    )
+    if vader_nb.distributed.is_main_process():
+        print(
+            f"{result.rates().markdown()}\n\n{result}\n\nread it: vader_nb.Race({str(result.folder)!r})"
+        )
+
+
 def run_sample(arguments):
     if not arguments.prompts:
         raise ValueError('which prompt? vader-nb sample "a red star growing on a black background"')
@@ -338,6 +379,7 @@ def run_engine(arguments):
 
 COMMANDS = {
     "align": (run_align, config.Align),
+    "race": (run_race, config.Race),
     "evaluate": (run_evaluate, config.Evaluate),
     "sample": (run_sample, config.Sample),
     "memory": (run_memory, config.Memory),

@@ -101,6 +101,30 @@ class Align(Judged):
 
 
 @dataclass
+class Race(Judged):
+    """Methods against each other, with equal budgets; goes on where it was when it is started again."""
+
+    example = "vader-nb race races/tiny output_dir=runs/race"
+    settings, positional = "race", "config"
+    contestants: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "by name: settings, estimator, own learning_rates; or instead best_of: 8, guidance: 0.1"
+        },
+    )
+    budget: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "of each run: reward_queries, denoiser_calls or seconds: how many"},
+    )
+    learning_rates: list[Any] = field(
+        default_factory=list, metadata={"help": "the grid on which every contestant is tuned"}
+    )
+    seeds: list[Any] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of the runs"})
+    evaluations: int = option(4, "for each run, at equal parts of its budget")
+    output_dir: str = option("runs/race", "the race's folder")
+
+
+@dataclass
 class Evaluate(Judged):
     """Compare base and adapter; write a report."""
 
@@ -271,6 +295,8 @@ def settings(group: str) -> list[Field]:
     from .train_config import TrainConfig
 
     wanted = {f.name for f in fields(Sampling)} | (MEMORY if group == "memory" else set())
+    if group == "race":
+        from .race_jobs import SETTINGS as wanted
     return [f for f in TrainConfig.flat_fields() if group == "training" or f.name in wanted]
 
 

@@ -121,7 +121,7 @@ def paired_interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, fl
     """
     values = differences.double()
     mean, std = values.mean(), values.std()
-    draws = values[_resamples(len(values), seed)]
+    draws = values[resamples(len(values), seed)]
     # A resample of a few values over and over has a spread near zero, and would reach anywhere.
     spread = draws.std(1).clamp(min=0.2 * std.item() + 1e-300)
     levels = torch.tensor([0.975, 0.025], dtype=torch.float64)
@@ -196,7 +196,7 @@ def simultaneous_intervals(
     """
     count = scores.shape[1]
     means = scores.mean(1)
-    shift = scores[:, _resamples(count, seed)].mean(-1) - means[:, None]  # (K, RESAMPLES)
+    shift = scores[:, resamples(count, seed)].mean(-1) - means[:, None]  # (K, RESAMPLES)
     error = (scores[:, None] - scores[None]).std(-1) / math.sqrt(count)  # (K, K)
     t = (shift[:, None] - shift[None]).abs() / error[..., None].clamp(min=1e-12)
     largest = t.nan_to_num(0).flatten(0, 1).amax(0)  # (RESAMPLES,)
@@ -216,7 +216,7 @@ def expanded_quantile(z: float, count: int) -> float:
     return float(t) * math.sqrt(count / freedom)
 
 
-def _resamples(count: int, seed: int) -> torch.Tensor:
+def resamples(count: int, seed: int) -> torch.Tensor:
     """Indices of `RESAMPLES` draws with replacement, `(RESAMPLES, count)`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(count, (RESAMPLES, count), generator=generator)

@@ -1,0 +1,300 @@
+"""A race as its folder tells it: tables with intervals, curves over what was spent, reward against diversity and motion."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .evaluation import BASE
+from .meter import COSTS
+from .stats import RESAMPLES, paired_interval, resamples
+from .tables import Table
+
+LINES = "evaluations.jsonl"
+COLORS = ("#3b82c4", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#7d8590")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a file; the last one may be torn, or not be whole yet."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return [json.loads(line) for line in whole]
+
+
+class Race:
+    """Reads a race's folder, also one that is still being written: each method reads it anew.
+
+    What is measured has these names: `reward`, that was trained on; `held-out reward`; `oracle accuracy`, the share of
+    clips of the tiny world with the right color and shape; `diversity`, `motion`; or any metric's own name. What was
+    spent: see `race`.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser()
+        path = self.folder / "race.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no race.json in {self.folder}: is this a race's folder?")
+        self.settings = json.loads(path.read_text(encoding="utf-8"))
+
+    @property
+    def lines(self) -> list[dict]:
+        """All evaluations so far, in the order of files."""
+        return [line for path in sorted(self.folder.rglob(LINES)) for line in read_lines(path)]
+
+    def metric(self, name: str) -> str:
+        """The metric's own name."""
+        names = {"reward": self.settings["reward"], "oracle accuracy": "oracle: color and shape"}
+        return (names | {"held-out reward": self.settings["held_out_reward"]}).get(name, name)
+
+    def runs(self) -> dict[str, list["Runs"]]:
+        """Each contestant's runs, those of one learning rate together."""
+        found: dict[tuple, dict] = {}
+        for line in self.lines:
+            key = line["contestant"], line["learning_rate"]
+            found.setdefault(key, {}).setdefault(line["seed"], []).append(line)
+        result: dict[str, list[Runs]] = {}
+        for (name, rate), seeds in found.items():
+            lines = [seeds[seed] for seed in sorted(seeds, key=str)]
+            result.setdefault(name, []).append(Runs(self, name, rate, lines))
+        return result
+
+    def best(self) -> dict[str, "Runs"]:
+        """Each contestant at its best learning rate: the highest `reward` at the end, in the mean of seeds.
+
+        While the race runs, of the rates whose seeds have come as far as any, and as many of them.
+        """
+        runs = self.runs()
+        if BASE not in runs:
+            raise ValueError(f"the race in {self.folder} has not evaluated the base yet")
+        return {name: max(of, key=Runs.rank) for name, of in runs.items()}
+
+    def table(self) -> Table:
+        """Where each contestant ended: costs, and differences to the base with 95 % intervals over captions.
+
+        Differences are means over seeds of the runs, whose lowest and highest are told, too; the interval is that of
+        `stats.paired_interval`. Contestants without training are marked by the queries that each clip costs.
+        """
+        best = self.best()
+        shown = ("reward", "held-out reward", "oracle accuracy", "diversity", "motion")
+        names = [name for name in shown if self.metric(name) in best[BASE].ends[0]["scores"]]
+        costs = [cost.replace("_", " ") for cost in COSTS]
+        headings = ["contestant", "learning rate", "seeds", *costs, *names]
+        rows = []
+        for name, runs in best.items():
+            rate = f"{runs.rate:g}" if runs.rate else ""
+            row = [runs.label, rate, str(len(runs.ends)) if runs.rate else ""]
+            row += [count(runs.spent(cost)[-1]) if runs.rate else "" for cost in COSTS]
+            rows.append([*row, *(self.cell(runs, best[BASE], name) for name in names)])
+        return Table(headings, rows, headings)
+
+    def cell(self, runs: "Runs", base: "Runs", name: str) -> str:
+        """A contestant's end in one metric, against the base."""
+        if runs.failed:
+            return "not finite"
+        ends, start = runs.scores(name)[:, -1], base.scores(name)[0, -1]
+        if runs.name == BASE:
+            return f"{start.mean():.4f}"
+        low, high = paired_interval(ends.mean(0) - start)
+        text = f"{ends.mean():.4f}: {(ends.mean(0) - start).mean():+.4f} [{low:+.4f}, {high:+.4f}]"
+        means = ends.mean(1)
+        return text + (f"; seeds {means.min():.4f} to {means.max():.4f}" if len(means) > 1 else "")
+
+    def rates(self) -> Table:
+        """All learning rates: the reward at the end by which they were chosen, and the held-out one."""
+        rows = []
+        for name, of in self.runs().items():
+            for runs in of if name != BASE and of[0].rate else []:
+                ends = ["reward", "held-out reward"]
+                values = ["not finite"] * 2 if runs.failed else [f"{runs.end(x):.4f}" for x in ends]
+                chosen = "chosen" if runs is max(of, key=Runs.rank) else ""
+                rows.append([name, f"{runs.rate:g}", str(len(runs.ends)), *values, chosen])
+        headings = ["contestant", "learning rate", "seeds", "reward", "held-out reward", ""]
+        return Table(headings, rows, headings)
+
+    def reach(
+        self, level: float | str, x: str = "reward_queries", y: str = "held-out reward"
+    ) -> dict:
+        """What each contestant spent until a metric reached a level: name -> (estimate, low, high).
+
+        The curves of seeds are averaged, and joined by straight lines from the base. The 95 % interval is the bootstrap's
+        over seeds and captions, the same captions for all; infinite where the level was not reached.
+
+        Args:
+            level: a number, or a contestant: the level where that one ended.
+            x, y: what was spent, and the metric.
+        """
+        best = self.best()
+        start = best[BASE].scores(y)[0, -1]
+        captions, result = resamples(len(start), 0), {}
+        ends = {name: best[name].scores(y)[:, -1] for name in [level] if isinstance(name, str)}
+
+        def goal(seeds: Any = slice(None), of: Any = slice(None)) -> float:
+            if not isinstance(level, str):
+                return level
+            if isinstance(seeds, torch.Tensor):  # while it runs, one may have more than another
+                seeds = seeds % len(ends[level])
+            return ends[level][seeds][:, of].mean().item()
+
+        for name, runs in best.items():
+            if not runs.rate or runs.failed:
+                continue
+            scores, spent = runs.scores(y), torch.tensor(runs.spent(x, each=True)).double()
+            scores = torch.cat([start.expand(len(scores), 1, -1), scores], dim=1)
+            spent = torch.cat([torch.zeros(len(spent), 1).double(), spent], dim=1)
+            drawn = sorted(
+                crossing(spent[s].mean(0), scores[s].mean(0)[:, c].mean(1), goal(s, c))
+                for s, c in zip(resamples(len(scores), 1), captions)
+            )
+            low, high = (drawn[round(share * (RESAMPLES - 1))] for share in (0.025, 0.975))
+            result[name] = crossing(spent.mean(0), scores.mean((0, 2)), goal()), low, high
+        return result
+
+    def queries_to_reach(
+        self, level: float | str, x: str = "reward_queries", y: str = "held-out reward"
+    ) -> Table:
+        """`reach` as a table, with the ratio to the contestant that needs least."""
+        found = self.reach(level, x, y)
+        least = min((estimate for estimate, *_ in found.values()), default=math.inf)
+        rows = []
+        for name, (estimate, low, high) in found.items():
+            times = f"{estimate / least:.1f}" if math.isfinite(estimate) and least else ""
+            rows.append([name, count(estimate), f"{count(low)} to {count(high)}", times])
+        what = f"{x.replace('_', ' ')} to reach {y} {level}"
+        headings = ["contestant", what, "95 % interval", "times the least"]
+        return Table(headings, rows, headings)
+
+    def plot(self, x: str = "reward_queries", y: str = "held-out reward", log: bool = True) -> Any:
+        """Draw a metric over what was spent, means of seeds with the lowest and the highest, as a matplotlib Figure.
+
+        Contestants without training are horizontal lines: each of their clips costs anew.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.5, 4), layout="constrained")
+        axes, best = figure.subplots(), self.best()
+        number = 0
+        for name, runs in best.items():
+            if runs.failed:
+                continue
+            color = "#7d8590" if name == BASE else COLORS[number % len(COLORS)]
+            number += name != BASE
+            if not runs.rate:
+                axes.axhline(runs.end(y), linestyle=":", color=color, label=runs.label)
+                continue
+            means, spent = runs.scores(y).mean(2), runs.spent(x)
+            axes.plot(spent, means.mean(0), "o-", color=color, markersize=4, label=runs.label)
+            axes.fill_between(
+                spent, means.amin(0), means.amax(0), color=color, alpha=0.2, linewidth=0
+            )
+        axes.set(xlabel=x.replace("_", " "), ylabel=y, xscale="log" if log else "linear")
+        axes.legend(fontsize="small")
+        return figure
+
+    def pareto(
+        self, against: Sequence[str] = ("diversity", "motion"), y: str = "held-out reward"
+    ) -> Any:
+        """Draw a metric against others, from the base on through each contestant's evaluations; up and right is better."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5 * len(against), 4), layout="constrained")
+        best = self.best()
+        for axes, other in zip(figure.subplots(1, len(against), squeeze=False)[0], against):
+            base = [best[BASE].end(name) for name in (other, y)]
+            for number, runs in enumerate(runs for n, runs in best.items() if n != BASE):
+                if runs.failed:
+                    continue
+                path = [runs.scores(name).mean((0, 2)).tolist() for name in (other, y)]
+                points = [[start, *values] for start, values in zip(base, path)]
+                axes.plot(
+                    *points,
+                    "o-",
+                    markersize=4,
+                    color=COLORS[number % len(COLORS)],
+                    label=runs.label,
+                )
+            axes.plot(*base, "*", markersize=14, color="#7d8590", label=BASE)
+            axes.set(xlabel=other, ylabel=y)
+        figure.axes[-1].legend(fontsize="small")
+        return figure
+
+    def __repr__(self) -> str:
+        return (
+            self.table().markdown()
+            if BASE in self.runs()
+            else f"Race({str(self.folder)!r}): not begun"
+        )
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+class Runs:
+    """The runs of one contestant at one learning rate: lines by seed."""
+
+    def __init__(self, race: Race, name: str, rate: float | None, lines: list[list[dict]]):
+        self.race, self.name, self.rate, self.all_lines = race, name, rate, lines
+        self.failed = any("failed" in line for of_seed in lines for line in of_seed)
+        parts = [{line["part"] for line in of_seed} for of_seed in lines]
+        shared = set.intersection(*parts)  # while it runs, some seeds have come further
+        if not shared:  # one's steps went past where another was evaluated
+            lines, shared = lines[:1], parts[0]
+        self.lines = [[line for line in of_seed if line["part"] in shared] for of_seed in lines]
+
+    @property
+    def ends(self) -> list[dict]:
+        return [of_seed[-1] for of_seed in self.lines]
+
+    @property
+    def label(self) -> str:
+        """The name, and what a clip costs beyond sampling alone."""
+        queries = self.ends[0].get("per_clip", {}).get("reward_queries")
+        return f"{self.name} ({queries} queries a clip)" if queries else self.name
+
+    def scores(self, name: str) -> torch.Tensor:
+        """Of a metric: (seeds, evaluations, captions), float64."""
+        metric, known = self.race.metric(name), self.ends[0]["scores"]
+        if metric not in known:
+            raise KeyError(f"no metric {name!r}; there are {', '.join(map(repr, known))}")
+        unknown = {None: math.nan}  # as JSON has it
+        values = [
+            [[unknown.get(v, v) for v in line["scores"][metric]] for line in of_seed]
+            for of_seed in self.lines
+        ]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def end(self, name: str) -> float:
+        """The last evaluation's mean."""
+        return self.scores(name)[:, -1].mean().item()
+
+    def spent(self, cost: str, each: bool = False) -> list:
+        """Costs at the evaluations: of each seed, or means."""
+        if cost not in COSTS:
+            raise KeyError(f"no cost {cost!r}; there are {', '.join(COSTS)}")
+        values = [[float(line[cost]) for line in of_seed] for of_seed in self.lines]
+        return values if each else torch.tensor(values).mean(0).tolist()
+
+    def rank(self) -> tuple:
+        """Higher is better; a rate at which a run was not finite is the worst."""
+        if self.failed:
+            return (-1, 0, 0.0)
+        return (self.ends[0]["part"], len(self.ends), self.end("reward"))
+
+
+def crossing(x: torch.Tensor, y: torch.Tensor, level: float) -> float:
+    """Where a curve of straight lines first reaches a level; infinite if it does not."""
+    level -= 1e-9  # what a mean may be off by
+    if y[0] >= level:
+        return float(x[0])
+    reached = (y >= level).nonzero()
+    if not len(reached):
+        return math.inf
+    i = int(reached[0])
+    share = (level - y[i - 1]) / (y[i] - y[i - 1])
+    return float(x[i - 1] + share * (x[i] - x[i - 1]))
+
+
+def count(value: float) -> str:
+    return "not reached" if math.isinf(value) else f"{value:,.0f}"
