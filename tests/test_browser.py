@@ -355,7 +355,7 @@ def test_more_settings_are_reached_by_keyboard(visited):
     assert readout.evaluate("e => e.scrollWidth <= e.clientWidth")
 
 
-def test_a_clip_starts_from_an_uploaded_image_and_goes_on_in_segments(visited):
+def test_a_clip_starts_from_an_uploaded_image(visited):
     page = visited
     page.get_by_label("model", exact=True).select_option("tiny-i2v")
     upload = page.get_by_role("button", name=re.compile("start from an image"))
@@ -371,15 +371,6 @@ def test_a_clip_starts_from_an_uploaded_image_and_goes_on_in_segments(visited):
     expect(panel.get_by_role("button", name="back to this")).to_have_count(3)
     panel.get_by_role("button", name="without").press("Enter")
     expect(caption(panel)).not_to_contain_text("from your image")
-    panel.get_by_role("button", name="more settings").press("Enter")
-    handle = panel.locator(".widget-slider", has_text=re.compile("^segments")).locator(
-        ".noUi-handle"
-    )
-    handle.press("ArrowRight")
-    expect(panel.get_by_text("segment 2, to frame 15").locator("visible=true")).to_be_visible()
-    handle = panel.locator(".widget-slider", has_text=re.compile("^frame")).locator(".noUi-handle")
-    handle.press("PageUp")
-    expect(panel.locator(".vader-segments b:visible")).to_have_count(1)
 
 
 def test_its_studies_answer(visited):

@@ -69,6 +69,7 @@ def test_a_panel_that_cannot_be_made_says_why(monkeypatch):
 
 
 def test_no_progress_bar_of_what_loads_in_a_moment(capfd):
+    logging.enable_progress_bar()
     load("tiny", check=False)
     rewards.action("tiny")
     assert "Loading weights" not in "".join(capfd.readouterr())

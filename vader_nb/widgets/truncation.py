@@ -90,8 +90,8 @@ class TruncationExplorer(Panel):
         rank: int = 4,
     ):
         self.model, self.seed = model, seed
-        self.given = clips.examples(model, 1)[0] if prompt is None else prompt
-        self.prompt = str(self.given)
+        self.asked = clips.examples(model, 1)[0] if prompt is None else prompt
+        self.prompt = str(self.asked)
         if not self.prompt.strip():
             raise ValueError("the prompt is empty: say what the clip should show")
         tiny = model.world == "tiny"
@@ -136,7 +136,7 @@ class TruncationExplorer(Panel):
     def chosen(self) -> list[int]:
         """Indices of the scored frames; a random one is the one that `reward_gradient` draws."""
         generator = torch.Generator().manual_seed(self.seed)
-        given = self.model.given_frames([self.prompt])
+        given = self.model.given_frames([self.asked])
         return parse_frames(self.frames.value).choose(self.sampling.num_frames, generator, given)
 
     def changed(self) -> None:
@@ -187,7 +187,7 @@ class TruncationExplorer(Panel):
                     self.model,
                     self.adapter,
                     self.reward,
-                    [self.given],
+                    [self.asked],
                     seeds=[self.seed],
                     strategy=Last(setting.K),
                     frames=parse_frames(setting.frames),
