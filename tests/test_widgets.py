@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from vader_nb import Sampling, align, load, lora, prompts, rewards, sample, zoo
+from vader_nb.drawing import Series, chart
 from vader_nb.models import MODEL_LOCK
 from vader_nb.widgets import Sampler, TrainingMonitor, clips, jobs
 from vader_nb.widgets.controls import disable
-from vader_nb.widgets.drawing import Series, chart
 from vader_nb.widgets.monitor import load_clip
 from vader_nb.widgets.panel import VIEW, Panel
 from vader_nb.widgets.player import Player

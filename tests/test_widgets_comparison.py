@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from vader_nb import Sampling, lora, reward, sample, zoo
+from vader_nb.drawing import Series, chart
 from vader_nb.evaluation import BASE
 from vader_nb.rewards import action, aesthetic, hps
 from vader_nb.widgets import RewardComparison, comparison_data, comparison_html, voting
-from vader_nb.widgets.drawing import Series, chart
 from vader_nb.widgets.player import GAP
 
 PROMPTS = [

@@ -11,6 +11,7 @@ import torch
 
 import vader_nb
 from vader_nb import Frames, Last, lora, memory_planner, reward_gradient, rewards
+from vader_nb.drawing import chain
 from vader_nb.memory_planner import GIB, GPUS, MARGIN, STAGES, MemoryTracker, Step
 from vader_nb.sampling import denoising_step, initial_noise
 from vader_nb.widgets import (
@@ -23,7 +24,6 @@ from vader_nb.widgets import (
     truncation,
 )
 from vader_nb.widgets.controls import FRAMES
-from vader_nb.widgets.drawing import chain
 from vader_nb.widgets.truncation import EMPTY, ROWS, Truncation
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'so'"

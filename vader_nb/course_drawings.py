@@ -1,6 +1,6 @@
 """Drawings of the course: SVG, in colors that are legible on light and on dark pages."""
 
-from .widgets.drawing import BLUE, GRAY, RED, data_url, element, path, svg, words
+from .drawing import BLUE, GRAY, RED, data_url, element, path, svg, words
 
 WIDTH, ROW = 740, 84
 STEPS = {4: 140, 3: 202, 2: 264, 1: 326}  # x of the boxes

@@ -107,13 +107,12 @@ def race(
         runner = Runner(*of, unit, limit, evaluations, folder)
         for job in {job.contestant: job for job in jobs}.values():
             runner.check(job)
-        judges = {"reward": judged[0].name, "held_out_reward": judged[1].name}
-        judges |= {"fingerprints": [judge.fingerprint for judge in judged]}
-        listed = [str(text) for text in [*prompt_sets.get(prompts), *texts]]
-        about = {"model": model.name, **judges, "budget": {unit: limit}, "evaluations": evaluations}
+        about = {"model": model.name, "budget": {unit: limit}, "evaluations": evaluations}
         about |= {"held_out": len(texts), "seeds_per_prompt": seeds_per_prompt}
-        about |= {"prompts_checksum": hashlib.sha256("\n".join(listed).encode()).hexdigest()[:16]}
-        begin(folder, about | {"sampling": repr(sampling)}, index)
+        about |= {"sampling": repr(sampling)} | judged_by(
+            judged, [*prompt_sets.get(prompts), *texts]
+        )
+        begin(folder, about, index)
         own = jobs[index::count]
         hidden = {"disable": not progress, "position": index, "unit": "evaluation"}
         total = sum(evaluations if job.seed is not None else 1 for job in own)
@@ -122,6 +121,17 @@ def race(
                 if not runner.run(job):
                     break
     return Race(folder)
+
+
+def judged_by(judged: Sequence[Reward], prompts: Sequence[str | Prompt]) -> dict:
+    """What a race is run on, so that another one is not taken for it."""
+    listed = "\n".join(map(str, prompts))
+    return {
+        "reward": judged[0].name,
+        "held_out_reward": judged[1].name,
+        "fingerprints": [judge.fingerprint for judge in judged],
+        "prompts_checksum": hashlib.sha256(listed.encode()).hexdigest()[:16],
+    }
 
 
 def begin(folder: Path, about: dict, index: int) -> None:

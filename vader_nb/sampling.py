@@ -325,12 +325,8 @@ def roll_out(
         step: takes the steps in the scheduler's place.
         callback: as for `sample`.
     """
-    if start is None:
-        conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
-        scheduler = model.new_scheduler(sampling)
-    else:
-        conditioning, latents, generators = start.conditioning, start.states[0], start.generators
-        scheduler = copy.deepcopy(start.scheduler)
+    scheduler, state = _beginning(model, prompts, seeds, sampling, start)
+    conditioning, latents, generators = state
     rollout = Rollout(prompts, conditioning, sampling, latents, generators)
     timesteps = list(scheduler.timesteps)
     cut, end, mode = len(timesteps) - window, len(timesteps) - stop, ()
@@ -366,6 +362,15 @@ def roll_out(
                 callback(i, t, latents)
     rollout.latents = model.with_given(latents, conditioning)
     return rollout
+
+
+def _beginning(model, prompts, seeds, sampling: Sampling, start: Rollout | None) -> tuple:
+    """The scheduler, and (conditioning, latents, generators): from noise, or at a roll-out's window."""
+    if start is None:
+        state = initial_state(model, prompts, seeds, sampling)
+        return model.new_scheduler(sampling), state
+    state = start.conditioning, start.states[0], start.generators
+    return copy.deepcopy(start.scheduler), state
 
 
 def _kept_outputs(model, rollout: Rollout, scaled, t, passes_on: bool, last_call) -> dict:

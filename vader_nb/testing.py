@@ -318,9 +318,8 @@ def plain_autograd(
             with torch.set_grad_enabled(n <= max(plan.active)):
                 output = denoise(scaled, t)
         elif isinstance(strategy, Step):
-            for p in (
-                weights
-            ):  # later steps pass the gradient on, their own parameters' part does not count
+            # Later steps pass the gradient on, their own parameters' part does not count.
+            for p in weights:
                 p.requires_grad_(n == strategy.i)
             with torch.set_grad_enabled(n <= strategy.i):
                 output = denoise(scaled, t)
@@ -345,8 +344,8 @@ def plain_autograd(
     if isinstance(strategy, LeapAlign):
         finals = [two_leaps(model, sampling, denoise, [*states, latents], plan)]
     texts: Any = list(prompts)
-    finals = [model.with_given(final, conditioning) for final in finals]
-    values = [reward(model.decode(final, chosen), texts) for final in finals]
+    clips = [model.decode(model.with_given(final, conditioning), chosen) for final in finals]
+    values = [reward(clip, texts) for clip in clips]
     value = torch.stack(values).mean(0)
     (-value.mean()).backward()
     return value.detach(), take_gradient(adapter)

@@ -299,8 +299,8 @@ def load(
     quantized = quantization.config(quantize, device)
     checkpoint = replace(checkpoint_of(name), text_cache=text_cache, quantize=quantized)
     family = family_of(checkpoint)
-    if text_cache and not family.large_text_encoder:
-        raise ValueError(f"text_cache=True: {str(name)!r} has no large text encoder; leave it out")
+    if text_cache:
+        check_text_cache(family, name)
     dtypes = part_dtypes(family.dtypes_of(checkpoint), device, dtype)
     if checkpoint.directory is None:
         hub = checkpoint.hub | {"local_files_only": local_files_only or not reachable()} | hub
@@ -320,6 +320,11 @@ def load(
     if check or (check is None and is_unchecked_zoo(checkpoint)):
         run_check(model, checkpoint)
     return model
+
+
+def check_text_cache(family: type[VideoModel], name: str | Path) -> None:
+    if not family.large_text_encoder:
+        raise ValueError(f"text_cache=True: {str(name)!r} has no large text encoder; leave it out")
 
 
 def place(model: VideoModel, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from ipywidgets import HTML, ToggleButton, VBox
 
 from ..checkpoints import write_text
+from ..drawing import columns, download_link, note, number
 from ..evaluation import BASE
 from ..models import VideoModel
 from ..prompts import Prompt
@@ -22,7 +23,6 @@ from . import comparison_html
 from .comparison_data import Comparison
 from .comparison_html import score_rows
 from .controls import FULL, choice, disable, row, switch
-from .drawing import columns, download_link, note, number
 from .jobs import Job
 from .panel import Panel
 from .player import EMPTY, Player, joined, pictures

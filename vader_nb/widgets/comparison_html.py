@@ -12,10 +12,10 @@ from markupsafe import Markup
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 
 from .. import report
+from ..drawing import Series, chart, columns, note, number, path, table
 from ..evaluation import BASE
 from ..stats import MIN_PROMPTS, paired_interval
 from .comparison_data import Clip, Comparison
-from .drawing import Series, chart, columns, note, number, path, table
 from .player import joined
 from .voting import Tally
 

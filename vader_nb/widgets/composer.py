@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from ipywidgets import HTML
 
+from ..drawing import code, note, number, table
 from ..models import VideoModel
 from ..prompts import Prompt
 from ..rewards import Reward, as_reward, conflict, parse, statistics
 from ..video import Video
 from . import clips
 from .controls import beside, column, disable, row, slider, switch
-from .drawing import code, note, number, table
 from .jobs import Job
 from .panel import Panel
 from .player import moving

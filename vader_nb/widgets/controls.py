@@ -17,7 +17,7 @@ from ipywidgets import (
     Widget,
 )
 
-from .drawing import note
+from ..drawing import note
 
 # Layouts are dictionaries, of which each widget makes a Layout of its own.
 WIDE = {"width": "auto", "max_width": "640px"}  # of a control: one line, also on a phone

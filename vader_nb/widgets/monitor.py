@@ -19,6 +19,7 @@ from PIL import Image, ImageSequence
 
 from .. import checkpoints
 from .. import prompts as prompt_sets
+from ..drawing import Series, chart, code, image, note
 from ..evaluation import motion, thumbnails
 from ..lora import Adapter
 from ..models import VideoModel
@@ -28,7 +29,6 @@ from ..sampling import Sampling, sample
 from ..trainer import Run, best_step
 from ..video import Video, grid
 from .controls import LINE, beside, column, disable, row
-from .drawing import Series, chart, code, image, note
 from .jobs import running
 from .panel import Panel
 from .player import Player, pictures

@@ -10,8 +10,8 @@ from typing import Any
 from IPython.display import display
 from ipywidgets import HTML, Button, FloatProgress, VBox, Widget
 
+from ..drawing import note
 from .controls import FULL, set_value
-from .drawing import note
 from .jobs import Jobs
 
 STYLE = Path(__file__).with_name("panel.css.j2").read_text(encoding="utf-8")

@@ -8,10 +8,10 @@ import shlex
 
 from ipywidgets import HTML
 
+from ..drawing import bars, code, note
 from ..memory_planner import GIB, GPUS, MARGIN, STAGES, Memory, describe, is_per_frame, simulate
 from ..models import CHECKPOINTS, checkpoint_of
 from .controls import FRAMES, beside, choice, column, disable, row, slider, switch, text
-from .drawing import bars, code, note
 from .jobs import Job
 from .panel import Panel, remember
 

@@ -13,9 +13,9 @@ from ipywidgets import HTML, SelectionSlider, Tab, VBox, jslink
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from ..drawing import data_url, note
 from ..video import SMALL, Video, grid
 from .controls import FULL, LINE
-from .drawing import data_url, note
 
 EMPTY = note("no clip yet")
 GAP = 4  # pixels between clips

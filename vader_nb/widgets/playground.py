@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ipywidgets import HTML, ToggleButtons, VBox
 
+from ..drawing import note
 from ..models import VideoModel, load
 from .comparison import RewardComparison
 from .composer import RewardComposer
 from .controls import FULL, choice
-from .drawing import note
 from .jobs import Job
 from .monitor import TrainingMonitor
 from .panel import Panel

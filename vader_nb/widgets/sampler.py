@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from ipywidgets import HTML, BoundedIntText, FloatRangeSlider, VBox, Widget
 
+from ..drawing import code, columns, download_link, note
 from ..evaluation import BASE
 from ..long_clips import segment_of_frames
 from ..models import VideoModel
 from ..video import Video
 from . import clips, families
 from .controls import LABEL, LINE, beside, choice, column, disable, fold, row, slider, switch, text
-from .drawing import code, columns, download_link, note
 from .jobs import Job
 from .panel import Panel, remember
 from .player import Player, fit, joined, moving, pictures, segments

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from ipywidgets import HTML, FileUpload
 
+from ..drawing import data_url, note
 from ..video import Video
 from .controls import disable, row
-from .drawing import data_url, note
 from .panel import Panel
 from .player import encoded
 from .request import as_image

@@ -16,6 +16,7 @@ from ipywidgets import HTML
 from markupsafe import Markup
 
 from .. import lora
+from ..drawing import chain, image, note, table
 from ..gradient import reward_gradient
 from ..memory_planner import MemoryTracker
 from ..models import VideoModel
@@ -25,7 +26,6 @@ from ..sampling import Sampling
 from ..strategies import Last, parse_frames
 from . import clips
 from .controls import FRAMES, beside, choice, column, disable, row, slider, switch
-from .drawing import chain, image, note, table
 from .jobs import Job
 from .panel import Panel, remember
 

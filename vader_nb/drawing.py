@@ -1,4 +1,4 @@
-"""What panels show, as text: notes, tables, curves, and the chain that a gradient follows.
+"""What panels and the course show, as text: notes, tables, curves, and the chain that a gradient follows.
 
 Drawings take the text color of the page, so light and dark themes both show them. A figure of a
 plotting library would be ten times as heavy, and too slow to follow a run.
