@@ -219,7 +219,8 @@ class Step:
             raise ValueError(
                 f"extend={flat['extend']}: segments learn one after the other; plan for one, extend=1"
             )
-        shared = sharding.check(flat.pop("num_gpus", 1), flat.pop("sharding", "none"))
+        several = flat.pop("num_gpus", 1), flat.pop("sharding", "none")
+        shared = sharding.check(*several, flat.get("quantize"))
         given = {name: flat.pop(name, None) for name in OF_MODEL}
         dtype, offload = given["dtype"], bool(given["model_cpu_offload"])
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
