@@ -179,6 +179,9 @@ class FakeMode(FakeTensorMode):
     """
 
     def __init__(self):
+        # A fake mode makes autograd believe in a CUDA device; the first backward pass would start a thread for it, and
+        # a process with such threads cannot be forked (`distributed.launch`).
+        torch.zeros((), requires_grad=True).backward()
         super().__init__(allow_non_fake_inputs=True)
         self.truth = True
 
