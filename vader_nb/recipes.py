@@ -50,7 +50,7 @@ class Card:
 
     Attributes:
         gpu: a name of `memory_planner.GPUS`, or CPU.
-        memory: GiB at the peak of a step on one GPU, by `simulated`, if that was done.
+        memory: GiB at the peak of a step on one GPU, by `simulated`.
         gpus: how many.
         run_by: who trained with these settings, with their figures.
         source: where they say so.
@@ -59,7 +59,7 @@ class Card:
 
     name: str
     gpu: str
-    memory: float | None = None
+    memory: float
     gpus: int = 1
     run_by: str = ""
     source: str = ""
@@ -82,7 +82,7 @@ class Card:
         if self.gpu == "CPU":
             return "not run yet: make recipes"
         if not self.run_by:
-            return "not run" if self.memory is None else "simulated only"
+            return "simulated only"
         differs = f"; {self.differs}" if self.differs else ""
         return f"run by {self.run_by}{differs} ({self.source}); not run here"
 
@@ -118,7 +118,7 @@ class Card:
         return (
             self.name,
             self.gpu if on_cpu else f"{self.gpus} × {self.gpu}",
-            "not simulated yet" if self.memory is None else f"{self.memory:.1f} GiB",
+            f"{self.memory:.1f} GiB",
             str(self.calls),
             ", ".join("not published" if x is None else f"{x:g}" for x in published),
             self.status,
