@@ -45,7 +45,7 @@ def test_a_recipe_is_a_configuration_of_a_known_model(name):
     if card.gpu != "CPU":
         assert key == PUBLISHED.get(name, (None, None, None))
         assert (name in PUBLISHED) == bool(card.run_by) == bool(card.source)
-        assert card.memory is None or 0 < card.memory <= GPUS[card.gpu] - MARGIN
+        assert 0 < card.memory <= GPUS[card.gpu] - MARGIN
 
 
 def test_every_family_has_one_and_every_configuration_is_in_the_table():
