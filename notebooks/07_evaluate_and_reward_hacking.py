@@ -27,15 +27,17 @@
 # the two part, and only the number goes on rising. *When a measure becomes a target, it ceases to be a good measure*: Goodhart's
 # law.
 #
-# In this notebook you break a model on purpose, in a minute, with a reward that sounds harmless. Then you do what you will
+# In this notebook you break a model on purpose, in half a minute, with a reward that sounds harmless. Then you do what you will
 # have to do with every run of your own: notice it, prove it, stop in time, and fix the reward.
 #
 # **You will be able to**
 #
-# - *watch* a run with a reward that it is not trained on;
-# - *choose* the checkpoint to keep, and say how sure you are;
-# - *read* a table of differences: intervals, win rates, diversity, motion;
+# - *hack* a reward by hand, before an optimizer does;
+# - *watch* a run with a reward that it is not trained on, and *choose* the checkpoint to keep;
+# - *write* the interval of a difference, and *say* when it is too short;
 # - *repair* a run: stop earlier, turn the adapter down, or fix the reward.
+#
+# Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
 
 # %% tags=["setup"]
 import sys
@@ -50,30 +52,33 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
 from vader_nb import course
 
 # %% tags=["parameters"]
-MODEL = "tiny"  # @param ["tiny", "modelscope"]
+MODEL = "tiny"  # @param ["tiny"]
 STEPS = 30  # @param {type:"integer"}
 PROMPTS = 8  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
 STEPS, PROMPTS = course.quick((STEPS, PROMPTS), (4, 2))  # fewer when tests run this notebook
 
-# %%
+# %% tags=["for-checks"]
+import math
 import tempfile
 
 import matplotlib.pyplot as plt
 import torch
+from IPython.display import HTML
 
 import vader_nb
-from vader_nb import Frames, Gallery, Sampling, Validation, Video, prompts, rewards
-from vader_nb.evaluation import motion, videomae_features
+from vader_nb import Frames, Gallery, Sampling, Validation, Video, course_drawings, prompts, rewards
+from vader_nb.evaluation import motion
+from vader_nb.stats import paired_interval
 
 model = vader_nb.load(MODEL)
-WEIGHTS = "tiny" if MODEL == "tiny" else "published"
-quick = Sampling(num_inference_steps=course.quick(4, 2)) if MODEL == "tiny" else Sampling()
+quick = Sampling(num_inference_steps=course.quick(4, 2))
 training, unseen = prompts.get("tiny"), prompts.get("tiny_held_out")
-
 ask = unseen[::16][:6]
 clips = vader_nb.sample(model, ask, seeds=SEED, sampling=quick)
-Gallery({"base": [Video(clip, 8, text) for clip, text in zip(clips, ask)]}, width=112)
+
+# %%
+Gallery({"base": [Video(clip, 8, text) for clip, text in zip(clips, ask)]}, width=128)
 
 # %% [markdown]
 # (We use four denoising steps instead of ten, here and below: half the price, and just as good for our tiny model.)
@@ -93,36 +98,85 @@ guess = None  # "a", "b" or "c"
 # %%
 smooth = rewards.motion_smoothness(floor=0)
 frozen = clips[:, 3:4].expand_as(clips)
-scores = {"sampled": smooth(clips, ask), "frozen": smooth(frozen, ask)}
-for label, values in scores.items():
-    print(f"{label:8}", [f"{value:.3f}" for value in values])
-course.predict(
-    guess, "b", "what does not move cannot jerk. The formula is right, but it is not what we meant."
-)
+for label, some in {"sampled": clips, "frozen": frozen}.items():
+    print(f"{label:8}", [f"{value:.3f}" for value in smooth(some, ask)])
+course.predict(guess, "07-perfect")
 
 # %% [markdown]
 # We do not want frozen videos. The question is only whether the optimizer finds them. It starts from a model that moves
 # things, and all that it knows of our goal is this one number.
 #
+# So before you train on a reward, be the optimizer: find by hand the worthless clip that it likes best. Here it was easy. Another one:
+#
+# **Exercise 1** (★, 10 minutes). Hack `rewards.colorfulness()`, which likes frames in which the opponent colors, red against green and yellow
+# against blue, vary a lot. Return clips that it prefers to every sampled one, whatever the prompt, and in which nothing happens.
+
+
+# %% tags=["exercise"]
+def cheat(frames):
+    """(B, F, 3, H, W) -> worthless clips of the same shape, in [0, 1]"""
+    return frames  # replace this line
+
+
+# %% tags=["check"]
+def check(cheat):
+    colorful = rewards.colorfulness()
+    fakes, real = cheat(clips.clone()), colorful(clips, ask)
+    assert fakes.shape == clips.shape, f"shape {tuple(clips.shape)}, not {tuple(fakes.shape)}"
+    assert fakes.min() >= 0 and fakes.max() <= 1, "pixels lie between 0 and 1"
+    least = colorful(fakes, ask).min()
+    assert least > real.max(), (
+        f"the best sampled clip scores {real.max():.2f}, your worst {least:.2f}"
+    )
+    assert motion(fakes).max() < 1e-6, "something moves: these clips should be worthless"
+    p = fakes.flatten(0, 1)
+    assert (p - p[:1]).abs().max() < 1e-6, (
+        "these clips still show what the prompts ask for: all should be alike"
+    )
+
+
+course.attempt(check, cheat)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# Which two colors are farthest from each other on both axes? Let each have half of the picture.
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def cheat(frames):
+#     fakes = torch.zeros_like(frames)
+#     half = frames.shape[-1] // 2
+#     fakes[:, :, 0, :, :half] = 1.0  # red on the left
+#     fakes[:, :, 2, :, half:] = 1.0  # blue on the right
+#     return fakes
+# ```
+# </details>
+#
 # ## A held-out reward
 #
-# So before we train, we choose a *held-out reward*: one that we do *not* train on. The action network of notebook 3 names the
+# Before we train on smoothness, we choose a *held-out reward*: one that we do *not* train on. The action network of notebook 3 names the
 # motion that it sees; our held-out reward is the probability of the motion that the prompt asks for.
 
 # %%
-action = rewards.action(WEIGHTS)
+action = rewards.action("tiny").to(model.device)
 p_motion = vader_nb.reward(lambda frames, texts: action(frames, texts).exp(), "p(motion)")
-action.to(model.device)
 print("sampled:", [f"{p:.2f}" for p in p_motion(clips, ask)])
 print("frozen: ", [f"{p:.2f}" for p in p_motion(frozen, ask)])
 
 # %% [markdown]
-# It sees at once what the trained reward does not. `Validation` computes it during the run, every few steps, always on the
-# same prompts and seeds.
-#
+# It sees at once what the trained reward does not. And one rule, before we begin: **captions that you have used to decide
+# something flatter the result**. So we need several sets that share nothing:
+
+# %%
+HTML(course_drawings.prompt_sets())
+
+# %% [markdown]
 # ## Too far, on purpose
 #
-# A high learning rate, a long run, a single reward: everything that you should not do.
+# A high learning rate, a long run, a single reward: everything that you should not do. `Validation` computes the held-out reward on the
+# way, always on the same captions and seeds.
 
 # %%
 folder = tempfile.mkdtemp()
@@ -130,17 +184,9 @@ watch = Validation(model, [p_motion, smooth], unseen[5::16][:PROMPTS], sampling=
 settings = {"steps": STEPS, "batch_size": 2, "learning_rate": 1e-2, "seed": SEED}
 settings |= {"frames": Frames.all(), "sampling": quick, "progress": False}
 every = max(2, STEPS // 5)
-
-run = vader_nb.align(
-    model,
-    smooth,
-    training,
-    output_dir=f"{folder}/run",
-    validate=watch,
-    validation_steps=every,
-    checkpointing_steps=every,
-    **settings,
-)
+saving = {"output_dir": f"{folder}/run", "checkpointing_steps": every, "validation_steps": every}
+run = vader_nb.align(model, smooth, training, validate=watch, **saving, **settings)
+run.adapter.remove()
 
 # %% [markdown]
 # > **Predict.** The reward has risen. What did the held-out reward do?
@@ -155,30 +201,157 @@ at = [row["step"] for row in rows]
 held_out = [row["validation/p(motion)"] for row in rows]
 smoothness = [row[f"validation/{smooth.name}"] for row in rows]
 
-figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4), sharex=True, layout="constrained")
-top.plot(range(1, STEPS + 1), run.rewards, alpha=0.35, label="each batch")
-top.plot(at, smoothness, "o-", color="C0", label="eight held-out prompts")
+figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.5, 4), sharex=True, layout="constrained")
+top.plot(range(1, STEPS + 1), run.rewards, alpha=0.35, label="each training batch")
+top.plot(at, smoothness, "o-", color="C0", label=f"{PROMPTS} held-out captions")
 top.set_ylabel("smoothness\n(trained on)")
 top.legend(frameon=False, fontsize=8)
 bottom.plot(at, held_out, "o-", color="C1")
 bottom.set(xlabel="optimizer step", ylabel="p(motion)\n(held out)", ylim=(0, 1.05))
-course.show(
-    figure,
-    "Two curves over the steps: smoothness, which is trained on, rises; the probability of the right motion holds, then falls.",
-)
+course.show(figure, "07-apart")
+
+# %%
+early, late = held_out[0], held_out[-1]
+letter = "a" if late > early else "c" if held_out[len(held_out) // 2] > 0.8 * early else "b"
 values = ", ".join(f"{step}: {p:.2f}" for step, p in zip(at, held_out))
-course.predict(guess, "c", f"p(motion) at these steps: {values}.")
+course.predict(guess, "07-held-out", letter=letter, values=values)
 
 # %% [markdown]
-# The faint line zigzags because every batch has different prompts; on the same eight prompts, smoothness climbs without a
+# The faint line zigzags because every batch has other captions; on the same eight, smoothness climbs without a
 # break. Now read the two dotted curves together. For more than half of the run the reward does what we wanted: it removes the
 # flicker, and p(motion) stays high. Then smoothness makes its largest jump, and at the same moment p(motion) collapses.
 # **The training curve alone looks like a success.** Nothing in it says where to stop.
 #
+# ## How sure are you?
+#
+# Eight captions showed *that* something broke. To choose a checkpoint, or to claim that one model is better, you need to know what
+# *other* captions might have said. The **bootstrap** ([Efron 1979](https://doi.org/10.1214/aos/1176344552)) asks the data itself: draw as many captions as
+# there are, *with* replacement, so that some come twice and some not at all, and take the mean again. Do this two thousand times: the middle
+# 95 % of the means are an interval.
+#
+# **Exercise 2** (★★★, 25 minutes). The core of this notebook. Given the scores of two models on the same captions and seeds, write the mean
+# difference and its 95 % bootstrap interval. Mind three things:
+#
+# 1. The scores are *pairs*: an easy caption is easy for both.
+# 2. The draws are the *captions*. Two clips of one caption have it in common, so they are not two independent witnesses.
+# 3. Asked twice, it gives the same answer.
+
+
+# %% tags=["exercise"]
+def interval(before, after):
+    """(seeds, captions), (seeds, captions) -> mean difference, low, high"""
+    mean = (after - before).mean()
+    return mean, mean, mean  # replace this line
+
+
+# %% tags=["check"]
+def check(interval):
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
+    before = 5 * draw(50) + 0.1 * draw(2, 50)  # captions differ much, seeds little
+    after = before + 0.4 + 0.8 * draw(50) + 0.1 * draw(2, 50)
+    mean, low, high = (float(value) for value in interval(before, after))
+    difference = (after - before).mean(0)
+    right = difference.mean().item()
+    assert abs(mean - right) < 1e-4, f"the mean difference is {right:+.3f}, you give {mean:+.3f}"
+    assert low < right < high, (
+        f"the interval [{low:.2f}, {high:.2f}] does not hold the mean {right:.2f}"
+    )
+    again = [float(value) for value in interval(before, after)]
+    assert again == [mean, low, high], "asked a second time, it gives another answer"
+    width = (high - low) / (2 * 1.96 * difference.std().item() / 50**0.5)
+    assert width < 1.15, (
+        f"{width:.1f} times as wide as it should be: are these pairs? Is it the spread of the *mean*?"
+    )
+    assert width > 0.9, (
+        f"{width:.2f} times as wide as it should be: how many independent draws are there, and 95 % of what?"
+    )
+    mean, low, high = (float(value) for value in interval(before[:1, :9], after[:1, :9]))
+    few = (after - before)[0, :9]
+    width = (high - low) / (2 * 1.96 * few.std().item() / 3)
+    assert 0.75 < width < 1.3, (
+        f"with one seed and nine captions it is {width:.2f} times as wide as it should be"
+    )
+
+
+course.attempt(check, interval)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# First one number per caption: the difference, averaged over seeds. `torch.randint(n, (2000, n), generator=…)` draws all resamples at once, and
+# indexing with it gives a (2000, n) table.
+# </details>
+# <details><summary>A hint for the interval</summary>
+#
+# The mean of each row, then `quantile` at 0.025 and 0.975.
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def interval(before, after):
+#     difference = (after - before).mean(0)  # pairs first, then seeds: one number per caption
+#     count = len(difference)
+#     random = torch.Generator().manual_seed(0)
+#     chosen = torch.randint(count, (2000, count), generator=random)
+#     means = difference.cpu()[chosen].mean(1)
+#     low, high = means.quantile(torch.tensor([0.025, 0.975]))
+#     return difference.mean(), low, high
+# ```
+# </details>
+#
+# ### Is 95 % true?
+#
+# An interval makes a claim about itself: in 95 of 100 experiments it holds the truth. That can be tested. Draw differences from a known, somewhat
+# skewed distribution, many times, and count.
+#
+# > **Predict.** With eight captions, how often does the interval of exercise 2 hold the truth? **(a)** in 95 % of the experiments · **(b)** in
+# > 85 to 92 % · **(c)** in fewer
+
+# %%
+guess = None  # "a", "b" or "c"
+
+
+# %%
+def covered(count, experiments=300):
+    """Shares of experiments in which the interval held the truth: plain bootstrap, and the package's."""
+    random, truth = torch.Generator().manual_seed(count), math.exp(0.5**2 / 2)
+    data = torch.randn(experiments, count, generator=random).mul(0.5).exp()  # lognormal
+    chosen = torch.randint(count, (1000, count), generator=random)
+    low, high = data[:, chosen].mean(-1).quantile(torch.tensor([0.025, 0.975]), dim=1)
+    package = torch.tensor([paired_interval(row) for row in data]).T
+    return [((a < truth) & (truth < b)).float().mean().item() for a, b in ((low, high), package)]
+
+
+# %%
+counts = course.quick([4, 8, 16, 32], [8])
+plain, package = zip(*(covered(count) for count in counts))
+figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
+axis.axhline(0.95, color="gray", linestyle=":")
+axis.plot(counts, plain, "o-", color="C1", label="plain bootstrap")
+axis.plot(counts, package, "o-", color="C0", label="the package's")
+axis.set(xscale="log", xlabel="captions", ylabel="holds the truth", ylim=(0.7, 1.0))
+axis.set_xticks(counts, counts)
+axis.minorticks_off()
+axis.legend(frameon=False, loc="lower right")
+course.show(figure, "07-coverage")
+
+# %%
+eight = plain[counts.index(8)]
+course.predict(
+    guess, "07-truth", letter="a" if eight > 0.92 else "b" if eight > 0.85 else "c", eight=eight
+)
+
+# %% [markdown]
+# Few captions are not only imprecise, they also look more precise than they are: eight draws do not know their own tails. The package's
+# intervals are wider for small numbers (Student's $t$, or the bootstrap of the $t$ statistic where that reaches further;
+# [Efron and Tibshirani 1993](https://doi.org/10.1201/9780429246593), section 12.5). With fewer than six
+# captions nothing gets a star at all: they can all agree by chance more often than once in twenty.
+#
 # ## Which checkpoint to keep
 #
-# Eight prompts at one seed showed *that* something broke. To choose, measure more: `best_checkpoint` scores every checkpoint
-# and the base model with the held-out reward, on other prompts, and sums up the result in one sentence.
+# `best_checkpoint` scores every checkpoint and the base model with the held-out reward, on captions that we have not looked at, and sums up the
+# result in one sentence. We let it score the trained reward on the same clips.
 
 # %%
 choice = vader_nb.best_checkpoint(
@@ -186,6 +359,7 @@ choice = vader_nb.best_checkpoint(
     model,
     p_motion,
     unseen[::16][: PROMPTS + 2],
+    trained=smooth,
     seeds_per_prompt=1,
     sampling=quick,
     progress=False,
@@ -193,167 +367,124 @@ choice = vader_nb.best_checkpoint(
 choice
 
 # %%
-course.show(
-    choice.plot(),
-    "Above, the training reward of the checkpoints, rising; below, the held-out reward with a band: high, and then far down.",
-)
+figure = choice.plot()
+course.show(figure, "07-choice")
 
 # %% [markdown]
-# The star is the checkpoint to keep. The band shows how sure we can be: where it stays below the dotted line, a checkpoint is
-# *clearly* worse than the best one. Where it touches the line we cannot tell, and the star is one of several good choices.
-# (The band is wider than for a single comparison, because the best of many is partly the luckiest of many.)
+# Above, smoothness, which we trained on. Below, how far each checkpoint's p(motion) is from that of the best, the star. Where the whole interval lies
+# below zero, a checkpoint is *clearly* worse. Where it reaches zero we cannot tell, and the star is one of several good choices.
+# (These intervals are wider than that of a single comparison, because the best of many is partly the luckiest of many.)
 #
-# The verdict says that step 18 is *not clearly better than the base model*, and that is as it should be: p(motion) was high
+# The verdict says that the best is *not clearly better than the base model*, and that is as it should be: p(motion) was high
 # from the start. What has improved is the flicker. A held-out reward is there to say stop, not to rise.
+#
+# **Exercise 3** (★★, 10 minutes). Stop while you train. A validation score fluctuates, so one bad value is no reason to stop. Given the scores so far,
+# return the index of the best one if `patience` scores in a row after it were no better (time to stop), otherwise `None` (go on).
+
+
+# %% tags=["exercise"]
+def stop(scores, patience):
+    """A list of scores, oldest first -> index of the checkpoint to keep, or None: go on."""
+    fell = len(scores) > 1 and scores[-1] < scores[-2]
+    return len(scores) - 1 if fell else None  # replace these lines
+
+
+# %% tags=["check"]
+def check(stop):
+    wobbly = [0.80, 0.90, 0.85, 0.95, 0.93, 0.20, 0.10]
+    assert stop(wobbly[:3], patience=2) is None, (
+        "0.80, 0.90, 0.85, patience 2: one worse score is not two"
+    )
+    assert stop(wobbly[:4], patience=2) is None, "0.95 is the best so far: go on"
+    assert stop(wobbly[:6], patience=2) == 3, (
+        "…, 0.95, 0.93, 0.20, patience 2: two were no better than number 3"
+    )
+    assert stop(wobbly, patience=4) is None, "patience 4: three scores after the best are not four"
+    assert stop([0.5], patience=1) is None, "nothing comes after the first score yet"
+    assert stop([0.9, 0.5, 0.6, 0.7], patience=3) == 0, "rising again is not *better than the best*"
+    assert stop([0.5, 0.9, 0.9, 0.9], patience=2) == 1, "as good is no better: keep the earliest"
+
+
+course.attempt(check, stop)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# `scores.index(max(scores))` is where the best one is. How many came after it?
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def stop(scores, patience):
+#     best = scores.index(max(scores))
+#     return best if len(scores) - 1 - best >= patience else None
+# ```
+# </details>
 #
 # ## See it
 #
-# For the same reason we do not report the scores that we used to choose. We take a third set of prompts, two seeds each, and
-# the three models side by side, and add a second held-out reward: `hps`, which says whether the frames fit the prompt.
+# The scores with which we have chosen flatter the choice. So we report on the third set, two seeds each, and add a second held-out reward: `hps`,
+# which says whether the frames fit the caption.
 
 # %%
 adapters = {"in time": choice.path, "too late": f"{folder}/run"}
-metrics = {"held_out": [p_motion, rewards.hps(WEIGHTS)], "features": videomae_features(WEIGHTS)}
-metrics |= {"sampling": quick, "progress": False}
-
-run.adapter.remove()
+metrics = {"held_out": [p_motion, rewards.hps("tiny")], "sampling": quick, "progress": False}
 fresh = {"held-out": unseen[9::16][:PROMPTS]}
 evaluation = vader_nb.evaluate(model, adapters, smooth, fresh, **metrics)
 evaluation.gallery("held-out", 6)
 
 # %% [markdown]
-# Same prompt, same seed, in each column. *In time* is what we wanted: the same events, but calmer. *Too late* is what we asked
+# Same caption, same seed, in each column. *In time* is what we wanted: the same events, but calmer. *Too late* is what we asked
 # for.
 #
-# > **Predict.** *Diversity* is how much clips of one prompt differ from seed to seed, as seen by a video network (VideoMAE).
-# > Smoothness says nothing about it. Compared with the base model, it is
-# > **(a)** lower in both · **(b)** lower in time, higher too late · **(c)** higher in time, lower too late
+# > **Predict.** `hps` is a proper held-out reward, a network that was not trained on. Too late, it has **(a)** clearly fallen ·
+# > **(b)** we cannot tell: its interval holds zero · **(c)** clearly risen
 
 # %%
 guess = None  # "a", "b" or "c"
 
 # %%
-evaluation
-
-# %%
-early, late = (evaluation.row("held-out", "diversity", name) for name in adapters)
-happened = "a" if late.difference < 0 else "b" if early.difference < 0 else "c"
-values = f"base {early.base:.3f}, in time {early.adapter:.3f}, too late {late.adapter:.3f}."
-course.predict(guess, happened, values)
-
-# %% [markdown]
-# How to read a line of the table:
-#
-# * **difference** is *paired*: same prompt, same seed, with and without the adapter. The difficulty of a prompt cancels out.
-# * **95 % interval**: what the difference might be on other prompts of this kind. With zero inside we cannot tell, which is
-#   not the same as *no effect*. **p** asks how often chance alone, flipping the sign of each
-#   prompt's difference, gets this far. A `*` marks intervals that exclude zero with p < 0.05. (In twenty lines, expect one false star.)
-# * **wins**: the share of the sixteen pairs in which the adapter scores higher than the base. It ignores *by how much*, so it
-#   can hide a few disasters; the mean does not. Look at both.
-# * **†**: not trained on. Lines without it, such as the reward's, are no evidence of quality.
-#
-# The same as a picture, relative to the base model:
-
-# %%
-names = ["motion", "p(motion)", "oracle: motion", "hps", "oracle: shape"]
-figure, axis = plt.subplots(figsize=(6.5, 3), layout="constrained")
-for shift, name in ((-0.2, "in time"), (0.2, "too late")):
-    found = [evaluation.row("held-out", metric, name) for metric in names]
-    places = [place + shift for place in range(len(names))]
-    axis.barh(places, [row.adapter / row.base for row in found], height=0.38, label=name)
-axis.axvline(1, color="gray", linestyle=":")
-axis.set_yticks(range(len(names)), names, fontsize=8)
-axis.invert_yaxis()
-axis.set_xlabel("relative to the base model")
-axis.set_xlim(0, 1.35)
-axis.legend(frameon=False, fontsize=8)
-course.show(
-    figure,
-    "Five metrics relative to the base model: in time all but motion are kept; too late the right motion is lost.",
+row = evaluation.row("held-out", "hps", "too late")
+letter = "a" if row.high < 0 else "c" if row.low > 0 else "b"
+course.predict(
+    guess, "07-hps", letter=letter, difference=row.difference, low=row.low, high=row.high
 )
 
+# %%
+evaluation
+
 # %% [markdown]
-# Now look at `hps`. It is a proper held-out reward, not trained on, and it has noticed almost nothing: it scores frame by
-# frame, and a still picture of a red star *is* a red star. **A held-out reward protects only what it can see.** Choose one that
+# How to read a line:
+#
+# * **difference** is *paired*; **95 % interval**: what it might be on other captions of this kind. With zero inside we cannot tell, which is
+#   not the same as *no effect*.
+# * **p** asks how often chance alone, flipping the sign of each caption's difference, gets this far. `*`: the interval excludes zero, and p < 0.05. (In
+#   twenty lines, expect one false star.)
+# * **wins**: the share of pairs in which the adapter scores higher. It ignores *by how much*, so it can hide a few disasters. The mean does not.
+# * **†**: not trained on. Lines without it are no evidence of quality.
+#
+# **A held-out reward protects only what it can see.** `hps` scores frame by frame, and a still picture of a red star *is* a red star. Choose one that
 # would notice the loss that you fear: here, of motion.
 #
-# And `motion`, the mean change of the pixels, falls for *both*. Does less change mean calm, or loss? Compare with clips that are
-# right by construction, drawn by the code of the tiny world:
+# And a number can mean two things. `motion`, the mean change of the pixels, falls for *both*. Does less change mean calm, or loss? Compare with clips that
+# are right by construction, drawn by the code of the tiny world:
 
 # %%
 from vader_nb.zoo import world
 
 specs = [world.parse(text) for text in fresh["held-out"]]
-drawn = world.render(specs, torch.Generator().manual_seed(SEED))
-print(f"motion of the same prompts, drawn: {motion(drawn).mean():.3f}")
-
-# %% [markdown]
-# Flicker is change, too: the base model's pixels change more than the motion requires. In time, only flicker is gone. Too late,
-# the number is even below that of the drawn clips. One number cannot tell the two apart; the gallery and p(motion) can.
-#
-# ## Diversity, and a metric out of its depth
-#
-# Each line here is a prompt: how much its clips differ from seed to seed, for VideoMAE and for the simplest features there
-# are, thumbnails of 8 × 8 pixels.
-
-# %%
-from vader_nb.evaluation import thumbnails
-
-names = ["base", *adapters]
-_, *shown = evaluation.clips["held-out"]
-features = {
-    "VideoMAE": [evaluation.scores["held-out"][name]["diversity"][0] for name in names],
-    "thumbnails": [thumbnails(some).unflatten(0, (2, -1)).var(0).mean(1) for some in shown],
-}
-
-# %%
-figure, axes = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
-for axis, (title, spreads) in zip(axes, features.items()):
-    means = [spread.mean() for spread in spreads]
-    axis.semilogy(names, torch.stack(spreads), "o-", color="C0", alpha=0.35, markersize=3)
-    axis.semilogy(names, means, "o-", color="C1", linewidth=2.5, label="mean")
-    axis.set_title(title, fontsize=10)
-axes[0].set_ylabel("diversity")
-axes[0].legend(frameon=False, fontsize=8)
-course.show(
-    figure,
-    "Diversity of eight prompts for base, in time and too late: VideoMAE's mean falls and then shoots up; the thumbnails' lines cross.",
+drawn = motion(world.render(specs, torch.Generator().manual_seed(SEED))).mean()
+found = [evaluation.row("held-out", "motion", name) for name in adapters]
+print(
+    f"base {found[0].base:.3f}, in time {found[0].adapter:.3f}, too late {found[1].adapter:.3f}; drawn {drawn:.3f}"
 )
 
 # %% [markdown]
-# **In time**, diversity has clearly halved. This is the usual price of alignment, and we pay it even at the checkpoint that we
-# would keep. **Too late** it shoots up for VideoMAE, on one prompt eightfold, while the thumbnails' lines go both ways: with eight
-# prompts they show nothing clear.
+# Flicker is change, too: the base model's pixels change more than the motion requires. In time, only flicker is gone. Too late,
+# the number is below that of the drawn clips. The number cannot tell the two apart; the gallery and p(motion) can.
 #
-# The model has hardly become creative. A likely explanation: it makes clips unlike any that VideoMAE has seen, and far from
-# its training data a network's features mean little and scatter. A metric that is a network has its limits, too. Do not
-# celebrate a diversity that rises while a held-out reward falls.
-#
-# This happens in large models, too. VADER's authors measured diversity, as the variance of VideoMAE's features, for their own
-# models ([project page](https://vader-vid.github.io)):
-#
-# | trained on | diversity |
-# |---|---|
-# | nothing (base) | 0.0037 |
-# | PickScore | 0.0026 |
-# | aesthetic + HPS | 0.0023 |
-# | aesthetic + ViCLIP | 0.0031 |
-#
-# The reward that sees the clip as a whole, ViCLIP, cost the least. For language models,
-# [Gao et al. (2022)](https://arxiv.org/abs/2210.10760) plotted the same curve that you have just plotted, with a law for its
-# shape: the true reward first rises with the proxy and then falls; a larger proxy lasts longer.
-#
-# ## The report
-#
-# To share the result, write it into one self-contained file: the clips side by side, the table, the curves, and the chosen
-# checkpoint with the reason.
-
-# %%
-page = evaluation.report(f"{folder}/report.html", run, choice)
-print(f"{page.name}: {page.stat().st_size / 1e6:.1f} MB")
-
-# %% [markdown]
-# Open it with `import webbrowser; webbrowser.open(page.as_uri())`; on Colab, download it from the file panel.
+# `diversity` is the variance between the seeds of a caption. The table says in which space: frames shrunk to 8 × 8 pixels, with levels of 0 to 255, as in
+# notebook 6. Here both intervals hold zero: from two seeds of eight captions, we cannot tell.
 #
 # ## Remedies
 #
@@ -374,31 +505,25 @@ for scale in (0.0, 0.5, 0.75, 1.0):
 figure, axis = plt.subplots(figsize=(5.5, 2.6), layout="constrained")
 axis.plot(*zip(*scores.values()), "o-", color="C1")
 for scale, point in scores.items():
-    axis.annotate(
-        f"scale {scale:g}", point, xytext=(6, -12), textcoords="offset points", fontsize=8
-    )
+    place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8}
+    axis.annotate(f"scale {scale:g}", point, **place)
 axis.set(xlabel="smoothness", ylabel="p(motion)", ylim=(-0.1, 1.1))
 axis.margins(x=0.15)
-course.show(figure, "p(motion) over smoothness for four scales of the adapter.")
+course.show(figure, "07-scale")
 
 # %% [markdown]
 # At half the volume most of the right motion is back, and much of the calm is kept: no training, just one number. But it is a
 # patch, not a cure. Almost all of the damage lies in the last quarter of the range, and only a held-out reward shows you that.
 #
 # **Fix the reward.** Both remedies treat the model. The fault is in the reward: it pays for standing still. So take the pay
-# away: with `floor`, a clip loses as much as its mean change of pixels falls short of the floor. Then a frozen clip is no
-# longer perfect. We use 0.02, which is what the good checkpoint has.
-#
-# (For rewards without such a setting there are `reward.capped(limit)`, which pays nothing beyond the limit, and
-# `reward.towards(target)`, which pulls back.) The same run again, with nothing else changed:
+# away: with `floor`, a clip loses as much as its mean change of pixels falls short of the floor. We use 0.02, which is what the good checkpoint has.
+# The same run again, with nothing else changed:
 
 # %%
 floored = rewards.motion_smoothness(floor=0.02)
-print("frozen:", [f"{value:.3f}" for value in floored(frozen, ask)])
-second_run = vader_nb.align(
-    model, floored, training, output_dir=f"{folder}/floor", checkpointing_steps=STEPS, **settings
-)
-second_run.adapter.remove()
+print("frozen, with the floor:", [f"{value:.3f}" for value in floored(frozen, ask)])
+second = vader_nb.align(model, floored, training, output_dir=f"{folder}/floor", **settings)
+second.adapter.remove()
 
 # %%
 after = vader_nb.evaluate(model, {"floor": f"{folder}/floor"}, floored, fresh, **metrics)
@@ -406,16 +531,37 @@ after.gallery("held-out", 6)
 
 # %%
 print(f"{'':15} {'base':>6} {'no floor':>9} {'floor':>6}")
-for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion", "diversity"):
+for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion"):
     hacked, fixed = evaluation.row("held-out", metric, "too late"), after.row("held-out", metric)
     print(f"{metric:15} {fixed.base:6.3f} {hacked.adapter:9.3f} {fixed.adapter:6.3f}")
 
 # %% [markdown]
-# After as many steps, at the same reckless learning rate, things still move: the oracle now finds every motion right; before,
+# After as many steps, at the same reckless learning rate, things still move: the oracle finds every motion right; before,
 # it found none. Is it cured? *Better*, says p(motion), but not quite: some movements are smaller than they should be.
 #
 # And a floor is one more number that can be wrong: in a trial with 0.03, shapes and motions broke again. After you fix a
-# reward, measure everything again, with the held-out reward, from the start.
+# reward, measure everything again, with the held-out reward, from the start. (Rewards without such a setting have `reward.capped(limit)`, which pays
+# nothing beyond the limit, and `reward.towards(target)`, which pulls back. And `align(..., base_penalty=…)`
+# pulls the model back to the base while it trains.)
+#
+# ## It happens with real networks
+#
+# You may say: of course, a formula as simple as that. So take a real network, an EfficientNet that knows the thousand classes of ImageNet from 1.3
+# million photographs. Reward the probability that a frame shows a *daisy*.
+#
+# ![Six clips of the base model, and below them the same after training on the probability of a daisy: no daisies, but
+# grounds of another color, a blunted square, and red arcs around some shapes](images/daisy.png)
+#
+# *One frame of six clips; above the base, below after 42 steps, same captions and noise (`python -m tests.benchmarks.daisy`, twelve held-out captions).*
+#
+# The probability of a daisy rises by a quarter, from 0.00023 to 0.00029, and its interval excludes zero: a success, by the only number that was asked for.
+# There is no daisy. What has changed is the rest: the oracle finds the right background in 42 % of the clips, instead of all. A classifier is asked which of its
+# thousand classes fits best, never whether any does, and what moves its answer need not look like the thing.
+#
+# Large models do the same. VADER's authors measured diversity, as a variance of VideoMAE's features, for their own
+# models ([project page](https://vader-vid.github.io)): 0.0037 for the base, 0.0026 trained on PickScore, 0.0023 on aesthetic + HPS, 0.0031 on aesthetic + ViCLIP, the
+# one reward among them that sees the clip as a whole. And for language models [Gao et al. (2022)](https://arxiv.org/abs/2210.10760) plotted the curve that you have plotted,
+# with a law for its shape: the true reward first rises with the proxy and then falls; a larger proxy lasts longer.
 #
 # ## Recap
 #
@@ -425,121 +571,19 @@ for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion", "divers
 # | the checkpoint to keep | `best_checkpoint(folder, model, held_out, texts)` | `.verdict`, `.path`, `.plot()` |
 # | several models side by side | `evaluate(model, {"in time": path, …}, reward, texts, held_out=[…])` | `.row(group, metric, name)` |
 # | paired difference, interval | `row.difference`, `row.low`, `row.high`, `row.significant` | zero inside: we cannot tell |
-# | diversity | `features=videomae_features()` | variance over the seeds of a prompt |
+# | all of it in one file, to share | `evaluation.report("report.html", run, choice)` | clips, table, curves, the choice |
 # | remedies | `choice.path`, `adapter.scale`, `floor`, `capped`, `towards` | stop, turn down, fix the reward |
 #
-# What to remember: a rising reward is not evidence. Before a run, find by hand the worthless clip that your reward likes
-# best. During the run, watch a held-out reward that sees what you would hate to lose. Afterward, look at the clips.
+# **Without looking:** why must the captions that you choose with differ from those that you report on? Why are sixteen clips of eight captions not
+# sixteen witnesses? What would a held-out reward have to see, to protect the thing that you would hate to lose?
 #
 # ## Exercises
 #
-# **1.** The win rate: the share of paired clips on which `after` is higher than `before`, ties counted half.
-
-
-# %% tags=["exercise"]
-def win_rate(before, after):
-    """(N,), (N,) -> a number from 0 to 1"""
-    return float(after.mean() > before.mean())  # replace this line
-
-
-# %% tags=["check"]
-def check(win_rate):
-    before = torch.tensor([0.9, 0.8, 0.7, 0.6])
-    after = torch.tensor([0.95, 0.85, 0.75, 0.0])
-    assert abs(win_rate(before, after) - 0.75) < 1e-6, (
-        "three of four clips are better, whatever happens to the mean"
-    )
-    assert abs(win_rate(before, before) - 0.5) < 1e-6, (
-        "a model against itself is neither better nor worse: one half"
-    )
-
-
-course.attempt(check, win_rate)
-
-# %% [markdown]
-# <details><summary>A solution</summary>
-#
-# ```python
-# def win_rate(before, after):
-#     wins = (after > before).float() + 0.5 * (after == before).float()
-#     return wins.mean().item()
-# ```
-# </details>
-#
-# **2.** Early stopping. A validation score fluctuates, so one bad value is no reason to stop. Given the scores so far, return
-# the index of the best one if `patience` scores in a row after it were no better (time to stop), otherwise `None` (go on).
-
-
-# %% tags=["exercise"]
-def stop(scores, patience):
-    """A list of scores, oldest first -> index of the checkpoint to keep, or None: go on."""
-    fell = len(scores) > 1 and scores[-1] < scores[-2]
-    return len(scores) - 1 if fell else None  # replace these lines
-
-
-# %% tags=["check"]
-def check(stop):
-    wobbly = [0.80, 0.90, 0.85, 0.95, 0.93, 0.20, 0.10]
-    assert stop(wobbly[:3], patience=2) is None, "one worse score after 0.90 is not two: go on"
-    assert stop(wobbly[:4], patience=2) is None, "0.95 is the best so far: go on"
-    assert stop(wobbly[:6], patience=2) == 3, (
-        "0.93 and 0.20 are no better than 0.95: stop, and keep number 3"
-    )
-    assert stop([0.5], patience=1) is None, "nothing comes after the first score yet"
-
-
-course.attempt(check, stop)
-
-# %% [markdown]
-# <details><summary>A solution</summary>
-#
-# ```python
-# def stop(scores, patience):
-#     best = max(range(len(scores)), key=lambda i: scores[i])
-#     return best if len(scores) - 1 - best >= patience else None
-# ```
-# </details>
-#
-# **3.** Be the optimizer. Before you train on `rewards.colorfulness()`, hack it by hand: return clips that it prefers to
-# every sampled one, whatever the prompt, and in which nothing happens. (It likes frames in which the opponent colors, red
-# against green and yellow against blue, vary a lot.)
-
-
-# %% tags=["exercise"]
-def cheat(frames):
-    """(B, F, 3, H, W) -> worthless clips of the same shape, in [0, 1]"""
-    return frames  # replace this line
-
-
-# %% tags=["check"]
-def check(cheat):
-    colorful = rewards.colorfulness()
-    fakes, real = cheat(clips.clone()), colorful(clips, ask)
-    assert fakes.shape == clips.shape, f"shape {tuple(clips.shape)}, not {tuple(fakes.shape)}"
-    assert fakes.min() >= 0 and fakes.max() <= 1, "pixels lie between 0 and 1"
-    score = colorful(fakes, ask)
-    assert score.min() > real.max(), (
-        f"the best sampled clip scores {real.max():.2f}, your worst {score.min():.2f}"
-    )
-    assert motion(fakes).max() < 1e-6, "too much happens: these clips should be worthless"
-
-
-course.attempt(check, cheat)
-
-# %% [markdown]
-# <details><summary>A solution</summary>
-#
-# ```python
-# def cheat(frames):
-#     fakes = torch.zeros_like(frames)
-#     half = frames.shape[-1] // 2
-#     fakes[:, :, 0, :, :half] = 1.0  # red on the left
-#     fakes[:, :, 2, :, half:] = 1.0  # blue on the right
-#     return fakes
-# ```
-# </details>
+# Three of them you have met above. **Exercise 4** (★★★, open, an hour). A meter out of its depth. Evaluate both adapters once more with
+# `features=videomae_features("tiny")` (from `vader_nb.evaluation`): diversity is then measured in the space of a video network, as in VADER's paper. Too late, it
+# *rises*, to several times that of the base. Has the model become creative? Bring a plot with a dot per caption, in both spaces, and an explanation that you
+# have tested (what do the network's features do on clips unlike any that it has seen? On noise? On a gray screen?).
 
 # %% [markdown] tags=["next"]
 # **Next:** your own reward, and your own held-out reward. The gallery in [03 · Rewards](03_differentiable_rewards.ipynb) says
-# how each reward fails; [06 · Align](06_align.ipynb) has the settings for a large model. Start by hacking it by hand. Or open
-# the [09 · Playground](09_playground.ipynb).
+# how each reward fails. Start by hacking it by hand. Or train on several GPUs: [08 · Many GPUs](08_many_gpus.ipynb).

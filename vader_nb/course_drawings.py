@@ -170,3 +170,33 @@ def processes() -> str:
     parts.append(words(129, 98, "the same", 12, "middle", fill=BLUE))
     parts.append(words(619, 98, "the same", 12, "middle", fill=BLUE))
     return image(svg(664, 190, parts, PROCESSES_ALT, 664), PROCESSES_ALT)
+
+
+SETS_ALT = (
+    "Captions in two boxes. Those of training are trained on. Those held out are cut into three parts that share "
+    "none: one to watch while training, one to choose a checkpoint, and one to report, which is looked at once."
+)
+
+
+def prompt_sets() -> str:
+    """Captions that are trained on, watched, chosen with and reported on. HTML, an <img>."""
+    parts = [
+        words(8, 20, "captions for training", 14, font_weight=600),
+        element("rect", x=8, y=32, width=196, height=58, rx=4, fill=GRAY, fill_opacity=0.25),
+        words(106, 66, "train", 15, "middle", font_weight=600),
+        words(8, 112, "a high reward here", 12),
+        words(8, 128, "is no evidence", 12),
+        words(232, 20, "captions held out", 14, font_weight=600),
+    ]
+    uses = (
+        ("watch", "every few steps,", "to see it break"),
+        ("choose", "a checkpoint: the", "best is flattered"),
+        ("report", "opened only once,", "at the end"),
+    )
+    for i, (name, *remark) in enumerate(uses):
+        x, last = 232 + 136 * i, name == "report"
+        shade = {"fill": BLUE, "fill_opacity": 0.5 if last else 0.2, "stroke": BLUE}
+        parts.append(element("rect", x=x, y=32, width=124, height=58, rx=4, **shade))
+        parts.append(words(x + 62, 66, name, 15, "middle", font_weight=600))
+        parts += [words(x, 112 + 16 * line, text, 12) for line, text in enumerate(remark)]
+    return image(svg(640, 140, parts, SETS_ALT, 640), SETS_ALT)

@@ -19,7 +19,7 @@ from vader_nb.sampling import roll_out
 
 STEPS, BATCH, CAPTIONS = 20, 4, 24
 RANKS = (1, 2, 4, 8)
-RATES = {"all weights": (2e-4, 4e-4), "adapter": (2e-3, 4e-3)}
+RATES = {"all weights": (4e-4, 8e-4, 1.6e-3), "adapter": (4e-3, 8e-3, 1.6e-2)}
 SAMPLING = Sampling(num_inference_steps=4)
 
 
@@ -50,7 +50,7 @@ class Weights:
     def remove(self):
         for weight, before in zip(self.layers, self.before):
             weight.requires_grad_(False)
-            weight.data, weight.grad = before, None
+            weight.data, weight.grad = before.clone(), None
 
 
 def train(model, learner, reward, rate: float, seed: int) -> None:
