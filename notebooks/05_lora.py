@@ -24,15 +24,15 @@
 
 # %% [markdown]
 # ModelScope's denoiser has 1.4 billion weights. You could give every one of them a gradient, an optimizer state, and a
-# chance to go wrong. Nobody does. A *low-rank adapter* adds a narrow bypass to some of the layers and trains only that: well
+# chance to go wrong. You need not. A *low-rank adapter* adds a narrow bypass to some of the layers and trains only that: well
 # below one percent of the parameters, in a file small enough for an e-mail. The model underneath stays exactly as it was.
 #
-# You write the bypass, and you put it into the whole denoiser yourself. Then comes the question that the name begs: is a
+# You take the bypass apart, and put it into a whole denoiser yourself. Then comes the question that the name begs: is a
 # *low* rank enough?
 #
 # **You will be able to**
 #
-# - *write* a LoRA layer, and *put* it into a model's denoiser, and *take* it out again;
+# - *put* LoRA layers into a denoiser, and *take* them out again;
 # - *say* why one of its two matrices must start at zero, and not both;
 # - *judge* whether a rank suffices, by what is learned and not by a spectrum alone;
 # - *scale* an adapter, *fuse* it into the weights, and *mix* two of them.
@@ -70,7 +70,7 @@ from vader_nb import Gallery, Sampling, Video, course_drawings, lora, prompts, r
 
 model = vader_nb.load(MODEL, dtype=torch.float32)  # on a GPU, too: we compare, and take SVDs
 model.defaults |= course.quick({}, {"num_inference_steps": 2})  # fewer in tests
-training, held_out = prompts.get("tiny"), prompts.get("tiny_held_out")
+training = prompts.get("tiny")
 ask = training[6:600:150]  # four captions that we will train on
 
 # %%
@@ -268,10 +268,11 @@ class Toy(nn.Module):
         super().__init__()
         self.to_q, self.auto_q = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
         self.inner = nn.ModuleDict({"to_q": nn.Linear(4, 4), "to_k": nn.Identity()})
+        self.norm = nn.LayerNorm(4)
         self.auto_q.requires_grad_(False)
 
     def forward(self, x):
-        return self.to_q(x) + self.auto_q(x) + self.inner["to_k"](self.inner["to_q"](x))
+        return self.norm(self.to_q(x) + self.auto_q(x) + self.inner["to_k"](self.inner["to_q"](x)))
 
 
 def state(module):
@@ -279,19 +280,23 @@ def state(module):
     return dict(module.named_modules()), {n: p.requires_grad for n, p in module.named_parameters()}
 
 
+def check_inside(toy, layers, x, right):
+    assert layers is not None and len(layers), "no layers: yield them by name"
+    assert set(layers) == {"to_q", "inner.to_q"}, f"not the right layers: {sorted(layers)}"
+    assert toy.to_q is layers["to_q"], "the layer in the model is not that which you yield"
+    assert torch.equal(toy(x), right), "a fresh adapter must not change the output"
+    learns = {name for name, p in toy.named_parameters() if p.requires_grad}
+    wanted = {f"{name}.{half}" for name in layers for half in "AB"}
+    assert learns == wanted, f"inside, these can learn: {sorted(learns)}"
+
+
+# %% tags=["for-checks"]
 def check_toy(injected):
     toy, x = Toy(), torch.ones(2, 4)
     was, right = state(toy), toy(x)
     try:
         with injected(toy, ("to_q", "to_k")) as layers:
-            assert layers is not None and len(layers), "no layers: yield them by name"
-            assert set(layers) == {"to_q", "inner.to_q"}, f"not the right layers: {sorted(layers)}"
-            assert toy.to_q is layers["to_q"], "the layer in the model is not that which you yield"
-            assert torch.equal(toy(x), right), "a fresh adapter must not change the output"
-            learns = {name for name, p in toy.named_parameters() if p.requires_grad}
-            assert learns == {f"{name}.{half}" for name in layers for half in "AB"}, (
-                f"inside, these can learn: {sorted(learns)}"
-            )
+            check_inside(toy, layers, x, right)
             raise KeyError("something inside fails")
     except KeyError:
         pass

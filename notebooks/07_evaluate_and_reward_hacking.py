@@ -27,8 +27,8 @@
 # the two part, and only the number goes on rising. *When a measure becomes a target, it ceases to be a good measure*: Goodhart's
 # law.
 #
-# In this notebook you break a model on purpose, in half a minute, with a reward that sounds harmless. Then you do what you will
-# have to do with every run of your own: notice it, prove it, stop in time, and fix the reward.
+# In this notebook you break a model on purpose, with a reward that sounds harmless. Then you do what every run of your own
+# will ask of you: notice it, prove it, stop in time, and fix the reward.
 #
 # **You will be able to**
 #
@@ -74,7 +74,7 @@ from vader_nb.stats import paired_interval
 model = vader_nb.load(MODEL)
 quick = Sampling(num_inference_steps=course.quick(4, 2))
 training, unseen = prompts.get("tiny"), prompts.get("tiny_held_out")
-ask = unseen[::16][:6]
+ask = unseen[2::16][:6]
 clips = vader_nb.sample(model, ask, seeds=SEED, sampling=quick)
 
 # %%
@@ -103,10 +103,8 @@ for label, some in {"sampled": clips, "frozen": frozen}.items():
 course.predict(guess, "07-perfect")
 
 # %% [markdown]
-# We do not want frozen videos. The question is only whether the optimizer finds them. It starts from a model that moves
-# things, and all that it knows of our goal is this one number.
-#
-# So before you train on a reward, be the optimizer: find by hand the worthless clip that it likes best. Here it was easy. Another one:
+# We do not want frozen videos. The question is only whether the optimizer finds them: all that it knows of our goal is this one number.
+# So before you train on a reward, *be* the optimizer: find by hand the worthless clip that it likes best.
 #
 # **Exercise 1** (★, 10 minutes). Hack `rewards.colorfulness()`, which likes frames in which the opponent colors, red against green and yellow
 # against blue, vary a lot. Return clips that it prefers to every sampled one, whatever the prompt, and in which nothing happens.
@@ -129,10 +127,6 @@ def check(cheat):
         f"the best sampled clip scores {real.max():.2f}, your worst {least:.2f}"
     )
     assert motion(fakes).max() < 1e-6, "something moves: these clips should be worthless"
-    p = fakes.flatten(0, 1)
-    assert (p - p[:1]).abs().max() < 1e-6, (
-        "these clips still show what the prompts ask for: all should be alike"
-    )
 
 
 course.attempt(check, cheat)
@@ -217,17 +211,15 @@ values = ", ".join(f"{step}: {p:.2f}" for step, p in zip(at, held_out))
 course.predict(guess, "07-held-out", letter=letter, values=values)
 
 # %% [markdown]
-# The faint line zigzags because every batch has other captions; on the same eight, smoothness climbs without a
-# break. Now read the two dotted curves together. For more than half of the run the reward does what we wanted: it removes the
-# flicker, and p(motion) stays high. Then smoothness makes its largest jump, and at the same moment p(motion) collapses.
-# **The training curve alone looks like a success.** Nothing in it says where to stop.
+# The faint line zigzags because every batch has other captions; on the same eight, smoothness climbs without a break. For more than half of
+# the run it does what we wanted: it removes the flicker, and p(motion) stays high. Then smoothness makes its largest jump, and at
+# the same moment p(motion) collapses. **The training curve alone looks like a success.** Nothing in it says where to stop.
 #
 # ## How sure are you?
 #
-# Eight captions showed *that* something broke. To choose a checkpoint, or to claim that one model is better, you need to know what
-# *other* captions might have said. The **bootstrap** ([Efron 1979](https://doi.org/10.1214/aos/1176344552)) asks the data itself: draw as many captions as
-# there are, *with* replacement, so that some come twice and some not at all, and take the mean again. Do this two thousand times: the middle
-# 95 % of the means are an interval.
+# Eight captions showed *that* something broke. To choose a checkpoint you need to know what *other* captions might have said. The **bootstrap**
+# ([Efron 1979](https://doi.org/10.1214/aos/1176344552)) asks the data itself: draw as many captions as there are, *with* replacement, so that some come
+# twice and some not at all, and take the mean again. Do this two thousand times: the middle 95 % of the means are an interval.
 #
 # **Exercise 2** (★★★, 25 minutes). The core of this notebook. Given the scores of two models on the same captions and seeds, write the mean
 # difference and its 95 % bootstrap interval. Mind three things:
@@ -244,34 +236,37 @@ def interval(before, after):
     return mean, mean, mean  # replace this line
 
 
+# %% tags=["for-checks"]
+def two_models(captions):
+    """Scores (2 seeds, captions) of two models: captions differ much, seeds little."""
+    random = torch.Generator().manual_seed(captions)
+    difficulty, gain, *noise = (torch.randn(2, captions, generator=random) for _ in range(4))
+    before = 5 * difficulty[0] + 0.1 * noise[0]
+    return before, before + 0.4 + 0.8 * gain[0] + 0.1 * noise[1]
+
+
+def relative_width(answer, difference):
+    """Of an interval, as a multiple of 2 × 1.96 standard errors."""
+    mean, low, high = (float(value) for value in answer)
+    return (high - low) * len(difference) ** 0.5 / (2 * 1.96 * difference.std().item())
+
+
 # %% tags=["check"]
 def check(interval):
-    random = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
-    before = 5 * draw(50) + 0.1 * draw(2, 50)  # captions differ much, seeds little
-    after = before + 0.4 + 0.8 * draw(50) + 0.1 * draw(2, 50)
+    before, after = two_models(50)
     mean, low, high = (float(value) for value in interval(before, after))
     difference = (after - before).mean(0)
     right = difference.mean().item()
     assert abs(mean - right) < 1e-4, f"the mean difference is {right:+.3f}, you give {mean:+.3f}"
-    assert low < right < high, (
-        f"the interval [{low:.2f}, {high:.2f}] does not hold the mean {right:.2f}"
-    )
+    assert low < right < high, f"[{low:.2f}, {high:.2f}] does not hold the mean {right:.2f}"
     again = [float(value) for value in interval(before, after)]
     assert again == [mean, low, high], "asked a second time, it gives another answer"
-    width = (high - low) / (2 * 1.96 * difference.std().item() / 50**0.5)
-    assert width < 1.15, (
-        f"{width:.1f} times as wide as it should be: are these pairs? Is it the spread of the *mean*?"
-    )
-    assert width > 0.9, (
-        f"{width:.2f} times as wide as it should be: how many independent draws are there, and 95 % of what?"
-    )
-    mean, low, high = (float(value) for value in interval(before[:1, :9], after[:1, :9]))
-    few = (after - before)[0, :9]
-    width = (high - low) / (2 * 1.96 * few.std().item() / 3)
-    assert 0.75 < width < 1.3, (
-        f"with one seed and nine captions it is {width:.2f} times as wide as it should be"
-    )
+    width = relative_width(again, difference)
+    much = f"{width:.2f} times as wide as it should be:"
+    assert width < 1.15, f"{much} are these pairs? Is it the spread of the *mean*?"
+    assert width > 0.9, f"{much} how many independent draws are there? 95 % of what?"
+    few = relative_width(interval(before[:1, :9], after[:1, :9]), (after - before)[0, :9])
+    assert 0.75 < few < 1.3, f"with one seed and nine captions {few:.2f} times as wide"
 
 
 course.attempt(check, interval)
@@ -343,10 +338,8 @@ course.predict(
 )
 
 # %% [markdown]
-# Few captions are not only imprecise, they also look more precise than they are: eight draws do not know their own tails. The package's
-# intervals are wider for small numbers (Student's $t$, or the bootstrap of the $t$ statistic where that reaches further;
-# [Efron and Tibshirani 1993](https://doi.org/10.1201/9780429246593), section 12.5). With fewer than six
-# captions nothing gets a star at all: they can all agree by chance more often than once in twenty.
+# Few captions are not only imprecise, they also look more precise than they are: eight draws do not know their own tails. The package widens
+# the interval where they are few (Student's $t$, or the bootstrap of the $t$ statistic where that reaches further; Efron and Tibshirani 1993, section 12.5).
 #
 # ## Which checkpoint to keep
 #
@@ -371,12 +364,12 @@ figure = choice.plot()
 course.show(figure, "07-choice")
 
 # %% [markdown]
-# Above, smoothness, which we trained on. Below, how far each checkpoint's p(motion) is from that of the best, the star. Where the whole interval lies
-# below zero, a checkpoint is *clearly* worse. Where it reaches zero we cannot tell, and the star is one of several good choices.
-# (These intervals are wider than that of a single comparison, because the best of many is partly the luckiest of many.)
+# Above, smoothness. Below, how far each checkpoint's p(motion) is from that of the best, the star. Where the whole interval lies below zero, a
+# checkpoint is *clearly* worse; where it reaches zero we cannot tell. (The intervals are wider than for a single comparison: the best of many is partly the
+# luckiest of many.)
 #
-# The verdict says that the best is *not clearly better than the base model*, and that is as it should be: p(motion) was high
-# from the start. What has improved is the flicker. A held-out reward is there to say stop, not to rise.
+# The best is *not clearly better than the base model*, says the verdict, and that is as it should be: p(motion) was high from the start. What has
+# improved is the flicker. A held-out reward is there to say stop, not to rise.
 #
 # **Exercise 3** (★★, 10 minutes). Stop while you train. A validation score fluctuates, so one bad value is no reason to stop. Given the scores so far,
 # return the index of the best one if `patience` scores in a row after it were no better (time to stop), otherwise `None` (go on).
@@ -454,19 +447,14 @@ course.predict(
 evaluation
 
 # %% [markdown]
-# How to read a line:
-#
-# * **difference** is *paired*; **95 % interval**: what it might be on other captions of this kind. With zero inside we cannot tell, which is
-#   not the same as *no effect*.
-# * **p** asks how often chance alone, flipping the sign of each caption's difference, gets this far. `*`: the interval excludes zero, and p < 0.05. (In
-#   twenty lines, expect one false star.)
-# * **wins**: the share of pairs in which the adapter scores higher. It ignores *by how much*, so it can hide a few disasters. The mean does not.
-# * **†**: not trained on. Lines without it are no evidence of quality.
+# How to read a line: the **difference** is paired, the **interval** over captions. **p** asks how often chance alone, flipping the sign of each caption's
+# difference, gets this far. `*`: the interval excludes zero, and p < 0.05 (in twenty lines, expect one false star). **wins** ignores *by how much*, so it
+# can hide a few disasters; the mean does not. **†**: not trained on. Lines without it are no evidence of quality.
 #
 # **A held-out reward protects only what it can see.** `hps` scores frame by frame, and a still picture of a red star *is* a red star. Choose one that
 # would notice the loss that you fear: here, of motion.
 #
-# And a number can mean two things. `motion`, the mean change of the pixels, falls for *both*. Does less change mean calm, or loss? Compare with clips that
+# And one number can mean two things. `motion`, the mean change of the pixels, falls for *both*: is that calm, or loss? Compare with clips that
 # are right by construction, drawn by the code of the tiny world:
 
 # %%
@@ -480,16 +468,15 @@ print(
 )
 
 # %% [markdown]
-# Flicker is change, too: the base model's pixels change more than the motion requires. In time, only flicker is gone. Too late,
-# the number is below that of the drawn clips. The number cannot tell the two apart; the gallery and p(motion) can.
+# In time, the number has come down toward what the motion requires: flicker is gone. Too late it lies below. But only the gallery and p(motion) tell
+# which is which.
 #
-# `diversity` is the variance between the seeds of a caption. The table says in which space: frames shrunk to 8 × 8 pixels, with levels of 0 to 255, as in
-# notebook 6. Here both intervals hold zero: from two seeds of eight captions, we cannot tell.
+# `diversity` is the variance between the seeds of a caption, here of frames shrunk to 8 × 8 pixels, as in notebook 6. Both intervals hold zero: from two seeds of eight
+# captions, we cannot tell.
 #
 # ## Remedies
 #
-# **Stop in time.** You have done that: `choice.path`. It costs nothing but a held-out reward, and it is always the first thing
-# to do.
+# **Stop in time.** You have done that: `choice.path`. It costs nothing but a held-out reward.
 #
 # **Turn it down.** Is the model that went too far lost? An adapter has a volume knob (notebook 5).
 
@@ -512,12 +499,11 @@ axis.margins(x=0.15)
 course.show(figure, "07-scale")
 
 # %% [markdown]
-# At half the volume most of the right motion is back, and much of the calm is kept: no training, just one number. But it is a
-# patch, not a cure. Almost all of the damage lies in the last quarter of the range, and only a held-out reward shows you that.
+# At half the volume most of the right motion is back, and much of the calm is kept. But it is a patch: nearly all of the damage lies between
+# half the volume and the whole, and only a held-out reward shows you that.
 #
-# **Fix the reward.** Both remedies treat the model. The fault is in the reward: it pays for standing still. So take the pay
-# away: with `floor`, a clip loses as much as its mean change of pixels falls short of the floor. We use 0.02, which is what the good checkpoint has.
-# The same run again, with nothing else changed:
+# **Fix the reward.** The fault is in the reward, which pays for standing still. With `floor`, a clip loses as much as its mean change of pixels
+# falls short of the floor. We use 0.02, which is what the good checkpoint has. The same run again, with nothing else changed:
 
 # %%
 floored = rewards.motion_smoothness(floor=0.02)
@@ -539,15 +525,13 @@ for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion"):
 # After as many steps, at the same reckless learning rate, things still move: the oracle finds every motion right; before,
 # it found none. Is it cured? *Better*, says p(motion), but not quite: some movements are smaller than they should be.
 #
-# And a floor is one more number that can be wrong: in a trial with 0.03, shapes and motions broke again. After you fix a
-# reward, measure everything again, with the held-out reward, from the start. (Rewards without such a setting have `reward.capped(limit)`, which pays
-# nothing beyond the limit, and `reward.towards(target)`, which pulls back. And `align(..., base_penalty=…)`
-# pulls the model back to the base while it trains.)
+# And a floor is one more number that can be wrong: in a trial with 0.03, shapes and motions broke again. After you fix a reward, measure
+# everything again. (Other ways: `reward.capped(limit)` pays nothing beyond the limit, and `align(..., base_penalty=…)` pulls the model back to the base while it trains.)
 #
 # ## It happens with real networks
 #
-# You may say: of course, a formula as simple as that. So take a real network, an EfficientNet that knows the thousand classes of ImageNet from 1.3
-# million photographs. Reward the probability that a frame shows a *daisy*.
+# Of course, you may say, with so simple a formula. So take an EfficientNet that knows the thousand classes of ImageNet from 1.3
+# million photographs, and reward the probability that a frame shows a *daisy*.
 #
 # ![Six clips of the base model, and below them the same after training on the probability of a daisy: no daisies, but
 # grounds of another color, a blunted square, and red arcs around some shapes](images/daisy.png)
@@ -555,13 +539,11 @@ for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion"):
 # *One frame of six clips; above the base, below after 42 steps, same captions and noise (`python -m tests.benchmarks.daisy`, twelve held-out captions).*
 #
 # The probability of a daisy rises by a quarter, from 0.00023 to 0.00029, and its interval excludes zero: a success, by the only number that was asked for.
-# There is no daisy. What has changed is the rest: the oracle finds the right background in 42 % of the clips, instead of all. A classifier is asked which of its
+# There is no daisy. What has changed is the rest: the oracle finds the right background in five of twelve clips, instead of all. A classifier is asked which of its
 # thousand classes fits best, never whether any does, and what moves its answer need not look like the thing.
 #
-# Large models do the same. VADER's authors measured diversity, as a variance of VideoMAE's features, for their own
-# models ([project page](https://vader-vid.github.io)): 0.0037 for the base, 0.0026 trained on PickScore, 0.0023 on aesthetic + HPS, 0.0031 on aesthetic + ViCLIP, the
-# one reward among them that sees the clip as a whole. And for language models [Gao et al. (2022)](https://arxiv.org/abs/2210.10760) plotted the curve that you have plotted,
-# with a law for its shape: the true reward first rises with the proxy and then falls; a larger proxy lasts longer.
+# Language models show the curve that you have plotted, too, and [Gao et al. (2022)](https://arxiv.org/abs/2210.10760) found a law for its shape: the true
+# reward first rises with the proxy and then falls; a larger proxy lasts longer.
 #
 # ## Recap
 #
@@ -580,9 +562,9 @@ for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion"):
 # ## Exercises
 #
 # Three of them you have met above. **Exercise 4** (★★★, open, an hour). A meter out of its depth. Evaluate both adapters once more with
-# `features=videomae_features("tiny")` (from `vader_nb.evaluation`): diversity is then measured in the space of a video network, as in VADER's paper. Too late, it
-# *rises*, to several times that of the base. Has the model become creative? Bring a plot with a dot per caption, in both spaces, and an explanation that you
-# have tested (what do the network's features do on clips unlike any that it has seen? On noise? On a gray screen?).
+# `features=videomae_features("tiny")` (from `vader_nb.evaluation`): diversity is then measured in the space of a video network, as in VADER's paper. Too late, its
+# mean *rises*, to several times that of the base. (On [VADER's page](https://vader-vid.github.io), measured so, every aligned model has less than its base.)
+# Has the model become creative? Bring a plot with a dot per caption, in both spaces, and an explanation that you have tested (what do the network's features do on clips unlike any that it has seen? On noise? On a gray screen?).
 
 # %% [markdown] tags=["next"]
 # **Next:** your own reward, and your own held-out reward. The gallery in [03 · Rewards](03_differentiable_rewards.ipynb) says

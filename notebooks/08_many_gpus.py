@@ -347,34 +347,30 @@ def average(parameters, bad=False):
 
 # %% tags=["for-checks"]
 NAN = float("nan")
-CASES = {  # for each process: two gradients (None: there is none), and whether it is in trouble
-    "all have gradients": [
-        ([1.0, 2.0], [3.0], False),
-        ([4.0, 0.0], [0.0], False),
-        ([1.0, 1.0], [6.0], False),
-    ],
-    "process 1 lacks a gradient": [
-        ([3.0, 0.0], [6.0], False),
-        ([0.0, 3.0], None, False),
-        ([0.0, 0.0], [3.0], False),
-    ],
-    "process 0 is in trouble": [
-        ([NAN, 1.0], [2.0], True),
-        ([1.0, 1.0], [1.0], False),
-        ([2.0, 2.0], None, False),
-    ],
+# Of each process: two gradients (None: there is none), and whether it is in trouble.
+CASES = {
+    "all have gradients": ([1.0, 2.0], [3.0], 0, [4.0, 0.0], [0.0], 0, [1.0, 1.0], [6.0], 0),
+    "process 1 lacks one": ([3.0, 0.0], [6.0], 0, [0.0, 3.0], None, 0, [0.0, 0.0], [3.0], 0),
+    "process 0 in trouble": ([NAN, 1.0], [2.0], 1, [1.0, 1.0], [1.0], 0, [2.0, 2.0], None, 0),
 }
-MESSAGES = (
-    "all_reduce",
-    "all_gather",
-    "all_gather_into_tensor",
-    "broadcast",
-    "reduce",
-    "gather",
-    "send",
-)
+MEANS = dict(zip(CASES, ([2.0, 1.0, 3.0], [1.0, 1.0, 3.0], [0.0, 0.0, 0.0])))
+MESSAGES = "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "gather"
 
 
+def counted(dist):
+    """From here on, a list with the number of messages that this process has taken part in."""
+    count = [0]
+    for name in MESSAGES:
+
+        def call(*args, original=getattr(dist, name), **more):
+            count[0] += 1
+            return original(*args, **more)
+
+        setattr(dist, name, call)
+    return count
+
+
+# %% tags=["for-checks"]
 def try_out(average, path):
     """In each process: its gradients after `average`, what it returned, and how many messages it took."""
     import signal
@@ -383,23 +379,17 @@ def try_out(average, path):
 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(10)  # ends this process
-    count, found = [0], {}
-    for name in MESSAGES:
-
-        def counted(*args, original=getattr(dist, name), **more):
-            count[0] += 1
-            return original(*args, **more)
-
-        setattr(dist, name, counted)
+    count, rank, found = counted(dist), dist.get_rank(), {}
     for case, processes in CASES.items():
-        *values, bad = processes[dist.get_rank()]
+        *values, bad = processes[3 * rank : 3 * rank + 3]
         parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 1)]
         for p, value in zip(parameters, values):
             p.grad = None if value is None else torch.tensor(value)
-        count[0], told = 0, average(parameters, bad)
+        before = count[0]
+        told = average(parameters, bool(bad))
         gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
-        found[case] = gradients, bool(told), count[0]
-    torch.save(found, path / f"average-{dist.get_rank()}.pt")
+        found[case] = gradients, bool(told), count[0] - before
+    torch.save(found, path / f"average-{rank}.pt")
 
 
 # %% tags=["for-checks"]
@@ -420,22 +410,16 @@ def tried_out(average):
 
 # %% tags=["check"]
 def check(average):
-    means = {
-        "all have gradients": [2.0, 1.0, 3.0],
-        "process 1 lacks a gradient": [1.0, 1.0, 3.0],
-        "process 0 is in trouble": [0.0, 0.0, 0.0],
-    }
     found = tried_out(average)
-    for case, right in means.items():
+    for case, right in MEANS.items():
         for rank, (gradients, told, messages) in enumerate(answer[case] for answer in found):
             where = f"{case}: process {rank}"
-            trouble = case == "process 0 is in trouble"
+            trouble = case == "process 0 in trouble"
             assert told == trouble, f"{where} returned {told}; is any process in trouble?"
             assert None not in gradients, f"{where} has no gradient for a parameter afterward"
             has = torch.cat(gradients).tolist()
-            assert torch.allclose(torch.tensor(has), torch.tensor(right)), (
-                f"{where} has {has}, not {right}"
-            )
+            same = torch.allclose(torch.tensor(has), torch.tensor(right))
+            assert same, f"{where} has {has}, not {right}"
             assert messages == 1, f"{where} took {messages} messages"
 
 

@@ -196,9 +196,10 @@ def test_answers_and_alternatives_stay_in_the_package():
         assert sorted(used) == sorted(known[kind])
 
 
-def test_a_drawing_is_whole_and_its_texts_stay_inside():
+@pytest.mark.parametrize("name", ["stages", "bypass", "processes", "prompt_sets"])
+def test_a_drawing_is_whole_and_its_texts_stay_inside(name):
     source, alternative = re.search(
-        r'src="data:image/svg\+xml;base64,(.*?)" alt="(.+?)"', course_drawings.stages()
+        r'src="data:image/svg\+xml;base64,(.*?)" alt="(.+?)"', getattr(course_drawings, name)()
     ).groups()
     drawing = ElementTree.fromstring(base64.b64decode(source))
     assert drawing.attrib["aria-label"] == alternative

@@ -78,6 +78,7 @@ ANSWERS = {
                 "fakes[..., 1, :half, :] = 1.0; fakes[..., 0, half:, :] = fakes[..., 2, half:, :] = 1.0"
             ),
             CHEAT.format("fakes[..., 0, :, ::2] = 1.0; fakes[..., 2, :, 1::2] = 1.0"),
+            "def cheat(frames): return torch.rand_like(frames[:, :1]).round().expand_as(frames)",
         ],
         {
             "def cheat(frames): return frames": "scores",
@@ -87,10 +88,6 @@ ANSWERS = {
             HALVES.replace(
                 "return fakes", "fakes[:, ::2] = fakes[:, ::2].flip(-1); return fakes"
             ): "moves",
-            HALVES.replace(
-                "return fakes",
-                "fakes[..., :half] = 0.9 * fakes[..., :half] + 0.1 * frames[:, :1, ..., :half]; return fakes",
-            ): "alike",
         },
     ),
     "interval": (

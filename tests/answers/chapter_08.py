@@ -91,7 +91,7 @@ ANSWERS = {
             AVERAGE.replace(" / dist.get_world_size()", " / 2"): "process 0 has",
             ONE_BY_ONE: "3 messages",
             AVERAGE.replace("return trouble", "return bad"): "is any process in trouble",
-            AVERAGE.replace("torch.zeros_like(p) if trouble else ", ""): "process 0 is in trouble",
+            AVERAGE.replace("torch.zeros_like(p) if trouble else ", ""): "process 0 in trouble",
             AVERAGE.replace(
                 "    for p in parameters:\n        if p.grad is None or bad:",
                 "    parameters = [p for p in parameters if p.grad is not None]\n"
