@@ -18,7 +18,7 @@ from vader_nb.gradient import accumulate
 from vader_nb.sampling import roll_out
 
 STEPS, BATCH, CAPTIONS = 20, 4, 24
-RANKS = (1, 2, 4, 8)
+RANKS, CUTS = (1, 4), (1, 2, 4, 8)
 RATES = {"all weights": (4e-4, 8e-4, 1.6e-3), "adapter": (4e-3, 8e-3, 1.6e-2)}
 SAMPLING = Sampling(num_inference_steps=4)
 
@@ -106,7 +106,7 @@ def main() -> None:
             row = f"seed: {seed}, rate: {rate:g}, parameters: {count}"
             tell(f"way: {name}, {row}", found[rate])
             print(f"#     {found}", file=sys.stderr, flush=True)
-            for rank in RANKS if name == "all weights" else ():
+            for rank in CUTS if name == "all weights" else ():
                 best.cut(changes, rank)
                 tell(f"way: cut to rank {rank}, seed: {seed}", gain(held(model, reward) - base))
                 best.remove()
