@@ -197,7 +197,7 @@ print(len(names), "layers:", *names[:5], "…", sep="\n")
 # `attn1` looks from cell to cell of a frame, `attn2` from cells to words, and those of the temporal transformers look from frame to frame.
 #
 # To put a bypass around a layer is to replace it, in the module that it belongs to, by a `LoRA` that holds it. `nn.Module` makes this easy:
-# whoever calls `block.to_q(x)` gets what is there *now*.
+# a call of `block.to_q(x)` takes what is there *now*.
 #
 # **Exercise 2** (★★★, 25 minutes). The core of this notebook. Write `injected`, used as `with injected(denoiser, endings, …) as layers:`. Inside,
 #
@@ -500,9 +500,9 @@ def shares(matrices):
     ).cpu()
 
 
-held = {"the first gradient": shares(single), "twenty steps of Adam": shares(changes)}
+spectra = {"the first gradient": shares(single), "twenty steps of Adam": shares(changes)}
 figure, axis = plt.subplots(figsize=(6.5, 3), layout="constrained")
-for label, rows in held.items():
+for label, rows in spectra.items():
     low, middle, high = rows.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=0)
     axis.plot(range(1, 33), middle, marker=".", label=label)
     axis.fill_between(range(1, 33), low, high, alpha=0.2)
@@ -511,9 +511,9 @@ axis.legend(frameon=False, loc="lower right")
 course.show(figure, "05-spectrum")
 
 # %%
-four = held["twenty steps of Adam"][:, 3].median().item()
+four = spectra["twenty steps of Adam"][:, 3].median().item()
 letter = "a" if four > 0.95 else "b" if four > 0.6 else "c"
-one = held["the first gradient"][:, 3].median().item()
+one = spectra["the first gradient"][:, 3].median().item()
 course.predict(guess, "05-energy", letter=letter, four=four, one=one)
 
 # %% [markdown]
@@ -557,7 +557,7 @@ course.predict(guess, "05-rank", letter=letter, **means)
 # %% [markdown]
 # With 12,480 parameters rank 1 brings what 350,208 weights bring, as far as three seeds can tell. The cuts say why. Rank 1 keeps a third of the
 # energy of the change, and three quarters of what it brings; rank 4 keeps three quarters of the energy, and all of what it brings. The rest was the noise of
-# twenty batches. And who trains *at* rank 1 does better than who cuts *to* it afterward.
+# twenty batches. And training *at* rank 1 does better than cutting *to* it afterward.
 #
 # Two warnings. At one learning rate for all, 0.004, rank 1 would have brought 0.019 with the first seed; at 0.008 it brings 0.061. Compare ranks with
 # the best rate of each, or you compare rates ([Kalajdzievski 2023](https://arxiv.org/abs/2312.03732) has a scaling with which one rate does for all). And this was a
@@ -624,8 +624,8 @@ rows, scores = {}, {}
 for label, adapter in mixtures.items():
     clips = vader_nb.sample(model, ask, seeds=SEED, adapter=adapter)
     rows[label] = [Video(clip, 8, text) for clip, text in zip(clips, ask)]
-    judges = rewards.brightness(), rewards.colorfulness()
-    scores[label] = [judge(clips, ask).mean().item() for judge in judges]
+    measures = rewards.brightness(), rewards.colorfulness()
+    scores[label] = [measure(clips, ask).mean().item() for measure in measures]
 Gallery(rows, width=112)
 
 # %% [markdown]

@@ -228,7 +228,7 @@ course.predict(guess, "07-held-out", letter=letter, values=values)
 # difference and its 95 % bootstrap interval. Mind three things:
 #
 # 1. The scores are *pairs*: an easy caption is easy for both.
-# 2. The draws are the *captions*. Two clips of one caption have it in common, so they are not two independent witnesses.
+# 2. The draws are the *captions*. Two clips of one caption have it in common, so they are not two independent draws.
 # 3. Asked twice, it gives the same answer.
 
 
@@ -560,7 +560,7 @@ for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion"):
 # | remedies | `choice.path`, `adapter.scale`, `floor`, `capped`, `towards` | stop, turn down, fix the reward |
 #
 # **Without looking:** why must the captions that you choose with differ from those that you report on? Why are sixteen clips of eight captions not
-# sixteen witnesses? What would a held-out reward have to see, to protect the thing that you would hate to lose?
+# sixteen independent draws? What would a held-out reward have to see, to protect the thing that you would hate to lose?
 #
 # ## Exercises
 #

@@ -326,7 +326,7 @@ course.attempt(check, orders)
 #
 # 1. After it, `.grad` of every parameter is the mean over all processes, *in every process*.
 # 2. It sends **one** message, not one per parameter: 240 small messages take longer than a large one.
-# 3. A process may have no gradient for some parameter (`None`). It counts as zero. Whoever leaves it out sends a message of another
+# 3. A process may have no gradient for some parameter (`None`). It counts as zero. A process that leaves it out sends a message of another
 #    length, and all wait forever.
 # 4. A process may be in trouble: `bad=True`, its gradient is not finite. Then *no* process may step, and it must not simply leave, because the
 #    others wait for it. So every process returns whether *any* of them is in trouble, and if so, all gradients are zero.
