@@ -3,6 +3,7 @@
 import json
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from vader_nb import evaluate, load, lora
 from vader_nb.distributed import launch
 from vader_nb.estimators import DDPO, DPO, GRPO, Batch, BestOf, parse_estimator
 from vader_nb.models import Conditioning, VideoModel
-from vader_nb.rewards import Reward
+from vader_nb.rewards import Reward, brightness, colorfulness
 from vader_nb.sampling import Sampling, derived_seed
 from vader_nb.strategies import Frames, Last
 from vader_nb.train_config import TrainConfig
@@ -441,6 +442,46 @@ def test_ddpo_compares_with_a_prompts_history():
     estimator.restore(json.loads(json.dumps(estimator.state())))
     estimator.compare(["a", "a"], torch.tensor([7.0, 9.0]))
     assert estimator.state()["a"] == [3.0, 5.0, 7.0, 9.0]
+
+
+@pytest.mark.parametrize("kind", [DDPO, GRPO])
+def test_parts_of_a_reward_are_compared_each_by_itself(kind, micro):
+    """A part of a thousand times the scale decides alone, unless the parts are compared apart."""
+    reward = brightness() + 1000 * colorfulness()
+    options = {"group_size": 4} if kind is GRPO else {}
+    prompts = ["a", "a", "a", "a", "b", "b", "b", "b"]
+    generator = torch.Generator().manual_seed(0)
+    scores = {part.name: torch.rand(8, generator=generator) for part in reward.parts()}
+    total = sum(w * x for w, x in zip((1, 1000), scores.values()))
+    weights = {"colorfulness": 2.0, "brightness": -1.0}
+
+    def advantages(**more):
+        estimator = kind(**options | more)
+        config = TrainConfig(sampling=Sampling(num_inference_steps=2).resolve(micro))
+        adapter = lora.add(micro, 2)
+        try:
+            estimator.setup(micro, adapter, reward, config)
+        finally:
+            adapter.remove()
+        one = SimpleNamespace(
+            batch=Batch(prompts, [0] * 8, generator), rewards=total, parts=scores, problem=None
+        )
+        estimator.advantages([one], lambda value: [value])
+        return one.advantages, estimator
+
+    alone = {name: kind(**options) for name in scores}
+    for estimator in alone.values():
+        estimator.history = {}
+    expected = sum(
+        w * alone[name].compare(prompts, scores[name].double()) for name, w in weights.items()
+    )
+    got, estimator = advantages(reward_weights=weights)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        advantages()[0], alone["colorfulness"].compare(prompts, total.double()).to(got)
+    )
+    with pytest.raises(ValueError, match="names 'hps'; the reward's parts are brightness, colorfu"):
+        advantages(reward_weights={"hps": 1.0})
 
 
 def test_what_cannot_be_met_is_said_before_the_work(micro_directory, tmp_path):

@@ -7,6 +7,7 @@ or from one step to another: memory is one denoiser call's.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -32,6 +33,8 @@ class PolicyGradient(FromScores):
         timestep_fraction: the part of the steps, drawn for each micro-batch, that learns.
         num_inference_steps: of the roll-outs, at most (denoising reduction); None: the settings'.
         beta: weight of the KL to the model without the adapter.
+        reward_weights: of the advantages of a mixed reward's parts, by their names: each part is compared by itself, so
+            that its scale does not matter (DanceGRPO's several rewards). Default: the mixed reward is compared.
     """
 
     clip_range: float = 1e-4
@@ -40,9 +43,15 @@ class PolicyGradient(FromScores):
     timestep_fraction: float = 1.0
     num_inference_steps: int | None = None
     beta: float = 0.0
+    reward_weights: dict[str, float] | None = None
 
     def setup(self, model, adapter, reward, config) -> None:
         super().setup(model, adapter, reward, config)
+        names = [part.name for part in reward.parts()] if reward.children else ["none"]
+        if unknown := sorted(set(self.reward_weights or ()) - set(names)):
+            raise ValueError(
+                f"reward_weights names {unknown[0]!r}; the reward's parts are {', '.join(names)}"
+            )
         if self.num_inference_steps is not None:
             steps = min(self.num_inference_steps, self.sampling.num_inference_steps)
             self.sampling = replace(self.sampling, num_inference_steps=steps)
@@ -90,17 +99,26 @@ class PolicyGradient(FromScores):
         own = {}
         for one in collected:
             texts = [str(prompt) for prompt in one.batch.prompts]
-            own[one.batch.index] = texts, one.rewards.double().cpu()
+            own[one.batch.index] = texts, self.compared(one)
         everyone = {index: entry for part in gather(own) for index, entry in part.items()}
         order = sorted(everyone)
         texts = [text for index in order for text in everyone[index][0]]
-        rewards = torch.cat([everyone[index][1] for index in order])
+        scores = torch.cat([everyone[index][1] for index in order], dim=1)
+        values = torch.zeros_like(scores[0])
         # Where one is not finite, the step will be skipped: nothing is to be remembered of it.
-        whole = rewards.isfinite().all()
-        values = self.compare(texts, rewards) if whole else torch.zeros_like(rewards)
-        parts = dict(zip(order, values.split([len(everyone[index][1]) for index in order])))
+        if scores.isfinite().all():
+            weights = self.reward_weights or {"": 1.0}
+            for (name, weight), rewards in zip(weights.items(), scores):
+                values += weight * self.compare([name + text for text in texts], rewards)
+        parts = dict(zip(order, values.split([everyone[index][1].shape[1] for index in order])))
         for one in collected:
             one.advantages = parts[one.batch.index].to(one.rewards)
+
+    def compared(self, scored: Scored) -> torch.Tensor:
+        """What is compared of a micro-batch, (parts, B), in float64 on the CPU."""
+        of = {} if scored.problem else scored.parts
+        rewards: list[Any] = [of.get(name, scored.rewards) for name in self.reward_weights or [""]]
+        return torch.stack(rewards).double().cpu()
 
     def accumulate(
         self, collected: Scored, weight: float, backward: Callable[[torch.Tensor], None]
