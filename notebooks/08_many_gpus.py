@@ -251,7 +251,7 @@ course.predict(
 
 # %% [markdown]
 # Why about 1.4? Two steps of the same length in directions that have nothing in common, at a right angle, end $\sqrt 2$ apart, as
-# the two ends of a set square do. It is the largest distance that strangers have.
+# the two ends of a set square do. (Had they pulled against each other, it would be up to 2.)
 #
 # Two GPUs, two adapters, and the second one is thrown away at the end: twice the electricity for one GPU's batch. You find this in
 # VADER's scripts for VideoCrafter
