@@ -526,7 +526,8 @@ for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion"):
 
 # %% [markdown]
 # After as many steps, at the same reckless learning rate, things still move: the oracle finds every motion right; before,
-# it found none. Is it cured? *Better*, says p(motion), but not quite: some movements are smaller than they should be.
+# it found none. Is it cured? *Better*, says p(motion), but not quite: some movements are smaller than they should
+# be, and the circle in the second column is more of a drop, whatever the oracle reads.
 #
 # And a floor is one more number that can be wrong: in a trial with 0.03, shapes and motions broke again. After you fix a reward, measure
 # everything again. (Other ways: `reward.capped(limit)` pays nothing beyond the limit, and `align(..., base_penalty=…)` pulls the model back to the base while it trains.)
