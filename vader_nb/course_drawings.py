@@ -200,3 +200,6 @@ def prompt_sets() -> str:
         parts.append(words(x + 62, 66, name, 15, "middle", font_weight=600))
         parts += [words(x, 112 + 16 * line, text, 12) for line, text in enumerate(remark)]
     return image(svg(640, 140, parts, SETS_ALT, 640), SETS_ALT)
+
+
+DRAWINGS = stages, bypass, processes, prompt_sets
