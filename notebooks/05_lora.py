@@ -23,17 +23,21 @@
 # *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
-# ModelScope's denoiser has 1.4 billion weights. We could give every one of them a gradient, an optimizer state, and a
-# chance to go wrong. We do not. A *low-rank adapter* adds a narrow bypass to some of the layers and trains only that: well
-# below one percent of ModelScope's parameters, in a file small enough for an e-mail. The model underneath stays exactly as
-# it was.
+# ModelScope's denoiser has 1.4 billion weights. You could give every one of them a gradient, an optimizer state, and a
+# chance to go wrong. You need not. A *low-rank adapter* adds a narrow bypass to some of the layers and trains only that: well
+# below one percent of the parameters, in a file small enough for an e-mail. The model underneath stays exactly as it was.
+#
+# You take the bypass apart, and put it into a whole denoiser yourself. Then comes the question that the name begs: is a
+# *low* rank enough?
 #
 # **You will be able to**
 #
-# - *write* a LoRA layer in ten lines, and *check* it against peft's;
-# - *choose* where to put it, and *count* what it costs;
-# - *scale* an adapter, *fuse* it into the weights, and *mix* two of them;
-# - *explain* why one of its two matrices must start at zero, and not both.
+# - *put* LoRA layers into a denoiser, and *take* them out again;
+# - *say* why one of its two matrices must start at zero, and not both;
+# - *judge* whether a rank suffices, by what is learned and not by a spectrum alone;
+# - *scale* an adapter, *fuse* it into the weights, and *mix* two of them.
+#
+# Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
 
 # %% tags=["setup"]
 import sys
@@ -48,26 +52,30 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
 from vader_nb import course
 
 # %% tags=["parameters"]
-MODEL = "tiny"  # @param ["tiny", "modelscope"]
+MODEL = "tiny"  # @param ["tiny"]
+STEPS = 10  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
-TRIAL_STEPS, STEPS = course.quick((8, 10), (2, 2))  # fewer when tests run this notebook
+STEPS = course.quick(STEPS, 2)  # fewer when tests run this notebook
 
-# %%
+# %% tags=["for-checks"]
 import tempfile
 
 import matplotlib.pyplot as plt
 import torch
+from IPython.display import HTML
 from torch import nn
 
 import vader_nb
-from vader_nb import Frames, Gallery, Sampling, Video, lora, prompts, rewards
+from vader_nb import Gallery, Sampling, Video, course_drawings, lora, prompts, rewards, sampling
 
-model = vader_nb.load(MODEL)
+model = vader_nb.load(MODEL, dtype=torch.float32)  # on a GPU, too: we compare, and take SVDs
 model.defaults |= course.quick({}, {"num_inference_steps": 2})  # fewer in tests
-hps = rewards.hps("tiny" if MODEL == "tiny" else "published").to(model.device)
-ask = prompts.get("tiny")[6:600:150]  # four captions of the training set: we will train on them
+training = prompts.get("tiny")
+ask = training[6:600:150]  # four captions that we will train on
+
+# %%
 before = vader_nb.sample(model, ask, seeds=SEED)
-Gallery({"the base model": [Video(clip, 8, text) for clip, text in zip(before, ask)]}, width=128)
+Gallery({"the base model": [Video(clip, 8, text) for clip, text in zip(before, ask)]}, width=144)
 
 # %% [markdown]
 # ## Ten lines
@@ -77,31 +85,36 @@ Gallery({"the base model": [Video(clip, 8, text) for clip, text in zip(before, a
 #
 # $$y = Wx + \frac{\alpha}{r}\,B A\,x, \qquad A: r \times \text{in}, \quad B: \text{out} \times r$$
 
-
 # %%
+HTML(course_drawings.bypass())
+
+
+# %% tags=["for-checks"]
 class LoRA(nn.Module):
     def __init__(self, base: nn.Linear, rank: int = 4, alpha: float = 4.0):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank))
+        options = {"device": base.weight.device, "dtype": torch.float32}
+        self.A = nn.Parameter(torch.randn(rank, base.in_features, **options) / rank)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
         self.scaling = alpha / rank
 
     def forward(self, x):
-        return self.base(x) + self.scaling * (x @ self.A.T @ self.B.T)
+        bypass = x.to(self.A.dtype) @ self.A.T @ self.B.T
+        return self.base(x) + self.scaling * bypass.to(x.dtype)
 
 
 # %% tags=["nbval-check-output"]
 torch.manual_seed(SEED)
-layer = nn.Linear(64, 64)
+layer, x = nn.Linear(64, 64), torch.randn(5, 64)
 adapted = LoRA(layer)
-x = torch.randn(5, 64)
-print("fresh adapter changes the output by", (adapted(x) - layer(x)).abs().max().item())
+print("a fresh adapter changes the output by", (adapted(x) - layer(x)).abs().max().item())
 print(
-    "weights of the layer:",
-    sum(p.numel() for p in layer.parameters()),
-    "· of its adapter:",
+    "parameters:",
+    layer.weight.numel(),
+    "in W,",
     adapted.A.numel() + adapted.B.numel(),
+    "in A and B",
 )
 
 # %% [markdown]
@@ -116,331 +129,15 @@ guess = None  # "a", "b" or "c"
 # %%
 adapted(x).square().mean().backward()
 print(f"gradient of A: {adapted.A.grad.norm():.4f}   of B: {adapted.B.grad.norm():.4f}")
-because = "A's gradient passes through B, which is zero. From the second step on, both change."
-course.predict(guess, "c", because)
+course.predict(guess, "05-first")
 
 # %% [markdown]
-# If both were zero, neither would ever change. If neither were zero, the model would be disturbed before it has learned
-# anything.
+# If both started at zero, neither would ever change: each one's gradient passes through the other. If neither did, the model
+# would be disturbed before it has learned anything.
 #
-# ## Is a low rank enough?
+# The bypass is linear, and so is the layer. So once trained, the two can be written as *one* layer, which costs nothing extra.
 #
-# Any matrix is a sum of rank-one matrices, ordered by importance: by its singular values. What would *full* training of one
-# layer change, and how much of this change do the first $r$ of them hold? As a stand-in for training we take the true
-# gradient of a reward with respect to one attention layer of the model.
-
-# %%
-from vader_nb import sampling
-
-settings = Sampling().resolve(model)
-name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"  # from words to cells
-target = model.denoiser.get_submodule(name)
-target.weight.requires_grad = True
-
-
-# %%
-rollout = sampling.roll_out(model, ask, [0, 1, 2, 3], settings, window=1)
-x, t = rollout.states[0], rollout.timesteps[0]  # the last step, once more and with a graph
-output = model.guided(x, t, rollout.conditioning, settings)
-x = model.step(rollout.scheduler, output, t, x)
-hps(model.decode(x, [4]), ask).sum().backward()
-
-
-# %%
-change = target.weight.grad.clone()
-target.weight.requires_grad_(False)
-target.weight.grad = None
-print(name, tuple(change.shape))
-
-# %% [markdown]
-# > **Predict.** This matrix has rank up to 32. How many singular values hold 90 % of the gradient's energy?
-# > **(a)** about 3 · **(b)** about 15 · **(c)** about 30
-
-# %%
-guess = None  # "a", "b" or "c"
-
-# %%
-energy = torch.linalg.svdvals(change).square()
-share = energy.cumsum(0) / energy.sum()
-needed = int((share < 0.9).sum()) + 1
-
-figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
-axis.plot(range(1, len(share) + 1), share, marker=".")
-axis.axhline(0.9, color="gray", linewidth=0.7)
-axis.set(xlabel="rank", ylabel="share of the energy", ylim=(0, 1.03))
-course.show(
-    figure,
-    "The share of the gradient's energy that the first singular values hold rises steeply to one.",
-)
-course.predict(
-    guess,
-    "a" if needed <= 8 else "b" if needed <= 22 else "c",
-    f"{needed} of {len(share)} hold 90 %.",
-)
-
-# %% [markdown]
-# The gradient of a few clips *has* a low rank. That is the practical reason why a narrow bypass can follow it.
-#
-# ## The same with peft
-#
-# In practice you will not write LoRA layers yourself; [peft](https://huggingface.co/docs/peft) has them, and `lora.add` puts
-# them into the denoiser. Is peft's layer the same as ours?
-
-# %%
-adapter = lora.add(model, rank=4, seed=SEED)
-path, theirs = next(iter(adapter.layers.items()))
-
-mine = LoRA(theirs.get_base_layer(), rank=4, alpha=4.0)
-for own, other in zip(
-    (mine.A, mine.B), (theirs.lora_A["default"].weight, theirs.lora_B["default"].weight)
-):
-    other.data = torch.randn(other.shape) * 0.1
-    own.data = other.data.clone()
-
-x = torch.randn(3, mine.base.in_features)
-print("largest difference:", (mine(x) - theirs(x)).abs().max().item())
-adapter.remove()
-
-# %% [markdown]
-# ## Where to put it
-#
-# The usual place is attention: the layers `to_q`, `to_k`, `to_v`, `to_out`. But a video model has three kinds of attention
-# (between cells of a frame, from cells to words, between frames), and feed-forward layers as well.
-
-# %%
-places = {
-    "attention (default)": None,
-    "values only": ("to_v",),
-    "words only": tuple(
-        f"attentions.{i}.transformer_blocks.0.attn2.to_{m}" for i in (0, 1) for m in "kv"
-    ),
-    "feed-forward": ("net.0.proj", "net.2"),
-}
-
-# %%
-counts = {}
-for place, targets in places.items():
-    trial = lora.add(model, rank=4, targets=targets)
-    counts[place] = sum(p.numel() for p in trial.parameters())
-    print(f"{place:<20} {len(trial.layers):3} layers {counts[place]:9,} parameters")
-    trial.remove()
-
-whole = sum(p.numel() for p in model.denoiser.parameters())
-print(f"{'the whole denoiser':<20} {'':10} {whole:9,} parameters")
-
-# %% [markdown]
-# What can a few training steps achieve in each place? Here are four short runs with the same seeds and prompts. (Eight steps
-# are few: look at the trend, not at the last digit.)
-
-# %%
-curves = {}
-for place, targets in places.items():
-    trial = lora.add(model, rank=4, targets=targets, seed=SEED)
-    optimizer = torch.optim.AdamW(trial.parameters(), lr=2e-3)
-    rows = []
-    for _ in range(TRIAL_STEPS):
-        result = vader_nb.reward_gradient(
-            model, trial, hps, ask[:2], seeds=[10, 11], frames=Frames.at(4)
-        )
-        optimizer.step()
-        optimizer.zero_grad()
-        rows.append(result.rewards.mean().item())
-    curves[place] = rows
-    trial.remove()
-
-# %%
-figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
-for place, rows in curves.items():
-    axis.plot(range(1, len(rows) + 1), rows, label=f"{place} ({counts[place] / 1e3:.0f} k)")
-axis.set(xlabel="step", ylabel="hps of these two clips")
-axis.legend(frameon=False, fontsize=8)
-course.show(
-    figure,
-    "Reward over eight steps for four places of the adapter; the curves rise at different speeds.",
-)
-
-# %% [markdown]
-# Every place learns; here, places with more trainable parameters climb faster. All attention layers together are the usual
-# choice, and the default here. VADER, too, trains their queries, keys and values. (`vader_nb.align` takes a list of layers as
-# `targets=`.)
-
-# %% [markdown]
-# ## Turn it up and down
-#
-# An adapter has a volume knob: `scale` multiplies its product. 0 is the base model, 1 is what was trained. Let us train one
-# with a goal that anybody can see, *darker*, and compare the rows.
-
-# %%
-run = vader_nb.align(
-    model,
-    -rewards.brightness(),
-    ask,
-    steps=STEPS,
-    batch_size=2,
-    learning_rate=1e-2,
-    seed=SEED,
-    output_dir=tempfile.mkdtemp(),
-)
-dark = run.adapter
-
-# %%
-rows = {}
-for scale in (0.0, 0.5, 1.0, 1.5):
-    dark.scale = scale
-    clips = vader_nb.sample(model, ask, seeds=SEED, adapter=dark)
-    rows[f"scale {scale}"] = [Video(clip, 8, text) for clip, text in zip(clips, ask)]
-    print(f"scale {scale}: mean brightness {rewards.brightness()(clips, ask).mean():.2f}")
-dark.scale = 1.0
-Gallery(rows, width=96)
-
-# %% [markdown]
-# Turning the knob is free: no training, no second file. Above 1 the adapter exaggerates; it was never trained there. When a
-# trained model has gone too far, a scale of 0.5 to 0.7 often gives better videos (some projects like VADER publish their
-# adapters with exactly this advice).
-
-# %% [markdown]
-# ## Fuse it
-#
-# A bypass costs time: two more matrix products in each layer. Where no gradient is needed, add it to the weights,
-# $W + \frac{\alpha}{r} BA$, and it costs nothing. Inside `with adapter.fused():` it is part of the weights; afterward the
-# original weights are back, bit by bit:
-
-# %%
-weight = next(iter(dark.layers.values())).get_base_layer().weight
-kept = weight.detach().clone()
-with dark.fused():
-    inside = (weight - kept).abs().max().item()
-print(f"inside: weights differ by {inside:.1e} · afterward bit-equal: {torch.equal(weight, kept)}")
-
-# %% [markdown]
-# ## Mix two
-#
-# Adapters are added to the same weights, so two of them can be mixed: train a second one for another goal, and add their
-# products. (The products, not the matrices: $B_1A_1 + B_2A_2$ is not $(B_1+B_2)(A_1+A_2)$.)
-
-
-# %%
-def products(adapter):
-    return {
-        name: layer.get_delta_weight("default").detach().clone()
-        for name, layer in adapter.layers.items()
-    }
-
-
-first = products(dark)
-dark.remove()
-second_run = vader_nb.align(
-    model,
-    rewards.colorfulness(),
-    ask,
-    steps=STEPS,
-    batch_size=2,
-    learning_rate=1e-2,
-    seed=SEED,
-    output_dir=tempfile.mkdtemp(),
-)
-second = products(second_run.adapter)
-second_run.adapter.remove()
-
-# %%
-from contextlib import contextmanager
-
-
-@contextmanager
-def mixed(weights):
-    """The denoiser with sum_i w_i B_i A_i added to its layers."""
-    denoisers = nn.ModuleDict(model.denoisers)  # "unet"
-    layers = {name: denoisers.get_submodule(name) for name in first}
-    kept = {name: layer.weight.data for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.weight.data = kept[name] + sum(
-            w * delta[name] for w, delta in zip(weights, (first, second))
-        )
-    yield
-    for name, layer in layers.items():
-        layer.weight.data = kept[name]
-
-
-# %%
-rows = {}
-for label, weights in {
-    "neither": (0, 0),
-    "dark": (1, 0),
-    "colorful": (0, 1),
-    "both": (1, 1),
-}.items():
-    with mixed(weights):
-        clips = vader_nb.sample(model, ask, seeds=SEED)
-        rows[label] = [Video(clip, 8, text) for clip, text in zip(clips, ask)]
-Gallery(rows, width=96)
-
-# %%
-scores = {}
-for label, videos in rows.items():
-    clips = torch.stack([video.frames for video in videos])
-    scores[label] = (
-        rewards.brightness()(clips, ask).mean().item(),
-        rewards.colorfulness()(clips, ask).mean().item(),
-    )
-
-figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
-for label, (x, y) in scores.items():
-    axis.scatter(x, y)
-    axis.annotate(label, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=9)
-axis.set(xlabel="brightness", ylabel="colorfulness")
-axis.margins(0.25)
-course.show(
-    figure,
-    "Four points: the base, each adapter alone, and both together, in the plane of brightness and colorfulness.",
-)
-
-# %% [markdown]
-# Both goals are in the mixture, but it is not their plain sum: both act on the same layers, and what one does to a video
-# changes the input of the other.
-#
-# The package mixes in one line: `sample(model, ask, adapter={"runs/dark": 1.0, "runs/colorful": 1.0})`.
-#
-# ## Recap
-#
-# | symbol | name in the code | shape |
-# |---|---|---|
-# | $W$ | `layer.get_base_layer().weight` | (out, in), never changes |
-# | $A$, $B$ | `layer.lora_A["default"].weight`, `lora_B` | (r, in), (out, r) |
-# | $r$, $\alpha$ | `lora.add(model, rank, alpha)` | two numbers; alpha defaults to the rank |
-# | volume | `adapter.scale` | 0 to 1.5 |
-# | $W + \frac{\alpha}{r}BA$ | `with adapter.fused():` | |
-#
-# ## Exercises
-#
-# **1.** How many parameters does LoRA add to a linear layer?
-
-
-# %% tags=["exercise"]
-def added(inputs, outputs, rank):
-    return inputs * outputs  # replace this line
-
-
-# %% tags=["check"]
-def check(added):
-    assert added(64, 64, 4) == 512, (
-        f"64 in, 64 out, rank 4: two matrices of 4 x 64, not {added(64, 64, 4)} parameters"
-    )
-    assert added(320, 1280, 16) == 25600, "the layer need not be square"
-    assert added(10, 10, 10) == 200, "at full rank it is even more than the layer itself"
-
-
-course.attempt(check, added)
-
-# %% [markdown]
-# <details><summary>A solution</summary>
-#
-# ```python
-# def added(inputs, outputs, rank):
-#     return rank * (inputs + outputs)
-# ```
-# </details>
-#
-# **2.** Fuse our own `LoRA` layer into a plain `nn.Linear` that does the same.
+# **Exercise 1** (★, 10 minutes). Fuse a `LoRA` into a plain `nn.Linear` that does the same.
 
 
 # %% tags=["exercise"]
@@ -452,35 +149,262 @@ def fuse(adapted):
 # %% tags=["check"]
 @torch.no_grad()
 def check(fuse):
-    adapted = LoRA(nn.Linear(6, 3), rank=2, alpha=1.0)
-    adapted.B.data.normal_(generator=torch.Generator().manual_seed(0))
-    kept, x = adapted.base.weight.clone(), torch.randn(4, 6)
-    before = adapted(x)
-    fused = fuse(adapted)
-    assert isinstance(fused, nn.Linear), f"expected an nn.Linear, got {type(fused).__name__}"
-    assert torch.equal(adapted.base.weight, kept), "the original layer's weight has changed"
-    assert torch.allclose(fused(x), before, atol=1e-5), (
-        "its outputs differ: mind alpha / rank, and the bias"
-    )
+    generator = torch.Generator().manual_seed(0)
+    for inputs, outputs, bias in ((6, 3, True), (3, 6, False)):
+        adapted = LoRA(nn.Linear(inputs, outputs, bias), rank=2, alpha=1.0)
+        adapted.B.data.normal_(generator=generator)
+        x, kept = torch.randn(4, inputs, generator=generator), adapted.base.weight.clone()
+        before = adapted(x)
+        fused = fuse(adapted)
+        assert isinstance(fused, nn.Linear), f"expected an nn.Linear, got {type(fused).__name__}"
+        assert torch.equal(adapted.base.weight, kept), "the original layer's weight has changed"
+        case = "with a bias" if bias else "a layer without a bias"
+        gap = (fused(x) - before).abs().max()
+        assert gap < 1e-5, f"{case}: the outputs differ by up to {gap:.2g}"
 
 
 course.attempt(check, fuse)
 
 # %% [markdown]
+# <details><summary>A hint</summary>
+#
+# $Wx + sBAx = (W + sBA)x$. What is $s$? And where does the bias go?
+# </details>
 # <details><summary>A solution</summary>
 #
 # ```python
 # def fuse(adapted):
 #     base = adapted.base
-#     fused = nn.Linear(base.in_features, base.out_features)
+#     fused = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
 #     fused.weight.data = base.weight + adapted.scaling * adapted.B @ adapted.A
-#     fused.bias.data = base.bias.clone()
+#     if base.bias is not None:
+#         fused.bias.data = base.bias.clone()
 #     return fused
 # ```
 # </details>
 #
-# **3.** The best rank-$r$ approximation of a matrix cuts its singular value decomposition (`torch.linalg.svd`) after $r$
-# terms. Write $A$ and $B$ for a given change of weights.
+# ## Into the denoiser
+#
+# One layer is no adapter. Where should it go? The usual place is attention: the matrices that make queries, keys, values and the
+# output. In our denoiser they are called like this:
+
+# %%
+ENDINGS = ("to_q", "to_k", "to_v", "to_out.0")
+names = [name for name, _ in model.denoiser.named_modules() if name.endswith(ENDINGS)]
+print(len(names), "layers:", *names[:5], "…", sep="\n")
+
+# %% [markdown]
+# `attn1` looks from cell to cell of a frame, `attn2` from cells to words, and those of the temporal transformers look from frame to frame.
+#
+# To put a bypass around a layer is to replace it, in the module that it belongs to, by a `LoRA` that holds it. `nn.Module` makes this easy:
+# a call of `block.to_q(x)` takes what is there *now*.
+#
+# **Exercise 2** (★★★, 25 minutes). The core of this notebook. Write `injected`, used as `with injected(denoiser, endings, …) as layers:`. Inside,
+#
+# 1. there is a `LoRA` around every `nn.Linear` whose name ends with one of the `endings`, at a dot: `mid.to_q` ends with `to_q`, `mid.auto_q`
+#    does not;
+# 2. nothing else has a gradient: only the $A$ and $B$ can learn;
+# 3. `layers` has the new layers by the name of what they replaced.
+#
+# Afterward, even if something inside has failed, the denoiser is what it was: the same layers, with the same `requires_grad`.
+
+# %% tags=["exercise"]
+from contextlib import contextmanager
+
+
+@contextmanager
+def injected(denoiser, endings, rank=4, alpha=4.0):
+    """Inside, the denoiser has a LoRA around its layers of these names. Yields {name: LoRA}."""
+    yield {}  # replace this line
+
+
+# %% [markdown]
+# Your adapter is held against peft's, the library that everybody uses: with the same $A$ and $B$, both must give the same output and
+# the same gradient.
+
+
+# %% tags=["for-checks"]
+settings = Sampling().resolve(model)
+latents, _ = sampling.initial_noise(model, [SEED], settings)
+t = model.new_scheduler(settings).timesteps[-1]
+text = model.encode(ask[:1])
+
+
+def call():
+    """The denoiser's output, guidance and all, at the last step."""
+    return model.guided(latents, t, text, settings)
+
+
+def gradients(pairs):
+    """Of the output's mean square, by name: one vector for A and B."""
+    flat = [p for pair in pairs.values() for p in pair]
+    found = iter(torch.autograd.grad(call().square().mean(), flat))
+    return {name: torch.cat([next(found).flatten() for _ in pair]) for name, pair in pairs.items()}
+
+
+# %% tags=["for-checks"]
+def by_peft(seed, endings=("to_q", "to_k", "to_v", "to_out.0")):
+    """peft's A and B by layer, with random numbers in them; its output and its gradient."""
+    adapter = lora.add(model, rank=4, alpha=8.0, targets=endings, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    for p in adapter.parameters():
+        p.data = 0.05 * torch.randn(p.shape, generator=random).to(p)
+    pairs = {
+        name.partition(".")[2]: [getattr(layer, f"lora_{half}")["default"].weight for half in "AB"]
+        for name, layer in adapter.layers.items()
+    }
+    with torch.no_grad():
+        output = call()
+    found = pairs, output, gradients(pairs)
+    adapter.remove()
+    return found
+
+
+# %% tags=["for-checks"]
+class Toy(nn.Module):
+    """Names that end alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.auto_q = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.inner = nn.ModuleDict({"to_q": nn.Linear(4, 4), "to_k": nn.Identity()})
+        self.norm = nn.LayerNorm(4)
+        self.auto_q.requires_grad_(False)
+
+    def forward(self, x):
+        return self.norm(self.to_q(x) + self.auto_q(x) + self.inner["to_k"](self.inner["to_q"](x)))
+
+
+def state(module):
+    """What must be the same afterward: which modules there are, and what has a gradient."""
+    return dict(module.named_modules()), {n: p.requires_grad for n, p in module.named_parameters()}
+
+
+def check_inside(toy, layers, x, right):
+    assert layers is not None and len(layers), "no layers: yield them by name"
+    assert set(layers) == {"to_q", "inner.to_q"}, f"not the right layers: {sorted(layers)}"
+    assert toy.to_q is layers["to_q"], "the layer in the model is not that which you yield"
+    assert torch.equal(toy(x), right), "a fresh adapter must not change the output"
+    learns = {name for name, p in toy.named_parameters() if p.requires_grad}
+    wanted = {f"{name}.{half}" for name in layers for half in "AB"}
+    assert learns == wanted, f"inside, these can learn: {sorted(learns)}"
+
+
+# %% tags=["for-checks"]
+def check_toy(injected):
+    toy, x = Toy(), torch.ones(2, 4)
+    was, right = state(toy), toy(x)
+    try:
+        with injected(toy, ("to_q", "to_k")) as layers:
+            check_inside(toy, layers, x, right)
+            raise KeyError("something inside fails")
+    except KeyError:
+        pass
+    after = state(toy)
+    assert after[0] == was[0], "after a failure inside, other layers are there than before"
+    assert after[1] == was[1], "afterward, requires_grad is not what it was"
+
+
+# %% tags=["check"]
+def check(injected):
+    check_toy(injected)
+    pairs, output, right = by_peft(seed=1)
+    was = state(model.denoiser)
+    with injected(
+        model.denoiser, ("to_q", "to_k", "to_v", "to_out.0"), rank=4, alpha=8.0
+    ) as layers:
+        assert set(layers) == set(pairs), f"{len(layers)} layers instead of {len(pairs)}"
+        for name, (A, B) in pairs.items():
+            layers[name].A.data, layers[name].B.data = A.data.clone(), B.data.clone()
+        with torch.no_grad():
+            gap = (call() - output).abs().max() / output.abs().max()
+        assert gap < 1e-5, f"the output is off by {gap:.1e}: alpha, rank, or a layer is not in use"
+        yours = gradients({name: [layer.A, layer.B] for name, layer in layers.items()})
+        gap = max((yours[name] - right[name]).norm() / right[name].norm() for name in pairs)
+        assert gap < 1e-4, f"the output is right, a gradient is off by {gap:.1e}"
+    assert state(model.denoiser) == was, "afterward the denoiser is not what it was"
+
+
+course.attempt(check, injected)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# `name.rpartition(".")` splits a name into its module's and its own; `denoiser.get_submodule("")` is the denoiser, and `setattr` replaces. Make a
+# list of `named_modules()` first: do not change what you walk over. A dot in front of both, `f".{name}".endswith(f".{ending}")`, does the rest.
+# </details>
+# <details><summary>A hint for what comes afterward</summary>
+#
+# `try: yield layers` and `finally:`. Note `requires_grad` before you change it; making a `LoRA` changes it, too.
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# from contextlib import contextmanager
+#
+#
+# @contextmanager
+# def injected(denoiser, endings, rank=4, alpha=4.0):
+#     """Inside, the denoiser has a LoRA around its layers of these names. Yields {name: LoRA}."""
+#     found = {
+#         name: module
+#         for name, module in denoiser.named_modules()
+#         if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{e}") for e in endings)
+#     }
+#     learned = {p: p.requires_grad for p in denoiser.parameters()}
+#
+#     def put(name, module):
+#         parent, _, own = name.rpartition(".")
+#         setattr(denoiser.get_submodule(parent), own, module)
+#
+#     denoiser.requires_grad_(False)
+#     layers = {name: LoRA(module, rank, alpha) for name, module in found.items()}
+#     try:
+#         for name, layer in layers.items():
+#             put(name, layer)
+#         yield layers
+#     finally:
+#         for name, module in found.items():
+#             put(name, module)
+#         for p, before in learned.items():
+#             p.requires_grad_(before)
+# ```
+# </details>
+#
+# ## The same in the package
+#
+# `lora.add` does it, with peft's layers, and `adapter.remove()` undoes it. What does it cost, in parameters, here and in other places?
+
+# %%
+places = {
+    "attention, the default": None,
+    "only to_v": ("to_v",),
+    "attention and feed-forward": "attention+ffn",
+}
+whole = sum(p.numel() for p in model.denoiser.parameters())
+for place, targets in places.items():
+    adapter = lora.add(model, rank=4, targets=targets)
+    count = sum(p.numel() for p in adapter.parameters())
+    print(f"{place:27} {len(adapter.layers):3} layers {count:9,} parameters  {count / whole:5.1%}")
+    adapter.remove()
+print(f"{'the whole denoiser':27}            {whole:9,} parameters")
+
+# %% [markdown]
+# (In a large model the share is smaller: a layer of 1,000 × 1,000 has a million weights, and at rank 4 its adapter has 8,000.)
+#
+# There is no agreement on the place. VADER's code for VideoCrafter takes queries, keys and values
+# ([line 637](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-VideoCrafter/scripts/main/train_t2v_lora.py#L637)); its code
+# for ModelScope takes *every* linear and convolution layer of the UNet
+# ([configuration](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-ModelScope/config_t2v/config.yaml#L119),
+# [lora.py](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-ModelScope/utils/lora.py#L396)). Attention is the default here.
+#
+# ## Is a low rank enough?
+#
+# Any matrix is a sum of matrices of rank one, ordered by importance: by its singular values. The first $r$ of them are the best
+# approximation that rank $r$ has to offer ([Eckart and Young 1936](https://doi.org/10.1007/BF02288367)). How good is it? Measure it in
+# *energy*, the sum of squares.
+#
+# **Exercise 3** (★★, 10 minutes). For a change $\Delta W$ of weights, write the best $A$ and $B$ of a rank, with $BA \approx \Delta W$.
 
 
 # %% tags=["exercise"]
@@ -497,9 +421,9 @@ def check(best):
     assert A.shape == (2, 5) and B.shape == (8, 2), (
         f"shapes: A (2, 5), B (8, 2); got {tuple(A.shape)}, {tuple(B.shape)}"
     )
-    left = (change - B @ A).square().sum()
-    assert torch.isclose(left, torch.linalg.svdvals(change)[2:].square().sum(), rtol=1e-3), (
-        "there is a better B @ A of rank 2"
+    left, least = (change - B @ A).square().sum(), torch.linalg.svdvals(change)[2:].square().sum()
+    assert left < 1.001 * least, (
+        f"there is a better B @ A of rank 2: {left / least:.2f} times less is left"
     )
     A, B = best(change, 5)
     assert torch.allclose(B @ A, change, atol=1e-4), "at full rank nothing should be lost"
@@ -508,6 +432,10 @@ def check(best):
 course.attempt(check, best)
 
 # %% [markdown]
+# <details><summary>A hint</summary>
+#
+# `torch.linalg.svd(change, full_matrices=False)` gives $U$, $S$, $V^\top$ with $\Delta W = U\,\mathrm{diag}(S)\,V^\top$. Cut all three.
+# </details>
 # <details><summary>A solution</summary>
 #
 # ```python
@@ -516,6 +444,241 @@ course.attempt(check, best)
 #     return Vh[:rank], U[:, :rank] * S[:rank]
 # ```
 # </details>
+#
+# Now ask what *full* training would change. Make all weights of the attention layers trainable, with no adapter at all, and train them
+# for twenty steps. The step is the one of notebook 4, written out:
+
+# %%
+hps = rewards.hps("tiny").to(model.device)
+quick = Sampling(num_inference_steps=course.quick(4, 2)).resolve(model)
+FULL_STEPS = course.quick(20, 2)
+weights = [model.denoiser.get_submodule(name).weight.requires_grad_() for name in names]
+start = [weight.detach().clone() for weight in weights]
+
+
+# %%
+def add_gradient(texts, seeds, frame):
+    """Add the gradient of -mean(hps) through the last step to .grad of the weights."""
+    rollout = sampling.roll_out(model, texts, seeds, quick, window=1)
+    x, t = rollout.states[0], rollout.timesteps[0]  # the last step, once more, with a graph
+    output = model.guided(x, t, rollout.conditioning, quick)
+    x = model.step(rollout.scheduler, output, t, x)
+    (-hps(model.decode(x, [frame]), texts).mean()).backward()
+
+
+# %%
+optimizer = torch.optim.AdamW(weights, lr=4e-4, weight_decay=0)
+random, single = torch.Generator().manual_seed(SEED), []
+for step in range(FULL_STEPS):
+    chosen = torch.randint(len(training), (4,), generator=random).tolist()
+    optimizer.zero_grad()
+    add_gradient([training[i] for i in chosen], range(4 * step, 4 * step + 4), step % 8)
+    single = single or [weight.grad.clone() for weight in weights]  # of the first step alone
+    optimizer.step()
+changes = [weight.detach() - before for weight, before in zip(weights, start)]
+
+# %%
+for weight, before in zip(weights, start):  # back to the base model
+    weight.requires_grad_(False)
+    weight.data, weight.grad = before, None
+
+# %% [markdown]
+# > **Predict.** The gradient of a single batch has most of its energy in two or three directions. Of the *sum of twenty steps of
+# > Adam*, how much do the best four directions of a layer hold? (Of a random matrix of these sizes: 0.2 to 0.4.)
+# > **(a)** nearly all, above 0.95 · **(b)** most, 0.6 to 0.95 · **(c)** less than 0.6
+
+# %%
+guess = None  # "a", "b" or "c"
+
+
+# %%
+def shares(matrices):
+    """The share of energy in the first 1, 2, 3, … directions: a row for each matrix."""
+    energy = torch.stack([torch.linalg.svdvals(m.float())[:32].square() for m in matrices])
+    return (
+        energy.cumsum(1) / torch.stack([m.float().square().sum() for m in matrices])[:, None]
+    ).cpu()
+
+
+spectra = {"the first gradient": shares(single), "twenty steps of Adam": shares(changes)}
+figure, axis = plt.subplots(figsize=(6.5, 3), layout="constrained")
+for label, rows in spectra.items():
+    low, middle, high = rows.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=0)
+    axis.plot(range(1, 33), middle, marker=".", label=label)
+    axis.fill_between(range(1, 33), low, high, alpha=0.2)
+axis.set(xlabel="rank", ylabel="share of the energy", ylim=(0, 1.03))
+axis.legend(frameon=False, loc="lower right")
+course.show(figure, "05-spectrum")
+
+# %%
+four = spectra["twenty steps of Adam"][:, 3].median().item()
+letter = "a" if four > 0.95 else "b" if four > 0.6 else "c"
+one = spectra["the first gradient"][:, 3].median().item()
+course.predict(guess, "05-energy", letter=letter, four=four, one=one)
+
+# %% [markdown]
+# A single gradient is nearly of rank four, and it is tempting to stop here: *so a low rank is enough*. But nobody trains with one
+# gradient. Every batch pulls in other directions, and Adam divides each weight's gradient by its own size, which makes small directions
+# large. What training changes is spread wider: nine out of ten parts of its energy take ten directions here, and twenty steps are a short training.
+#
+# So, is rank 4 too little? That does not follow either. Energy is not reward. There is only one way to know: *train*, at several ranks, and look
+# at what it brings on captions that were not trained on. This takes half an hour, so it is stored (`python -m tests.benchmarks.lora_rank`: `hps`,
+# twenty steps, three seeds, each way with the best of three learning rates). It also takes the fully trained weights and *cuts* the change of each layer to its best
+# rank $r$, as in exercise 3.
+#
+# > **Predict.** What does rank 1 bring, compared with training all weights of the same layers?
+# > **(a)** less than half of it · **(b)** more than half, but clearly less · **(c)** as much, as far as three seeds
+# > can tell
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+rows = course.texts()["measured"]["rank"]
+ways = {}
+for row in rows:
+    ways.setdefault(row["way"], []).append(row["added"])
+figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+for y, (way, added) in enumerate(ways.items()):
+    color = "C1" if "cut" in way else "C0" if "rank" in way else "C7"
+    axis.plot(added, [y] * len(added), "o", color=color, alpha=0.6)
+    axis.plot(sum(added) / len(added), y, "|", color=color, markersize=20, markeredgewidth=3)
+axis.axvline(0, color="gray", linewidth=0.7)
+axis.set_yticks(range(len(ways)), ways)
+axis.invert_yaxis()
+axis.set(xlabel="added to hps on held-out captions; a dot per seed, and their mean")
+course.show(figure, "05-ranks")
+
+# %%
+one, full = (ways[name] for name in ("rank 1", "all weights"))
+means = {"one": sum(one) / len(one), "full": sum(full) / len(full)}
+letter = "c" if max(one) >= min(full) else "a" if means["one"] < means["full"] / 2 else "b"
+course.predict(guess, "05-rank", letter=letter, **means)
+
+# %% [markdown]
+# With 12,480 parameters rank 1 brings nine tenths of what 350,208 weights bring, and whether that is less at all, three seeds cannot tell. (With two of
+# them its best rate was the largest that we tried: it may have more to give.) The cuts say why. Rank 1 keeps a third of the energy of the change, and four
+# fifths of what it brings; rank 4 keeps three quarters of the energy, and all of what it brings. The rest was the noise of twenty batches. And training *at*
+# rank 1 does at least as well as cutting *to* it afterward.
+#
+# Two warnings. At one learning rate for all, 0.004, rank 1 would have brought 0.019 with the first seed; at 0.008 it brings 0.061. Compare ranks with
+# the best rate of each, or you compare rates ([Kalajdzievski 2023](https://arxiv.org/abs/2312.03732) has a scaling with which one rate does for all). And this was a
+# small model, one reward, and twenty steps. A longer run may want more; that is why the default is 8 and VADER's 16. It costs little.
+#
+# ## Turn it up and down
+#
+# An adapter has a volume knob: `scale` multiplies its product. 0 is the base model, 1 is what was trained. Train one
+# with a goal that anybody can see, *darker*, and compare the rows.
+
+# %%
+folder = tempfile.mkdtemp()
+options = {"steps": STEPS, "batch_size": 2, "learning_rate": 1e-2, "seed": SEED}
+dark = vader_nb.align(
+    model, -rewards.brightness(), ask, output_dir=f"{folder}/dark", **options
+).adapter
+
+# %%
+rows = {}
+for scale in (0.0, 0.5, 1.0, 1.5):
+    dark.scale = scale
+    clips = vader_nb.sample(model, ask, seeds=SEED, adapter=dark)
+    rows[f"scale {scale}"] = [Video(clip, 8, text) for clip, text in zip(clips, ask)]
+    print(f"scale {scale}: mean brightness {rewards.brightness()(clips, ask).mean():.2f}")
+dark.scale = 1.0
+Gallery(rows, width=112)
+
+# %% [markdown]
+# Turning the knob is free: no training, no second file. Above 1 the adapter exaggerates; it was never trained there.
+#
+# Now look at what you asked for, and at what you got. (to come) You asked for *darker*, and the reward looks at nothing else. This is
+# **reward hacking**, on a small scale; [notebook 7](07_evaluate_and_reward_hacking.ipynb) does it on a large one. A model that has gone too far can
+# often be saved by half the volume.
+#
+# ## Fuse it
+#
+# A bypass costs time: two more matrix products in each layer. Where no gradient is needed, add it to the weights, as in exercise 1.
+# Inside `with adapter.fused():` it is part of them; afterward the original weights are back, bit by bit:
+
+# %%
+weight = next(iter(dark.layers.values())).get_base_layer().weight
+kept = weight.detach().clone()
+with dark.fused():
+    inside = (weight - kept).abs().max().item()
+print(f"inside: weights differ by {inside:.1e} · afterward bit-equal: {torch.equal(weight, kept)}")
+
+# %% [markdown]
+# ## Mix two
+#
+# Two adapters add to the same weights, so they can be mixed: $W + s_1 B_1A_1 + s_2 B_2A_2$. (Add the products, not the matrices: $(B_1+B_2)(A_1+A_2)$
+# has two terms that nobody trained.) Train a second one, for *colorful*, and ask for both:
+
+# %%
+dark.remove()
+colorful = vader_nb.align(
+    model, rewards.colorfulness(), ask, output_dir=f"{folder}/colorful", **options
+)
+colorful.adapter.remove()
+
+# %%
+d, c = f"{folder}/dark", f"{folder}/colorful"
+mixtures = {"neither": None, "dark": {d: 1.0}, "colorful": {c: 1.0}, "both": {d: 1.0, c: 1.0}}
+rows, scores = {}, {}
+for label, adapter in mixtures.items():
+    clips = vader_nb.sample(model, ask, seeds=SEED, adapter=adapter)
+    rows[label] = [Video(clip, 8, text) for clip, text in zip(clips, ask)]
+    measures = rewards.brightness(), rewards.colorfulness()
+    scores[label] = [measure(clips, ask).mean().item() for measure in measures]
+Gallery(rows, width=112)
+
+# %% [markdown]
+# > **Predict.** Where in the plane of brightness and colorfulness does the mixture lie, seen from the base ("neither")?
+# > **(a)** at the sum of the two arrows, within 15 % on each axis · **(b)** darker *and* more colorful than the base, but not at the sum · **(c)** one of the two has won
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+figure, axis = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
+for label, point in scores.items():
+    axis.scatter(*point)
+    axis.annotate(label, point, textcoords="offset points", xytext=(6, 4), fontsize=9)
+base = torch.tensor(scores["neither"])
+arrows = [torch.tensor(scores[label]) - base for label in ("dark", "colorful")]
+total = base + sum(arrows)
+axis.scatter(*total, marker="x", color="gray")
+axis.annotate("sum of the arrows", total, textcoords="offset points", xytext=(6, 4), fontsize=9)
+axis.set(xlabel="brightness", ylabel="colorfulness")
+axis.margins(0.3)
+course.show(figure, "05-mixture")
+
+# %%
+mixed = torch.tensor(scores["both"]) - base
+off = (mixed / sum(arrows) - 1).abs().max()  # on either axis, relative to the sum
+letter = "a" if off < 0.15 else "b" if mixed[0] < 0 and mixed[1] > 0 else "c"
+course.predict(guess, "05-both", letter=letter, darker=-mixed[0], colorful=mixed[1])
+
+# %% [markdown]
+# Weights add up; what they do to a video does not. Both adapters act on the same layers, and what one changes is the input of the other.
+#
+# ## Recap
+#
+# | symbol | name in the code | shape |
+# |---|---|---|
+# | $W$ | `layer.get_base_layer().weight` | (out, in), never changes |
+# | $A$, $B$ | `layer.lora_A["default"].weight`, `lora_B` | (r, in), (out, r) |
+# | $r$, $\alpha$ | `lora.add(model, rank, alpha)` | numbers; alpha is the rank by default |
+# | volume | `adapter.scale` | 0 to 1.5 |
+# | $W + \frac{\alpha}{r}BA$ | `with adapter.fused():` | |
+# | $W + s_1B_1A_1 + s_2B_2A_2$ | `sample(model, ask, adapter={path: s1, other: s2})` | |
+#
+# **Without looking:** why must exactly one of $A$ and $B$ start at zero? Why does the spectrum of one gradient not tell which rank you need, nor that
+# of a long training? What would?
+#
+# ## Exercises
+#
+# Three of them you have met above. **Exercise 4** (★★★, open, an hour). Where should the bypass go? Bring a plot: what three places (values only; words only,
+# `attn2`; the feed-forward layers; what you like) add to a reward on *held-out* captions, at equal seconds of training, two seeds each, each place
+# with the better of two learning rates. (Why is one learning rate for all unfair? Why are training clips?) `vader_nb.align` takes `targets=`, and `vader_nb.evaluate` gives intervals.
 
 # %% [markdown] tags=["next"]
 # **Next:** [06 · Align](06_align.ipynb): you have all the parts. Put them together, and train.

@@ -15,13 +15,17 @@ import hashlib
 import html
 import re
 import shutil
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 
 import jupytext
 import nbformat
 import pages
+import psutil
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
@@ -120,8 +124,32 @@ def solved(notebook: dict) -> dict:
     return notebook
 
 
+@contextmanager
+def watched_memory(pid: int) -> Iterator[list[float]]:
+    """Inside, look at the memory of a process and of those that it starts. Yields the most so far, in a list, in megabytes;
+    what they share counts once."""
+    most, stop = [0.0], threading.Event()
+
+    def look() -> None:
+        parent = psutil.Process(pid)
+        while not stop.wait(0.2):
+            total = 0
+            with suppress(psutil.NoSuchProcess):  # one that has just ended
+                for process in (parent, *parent.children(recursive=True)):
+                    total += process.memory_full_info().pss
+            most[0] = max(most[0], total / 1e6)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield most
+    finally:
+        stop.set()
+        thread.join()
+
+
 def run(notebook: dict, kernel_name: str = "python3", folder: Path = HERE) -> tuple[float, float]:
-    """Execute in place, in a folder; returns seconds, and the kernel's peak memory in megabytes."""
+    """Execute in place, in a folder; returns seconds, and the peak memory in megabytes of the kernel and what it starts."""
     client = NotebookClient(
         notebook,
         timeout=600,
@@ -132,14 +160,14 @@ def run(notebook: dict, kernel_name: str = "python3", folder: Path = HERE) -> tu
     )
     probe = nbformat.v4.new_code_cell(PEAK)
     began = time.time()
-    with client.setup_kernel():
+    with client.setup_kernel(), watched_memory(client.km.provisioner.pid) as most:
         for place, cell in enumerate(notebook.cells):
             client.execute_cell(cell, place)
         seconds = time.time() - began
         notebook.cells.append(probe)
         client.execute_cell(probe, len(notebook.cells) - 1)
         notebook.cells.pop()
-    return seconds, float(probe.outputs[0].text) / 1000
+    return seconds, max(float(probe.outputs[0].text) / 1000, *most)
 
 
 def storable(output: dict) -> dict | None:

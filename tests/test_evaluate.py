@@ -54,6 +54,9 @@ def test_an_adapter_that_does_nothing_makes_no_difference(micro):
     adapter = lora.add(micro, rank=2)
     evaluation = evaluate(micro, adapter, rewards.brightness(), GROUPS, progress=False)
     assert {row.metric for row in evaluation.rows} == {"brightness", "motion", "diversity"}
+    assert evaluation.row("held-out", "motion").label == "motion"
+    assert evaluation.row("held-out", "diversity").label == "diversity (8x8 pixels)"
+    assert "diversity (8x8 pixels)" in str(evaluation)
     for row in evaluation.rows:
         assert row.difference == row.low == row.high == 0 and not row.significant
     one = evaluate(micro, adapter, rewards.brightness(), ["a red star"], progress=False)
@@ -676,6 +679,19 @@ def test_the_best_checkpoint_of_a_run(micro, weaker, tmp_path):
         sum(RISING[s] for s in range(1, 21) if s != 11) / 19
     )
     assert (choice.path / "adapter.safetensors").is_file()
+
+    # With the trained reward scored on the same clips; the choice is the same.
+    colorful = rewards.colorfulness()
+    same = best_checkpoint(run, micro, held_out, groups["all"], trained=colorful, **options)
+    row = evaluate(micro, direct, colorful, groups, **options).row("all", colorful.name)
+    assert same.points[2].reward == pytest.approx(row.adapter, abs=1e-9)
+    assert same.points[0].reward == pytest.approx(row.base, abs=1e-9)
+    assert same.step == choice.step and same.points[2].low == choice.points[2].low
+    above, below = same.plot().axes
+    assert "same prompts" in above.get_ylabel() and "batches" in choice.plot().axes[0].get_ylabel()
+    (bars,) = below.containers  # of all but the best: one has no interval to itself
+    others = [point for point in same.points if point is not same.best]
+    assert list(bars.lines[0].get_ydata()) == [point.difference for point in others]
     assert strong.layers and any("lora" in name for name in micro.denoiser.state_dict())
     with pytest.raises(FileNotFoundError, match="is this a run's folder"):
         best_checkpoint(tmp_path, micro, held_out, groups["all"])

@@ -168,6 +168,15 @@ def test_badges_and_links_lead_somewhere(pair):
             assert (path.parent / url.path).is_file(), target
 
 
+def test_the_memory_of_a_notebook_is_that_of_its_processes_too():
+    child = "import time; held = b'1' * 200_000_000; time.sleep(1)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    with build.watched_memory(process.pid) as most:
+        process.wait()
+    assert 200 < most[0] < 300
+
+
 def test_it_asks_before_it_shows(pair):
     _, _, notebook = pair
     asked = prose(notebook).count("**Predict.**")
@@ -196,9 +205,10 @@ def test_answers_and_alternatives_stay_in_the_package():
         assert sorted(used) == sorted(known[kind])
 
 
-def test_a_drawing_is_whole_and_its_texts_stay_inside():
+@pytest.mark.parametrize("drawing", course_drawings.DRAWINGS)
+def test_a_drawing_is_whole_and_its_texts_stay_inside(drawing):
     source, alternative = re.search(
-        r'src="data:image/svg\+xml;base64,(.*?)" alt="(.+?)"', course_drawings.stages()
+        r'src="data:image/svg\+xml;base64,(.*?)" alt="(.+?)"', drawing()
     ).groups()
     drawing = ElementTree.fromstring(base64.b64decode(source))
     assert drawing.attrib["aria-label"] == alternative

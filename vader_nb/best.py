@@ -30,7 +30,9 @@ class Point:
 
     step: int
     path: Path | None
-    reward: float | None  # mean training reward since the checkpoint before, if recorded
+    # Of the reward that was trained on: mean over the same prompts and seeds, or over the training batches
+    # since the checkpoint before, if recorded.
+    reward: float | None
     held_out: float  # mean over prompts and seeds
     difference: float  # mean paired difference to the best checkpoint
     low: float  # its 95 % interval, for all checkpoints together
@@ -46,6 +48,7 @@ class Choice:
     verdict: str  # what the intervals show, in one sentence
     reward: str  # name of the held-out reward
     prompts: int  # their number
+    same: bool = False  # the trained reward was scored on these prompts, too
 
     @property
     def step(self) -> int:
@@ -69,26 +72,26 @@ class Choice:
     __repr__ = __str__
 
     def plot(self):
-        """Draw both rewards over steps, as a matplotlib Figure.
+        """Draw the trained reward over steps, and how far the held-out one lies from the best checkpoint's, as a
+        matplotlib Figure.
 
-        A checkpoint is significantly worse than the best one where the band around the held-out
-        curve stays below the dotted line.
+        A checkpoint is significantly worse than the best one where its whole interval lies below zero.
         """
         from matplotlib.figure import Figure
 
         best, columns = self.best, zip(*map(astuple, self.points))
-        steps, _, rewards, held_out, _, low, high = (np.array(c) for c in columns)
+        steps, _, rewards, _, difference, low, high = (np.array(c) for c in columns)
         figure = Figure(figsize=(6, 4.5), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         above.plot(steps, rewards.astype(float), "o-", color="#3b82c4", markersize=4)
-        above.set(ylabel="trained on")
-        below.plot(steps, held_out, "o-", color=ORANGE, markersize=4)
-        band = best.held_out + low, best.held_out + high
-        below.fill_between(steps, *band, color=ORANGE, alpha=0.2, linewidth=0)
-        below.axhline(best.held_out, color="gray", linestyle=":", linewidth=1)
-        star = {"color": ORANGE, "markersize": 15, "label": f"best: step {best.step}"}
-        below.plot(best.step, best.held_out, "*", **star)
-        below.set(ylabel=f"held out: {self.reward}", xlabel="step")
+        above.set(ylabel="trained on\n(" + ("same prompts" if self.same else "batches") + ")")
+        below.axhline(0, color="gray", linestyle=":", linewidth=1)
+        others = steps != best.step
+        reach = (difference - low)[others], (high - difference)[others]
+        bars = {"fmt": "o", "markersize": 4, "capsize": 3, "color": ORANGE}
+        below.errorbar(steps[others], difference[others], reach, **bars)
+        below.plot(best.step, 0, "*", color=ORANGE, markersize=15, label=f"best: step {best.step}")
+        below.set(ylabel=f"held out: {self.reward},\ndifference to the best", xlabel="step")
         below.legend()
         return figure
 
@@ -98,6 +101,7 @@ def best_checkpoint(
     model: VideoModel,
     held_out: Reward | Callable,
     prompts: str | Path | Sequence[str],
+    trained: Reward | Callable | None = None,
     **options,
 ) -> Choice:
     """Score the base and every checkpoint of a run with a reward that was not trained on.
@@ -109,6 +113,8 @@ def best_checkpoint(
         model: The model. Afterwards it carries the adapter that it carried before.
         held_out: A reward that was not trained on.
         prompts: A list, the name of a set, or a file; better prompts that were not trained on.
+        trained: The reward that was trained on, to be scored on the same clips; the recorded rewards of the
+            training batches differ in their prompts.
         **options: `seeds_per_prompt`, `batch_size`, `sampling`, `seed`, `progress` of `evaluate`.
 
     Raises:
@@ -122,12 +128,23 @@ def best_checkpoint(
         )
     adapters = {str(step): path for step, path in paths.items()}
     evaluation = evaluate(
-        model, adapters, [], {"held-out": prompts}, held_out=[held_out], keep=1, **options
+        model,
+        adapters,
+        [] if trained is None else [trained],
+        {"held-out": prompts},
+        held_out=[held_out],
+        keep=1,
+        **options,
     )
     scores = evaluation.scores["held-out"]
     columns = [scores[name][held_out.name].double().mean(0) for name in (BASE, *adapters)]
-    trained = {row["step"]: row["reward"] for row in read_metrics(folder) if "reward" in row}
-    return choose({0: None, **paths}, torch.stack(columns), trained, held_out.name)
+    recorded = {row["step"]: row["reward"] for row in read_metrics(folder) if "reward" in row}
+    choice = choose({0: None, **paths}, torch.stack(columns), recorded, held_out.name)
+    if trained is not None:
+        for point, name in zip(choice.points, (BASE, *adapters)):
+            point.reward = scores[name][as_reward(trained).name].double().mean().item()
+        choice.same = True
+    return choice
 
 
 def choose(

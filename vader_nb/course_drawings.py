@@ -1,6 +1,6 @@
 """Drawings of the course: SVG, in colors that are legible on light and on dark pages."""
 
-from .drawing import BLUE, GRAY, RED, data_url, element, path, svg, words
+from .drawing import BLUE, GRAY, RED, data_url, element, image, path, svg, words
 
 WIDTH, ROW = 740, 84
 STEPS = {4: 140, 3: 202, 2: 264, 1: 326}  # x of the boxes
@@ -96,3 +96,110 @@ def notes() -> list[str]:
     parts += arrow(668, 622, (y - 85) / ROW)
     parts.append(words(675, y + 12, "gradient", 12))
     return parts
+
+
+BYPASS_ALT = (
+    "A vector x goes two ways. Above, through the large frozen matrix W. Below, through the narrow "
+    "A to r numbers, through B back to full width, times alpha over r. The two are added to y."
+)
+
+
+def bypass() -> str:
+    """LoRA's bypass around a linear layer. HTML, an <img>."""
+    frozen = {"fill_opacity": 0.12, "stroke": "currentColor", "stroke_dasharray": "5 4"}
+    learned = {"fill": BLUE, "fill_opacity": 0.35, "stroke": BLUE}
+    parts = [
+        element("rect", x=150, y=14, width=220, height=86, rx=4, **frozen),
+        words(260, 52, "W, frozen", 15, "middle", font_weight=600),
+        words(260, 74, "out × in", 13, "middle"),
+        # Trapezoids, as wide as the space that they come from and lead to.
+        element("path", d="M130 134L230 164L230 184L130 214Z", **learned),
+        words(178, 179, "A", 16, "middle", font_weight=600),
+        element("path", d="M270 164L370 134L370 214L270 184Z", **learned),
+        words(322, 179, "B", 16, "middle", font_weight=600),
+        words(250, 162, "r", 14, "middle", fill=BLUE),
+        words(178, 232, "r × in, random", 13, "middle"),
+        words(322, 232, "out × r, zero at first", 13, "middle"),
+        words(404, 168, "× α/r", 14, "middle"),
+        words(20, 118, "x", 18, "middle", font_style="italic"),
+        words(520, 118, "y", 18, "middle", font_style="italic"),
+        element("circle", cx=462, cy=112, r=13, fill="none", stroke="currentColor"),
+        words(462, 118, "+", 18, "middle"),
+        path([(34, 112), (70, 112), (70, 57), (148, 57)], stroke="currentColor"),
+        path([(70, 112), (70, 174), (128, 174)], stroke="currentColor"),
+        path([(230, 174), (270, 174)], stroke=BLUE, stroke_width=2),
+        path([(372, 57), (462, 57), (462, 98)], stroke="currentColor"),
+        path([(370, 174), (462, 174), (462, 126)], stroke="currentColor"),
+        path([(476, 112), (508, 112)], stroke="currentColor"),
+    ]
+    return image(svg(540, 244, parts, BYPASS_ALT, 540), BYPASS_ALT)
+
+
+PROCESSES_ALT = (
+    "Two processes, one above the other. Each draws its own clip with the same adapter and has a gradient "
+    "of its own. The gradients meet in one box, their mean, which goes back to both. Both take the same step, "
+    "and have the same adapter again."
+)
+
+
+def processes() -> str:
+    """Two processes that share nothing but the mean of their gradients. HTML, an <img>."""
+    parts = [
+        element("rect", x=372, y=64, width=92, height=60, rx=4, fill=RED, fill_opacity=0.2),
+        words(418, 90, "mean", 14, "middle", font_weight=600),
+        words(418, 108, "all-reduce", 12, "middle"),
+    ]
+    for rank, y in enumerate((16, 126)):
+        middle = y + 23
+        parts.append(words(4, middle + 5, f"process {rank}", 14, font_weight=600))
+        for x, text, look in (
+            (92, "adapter", "kept"),
+            (192, f"clip {rank}", "empty"),
+            (282, f"gradient {rank}", "empty"),
+            (496, "step", "empty"),
+            (582, "adapter", "kept"),
+        ):
+            parts += box(x, y, 84 if "grad" in text else 74, 46, look, text)
+        for start, end in ((166, 191), (266, 281), (570, 581)):
+            parts.append(path([(start, middle), (end, middle)], stroke="currentColor"))
+        inward = 78 if rank == 0 else 110
+        there = [(366, middle), (390, middle), (390, 64 if rank == 0 else 124)]
+        back = [(464, inward), (480, inward), (480, middle), (495, middle)]
+        parts.append(path(there, stroke=RED, stroke_width=2.5))
+        parts.append(path(back, stroke=RED, stroke_width=2.5))
+    parts.append(words(129, 98, "the same", 12, "middle", fill=BLUE))
+    parts.append(words(619, 98, "the same", 12, "middle", fill=BLUE))
+    return image(svg(664, 190, parts, PROCESSES_ALT, 664), PROCESSES_ALT)
+
+
+SETS_ALT = (
+    "Captions in two boxes. Those of training are trained on. Those held out are cut into three parts that share "
+    "none: one to watch while training, one to choose a checkpoint, and one to report, which is looked at once."
+)
+
+
+def prompt_sets() -> str:
+    """Captions that are trained on, watched, chosen with and reported on. HTML, an <img>."""
+    parts = [
+        words(8, 20, "captions for training", 14, font_weight=600),
+        element("rect", x=8, y=32, width=196, height=58, rx=4, fill=GRAY, fill_opacity=0.25),
+        words(106, 66, "train", 15, "middle", font_weight=600),
+        words(8, 112, "a high reward here", 12),
+        words(8, 128, "is no evidence", 12),
+        words(232, 20, "captions held out", 14, font_weight=600),
+    ]
+    uses = (
+        ("watch", "every few steps,", "to see it break"),
+        ("choose", "a checkpoint: the", "best is flattered"),
+        ("report", "opened only once,", "at the end"),
+    )
+    for i, (name, *remark) in enumerate(uses):
+        x, last = 232 + 136 * i, name == "report"
+        shade = {"fill": BLUE, "fill_opacity": 0.5 if last else 0.2, "stroke": BLUE}
+        parts.append(element("rect", x=x, y=32, width=124, height=58, rx=4, **shade))
+        parts.append(words(x + 62, 66, name, 15, "middle", font_weight=600))
+        parts += [words(x, 112 + 16 * line, text, 12) for line, text in enumerate(remark)]
+    return image(svg(640, 140, parts, SETS_ALT, 640), SETS_ALT)
+
+
+DRAWINGS = stages, bypass, processes, prompt_sets

@@ -72,7 +72,7 @@ class Evaluation:
         mean = "mean" if several else "adapter"
         lines = [["", "", "adapter", "base", mean, "difference", "95 % interval", "p", "wins", ""]]
         for row in self.rows:
-            words = [row.group, row.metric + " †" * row.held_out, row.name or ""]
+            words = [row.group, row.label + " †" * row.held_out, row.name or ""]
             lines.append([*words, *row.texts(), "*" * row.significant])
         if not several:
             lines = [line[:2] + line[3:] for line in lines]
@@ -151,7 +151,7 @@ def evaluate(
         batch_size: Clips sampled at once.
         sampling: How to sample; None for the model's defaults.
         features: Function from frames `(B, F, 3, H, W)` to `(B, D)`, the space in which diversity
-            is the variance over the seeds of a prompt.
+            is the variance over the seeds of a prompt; its attribute `unit` names that space in tables.
         seed: The first seed, far from those of training.
         keep: Clips of each group that are kept for pictures.
         progress: Show a progress bar.
@@ -178,7 +178,10 @@ def evaluate(
             for name in adapters or [None]:
                 after = None if name is None else by_name[name].get(metric)  # its judge may be gone
                 label = None if after is None else name
-                rows.append(paired_row(group, metric, base, after, label, metric not in trained))
+                unit = getattr(features, "unit", "") if metric == "diversity" else ""
+                rows.append(
+                    paired_row(group, metric, base, after, label, metric not in trained, unit)
+                )
     fps, failed = model.defaults["fps"], evaluator.failed
     return Evaluation(rows, clips, fps, list(adapters), scores, failed)
 

@@ -90,6 +90,9 @@ def thumbnails(frames: torch.Tensor) -> torch.Tensor:
     return 255 * small.reshape(len(frames), -1)
 
 
+setattr(thumbnails, "unit", "8x8 pixels")  # noqa: B010, what pyright accepts
+
+
 def videomae_features(checkpoint: str | Path = "tiny") -> Callable[[torch.Tensor], torch.Tensor]:
     """Make a function from clips `(B, F, 3, H, W)` to VideoMAE's features `(B, D)`, token means.
 
@@ -109,7 +112,7 @@ def videomae_features(checkpoint: str | Path = "tiny") -> Callable[[torch.Tensor
         with position_table(reward.classifier, pixels.shape[1]):
             return reward.classifier.videomae(pixels).last_hidden_state.mean(1)
 
-    features.min_frames = reward.min_frames
+    features.min_frames, features.unit = reward.min_frames, "VideoMAE"
     return features
 
 

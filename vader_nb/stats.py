@@ -49,6 +49,12 @@ class Row:
     win_rate: float | None = None  # share of clips on which the adapter is higher, ties half
     held_out: bool = False  # not trained on
     p: float | None = None  # of the test of signs over prompts; see `sign_flip_p`
+    unit: str = ""  # of what is measured, where the metric's name does not say it
+
+    @property
+    def label(self) -> str:
+        """The metric with its unit, as it stands in tables."""
+        return f"{self.metric} ({self.unit})" if self.unit else self.metric
 
     @property
     def significant(self) -> bool:
@@ -88,12 +94,15 @@ def paired_row(
     after: torch.Tensor | None,
     name: str | None,
     held_out: bool,
+    unit: str = "",
 ) -> Row:
     """Make a row of scores `(seeds, prompts)`; prompts are the independent draws, seeds are not."""
     before = base.mean(0).double()
     mean, prompts, unknown = before.mean().item(), len(before), (None, None)
     if after is None:
-        return Row(group, metric, mean, *unknown, *unknown, prompts, None, held_out=held_out)
+        return Row(
+            group, metric, mean, *unknown, *unknown, prompts, None, held_out=held_out, unit=unit
+        )
     change = after.mean(0).double() - before
     adapter, difference = (before + change).mean().item(), change.mean().item()
     up, down = (after > base).double(), (after < base).double()
@@ -103,7 +112,9 @@ def paired_row(
         # The clips of a prompt may all agree: each prompt counts as one draw, of shares of its clips.
         counts = up.mean(0).sum().item(), down.mean(0).sum().item(), prompts
         bounds = proportions_interval(*counts) if zero_one else paired_interval(change)
-    return Row(group, metric, mean, adapter, difference, *bounds, prompts, name, wins, held_out, p)
+    row = Row(group, metric, mean, adapter, difference, *bounds, prompts, name, wins, held_out, p)
+    row.unit = unit
+    return row
 
 
 def paired_interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, float]:

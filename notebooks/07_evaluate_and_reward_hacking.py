@@ -1,0 +1,575 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] tags=["head"]
+# # 7 · Evaluate, and watch a reward being hacked
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/07_evaluate_and_reward_hacking.ipynb)
+#
+# | needs | two CPU cores | peak memory | GPU |
+# |---|---|---|---|
+# | no GPU, no download, no account | 2.1 minutes | 1.3 GB | not measured |
+#
+# *Words and symbols: [notation and glossary](notation.md).*
+
+# %% [markdown]
+# A reward is a number that stands for a goal. Alignment climbs the number. For a while it also gets closer to the goal; then
+# the two part, and only the number goes on rising. *When a measure becomes a target, it ceases to be a good measure*: Goodhart's
+# law.
+#
+# In this notebook you break a model on purpose, with a reward that sounds harmless. Then you do what every run of your own
+# will ask of you: notice it, prove it, stop in time, and fix the reward.
+#
+# **You will be able to**
+#
+# - *hack* a reward by hand, before an optimizer does;
+# - *watch* a run with a reward that it is not trained on, and *choose* the checkpoint to keep;
+# - *write* the interval of a difference, and *say* when it is too short;
+# - *repair* a run: stop earlier, turn the adapter down, or fix the reward.
+#
+# Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
+
+# %% tags=["setup"]
+import sys
+from importlib.util import find_spec
+
+if "google.colab" in sys.modules and not find_spec("vader_nb"):
+    # Only what Colab lacks: never torch or numpy, which it has.
+    # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
+    # %pip install -q open_clip_torch mediapy
+    pass
+
+from vader_nb import course
+
+# %% tags=["parameters"]
+MODEL = "tiny"  # @param ["tiny"]
+STEPS = 30  # @param {type:"integer"}
+PROMPTS = 8  # @param {type:"integer"}
+SEED = 0  # @param {type:"integer"}
+STEPS, PROMPTS = course.quick((STEPS, PROMPTS), (4, 2))  # fewer when tests run this notebook
+
+# %% tags=["for-checks"]
+import math
+import tempfile
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import HTML
+
+import vader_nb
+from vader_nb import Frames, Gallery, Sampling, Validation, Video, course_drawings, prompts, rewards
+from vader_nb.evaluation import motion
+from vader_nb.stats import paired_interval
+
+model = vader_nb.load(MODEL)
+quick = Sampling(num_inference_steps=course.quick(4, 2))
+training, unseen = prompts.get("tiny"), prompts.get("tiny_held_out")
+ask = unseen[2::16][:6]
+clips = vader_nb.sample(model, ask, seeds=SEED, sampling=quick)
+
+# %%
+Gallery({"base": [Video(clip, 8, text) for clip, text in zip(clips, ask)]}, width=128)
+
+# %% [markdown]
+# (We use four denoising steps instead of ten, here and below: half the price, and just as good for our tiny model.)
+#
+# ## A goal, and a number for it
+#
+# Look at the clips: colors shimmer, edges crawl. Our *goal* is calm video. The *number* that comes to mind is how jerkily
+# each pixel changes: a pixel that changes by as much as in the frame before costs nothing. That is a formula, not a network
+# that could be fooled: `motion_smoothness` is minus the mean of $\lvert f_{t-1} - 2 f_t + f_{t+1} \rvert$. Its best value is 0.
+#
+# > **Predict.** Of all possible clips, which one is *perfect* under this reward?
+# > **(a)** a shape that glides slowly · **(b)** a frozen picture · **(c)** none, 0 cannot be reached
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+smooth = rewards.motion_smoothness(floor=0)
+frozen = clips[:, 3:4].expand_as(clips)
+for label, some in {"sampled": clips, "frozen": frozen}.items():
+    print(f"{label:8}", [f"{value:.3f}" for value in smooth(some, ask)])
+course.predict(guess, "07-perfect")
+
+# %% [markdown]
+# We do not want frozen videos. The question is only whether the optimizer finds them: all that it knows of our goal is this one number.
+# So before you train on a reward, *be* the optimizer: find by hand the worthless clip that it likes best.
+#
+# **Exercise 1** (★, 10 minutes). Hack `rewards.colorfulness()`, which likes frames in which the opponent colors, red against green and yellow
+# against blue, vary a lot. Return clips that it prefers to every sampled one, whatever the prompt, and in which nothing happens.
+
+
+# %% tags=["exercise"]
+def cheat(frames):
+    """(B, F, 3, H, W) -> worthless clips of the same shape, in [0, 1]"""
+    return frames  # replace this line
+
+
+# %% tags=["check"]
+def check(cheat):
+    colorful = rewards.colorfulness()
+    fakes, real = cheat(clips.clone()), colorful(clips, ask)
+    assert fakes.shape == clips.shape, f"shape {tuple(clips.shape)}, not {tuple(fakes.shape)}"
+    assert fakes.min() >= 0 and fakes.max() <= 1, "pixels lie between 0 and 1"
+    least = colorful(fakes, ask).min()
+    assert least > real.max(), (
+        f"the best sampled clip scores {real.max():.2f}, your worst {least:.2f}"
+    )
+    assert motion(fakes).max() < 1e-6, "something moves: these clips should be worthless"
+
+
+course.attempt(check, cheat)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# Which two colors are farthest from each other on both axes? Let each have half of the picture.
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def cheat(frames):
+#     fakes = torch.zeros_like(frames)
+#     half = frames.shape[-1] // 2
+#     fakes[:, :, 0, :, :half] = 1.0  # red on the left
+#     fakes[:, :, 2, :, half:] = 1.0  # blue on the right
+#     return fakes
+# ```
+# </details>
+#
+# ## A held-out reward
+#
+# Before we train on smoothness, we choose a *held-out reward*: one that we do *not* train on. The action network of notebook 3 names the
+# motion that it sees; our held-out reward is the probability of the motion that the prompt asks for.
+
+# %%
+action = rewards.action("tiny").to(model.device)
+p_motion = vader_nb.reward(lambda frames, texts: action(frames, texts).exp(), "p(motion)")
+print("sampled:", [f"{p:.2f}" for p in p_motion(clips, ask)])
+print("frozen: ", [f"{p:.2f}" for p in p_motion(frozen, ask)])
+
+# %% [markdown]
+# In four of six frozen clips it sees at once what the trained reward does not. In two it is fooled: both captions ask for *spinning*, and a tilted star
+# might as well be one that spins. A held-out reward need not be perfect. It must be blind to *other* things than the one that is trained on.
+#
+# And one rule, before we begin: **captions that you have used to decide
+# something flatter the result**. So we need several sets that share nothing:
+
+# %%
+HTML(course_drawings.prompt_sets())
+
+# %% [markdown]
+# ## Too far, on purpose
+#
+# A high learning rate, a long run, a single reward: everything that you should not do. `Validation` computes the held-out reward on the
+# way, always on the same captions and seeds.
+
+# %%
+folder = tempfile.mkdtemp()
+watch = Validation(model, [p_motion, smooth], unseen[5::16][:PROMPTS], sampling=quick)
+settings = {"steps": STEPS, "batch_size": 2, "learning_rate": 1e-2, "seed": SEED}
+settings |= {"frames": Frames.all(), "sampling": quick, "progress": False}
+every = max(2, STEPS // 5)
+saving = {"output_dir": f"{folder}/run", "checkpointing_steps": every, "validation_steps": every}
+run = vader_nb.align(model, smooth, training, validate=watch, **saving, **settings)
+run.adapter.remove()
+
+# %% [markdown]
+# > **Predict.** The reward has risen. What did the held-out reward do?
+# > **(a)** p(motion) rises, too · **(b)** it falls from the first step on · **(c)** it holds for a while, and then falls
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+rows = [row for row in run.metrics if "validation/p(motion)" in row]
+at = [row["step"] for row in rows]
+held_out = [row["validation/p(motion)"] for row in rows]
+smoothness = [row[f"validation/{smooth.name}"] for row in rows]
+
+figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.5, 4), sharex=True, layout="constrained")
+top.plot(range(1, STEPS + 1), run.rewards, alpha=0.35, label="each training batch")
+top.plot(at, smoothness, "o-", color="C0", label=f"{PROMPTS} held-out captions")
+top.set_ylabel("smoothness\n(trained on)")
+top.legend(frameon=False, fontsize=8)
+bottom.plot(at, held_out, "o-", color="C1")
+bottom.set(xlabel="optimizer step", ylabel="p(motion)\n(held out)", ylim=(0, 1.05))
+course.show(figure, "07-apart")
+
+# %%
+early, late = held_out[0], held_out[-1]
+letter = "a" if late > early else "c" if held_out[len(held_out) // 2] > 0.8 * early else "b"
+values = ", ".join(f"{step}: {p:.2f}" for step, p in zip(at, held_out))
+course.predict(guess, "07-held-out", letter=letter, values=values)
+
+# %% [markdown]
+# The faint line zigzags because every batch has other captions; on the same eight, smoothness climbs without a break. For more than half of
+# the run it does what we wanted: it removes the flicker, and p(motion) stays high. Then smoothness makes its largest jump, and at
+# the same moment p(motion) collapses. **The training curve alone looks like a success.** Nothing in it says where to stop.
+#
+# ## How sure are you?
+#
+# Eight captions showed *that* something broke. To choose a checkpoint you need to know what *other* captions might have said. The **bootstrap**
+# ([Efron 1979](https://doi.org/10.1214/aos/1176344552)) asks the data itself: draw as many captions as there are, *with* replacement, so that some come
+# twice and some not at all, and take the mean again. Do this two thousand times: the middle 95 % of the means are an interval.
+#
+# **Exercise 2** (★★★, 25 minutes). The core of this notebook. Given the scores of two models on the same captions and seeds, write the mean
+# difference and its 95 % bootstrap interval. Mind three things:
+#
+# 1. The scores are *pairs*: an easy caption is easy for both.
+# 2. The draws are the *captions*. Two clips of one caption have it in common, so they are not two independent draws.
+# 3. Asked twice, it gives the same answer.
+
+
+# %% tags=["exercise"]
+def interval(before, after):
+    """(seeds, captions), (seeds, captions) -> mean difference, low, high"""
+    mean = (after - before).mean()
+    return mean, mean, mean  # replace this line
+
+
+# %% tags=["for-checks"]
+def two_models(captions):
+    """Scores (2 seeds, captions) of two models: captions differ much, seeds little."""
+    random = torch.Generator().manual_seed(captions)
+    difficulty, gain, *noise = (torch.randn(2, captions, generator=random) for _ in range(4))
+    before = 5 * difficulty[0] + 0.1 * noise[0]
+    return before, before + 0.4 + 0.8 * gain[0] + 0.1 * noise[1]
+
+
+def relative_width(answer, difference):
+    """Of an interval, as a multiple of 2 × 1.96 standard errors."""
+    mean, low, high = (float(value) for value in answer)
+    return (high - low) * len(difference) ** 0.5 / (2 * 1.96 * difference.std().item())
+
+
+# %% tags=["check"]
+def check(interval):
+    before, after = two_models(50)
+    mean, low, high = (float(value) for value in interval(before, after))
+    difference = (after - before).mean(0)
+    right = difference.mean().item()
+    assert abs(mean - right) < 1e-4, f"the mean difference is {right:+.3f}, you give {mean:+.3f}"
+    assert low < right < high, f"[{low:.2f}, {high:.2f}] does not hold the mean {right:.2f}"
+    again = [float(value) for value in interval(before, after)]
+    assert again == [mean, low, high], "asked a second time, it gives another answer"
+    width = relative_width(again, difference)
+    much = f"{width:.2f} times as wide as it should be:"
+    assert width < 1.15, f"{much} are these pairs? Is it the spread of the *mean*?"
+    assert width > 0.9, f"{much} how many independent draws are there? 95 % of what?"
+    few = relative_width(interval(before[:1, :9], after[:1, :9]), (after - before)[0, :9])
+    assert 0.75 < few < 1.3, f"with one seed and nine captions {few:.2f} times as wide"
+
+
+course.attempt(check, interval)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# First one number per caption: the difference, averaged over seeds. `torch.randint(n, (2000, n), generator=…)` draws all resamples at once, and
+# indexing with it gives a (2000, n) table.
+# </details>
+# <details><summary>A hint for the interval</summary>
+#
+# The mean of each row, then `quantile` at 0.025 and 0.975.
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def interval(before, after):
+#     difference = (after - before).mean(0)  # pairs first, then seeds: one number per caption
+#     count = len(difference)
+#     random = torch.Generator().manual_seed(0)
+#     chosen = torch.randint(count, (2000, count), generator=random)
+#     means = difference.cpu()[chosen].mean(1)
+#     low, high = means.quantile(torch.tensor([0.025, 0.975]))
+#     return difference.mean(), low, high
+# ```
+# </details>
+#
+# ### Is 95 % true?
+#
+# An interval makes a claim about itself: in 95 of 100 experiments it holds the truth. That can be tested. Draw differences from a known, somewhat
+# skewed distribution, many times, and count.
+#
+# > **Predict.** With eight captions, how often does the interval of exercise 2 hold the truth? **(a)** in 95 % of the experiments · **(b)** in
+# > 85 to 92 % · **(c)** in fewer
+
+# %%
+guess = None  # "a", "b" or "c"
+
+
+# %%
+def covered(count, experiments=300):
+    """Shares of experiments in which the interval held the truth: plain bootstrap, and the package's."""
+    random, truth = torch.Generator().manual_seed(count), math.exp(0.5**2 / 2)
+    data = torch.randn(experiments, count, generator=random).mul(0.5).exp()  # lognormal
+    chosen = torch.randint(count, (1000, count), generator=random)
+    low, high = data[:, chosen].mean(-1).quantile(torch.tensor([0.025, 0.975]), dim=1)
+    package = torch.tensor([paired_interval(row) for row in data]).T
+    return [((a < truth) & (truth < b)).float().mean().item() for a, b in ((low, high), package)]
+
+
+# %%
+counts = course.quick([4, 8, 16, 32], [8])
+plain, package = zip(*(covered(count) for count in counts))
+figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
+axis.axhline(0.95, color="gray", linestyle=":")
+axis.plot(counts, plain, "o-", color="C1", label="plain bootstrap")
+axis.plot(counts, package, "o-", color="C0", label="the package's")
+axis.set(xscale="log", xlabel="captions", ylabel="holds the truth", ylim=(0.7, 1.0))
+axis.set_xticks(counts, counts)
+axis.minorticks_off()
+axis.legend(frameon=False, loc="lower right")
+course.show(figure, "07-coverage")
+
+# %%
+eight = plain[counts.index(8)]
+course.predict(
+    guess, "07-truth", letter="a" if eight > 0.92 else "b" if eight > 0.85 else "c", eight=eight
+)
+
+# %% [markdown]
+# Few captions are not only imprecise, they also look more precise than they are: eight draws do not know their own tails. The package widens
+# the interval where they are few (Student's $t$, or the bootstrap of the $t$ statistic where that reaches further; Efron and Tibshirani 1993, section 12.5).
+#
+# ## Which checkpoint to keep
+#
+# `best_checkpoint` scores every checkpoint and the base model with the held-out reward, on captions that we have not looked at, and sums up the
+# result in one sentence. We let it score the trained reward on the same clips.
+
+# %%
+choice = vader_nb.best_checkpoint(
+    f"{folder}/run",
+    model,
+    p_motion,
+    unseen[::16][: PROMPTS + 2],
+    trained=smooth,
+    seeds_per_prompt=1,
+    sampling=quick,
+    progress=False,
+)
+choice
+
+# %%
+figure = choice.plot()
+course.show(figure, "07-choice")
+
+# %% [markdown]
+# Above, smoothness. Below, how far each checkpoint's p(motion) is from that of the best, the star. Where the whole interval lies below zero, a
+# checkpoint is *clearly* worse; where it reaches zero we cannot tell. (The intervals are wider than for a single comparison: the best of many is partly the
+# luckiest of many.)
+#
+# The best is *not clearly better than the base model*, says the verdict, and that is as it should be: p(motion) was high from the start. What has
+# improved is the flicker. A held-out reward is there to say stop, not to rise.
+#
+# **Exercise 3** (★★, 10 minutes). Stop while you train. A validation score fluctuates, so one bad value is no reason to stop. Given the scores so far,
+# return the index of the best one if `patience` scores in a row after it were no better (time to stop), otherwise `None` (go on).
+
+
+# %% tags=["exercise"]
+def stop(scores, patience):
+    """A list of scores, oldest first -> index of the checkpoint to keep, or None: go on."""
+    fell = len(scores) > 1 and scores[-1] < scores[-2]
+    return len(scores) - 1 if fell else None  # replace these lines
+
+
+# %% tags=["check"]
+def check(stop):
+    wobbly = [0.80, 0.90, 0.85, 0.95, 0.93, 0.20, 0.10]
+    assert stop(wobbly[:3], patience=2) is None, (
+        "0.80, 0.90, 0.85, patience 2: one worse score is not two"
+    )
+    assert stop(wobbly[:4], patience=2) is None, "0.95 is the best so far: go on"
+    assert stop(wobbly[:6], patience=2) == 3, (
+        "…, 0.95, 0.93, 0.20, patience 2: two were no better than number 3"
+    )
+    assert stop(wobbly, patience=4) is None, "patience 4: three scores after the best are not four"
+    assert stop([0.5], patience=1) is None, "nothing comes after the first score yet"
+    assert stop([0.9, 0.5, 0.6, 0.7], patience=3) == 0, "rising again is not *better than the best*"
+    assert stop([0.5, 0.9, 0.9, 0.9], patience=2) == 1, "as good is no better: keep the earliest"
+
+
+course.attempt(check, stop)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# `scores.index(max(scores))` is where the best one is. How many came after it?
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def stop(scores, patience):
+#     best = scores.index(max(scores))
+#     return best if len(scores) - 1 - best >= patience else None
+# ```
+# </details>
+#
+# ## See it
+#
+# The scores with which we have chosen flatter the choice. So we report on the third set, two seeds each, and add a second held-out reward: `hps`,
+# which says whether the frames fit the caption.
+
+# %%
+adapters = {"in time": choice.path, "too late": f"{folder}/run"}
+metrics = {"held_out": [p_motion, rewards.hps("tiny")], "sampling": quick, "progress": False}
+fresh = {"held-out": unseen[9::16][:PROMPTS]}
+evaluation = vader_nb.evaluate(model, adapters, smooth, fresh, **metrics)
+evaluation.gallery("held-out", 6)
+
+# %% [markdown]
+# Same caption, same seed, in each column. *In time* is what we wanted: the same events, but calmer. *Too late* is what we asked
+# for.
+#
+# > **Predict.** `hps` is a proper held-out reward, a network that was not trained on. Too late, it has **(a)** clearly fallen ·
+# > **(b)** we cannot tell: its interval holds zero · **(c)** clearly risen
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+row = evaluation.row("held-out", "hps", "too late")
+letter = "a" if row.high < 0 else "c" if row.low > 0 else "b"
+course.predict(
+    guess, "07-hps", letter=letter, difference=row.difference, low=row.low, high=row.high
+)
+
+# %%
+evaluation
+
+# %% [markdown]
+# How to read a line: the **difference** is paired, the **interval** over captions. **p** asks how often chance alone, flipping the sign of each caption's
+# difference, gets this far. `*`: the interval excludes zero, and p < 0.05 (in twenty lines, expect one false star). **wins** ignores *by how much*, so it
+# can hide a few disasters; the mean does not. **†**: not trained on. Lines without it are no evidence of quality.
+#
+# **A held-out reward protects only what it can see.** `hps` scores frame by frame, and a still picture of a red star *is* a red star. Choose one that
+# would notice the loss that you fear: here, of motion.
+#
+# And one number can mean two things. `motion`, the mean change of the pixels, falls for *both*: is that calm, or loss? Compare with clips that
+# are right by construction, drawn by the code of the tiny world:
+
+# %%
+from vader_nb.zoo import world
+
+specs = [world.parse(text) for text in fresh["held-out"]]
+drawn = motion(world.render(specs, torch.Generator().manual_seed(SEED))).mean()
+found = [evaluation.row("held-out", "motion", name) for name in adapters]
+print(
+    f"base {found[0].base:.3f}, in time {found[0].adapter:.3f}, too late {found[1].adapter:.3f}; drawn {drawn:.3f}"
+)
+
+# %% [markdown]
+# In time, the number has come down toward what the motion requires: flicker is gone. Too late it lies below. But only the gallery and p(motion) tell
+# which is which.
+#
+# `diversity` is the variance between the seeds of a caption, here of frames shrunk to 8 × 8 pixels, as in notebook 6. Both intervals hold zero: from two seeds of eight
+# captions, we cannot tell.
+#
+# ## Remedies
+#
+# **Stop in time.** You have done that: `choice.path`. It costs nothing but a held-out reward.
+#
+# **Turn it down.** Is the model that went too far lost? An adapter has a volume knob (notebook 5).
+
+# %%
+texts = unseen[3::16][:PROMPTS]
+scores = {}
+for scale in (0.0, 0.5, 0.75, 1.0):
+    adapter = {f"{folder}/run": scale}
+    made = vader_nb.sample(model, texts, seeds=7, adapter=adapter, sampling=quick)
+    scores[scale] = smooth(made, texts).mean().item(), p_motion(made, texts).mean().item()
+
+# %%
+figure, axis = plt.subplots(figsize=(5.5, 2.6), layout="constrained")
+axis.plot(*zip(*scores.values()), "o-", color="C1")
+for scale, point in scores.items():
+    place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8}
+    axis.annotate(f"scale {scale:g}", point, **place)
+axis.set(xlabel="smoothness", ylabel="p(motion)", ylim=(-0.1, 1.1))
+axis.margins(x=0.15)
+course.show(figure, "07-scale")
+
+# %% [markdown]
+# At half the volume most of the right motion is back, and much of the calm is kept. But it is a patch: nearly all of the damage lies between
+# half the volume and the whole, and only a held-out reward shows you that.
+#
+# **Fix the reward.** The fault is in the reward, which pays for standing still. With `floor`, a clip loses as much as its mean change of pixels
+# falls short of the floor. We use 0.02, which is what the good checkpoint has. The same run again, with nothing else changed:
+
+# %%
+floored = rewards.motion_smoothness(floor=0.02)
+print("frozen, with the floor:", [f"{value:.3f}" for value in floored(frozen, ask)])
+second = vader_nb.align(model, floored, training, output_dir=f"{folder}/floor", **settings)
+second.adapter.remove()
+
+# %%
+after = vader_nb.evaluate(model, {"floor": f"{folder}/floor"}, floored, fresh, **metrics)
+after.gallery("held-out", 6)
+
+# %%
+print(f"{'':15} {'base':>6} {'no floor':>9} {'floor':>6}")
+for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion"):
+    hacked, fixed = evaluation.row("held-out", metric, "too late"), after.row("held-out", metric)
+    print(f"{metric:15} {fixed.base:6.3f} {hacked.adapter:9.3f} {fixed.adapter:6.3f}")
+
+# %% [markdown]
+# After as many steps, at the same reckless learning rate, things still move: the oracle finds every motion right; before,
+# it found none. Is it cured? *Better*, says p(motion), but not quite: some movements are smaller than they should
+# be, and the circle in the second column is more of a drop, whatever the oracle reads.
+#
+# And a floor is one more number that can be wrong: in a trial with 0.03, shapes and motions broke again. After you fix a reward, measure
+# everything again. (Other ways: `reward.capped(limit)` pays nothing beyond the limit, and `align(..., base_penalty=…)` pulls the model back to the base while it trains.)
+#
+# ## It happens with real networks
+#
+# Of course, you may say, with so simple a formula. So take an EfficientNet that knows the thousand classes of ImageNet from 1.3
+# million photographs, and reward the probability that a frame shows a *daisy*.
+#
+# ![Six clips of the base model, and below them the same after training on the probability of a daisy: no daisies, but
+# grounds of another color, a blunted square, and red arcs around some shapes](images/daisy.png)
+#
+# *One frame of six clips; above the base, below after 42 steps, same captions and noise (`python -m tests.benchmarks.daisy`, twelve held-out captions).*
+#
+# The probability of a daisy rises by a quarter, from 0.00023 to 0.00029, and its interval excludes zero: a success, by the only number that was asked for.
+# There is no daisy. What has changed is the rest: the oracle finds the right background in five of twelve clips, instead of all. A classifier is asked which of its
+# thousand classes fits best, never whether any does, and what moves its answer need not look like the thing.
+#
+# Language models show the curve that you have plotted, too, and [Gao et al. (2022)](https://arxiv.org/abs/2210.10760) found a law for its shape: the true
+# reward first rises with the proxy and then falls; a larger proxy lasts longer.
+#
+# ## Recap
+#
+# | idea | name in the code | says |
+# |---|---|---|
+# | held-out reward during training | `align(..., validate=Validation(model, [held_out], texts))` | `validation/…` in `run.metrics` |
+# | the checkpoint to keep | `best_checkpoint(folder, model, held_out, texts)` | `.verdict`, `.path`, `.plot()` |
+# | several models side by side | `evaluate(model, {"in time": path, …}, reward, texts, held_out=[…])` | `.row(group, metric, name)` |
+# | paired difference, interval | `row.difference`, `row.low`, `row.high`, `row.significant` | zero inside: we cannot tell |
+# | all of it in one file, to share | `evaluation.report("report.html", run, choice)` | clips, table, curves, the choice |
+# | remedies | `choice.path`, `adapter.scale`, `floor`, `capped`, `towards` | stop, turn down, fix the reward |
+#
+# **Without looking:** why must the captions that you choose with differ from those that you report on? Why are sixteen clips of eight captions not
+# sixteen independent draws? What would a held-out reward have to see, to protect the thing that you would hate to lose?
+#
+# ## Exercises
+#
+# Three of them you have met above. **Exercise 4** (★★★, open, an hour). A meter out of its depth. Evaluate both adapters once more with
+# `features=videomae_features("tiny")` (from `vader_nb.evaluation`): diversity is then measured in the space of a video network, as in VADER's paper. Too late, its
+# mean *rises*, to several times that of the base. (On [VADER's page](https://vader-vid.github.io), measured so, every aligned model has less than its base.)
+# Has the model become creative? Bring a plot with a dot per caption, in both spaces, and an explanation that you have tested (what do the network's features do on clips unlike any that it has seen? On noise? On a gray screen?).
+
+# %% [markdown] tags=["next"]
+# **Next:** your own reward, and your own held-out reward. The gallery in [03 · Rewards](03_differentiable_rewards.ipynb) says
+# how each reward fails. Start by hacking it by hand. Or train on several GPUs: [08 · Many GPUs](08_many_gpus.ipynb).
