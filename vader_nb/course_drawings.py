@@ -1,6 +1,6 @@
 """Drawings of the course: SVG, in colors that are legible on light and on dark pages."""
 
-from .drawing import BLUE, GRAY, RED, data_url, element, path, svg, words
+from .drawing import BLUE, RED, element, image, path, svg, words
 
 WIDTH, ROW = 740, 84
 STEPS = {4: 140, 3: 202, 2: 264, 1: 326}  # x of the boxes
@@ -30,10 +30,7 @@ def stages() -> str:
         *arrow(x0 - 4, STEPS[2] + 48, 3),
         *notes(),
     )
-    drawing = svg(WIDTH, 4 * ROW + 64, rows, ALT, WIDTH)
-    gray = drawing.replace("font-family:inherit", f"font-family:sans-serif;color:{GRAY}", 1)
-    source = data_url(gray.encode(), "image/svg+xml")
-    return f'<img src="{source}" alt="{ALT}" style="width:100%;max-width:{WIDTH}px">'
+    return image(svg(WIDTH, 4 * ROW + 64, rows, ALT, WIDTH), ALT, WIDTH)
 
 
 def chain(row: int, title: str, steps: dict, frames: list | None = None) -> list[str]:
