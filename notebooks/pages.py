@@ -50,8 +50,15 @@ step; the job is put back into the queue and goes on from there.
 """
 
 
+CURVES = """\
+![The reward in training, of each step's clips (gray) and its mean over eight steps (blue), for the embedded models](images/recipes.png)
+
+Each step has other captions, some harder than others, hence the scatter: what was gained is the difference on held-out
+prompts, in the table."""
+
+
 def recipes_page() -> str:
-    lines = [RECIPES, recipes.table().markdown(), ""]
+    lines = [RECIPES, recipes.table().markdown(), "", CURVES, ""]
     for name in recipes.CARDS:
         lines += [f"## {name}", "", "```yaml", recipes.text(name).rstrip(), "```", ""]
     return "\n".join(

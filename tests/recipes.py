@@ -1,7 +1,7 @@
 """The embedded recipes, run again: `python -m tests.recipes [NAME …]`, or `make recipes`
 
 Trains and evaluates each as `vader-nb align config=NAME` does, and writes what came out into
-vader_nb/configs/recipes/runs.yaml and notebooks/recipes.md. A run that was interrupted goes on where it stopped;
+vader_nb/configs/recipes/runs.yaml, notebooks/recipes.md and its picture of the curves. A run that was interrupted goes on where it stopped;
 one of the same commit that is complete is not done again. `--memory NAME …` prints simulated peaks instead.
 """
 
@@ -14,10 +14,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import yaml
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "runs" / "recipes"
 RUNS = ROOT / "vader_nb" / "configs" / "recipes" / "runs.yaml"
+CURVES = ROOT / "notebooks" / "images" / "recipes.png"
 FIELDS = ("group", "metric", "base", "adapter", "difference", "low", "high", "prompts", "held_out")
 
 
@@ -27,7 +29,8 @@ def commit() -> str:
     def git(*words: str) -> str:
         return subprocess.check_output(["git", *words], cwd=ROOT, text=True).strip()
 
-    written = [f":!{path.relative_to(ROOT)}" for path in (RUNS, ROOT / "notebooks" / "recipes.md")]
+    page = ROOT / "notebooks" / "recipes.md"
+    written = [f":!{path.relative_to(ROOT)}" for path in (RUNS, CURVES, page)]
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     if changed:
         sys.exit(f"commit first, for a row names the commit that was run; changed:\n{changed}")
@@ -58,6 +61,7 @@ def result(folder: Path, made_at: str) -> dict:
         "seconds": round(sum(step["seconds"] for step in steps)),
         "machine": f"{os.cpu_count()} CPU cores",
         "rows": [{key: rounded(row[key]) for key in FIELDS} for row in rows],
+        "rewards": [round(step["reward"], 4) for step in steps if "reward" in step],
     }
 
 
@@ -70,6 +74,21 @@ def record(name: str, found: dict, file: Path) -> None:
     text = file.read_text()
     runs = (yaml.safe_load(text) or {}) | {name: found}
     file.write_text(text.splitlines()[0] + "\n" + yaml.safe_dump(runs, sort_keys=False))
+
+
+def draw() -> None:
+    """The curves of all runs: each step's mean reward, and the mean of the eight steps around it."""
+    runs = yaml.safe_load(RUNS.read_text())
+    figure = Figure(figsize=(3.2 * len(runs), 2.4), layout="constrained")
+    for axes, (name, run) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items()):
+        rewards = run["rewards"]
+        near = [rewards[max(0, i - 4) : i + 4] for i in range(len(rewards))]
+        steps = range(1, len(rewards) + 1)
+        axes.plot(steps, rewards, ".", color="#7d8590", markersize=4)
+        axes.plot(steps, [sum(part) / len(part) for part in near], color="#3b82c4")
+        axes.set(title=name, xlabel="step")
+    figure.axes[0].set(ylabel=run["rows"][0]["metric"])
+    figure.savefig(CURVES, dpi=110)
 
 
 def write_page() -> None:
@@ -97,6 +116,7 @@ def main() -> None:
     for name in chosen.names or embedded:
         folder = run(name, [], FOLDER / made_at)
         record(name, result(folder, made_at), RUNS)
+        draw()
         write_page()
         print(f"{name}: {folder / 'report.html'}", flush=True)
 

@@ -321,9 +321,11 @@ def two(micro_directory, tmp_path_factory):
 
 
 def test_processes_may_be_forked_from_one_that_has_used_its_threads(micro_directory, tmp_path):
-    """As in a notebook: a fork that asks for the threads of its parent would wait for ever."""
+    """As in a notebook: a fork that asks for the threads of its parent would wait for ever, and one from a parent whose
+    first backward pass was simulated would be refused."""
     code = (
         "import torch; torch.set_num_threads(2); torch.nn.LayerNorm(512)(torch.randn(512, 512)).sum();"
+        f"from vader_nb import memory; memory({str(micro_directory)!r}, 'brightness', num_inference_steps=2);"
         "from tests.test_parallel import launch, train;"
         f"launch(train, {str(micro_directory)!r}, {str(tmp_path / 'run')!r}, {{}})"
     )

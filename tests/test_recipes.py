@@ -162,7 +162,7 @@ def test_a_recipe_run_again_leaves_a_row_and_is_not_done_twice(tmp_path, monkeyp
     found = script.result(folder, "abc")
     assert [row["metric"] for row in found["rows"]] == ["brightness", "colorfulness"]
     assert {row["group"] for row in found["rows"]} == {"held-out"}
-    assert found["rows"][1]["held_out"]
+    assert found["rows"][1]["held_out"] and len(found["rewards"]) == 2
     stamp = (folder / "evaluation.json").stat().st_mtime_ns
     assert script.run("tiny", QUICK, tmp_path) == folder
     assert (folder / "evaluation.json").stat().st_mtime_ns == stamp

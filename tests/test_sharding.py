@@ -137,9 +137,8 @@ def test_where_the_weights_are_sharded_nothing_of_them_is_sent_back(two, micro_d
             given[name].append(count)
         assert size < sum(given.pop("c10d::allreduce_")) <= 1.1 * size
         assert all("gather" in name for name in given)
-        # Its half, in each of two micro-batches: for three calls, and the last one again, which FSDP takes for a part of
-        # the backward pass around it: what it gathers there stays until it is passed.
-        assert sum(map(sum, given.values())) == pytest.approx(2 * 4 * weights / 2, rel=0.01)
+        # Its half, in each of two micro-batches: for three calls, and the last one again, forward and backward.
+        assert sum(map(sum, given.values())) == pytest.approx(2 * 5 * weights / 2, rel=0.01)
 
 
 def launched(directory, folder):
@@ -177,6 +176,15 @@ def late(directory, folder):
     lora.add(model, 2)
     with pytest.raises(ValueError, match="carries an adapter: shard the model before it gets one"):
         shard(model)
+
+
+def test_a_quantized_model_is_not_cut_up(micro_directory, monkeypatch):
+    with pytest.raises(ValueError, match="quantize=4bit with FSDP has no use"):
+        simulate(str(micro_directory), "brightness", **MEMORY | {"quantize": "4bit"})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="quantize=8bit with FSDP has no use"):
+        load(micro_directory, quantize="8bit")
 
 
 MEMORY = {"num_frames": 4, "height": 32, "width": 32}

@@ -179,6 +179,9 @@ class FakeMode(FakeTensorMode):
     """
 
     def __init__(self):
+        # A fake mode makes autograd believe in a CUDA device; the first backward pass would start a thread for it, and
+        # a process with such threads cannot be forked (`distributed.launch`).
+        torch.zeros((), requires_grad=True).backward()
         super().__init__(allow_non_fake_inputs=True)
         self.truth = True
 
@@ -219,7 +222,8 @@ class Step:
             raise ValueError(
                 f"extend={flat['extend']}: segments learn one after the other; plan for one, extend=1"
             )
-        shared = sharding.check(flat.pop("num_gpus", 1), flat.pop("sharding", "none"))
+        several = flat.pop("num_gpus", 1), flat.pop("sharding", "none")
+        shared = sharding.check(*several, flat.get("quantize"))
         given = {name: flat.pop(name, None) for name in OF_MODEL}
         dtype, offload = given["dtype"], bool(given["model_cpu_offload"])
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype

@@ -1,6 +1,7 @@
 """What a run costs: clips scored, latents through the denoisers and back, bytes that are kept; and a run with a budget."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -135,7 +136,7 @@ class MeteredTrainer(Trainer):
         return self.part() == self.parts
 
     def train_step(self, bar) -> None:
-        self.queries = 0
+        self.queries, self.began = 0, time.process_time()
         with Meter(self.model, self.reward.networks) as self.meter:
             super().train_step(bar)
 
@@ -159,6 +160,8 @@ class MeteredTrainer(Trainer):
 
     def costs(self, seconds: float) -> dict:
         meter = self.meter
+        if self.model.device.type == "cpu":
+            seconds = (time.process_time() - self.began) / torch.get_num_threads()
         counted = self.queries, meter.calls, meter.backwards, meter.kept
         names = [name for name in COSTS if name != "seconds"]
         return super().costs(seconds) | dict(zip(names, counted, strict=True))

@@ -12,7 +12,7 @@ was killed goes on where it was when it is started again; `Race(folder)` reads i
 - denoiser_calls: latents that pass through the denoiser in training, once for each branch of the guidance: roll-outs,
   replays, references without the adapter.
 - denoiser_backwards: those that a gradient passes through on its way back. A backward pass takes about as long as two calls.
-- seconds: of training, without evaluations.
+- seconds: of training, without evaluations; on a CPU its threads' own time, whatever else the machine does meanwhile.
 - bytes_kept: the most that roll-outs and autograd keep at once for backward passes, without weights; on CUDA the most
   memory beyond what was in use before a step.
 """

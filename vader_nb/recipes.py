@@ -22,13 +22,14 @@ SLURM = "slurm"  # the script beside the recipes
 
 @dataclass(frozen=True)
 class Run:
-    """What `make recipes` measured: rows of `evaluation.json`, seconds of training."""
+    """What `make recipes` measured: rows of `evaluation.json`, seconds of training, and each step's mean reward."""
 
     date: str
     commit: str
     seconds: int
     machine: str
     rows: list[dict]
+    rewards: list[float]
 
     def __str__(self) -> str:
         found = [

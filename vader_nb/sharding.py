@@ -20,14 +20,19 @@ from .offload import is_sharded
 SHARDING = ("none", "full")  # what `memory` simulates
 
 
-def check(num_gpus: int, sharding: str) -> tuple[int, str]:
-    """Both. Raises ValueError for what they cannot be."""
+def check(num_gpus: int, sharding: str, quantize: str | None = None) -> tuple[int, str]:
+    """The first two. Raises ValueError for what they cannot be."""
     if num_gpus < 1:
         raise ValueError(f"num_gpus must be at least 1, got {num_gpus}")
     if sharding not in SHARDING:
         raise ValueError(f"unknown sharding {sharding!r}; choose one of {', '.join(SHARDING)}")
     if num_gpus == 1 and sharding != "none":
         raise ValueError(f"sharding={sharding} has no effect on one GPU: say how many, num_gpus=8")
+    if sharding != "none" and quantize:
+        raise ValueError(
+            f"quantize={quantize} with FSDP has no use: quantized weights are buffers, whole in each process; "
+            f"leave out one of the two"
+        )
     return num_gpus, sharding
 
 
@@ -62,7 +67,7 @@ def shard(
     Args:
         model: a `VideoModel`, the same in each process.
         device: default: the model's. From CPU memory the denoisers move there block by block, and are never whole there
-            while they are loaded, rolled out, decoded and scored. (In the replay FSDP keeps what it gathers of one.)
+            while they are loaded, rolled out, decoded, scored and replayed.
         reshard_after_forward: free a block's gathered weights after each call. False needs the memory of a whole
             denoiser, and gathers less often.
         cpu_offload: a process's part waits in CPU memory.
@@ -97,6 +102,10 @@ def shard(
         fully_shard(
             module, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy
         )
+        if reshard_after_forward:
+            # FSDP takes a replay, inside of a backward pass, for a recomputation whose backward comes at once, and
+            # would keep every block.
+            module.register_forward_hook(lambda module, *_: module.reshard())
 
 
 def uses_engine(accelerator: Accelerator) -> bool:

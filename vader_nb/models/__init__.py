@@ -292,10 +292,12 @@ def load(
     Raises:
         AssertionError: if the check finds a wrong gradient.
         ValueError: for an unknown name or family, `text_cache=True` where the text encoder stays in memory, or `quantize`
-            without bitsandbytes.
+            without bitsandbytes or under FSDP.
         FileNotFoundError: where the weights are neither here nor within reach; it says how to get them.
     """
     device = torch.device(device or default_device())
+    if quantize:
+        check_unsharded(quantize)
     quantized = quantization.config(quantize, device)
     checkpoint = replace(checkpoint_of(name), text_cache=text_cache, quantize=quantized)
     family = family_of(checkpoint)
@@ -325,6 +327,13 @@ def load(
 def check_text_cache(family: type[VideoModel], name: str | Path) -> None:
     if not family.large_text_encoder:
         raise ValueError(f"text_cache=True: {str(name)!r} has no large text encoder; leave it out")
+
+
+def check_unsharded(quantize: str) -> None:
+    from .. import sharding
+
+    if sharding.fsdp_options():
+        sharding.check(2, "full", quantize)
 
 
 def place(model: VideoModel, device: torch.device) -> None:
