@@ -97,7 +97,7 @@ course.show(figure, "01-data")
 #
 # Mix each clean point $x_0$ with noise $\epsilon$ from a normal distribution:
 #
-# $$x_t \;=\; a_t\,x_0 + b_t\,\epsilon, \qquad a_t = \sqrt{\bar\alpha_t}, \quad b_t = \sqrt{1 - \bar\alpha_t}$$
+# $$x_t \;=\; \alpha_t\,x_0 + \sigma_t\,\epsilon, \qquad \alpha_t = \sqrt{\bar\alpha_t}, \quad \sigma_t = \sqrt{1 - \bar\alpha_t}$$
 #
 # The *timestep* $t$ runs from 0 to 999; the list of $\bar\alpha_t$ is the **schedule** ([Ho et al.
 # 2020](https://arxiv.org/abs/2006.11239)). In diffusers a *scheduler* holds it. We take the one of Stable Diffusion, on which
@@ -107,7 +107,7 @@ course.show(figure, "01-data")
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD |= {"clip_sample": False, "timestep_spacing": "trailing"}
 scheduler = DDIMScheduler(**SD)
-alpha = scheduler.alphas_cumprod  # (1000,), from almost 1 to almost 0
+alphas_cumprod = scheduler.alphas_cumprod  # (1000,), from almost 1 to almost 0
 
 # %%
 clean = data[0]
@@ -115,7 +115,11 @@ noise = torch.randn(clean.shape, generator=random)
 figure, axes = plt.subplots(1, 5, figsize=(10, 2.3), layout="constrained")
 for axis, t in zip(axes, (0, 150, 300, 500, 999)):
     mixed = scheduler.add_noise(clean, noise, torch.tensor([t]))
-    plot_points(axis, mixed, f"t = {t}\na = {alpha[t] ** 0.5:.2f}, b = {(1 - alpha[t]) ** 0.5:.2f}")
+    plot_points(
+        axis,
+        mixed,
+        f"t = {t}\nα = {alphas_cumprod[t] ** 0.5:.2f}, σ = {(1 - alphas_cumprod[t]) ** 0.5:.2f}",
+    )
 course.show(figure, "01-forward")
 
 # %% [markdown]
@@ -139,8 +143,8 @@ def check(noised):
     assert answer is not None, "the function must return the noisy points"
     assert answer.shape == clean.shape, f"expected shape (4, 2), got {tuple(answer.shape)}"
     part = (noised(2 * clean, noise, t) - answer) / clean
-    assert torch.allclose(part, alpha[t][:, None].sqrt().expand(4, 2), atol=1e-4), (
-        f"the clean points' shares should be {[round(x, 2) for x in alpha[t].sqrt().tolist()]}, "
+    assert torch.allclose(part, alphas_cumprod[t][:, None].sqrt().expand(4, 2), atol=1e-4), (
+        f"the clean points' shares should be {[round(x, 2) for x in alphas_cumprod[t].sqrt().tolist()]}, "
         f"one per point, and are {[round(x, 2) for x in part[:, 0].tolist()]}"
     )
     assert torch.allclose(answer, right, atol=1e-4), "the clean part is right, the noise's is not"
@@ -151,13 +155,14 @@ course.attempt(check, noised)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `alpha[t]` has the shape (N,), the points have (N, 2). `alpha[t][:, None]` has the shape (N, 1), which torch stretches.
+# `alphas_cumprod[t]` has the shape (N,), the points have (N, 2). `alphas_cumprod[t][:, None]` has the shape (N, 1), which torch
+# stretches.
 # </details>
 # <details><summary>A solution</summary>
 #
 # ```python
 # def noised(clean, noise, t):
-#     kept = alpha[t][:, None]
+#     kept = alphas_cumprod[t][:, None]
 #     return kept.sqrt() * clean + (1 - kept).sqrt() * noise
 # ```
 # </details>
@@ -169,11 +174,18 @@ course.attempt(check, noised)
 # squared error.) Our data is small enough to compute this best possible answer without any network:
 
 
+# %% tags=["for-checks"]
+def shares(t):
+    """(alpha, sigma): the shares of the clean point and of the noise at timestep t; (1, 0) after the last step, where t < 0."""
+    kept = alphas_cumprod[t] if t >= 0 else torch.tensor(1.0)
+    return kept.sqrt(), (1 - kept).sqrt()
+
+
 # %%
 def origins(x, t, data):
     """How likely each of the points in data (M, 2) is the origin of each noisy point x (N, 2): (N, M)."""
-    a, b = alpha[t].sqrt(), (1 - alpha[t]).sqrt()
-    return torch.softmax(-torch.cdist(x, a * data).square() / (2 * b**2), dim=1)
+    alpha, sigma = shares(t)
+    return torch.softmax(-torch.cdist(x, alpha * data).square() / (2 * sigma**2), dim=1)
 
 
 # %% [markdown]
@@ -282,10 +294,10 @@ guess = None  # "a", "b" or "c"
 # %%
 def error_of_mean(t, data, count=200):
     """The mean squared error of the best possible answer about the noise, at timestep t."""
-    a, b = alpha[t].sqrt(), (1 - alpha[t]).sqrt()
+    alpha, sigma = shares(t)
     noise = torch.randn(count, 2, generator=random)
-    noisy = a * data[torch.randperm(len(data), generator=random)[:count]] + b * noise
-    best = (noisy - a * origins(noisy, t, data) @ data) / b
+    noisy = alpha * data[torch.randperm(len(data), generator=random)[:count]] + sigma * noise
+    best = (noisy - alpha * origins(noisy, t, data) @ data) / sigma
     return (best - noise).square().mean()
 
 
@@ -323,12 +335,12 @@ course.predict(guess, "01-floor", letter=letter, floor=floor, network=smooth[-1]
 HTML(course_sketches.targets())
 
 # %% [markdown]
-# Read the picture as a map. To the right is the clean point, at the top is pure noise, and $x_t = a\,x_0 + b\,\epsilon$ is a
-# place between them. Diffusion models go along the arc, flow matching ([Lipman et al. 2022](https://arxiv.org/abs/2210.02747))
-# along the straight line.
+# Read the picture as a map. To the right is the clean point, at the top is pure noise, and $x_t = \alpha\,x_0 + \sigma\,\epsilon$
+# is a place between them. Diffusion models go along the arc, flow matching ([Lipman et al.
+# 2022](https://arxiv.org/abs/2210.02747)) along the straight line.
 #
-# - An answer in $\epsilon$ is useless at the very top: there $x_t$ *is* the noise, and $\hat x_0 = (x_t - b\,\hat\epsilon)/a$
-#   divides by almost nothing.
+# - An answer in $\epsilon$ is useless at the very top: there $x_t$ *is* the noise, and $\hat x_0 = (x_t -
+#   \sigma\,\hat\epsilon)/\alpha$ divides by almost nothing.
 # - An answer in $x_0$ is useless at the very bottom, for the same reason.
 # - $v$ ([Salimans & Ho 2022](https://arxiv.org/abs/2202.00512)) and $u$ are velocities: the direction in which $x_t$ moves. They
 #   work at both ends, so most video models have one of them.
@@ -341,19 +353,13 @@ HTML(course_sketches.targets())
 # 2020](https://arxiv.org/abs/2010.02502)) a step has two lines. First, read the clean point and the noise off the network's
 # answer. Then mix *the same two* again, with the shares of the next timestep $s < t$:
 #
-# $$\hat x_0,\ \hat\epsilon \;\leftarrow\; \text{the answer, and } x_t = a_t\,\hat x_0 + b_t\,\hat\epsilon$$
-# $$x_s \;=\; a_s\,\hat x_0 + b_s\,\hat\epsilon$$
+# $$\hat x_0,\ \hat\epsilon \;\leftarrow\; \text{the answer, and } x_t = \alpha_t\,\hat x_0 + \sigma_t\,\hat\epsilon$$
+# $$x_s \;=\; \alpha_s\,\hat x_0 + \sigma_s\,\hat\epsilon$$
 #
-# **Exercise 2** (★★★, 25 minutes). The core of this notebook: one step, for all four kinds of denoisers. `now` is $(a_t, b_t)$,
-# `then` is $(a_s, b_s)$. The definitions are in the drawing: $v = a\,\epsilon - b\,x_0$ on the arc, where $a^2 + b^2 = 1$, and $u
-# = \epsilon - x_0$ on the line, where $a + b = 1$. Yours will be compared with diffusers' schedulers, step by step.
-
-
-# %% tags=["for-checks"]
-def shares(t):
-    """(a, b) of the clean point and of the noise at timestep t; (1, 0) after the last step, where t < 0."""
-    kept = alpha[t] if t >= 0 else torch.tensor(1.0)
-    return kept.sqrt(), (1 - kept).sqrt()
+# **Exercise 2** (★★★, 25 minutes). The core of this notebook: one step, for all four kinds of denoisers. `now` is $(\alpha_t,
+# \sigma_t)$, `then` is $(\alpha_s, \sigma_s)$. The definitions are in the drawing: $v = \alpha\,\epsilon - \sigma\,x_0$ on the
+# arc, where $\alpha^2 + \sigma^2 = 1$, and $u = \epsilon - x_0$ on the line, where $\alpha + \sigma = 1$. Yours will be compared
+# with diffusers' schedulers, step by step.
 
 
 # %% tags=["exercise"]
@@ -372,9 +378,10 @@ def by_diffusers(kind, steps):
     theirs.set_timesteps(steps)
     x = torch.randn(6, 2, generator=generator)
     for i, t in enumerate(theirs.timesteps):
-        now, then = shares(t), shares(t - 1000 // steps)
         if flow:
             now, then = ((1 - sigma, sigma) for sigma in theirs.sigmas[i : i + 2])
+        else:
+            now, then = shares(t), shares(t - 1000 // steps)
         output = torch.randn(6, 2, generator=generator)
         following = theirs.step(output, t, x).prev_sample
         yield output, x, now, then, following
@@ -398,39 +405,39 @@ course.attempt(check, step)
 # %% [markdown]
 # <details><summary>A hint for ε and $x_0$</summary>
 #
-# One of the two is given. Solve $x = a\,x_0 + b\,\epsilon$ for the other one.
+# One of the two is given. Solve $x = \alpha\,x_0 + \sigma\,\epsilon$ for the other one.
 # </details>
 # <details><summary>A hint for v</summary>
 #
-# Two equations, two unknowns: $x = a\,x_0 + b\,\epsilon$ and $v = a\,\epsilon - b\,x_0$. Compute $a\,x - b\,v$, and use $a^2 +
-# b^2 = 1$. For the noise try $b\,x + a\,v$. (A rotation, and back.)
+# Two equations, two unknowns: $x = \alpha\,x_0 + \sigma\,\epsilon$ and $v = \alpha\,\epsilon - \sigma\,x_0$. Compute $\alpha\,x -
+# \sigma\,v$, and use $\alpha^2 + \sigma^2 = 1$. For the noise try $\sigma\,x + \alpha\,v$. (A rotation, and back.)
 # </details>
 # <details><summary>A hint for flow</summary>
 #
-# Put $\epsilon = u + x_0$ into $x = a\,x_0 + b\,\epsilon$, and use $a + b = 1$.
+# Put $\epsilon = u + x_0$ into $x = \alpha\,x_0 + \sigma\,\epsilon$, and use $\alpha + \sigma = 1$.
 # </details>
 # <details><summary>A solution</summary>
 #
 # ```python
 # def step(output, x, now, then, kind):
-#     (a, b), (a_next, b_next) = now, then
+#     (alpha, sigma), (alpha_next, sigma_next) = now, then
 #     if kind == "epsilon":
 #         noise = output
-#         clean = (x - b * noise) / a
+#         clean = (x - sigma * noise) / alpha
 #     elif kind == "sample":
 #         clean = output
-#         noise = (x - a * clean) / b
+#         noise = (x - alpha * clean) / sigma
 #     elif kind == "v_prediction":
-#         clean = a * x - b * output
-#         noise = b * x + a * output
+#         clean = alpha * x - sigma * output
+#         noise = sigma * x + alpha * output
 #     else:
-#         clean = x - b * output
-#         noise = x + a * output
-#     return a_next * clean + b_next * noise
+#         clean = x - sigma * output
+#         noise = x + alpha * output
+#     return alpha_next * clean + sigma_next * noise
 # ```
 #
-# For flow the last line comes to $x + (b_s - b_t)\,u$: a straight step along the velocity, which is called Euler's. DDIM is the
-# same on the arc.
+# For flow the last line comes to $x + (\sigma_s - \sigma_t)\,u$: a straight step along the velocity, which is called Euler's.
+# DDIM is the same on the arc.
 # </details>
 #
 # You have just written diffusers' `DDIMScheduler.step` and `FlowMatchEulerDiscreteScheduler.step`. Ten of these, with calls of
@@ -468,8 +475,8 @@ course.show(figure, "01-steps")
 
 # %% [markdown]
 # One step is the compromise from above: a heap in the middle. (And why does it have splashes? Because this network predicts
-# $\epsilon$, and at pure noise its small errors are divided by $a = 0.07$.) Ask again on the way, and the answers become more
-# certain: after five steps there is a star, after twenty a better one. The paths are short and bent. Where a point ends is
+# $\epsilon$, and at pure noise its small errors are divided by $\alpha = 0.07$.) Ask again on the way, and the answers become
+# more certain: after five steps there is a star, after twenty a better one. The paths are short and bent. Where a point ends is
 # decided by the noise that it started from, for DDIM adds none.
 #
 # ## Guidance
@@ -611,9 +618,9 @@ course.predict(guess, "01-gradient", letter=letter, whole=whole, cosine=cosines[
 #
 # ## The same on video
 #
-# Nothing of this was about points. `tiny` is a text-to-video model. It predicts $v$, and its schedule ends in *pure* noise: $a =
-# 0$, where an answer in $\epsilon$ could not work at all. Take a clip of its world, noise its latents to four timesteps, and ask
-# *once* for the clean video, with the caption and without it:
+# Nothing of this was about points. `tiny` is a text-to-video model. It predicts $v$, and its schedule ends in *pure* noise:
+# $\alpha = 0$, where an answer in $\epsilon$ could not work at all. Take a clip of its world, noise its latents to four
+# timesteps, and ask *once* for the clean video, with the caption and without it:
 
 # %%
 model = vader_nb.load(MODEL, dtype=torch.float32)
@@ -622,7 +629,8 @@ prompt, real = "a pink star moving left on a gray background", model.new_schedul
 text = model.encode([prompt])
 with torch.no_grad():
     clip = world.render([world.parse(prompt)], random)[0].to(model.device)
-    clean = model.vae.encode(clip * 2 - 1).latent_dist.mean.movedim(0, 1)[None]
+    squeezed = model.vae.encode(clip * 2 - 1).latent_dist.mean  # the next notebook is about it
+    clean = model.vae.config.scaling_factor * squeezed.movedim(0, 1)[None]
     noise = torch.randn(clean.shape, generator=random).to(clean)
     columns = {}
     for t in (999, 800, 600, 300):
@@ -657,8 +665,8 @@ course.show(figure, "01-video")
 # |---|---|---|
 # | $x_0$, clean data | `clean` | (N, 2); of a video (B, C, F, H/8, W/8) |
 # | $\epsilon$, noise | `noise` | as $x_0$ |
-# | $\bar\alpha_t = a_t^2$ | `scheduler.alphas_cumprod[t]` | a number per timestep |
-# | $x_t = a_t x_0 + b_t \epsilon$ | `scheduler.add_noise(clean, noise, t)` | as $x_0$ |
+# | $\bar\alpha_t = \alpha_t^2$ | `scheduler.alphas_cumprod[t]` | a number per timestep |
+# | $x_t = \alpha_t x_0 + \sigma_t \epsilon$ | `scheduler.add_noise(clean, noise, t)` | as $x_0$ |
 # | $\epsilon$, $x_0$, $v$ | `prediction_type`: `"epsilon"`, `"sample"`, `"v_prediction"` | as $x_0$ |
 # | $u$ | flow matching | as $x_0$ |
 # | $\hat x_0$ | `model.x0(scheduler, output, t, x)` | as $x_0$ |

@@ -199,7 +199,7 @@ def middle_frame(latents):
 def check(middle_frame):
     generator = torch.Generator().manual_seed(4)
     several = torch.randn(2, *latents.shape[1:], generator=generator).to(latents)
-    with course.live_graphs(model, "decode", lambda frames: frames.shape[1]) as decoded:
+    with course.live_graphs(model.vae.decoder, "forward", len) as decoded:
         answer = middle_frame(several.requires_grad_())
     whole = model.decode(several)
     assert answer is not None, "the function must return the frame"
@@ -210,7 +210,7 @@ def check(middle_frame):
     nearest = min(range(len(gaps)), key=gaps.__getitem__)
     assert gaps[nearest] < 1e-3, "this is no frame of the clip"
     assert nearest == len(gaps) // 2, f"this is frame {nearest}, counted from 0"
-    assert decoded[0] == 1, f"right, but {decoded[0]} frames were decoded for it"
+    assert decoded[0] == 2, f"right, but {decoded[0] // 2} frames of each clip were decoded for it"
 
 
 course.attempt(check, middle_frame)
@@ -314,16 +314,16 @@ course.predict(guess, "01-frames", letter=letter, others=on[[0, 7]].mean() / on[
 # %% [markdown]
 # ## The scheduler: ten of a thousand timesteps
 #
-# $x_t = a_t\,x_0 + b_t\,\epsilon$, as on points. This model was trained at 1,000 timesteps. The *scheduler* picks the few at
-# which we call the denoiser.
+# $x_t = \alpha_t\,x_0 + \sigma_t\,\epsilon$, as on points. This model was trained at 1,000 timesteps. The *scheduler* picks the
+# few at which we call the denoiser.
 
 # %%
 scheduler = model.new_scheduler(settings)
-alpha = scheduler.alphas_cumprod.cpu()
+kept = scheduler.alphas_cumprod.cpu()
 
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
-axis.plot(alpha.sqrt(), label="$a_t$, share of the video")
-axis.plot((1 - alpha).sqrt(), label="$b_t$, share of noise")
+axis.plot(kept.sqrt(), label=r"$\alpha_t$, share of the video")
+axis.plot((1 - kept).sqrt(), label=r"$\sigma_t$, share of noise")
 for t in scheduler.timesteps.tolist():
     axis.axvline(t, color="lightgray", linewidth=0.7, zorder=0)
 axis.set(xlabel="timestep t", ylabel="share")

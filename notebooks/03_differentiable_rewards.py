@@ -23,10 +23,10 @@
 # *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
-# A reward is a function: frames and prompts in, one number per clip out, higher is better. Nothing more. What makes it
-# useful to us is that it is *differentiable*: it says not only how good the clip is, but for each pixel how to make the
-# clip better. In this notebook you build three such rewards, train one of them on ratings yourself, look at what their gradients
-# ask for, break them in the ways in which everybody breaks them once, and climb one until it fools itself.
+# A reward is a function: frames and prompts in, one number per clip out, higher is better. Nothing more. What makes it useful to
+# us is that it is *differentiable*: it says not only how good the clip is, but for each pixel how to make the clip better. In
+# this notebook you build three such rewards, train one of them on ratings yourself, look at what their gradients ask for, break
+# them in the ways in which everybody breaks them once, and climb one until it fools itself.
 #
 # **You will be able to**
 #
@@ -82,9 +82,9 @@ Gallery({"clips to score": videos}, width=176)
 # %% [markdown]
 # ## Two networks that look at pictures and sentences
 #
-# CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)) is a pair of networks: one turns a picture into a vector, the other turns a sentence into a vector. They were
-# trained so that a picture and *its* sentence point in the same direction. Ours is open_clip's, in miniature. All it
-# needs is pictures of its own size, normalized the way it was trained.
+# CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)) is a pair of networks: one turns a picture into a vector, the
+# other turns a sentence into a vector. They were trained so that a picture and *its* sentence point in the same direction. Ours
+# is open_clip's, in miniature. All it needs is pictures of its own size, normalized the way it was trained.
 
 # %% tags=["for-checks"]
 from vader_nb.rewards.clip import TINY, open_clip_directory
@@ -117,8 +117,8 @@ course.show(figure, "03-cosines")
 HTML(course_sketches.towers())
 
 # %% [markdown]
-# **Exercise 1** (★, 5 minutes). Write it. `towers.image(frames)` gives unit vectors (B, F, D) of all frames, `towers.text(prompts)` unit vectors (B, D). The
-# reward of a clip is the mean over its frames.
+# **Exercise 1** (★, 5 minutes). Write it. `towers.image(frames)` gives unit vectors (B, F, D) of all frames,
+# `towers.text(prompts)` unit vectors (B, D). The reward of a clip is the mean over its frames.
 
 
 # %% tags=["exercise"]
@@ -167,10 +167,12 @@ for text, value in zip(prompts, hps(frames, prompts)):
 # %% [markdown]
 # ## Reward 2: what people like. You train it
 #
-# The LAION aesthetic predictor ([Schuhmann 2022](https://laion.ai/blog/laion-aesthetics/)) is small: people rated pictures from 1 to 10, and a little head learned to predict the rating from CLIP's vector of the picture. The vector has done
-# the seeing; the head only has to learn the taste. That needs few ratings, but it has a trap.
+# The LAION aesthetic predictor ([Schuhmann 2022](https://laion.ai/blog/laion-aesthetics/)) is small: people rated pictures from 1
+# to 10, and a little head learned to predict the rating from CLIP's vector of the picture. The vector has done the seeing; the
+# head only has to learn the taste. That needs few ratings, but it has a trap.
 #
-# We have no people at hand, so we simulate some. They love warm colors on dark backgrounds, and like all people they disagree, and are in a different mood every time:
+# We have no people at hand, so we simulate some. They love warm colors on dark backgrounds, and like all people they disagree,
+# and are in a different mood every time:
 
 
 # %% tags=["for-checks"]
@@ -202,12 +204,14 @@ for axis, picture, rating, mean in zip(axes, pictures, ratings, taste):
 course.show(figure, "03-ratings")
 
 # %% [markdown]
-# You get 120 pictures' vectors and *one* rating of each. The taste behind them stays hidden, as it does in life. (We keep it to find out how good your reward is.)
+# You get 120 pictures' vectors and *one* rating of each. The taste behind them stays hidden, as it does in life. (We keep it to
+# find out how good your reward is.)
 #
 # A vector has 64 numbers, so a linear head has 65 weights, for 120 noisy ratings. Here is the trap, before you step into it:
 #
-# > **Predict.** Fit the 65 weights to the ratings as closely as possible (least squares). On 300 *unseen* pictures, how far will the head be from the taste, compared with
-# > a head that says the mean rating to everything? **(a)** much nearer · **(b)** no nearer, about as far · **(c)** exactly right
+# > **Predict.** Fit the 65 weights to the ratings as closely as possible (least squares). On 300 *unseen* pictures, how far will
+# > the head be from the taste, compared with a head that says the mean rating to everything? **(a)** much nearer · **(b)** no
+# > nearer, about as far · **(c)** exactly right
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -234,9 +238,11 @@ course.predict(guess, "03-greedy", letter=letter, **greedy)
 # %% [markdown]
 # It has learned the raters' moods by heart. A reward like this one would send a video model after noise.
 #
-# **Exercise 2** (★★★, 25 minutes). The core of this notebook. Train a head that does better: on unseen pictures at most 1.05 from the taste. You have `vectors` and `ratings`, nothing else. There are many ways: weight decay (*ridge regression*), early stopping, fewer dimensions.
-# All of them have a number to choose, and the ratings that you fit cannot choose it. So keep some of them back, and let these decide. Return a
-# function, which gives ratings (…) for vectors (…, 64), and through which a gradient flows.
+# **Exercise 2** (★★★, 25 minutes). The core of this notebook. Train a head that does better: on unseen pictures at most 1.05 from
+# the taste. You have `vectors` and `ratings`, nothing else. There are many ways: weight decay (*ridge regression*), early
+# stopping, fewer dimensions. All of them have a number to choose, and the ratings that you fit cannot choose it. So keep some of
+# them back, and let these decide. Return a function, which gives ratings (…) for vectors (…, 64), and through which a gradient
+# flows.
 
 
 # %% tags=["exercise"]
@@ -273,12 +279,14 @@ course.attempt(check, train_head)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# Shuffle, keep back a quarter. Ridge regression for centered vectors $X$ and ratings $y$: $w = (X^\top X + \lambda I)^{-1} X^\top y$, `torch.linalg.solve`. Try $\lambda$ = 0.001, 0.01, 0.1, 1, 10, and take
-# the one with the smallest error on the part that was kept back.
+# Shuffle, keep back a quarter. Ridge regression for centered vectors $X$ and ratings $y$: $w = (X^\top X + \lambda I)^{-1} X^\top
+# y$, `torch.linalg.solve`. Try $\lambda$ = 0.001, 0.01, 0.1, 1, 10, and take the one with the smallest error on the part that was
+# kept back.
 # </details>
 # <details><summary>A hint, if the error on unseen pictures is too large</summary>
 #
-# Print both errors for every $\lambda$. On the fitted ratings the smallest $\lambda$ always wins. One part of 30 ratings is small; four parts, each kept back once, are steadier.
+# Print both errors for every $\lambda$. On the fitted ratings the smallest $\lambda$ always wins. One part of 30 ratings is
+# small; four parts, each kept back once, are steadier.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -328,15 +336,18 @@ axis.legend(frameon=False, fontsize=8, loc="lower right")
 course.show(figure, "03-ridge")
 
 # %% [markdown]
-# From left to right the head fits the *given* ratings worse and worse, and yet it gets better, for it stops believing in moods. Too far to the right it believes in nothing. Every reward
-# network in the literature was trained on noisy choices of people, and its users see the gray curve only. Keep it in mind when a model finds the places where a reward is wrong.
+# From left to right the head fits the *given* ratings worse and worse, and yet it gets better, for it stops believing in moods.
+# Too far to the right it believes in nothing. Every reward network in the literature was trained on noisy choices of people, and
+# its users see the gray curve only. Keep it in mind when a model finds the places where a reward is wrong.
 #
-# The package's own `rewards.aesthetic("tiny")` was trained in the same way, on another taste: saturated objects that stand out from their background, in the middle.
+# The package's own `rewards.aesthetic("tiny")` was trained in the same way, on another taste: saturated objects that stand out
+# from their background, in the middle.
 #
 # ## Reward 3: does it *move* as it should?
 #
-# The first two look at single frames. A video classifier looks at the whole clip. VideoMAE ([Tong et al. 2022](https://arxiv.org/abs/2203.12602)) names
-# the motion, and the reward is the log-probability of the motion that the prompt asks for.
+# The first two look at single frames. A video classifier looks at the whole clip. VideoMAE ([Tong et al.
+# 2022](https://arxiv.org/abs/2203.12602)) names the motion, and the reward is the log-probability of the motion that the prompt
+# asks for.
 
 # %% tags=["for-checks"]
 action = rewards.action("tiny").to(model.device)
@@ -345,8 +356,8 @@ for text, value in zip(prompts, action(frames, prompts)):
     print(f"p = {value.exp():.3f}  {text}")
 
 # %% [markdown]
-# > **Predict.** We freeze clips: the fourth frame, eight times. What happens to the scores?
-# > **(a)** `hps` and `action` both fall · **(b)** `hps` does not fall, `action` does · **(c)** neither falls
+# > **Predict.** We freeze clips: the fourth frame, eight times. What happens to the scores? **(a)** `hps` and `action` both fall
+# > · **(b)** `hps` does not fall, `action` does · **(c)** neither falls
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -385,8 +396,8 @@ course.predict(guess, "03-frozen", letter=letter, **values)
 # %% [markdown]
 # ## What a gradient asks for
 #
-# The derivative with respect to each pixel has a strength and a *sign*. First the strength: bright pixels are those where a small change would
-# change the reward most. (We show its square root; otherwise the few strongest pixels would leave the others black.)
+# The derivative with respect to each pixel has a strength and a *sign*. First the strength: bright pixels are those where a small
+# change would change the reward most. (We show its square root; otherwise the few strongest pixels would leave the others black.)
 
 
 # %%
@@ -414,49 +425,55 @@ for axis in axes.flat:
 course.show(figure, "03-strength")
 
 # %% [markdown]
-# Squares, because both networks cut a picture into patches of 8 × 8 pixels. Both look at the shape more than at the empty background.
+# Squares, because both networks cut a picture into patches of 8 × 8 pixels. Both look at the shape more than at the empty
+# background.
 #
-# Now the sign. Take the purple circle, and ask for another color: differentiate `hps` with a prompt that does *not* fit. Then take small steps uphill and see what the
-# reward asks for. We do it twice: once with the *pixels* as the variables, and once with the *latents*, so that the gradient goes on through the decoder.
+# Now the sign. Take a cyan star, and ask for another color: differentiate `hps` with a prompt that does *not* fit. Then take
+# small steps uphill and see what the reward asks for. We do it twice: once with the *pixels* as the variables, and once with the
+# *latents*, so that the gradient goes on through the decoder.
 #
-# > **Predict.** We ask for red, and after some steps `hps` is high. What will you see? **(a)** a red circle, both times · **(b)** with pixels a purple circle with colored
-# > noise, with latents a reddish one · **(c)** noise, both times
+# > **Predict.** We ask for a blue star, and after some steps `hps` is high. What will you see? **(a)** a blue star, both times ·
+# > **(b)** with pixels a cyan star with colored noise, with latents a blue star · **(c)** noise, both times
 
 # %%
 guess = None  # "a", "b" or "c"
 
 # %%
 settings = Sampling().resolve(model)
-start = roll_out(model, prompts[2:], [SEED], settings).latents
-wishes = ["red", "cyan"]
-frame_of = {"pixels": lambda x: x, "latents": lambda x: model.decode(x, [4])}
-begin = {"pixels": model.decode(start, [4]).detach(), "latents": start}
-length = {"pixels": 2.0, "latents": 1.0}  # of a step
+caption = "a cyan star moving left on a white background"
+start = roll_out(model, [caption], [SEED], settings).latents
+variables = {"pixels": model.decode(start, [4]).detach(), "latents": start}
+length = {"pixels": 2.0, "latents": 0.4}  # of a step
 
 
-def uphill(kind, wish, steps=15):
-    """The variables after some steps uphill on hps, for a circle of another color."""
-    text, x = [prompts[2].replace("purple", wish)], begin[kind].clone()
+def frame_of(kind, x):
+    return x if kind == "pixels" else model.decode(x, [4])
+
+
+def uphill(kind, text, steps=25):
+    """The frame after some steps uphill on hps."""
+    x = variables[kind].clone()
     for _ in range(steps):
         x.requires_grad_()
-        (g,) = torch.autograd.grad(hps(frame_of[kind](x), text).sum(), x)
+        (g,) = torch.autograd.grad(hps(frame_of(kind, x), [text]).sum(), x)
         x = (x + length[kind] * g / g.norm()).detach()
         x = x.clamp(0, 1) if kind == "pixels" else x
-    return frame_of[kind](x).detach(), hps(frame_of[kind](x), text).item()
+    return frame_of(kind, x).detach()
 
 
 # %%
 figure, axes = plt.subplots(2, 5, figsize=(11, 4.9), layout="constrained")
-before = begin["pixels"]
+before = variables["pixels"]
 axes[0, 0].imshow(course.picture(before[0, 0]))
 axes[0, 0].set_title("sampled", fontsize=10)
-for column, (kind, wish) in zip(axes.T[1:], [(k, w) for k in frame_of for w in wishes]):
-    after, value = uphill(kind, wish)
-    was = hps(before, [prompts[2].replace("purple", wish)]).item()
+for column, (kind, wish) in zip(axes.T[1:], [(k, w) for k in variables for w in ("blue", "red")]):
+    text = caption.replace("cyan", wish)
+    after = uphill(kind, text)
     column[0].imshow(course.picture(after[0, 0]))
     column[1].imshow(course.picture(0.5 + (after - before)[0, 0]))
-    column[0].set_title(f"{kind}: asked for {wish}\nhps {was:.2f} → {value:.2f}", fontsize=10)
-axes[1, 0].text(0, 0.5, "difference:\n(gray: none)", fontsize=10)
+    was, now = (hps(frame, [text]).item() for frame in (before, after))
+    column[0].set_title(f"{kind}, asked for {wish}\nhps {was:.2f} → {now:.2f}", fontsize=10)
+axes[1, 0].text(0, 0.5, "difference\n(gray: none)", fontsize=10)
 for axis in axes.flat:
     axis.axis("off")
 course.show(figure, "03-signed")
@@ -465,7 +482,12 @@ course.show(figure, "03-signed")
 course.predict(guess, "03-signed")
 
 # %% [markdown]
-# PLACEHOLDER signed
+# With pixels the reward gets what it wants, and we see a cyan star with noise on it: the gradient asks for a pattern that the
+# network takes for blue. With latents the same reward says something that we can read: *less green*, on the star and nowhere
+# else, and the star turns blue. (Red is further away: the star gives up its green for it, too, and is not there after 25 steps.)
+# The reward is the same. What differs is what the gradient passes through: a decoder can only draw what it has learned to draw.
+# This is the reason for everything that follows: VADER sends the gradient through the decoder, and on into a model that makes
+# videos.
 #
 # ## Three ways to break it
 #
@@ -492,8 +514,8 @@ def clamped(frames, prompts):
 
 
 # %% [markdown]
-# > **Predict.** Two of the three have no gradient at all. Which one is the third, and what is wrong with it?
-# > **(a)** `rounded`: its gradient is wrong · **(b)** `through_pil`: it is slow · **(c)** `clamped`: most pixels get none
+# > **Predict.** Two of the three have no gradient at all. Which one is the third, and what is wrong with it? **(a)** `rounded`:
+# > its gradient is wrong · **(b)** `through_pil`: it is slow · **(c)** `clamped`: most pixels get none
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -524,10 +546,11 @@ for axis, (name, y) in zip(axes, curves.items()):
 course.show(figure, "03-slopes")
 
 # %% [markdown]
-# Red: no slope. On the stairs of `round` and of a threshold it is zero everywhere; a clamp has one in the middle only. (PIL and numpy are worse: they
-# leave autograd's graph altogether.) A sigmoid is a threshold that you can climb.
+# Red: no slope. On the stairs of `round` and of a threshold it is zero everywhere; a clamp has one in the middle only. (PIL and
+# numpy are worse: they leave autograd's graph altogether.) A sigmoid is a threshold that you can climb.
 #
-# **Exercise 3** (★, 10 minutes). This reward asks for *few bright pixels* and counts them. Counting has no gradient. Make it differentiable.
+# **Exercise 3** (★, 10 minutes). This reward asks for *few bright pixels* and counts them. Counting has no gradient. Make it
+# differentiable.
 
 
 # %% tags=["exercise"]
@@ -578,8 +601,8 @@ vader_nb.check(rewards.hps("tiny"))
 # %% [markdown]
 # ## Climb it
 #
-# Forget the video model for a moment. Take a *picture* and walk uphill on the reward, as if the pixels were the weights.
-# The prompt says "red star"; we start from plain gray.
+# Forget the video model for a moment. Take a *picture* and walk uphill on the reward, as if the pixels were the weights. The
+# prompt says "red star"; we start from plain gray.
 
 
 # %%
@@ -603,8 +626,8 @@ gray = torch.full((1, 1, 3, 64, 64), 0.5, device=model.device)
 dreamed, curve = ascend(hps, gray, prompts[0])
 
 # %% [markdown]
-# > **Predict.** The sampled clip above has a certain `hps`. The dreamed picture will reach
-# > **(a)** less: it is not a real picture · **(b)** about the same, and look like a red star · **(c)** more, and look like nothing
+# > **Predict.** The sampled clip above has a certain `hps`. The dreamed picture will reach **(a)** less: it is not a real picture
+# > · **(b)** about the same, and look like a red star · **(c)** more, and look like nothing
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -628,11 +651,12 @@ course.show(figure, "03-dream")
 course.predict(guess, "03-dreamed", letter="c" if curve[-1] > real else "a")
 
 # %% [markdown]
-# This is an *adversarial image* ([Szegedy et al. 2013](https://arxiv.org/abs/1312.6199)). The reward did not lie: it never promised anything about pictures like this one.
+# This is an *adversarial image* ([Szegedy et al. 2013](https://arxiv.org/abs/1312.6199)). The reward did not lie: it never
+# promised anything about pictures like this one.
 #
-# That is why we do not optimize pixels. We optimize a few weights of a *video model*, which can only make videos, and so
-# stays near the pictures on which the reward can be trusted. Near, but not on them: train too long, and the model finds
-# the way out, too. That is called *reward hacking*, and notebook 8 is about it.
+# That is why we do not optimize pixels. We optimize a few weights of a *video model*, which can only make videos, and so stays
+# near the pictures on which the reward can be trusted. Near, but not on them: train too long, and the model finds the way out,
+# too. That is called *reward hacking*, and notebook 7 is about it.
 #
 # ## Rewards add up
 #
@@ -647,9 +671,9 @@ for name, reward in likes.items():
     print(f"{name:10}", [f"{value:6.3f}" for value in values], reward)
 
 # %% [markdown]
-# Why 0.02? Because a rating of 7 and a cosine of 0.7 have different units: without a weight, the rating would drown out
-# the cosine. There is a way to choose that does not depend on units: measure how much each reward *varies* over clips of
-# the base model, and express it in these standard deviations.
+# Why 0.02? Because a rating of 7 and a cosine of 0.7 have different units: without a weight, the rating would drown out the
+# cosine. There is a way to choose that does not depend on units: measure how much each reward *varies* over clips of the base
+# model, and express it in these standard deviations.
 
 # %%
 from vader_nb.rewards import statistics
@@ -661,22 +685,26 @@ for name in ("hps", "aesthetic"):
 # %% [markdown]
 # ## …and may conflict
 #
-# If two rewards pull in opposite directions, their sum goes nowhere. What do they pull at? Not at pixels, but at the weights of an *adapter*
-# (notebook 5). So take the gradient of each reward on a fresh adapter, averaged over clips, and look at the cosine between two of them: +1 they agree, −1 they
-# fight. And 0? In fifty thousand dimensions, two directions drawn at random are perpendicular to a hair. But gradients are not drawn at random: all of them come through the same decoder and
-# the same last step. So we draw *rewards* at random, too, which like a meaningless pattern of light and dark, to see what chance looks like.
+# If two rewards pull in opposite directions, their sum goes nowhere. What do they pull at? Not at pixels, but at the weights of
+# an *adapter* (notebook 5). So take the gradient of each reward on a fresh adapter, averaged over clips, and look at the cosine
+# between two of them: +1 they agree, −1 they fight. And when is it so near to 0 that it means nothing? A cosine needs a
+# yardstick. Two directions drawn at random in fifty thousand dimensions have a cosine of 0.00. But gradients are not drawn at
+# random: all of them come through the same decoder and the same last step. So draw *rewards* at random: each likes a meaningless
+# pattern of light and dark. What chance is, their cosines show.
 
 # %%
 adapter = lora.add(model, rank=4, seed=SEED)
 plan = Last(1).plan(settings.num_inference_steps, None)
 noise = torch.Generator().manual_seed(SEED)
-patterns = torch.randn(5, 3, 8, 8, generator=noise).repeat_interleave(8, 2).repeat_interleave(8, 3)
+patterns = torch.randn(4, 3, 8, 8, generator=noise).repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
 def liking(pattern):
     """A reward that knows nothing: how much the frames resemble a random pattern."""
     pattern = pattern.to(model.device)
-    return rewards.as_reward(lambda frames, prompts: (frames * pattern).mean(dim=(1, 2, 3, 4)))
+    return rewards.reward(
+        lambda frames, prompts: (frames * pattern).mean(dim=(1, 2, 3, 4)), per_frame=True
+    )
 
 
 candidates = {
@@ -695,22 +723,25 @@ def adapter_gradient(reward, rollout):
     """The gradient of +reward on the adapter, as one vector on the CPU."""
     for p in adapter.parameters():
         p.grad = None
-    gradient.accumulate(
-        model, adapter, reward, rollout, plan, list(range(8)), gradient_checkpointing=False
-    )
-    return -torch.cat([p.grad.flatten() for p in adapter.parameters()]).cpu()
+    seen = [1, 4, 6] if reward.per_frame else list(range(8))
+    gradient.accumulate(model, adapter, reward, rollout, plan, seen, gradient_checkpointing=False)
+    direction = -torch.cat([p.grad.flatten() for p in adapter.parameters()]).cpu()
+    return (
+        direction / direction.norm()
+    )  # each clip counts as much: some gradients are 200 times as long
 
 
 pulls = []
-for seed, text in enumerate(asked[::2]):
+for seed, text in enumerate(asked[: course.quick(16, 4)]):
     rollout = roll_out(model, [text], [seed], settings, adapter=adapter, window=1)
     pulls.append(torch.stack([adapter_gradient(reward, rollout) for reward in candidates.values()]))
 pulls = torch.stack(pulls)  # (clips, rewards, parameters)
 adapter.remove()
 
 # %% [markdown]
-# > **Predict.** `hps` (does it fit the prompt?) and `aesthetic` (saturated, in the middle, unlike its background): on average over clips, their gradients
-# > **(a)** agree more than chance · **(b)** fight more than chance · **(c)** are as independent as chance
+# > **Predict.** `hps` (does it fit the prompt?) and `aesthetic` (saturated, in the middle, unlike its background): on average
+# > over clips, their gradients **(a)** agree more than chance · **(b)** fight more than chance · **(c)** are as independent as
+# > chance
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -718,7 +749,7 @@ guess = None  # "a", "b" or "c"
 
 # %%
 def table_of(pulls):
-    """Cosines between the rewards' gradients, averaged over clips of equal weight."""
+    """Cosines between the rewards' gradients, each averaged over the clips."""
     unit = torch.nn.functional.normalize(pulls.mean(0), dim=1)
     return unit @ unit.T
 
@@ -751,14 +782,20 @@ letter = "a" if value - reach > chance else "b" if value + reach < -chance else 
 course.predict(guess, "03-conflict", letter=letter, value=value, reach=reach, chance=chance)
 
 # %% [markdown]
-# PLACEHOLDER conflict
+# Look at the gray band before the dots. A pattern without any meaning easily reaches a cosine of a half, with another one or with
+# a real reward: the adapter has many dimensions, but the gradients use few of them. Against this yardstick one pair is beyond
+# doubt, `compress` and `detail`, and those are opposites by construction (which is how you know that the picture works). Some of
+# the other intervals leave out zero, but no mean leaves the band: it is nothing special.
+#
+# In pixels you would meet the opposite illusion: there a random cosine is 0.002, and one of 0.04 looks like nothing and is twenty
+# times chance. (`rewards.conflict` gives it per clip.) Numbers like these are easily computed and easily overread. Whether two
+# rewards get along in training, you find out by training on their sum and looking at each (notebook 7).
 #
 # ## Published rewards
 #
 # What you built from embedded networks exists at full size. The same functions load it: `rewards.hps()` is HPS v2.1,
-# `rewards.aesthetic()` the LAION predictor, `rewards.action()` knows 400 actions. They need a download, and some licenses
-# have conditions (VideoMAE's forbids commercial use). Here is the whole gallery, with what each one costs and when it
-# fails:
+# `rewards.aesthetic()` the LAION predictor, `rewards.action()` knows 400 actions. They need a download, and some licenses have
+# conditions (VideoMAE's forbids commercial use). Here is the whole gallery, with what each one costs and when it fails:
 
 # %%
 rewards.table()
@@ -777,15 +814,17 @@ rewards.table()
 # | $-\lvert R - r^*\rvert$ | `r.towards(target)` | (B,) |
 # | $(R - \mu) / \sigma$ | `r.normalized(*statistics(r, frames, prompts))` | (B,) |
 #
-# **Without looking:** why is a head that fits the ratings best not the best reward? What does the same gradient make of pixels, and what of latents? Which operations have no slope?
-# With what do you compare a cosine between two gradients?
+# **Without looking:** why is a head that fits the ratings best not the best reward? What does the same gradient make of pixels,
+# and what of latents? Which operations have no slope? With what do you compare a cosine between two gradients?
 #
 # ## Exercises
 #
-# Three of them you have met above. **Exercise 4** (★★★, open, an hour). Bring a plot. (i) How many ratings does the head need? The distance to the taste over 30 … 1,000 ratings, with its range over draws, each with the $\lambda$ that its
-# own ratings choose. And is it better to ask for *more* pictures or for *several* ratings of each? (ii) Climb your own head as we climbed `hps`, once a good one and once the greedy one. Whose picture is the more adversarial? (iii) Conflict, clip by clip: for
-# which captions do `hps` and `aesthetic` fight? (`pulls` has a gradient for each.)
+# Three of them you have met above. **Exercise 4** (★★★, open, an hour). Bring a plot. (i) How many ratings does the head need?
+# The distance to the taste over 30 … 1,000 ratings, with its range over draws, each with the $\lambda$ that its own ratings
+# choose. And is it better to ask for *more* pictures or for *several* ratings of each? (ii) Climb your own head as we climbed
+# `hps`, once a good one and once the greedy one. Whose picture is the more adversarial? (iii) Conflict, clip by clip: for which
+# captions do `hps` and `aesthetic` fight? (`pulls` has a gradient for each.)
 
 # %% [markdown] tags=["next"]
-# **Next:** [04 · Reward gradients](04_reward_gradients.ipynb) brings the two halves together: from the reward's gradient
-# on pixels to a gradient on weights, without running out of memory.
+# **Next:** [04 · Reward gradients](04_reward_gradients.ipynb) brings the two halves together: from the reward's gradient on
+# pixels to a gradient on weights, without running out of memory.

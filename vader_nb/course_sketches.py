@@ -8,13 +8,13 @@ from .drawing import BLUE, RED, element, image, path, svg, words
 TARGETS = (  # of a denoiser: symbol, what it is, who predicts it
     ("ε", "the noise", "Stable Diffusion, ModelScope"),
     ("x₀", "the clean data", ""),
-    ("v", "a·ε − b·x₀: along the arc", "tiny, SVD, CogVideoX"),
+    ("v", "α·ε − σ·x₀: along the arc", "tiny, SVD, CogVideoX"),
     ("u", "ε − x₀: along the straight line", "Wan, flow matching"),
 )
 TARGETS_ALT = (
     "Clean data to the right, noise on top. An arc leads from one to the other: noised data of a "
-    "diffusion model, where a² + b² = 1. A straight line joins them, too: flow matching, where "
-    "a + b = 1. From a point on the arc the arrow v runs along the arc toward the noise; from a point "
+    "diffusion model, where α² + σ² = 1. A straight line joins them, too: flow matching, where "
+    "α + σ = 1. From a point on the arc the arrow v runs along the arc toward the noise; from a point "
     "on the line the arrow u runs along the line. A step of the sampler goes the other way, toward "
     "the clean data."
 )
@@ -26,7 +26,7 @@ PIPELINE_ALT = (
 TOWERS_ALT = (
     "A frame goes through the picture network and becomes a vector. The prompt goes through the text "
     "network and becomes a vector. The cosine between the two is the reward. Its gradient runs back "
-    "through the picture network to the frame's pixels."
+    "through the picture network to the pixels of the frame."
 )
 
 
@@ -58,8 +58,8 @@ def targets() -> str:
         path([at(0, 1.08), at(0, 0), at(1.12, 0)], stroke="currentColor", opacity=0.5),
         words(*at(1.02, -0.09), "clean x₀", 13, "middle", font_weight=600),
         words(left - 8, bottom - size + 4, "noise ε", 13, "end", font_weight=600),
-        words(*at(0.5, -0.09), "a", 13, "middle"),
-        words(left - 12, bottom - size / 2, "b", 13, "end"),
+        words(*at(0.5, -0.09), "α", 13, "middle"),
+        words(left - 12, bottom - size / 2, "σ", 13, "end"),
     ]
     for (x, y), color in ((on_arc(48), BLUE), (at(0.5, 0.5), RED)):
         parts.append(element("circle", cx=x, cy=y, r=5, fill=color))
@@ -76,8 +76,8 @@ def targets() -> str:
         parts.append(words(430, y, symbol, 17, font_weight=700, fill=color))
         parts += [words(462, y, meaning, 13), words(462, y + 16, models, 12, opacity=0.75)]
     parts.append(words(430, 92, "the network says …", 13, font_weight=600))
-    parts.append(words(430, 40, "blue: a² + b² = 1, diffusion", 12, fill=BLUE))
-    parts.append(words(430, 58, "red: a + b = 1, flow matching", 12, fill=RED))
+    parts.append(words(430, 40, "blue: α² + σ² = 1, diffusion", 12, fill=BLUE))
+    parts.append(words(430, 58, "red: α + σ = 1, flow matching", 12, fill=RED))
     return image(svg(WIDTH, 300, parts, TARGETS_ALT, WIDTH), TARGETS_ALT, WIDTH)
 
 

@@ -2,7 +2,7 @@ NOTEBOOK = "01_diffusion"
 
 NOISED = """
 def noised(clean, noise, t):
-    kept = alpha[t][:, None]
+    kept = alphas_cumprod[t][:, None]
     return {}
 """
 STEP = """
@@ -47,8 +47,8 @@ ANSWERS = {
             NOISED.format("kept.sqrt() * clean + (1 - kept).sqrt() * noise"),
             NOISED.format("clean * kept**0.5 + noise * (1 - kept)**0.5"),
             "def noised(clean, noise, t): return scheduler.add_noise(clean, noise, t)",
-            "noised = lambda clean, noise, t: torch.einsum('n,nd->nd', alpha[t].sqrt(), clean)"
-            " + torch.einsum('n,nd->nd', (1 - alpha[t]).sqrt(), noise)",
+            "noised = lambda clean, noise, t: torch.einsum('n,nd->nd', alphas_cumprod[t].sqrt(), clean)"
+            " + torch.einsum('n,nd->nd', (1 - alphas_cumprod[t]).sqrt(), noise)",
         ],
         {
             NOISED.format("clean + noise"): "shares should be",
@@ -57,7 +57,9 @@ ANSWERS = {
             NOISED.format("kept.sqrt() * clean + (1 - kept.sqrt()) * noise"): "the noise's is not",
             NOISED.format("kept.sqrt() * noise + (1 - kept).sqrt() * clean"): "shares should be",
             NOISED.format("kept[0].sqrt() * clean + (1 - kept[0]).sqrt() * noise"): "one per point",
-            NOISED.format("alpha[t].sqrt() * clean + (1 - alpha[t]).sqrt() * noise"): "your code",
+            NOISED.format(
+                "alphas_cumprod[t].sqrt() * clean + (1 - alphas_cumprod[t]).sqrt() * noise"
+            ): "your code",
             NOISED.format("None"): "must return",
         },
     ),
@@ -71,7 +73,7 @@ ANSWERS = {
             STEP.replace("a * x - b * output", "a * x + b * output"): "v_prediction: step",
             STEP.replace("b * x + a * output", "b * x - a * output"): "v_prediction: step",
             STEP.replace("clean = x - b * output", "clean = x - output"): "flow: step",
-            STEP.replace("x + a * output", "x + b * output"): "flow: step",
+            STEP.replace("noise = x + a * output", "noise = x + b * output"): "flow: step",
             STEP.replace("b_next * noise", "b * noise"): "epsilon: step 1",
             STEP.replace("a_next * clean", "a * clean"): "epsilon: step 1",
             "step = lambda output, x, now, then, kind: x - (now[1] - then[1]) * output": "epsilon: step 1",

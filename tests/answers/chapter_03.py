@@ -82,7 +82,7 @@ ANSWERS = {
             SIMILARITY.format("(pictures[:, 0] * sentence).sum(-1)"): "the package",
             SIMILARITY.format("-(pictures.mean(1) * sentence).sum(-1)"): "the package",
             SIMILARITY.format("(pictures.mean(1) * sentence).sum(-1).detach()"): "trained on",
-            SIMILARITY.format("(pictures.mean(1) @ sentence.T).mean(1)"): "the package",
+            SIMILARITY.format("(pictures.mean(1) @ sentence.T).mean(1)"): "look at the prompts",
         },
     ),
     "train_head": (
@@ -101,7 +101,7 @@ ANSWERS = {
             RIDGE.format(1e3): "not learned yet",
             ADAM.format(0, 4000, LAST): "learned the noise",
             FEWER.format(64): "learned the noise",
-            RIDGE.format(0.1) + "(vectors, ratings)": "must return a function",
+            RIDGE.format(0.1) + "(vectors)": "must return a function",
             FOLDS.replace("(new - middle)", "(new - new.mean(0))"): "trained on",
             FOLDS.replace("@ weight +", "@ weight[:, None] +"): "need ratings",
             FOLDS.replace(
