@@ -611,7 +611,7 @@ letter = "a" if whole < 5 else "b" if whole < 12 else "c"
 course.predict(guess, "01-gradient", letter=letter, whole=whole, cosine=cosines[-1].item())
 
 # %% [markdown]
-# Neither: on points the two terms are nearly at right angles, so guidance makes the gradient longer by about $w$, and *turns* it.
+# In between: on points the two terms cancel in part only, so guidance makes the gradient longer, by about $w$, and *turns* it.
 # To leave the second term out saves half of the work (in the package: `unconditional_gradient=False`), and the right-hand picture
 # shows the price: without it you still go uphill, but with a growing $w$ in another and another direction. (How much the two
 # cancel in a video model is a question for your own one: exercise 4.)

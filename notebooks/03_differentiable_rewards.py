@@ -337,8 +337,8 @@ course.show(figure, "03-ridge")
 
 # %% [markdown]
 # From left to right the head fits the *given* ratings worse and worse, and yet it gets better, for it stops believing in moods.
-# Too far to the right it believes in nothing. Every reward network in the literature was trained on noisy choices of people, and
-# its users see the gray curve only. Keep it in mind when a model finds the places where a reward is wrong.
+# Too far to the right it believes in nothing. Keep this in mind when, later, a video model finds the places where a reward is
+# wrong: the rewards that people download were trained on people's choices, too, and those are noisy.
 #
 # The package's own `rewards.aesthetic("tiny")` was trained in the same way, on another taste: saturated objects that stand out
 # from their background, in the middle.
@@ -668,7 +668,7 @@ likes["both"] = likes["hps"] + 0.02 * likes["aesthetic"]
 likes["calm"] = likes["aesthetic"].towards(7.0)  # minus the distance to 7
 for name, reward in likes.items():
     values = reward(frames, prompts)
-    print(f"{name:10}", [f"{value:6.3f}" for value in values], reward)
+    print(f"{name:10}", " ".join(f"{value:6.3f}" for value in values), " ", reward)
 
 # %% [markdown]
 # Why 0.02? Because a rating of 7 and a cosine of 0.7 have different units: without a weight, the rating would drown out the
