@@ -16,7 +16,7 @@ import jupytext
 import nbformat
 import pytest
 
-from vader_nb import course, course_drawings
+from vader_nb import course, course_drawings, course_sketches
 
 from . import environments
 from .answers import ANSWERS
@@ -198,14 +198,14 @@ def test_answers_and_alternatives_stay_in_the_package():
     ):
         used = []
         for chapter in {key[:2] for key in known[kind]}:
-            (path,) = (path for path in PAIRS if path.stem.startswith(chapter))
-            sources = "\n".join(cell.source for cell in code(jupytext.read(path)))
+            paths = [path for path in PAIRS if path.stem.startswith(chapter)]
+            sources = "\n".join(cell.source for path in paths for cell in code(jupytext.read(path)))
             used += re.findall(rf'{call}"([^"]*)"', sources)
             assert len(re.findall(call, sources)) == len(re.findall(rf'{call}"{chapter}-', sources))
         assert sorted(used) == sorted(known[kind])
 
 
-@pytest.mark.parametrize("drawing", course_drawings.DRAWINGS)
+@pytest.mark.parametrize("drawing", [*course_drawings.DRAWINGS, *course_sketches.DRAWINGS])
 def test_a_drawing_is_whole_and_its_texts_stay_inside(drawing):
     source, alternative = re.search(
         r'src="data:image/svg\+xml;base64,(.*?)" alt="(.+?)"', drawing()

@@ -30,10 +30,7 @@ def stages() -> str:
         *arrow(x0 - 4, STEPS[2] + 48, 3),
         *notes(),
     )
-    drawing = svg(WIDTH, 4 * ROW + 64, rows, ALT, WIDTH)
-    gray = drawing.replace("font-family:inherit", f"font-family:sans-serif;color:{GRAY}", 1)
-    source = data_url(gray.encode(), "image/svg+xml")
-    return f'<img src="{source}" alt="{ALT}" style="width:100%;max-width:{WIDTH}px">'
+    return image(svg(WIDTH, 4 * ROW + 64, rows, ALT, WIDTH), ALT, WIDTH)
 
 
 def chain(row: int, title: str, steps: dict, frames: list | None = None) -> list[str]:

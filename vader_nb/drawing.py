@@ -95,12 +95,12 @@ def svg(width: float, height: float, parts: Iterable[str], label: str, max_width
     )
 
 
-def image(drawing: str, alt: str) -> str:
+def image(drawing: str, alt: str, max_width: int = 560) -> str:
     """The drawing as an <img>, since viewers of saved notebooks remove inline SVG."""
     # The color of a page does not reach into an image, so it is drawn in gray.
     gray = drawing.replace("font-family:inherit", f"font-family:sans-serif;color:{GRAY}", 1)
     source = data_url(gray.encode(), "image/svg+xml")
-    return f'<img src="{source}" alt="{escape(alt)}" style="width:100%;max-width:560px">'
+    return f'<img src="{source}" alt="{escape(alt)}" style="width:100%;max-width:{max_width}px">'
 
 
 @dataclass(frozen=True)

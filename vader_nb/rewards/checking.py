@@ -75,7 +75,8 @@ def check(
     if prompts is None or len(prompts) != len(frames):
         raise ValueError(f"{len(frames)} clips need as many prompts, got {len(prompts or [])}")
     # Away from 0 and 1, so that a reward's own clamping shows, and ours does not.
-    frames = (frames + 0.02 * torch.randn(frames.shape, generator=generator)).clamp(0.02, 0.98)
+    noise = torch.randn(frames.shape, generator=generator).to(frames.device)
+    frames = (frames + 0.02 * noise).clamp(0.02, 0.98)
     leaf = frames.clone().requires_grad_()
     try:
         value = reward(leaf, prompts)
