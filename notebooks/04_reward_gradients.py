@@ -577,7 +577,7 @@ course.show(figure, "04-experts")
 # (`align` warns where a denoiser is out of reach.)
 #
 # And where the shape moved most, it is hardly a shape any more: after twelve steps of so crude a reward the oracles can name it in few of the
-# clips. That is reward hacking, and notebook 8 is about it.
+# clips. That is reward hacking, and notebook 7 is about it.
 
 # %% [markdown]
 # ## The estimator lab

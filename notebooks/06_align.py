@@ -348,7 +348,7 @@ print(f"gradient norm: {min(norms):.3f} to {max(norms):.3f}, and max_grad_norm i
 # | the reward falls, steadily | the sign |
 # | the reward is flat, the norm is not | pairs, as above, before you change anything; then the learning rate |
 # | `nan` | half precision; a root or a division at zero in the reward |
-# | the reward rises, and the clips get strange | notebook 8 |
+# | the reward rises, and the clips get strange | notebook 7 |
 #
 # ## What a minute buys
 #
@@ -388,7 +388,7 @@ Gallery(rows, width=112)
 # every difference with its 95 % interval. The *oracles* are plain code that reads color, shape, motion and background off the pixels; nothing was
 # ever trained on them (†). `wins` is the share of pairs in which the clip after training scores higher. `motion` is the mean change from one frame to
 # the next (movement or flicker). `diversity` is the variance between the two seeds of a caption, of frames shrunk to 8 × 8 pixels with values from 0 to
-# 255. (Notebook 8 measures it in another space, that of a video network. Such numbers do not compare.)
+# 255. (Notebook 7 measures it in another space, that of a video network. Such numbers do not compare.)
 #
 # > **Predict.** After the same time, which one has added more to `hps`? **(a)** `Last(1)`, with twice the steps · **(b)** `Last(5)`, with the better
 # > gradient · **(c)** with so few clips we cannot tell them apart
@@ -570,8 +570,8 @@ for path in sorted((folder / "run").rglob("*")):
 # Three of them you have met above. **Exercise 4** (★★★, open, two hours). Beat the notebook: with the same minutes of training, a larger
 # difference on the same held-out captions, interval and all. The learning rate, the rank, the batch size, `Frames.random(2)`, `rollout_reuse`, a
 # strategy, `lr_scheduler`: what you like, but choose on the training captions, and look at the held-out ones *once*. Bring a plot of what a minute
-# buys, and say what your best setting does to the diversity. (Why look only once? Notebook 8.)
+# buys, and say what your best setting does to the diversity. (Why look only once? Notebook 7.)
 
 # %% [markdown] tags=["next"]
-# **Next:** [08 · Evaluate, and reward hacking](08_evaluate_and_reward_hacking.ipynb) climbs too far on purpose, and shows how to notice.
-# [07 · Many GPUs](07_many_gpus.ipynb) trains one adapter on several; [09 · Playground](09_playground.ipynb) has sliders.
+# **Next:** [07 · Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb) climbs too far on purpose, and shows how to notice.
+# [08 · Many GPUs](08_many_gpus.ipynb) trains one adapter on several; [09 · Playground](09_playground.ipynb) has sliders.

@@ -353,5 +353,5 @@ course.attempt(check, raw_weights)
 
 # %% [markdown] tags=["next"]
 # **Next:** an idea of your own. Compose a reward that you believe in, align to it as in [06 · Align](06_align.ipynb), and come
-# back for a blind vote: do you like what you asked for? If not, [08 · Evaluate](08_evaluate_and_reward_hacking.ipynb) explains
+# back for a blind vote: do you like what you asked for? If not, [07 · Evaluate](07_evaluate_and_reward_hacking.ipynb) explains
 # why.

@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown] tags=["head"]
-# # 8 · Evaluate, and watch a reward being hacked
+# # 7 · Evaluate, and watch a reward being hacked
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/08_evaluate_and_reward_hacking.ipynb)
-# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/08_evaluate_and_reward_hacking.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/07_evaluate_and_reward_hacking.ipynb)
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|

@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown] tags=["head"]
-# # 7 · Many GPUs: one adapter, several processes
+# # 8 · Many GPUs: one adapter, several processes
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_many_gpus.ipynb)
-# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/07_many_gpus.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/08_many_gpus.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/08_many_gpus.ipynb)
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
@@ -595,5 +595,4 @@ course.attempt(check, first_drift)
 # </details>
 
 # %% [markdown] tags=["next"]
-# **Next:** you can climb a reward too far. [Notebook 8](08_evaluate_and_reward_hacking.ipynb) does it on purpose, shows how
-# to notice, and stops in time.
+# **Next:** [09 · Playground](09_playground.ipynb): drag, type and click, and see what an adapter and a reward do.
