@@ -61,9 +61,7 @@ def present() -> Iterator[None]:
 def part_dtypes(made_for: dict, device: torch.device, dtype: Any) -> dict[str, torch.dtype]:
     """As on a GPU, but for float16, in which a CPU is eight times slower than in bfloat16."""
     found = load_dtypes(made_for, device, dtype)
-    return {
-        part: torch.bfloat16 if one == torch.float16 else one for part, one in found.items()
-    }
+    return {part: torch.bfloat16 if one == torch.float16 else one for part, one in found.items()}
 
 
 class Marks:
@@ -153,6 +151,8 @@ class Names(TorchFunctionMode):
             return marks.on_gpu(first)
         if function in NEEDS_CPU and marks.on_gpu(first):
             raise TypeError("can't convert cuda:0 device type tensor to numpy: call .cpu() first")
+        if function in NEEDS_CPU and first.dtype == torch.bfloat16:  # which stands for float16
+            args = (first.half(), *args[1:])
         if function in UNSEEN and marks.on_gpu(first):
             twin = function(*args, **kwargs)
             marks.place(twin, True)
@@ -165,7 +165,9 @@ class Names(TorchFunctionMode):
         gpu = is_gpu(device) if device is not None else first is not None and marks.on_gpu(first)
         generator = kwargs.get("generator")
         if generator is not None and gpu != is_gpu(generator.device):
-            raise RuntimeError(f"Expected a generator of the tensor's device, got {generator.device}")
+            raise RuntimeError(
+                f"Expected a generator of the tensor's device, got {generator.device}"
+            )
         if not is_gpu(device) and not (device is not None and first is not None):
             return function(*args, **kwargs)
         with marks.move():
