@@ -365,7 +365,7 @@ course.attempt(check, Scaler)
 # </details>
 #
 # `mixed_precision="fp16"` does this, by PyTorch's own [`GradScaler`](https://pytorch.org/docs/stable/amp.html). The staged gradient can do better where it matters most: when stage 3 begins, $g$ is *known*. So the package does not guess there: it divides $g$ by its
-# size, goes through the denoiser with numbers of about 1, and multiplies afterward (`adapter.scaled`, in `vader_nb/lora.py`). With bfloat16 none of this is needed, and the price is paid in places; T4 and V100 cannot do bfloat16 fast. Wan was trained in bfloat16, and overflows in float16.
+# size, goes through the denoiser with numbers of about 1, and multiplies afterward (`adapter.scaled`, in `vader_nb/lora.py`). With bfloat16 none of this is needed, and the price is paid in places. The card decides, too: T4 and V100 have fast float16 only, and Wan is loaded in bfloat16, as its authors run it.
 #
 # ## Seconds, hours, money
 #
@@ -380,8 +380,8 @@ print(
 )
 
 # %% [markdown]
-# Twice the denoising steps (guidance has two branches), and the steps that learn once more. A call of a real model on your card takes a time that you can measure in a minute;
-# here is the twin's, and what such a number means.
+# Guidance has two branches, so every denoising step takes two calls. A step that learns takes them once more, with a graph; but where $K = 1$ and there is memory, the package keeps
+# the last call's graph from the roll-out and saves those. A call of a real model on your card takes a time that you can measure in a minute; here is the twin's, and what such a number means.
 
 # %%
 import time
@@ -430,7 +430,7 @@ HTML(
 )
 
 # %% [markdown]
-# Scoring and the backward pass come on top, and are less than a tenth here (they are few beside the roll-out). If that is too much, change the roll-out first: fewer denoising steps, a smaller clip, `rollout_reuse`. $K = 1$
+# Scoring and the backward pass come on top; with $K = 1$ they are little beside a whole roll-out. If that is too much, change the roll-out first: fewer denoising steps, a smaller clip, `rollout_reuse`. $K = 1$
 # is already the smallest $K$.
 #
 # ## Ten minutes before ten hours

@@ -14,23 +14,26 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.utils.checkpoint
 from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vader_nb import models
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
-load_dtypes = models.part_dtypes
+load_on_cpu, load_dtypes = safetensors.torch.load_file, models.part_dtypes
 aten = torch.ops.aten
 BETWEEN_DEVICES = {aten.copy_.default, aten._foreach_copy_.default, aten._to_copy.default}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 INDEXING |= {aten._index_put_impl_.default, aten._unsafe_index.Tensor}
 UNSEEN = {torch.Tensor.__deepcopy__, torch.Tensor.new_tensor}  # by operations
 NEEDS_CPU = {torch.Tensor.numpy, torch.Tensor.__array__}
+NAMING = {torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__}
+MOVING = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.cpu, torch.Tensor.cuda}
+HANDLED = UNSEEN | NEEDS_CPU | NAMING | MOVING
 
 
 @contextlib.contextmanager
@@ -51,11 +54,16 @@ def present() -> Iterator[None]:
         # It would compare devices, as hooks see them with a mode off and on.
         checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
         patched.setitem(checks, "default", lambda tensor: None)
+        patched.setattr(safetensors.torch, "load_file", load_file)
         patched.setattr(models, "default_device", lambda: GPU)
         patched.setattr(models, "part_dtypes", part_dtypes)
         patched.setattr(models, "is_unchecked_zoo", lambda checkpoint: False)  # for speed
         with Names(marks), Operations(marks):
             yield
+
+
+def load_file(path, device="cpu") -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in load_on_cpu(path).items()}
 
 
 def part_dtypes(made_for: dict, device: torch.device, dtype: Any) -> dict[str, torch.dtype]:
@@ -65,10 +73,10 @@ def part_dtypes(made_for: dict, device: torch.device, dtype: Any) -> dict[str, t
 
 
 class Marks:
-    """The storages on the GPU; `moving` while one goes from device to device."""
+    """The storages on the GPU; `moving` while one goes from device to device. `open`: storages of either, until one is met."""
 
     def __init__(self):
-        self.known, self.moving = set(), False
+        self.known, self.open, self.moving = set(), set(), False
 
     def on_gpu(self, tensor: Any) -> bool:
         if tensor.is_meta or tensor.layout != torch.strided:
@@ -82,6 +90,19 @@ class Marks:
         elif storage._cdata not in self.known:
             self.known.add(storage._cdata)
             weakref.finalize(storage, self.known.discard, storage._cdata)
+
+    def undecided(self, result: Any) -> None:
+        for tensor in tensors_of((result,)):
+            storage = tensor.untyped_storage()
+            self.open.add(storage._cdata)
+            weakref.finalize(storage, self.open.discard, storage._cdata)
+
+    def decide(self, tensor: torch.Tensor) -> bool:
+        """Whether it could be on either device; now it is on the GPU."""
+        if tensor.untyped_storage()._cdata not in self.open:
+            return False
+        self.place(tensor, True)
+        return True
 
     @contextlib.contextmanager
     def move(self) -> Iterator[None]:
@@ -117,22 +138,36 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         marks, kwargs = self.marks, kwargs or {}
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        gpu = [x for x in given if marks.on_gpu(x)]
-        if not gpu or marks.moving:
-            return function(*args, **kwargs)
+        given = tensors_of((*args, *kwargs.values()))
+        if marks.moving or not any(map(marks.on_gpu, given)):
+            result = function(*args, **kwargs)
+            if not given and torch._C._current_graph_task_id() >= 0:  # zeros of a backward formula
+                marks.undecided(result)
+            return result
         if function not in BETWEEN_DEVICES:
-            alike = [args[0], *args[2:3]] if function in INDEXING else given
-            if any(isinstance(x, torch.Tensor) and x.ndim and not marks.on_gpu(x) for x in alike):
-                raise RuntimeError(
-                    f"Expected all tensors to be on the same device, but found cuda:0 and cpu ({function})"
-                )
+            alike = tensors_of((args[0], *args[2:3])) if function in INDEXING else given
+            for x in alike:
+                if x.ndim and not marks.on_gpu(x) and not marks.decide(x):
+                    raise RuntimeError(
+                        f"Expected all tensors to be on the same device, found cuda:0 and cpu: {function}"
+                    )
         result = function(*args, **kwargs)
         known = {x.untyped_storage()._cdata for x in given}
-        for made in tree_leaves(result):
-            if isinstance(made, torch.Tensor) and made.untyped_storage()._cdata not in known:
+        for made in tensors_of((result,)):
+            if made.untyped_storage()._cdata not in known:
                 marks.place(made, True)
         return result
+
+
+def tensors_of(values) -> list[torch.Tensor]:
+    """Those among an operation's arguments or results, and in lists there."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [x for x in value if isinstance(x, torch.Tensor)]
+    return found
 
 
 class Names(TorchFunctionMode):
@@ -143,7 +178,11 @@ class Names(TorchFunctionMode):
         self.marks = marks
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs, marks = dict(kwargs or {}), self.marks
+        marks, kwargs = self.marks, kwargs or {}
+        named = function in HANDLED or "device" in kwargs or "generator" in kwargs
+        if not named or isinstance(function, torch._ops.OpOverload):  # the latter by another mode
+            return function(*args, **kwargs)
+        kwargs = dict(kwargs)
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if function == torch.Tensor.device.__get__ and marks.on_gpu(first):
             return GPU

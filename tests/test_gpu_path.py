@@ -102,19 +102,19 @@ def test_what_is_allowed_on_a_gpu_is_allowed_here(gpu):
 
 @contextlib.contextmanager
 def short():
-    """Training takes one step of one clip, and an evaluation two prompts."""
+    """As tests run notebooks; besides, a step of training takes one clip, and an evaluation two prompts."""
     align, evaluate = vader_nb.align, vader_nb.evaluate
 
-    def one_step(*args, **settings):
-        settings |= {"steps": 1, "progress": False}
-        return align(*args, **settings | {"batch_size": 1})
+    def one_clip(*args, **settings):
+        fewer = {} if "estimator" in settings else {"batch_size": 1}
+        return align(*args, **settings | fewer | {"progress": False})
 
     def two_prompts(model, adapters, reward, groups, **options):
         return evaluate(model, adapters, reward, {k: v[:2] for k, v in groups.items()}, **options)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("VADER_NB_FAST", "1")
-        patched.setattr(vader_nb, "align", one_step)
+        patched.setattr(vader_nb, "align", one_clip)
         patched.setattr(vader_nb, "evaluate", two_prompts)
         yield
 
