@@ -102,8 +102,10 @@ def test_what_is_allowed_on_a_gpu_is_allowed_here(gpu):
 
 @contextlib.contextmanager
 def short():
-    """As tests run notebooks; besides, a step of training takes one clip, and an evaluation two prompts."""
+    """As tests run notebooks; besides, a step of training takes one clip, an evaluation two prompts, and a gradient or
+    clips like earlier ones are those."""
     align, evaluate = vader_nb.align, vader_nb.evaluate
+    sample, gradient, known = vader_nb.sample, vader_nb.reward_gradient, {}
 
     def one_clip(*args, **settings):
         fewer = {} if "estimator" in settings else {"batch_size": 1}
@@ -112,10 +114,31 @@ def short():
     def two_prompts(model, adapters, reward, groups, **options):
         return evaluate(model, adapters, reward, {k: v[:2] for k, v in groups.items()}, **options)
 
+    def sampled(model, prompts, **options):
+        many = 1 if isinstance(prompts, str | vader_nb.Prompt) else len(prompts)
+        kind = id(model), many, repr(options.get("sampling")), "adapter" in options
+        if kind not in known:
+            known[kind] = model, sample(model, prompts, **options)
+        return known[kind][1].clone()
+
+    def reward_gradient(model, adapter, reward, prompts, **options):
+        kind, weights = (id(model), id(adapter), id(reward), len(prompts)), adapter.parameters()
+        if kind not in known:
+            before = [p.grad if p.grad is None else p.grad.clone() for p in weights]
+            result = gradient(model, adapter, reward, prompts, **options)
+            found = [p.grad if old is None else p.grad - old for p, old in zip(weights, before)]
+            known[kind] = (model, adapter, reward), result, [g.clone() for g in found]
+            return result
+        _, result, found = known[kind]
+        for p, g in zip(weights, found):
+            p.grad = g.clone() if p.grad is None else p.grad + g
+        return result
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("VADER_NB_FAST", "1")
-        patched.setattr(vader_nb, "align", one_clip)
-        patched.setattr(vader_nb, "evaluate", two_prompts)
+        for name, short in (("align", one_clip), ("evaluate", two_prompts), ("sample", sampled)):
+            patched.setattr(vader_nb, name, short)
+        patched.setattr(vader_nb, "reward_gradient", reward_gradient)
         yield
 
 
