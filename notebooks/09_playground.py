@@ -25,7 +25,7 @@
 # %% [markdown]
 # Numbers convince, but playing teaches. This notebook has the interactive panels of the toolkit: drag, type, click, and see
 # what an adapter or a reward does. Each panel is one call, and each is also a Python object: what you can do by hand you can
-# also do in code, and the other way around. (On a page without a kernel you see a picture of each panel.)
+# also do in code, and the other way around. (On a page without a kernel you see a picture of each panel; that is why the cells below also press its buttons.)
 #
 # **You will be able to**
 #
@@ -48,7 +48,7 @@ if "google.colab" in sys.modules and not find_spec("vader_nb"):
 from vader_nb import course
 
 # %% tags=["parameters"]
-MODEL = "tiny"  # @param ["tiny", "modelscope"]
+MODEL = "tiny"  # @param ["tiny"]
 STEPS = 12  # @param {type:"integer"}
 SEED = 0  # @param {type:"integer"}
 STEPS = course.quick(STEPS, 2)  # fewer when tests run this notebook
@@ -66,7 +66,7 @@ import tempfile
 import torch
 
 import vader_nb
-from vader_nb import Gallery, Sampling, prompts, rewards
+from vader_nb import Gallery, Sampling, Video, prompts, rewards
 from vader_nb.widgets import (
     MemoryPlanner,
     RewardComparison,
@@ -96,18 +96,14 @@ guess = None  # "a", "b" or "c"
 
 # %%
 ask = "a green star bouncing on a white background"
-row = [
-    sampler.run(prompt=ask, seed=SEED, adapter="aesthetic", scale=scale)
-    for scale in (0, 0.5, 1, 1.5)
-]
-Gallery({"scale 0, ½, 1, 1½": row}, width=128)
+row = []
+for scale in (0, 0.5, 1, 1.5):
+    video = sampler.run(prompt=ask, seed=SEED, adapter="aesthetic", scale=scale)
+    row.append(Video(video.frames, video.fps, f"scale {scale}"))
+Gallery({ask: row}, width=144)
 
 # %%
-course.predict(
-    guess,
-    "b",
-    "the reward never reads the prompt, so the color drifts to one that stands out more.",
-)
+course.predict(guess, "09-aesthetic")
 
 # %% [markdown]
 # ## In which steps is an adapter active?
@@ -137,14 +133,11 @@ for name, video in made.items():
     print(
         f"{name:12} mean change of a pixel {(video.frames - made['nowhere'].frames).abs().mean():.4f}"
     )
-Gallery({", ".join(made): list(made.values())}, width=128)
+row = [Video(video.frames, video.fps, f"acts: {name}") for name, video in made.items()]
+Gallery({ask: row}, width=144)
 
 # %%
-course.predict(
-    guess,
-    "c",
-    "it learned its changes where the gradient came from: late, in colors more than in layout.",
-)
+course.predict(guess, "09-half")
 
 # %% [markdown]
 # ## Base against adapters
@@ -155,7 +148,7 @@ course.predict(
 
 # %%
 comparison = RewardComparison(model, seed=SEED, prompts=few)
-comparison.run()  # all of it, for a page without a kernel
+comparison.run()
 comparison
 
 # %% [markdown]
@@ -166,7 +159,7 @@ comparison
 
 # %%
 composer = RewardComposer(model, seed=SEED, prompts=few)
-composer.measure()  # the conflicts, too, for a page without a kernel
+composer.measure()
 composer
 
 # %% [markdown]
@@ -177,8 +170,8 @@ composer
 
 # %%
 explorer = TruncationExplorer(model)
-for K in course.quick((1, 2, 5), (1,)):  # three settings, for a page without a kernel
-    explorer.measure(K=K, frames="all")  # for a page without a kernel
+for K in course.quick((1, 2, 5), (1,)):
+    explorer.measure(K=K, frames="all")
 explorer
 
 # %% [markdown]
@@ -189,7 +182,7 @@ explorer
 
 # %%
 planner = MemoryPlanner(course.quick("modelscope", "tiny"))
-planner.simulate()  # its first answer, for a page without a kernel
+planner.simulate()
 planner
 
 # %% [markdown]
@@ -305,6 +298,9 @@ def check(active):
     assert active(0.0, 0.6, 4) == [True, True, False, False], (
         "step 2 covers 0.5 to 0.75, which ends after 0.6"
     )
+    assert active(0.3, 1.0, 4) == [False, False, True, True], (
+        "step 1 covers 0.25 to 0.5, which begins before 0.3"
+    )
 
 
 course.attempt(check, active)
@@ -352,6 +348,6 @@ course.attempt(check, raw_weights)
 # </details>
 
 # %% [markdown] tags=["next"]
-# **Next:** an idea of your own. Compose a reward that you believe in, align to it as in [06 · Align](06_align.ipynb), and come
-# back for a blind vote: do you like what you asked for? If not, [07 · Evaluate](07_evaluate_and_reward_hacking.ipynb) explains
-# why.
+# **Next:** [10 · Other models](10_other_models.ipynb): transformers, flows, decoders that remember. Or an idea of your own: compose a
+# reward that you believe in, align to it as in [06 · Align](06_align.ipynb), and come back for a blind vote: do you like what you asked
+# for? If not, [07 · Evaluate](07_evaluate_and_reward_hacking.ipynb) explains why.

@@ -139,14 +139,15 @@ def test_its_skeleton_is_that_of_the_series(pair):
     assert re.fullmatch(r"# \d+ · .+", first.source.splitlines()[0])
     cost = re.search(r"\| ([\d.]+) minutes \| ([\d.]+) GB \| not measured \|", first.source)
     assert cost, "no cost box: make notebooks"
-    assert float(cost[1]) <= 3
+    assert float(cost[1]) <= (4 if path.stem == "10_other_models" else 3)
     assert float(cost[2]) <= 2, "Binder gives 2 GB"
     assert 3 <= len(re.findall(r"^- \*", prose(notebook), re.MULTILINE)) <= 5, (
         "you will be able to …: 3 to 5 verbs"
     )
     (setup,), (parameters,) = tagged(notebook, "setup"), tagged(notebook, "parameters")
     assert setup.source == tagged(jupytext.read(PAIRS[0]), "setup")[0].source
-    assert parameters.source.startswith('MODEL = "tiny"')
+    real = path.stem == "11_one_gpu"  # the one chapter that runs a real model, where there is a GPU
+    assert parameters.source.startswith(('MODEL = "tiny"', 'MODEL = "modelscope"')[real])
     for title in ("## Recap", "Exercises", "**Next:**"):
         assert title in prose(notebook), title
     pictured = [

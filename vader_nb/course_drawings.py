@@ -199,4 +199,81 @@ def prompt_sets() -> str:
     return image(svg(640, 140, parts, SETS_ALT, 640), SETS_ALT)
 
 
-DRAWINGS = stages, bypass, processes, prompt_sets
+CHUNKS = {0: 150, 1: 330, 2: 510}  # x of a causal decoder's boxes
+CAUSAL_ALT = (
+    "A causal decoder, twice. Forward, without a graph, three chunks turn three latents into frames, "
+    "one after the other, and each hands a state on to the next; the states before each chunk are "
+    "kept. Backward, one chunk at a time has its activations in memory, the last one first: the "
+    "gradient comes from its frames and from the state after it, and goes to its latent and to the "
+    "state before it."
+)
+
+
+def causal() -> str:
+    """The exact gradient of a causal decoder, in two passes. HTML, an <img>."""
+    parts = []
+    for row, (title, looks) in enumerate(
+        (
+            ("1 · forward", dict.fromkeys(CHUNKS, "empty")),
+            ("2 · backward", {0: "later", 1: "kept", 2: "absent"}),
+        )
+    ):
+        y = 52 + 168 * row
+        parts.append(words(4, y + 28, title, 14, font_weight=600))
+        for k, x in CHUNKS.items():
+            parts += box(x, y, 100, 46, looks[k], f"decode {k}")
+            parts.append(words(x + 50, y - 24, f"frames y{'₀₁₂'[k]}", 12, "middle"))
+            parts.append(words(x + 50, y + 84, f"z{'₀₁₂'[k]}", 14, "middle"))
+            parts += pointer(x + 50, y + 68, x + 50, y + 50, "currentColor")
+            parts += pointer(x + 50, y - 3, x + 50, y - 18, "currentColor")
+        for k in (1, 2):
+            x = CHUNKS[k]
+            parts += pointer(x - 76, y + 23, x - 4, y + 23, "currentColor")
+            kept = {"fill": BLUE} if not row or k == 1 else {"opacity": 0.35}
+            parts.append(element("circle", cx=x - 40, cy=y + 23, r=5, **{"fill": GRAY} | kept))
+            parts.append(words(x - 40, y + 12, f"h{'₀₁₂'[k]}", 13, "middle", **kept))
+    parts += sweep_back(52 + 168)
+    return picture_of(parts, 340, CAUSAL_ALT)
+
+
+def sweep_back(y: float) -> list[str]:
+    """What reaches the middle chunk, and what it hands on."""
+    x, parts = CHUNKS[1], []
+    parts += pointer(x + 62, y - 20, x + 62, y - 3, RED)
+    parts += pointer(CHUNKS[2] - 4, y + 36, x + 104, y + 36, RED)
+    parts += pointer(x - 4, y + 36, CHUNKS[0] + 104, y + 36, RED)
+    parts += pointer(x + 62, y + 50, x + 62, y + 68, RED)
+    parts.append(words(x + 72, y - 10, "∂R/∂y₁", 12, fill=RED))
+    parts.append(words(x + 72, y + 66, "∂R/∂z₁", 12, fill=RED))
+    parts.append(words(x + 142, y + 52, "∂R/∂h₂", 12, "middle", fill=RED))
+    parts.append(words(x - 38, y + 52, "∂R/∂h₁", 12, "middle", fill=RED))
+    for i, (look, text) in enumerate((*LEGEND, ("later", "its turn comes after"))):
+        parts += box(4 + 205 * i, y + 102, 22, 14, look, "")
+        parts.append(words(32 + 205 * i, y + 114, text, 12))
+    parts.append(element("circle", cx=640, cy=y + 109, r=5, fill=BLUE))
+    parts.append(words(652, y + 114, "state, kept", 12))
+    return parts
+
+
+def pointer(x: float, y: float, x2: float, y2: float, color: str) -> list[str]:
+    """An arrow, up, down, left or right."""
+    dx, dy = ((x2 > x) - (x2 < x), (y2 > y) - (y2 < y))
+    a, b = (
+        (x2 - 7 * dx - 4 * dy, y2 - 7 * dy - 4 * dx),
+        (x2 - 7 * dx + 4 * dy, y2 - 7 * dy + 4 * dx),
+    )
+    head = f"M{a[0]} {a[1]}L{x2} {y2}L{b[0]} {b[1]}Z"
+    line = path([(x, y), (x2 - 6 * dx, y2 - 6 * dy)], stroke=color, stroke_width=1.6)
+    return [line, element("path", d=head, fill=color)]
+
+
+def picture_of(parts: list[str], height: float, alt: str) -> str:
+    """The drawing as an <img>, in a gray that light and dark pages both show."""
+    gray = svg(WIDTH, height, parts, alt, WIDTH).replace(
+        "font-family:inherit", f"font-family:sans-serif;color:{GRAY}", 1
+    )
+    source = data_url(gray.encode(), "image/svg+xml")
+    return f'<img src="{source}" alt="{alt}" style="width:100%;max-width:{WIDTH}px">'
+
+
+DRAWINGS = stages, bypass, processes, prompt_sets, causal

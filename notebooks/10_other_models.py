@@ -1,0 +1,662 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] tags=["head"]
+# # 10 · Other models: one table, one code
+
+# %% [markdown]
+# So far everything ran on one model, a UNet that draws with noise schedules from 2020. The models that people use today are
+# transformers; they learn *flows*; their decoders remember the frames before; some continue a picture. Does VADER's
+# gradient survive all that? It does, and the code that you have written does not change. What changes is one number per
+# model (how much the last step can move), and one stage (the decoder). This chapter is about those two.
+#
+# **You will be able to**
+#
+# - *read* what a model's schedule and decoder mean for its gradient, before you download it;
+# - *convert* between the four things that a denoiser may predict;
+# - *write* the exact gradient of a decoder that has a memory, chunk by chunk;
+# - *weigh* approximations of it: what they save, and what they lose;
+# - *extend* a clip beyond what its model was made for, and *align* a transformer.
+#
+# Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
+
+# %% tags=["setup"]
+import sys
+from importlib.util import find_spec
+
+if "google.colab" in sys.modules and not find_spec("vader_nb"):
+    # Only what Colab lacks: never torch or numpy, which it has.
+    # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
+    # %pip install -q open_clip_torch mediapy
+    pass
+
+from vader_nb import course
+
+# %% tags=["parameters"]
+MODEL = "tiny"  # @param ["tiny"]
+STEPS = 16  # @param {type:"integer"}
+CLIPS = 12  # @param {type:"integer"}
+SEED = 0  # @param {type:"integer"}
+STEPS, CLIPS = course.quick((STEPS, CLIPS), (1, 2))  # fewer when tests run this notebook
+
+# %% tags=["for-checks"]
+import tempfile
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import HTML
+
+import vader_nb
+from vader_nb import (
+    Frames,
+    Gallery,
+    Last,
+    Prompt,
+    Sampling,
+    Video,
+    course_drawings,
+    lora,
+    models,
+    rewards,
+)
+from vader_nb import prompts as prompt_sets
+from vader_nb.zoo import oracles, world
+
+# %%
+small = {name: vader_nb.load(name) for name in (MODEL, "tiny-wan", "tiny-i2v")}
+for model in small.values():
+    model.defaults |= course.quick({}, {"num_inference_steps": 2})  # fewer in tests
+
+held_out = prompt_sets.get("tiny_held_out")  # captions that no model here has seen
+text = held_out[40]
+image = world.render([world.parse(text)], torch.Generator().manual_seed(SEED))[0, 0]
+for name, model in small.items():
+    prompt = Prompt(text, image=image) if model.takes_image else text
+    small[name] = model, prompt, vader_nb.sample(model, [prompt], seeds=5)[0]
+Gallery({"one code": [Video(clip[:8], 8, name) for name, (_, _, clip) in small.items()]}, width=176)
+
+# %% [markdown]
+# Three models, one loop, the same call. `tiny` has ModelScope's layout: a UNet and noise. `tiny-wan` has Wan's: a transformer, a flow, a
+# decoder that knows time. `tiny-i2v` has Stable Video Diffusion's: it was *given* the first frame and continues it. All three
+# are real checkpoints, in the files of the big ones, small enough for this page.
+#
+# ## The table
+#
+# And the big ones themselves? Weights are gigabytes, but an *architecture* is a few lines of configuration. PyTorch can build a network on the
+# device `"meta"`: every tensor has a shape and no numbers. So we can hold VideoCrafter2, SVD, Open-Sora 1.2 and Wan 2.1 in our hands,
+# in full size, without a download.
+
+# %%
+big = {}
+for name in course.quick(
+    ("modelscope", "videocrafter2", "svd", "opensora", "wan"), ("modelscope",)
+):
+    with torch.device("meta"):
+        big[name] = models.from_config(name)
+    big[name].offloader = SimpleNamespace(device=torch.device("cpu"))  # its schedule has numbers
+
+
+def facts(name, model):
+    """A row of the table, by code."""
+    size = Sampling().resolve(model)
+    latents = model.latent_shape(size)
+    return {
+        "model": name,
+        "denoiser": type(model.denoiser).__name__,
+        "parameters": f"{sum(p.numel() for p in model.denoiser.parameters()) / 1e6:,.0f} M",
+        "clip": f"{size.num_frames} × {size.height} × {size.width}",
+        "latents": " × ".join(map(str, latents)),
+        "schedule": "flow" if models.base.is_flow(model.scheduler) else "noise",
+        "decoder": decoder_of(model),
+        "starts from": "an image" if model.takes_image else "text",
+    }
+
+
+# %%
+def decoder_of(model):
+    if model.independent_frames:
+        return "frame by frame"
+    return "causal" if isinstance(model, models.CausalDecoder) else "in chunks"
+
+
+rows = [facts(name, model) for name, model in big.items()]
+rows += [facts(name, model) for name, (model, _, _) in small.items()]
+HTML(vader_nb.drawing.table(rows[0], [row.values() for row in rows]))
+
+# %% [markdown]
+# Read it by columns. *Denoiser*: UNets were inflated from image models; transformers cut the video into patches and let each look at
+# all. For VADER they are the same thing, a function with parameters, and an adapter goes onto the queries, keys and values of both. *Parameters*:
+# about the same, 1.2 to 1.5 billion. *Latents* (channels × frames × height × width): here is the first real difference. Wan makes 81 frames of 21
+# latents, ModelScope 16 of 16. Somebody has to turn 21 into 81, and this is the decoder.
+#
+# VADER's paper tunes the first five kinds except Wan, which did not exist yet
+# ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)). Their own pages: [VideoCrafter2](https://arxiv.org/abs/2401.09047),
+# [Stable Video Diffusion](https://arxiv.org/abs/2311.15127), [Open-Sora](https://arxiv.org/abs/2412.20404), [Wan](https://arxiv.org/abs/2503.20314).
+#
+# ## Noise and flow
+#
+# Every one of these models was trained to undo the same thing,
+#
+# $$x_t = \alpha_t\, x_0 + \sigma_t\, \varepsilon,$$
+#
+# a clean video $x_0$ mixed with noise $\varepsilon$. They differ in two ways: in the *mixture*, and in *what the network says* about it. A flow mixes on
+# a straight line, $\alpha = 1 - \sigma$; the older schedules on a circle, $\alpha^2 + \sigma^2 = 1$. The network may say the noise
+# $\varepsilon$; or $v = \alpha\varepsilon - \sigma x_0$ ([Salimans & Ho 2022](https://arxiv.org/abs/2202.00512)); or the direction of the straight line,
+# $u = \varepsilon - x_0$ ([Lipman et al. 2022](https://arxiv.org/abs/2210.02747)). From each of them, and from $x_t$, the clean video follows.
+#
+# **Exercise 1** (★, 10 minutes). Solve for $x_0$, three times.
+
+
+# %% tags=["exercise"]
+def clean(x, output, alpha, sigma, kind):
+    """x = alpha * x0 + sigma * noise, and what the network said ("epsilon", "v" or "flow") -> x0"""
+    return x  # replace this line
+
+
+# %% tags=["check"]
+def check(clean):
+    random = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(2, 3, dtype=torch.float64, generator=random) for _ in range(2))
+    for kind, alpha, sigma in (("epsilon", 0.6, 0.8), ("v", 0.6, 0.8), ("flow", 0.7, 0.3)):
+        said = {"epsilon": noise, "v": alpha * noise - sigma * x0, "flow": noise - x0}[kind]
+        answer = clean(alpha * x0 + sigma * noise, said, alpha, sigma, kind)
+        assert answer is not None, f"{kind}: the function must return the clean video"
+        assert torch.allclose(answer, x0), f"{kind}: this is not the clean video"
+
+
+course.attempt(check, clean)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# $\varepsilon$: solve the mixture for $x_0$. $v$: compute $\alpha x - \sigma v$, and see what is left of the noise on the circle. Flow: compute
+# $x - \sigma u$ on the line.
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def clean(x, output, alpha, sigma, kind):
+#     if kind == "epsilon":
+#         return (x - sigma * output) / alpha
+#     if kind == "v":
+#         return alpha * x - sigma * output
+#     return x - sigma * output
+# ```
+# </details>
+#
+# So what a network *says* is a matter of taste. The *schedule* is not: it decides how much is left to do at the last step, which is the one that VADER
+# trains. Here is the noise that each model still finds there, along its own trajectory.
+
+
+# %%
+def noise_left(model):
+    """sigma / (alpha + sigma) before each step, 1 for pure noise."""
+    size = Sampling().resolve(model)
+    scheduler, left = model.new_scheduler(size), []
+    x = torch.zeros(1, 1, 1, 1, 1, device=model.device, dtype=torch.float64)
+    for t in scheduler.timesteps:
+        model.scale_input(scheduler, x, t)
+        alpha, sigma = model.signal_and_noise(scheduler, t)
+        left.append(float(sigma / (alpha + sigma)))
+        model.step(scheduler, x, t, x)  # what it says does not matter here
+    return left
+
+
+# %%
+known = big | {name: model for name, (model, _, _) in small.items()}
+left = {name: noise_left(model) for name, model in known.items()}
+figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
+for name, levels in sorted(left.items(), key=lambda item: -item[1][-1]):
+    places = torch.linspace(0, 1, len(levels) + 1)[:-1]
+    line = "--" if name in small else "-"
+    axis.plot(places, levels, line, marker=".", label=f"{name}: at last {levels[-1]:.2g}")
+axis.set(
+    xlabel="part of the trajectory", ylabel="noise / (signal + noise)", yscale="log", xlim=(0.4, 1)
+)
+axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+course.show(figure, "10-noise")
+
+# %% [markdown]
+# On this logarithmic axis the ends are what matters. ModelScope's last step still finds 17 % of noise, the flows 6 to 8 %, VideoCrafter2 4 %, and SVD 0.2 %: when its last step
+# begins, the video is finished. (The embedded models take few and wide steps, so theirs has more to do.) Notebook 2 called what follows from this the *reach* of the last step,
+# and the package gives it as `last_step_gain`; the gradient of $K = 1$ is multiplied by it. [Models](models.md) advises on $K$ by it.
+#
+# ## What K costs, and what it loses
+#
+# > **Predict.** A random adapter, two clips, two frames of each. For which denoiser is the gradient of `Last(1)` closer to the exact one, through all steps?
+# > **(a)** the UNet, `tiny` · **(b)** the transformer, `tiny-wan` · **(c)** they are within 0.03 of each other
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+judge = rewards.hps("tiny").to(small[MODEL][0].device)
+
+
+def cosines(name, Ks, seeds=(1, 2)):
+    """Of the gradients of Last(K) to the exact one, a row for each clip."""
+    model, prompt, _ = small[name]
+    adapter, steps = lora.add(model, rank=4, seed=SEED), model.defaults["num_inference_steps"]
+    random, found = torch.Generator().manual_seed(1), []
+    for p in adapter.parameters():
+        p.data = 0.03 * torch.randn(p.shape, generator=random).to(p)
+    for seed in seeds:
+        vectors = []
+        for K in (*Ks, steps):
+            for p in adapter.parameters():
+                p.grad = None
+            vader_nb.reward_gradient(
+                model,
+                adapter,
+                judge,
+                [prompt],
+                seeds=[seed],
+                strategy=Last(K),
+                frames=Frames.at(0, 4),
+            )
+            vectors.append(torch.cat([p.grad.flatten() for p in adapter.parameters()]).cpu())
+        found.append([torch.cosine_similarity(v, vectors[-1], dim=0).item() for v in vectors])
+    adapter.remove()
+    return (*Ks, steps), found
+
+
+# %%
+Ks = course.quick(
+    {MODEL: (1, 5), "tiny-wan": (1, 2), "tiny-i2v": (1, 5)}, dict.fromkeys(small, (1,))
+)
+measured = {name: cosines(name, Ks[name]) for name in small}
+
+figure, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
+for name, (steps, found) in measured.items():
+    lines = axis.plot(steps, torch.tensor(found).mean(0), marker="o", label=name)
+    for clip in found:
+        axis.plot(steps, clip, ".", color=lines[0].get_color(), alpha=0.4)
+axis.set(xlabel="K, steps that learn", ylabel="cosine to the exact gradient")
+axis.legend(frameon=False, fontsize=8)
+course.show(figure, "10-cosines")
+
+# %%
+unet, transformer = (
+    torch.tensor(measured[name][1])[:, 0].mean().item() for name in (MODEL, "tiny-wan")
+)
+letter = "c" if abs(unet - transformer) < 0.03 else "a" if unet > transformer else "b"
+course.predict(guess, "10-truncation", letter=letter, unet=unet, transformer=transformer)
+
+# %% [markdown]
+# And look at the third line. `tiny-i2v` has SVD's kind of schedule, down to 0.05, and one step's gradient is some 50 degrees off: little is decided there, and that little is about other things. With
+# five of ten steps the line is back at the top. This is why its recipe takes `Last(5)`.
+#
+# Two clips say little, so for the other two the same was measured with training behind it: 40 steps each, held-out captions ([models](models.md)). No $K$ reached a better reward than another, beyond its
+# interval; a direction that is 30 degrees off still goes uphill. What differs is the *price*. In `tiny`, $K = 10$ costs three times as much as $K = 1$. In `tiny-wan`, which takes five steps, all of
+# them together cost about as much as one: nearly the whole time goes into the decoder. Which brings us there.
+#
+# ## Decoders that remember
+#
+# In notebook 4, stage 2 took one frame after the other, because `tiny`'s decoder does. Is it so for the others? Ask each decoder which
+# latents a frame depends on: pull one frame back, and see where the gradient arrives.
+#
+# > **Predict.** `tiny-wan` makes 9 frames of 3 latents. On which latents does its *fifth* frame (of latent 1, the middle one) depend?
+# > **(a)** on its own · **(b)** on its own and the one before · **(c)** on all three
+
+# %%
+guess = None  # "a", "b" or "c"
+
+
+# %%
+def reach(name):
+    """How strongly each frame depends on each latent, (frames, latents), the strongest of a row 1."""
+    model, prompt, _ = small[name]
+    size, random = Sampling().resolve(model), torch.Generator().manual_seed(SEED)
+    latents = torch.randn(1, *model.latent_shape(size), generator=random).to(
+        model.device, model.dtype
+    )
+    rows = []
+    for frame in range(size.num_frames):
+        leaf = latents.clone().requires_grad_()
+        pixels = model.decode(leaf, [frame])
+        pulled = torch.randn(pixels.shape, generator=random).to(pixels)
+        (gradient,) = torch.autograd.grad((pixels * pulled).sum(), leaf)
+        rows.append(gradient.float().square().sum((0, 1, 3, 4)).sqrt().cpu())
+    rows = torch.stack(rows)
+    return rows / rows.amax(dim=1, keepdim=True)
+
+
+# %%
+reached = {name: reach(name) for name in small}
+figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+for axis, (name, rows) in zip(axes, reached.items()):
+    axis.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (frame, latent), value in zip(
+        torch.cartesian_prod(*map(torch.arange, rows.shape)).tolist(), rows.flatten()
+    ):
+        if value > 0:
+            axis.text(
+                latent,
+                frame,
+                f"{value:.1f}" if value > 0.05 else "·",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if value > 0.5 else "black",
+            )
+    axis.set(title=name, xlabel="latent", ylabel="frame")
+course.show(figure, "10-reach")
+
+# %%
+seen = (reached["tiny-wan"][4] > 0).tolist()
+course.predict(guess, "10-reach", letter={1: "a", 2: "b", 3: "c"}[sum(seen)])
+
+# %% [markdown]
+# Three decoders, three shapes. `tiny`: a diagonal, one latent per frame. `tiny-i2v`, as SVD: a diagonal, and a little of everything; its decoder lets all frames of
+# a chunk look at each other, earlier and later ones. `tiny-wan`, as Wan: a staircase. It is **causal**: frames depend on their own latent and on *all* before it, never on a later one.
+# Its convolutions over time keep the last frames that they have seen, and hand them on as a *state*.
+
+# %%
+HTML(course_drawings.causal())
+
+# %% [markdown]
+# Stage 2 decoded one frame and threw its graph away. Now a frame's gradient has to reach latents that were decoded long before. Plain autograd would keep the graph of
+# the whole clip: for Wan's 81 frames of 480 × 832 no GPU has the memory. What helps is what helped in stage 3, for a recurrence is a loop over steps:
+#
+# $$(y_k,\, h_{k+1}) = D(z_k,\, h_k)$$
+#
+# $z_k$ are the latents of chunk $k$, $y_k$ its frames, $h_k$ the state before it. First go through all chunks without a graph, and keep the states. Then
+# go backward: compute chunk $k$ once more, with a graph. What comes back to it is the gradient on its frames, *and* the gradient on its state that the chunk after it has
+# just found. One VJP of both gives $\partial R/\partial z_k$ and the gradient on $h_k$, for the chunk before.
+#
+# **Exercise 2** (★★★, 30 minutes). The core of this notebook. Write that sweep. At any moment there may be the graph of one chunk.
+
+
+# %% tags=["exercise"]
+def sweep(chunk, parts, state, gradients):
+    """The gradient of R on each of the parts.
+
+    chunk(part, state) -> (frames, next state), two tensors. `state` is the one before the first part, a constant.
+    `gradients` has dR/dframes of each part.
+    """
+    # 1 · Forward, without a graph: the state before each part.
+
+    # 2 · Backward, from the last part to the first: one VJP each.
+    return [torch.zeros_like(part) for part in parts]  # replace this line
+
+
+# %% tags=["for-checks"]
+class Toy:
+    """A causal decoder in three lines: frames mix the chunk's latents with the state."""
+
+    def __init__(self):
+        random = torch.Generator().manual_seed(2)
+        self.A, self.B, self.C = (
+            torch.randn(4, 4, dtype=torch.float64, generator=random) / 2 for _ in range(3)
+        )
+
+    def hidden(self, part, state):
+        return torch.tanh(part @ self.A + state @ self.B)
+
+    def chunk(self, part, state):
+        after = self.hidden(part, state)
+        return after @ self.C + part.sin(), after
+
+
+# %% tags=["check"]
+def check(sweep):
+    toy, random = Toy(), torch.Generator().manual_seed(3)
+    parts, gradients = torch.randn(2, 5, 1, 4, dtype=torch.float64, generator=random)
+    state = torch.zeros(1, 4, dtype=torch.float64)
+    leaf, after, total = parts.clone().requires_grad_(), state, 0
+    for part, gradient in zip(leaf, gradients):
+        frames, after = toy.chunk(part, after)
+        total = total + (frames * gradient).sum()
+    total.backward()
+    with course.live_graphs(toy, "hidden") as alive:
+        yours = sweep(toy.chunk, list(parts), state, list(gradients))
+    assert yours is not None and len(yours) == 5, "five parts, five gradients"
+    assert all(y is not None for y in yours), "some parts have got no gradient"
+    yours = torch.stack([y.detach() for y in yours])
+    assert yours.shape == leaf.grad.shape, f"expected shape {tuple(leaf.grad.shape[1:])} of each"
+    assert torch.allclose(yours[-1], leaf.grad[-1]), "the last part's gradient is wrong already"
+    assert torch.allclose(yours, leaf.grad, atol=1e-12), (
+        "the last part is right, and those before it are not: what comes back through the state?"
+    )
+    assert alive[0] == 1, f"right, but the graphs of {alive[0]} chunks were alive at one moment"
+
+
+course.attempt(check, sweep)
+
+# %% [markdown]
+# <details><summary>A hint for the forward part</summary>
+#
+# Under `torch.no_grad()`, append the state to a list *before* each part. You need the state before the last part, and not the one after it.
+# </details>
+# <details><summary>A hint for the backward part</summary>
+#
+# Make leaves of the part and of its state (`detach().requires_grad_()`). `torch.autograd.grad` takes several outputs with a `grad_outputs` for each. For the last part
+# nobody has asked for the state after it: its gradient is zero.
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def sweep(chunk, parts, state, gradients):
+#     states = []
+#     with torch.no_grad():  # 1 · forward
+#         for part in parts:
+#             states.append(state)
+#             _, state = chunk(part, state)
+#     waiting, pulled = torch.zeros_like(state), []
+#     for part, before, g in list(zip(parts, states, gradients))[::-1]:  # 2 · backward
+#         z = part.detach().requires_grad_()
+#         h = before.detach().requires_grad_()
+#         frames, after = chunk(z, h)
+#         dz, waiting = torch.autograd.grad([frames, after], [z, h], [g, waiting])
+#         pulled.append(dz)
+#     return pulled[::-1]
+# ```
+# </details>
+#
+# In the package this is `vader_nb/models/causal.py`, and `model.decode_vjp` is the call. Two settings belong to it:
+#
+# | setting | what it does |
+# |---|---|
+# | `decoder_states="device"` | keep all states where they are (Wan, 81 frames of 480 × 832: 40 GB) |
+# | `decoder_states="cpu"` | keep them in main memory |
+# | `decoder_states=5` | keep every fifth, and compute those in between again (17 GB) |
+# | `decoder_gradient="window:2"` | *approximate*: a frame's gradient reaches two chunks before its own, and no further |
+# | `decoder_gradient="last_chunk"` | approximate: it ends at its own chunk |
+#
+# The first three are exact and trade memory for time. The last two trade exactness for both. For how much?
+
+# %%
+from vader_nb import testing
+
+wan = small["tiny-wan"][0]
+longer = Sampling(num_frames=course.quick(25, 9)).resolve(wan)
+approximations = list(
+    testing.approximations(wan, longer, [text], ("last_chunk", "window:1", "window:2"))
+)
+
+figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
+names = [f"{one.name}\n{one.reward}" for one in approximations]
+colors = ["C0" if "last frame" in one.reward else "C1" for one in approximations]
+for axis, values, label in (
+    (axes[0], [one.cosine for one in approximations], "cosine to the exact gradient"),
+    (axes[1], [one.cost for one in approximations], "operations / those of the exact one"),
+):
+    bars = axis.barh(names, values, color=colors)
+    axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axis.set(xlabel=label, xlim=(0, 1.2))
+axes[0].invert_yaxis()
+axes[0].tick_params(axis="y", labelsize=7)
+course.show(figure, "10-approximations")
+
+# %% [markdown]
+# Blue: the reward looks at the last frame alone, the case in which a window should save most. Orange: it looks at all frames at once. Read both panels together. For the last frame, its own chunk is half of
+# the work and gives a good direction. For all frames the windows save next to nothing, since every chunk has to be decoded anyway, and lose much: no bargain. So it depends on what is scored; the package's default is
+# exact, and the other names say what they are. With a model of your own, `vader_nb.testing.check_model` prints these figures.
+#
+# ## Clips longer than the model
+#
+# A model that continues an image can continue *its own last frame*. Three segments of 8 frames that share their seams make 22. (`vader_nb.extend`
+# does the same for one picture, or for a clip that you have.)
+
+# %%
+i2v = small["tiny-i2v"][0]
+
+
+def three_times(captions):
+    """Pictures of these captions, drawn by code, continued three times: (B, 22, 3, 64, 64)."""
+    random = torch.Generator().manual_seed(SEED)
+    pictures = world.render([world.parse(caption) for caption in captions], random)[:, 0]
+    given = [Prompt(caption, image=picture) for caption, picture in zip(captions, pictures)]
+    return vader_nb.sample(i2v, given, seeds=range(len(given)), sampling=Sampling(extend=3))
+
+
+# %%
+figure, axes = plt.subplots(3, 7, figsize=(9, 4), layout="constrained")
+for row, clip in zip(axes, three_times(held_out[40:43])):
+    for axis, frame in zip(row, (0, 3, 7, 11, 14, 18, 21)):
+        axis.imshow(course.picture(clip[frame]))
+        axis.set_title(f"{frame}", fontsize=9, color="C3" if frame % 7 == 0 else "gray")
+        axis.axis("off")
+course.show(figure, "10-long")
+
+# %% [markdown]
+# Frames 0, 7, 14 and 21 (red) are the seams: each is the last one of a segment and the first of the next. It runs on, and it *drifts*: an error in a seam is the next segment's
+# truth. How fast?
+#
+# > **Predict.** From the first segment to the third, what gets lost more often? **(a)** the color · **(b)** the shape · **(c)** both alike
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+captions = held_out[: 4 * CLIPS : 4]
+drifted = three_times(captions)
+kept = {"color": [], "shape": []}
+for start in (0, 7, 14):
+    right = oracles.grade(drifted[:, start : start + 8], captions)
+    for name, shares in kept.items():
+        shares.append(right[name].mean().item())
+print({name: [f"{share:.0%}" for share in shares] for name, shares in kept.items()})
+
+# %%
+lost = {name: shares[0] - shares[2] for name, shares in kept.items()}
+letter = (
+    "c"
+    if abs(lost["color"] - lost["shape"]) < 0.05
+    else "a"
+    if lost["color"] > lost["shape"]
+    else "b"
+)
+course.predict(
+    guess, "10-drift", letter=letter, **{name: 100 * value for name, value in lost.items()}
+)
+
+# %% [markdown]
+# (Twelve clips are few, and the oracles' verdict is yes or no.) Color and shape both fade: in the pictures a circle becomes a square, and a cyan triangle a blue one. Here alignment has something to do that nothing else does: a reward that sees the *whole* long clip, its seams included. This is the third claim of VADER's paper, and one setting:
+# `align(..., extend=3, segments="2,3")`. The gradient goes through the last steps of each segment that is named; at a seam it ends, because the image there counts as given.
+# (`tiny-i2v`'s last step has a gain of 0.05, so its recipe takes `Last(5)`. With SVD's own 0.002 it would have to.)
+#
+# ## A transformer, aligned
+#
+# The call of notebook 6, with another model. Its [recipe](recipes.md) takes 40 steps; we take a few, and look at what they did.
+
+# %%
+folder, reward = tempfile.mkdtemp(), rewards.hps("tiny") + 0.02 * rewards.aesthetic("tiny")
+run = vader_nb.align(
+    wan,
+    reward,
+    prompt_sets.get("tiny"),
+    steps=STEPS,
+    learning_rate=2e-3,
+    batch_size=4,
+    frames=Frames.all(),
+    strategy=Last(1),
+    seed=SEED,
+    output_dir=f"{folder}/wan",
+    progress=False,
+)
+
+# %%
+groups = {"held-out": held_out[:: len(held_out) // course.quick(32, 2)]}
+evaluation = vader_nb.evaluate(wan, run.adapter, reward, groups, seeds_per_prompt=1, progress=False)
+for name in ("hps + 0.02 × aesthetic", "oracle: color", "oracle: shape"):
+    row = evaluation.row("held-out", name)
+    print(
+        f"{name:24}{row.base:6.3f} → {row.adapter:.3f}, 95 % interval of the difference {row.low:+.3f} to {row.high:+.3f}"
+    )
+
+# %%
+ask = held_out[25:200:40][:4]
+before = vader_nb.sample(wan, ask, seeds=SEED)
+after = vader_nb.sample(wan, ask, seeds=SEED, adapter=run.adapter)
+shown = {"before": before, "after": after}
+Gallery(
+    {name: [Video(c, 8, t) for c, t in zip(clips, ask)] for name, clips in shown.items()}, width=144
+)
+
+# %% [markdown]
+# A few steps are a beginning, and the interval says what can be said of them: where it contains zero, we cannot tell. With the recipe's 40 steps the reward rises by 0.044, interval 0.007 to 0.142,
+# on 48 held-out captions ([models](models.md)). Nothing in the call knows that this is a transformer, a flow, or a causal decoder.
+#
+# ## Recap
+#
+# | question | ask | what it decides |
+# |---|---|---|
+# | how far does the last step reach? | `model.last_step_gain(sampling)` | $K$, or a strategy that trains earlier steps |
+# | does the decoder know time? | `model.independent_frames`, `CausalDecoder` | memory and time of stage 2 |
+# | which weights learn? | `model.targets` | what an adapter goes onto |
+# | are there two denoisers? | `model.denoisers` | whether $K$ reaches both (notebook 4) |
+#
+# **Without looking:** why does SVD need more than $K = 1$? What does a causal decoder's sweep keep in memory, and what does it compute twice? Why may a gradient end at a seam, and what does it lose there?
+#
+# ## Exercises
+#
+# Two of them you have met above. **Exercise 3** (★, 5 minutes). A causal video decoder makes of $L$ latents $1 + 4 (L - 1)$ frames: the first latent is one frame, each later one four. Write the
+# latent that a frame belongs to. (Wan's 81 frames are 21 latents.)
+
+
+# %% tags=["exercise"]
+def latent_of(frame):
+    """Index of a frame, from 0 -> index of its latent, from 0"""
+    return frame // 4  # replace this line
+
+
+# %% tags=["check"]
+def check(latent_of):
+    assert latent_of(0) == 0, "the first frame is that of the first latent"
+    assert latent_of(1) == 1, "the first latent makes one frame only: frame 1 is the next one's"
+    found = [latent_of(frame) for frame in range(81)]
+    assert found[80] == 20, f"frame 80 is of latent 20, the last of 21, not of {found[80]}"
+    assert all(found.count(k) == 4 for k in range(1, 21)), "each later latent makes four frames"
+
+
+course.attempt(check, latent_of)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# Shift by three, so that the first latent, too, has four frames, of which three are never shown.
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def latent_of(frame):
+#     return (frame + 3) // 4
+# ```
+# </details>
+#
+# **Exercise 4** (★★★, open, two hours). Bring a plot. (i) Align `tiny-i2v` on long clips, `extend=3`, once with `segments="1"` and once with `segments="2,3"`, and draw how often color and shape are kept, per segment. Where
+# does each help? (ii) Or align `tiny-wan` with `decoder_gradient="last_chunk"`, and compare with the exact gradient after the same *seconds*: is a cheaper direction worth more than a better one?
+
+# %% [markdown] tags=["next"]
+# **Next:** [11 · One GPU](11_one_gpu.ipynb): ModelScope or Wan, with their own prompts and settings, on the card that you have.
