@@ -7,6 +7,7 @@ comparison.run_all(); comparison.export()   scores of all prompts and the last c
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..rewards import Reward
 from ..sampling import Sampling
 from ..video import Video
 from .ballot import BlindVote
-from .comparison_data import STEPS, Comparison, View
+from .comparison_data import STEPS, Clip, Comparison, View
 from .comparison_html import along, curve, export, heat_legend, heat_overlay, sections
 from .controls import FULL, LINE, choice, disable, row, switch
 from .jobs import Job
@@ -57,8 +58,8 @@ class RewardComparison(BlindVote):
 
     title = "Reward comparison"
     hint = (
-        "Each prompt from the same noise, by the base model and by others. "
-        "Choose a prompt and whom to show; drag “frame” to look closely."
+        "Everyone starts from the same noise. Choose a prompt and whom to show; "
+        "drag “frame” to look closely."
     )
 
     def __init__(
@@ -74,7 +75,7 @@ class RewardComparison(BlindVote):
     ):
         self.data = data = Comparison(model, contestants, rewards, prompts, sampling, seed)
         self.prompts, everyone = data.prompts, [*data.contestants]
-        self._drawn: dict[str, tuple[tuple, tuple]] = {}  # by prompt: what was drawn, and of what
+        self._drawn: dict[str, tuple[Any, Any]] = {}  # by prompt: what was drawn, and of what
         self._sweeping = False  # whether all prompts are being compared
         steps = data.views[STEPS].steps if STEPS in data.views else [0]
         super().__init__(
@@ -100,8 +101,8 @@ class RewardComparison(BlindVote):
         self.player = Player(data.sampling.total_frames)
         pair = row(self.one, self.other, self.order)
         sweep = row(self.all_button, self.stop_button, self.why)
-        self.open_box = VBox([self.step, row(self.reward, self.heat), pair, sweep], layout=FULL)
-        clips = self.prompt, self.view, self.player.box, self.caption
+        self.open_box = VBox([row(self.reward, self.heat), pair, sweep], layout=FULL)
+        clips = self.prompt, self.view, self.player.box, self.step, self.caption
         below = self.open_box, self.ballot_box, self.counts
         self.assemble(*clips, *below, row(self.blind, self.export_button, self.saved))
         self.changed()
@@ -146,7 +147,7 @@ class RewardComparison(BlindVote):
         self.why.value = note(same or unsorted and f"sorting: {unsorted}")
         for part in (self.prompt, self.view, self.open_box):
             part.layout.display = "none" if blind else "flex"
-        self.step.layout.display = "flex" if self._view.steps else "none"
+        self.step.layout.display = "flex" if self._view.steps and not blind else "none"
 
     def _lacks_heat_maps(self) -> list[tuple[str, str]]:
         """Prompts and contestants whose heat map is asked for, but not computed."""
@@ -267,16 +268,15 @@ class RewardComparison(BlindVote):
         """What is in sight, by prompt: the clips that are there, side by side."""
         (rows, names), reward, drawn = self._seen(), self.reward.value, {}
         for prompt in rows:
-            made, alt = self.data.clips_of(prompt, names), f"{', '.join(names)}: {prompt}"
-            frames = {name: clip.pixels() for name, clip in made.items()}
+            if not (made := self.data.clips_of(prompt, names)):
+                continue
+            look, alt = Clip.pixels, f"{', '.join(names)}: {prompt}"
             if self.heat.value and all(reward in clip.heat_maps for clip in made.values()):
-                frames = {name: heat_overlay(clip, reward) for name, clip in made.items()}
-                alt += f", heat maps of {reward}"
-            key, picture = self._drawn.get(prompt, ((), None))
-            if made and key != (alt, *made):  # else another reward of the same clips
-                picture = self.draw([frames.get(name) for name in names], alt)
-            if made and picture:
-                drawn[prompt] = (alt, *made), picture
+                look, alt = partial(heat_overlay, reward=reward), f"{alt}, heat maps of {reward}"
+            drawn[prompt] = self._drawn.get(prompt, ("", ()))
+            if drawn[prompt][0] != (key := (alt, *made)):  # else another reward of the same clips
+                frames = [look(made[name]) if name in made else None for name in names]
+                drawn[prompt] = key, self.draw(frames, alt)
         self._drawn = drawn
         return {prompt: picture for prompt, (_, picture) in drawn.items()}
 
@@ -298,8 +298,8 @@ class RewardComparison(BlindVote):
 
     def prepare(self) -> None:
         rows, seen = self._seen()
-        if not self.blind.value and (work := self.data.to_do(rows[:1], seen[:2], keep=True)):
-            self.jobs.finish(lambda: self._make(work))
+        if not self.blind.value and (work := self.data.to_do(rows, seen, keep=True)):
+            self.jobs.finish(lambda: self._make(work[:2]))  # two contestants, for a first picture
             self.jobs.submit(self._one)
 
     def to_html(self) -> str:

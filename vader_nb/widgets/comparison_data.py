@@ -73,12 +73,14 @@ def line_up(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, View]]:
     everyone: dict[str, Any] = {BASE: None}
     views, runs = {ALL: View([BASE, *given])}, {}
     for name, which in given.items():
-        which = getattr(which, "folder", which)  # a run's
-        steps = list_checkpoints(which) if isinstance(which, str | Path) else {}
-        if steps and not (Path(which) / "adapter.safetensors").is_file():  # it has not ended yet
-            which = steps[max(steps)]
+        which, steps = getattr(which, "folder", which), {}  # of a run its folder
+        if isinstance(which, str | Path):
+            which = Path(which).expanduser()
+            steps = list_checkpoints(which)
+            if steps and not (which / "adapter.safetensors").is_file():  # it has not ended yet
+                which = steps[max(steps)]
         everyone[name] = which
-        if isinstance(which, str | Path | Mapping):
+        if isinstance(which, Path | Mapping):
             weights = which if isinstance(which, Mapping) else {which: 1.0}
             labels = {scale: name if scale == 1 else f"{scale:g} × {name}" for scale in SCALES}
             for scale, label in labels.items():
