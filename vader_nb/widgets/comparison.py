@@ -139,7 +139,7 @@ class RewardComparison(BlindVote):
         unscored = "" if any(data.scores.values()) else "there is nothing to export yet"
         disable(blind, self.prompt, self.view, self.step, self.reward, self.heat)
         disable(blind or alone, self.one, self.other)
-        disable(blind or same or unsorted, self.order)
+        disable(blind or same or unsorted or sweeping, self.order)  # it would end the sweep
         disable(blind or finished or sweeping, self.all_button)
         disable("" if sweeping else "nothing is under way", self.stop_button)
         disable(blind or unscored, self.export_button)

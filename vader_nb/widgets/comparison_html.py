@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from .. import report, voting
 from ..drawing import Series, chart, columns, note, number, path, table
 from ..evaluation import BASE
-from ..stats import MIN_PROMPTS, paired_interval
+from ..stats import NOTES, paired_row
 from ..voting import Vote
 from .comparison_data import ALL, Clip, Comparison, View
 from .player import joined
@@ -185,20 +185,17 @@ def _playing(comparison: Comparison, prompt: str, names: Sequence[str]) -> str:
 
 
 def _differences(comparison: Comparison) -> str:
-    """The table of mean differences to the base over prompts."""
-    rows = []
-    for reward in comparison.rewards:
-        for name in comparison.contestants:
-            prompts = [
-                p for p, scores in comparison.scores.items() if {name, BASE} <= scores.keys()
-            ]
-            if name == BASE or not prompts:
-                continue
-            changes = torch.tensor([comparison.difference(p, name, reward) for p in prompts])
-            bounds = f"from {MIN_PROMPTS} prompts on"
-            if len(changes) >= MIN_PROMPTS:
-                bounds = " to ".join(number(bound, "+") for bound in paired_interval(changes))
-            higher = f"{(changes > 0).sum()} of {len(changes)}"
-            rows.append((reward, name, signed(changes.mean().item()), bounds, higher))
-    head = "reward", "contestant", "mean difference", "95 % interval", "higher on"
-    return table(head, rows, "class=differences") if rows else ""
+    """The table of mean differences to the base over prompts, as `evaluate` gives them."""
+    c, rows = comparison, []
+    for reward in c.rewards:
+        for name in c.contestants:
+            prompts = [p for p, scores in c.scores.items() if {name, BASE} <= scores.keys()]
+            if name != BASE and prompts:
+                means = ([[c.mean(p, n, reward) for p in prompts]] for n in (BASE, name))
+                base, after = map(torch.tensor, means)
+                row = paired_row("", reward, base, after, name, False)
+                rows.append((reward, name, *row.texts(), "*" * row.significant, row.prompts))
+    if not rows:
+        return ""
+    head = "reward", "contestant", "base", "mean", "difference", "95 % interval", "p", "wins", "", "prompts"  # fmt: skip
+    return table(head, rows, "class=differences") + note(f"* {'; '.join(NOTES)}")
