@@ -618,13 +618,16 @@ def test_every_control_has_a_label(comparison):
 
 def test_widgets_do_not_pile_up(everything):
     registry = ipywidgets.Widget.widgets if WIDGETS is None else WIDGETS
-    everything.run(PROMPTS[0])
+    everything.run(PROMPTS[0], view="scales of hps")
     before, kept = len(registry), len(everything.data.clips)
     for i in range(25):
+        everything.view.value = ("contestants", "scales of hps")[i % 2]
         everything.prompt.value = PROMPTS[i % 3]
         everything.reward.value = rewards()[i % 2].name
     assert everything.error is None
     assert (len(registry), len(everything.data.clips)) == (before, kept)
+    assert len(everything._drawn) <= 3  # pictures of what is in sight
+    everything.set(view="contestants")
 
 
 # --------------------------------------------------------------------------------------------------------- blind votes

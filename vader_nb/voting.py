@@ -133,15 +133,16 @@ def agreement(votes: Iterable[Vote]) -> dict[str, Tally]:
     Under "another voter": how often two people agree on the same clips, which no reward need exceed.
     """
     clear = [vote for vote in votes if vote.choice != "="]
-    told = defaultdict(list)
+    told, seen = defaultdict(list), defaultdict(list)
     for vote in clear:
+        seen[vote.clips].append(vote)
         for reward, difference in vote.rewards.items():
             if abs(difference) > 0:
                 told[reward].append((vote, float((difference > 0) == (vote.choice == "A"))))
-    for one, other in combinations(clear, 2):
-        if one.clips == other.clips and one.voter != other.voter:
-            same = one.value(one.left) == other.value(one.left)
-            told["another voter"].append((one, float(same)))
+    for one, other in (pair for same in seen.values() for pair in combinations(same, 2)):
+        if one.voter != other.voter:
+            agreed = one.value(one.left) == other.value(one.left)
+            told["another voter"].append((one, float(agreed)))
     return {name: Tally.of(values) for name, values in told.items()}
 
 

@@ -160,7 +160,7 @@ def export(comparison: Comparison, votes: Sequence[Vote]) -> str:
         lacking = c.lacks(view.names)
         elements = {p: _playing(c, p, view.names) for p in c.prompts if p not in lacking}
         if elements:
-            title = f"{title.capitalize()}, {len(elements)} of {len(c.prompts)} prompts"
+            title = f"{title[0].upper()}{title[1:]}, {len(elements)} of {len(c.prompts)} prompts"
             views[title] = Markup(sections(c, elements, view.names, [*c.rewards]))
     if not views:
         raise ValueError("there is nothing to export yet: comparison.run() or run_all() first")
