@@ -32,12 +32,20 @@ sampler = Sampler(model, folder="saved")
 sampler
 """
 COMPARISON = """
+import shutil
+from pathlib import Path
 import vader_nb
-from vader_nb import Sampling, prompts
+from vader_nb import BestOf, Sampling, prompts, rewards, zoo
 from vader_nb.widgets import RewardComparison
 model = vader_nb.load("tiny")
 shown = prompts.get("tiny_held_out")[:3]
-RewardComparison(model, prompts=shown, sampling=Sampling(num_inference_steps=3), folder="votes")
+mine = Path("mine")
+for step in (10, 20):
+    checkpoint = mine / "checkpoints" / f"step-{step:06d}"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    shutil.copy(zoo.adapters()["aesthetic"], checkpoint / "adapter.safetensors")
+contestants = {"hps": zoo.adapters()["hps"], "mine": mine, "best of 2": BestOf(2, rewards.hps("tiny"))}
+RewardComparison(model, contestants, prompts=shown, sampling=Sampling(num_inference_steps=3), folder="votes")
 """
 MONITOR = """
 from vader_nb import Sampling, align, prompts, rewards
@@ -221,13 +229,20 @@ def test_a_run_is_stopped_from_another_notebook(address, folder, page, chromium)
     ).to_be_visible()
 
 
-def test_one_compares_and_votes(address, folder, page):
+@pytest.fixture(scope="module")
+def compared(address, folder, chromium):
+    """A page with a comparison that has its first clips."""
     browser.notebook(folder / "comparison.ipynb", COMPARISON)
-    browser.open_notebook(page, address, "comparison.ipynb")
-    browser.run_all(page)
-    panel = page.locator(".vader")
-    panel.locator("img.vader-frame").first.wait_for()
-    expect(panel).to_contain_text(re.compile(r"base.*aesthetic.*hps", re.DOTALL))
+    with browser.window(chromium) as page:
+        browser.open_notebook(page, address, "comparison.ipynb")
+        browser.run_all(page)
+        page.locator(".vader img.vader-frame").first.wait_for()
+        yield page
+
+
+def test_one_compares(compared):
+    panel = compared.locator(".vader")
+    expect(panel).to_contain_text(re.compile(r"base.*hps.*mine.*best of 2", re.DOTALL))
     handle = panel.locator(".widget-slider", has_text=re.compile("^frame")).locator(".noUi-handle")
     handle.focus()
     handle.press("ArrowRight")
@@ -237,16 +252,48 @@ def test_one_compares_and_votes(address, folder, page):
     ).to_be_visible()  # the curve's marker goes with the frame
     panel.get_by_label("gradient heat map").check()
     expect(panel.get_by_text("Heat map:").locator("visible=true")).to_have_count(1)
+    panel.get_by_label("gradient heat map").uncheck()
     panel.get_by_role("button", name="compare all prompts").click()
     expect(panel.get_by_label("sort prompts")).to_be_enabled()
     panel.get_by_label("sort prompts").select_option("hurts most first")
     expect(panel.get_by_label("prompt", exact=True).locator("option").first).to_contain_text("·")
-    panel.get_by_role("button", name=re.compile("blind vote")).click()
-    votes = folder / "votes" / "votes.jsonl"
+    handle.press("Home")
+
+
+def test_one_sees_an_adapter_at_several_scales_and_a_run_along_its_checkpoints(compared):
+    panel = compared.locator(".vader")
+    panel.get_by_label("show", exact=True).select_option("scales of hps")
+    expect(panel.get_by_text("1.5 × hps").locator("visible=true")).to_have_count(3)  # prompts
+    expect(panel.locator("svg[aria-label^='hps by scale, mean of these 3']:visible")).to_have_count(
+        1
+    )
+    expect(panel.locator("td:visible", has_text="…")).to_have_count(0)
+    step = panel.locator(".widget-slider", has_text=re.compile("^step"))
+    expect(step).to_be_hidden()
+    panel.get_by_label("show", exact=True).select_option("checkpoints by step")
+    expect(step).to_be_visible()
+    expect(panel.locator("th:visible", has_text="mine, step 20")).to_be_visible()
+    for key, shown in (("ArrowLeft", "mine, step 10"), ("ArrowRight", "mine, step 20")):
+        step.locator(".noUi-handle").press(key)
+        expect(panel.locator("th:visible", has_text=shown)).to_be_visible()
+        expect(panel.locator("td:visible", has_text="…")).to_have_count(0)
+    panel.get_by_label("show", exact=True).select_option("contestants")
+
+
+def test_one_votes_by_name_on_any_two(compared, folder):
+    page, panel = compared, compared.locator(".vader")
+    panel.get_by_label("compare", exact=True).select_option("mine")
+    panel.get_by_label("with", exact=True).select_option("best of 2")
+    panel.get_by_role("button", name="blind vote: mine or best of 2?").click()
+    name = panel.get_by_label("your name")
+    name.fill("ann")
+    name.press("Enter")
+    votes = folder / "votes" / "votes-ann.jsonl"
     for number in (1, 2):
         button = panel.get_by_role("button", name="A is better")
         expect(button).to_be_enabled()
-        expect(panel.get_by_text("hps").locator("visible=true")).to_have_count(0)
+        for hidden in ("mine", "best of 2", "hps"):
+            expect(panel.get_by_text(hidden).locator("visible=true")).to_have_count(0)
         button.click()
         wait_until(
             lambda number=number: (
@@ -256,9 +303,34 @@ def test_one_compares_and_votes(address, folder, page):
         )
     panel.get_by_role("button", name="show tally").click()
     expect(panel).to_contain_text("Win rate")
+    expect(panel).to_contain_text("agrees with the votes")
+    expect(panel).to_contain_text("voters: ann")
     panel.get_by_role("button", name="leave the blind vote").click()
+
+
+def test_the_export_plays_without_a_server(compared, folder, chromium):
+    panel = compared.locator(".vader")
     panel.get_by_role("button", name="export as HTML").click()
     expect(panel.get_by_role("link")).to_be_visible()
+    for width in (1280, 400):
+        with browser.window(chromium, width) as page:
+            page.context.set_offline(True)
+            page.goto((folder / "votes" / "comparison.html").as_uri())
+            expect(page.locator("h1")).to_have_text("Base against hps, mine, best of 2")
+            clips = page.locator("section img")
+            assert clips.count() >= 3 + 3 + 1  # contestants, scales, checkpoints
+            for clip in clips.all():
+                clip.scroll_into_view_if_needed()
+                assert clip.evaluate("e => e.decode().then(() => e.naturalWidth)") >= 64
+            before, after = (page_after(clips.first, wait) for wait in (0, 1100))
+            assert before != after  # it moves
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            expect(page.get_by_text("voters: ann")).to_be_visible()
+
+
+def page_after(clip, milliseconds):
+    clip.page.wait_for_timeout(milliseconds)
+    return clip.screenshot()
 
 
 SCROLLING = """panel => [panel, ...panel.querySelectorAll('*')].filter(e => e.clientWidth
@@ -355,7 +427,7 @@ def test_more_settings_are_reached_by_keyboard(visited):
     assert readout.evaluate("e => e.scrollWidth <= e.clientWidth")
 
 
-def test_a_clip_starts_from_an_uploaded_image(visited):
+def test_a_clip_starts_from_an_uploaded_image_and_goes_on_in_segments(visited):
     page = visited
     page.get_by_label("model", exact=True).select_option("tiny-i2v")
     upload = page.get_by_role("button", name=re.compile("start from an image"))
@@ -371,6 +443,16 @@ def test_a_clip_starts_from_an_uploaded_image(visited):
     expect(panel.get_by_role("button", name="back to this")).to_have_count(3)
     panel.get_by_role("button", name="without").press("Enter")
     expect(caption(panel)).not_to_contain_text("from your image")
+    panel.get_by_role("button", name="more settings").press("Enter")
+    handle = panel.locator(".widget-slider", has_text=re.compile("^segments")).locator(
+        ".noUi-handle"
+    )
+    expect(handle).to_be_visible()  # the kernel opens the fold; a key before that is nobody's
+    handle.press("ArrowRight")
+    expect(panel.get_by_text("segment 2, to frame 15").locator("visible=true")).to_be_visible()
+    handle = panel.locator(".widget-slider", has_text=re.compile("^frame")).locator(".noUi-handle")
+    handle.press("PageUp")
+    expect(panel.locator(".vader-segments b:visible")).to_have_count(1)
 
 
 def test_its_studies_answer(visited):
@@ -521,6 +603,8 @@ def test_ipywidgets_7_does_the_same(seven, page):
     ]
     assert not page.locator(".vader-still:visible").count()
     comparison = panel_of(page, "Reward comparison")
+    comparison.get_by_label("show", exact=True).select_option("checkpoints by step")
+    expect(comparison.locator("th:visible", has_text="mine, step 20")).to_be_visible()
     comparison.get_by_role("button", name=re.compile("blind vote")).click()
     button = comparison.get_by_role("button", name="B is better")
     expect(button).to_be_enabled()

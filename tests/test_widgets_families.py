@@ -165,7 +165,7 @@ def test_the_other_panels_take_prompts_with_images(i2v, tmp_path):
         sampling=Sampling(1),
     )  # fmt: skip
     comparison.run(prompt=str(given[1]))
-    made = comparison.data.clips[str(given[1])]["base"].pixels()
+    made = comparison.data.clips[str(given[1]), "base"].pixels()
     torch.testing.assert_close(made, wanted[1], atol=1 / 255, rtol=0)
     composer = RewardComposer(
         i2v, {"red": lambda frames, _: frames[:, :, 0].mean((1, 2, 3))}, given

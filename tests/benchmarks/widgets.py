@@ -24,6 +24,7 @@ ACTIONS = {  # what one interaction is, for the panels that make clips
     "RewardComparison": lambda panel, i: (
         setattr(panel.prompt, "value", panel.prompts[i % len(panel.prompts)]),
         setattr(panel.heat, "value", bool(i % 2)),
+        setattr(panel.view, "value", [*panel.data.views][i // 2 % 2]),  # contestants, scales
     ),
 }
 

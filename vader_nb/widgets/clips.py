@@ -66,14 +66,23 @@ def merged(model: VideoModel, weights: Mapping[str | Path, float]) -> Adapter | 
 def validate_adapters(
     model: VideoModel, adapters: Mapping[str, str | Path] | None
 ) -> dict[str, str | Path]:
-    """The adapters by name, default: those shipped for "tiny". Raises for one that does not fit."""
-    if adapters is None:
-        own = model.world == "tiny" and isinstance(model, ModelScope)  # the family of "tiny"
-        shipped = zoo.adapters() if own else {}
-        adapters = {name: shipped[name] for name in sorted(shipped, key=lambda name: name != "hps")}
+    """The adapters by name, default: the shipped ones. Raises for one that does not fit."""
+    adapters = shipped(model) if adapters is None else adapters
     for path in adapters.values():
         lora.check_fits(model, path)
     return dict(adapters)
+
+
+def shipped(model: VideoModel) -> dict[str, Path]:
+    """The adapters that come with "tiny", first the one that helps; of other models none."""
+    if model.world != "tiny" or not isinstance(model, ModelScope):  # the family of "tiny"
+        return {}
+    return dict(sorted(zoo.adapters().items(), key=lambda item: item[0] != "hps"))
+
+
+def adapter_of(which: Any) -> Any:
+    """The adapter that a contestant is, or that it samples with; None for none."""
+    return getattr(which, "adapter", None if hasattr(which, "sample") else which)
 
 
 def examples(model: VideoModel, count: int) -> list[str]:

@@ -1,26 +1,32 @@
-"""The base model and adapters on prompts: clips, scores and heat maps, computed in steps and kept."""
+"""Contestants on prompts: their clips, scores and heat maps, computed in steps and kept."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .. import lora
 from .. import prompts as prompt_sets
+from ..checkpoints import list_checkpoints
 from ..evaluation import BASE, named_adapters
 from ..lora import Adapter
 from ..models import VideoModel
 from ..prompts import Prompt
 from ..rewards import Reward, as_reward, parse
-from ..rewards.base import at_least_float32
+from ..rewards.base import at_least_float32, pixel_gradient
 from ..sampling import Sampling
 from . import clips
 from .jobs import Job
 from .panel import remember
 
-MAX_CLIPS = 24  # prompts whose clips stay in memory; scores are small, and stay for all prompts
+MEMORY = 2e9  # bytes of the clips that are kept; scores are small, and stay for all prompts
 MAX_PROMPTS = 200  # each costs a clip per contestant
+ALL, STEPS = "contestants", "checkpoints by step"
+SCALES = (0.5, 1.0, 1.5)  # of an adapter, beside 0, the base
+ROWS = 4  # prompts of a grid
 
 
 @dataclass
@@ -32,19 +38,78 @@ class Clip:
         return self.frames.float() / 255
 
 
+@dataclass
+class View:
+    """Contestants that are shown together, the base first.
+
+    Attributes:
+        names: All of them.
+        prompts: How many are in sight at once.
+        axis: "scale" or "step", over which rewards are drawn; without one, over frames.
+        curves: Name of a curve -> contestant -> its place on the axis.
+    """
+
+    names: list[str]
+    prompts: int = 1
+    axis: str = ""
+    curves: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps to choose from."""
+        places = [place for curve in self.curves.values() for place in curve.values()]
+        return sorted({int(place) for place in places}) if self.axis == "step" else []
+
+    def shown(self, step: int) -> list[str]:
+        """Who is in sight; of each run, the checkpoint next to the step."""
+        if not self.steps:
+            return self.names
+        runs = self.curves.values()
+        return [BASE, *(min(run, key=lambda name: abs(run[name] - step)) for run in runs)]
+
+
+def line_up(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, View]]:
+    """All contestants by name, with scaled adapters and checkpoints, and the views of them."""
+    everyone: dict[str, Any] = {BASE: None}
+    views, runs = {ALL: View([BASE, *given])}, {}
+    for name, which in given.items():
+        which, steps = getattr(which, "folder", which), {}  # of a run its folder
+        if isinstance(which, str | Path):
+            which = Path(which).expanduser()
+            steps = list_checkpoints(which)
+            if steps and not (which / "adapter.safetensors").is_file():  # it has not ended yet
+                which = steps[max(steps)]
+        everyone[name] = which
+        if isinstance(which, Path | Mapping):
+            weights = which if isinstance(which, Mapping) else {which: 1.0}
+            labels = {scale: name if scale == 1 else f"{scale:g} × {name}" for scale in SCALES}
+            for scale, label in labels.items():
+                everyone.setdefault(label, {path: scale * w for path, w in weights.items()})
+            places = {BASE: 0.0} | {label: scale for scale, label in labels.items()}
+            views[f"scales of {name}"] = View([*places], ROWS, "scale", {name: places})
+        if len(steps) > 1:
+            runs[name] = {f"{name}, step {step}": float(step) for step in steps}
+            everyone |= dict(zip(runs[name], steps.values()))
+    if runs:
+        names = [name for run in runs.values() for name in run]
+        views[STEPS] = View([BASE, *names], 1, "step", runs)
+    return everyone, views
+
+
 class Comparison:
-    """Contestants on prompts, each from the noise of `seed`: the base, then the adapters."""
+    """Contestants on prompts, each from the noise of `seed`; `views` say which are shown together."""
 
     def __init__(
         self,
         model: VideoModel,
-        adapters: Mapping[str, str | Path] | None,
+        contestants: Any,
         rewards: Sequence[Reward | Callable] | None,
         prompts: Sequence[str | Prompt] | None,
         sampling: Sampling | None,
         seed: int,
     ):
         self.model, self.seed = model, seed
+        self.sampling = (sampling or Sampling()).resolve(model)
         self.rewards = metrics(model, rewards)
         given = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
         if len(given) > MAX_PROMPTS:
@@ -55,71 +120,94 @@ class Comparison:
         self.prompts = [*self.given]
         for reward in self.rewards.values():
             reward.check_prompts(self.prompts)
-        self.adapters = clips.validate_adapters(model, adapters and named_adapters(adapters))
-        self.sampling = (sampling or Sampling()).resolve(model)
-        self.names = [BASE, *self.adapters]
+            reward.check_frames(self.sampling.total_frames)
+            reward.at_fps(model.defaults["fps"])
+        named = clips.shipped(model) if contestants is None else named_adapters(contestants)
+        self.contestants, self.views = line_up(named)
+        for name in named:
+            lora.check_fits(model, clips.adapter_of(self.contestants[name]))
         # prompt -> contestant -> reward -> (F,), or (1,) for a reward on whole clips
         self.scores: dict[str, dict[str, dict[str, torch.Tensor]]] = {p: {} for p in self.prompts}
-        # prompt -> contestant, of the prompts that were used last
-        self.clips: dict[str, dict[str, Clip]] = {}
+        self.clips: dict[tuple[str, str], Clip] = {}  # by prompt and contestant, the last used last
         self.merged: dict[str, Adapter | None] = {BASE: None}
 
     def sample(self, name: str, prompt: str, seed: int) -> Generator[float, None, torch.Tensor]:
         """Sample a contestant's clip (F, 3, H, W)."""
+        which, s, given = self.contestants[name], self.sampling, [self.given[prompt]]
+        if hasattr(which, "sample"):
+            yield 0.0
+            with lora.use_adapter(self.model, clips.adapter_of(which)) as adapter:
+                options = {"seeds": [seed], "sampling": s, "adapter": adapter}
+                frames = which.sample(self.model, given, **options)
+            wanted = (1, s.total_frames, 3, s.height, s.width)
+            if frames.shape != wanted:
+                got = f"{tuple(frames.shape)}, where all clips are {wanted}"
+                raise ValueError(f"contestant {name!r} made frames of shape {got}")
+            return frames[0]
         if name not in self.merged:
-            self.merged[name] = clips.merged(self.model, {self.adapters[name]: 1.0})
+            weights = which if isinstance(which, Mapping) else {which: 1.0}
+            live = isinstance(which, Adapter)
+            adapter = which if live else clips.merged(self.model, weights)
+            remember(self.merged, name, adapter, ROWS * len(SCALES))
         adapter = self.merged[name]
-        given = [self.given[prompt]]
-        frames = yield from clips.denoising(self.model, given, [seed], self.sampling, adapter)
+        frames = yield from clips.denoising(self.model, given, [seed], s, adapter)
         return frames[0]
 
-    def add(self, prompt: str, name: str) -> Job:
-        """Sample and score a contestant's clip."""
-        frames = yield from self.sample(name, prompt, self.seed)
+    def score(self, frames: torch.Tensor, prompt: str) -> dict[str, torch.Tensor]:
+        """The scores of a clip (F, 3, H, W) by reward."""
         scores = {}
         for reward in self.rewards.values():
             with torch.no_grad(), _errors_named(reward):
                 values = reward.scores(at_least_float32(frames[None]), [prompt])
                 scores[reward.name] = values[0].float().cpu()
-        self.scores[prompt][name] = scores
+        return scores
+
+    def add(self, prompt: str, name: str) -> Job:
+        """Sample and score a contestant's clip."""
+        frames = yield from self.sample(name, prompt, self.seed)
+        self.scores[prompt][name] = self.score(frames, prompt)
         clip = Clip((frames.clamp(0, 1) * 255).round().byte().cpu())
-        remember(self.clips, prompt, self.clips_of(prompt) | {name: clip}, MAX_CLIPS)
+        most = max(view.prompts * len(view.shown(0)) for view in self.views.values())
+        remember(self.clips, (prompt, name), clip, max(most, int(MEMORY // clip.frames.nbytes)))
 
     def add_heat_map(self, prompt: str, name: str, reward: str) -> None:
-        clip, metric = self.clips[prompt][name], self.rewards[reward]
+        clip, metric = self.clips[prompt, name], self.rewards[reward]
         with _errors_named(metric):
             frames = clip.pixels().to(self.model.device)
             clip.heat_maps[reward] = heat_map(metric, frames, prompt)
 
-    def clips_of(self, prompt: str) -> dict[str, Clip]:
-        """The clips of a prompt by contestant; it counts as used last."""
-        if prompt in self.clips:
-            remember(self.clips, prompt, self.clips[prompt], MAX_CLIPS)
-        return self.clips.get(prompt, {})
+    def clips_of(self, prompt: str, names: Iterable[str]) -> dict[str, Clip]:
+        """The clips of contestants that are there; they count as used last."""
+        found = {name: self.clips.pop((prompt, name), None) for name in names}
+        made = {name: clip for name, clip in found.items() if clip}
+        self.clips |= {(prompt, name): clip for name, clip in made.items()}
+        return made
 
-    def missing_clips(self, prompt: str) -> list[str]:
-        return [name for name in self.names if name not in self.clips.get(prompt, {})]
+    def to_do(
+        self, prompts: Iterable[str], names: Iterable[str], keep: bool = False
+    ) -> list[tuple[str, str]]:
+        """Whose clips are to be made for their scores, or with `keep` to be there."""
+        asked = [(prompt, name) for prompt in prompts for name in names]
+        return [
+            (p, n) for p, n in asked if n not in self.scores[p] or keep and (p, n) not in self.clips
+        ]
 
-    def is_scored(self, prompt: str) -> bool:
-        return len(self.scores[prompt]) == len(self.names)
+    def lacks(self, names: Iterable[str]) -> list[str]:
+        """The prompts without scores of all of these contestants."""
+        wanted = {*names}
+        return [prompt for prompt in self.prompts if not wanted <= self.scores[prompt].keys()]
 
     def mean(self, prompt: str, name: str, reward: str) -> float:
         return self.scores[prompt][name][reward].mean().item()
 
-    def difference(self, prompt: str, name: str, reward: str) -> float:
-        """An adapter's mean minus the base's."""
-        return self.mean(prompt, name, reward) - self.mean(prompt, BASE, reward)
+    def difference(self, prompt: str, name: str, reward: str, other: str = BASE) -> float:
+        """A contestant's mean minus that of another one."""
+        return self.mean(prompt, name, reward) - self.mean(prompt, other, reward)
 
 
 def heat_map(reward: Reward, frames: torch.Tensor, prompt: str) -> torch.Tensor:
     """|∂ reward / ∂ pixel| of a clip (F, 3, H, W), relative to its largest: (F, H, W) in [0, 1]."""
-    with torch.enable_grad():
-        leaf = at_least_float32(frames.detach())[None].requires_grad_()
-        score = reward(leaf, [prompt]).sum()
-        if not score.requires_grad:
-            raise ValueError("it has no gradient")
-        (gradient,) = torch.autograd.grad(score, leaf)
-    heat = gradient[0].abs().sum(1)
+    heat = pixel_gradient(reward, frames[None], [prompt])[1][0].abs().sum(1)
     return (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).half().cpu()
 
 

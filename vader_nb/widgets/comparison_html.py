@@ -4,20 +4,21 @@ Clips of a prompt are one picture, so that they play in step.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import torch
 from markupsafe import Markup
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 
-from .. import report
+from .. import report, voting
 from ..drawing import Series, chart, columns, note, number, path, table
 from ..evaluation import BASE
-from ..stats import MIN_PROMPTS, paired_interval
-from .comparison_data import Clip, Comparison
+from ..stats import NOTES, paired_row
+from ..voting import Vote
+from .comparison_data import ALL, Clip, Comparison, View
 from .player import joined
-from .voting import Tally
 
 # Contestants are told apart by color and by dashes; the base is gray. Legible on white and black.
 COLORS = ("#7d8590", "#3b82c4", "#d97706", "#2f9e6e", "#a855c7")
@@ -52,80 +53,149 @@ def signed(difference: float) -> Markup:
     return Markup(f"<span class=vader-{direction}>{number(difference, '+')}</span>")
 
 
-def score_rows(comparison: Comparison, prompt: str) -> list[list[Markup]]:
+def score_rows(
+    comparison: Comparison, prompt: str, names: Sequence[str], rewards: Sequence[str]
+) -> list[list[Markup]]:
     """A row per reward: scores and differences to the base; "…" for clips not made yet."""
     rows = []
-    for reward in comparison.rewards:
+    for reward in rewards:
         rows.append([])
-        for name in comparison.names:
+        for name in names:
             text = "…"
             if name in comparison.scores[prompt]:
                 text = number(comparison.mean(prompt, name, reward))
-                if name != BASE:
+                if name != BASE and BASE in comparison.scores[prompt]:
                     text += f" {signed(comparison.difference(prompt, name, reward))}"
-            rows[-1].append(Markup(f"<span class=vader-note>{escape(reward)}</span><br>{text}"))
+            label = (
+                f"<span class=vader-note>{escape(reward)}</span><br>" if len(rewards) > 1 else ""
+            )
+            rows[-1].append(Markup(label + text))
     return rows
 
 
-def curve(comparison: Comparison, prompt: str, reward: str, frame: int) -> str:
+def look(i: int) -> dict[str, str]:
+    return {"color": COLORS[i % len(COLORS)], "dashes": DASHES[i % len(DASHES)]}
+
+
+def legend(series: Series, value: str = "") -> str:
+    """A curve's name with a piece of its line."""
+    dashes = {"stroke": series.color, "stroke_width": 2, "stroke_dasharray": series.dashes}
+    return (
+        "<span style='display:inline-block;margin-right:12px'>"
+        f"<svg width=22 height=10 aria-hidden=true>{path([(0, 5), (22, 5)], **dashes)}</svg> "
+        f"{escape(series.name)} <span class=vader-note>{value}</span></span>"
+    )
+
+
+def curve(
+    comparison: Comparison, names: Sequence[str], prompt: str, reward: str, frame: int
+) -> str:
     """A reward over the frames; its legend has the values at frame 1, 2, …, or for 0 the means."""
     if not comparison.rewards[reward].per_frame:
         return note(f"{reward} looks at the clip as a whole: one score per clip, no curve.")
-    series, legend = [], ""
-    for i, name in enumerate(comparison.names):
-        if name not in comparison.scores[prompt]:
-            continue
-        color, dashes = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
-        values = comparison.scores[prompt][name][reward].tolist()
-        series.append(Series([*enumerate(values, 1)], name, color, dashes))
-        mean = f"mean {number(comparison.mean(prompt, name, reward))}"
-        value = number(values[frame - 1]) if frame else mean
-        line = path([(0, 5), (22, 5)], stroke=color, stroke_width=2, stroke_dasharray=dashes)
-        legend += (
-            "<span style='display:inline-block;margin-right:12px'>"
-            f"<svg width=22 height=10 aria-hidden=true>{line}</svg> {escape(name)} "
-            f"<span class=vader-note>{value}</span></span>"
-        )
+    series, legends = [], ""
+    for i, name in enumerate(names):
+        if name in comparison.scores[prompt]:
+            values = comparison.scores[prompt][name][reward].tolist()
+            series.append(Series([*enumerate(values, 1)], name, **look(i)))
+            mean = f"mean {number(comparison.mean(prompt, name, reward))}"
+            legends += legend(series[-1], number(values[frame - 1]) if frame else mean)
     label = f"{reward} at frame {frame}" if frame else f"{reward} of each frame"
-    return f"{chart(series, label=label, marker=frame or None)}<div>{legend}</div>"
+    return f"{chart(series, label=label, marker=frame or None)}<div>{legends}</div>"
 
 
-def export(comparison: Comparison, tallies: Iterable[Tally]) -> str:
+def along(
+    comparison: Comparison, view: View, prompts: Sequence[str], reward: str, marker: float | None
+) -> str:
+    """A reward over the scale of an adapter or the steps of runs, as far as their clips are there."""
+
+    def mean(name: str) -> float:
+        if any(name not in comparison.scores[prompt] for prompt in prompts):
+            return math.nan
+        return sum(comparison.mean(prompt, name, reward) for prompt in prompts) / len(prompts)
+
+    places = [place for curve in view.curves.values() for place in curve.values()]
+    series = [Series([(x, mean(BASE)) for x in (min(places), max(places))], BASE, **look(0))]
+    for i, (label, names) in enumerate(view.curves.items(), 1):
+        points = [(place, mean(name)) for name, place in names.items()]
+        series.append(Series(points, label, **look(i)))
+    of = f", mean of these {len(prompts)} prompts" if len(prompts) > 1 else ""
+    drawn = chart(series, label=f"{reward} by {view.axis}{of}", x_label=view.axis, marker=marker)
+    return f"{drawn}<div>{''.join(map(legend, series))}</div>"
+
+
+def results(votes: Sequence[Vote]) -> str:
+    """What was won by whom, and how often each reward agrees with the votes."""
+    if not votes:
+        return "<div>no votes yet</div>"
+    pairs = {tuple(sorted(vote.clips[2:], key=lambda name: (name == BASE, name))) for vote in votes}
+    lines = [
+        f"{one} against {other}: {voting.tally(votes, one, other)}" for one, other in sorted(pairs)
+    ]
+    if voters := sorted({vote.voter for vote in votes if vote.voter}):
+        lines.append(f"voters: {', '.join(voters)}")
+    rows = []
+    for name, t in sorted(voting.agreement(votes).items(), key=lambda item: -item[1].rate):
+        rows.append((name, f"{t.rate:.0%}", t.interval, t.votes))
+    head = "agrees with the votes", "share", "95 % interval", "votes"
+    listed = "".join(f"<div>{escape(line)}</div>" for line in lines)
+    return listed + (table(head, rows) if rows else "")
+
+
+def sections(
+    comparison: Comparison, elements: Mapping[str, str], names: Sequence[str], rewards: Sequence
+) -> str:
+    """Prompts with their pictures, by prompt, and scores."""
+    text = ""
+    for prompt, element in elements.items():
+        body = columns(names, element, score_rows(comparison, prompt, names, rewards))
+        text += f"<section>{note(prompt)}{body}</section>"
+    return text
+
+
+def export(comparison: Comparison, votes: Sequence[Vote]) -> str:
     """A page: means, clips with scores for all compared prompts, votes, settings."""
-    compared = [prompt for prompt in comparison.prompts if comparison.is_scored(prompt)]
-    if not compared:
+    c, views = comparison, {}
+    for title, view in c.views.items():
+        lacking = c.lacks(view.names)
+        elements = {p: _playing(c, p, view.names) for p in c.prompts if p not in lacking}
+        if elements:
+            title = f"{title[0].upper()}{title[1:]}, {len(elements)} of {len(c.prompts)} prompts"
+            views[title] = Markup(sections(c, elements, view.names, [*c.rewards]))
+    if not views:
         raise ValueError("there is nothing to export yet: comparison.run() or run_all() first")
-    names, sections = comparison.names, []
-    for prompt in compared:
-        picture = note("Its clips were not kept: too many prompts came after it.")
-        if not comparison.missing_clips(prompt):
-            clips = [comparison.clips[prompt][name].pixels() for name in names]
-            video = joined(clips, comparison.model.defaults["fps"], f"{', '.join(names)}: {prompt}")
-            picture = video.to_html(width=256 * len(names))
-        sections.append((prompt, Markup(columns(names, picture, score_rows(comparison, prompt)))))
-    adapters = {name: str(path) for name, path in comparison.adapters.items()}
-    settings = {"model": comparison.model.name, "adapters": adapters, "seed": comparison.seed}
-    settings |= {k: v for k, v in vars(comparison.sampling).items() if v is not None}
+    made_by = {name: str(c.contestants[name]) for name in c.views[ALL].names[1:]}
+    settings = {"model": c.model.name, "contestants": made_by, "seed": c.seed}
+    settings |= {k: v for k, v in vars(c.sampling).items() if v is not None}
     return report.TEMPLATES.get_template("widgets/comparison.html.j2").render(
-        adapters=list(adapters),
-        total=len(comparison.prompts),
-        differences=Markup(_differences(comparison, compared)),
-        sections=sections,
-        votes=[str(tally) for tally in tallies if tally.votes],
+        names=[*made_by],
+        differences=Markup(_differences(c)),
+        views=views,
+        votes=Markup(results(votes)) if votes else "",
         settings=json.dumps(settings | report.versions(), indent=2, ensure_ascii=False),
     )
 
 
-def _differences(comparison: Comparison, prompts: Sequence[str]) -> str:
-    """The table of mean differences to the base over prompts."""
-    rows = []
-    for reward in comparison.rewards:
-        for name in comparison.adapters:
-            changes = torch.tensor([comparison.difference(p, name, reward) for p in prompts])
-            bounds = f"from {MIN_PROMPTS} prompts on"
-            if len(changes) >= MIN_PROMPTS:
-                bounds = " to ".join(number(bound, "+") for bound in paired_interval(changes))
-            higher = f"{(changes > 0).sum()} of {len(changes)}"
-            rows.append((reward, name, signed(changes.mean().item()), bounds, higher))
-    head = "reward", "adapter", "mean difference", "95 % interval", "higher on"
-    return table(head, rows, "class=differences")
+def _playing(comparison: Comparison, prompt: str, names: Sequence[str]) -> str:
+    if any((prompt, name) not in comparison.clips for name in names):
+        return note("Its clips were not kept: too many came after them.")
+    frames = [comparison.clips[prompt, name].pixels() for name in names]
+    video = joined(frames, comparison.model.defaults["fps"], f"{', '.join(names)}: {prompt}")
+    return video.to_html(width=256 * len(names))
+
+
+def _differences(comparison: Comparison) -> str:
+    """The table of mean differences to the base over prompts, as `evaluate` gives them."""
+    c, rows = comparison, []
+    for reward in c.rewards:
+        for name in c.contestants:
+            prompts = [p for p, scores in c.scores.items() if {name, BASE} <= scores.keys()]
+            if name != BASE and prompts:
+                means = ([[c.mean(p, n, reward) for p in prompts]] for n in (BASE, name))
+                base, after = map(torch.tensor, means)
+                row = paired_row("", reward, base, after, name, False)
+                rows.append((reward, name, *row.texts(), "*" * row.significant, row.prompts))
+    if not rows:
+        return ""
+    head = "reward", "contestant", "base", "mean", "difference", "95 % interval", "p", "wins", "", "prompts"  # fmt: skip
+    return table(head, rows, "class=differences") + note(f"* {'; '.join(NOTES)}")

@@ -12,7 +12,6 @@ from ipywidgets import (
     IntSlider,
     Text,
     ToggleButton,
-    ToggleButtons,
     VBox,
     Widget,
 )
@@ -98,7 +97,7 @@ def disable(why: str, *controls, remark: HTML | None = None) -> None:
 
 def set_value(name: str, control: Any, value) -> None:
     """Set a control. Raises ValueError for a value that it does not offer."""
-    if isinstance(control, Dropdown | ToggleButtons):
+    if hasattr(control, "options"):
         offered = [option[1] if isinstance(option, tuple) else option for option in control.options]
         if value not in offered:
             raise ValueError(f"{name} must be one of {', '.join(map(str, offered))}; got {value!r}")
