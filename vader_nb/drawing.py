@@ -108,7 +108,7 @@ CHOOSE = """
 const menu = this.closest('.vader')?.querySelector('.vader-points select')
 const label = event.target.dataset.label
 if (menu && label) {
-  menu.selectedIndex = [...menu.options].findIndex(option => option.text == label)
+  menu.selectedIndex = [...menu.options].findIndex(option => option.value == label)
   menu.dispatchEvent(new Event('change', {bubbles: true}))
 }
 """
