@@ -94,7 +94,7 @@ class TrainingMonitor(Watcher):
         self.stop_button = self.button("stop and keep", "stop", 150, self.stop)
         self.step = SelectionSlider(options=[NONE], description="clips of step", **LINE)
         self.on(self._show_clips, self.step)
-        self.watch(self.step, model, self.state, row(self.stop_button, self.why))
+        self.watch(self.step, model, [self.state, row(self.stop_button, self.why)])
 
     @property
     def hooks(self) -> dict:

@@ -81,7 +81,7 @@ class RunViewer(Watcher):
         self.point.add_class("vader-points")
         self.state = HTML()
         self.on(self.changed, *self.settings.values())
-        self.watch(self.point, model, row(self.x, self.y), self.state)
+        self.watch(self.point, model, [], row(self.x, self.y), self.state)
 
     @property
     def over(self) -> bool:

@@ -26,12 +26,16 @@ class Watcher(Panel):
 
     _task: asyncio.Task | None = None
 
-    def watch(self, chooser: Widget, model: VideoModel | None, *above: Widget) -> None:
+    def watch(
+        self, chooser: Widget, model: VideoModel | None, above: Sequence[Widget], *left: Widget
+    ) -> None:
         """Put the panel together: `chooser` says which clips are shown. Look for the first time."""
         self.curves, self.caption = HTML(), HTML()
         self.player = Player(model.defaults["num_frames"] if model else 1)
         self.clips = column(chooser, self.player.box, self.caption, max_width="480px")
-        self.assemble(*above, beside(column(self.curves, flex="2 1 300px"), self.clips))
+        both = beside(column(*left, self.curves, flex="2 1 300px"), self.clips)
+        both.layout.flex_flow, both.layout.align_items = "row wrap-reverse", "flex-end"
+        self.assemble(*above, both)  # on a phone the clips come first
         try:
             self.refresh()
         except Exception as error:  # an odd folder: the panel says so, and follows what comes
