@@ -21,6 +21,14 @@ BEFORE = {
         "align(model, rewards.aesthetic('tiny'), prompts.get('tiny'), steps=12, batch_size=2, learning_rate=5e-3, "
         "output_dir=monitor.folder, progress=False, **monitor.hooks).adapter.remove()"
     ),
+    "race": (
+        "from vader_nb import prompts, race, rewards; race(model, {'VADER': {}, 'GRPO': {'estimator': "
+        "'GRPO(group_size=2)'}, 'best of 4': {'best_of': 4}}, rewards.hps('tiny'), 'tiny', batch_size=2, "
+        "held_out=prompts.get('tiny_held_out')[:4], held_out_reward=rewards.action('tiny'), seeds=[0, 1], "
+        "budget={'denoiser_calls': 160}, learning_rates=[3e-3], evaluations=3, num_inference_steps=4, "
+        "guidance_scale=1.5, output_dir='runs/race', progress=False); viewer.refresh(); "
+        "viewer.set(x='denoiser_calls', point='VADER · evaluation 3')"
+    ),
 }
 
 

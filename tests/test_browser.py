@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from vader_nb import zoo
+from vader_nb.race_results import LINES
 from vader_nb.widgets.playground import TABS
 
 from . import browser
 from .browser import expect
+from .test_race import CURVES, made_up
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -479,6 +482,40 @@ def test_its_studies_answer(visited):
     reward.press("Enter")
     expect(planner.get_by_role("button", name="simulate")).to_be_disabled()
     expect(planner.locator("[role=alert]")).to_contain_text("hps")
+
+
+def test_a_race_is_looked_at_while_it_runs(visited, folder):
+    """A dot is clicked and its clips play; the axis is chosen by keyboard; a new evaluation appears by itself."""
+    page, race = visited, folder / "race"
+    tab(page, "Compare runs")
+    viewer = panel_of(page, "Run viewer")
+    expect(viewer).to_contain_text("waiting for an evaluation")
+    made_up(race, {key: CURVES[key] for key in list(CURVES)[:2]})
+    job = race / "1"
+    (job / "config.json").write_text(json.dumps({"sampling": {"num_inference_steps": 2}}))
+    (job / "adapter.safetensors").write_bytes(zoo.adapters()["hps"].read_bytes())
+    (job / "metrics.jsonl").write_text("")
+    (job / "adapter.safetensors").touch()
+    expect(viewer).to_contain_text("learning rate 0.001, 1 seed")
+    dots = viewer.locator("svg[aria-label^='reward against motion'] .vader-point")
+    expect(dots).to_have_count(3)
+    dots.nth(0).click()
+    menu = viewer.get_by_label("clips of", exact=True)
+    expect(menu).to_have_value("A · evaluation 1")
+    expect(viewer).to_contain_text("its adapter was not kept")
+    dots.nth(1).click()
+    expect(viewer.locator("img[alt^='clips of A · evaluation 2']").first).to_be_visible()
+    menu.select_option("base")
+    expect(viewer.locator("img[alt^='clips of base']").first).to_be_visible()
+    viewer.get_by_label("metric", exact=True).select_option("held-out reward")
+    viewer.get_by_label("over", exact=True).select_option("seconds")
+    expect(viewer.locator("svg[aria-label^='held-out reward over seconds']")).to_be_visible()
+    lines = (job / LINES).read_text()
+    new = lines.splitlines()[-1].replace('"part": 2', '"part": 3')
+    (job / LINES).write_text(f"{lines}{new}\n")
+    expect(menu.locator("option")).to_have_count(4)
+    expect(menu).to_have_value("base")
+    assert not viewer.locator("[role=alert]").count()
 
 
 @pytest.mark.parametrize("width", [1280, 400])

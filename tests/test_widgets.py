@@ -11,16 +11,16 @@ import ipywidgets
 import pytest
 import torch
 
-from vader_nb import Sampling, align, load, lora, prompts, rewards, sample, zoo
+from vader_nb import Sampling, align, load, lora, prompts, rewards, run_data, sample, zoo
 from vader_nb.drawing import Series, chart
 from vader_nb.models import MODEL_LOCK
 from vader_nb.widgets import Sampler, TrainingMonitor, clips, jobs
 from vader_nb.widgets.controls import disable
-from vader_nb.widgets.monitor import load_clip
 from vader_nb.widgets.panel import VIEW, Panel
 from vader_nb.widgets.player import Player
 from vader_nb.widgets.request import NONE, Request
 from vader_nb.widgets.sampler import HISTORY
+from vader_nb.widgets.watching import load_clip
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'so'"
 QUICK = {"num_inference_steps": 2}
@@ -714,7 +714,7 @@ def test_it_watches_a_folder_that_another_process_writes_to(trained, tmp_path, m
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "config.json").write_text((run.folder / "config.json").read_text())
-    monkeypatch.setattr("vader_nb.widgets.monitor.POLL", 0.01)
+    monkeypatch.setattr("vader_nb.widgets.watching.POLL", 0.01)
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     states = []
 
@@ -744,7 +744,7 @@ def test_a_run_that_ends_while_the_panel_is_drawn_is_told_as_ended_in_the_end(
             (run.folder / name).read_text().replace('"steps": 4', '"steps": 9')
         )
     looks = iter(["running", "stopping", "stopped"])
-    monkeypatch.setattr("vader_nb.widgets.monitor.POLL", 0.01)
+    monkeypatch.setattr("vader_nb.widgets.watching.POLL", 0.01)
     monkeypatch.setattr(TrainingMonitor, "status", property(lambda self: next(looks, "stopped")))
 
     async def page():
@@ -798,10 +798,10 @@ def test_when_a_run_goes_back_to_a_checkpoint_its_clips_do_too(tiny, tmp_path):
         run.adapter.remove()
 
     train(5)
-    assert list(watched()._saved_clips()) == [1, 2, 3, 4, 5]
+    assert list(run_data.watched(tmp_path)) == [1, 2, 3, 4, 5]
     old = (tmp_path / "watched" / "step-000003.webp").stat().st_mtime_ns
     train(4, resume=tmp_path / "checkpoints" / "step-000002")
-    assert list(watched()._saved_clips()) == [1, 2, 3, 4]
+    assert list(run_data.watched(tmp_path)) == [1, 2, 3, 4]
     assert (tmp_path / "watched" / "step-000003.webp").stat().st_mtime_ns > old
 
 
@@ -832,7 +832,7 @@ def test_an_error_stays_while_it_looks_again(trained, tmp_path, monkeypatch):
         (tmp_path / name).write_text(
             (run.folder / name).read_text().replace('"steps": 4', '"steps": 9')
         )
-    monkeypatch.setattr("vader_nb.widgets.monitor.POLL", 0.01)
+    monkeypatch.setattr("vader_nb.widgets.watching.POLL", 0.01)
 
     async def page():
         monitor = TrainingMonitor(tmp_path)

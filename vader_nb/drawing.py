@@ -7,7 +7,7 @@ plotting library would be ten times as heavy, and too slow to follow a run.
 import base64
 import math
 import mimetypes
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -103,14 +103,32 @@ def image(drawing: str, alt: str, max_width: int = 560) -> str:
     return f'<img src="{source}" alt="{escape(alt)}" style="width:100%;max-width:{max_width}px">'
 
 
+# A click on a dot chooses its label in a menu of the panel, where there is one.
+CHOOSE = """
+const menu = this.closest('.vader')?.querySelector('.vader-points select')
+const label = event.target.dataset.label
+if (menu && label) {
+  menu.selectedIndex = [...menu.options].findIndex(option => option.value == label)
+  menu.dispatchEvent(new Event('change', {bubbles: true}))
+}
+"""
+
+
 @dataclass(frozen=True)
 class Series:
-    """A curve through `points` (x, y). Where y is not finite, it has a gap."""
+    """A curve through `points` (x, y). Where y is not finite, it has a gap.
+
+    A band reaches from `lows` to `highs`. Where `labels` has a text, the point is a dot that can be clicked: this
+    chooses the text in the panel's menu of class "vader-points".
+    """
 
     points: Sequence[tuple[float, float]]
     name: str = ""
     color: str = BLUE
     dashes: str = ""  # of SVG's stroke-dasharray
+    lows: Sequence[float] = ()
+    highs: Sequence[float] = ()
+    labels: Sequence[str] = ()
 
     @property
     def finite(self) -> list[tuple[float, float]]:
@@ -124,48 +142,98 @@ def chart(
     x_label: str = "",
     x_range: tuple[float, float] | None = None,
     marker: float | None = None,
+    chosen: str = "",
     width: int = 360,
     height: int = 150,
 ) -> str:
-    """Curves over one x axis, each a <path class="curve">, with a dot at `marker` or at its end."""
+    """Curves over one x axis, each a <path class="curve">, with a dot at `marker`, at its labels or at its end.
+
+    The dot whose label is `chosen` has a ring.
+    """
     points = [point for curve in series for point in curve.finite]
     parts, spoken = [words(4, 12, label, 11, font_weight=600)], []
     if not points:
         parts.append(words(width / 2, height / 2, "nothing yet", 10, "middle", opacity=0.75))
         return svg(width, height, parts, f"{label}: nothing yet", 460)
     left, right = x_range or (min(points)[0], max(points)[0])
-    low, high = min(y for _, y in points), max(y for _, y in points)
+    heights = [y for _, y in points] + [y for c in series for y in (*c.lows, *c.highs)]
+    low, high = (extreme(filter(math.isfinite, heights)) for extreme in (min, max))
 
     labels = {y: f"{y + 0.0:.3g}".replace("-", "−") for y in (low, (low + high) / 2, high)}
     margin = max(42.0, 8 + 6.5 * max(map(len, labels.values())))
 
+    room = 8 if any(curve.labels for curve in series) else 0  # for dots at the sides
+
     def place(x: float, y: float) -> tuple[float, float]:
         along = (x - left) / (right - left) if right > left else 0.5
         up = (y - low) / (high - low) if high > low else 0.5
-        return margin + along * (width - margin - 10), height - 20 - up * (height - 42)
+        across = margin + room + along * (width - margin - 10 - 2 * room)
+        return across, height - 20 - up * (height - 42)
 
     for value, text in labels.items():
         y = place(left, value)[1]
         parts.append(path([(margin, y), (width - 10, y)], stroke="currentColor", opacity=0.2))
         parts.append(words(margin - 4, y + 4, text, 10, "end", opacity=0.75))
     parts.append(words(4, height - 3, x_label, 10, opacity=0.75))
-    for x in dict.fromkeys((left, right)):
-        parts.append(words(place(x, low)[0], height - 3, f"{x:g}", 10, "middle", opacity=0.75))
+    for x, anchor in {left: "middle", right: "end" if right > left else "middle"}.items():
+        at = width - 8 if anchor == "end" else place(x, low)[0]
+        parts.append(words(at, height - 3, short(x), 10, anchor, opacity=0.75))
     if marker is not None:
         x = place(marker, low)[0]
         ends = [(x, 18), (x, height - 16)]
         parts.append(path(ends, class_="vader-marker", stroke=GRAY, stroke_width=2))
     for curve in series:
-        look = {"stroke": curve.color, "stroke_width": 2, "stroke_dasharray": curve.dashes}
-        parts.append(path([place(*point) for point in curve.points], class_="curve", **look))
-        known = curve.finite
-        for dot in known[-1:] if marker is None else known:
-            if marker in (None, dot[0]):
-                x, y = place(*dot)
-                parts.append(element("circle", cx=x, cy=y, r=3, fill=curve.color))
-        if known:
+        parts += draw_curve(curve, place, marker, chosen)
+        if known := curve.finite:
             spoken.append(f"{curve.name} from {known[0][1]:.3g} to {known[-1][1]:.3g}".strip())
+    if room:
+        parts = [f'<g onclick="{escape(CHOOSE)}">', *parts, "</g>"]
     return svg(width, height, parts, f"{label}: {'; '.join(spoken)}", 460)
+
+
+def draw_curve(
+    curve: Series,
+    place: Callable[[float, float], tuple[float, float]],
+    marker: float | None,
+    chosen: str,
+) -> Iterator[str]:
+    """The parts of a curve, for `chart`; `place` says where a point is."""
+    xs, known = [x for x, _ in curve.points], curve.finite
+    band = [*zip(xs, curve.highs), *reversed([*zip(xs, curve.lows)])]
+    if band and all(math.isfinite(y) for _, y in band):
+        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*corner) for corner in band))
+        yield element("polygon", points=corners, fill=curve.color, fill_opacity=0.2)
+    look = {"stroke": curve.color, "stroke_width": 2, "stroke_dasharray": curve.dashes}
+    yield path([place(*point) for point in curve.points], class_="curve", **look)
+    if curve.labels:
+        for point, label in zip(curve.points, curve.labels):
+            if label and math.isfinite(point[1]):
+                yield labeled(*place(*point), label, curve.color, label == chosen)
+        return
+    for dot in known[-1:] if marker is None else known:
+        if marker in (None, dot[0]):
+            x, y = place(*dot)
+            yield element("circle", cx=x, cy=y, r=3, fill=curve.color)
+
+
+def labeled(x: float, y: float, label: str, color: str, chosen: bool) -> str:
+    """A dot that can be clicked."""
+    look = {"class_": "vader-point", "data_label": label, "style": "cursor:pointer"}
+    ring = {"stroke": "currentColor", "stroke_width": 2} if chosen else {}
+    dot = element("circle", cx=x, cy=y, r=6 if chosen else 4, fill=color, **ring, **look)
+    return f"<g><title>{escape(label)}</title>{dot}</g>"
+
+
+def short(value: float) -> str:
+    """A number of an axis in a few characters."""
+    size = abs(value)
+    return (
+        f"{value / 1e6:.3g} M"
+        if size >= 1e6
+        else f"{value:,.0f}"
+        if size >= 1e3
+        else f"{value:.3g}"
+    )
 
 
 def bars(values: Mapping[str, float], limit: float, margin: float, name: str, label: str) -> str:

@@ -14,6 +14,7 @@ from .stats import RESAMPLES, paired_interval, resamples
 from .tables import Table
 
 LINES = "evaluations.jsonl"
+EVALUATED = "evaluation-{}.safetensors"  # the adapter of an evaluation, by its part
 COLORS = ("#3b82c4", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#7d8590")
 
 
@@ -41,8 +42,12 @@ class Race:
 
     @property
     def lines(self) -> list[dict]:
-        """All evaluations so far, in the order of files."""
-        return [line for path in sorted(self.folder.rglob(LINES)) for line in read_lines(path)]
+        """All evaluations so far, in the order of files, each with the job's `folder`."""
+        return [
+            line | {"folder": str(path.parent.relative_to(self.folder))}
+            for path in sorted(self.folder.rglob(LINES))
+            for line in read_lines(path)
+        ]
 
     def metric(self, name: str) -> str:
         """The metric's own name."""

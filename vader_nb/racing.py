@@ -40,7 +40,7 @@ from .metrics import thumbnails, unique_metrics
 from .models import VideoModel
 from .prompts import Prompt
 from .race_jobs import Job, checked_budget, plan_jobs
-from .race_results import LINES, Race, read_lines
+from .race_results import EVALUATED, LINES, Race, read_lines
 from .rewards import Reward, as_reward
 from .sampling import sample
 from .train_config import TrainConfig
@@ -200,6 +200,7 @@ class Runner:
             file = self.output_dir / job.folder / LINES
             if all(line["part"] < part for line in read_lines(file)):  # else a kill came after it
                 spent = {name: trainer.spent(name) for name in COSTS}
+                trainer.adapter.save(file.with_name(EVALUATED.format(part)))
                 line = {"part": part, "step": trainer.state.step} | spent
                 self.add_line(job, file, line | self.evaluate(trainer.adapter))
 

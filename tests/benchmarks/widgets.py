@@ -6,6 +6,7 @@ a notebook it shows the first two and goes on.
 """
 
 import gc
+import re
 import sys
 import time
 from pathlib import Path
@@ -50,10 +51,11 @@ def weigh() -> None:
         clip = (clip + 0.02 * torch.randn(clip.shape)).clamp(0, 1)  # some grain, which costs bytes
         began = time.time()
         shown = joined([clip] * count, 16, "") if count > 1 else Video(clip, 16)
-        page, *stills = map(len, pictures(shown, ""))
+        page, *stills = pictures(shown, "")
+        kind, weight = re.search("data:(.+?);", page)[1], len(page) / count
         print(
-            f"{count} x {frames} frames of {width} x {height}: {time.time() - began:.1f} s, "
-            f"{page / 1e6:.2f} MB to play, {sum(stills) / 1e6:.2f} MB of single frames",
+            f"{count} x {frames} frames of {width} x {height}: first picture after {time.time() - began:.1f} s; "
+            f"{weight / 1e6:.2f} MB a clip as {kind}, {sum(map(len, stills)) / 1e6 / count:.2f} MB of single frames",
             flush=True,
         )
 
@@ -64,7 +66,7 @@ def main(names: list[str]) -> None:
     model = vader_nb.load("tiny")
     names = [name for name in names if name != "clips"] if names else list(widgets.__all__)
     for name in names:
-        if name == "TrainingMonitor":
+        if name in ("TrainingMonitor", "RunViewer"):  # which show what is in a folder
             continue
         began = time.time()
         panel = getattr(widgets, name)(*([] if name == "MemoryPlanner" else [model]))

@@ -7,6 +7,7 @@ from .comparison import RewardComparison
 from .composer import RewardComposer
 from .monitor import TrainingMonitor
 from .planner import MemoryPlanner
+from .run_viewer import RunViewer
 from .sampler import Sampler
 from .truncation import TruncationExplorer
 
@@ -14,6 +15,7 @@ __all__ = [
     "MemoryPlanner",
     "RewardComparison",
     "RewardComposer",
+    "RunViewer",
     "Sampler",
     "TrainingMonitor",
     "TruncationExplorer",

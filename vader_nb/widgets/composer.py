@@ -106,7 +106,7 @@ class RewardComposer(Panel):
         self.pairs, self.code = HTML(), HTML()
         self.pictures = [HTML() for _ in self.prompts]
         self.captions = [HTML() for _ in self.prompts]
-        look = {"flex": "1 1 150px", "max_width": "230px"}
+        look = {"flex": "1 1 150px", "max_width": "243px"}
         self.slots = [column(*parts, **look) for parts in zip(self.pictures, self.captions)]
         sliders = column(*self.weights.values(), self.standardized, self.why, max_width="520px")
         strip = row(*self.slots, align="flex-start")
@@ -213,7 +213,8 @@ class RewardComposer(Panel):
         for rank, i in enumerate(self.order):
             rows = []
             for name, score in self.scores.items():
-                rows.append((name, f"{score[i]:.3g}", number(self.added(name)[i].item(), "+", 2)))
+                shown = f"{score[i]:.3g}".replace("-", "−")
+                rows.append((name, shown, number(self.added(name)[i].item(), "+", 2)))
             place = f"{rank + 1}. &nbsp; {number(self.composed()[i].item(), '+', 2)}"
             head = f"<b>{place if self.used else ''}</b>{note(self.prompts[i])}"
             self.captions[i].value = head + table(("", "score", "adds"), rows, "class=vader-note")

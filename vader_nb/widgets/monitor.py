@@ -5,41 +5,34 @@ align(model, reward, training, output_dir=monitor.folder, **monitor.hooks)   in 
 TrainingMonitor("runs/mine")              later, or elsewhere: the same, from the run's folder
 """
 
-import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
-import numpy as np
 import torch
 from ipywidgets import HTML, SelectionSlider
-from PIL import Image, ImageSequence
 
 from .. import checkpoints
 from .. import prompts as prompt_sets
-from ..drawing import Series, chart, code, image, note
+from ..drawing import Series, chart, code
 from ..evaluation import motion, thumbnails
 from ..lora import Adapter
 from ..models import VideoModel
 from ..prompts import Prompt
 from ..rewards import Reward, as_reward
+from ..run_data import adapters, ended, run_titles, watched
 from ..sampling import Sampling, sample
 from ..trainer import Run, best_step
-from ..video import Video, grid
-from .controls import LINE, beside, column, disable, row
-from .jobs import running
-from .panel import Panel
-from .player import Player, pictures
+from ..video import Video
+from .controls import LINE, disable, row
+from .watching import SEEDS, Watcher, by_seed, encoded, flow, load_clip, twice
 
 REDRAWS = 4  # per second while a cell trains: some pages cannot take more
-POLL = 1.0  # seconds between two looks at a folder
 SILENT = 120  # seconds without a step after which a run may be dead
 START = "run = align(model, reward, prompts, output_dir=monitor.folder, **monitor.hooks)"
-SEEDS = 2  # clips per prompt; diversity needs two
 NONE = "none yet"
-DESCRIPTIONS = ("diversity", "motion")  # they describe the clips, and are no rewards
 NO_STOP = {  # why there is nothing to stop
     "waiting": "There is nothing to stop yet.",
     "finished": "The run is over.",
@@ -49,7 +42,7 @@ NO_STOP = {  # why there is nothing to stop
 HERE = "This kernel trains and does not react to buttons: press ■ in the toolbar. The run is kept."
 
 
-class TrainingMonitor(Panel):
+class TrainingMonitor(Watcher):
     """The curves, the clips at fixed seeds and the state of a run.
 
     Args:
@@ -97,20 +90,11 @@ class TrainingMonitor(Panel):
         self._trained_here = 0  # the last step of a run that is trained by this kernel
         self._clips: Video | None = None  # of the current step
         self._drawn = 0.0
-        self._task: asyncio.Task | None = None
-        self.state, self.curves, self.caption = HTML(), HTML(), HTML()
+        self.state = HTML()
         self.stop_button = self.button("stop and keep", "stop", 150, self.stop)
         self.step = SelectionSlider(options=[NONE], description="clips of step", **LINE)
         self.on(self._show_clips, self.step)
-        self.player = Player(model.defaults["num_frames"] if model else 1)
-        self.clips = column(self.step, self.player.box, self.caption, max_width="480px")
-        buttons = row(self.stop_button, self.why)
-        pictures = beside(column(self.curves, flex="2 1 300px"), self.clips)
-        self.assemble(self.state, buttons, pictures)
-        try:
-            self.refresh()
-        except Exception as error:  # an odd folder: the panel says so, and follows what comes
-            self.failed(error)
+        self.watch(self.step, model, [self.state, row(self.stop_button, self.why)])
 
     @property
     def hooks(self) -> dict:
@@ -146,7 +130,7 @@ class TrainingMonitor(Panel):
             the mean absolute change of a pixel from frame to frame.
         """
         assert self.model is not None  # `hooks` have a validation only with a model
-        prompts = [prompt for prompt in self.prompts for _ in range(SEEDS)]
+        prompts = twice(self.prompts)
         texts, scores = [str(prompt) for prompt in prompts], {}
         with torch.random.fork_rng():  # a reward that draws must not change what training draws
             options = {"seeds": self.seed, "adapter": adapter, "sampling": self.sampling}
@@ -157,14 +141,8 @@ class TrainingMonitor(Panel):
         features = thumbnails(frames).unflatten(0, (-1, SEEDS))
         scores["diversity"] = features.var(dim=1).mean().item()
         scores["motion"] = motion(frames).mean().item()
-        by_seed = frames.unflatten(0, (-1, SEEDS)).transpose(0, 1).flatten(0, 1)
-        self._clips = Video(grid(by_seed, len(self.prompts)), self.model.defaults["fps"])
+        self._clips = by_seed(frames, self.model.defaults["fps"])
         return scores
-
-    def _saved_clips(self) -> dict[int, Path]:
-        """The pictures of clips in the run's folder by step."""
-        paths = sorted((self.folder / "watched").glob("step-*.webp"))
-        return {int(path.stem.removeprefix("step-")): path for path in paths}
 
     def _save_clips(self, clips: Video, step: int) -> None:
         """Save one picture, a column per prompt; a resumed run replaces those of later steps."""
@@ -172,7 +150,7 @@ class TrainingMonitor(Panel):
         folder.mkdir(parents=True, exist_ok=True)
         texts = json.dumps([str(prompt) for prompt in self.prompts])
         checkpoints.write_text(folder / "prompts.json", texts)
-        for later, path in self._saved_clips().items():
+        for later, path in watched(self.folder).items():
             if later > step:
                 path.unlink()
         clips.save(folder / ".part.webp").replace(folder / f"step-{step:06d}.webp")
@@ -194,8 +172,7 @@ class TrainingMonitor(Panel):
             return "waiting"
         if self._step() >= self._total_steps():
             return "finished"
-        adapter = self.folder / "adapter.safetensors"
-        if adapter.exists() and adapter.stat().st_mtime >= self._last_written():
+        if ended(self.folder):
             return "stopped"
         if time.time() - self._last_written() > SILENT:
             return "silent"
@@ -207,9 +184,9 @@ class TrainingMonitor(Panel):
         self.shown = self.status  # read once: another process may change it meanwhile
         active = self.shown in ("running", "stopping")
         self.busy(self._step() / self._total_steps() if active else None)
-        self.state.value = self._state(self.folder)
+        self.state.value = self._state()
         self.curves.value = flow(self._charts().values())
-        saved = [str(step) for step in self._saved_clips()] or [NONE]
+        saved = [str(step) for step in watched(self.folder)] or [NONE]
         self.clips.layout.display = "none" if saved == [NONE] else "flex"
         if list(self.step.options) != saved:
             at_newest = self.step.index == len(self.step.options) - 1
@@ -222,8 +199,8 @@ class TrainingMonitor(Panel):
         reason = NO_STOP.get(self.shown, HERE if here else "")
         disable(reason, self.stop_button, remark=self.why)
 
-    def _state(self, place: Path | str) -> str:
-        """The state of the run in words; `place` is how its folder is named."""
+    def _state(self, named: bool = False) -> str:
+        place = self.folder.name if named else self.folder
         if self.shown == "waiting":
             start = code(START) if self.model else ""
             return f"<div><b>waiting</b> for the first step of {escape(str(place))}</div>{start}"
@@ -233,29 +210,16 @@ class TrainingMonitor(Panel):
         if self.shown == "silent":
             silence = round(time.time() - self._last_written())
             lines.append(f"no step for {silence} s: it was killed, or a step takes long")
-        names = [
-            f"checkpoints/{path.name}"
-            for path in checkpoints.list_checkpoints(self.folder).values()
-        ]
-        if self.shown != "silent" and (self.folder / "adapter.safetensors").exists():
-            names.append("adapter.safetensors")
-        if names and self.shown in ("stopped", "finished", "silent"):
+        kept = [*adapters(self.folder, self._step()).values()]
+        if kept and self.shown in ("stopped", "finished", "silent"):
             more = "" if self.shown == "finished" else "; continue with align(…, resume=True)"
-            lines.append(f"kept: {Path(place) / names[-1]}{more}")
+            lines.append(f"kept: {Path(place) / kept[-1].relative_to(self.folder)}{more}")
         return f"<div><b>{self.shown}</b> · {'<br>'.join(map(escape, lines))}</div>"
 
     def _charts(self) -> dict[str, str]:
-        """The curves by their titles."""
-        if not self.rows:
-            return {}
-        titles = {"reward": "reward, trained on"}
-        for key in (key for r in self.rows for key in r if key.startswith("validation/")):
-            name = key.removeprefix("validation/")
-            titles[key] = name if name in DESCRIPTIONS else f"{name}, held out"
-        titles["grad_norm"] = "gradient norm"
         look = {"x_label": "step", "x_range": (0, self._step() or 1), "width": 230, "height": 104}
         drawings = {}
-        for key, title in titles.items():
+        for key, title in run_titles(self.rows).items() if self.rows else ():
             curve = Series([(r["step"], r[key]) for r in self.rows if key in r])
             drawings[title] = chart([curve], label=title, **look)
         return drawings
@@ -263,17 +227,9 @@ class TrainingMonitor(Panel):
     def _show_clips(self) -> None:
         if self.step.value == NONE:
             return
-        path = self._saved_clips()[int(self.step.value)]
+        path = watched(self.folder)[int(self.step.value)]
         prompts = json.loads((path.parent / "prompts.json").read_text(encoding="utf-8"))
-        alt = f"clips of step {self.step.value}: {', '.join(prompts)}"
-        self.player.show(pictures(load_clip(path), alt))
-        self.caption.value = note(f"from left to right, {SEEDS} seeds each: {' · '.join(prompts)}")
-
-    def to_html(self) -> str:
-        curves = flow(image(drawing, title) for title, drawing in self._charts().items())
-        clips = self.player.pages.children[0].value if self.step.value != NONE else ""
-        clips = f"<div style='max-width:420px'>{clips}</div>{self.caption.value}"
-        return f"{self._state(self.folder.name)}{curves}{clips}"
+        self.play(encoded(load_clip(path), prompts, f"step {self.step.value}"), prompts)
 
     def stop(self) -> None:
         """Ask the run, in any process, to end after its current step; it keeps its adapter."""
@@ -282,37 +238,6 @@ class TrainingMonitor(Panel):
         checkpoints.request_stop(self.folder)
         self.refresh()
 
-    def prepare(self) -> None:
-        """Refresh, and in a notebook keep watching the folder until the run ends."""
-        self.refresh()
-        if running() and (self._task is None or self._task.done()):
-            self._task = asyncio.ensure_future(self._watch())
-
-    async def _watch(self) -> None:
-        while self.shown not in ("finished", "stopped"):
-            await asyncio.sleep(POLL)
-            try:
-                self.refresh()
-            except Exception as error:  # nobody awaits this task, so the panel shows it
-                self.failed(error)
-
-    def close(self) -> None:
-        """Stop watching."""
-        if self._task is not None:
-            self._task.cancel()
-        self.box.close()
-
-
-def flow(drawings: Iterable[str]) -> str:
-    """As many drawings beside each other as there is room for."""
-    style = "display:grid;grid-template-columns:repeat(auto-fit, minmax(210px, 1fr));gap:8px"
-    return f"<div style='{style}'>{''.join(drawings)}</div>"
-
-
-def load_clip(path: Path) -> Video:
-    """A clip that `Video.save` wrote as webp."""
-    with Image.open(path) as picture:
-        frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
-        duration = picture.info.get("duration") or 1000  # a clip of one frame has none
-    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-    return Video(pixels / 255, fps=round(1000 / duration))
+    @property
+    def over(self) -> bool:
+        return self.shown in ("finished", "stopped")

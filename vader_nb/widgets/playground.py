@@ -19,6 +19,7 @@ from .jobs import Job
 from .monitor import TrainingMonitor
 from .panel import Panel
 from .planner import MemoryPlanner
+from .run_viewer import RunViewer
 from .sampler import Sampler
 from .truncation import TruncationExplorer
 
@@ -31,6 +32,7 @@ TABS = {
     "Truncate": "How far back must the gradient go, and what does that cost?",
     "Plan memory": "Does training a model of full size fit on a GPU? Nothing is downloaded.",
     "Watch a run": "Is a run going where I want? “vader-nb align name=playground” in a shell starts one.",
+    "Compare runs": "Which method gets more for what it spends? “vader-nb race races/tiny” in a shell starts a race.",
 }
 WITHOUT_MODEL = ("Plan memory", "Watch a run")
 
@@ -40,7 +42,7 @@ class Playground(Panel):
 
     Args:
         models: Names for `vader_nb.load`.
-        run: The folder of the run that is watched.
+        run: The folder of the run that is watched. The race beside it is looked at, too.
     """
 
     title = "Video models that learn from rewards"
@@ -51,7 +53,7 @@ class Playground(Panel):
 
     def __init__(self, models: Sequence[str] = MODELS, run: str | Path = "runs/playground"):
         # Of this page alone: a visitor sees no clips, votes or exports of another one.
-        self.folder, self.run = Path(tempfile.mkdtemp(prefix="vader-nb-")), run
+        self.folder, self.run = Path(tempfile.mkdtemp(prefix="vader-nb-")), Path(run)
         self.models: dict[str, VideoModel] = {}
         self.panels: dict[tuple[str, str], Panel] = {}
         super().__init__(
@@ -74,6 +76,7 @@ class Playground(Panel):
             "Compare": lambda model: RewardComparison(model, folder=self.folder / name),
             "Compose": RewardComposer,
             "Truncate": TruncationExplorer,
+            "Compare runs": lambda model: RunViewer(self.run.with_name("race"), model),
         }
         return make[tab](self.models[name])
 

@@ -33,7 +33,7 @@ ROWS = 12  # settings that are kept in the table
 B_STD = 0.05  # of the adapter's B
 EMPTY = "Nothing measured yet: press “measure”."
 ATOMIC = "one gradient cannot be stopped midway"
-COLUMNS = ("K", "frames", "memory", "time", "cosine", "checkpointing", "streaming")
+COLUMNS = ("K", "frames", "memory", "time", "cosine", "without")
 EXPLANATION = (  # of the table
     "Memory: the peak of all tensors that one gradient makes, without the weights. Cosine to the "
     "exact gradient, which goes through all steps and frames: 1 is its direction (0°), 0 a right "
@@ -232,10 +232,10 @@ class TruncationExplorer(Panel):
             memory = bar(f"{result.bytes / 1e6:.1f} MB", result.bytes / most)
             duration = bar(f"{result.seconds:.2f} s", result.seconds / longest)
             cosine = bar(f"{result.cosine:.3f} ({angle:.0f}°)", max(result.cosine, 0))
-            checkpointing = "yes" if setting.gradient_checkpointing else "no"
-            streaming = "yes" if setting.streaming else "no"
-            numbers = memory, duration, cosine, checkpointing
-            rows.append((setting.K, setting.frames, *numbers, streaming))
+            switches = {"checkpointing": setting.gradient_checkpointing}
+            switches |= {"streaming": setting.streaming}
+            off = ", ".join(name for name, on in switches.items() if not on)
+            rows.append((setting.K, setting.frames, memory, duration, cosine, off))
         self.table.value = table(COLUMNS, rows, "style='white-space:nowrap'") + note(EXPLANATION)
 
     def to_html(self) -> str:

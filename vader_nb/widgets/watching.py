@@ -1,0 +1,122 @@
+"""What panels over folders that are being written share: a look each second, charts, clips of what is chosen."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from ipywidgets import HTML, Widget
+from PIL import Image, ImageSequence
+
+from ..drawing import image, note
+from ..models import VideoModel
+from ..video import Video, grid
+from .controls import beside, column
+from .jobs import running
+from .panel import Panel
+from .player import EMPTY, Player, pictures
+
+POLL = 1.0  # seconds between two looks at a folder
+SEEDS = 2  # clips per prompt; diversity needs two
+
+
+class Watcher(Panel):
+    """A panel that follows folders; in Python alone, `refresh` looks again."""
+
+    _task: asyncio.Task | None = None
+
+    def watch(
+        self, chooser: Widget, model: VideoModel | None, above: Sequence[Widget], *left: Widget
+    ) -> None:
+        """Put the panel together: `chooser` says which clips are shown. Look for the first time."""
+        self.curves, self.caption = HTML(), HTML()
+        self.player = Player(model.defaults["num_frames"] if model else 1)
+        self.clips = column(chooser, self.player.box, self.caption, max_width="480px")
+        both = beside(column(*left, self.curves, flex="2 1 300px"), self.clips)
+        both.layout.flex_flow, both.layout.align_items = "row wrap-reverse", "flex-end"
+        self.assemble(*above, both)  # on a phone the clips come first
+        try:
+            self.refresh()
+        except Exception as error:  # an odd folder: the panel says so, and follows what comes
+            self.failed(error)
+
+    def refresh(self) -> None:
+        """Read the folders again and show them."""
+        raise NotImplementedError
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come."""
+        raise NotImplementedError
+
+    def _state(self, named: bool = False) -> str:
+        """How far it is, in words; with a folder's name for its whole path where `named`."""
+        raise NotImplementedError
+
+    def _charts(self) -> dict[str, str]:
+        """The drawings by their titles."""
+        raise NotImplementedError
+
+    def play(self, pages: Sequence[str], prompts: Sequence) -> None:
+        """Show what `encoded` made."""
+        self.player.show(pages)
+        texts = " · ".join(map(str, prompts))
+        self.caption.value = note(f"from left to right, {SEEDS} seeds each: {texts}")
+
+    def prepare(self) -> None:
+        """Refresh, and in a notebook keep watching until it is over."""
+        self.refresh()
+        if running() and (self._task is None or self._task.done()):
+            self._task = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        while not self.over:
+            await asyncio.sleep(POLL)
+            try:
+                self.refresh()
+            except Exception as error:  # nobody awaits this task, so the panel shows it
+                self.failed(error)
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._task is not None:
+            self._task.cancel()
+        self.box.close()
+
+    def to_html(self) -> str:
+        curves = flow(image(drawing, title) for title, drawing in self._charts().items())
+        clip = self.player.pages.children[0].value.replace(EMPTY, "")
+        clip = f"<div style='max-width:420px'>{clip}</div>{self.caption.value}"
+        return f"{self._state(named=True)}{curves}{clip}"
+
+
+def flow(drawings: Iterable[str]) -> str:
+    """As many drawings beside each other as there is room for."""
+    style = "display:grid;grid-template-columns:repeat(auto-fit, minmax(210px, 1fr));gap:8px"
+    return f"<div style='{style}'>{''.join(drawings)}</div>"
+
+
+def twice(prompts: Sequence) -> list:
+    """Each prompt as often as there are seeds."""
+    return [prompt for prompt in prompts for _ in range(SEEDS)]
+
+
+def by_seed(frames: torch.Tensor, fps: float) -> Video:
+    """Clips (B, F, 3, H, W) of `twice` as one: a column per prompt."""
+    rows = frames.unflatten(0, (-1, SEEDS)).transpose(0, 1).flatten(0, 1)
+    return Video(grid(rows, len(rows) // SEEDS), fps)
+
+
+def encoded(clip: Video, prompts: Sequence, what: str) -> list[str]:
+    """The pages of a player for a clip that `by_seed` made."""
+    return pictures(clip, f"clips of {what}: {', '.join(map(str, prompts))}")
+
+
+def load_clip(path: Path) -> Video:
+    """A clip that `Video.save` wrote as webp."""
+    with Image.open(path) as picture:
+        frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
+        duration = picture.info.get("duration") or 1000  # a clip of one frame has none
+    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    return Video(pixels / 255, fps=round(1000 / duration))
