@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import torch
 from markupsafe import Markup
@@ -73,7 +74,7 @@ def score_rows(
     return rows
 
 
-def look(i: int) -> dict[str, str]:
+def look(i: int) -> dict[str, Any]:
     return {"color": COLORS[i % len(COLORS)], "dashes": DASHES[i % len(DASHES)]}
 
 
