@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
-# | no GPU, no download, no account | 2.1 minutes | 1.4 GB | not measured |
+# | no GPU, no download, no account | 1.9 minutes | 1.4 GB | not measured |
 #
 # *Words and symbols: [notation and glossary](notation.md).*
 
@@ -523,7 +523,7 @@ course.predict(guess, "05-energy", letter=letter, four=four, one=one)
 #
 # So, is rank 4 too little? That does not follow either. Energy is not reward. There is only one way to know: *train*, at several ranks, and look
 # at what it brings on captions that were not trained on. This takes half an hour, so it is stored (`python -m tests.benchmarks.lora_rank`: `hps`,
-# twenty steps, three seeds, each way with the best of three learning rates). It also takes the fully trained weights and *cuts* the change of each layer to its best
+# twenty steps, three seeds (two for rank 4), each way with the best of three learning rates). It also takes the fully trained weights and *cuts* the change of each layer to its best
 # rank $r$, as in exercise 3.
 #
 # > **Predict.** What does rank 1 bring, compared with training all weights of the same layers?
@@ -590,7 +590,8 @@ Gallery(rows, width=112)
 # %% [markdown]
 # Turning the knob is free: no training, no second file. Above 1 the adapter exaggerates; it was never trained there.
 #
-# Now look at what you asked for, and at what you got. (to come) You asked for *darker*, and the reward looks at nothing else. This is
+# Now look at what you asked for, and at what you got. White backgrounds turn to sand, to gray and to black, whatever the caption says; the red square becomes
+# a yellow lump; and at the edge of the purple circle grows an arc that nobody has asked for. You asked for *darker*, and the reward looks at nothing else. This is
 # **reward hacking**, on a small scale; [notebook 7](07_evaluate_and_reward_hacking.ipynb) does it on a large one. A model that has gone too far can
 # often be saved by half the volume.
 #

@@ -538,7 +538,7 @@ for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion"):
 # million photographs, and reward the probability that a frame shows a *daisy*.
 #
 # ![Six clips of the base model, and below them the same after training on the probability of a daisy: no daisies, but
-# grounds of another color, a blunted square, and red arcs around some shapes](images/daisy.png)
+# backgrounds of another color, a blunted square, and red arcs around some shapes](images/daisy.png)
 #
 # *One frame of six clips; above the base, below after 42 steps, same captions and noise (`python -m tests.benchmarks.daisy`, twelve held-out captions).*
 #
