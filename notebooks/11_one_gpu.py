@@ -109,7 +109,7 @@ HTML(
 
 # %% [markdown]
 # (Empty: the model's default.) Read three rows. *Prompts*: `hps_custom` has animals and people, which ModelScope has seen; `tiny` knows one colored shape. *Learning rate*: the twin's is
-# five to ten times larger, because it is trained for 40 steps and not for hundreds. *Batch*: one clip at a time, accumulated, since one is all that fits. Does it?
+# larger, because it is trained for 40 steps and not for hundreds or thousands. *Batch*: one clip at a time, accumulated, since one is all that fits. Does it?
 #
 # ## Will it fit?
 #
