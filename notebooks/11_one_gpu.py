@@ -12,6 +12,15 @@
 
 # %% [markdown] tags=["head"]
 # # 11 · ModelScope and Wan on one GPU
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/11_one_gpu.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/11_one_gpu.ipynb)
+#
+# | needs | two CPU cores | peak memory | GPU |
+# |---|---|---|---|
+# | no GPU, no download, no account | 0.9 minutes | 1.3 GB | not measured |
+#
+# *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
 # So far `tiny` has carried the course. This chapter is the bridge to a real model: its own prompts, learning rate, precision, batch, and above all
@@ -109,7 +118,7 @@ HTML(
 
 # %% [markdown]
 # (Empty: the model's default.) Read three rows. *Prompts*: `hps_custom` has animals and people, which ModelScope has seen; `tiny` knows one colored shape. *Learning rate*: the twin's is
-# five to ten times larger, because it is trained for 40 steps and not for hundreds. *Batch*: one clip at a time, accumulated, since one is all that fits. Does it?
+# larger, because it is trained for 40 steps and not for hundreds or thousands. *Batch*: one clip at a time, accumulated, since one is all that fits. Does it?
 #
 # ## Will it fit?
 #

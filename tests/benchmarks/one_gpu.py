@@ -27,7 +27,6 @@ LADDERS = {  # each on top of those before it
         ("guidance one by one", {"sequential_guidance": True}),
         ("states in CPU memory", {"decoder_states": "cpu"}),
         ("offload", {"model_cpu_offload": True}),
-        ("denoiser in 4 bits", {"quantize": "4bit"}),
     ),
 }
 CAUSAL = {"wan": {"decoder_states": "device"}}
