@@ -103,13 +103,12 @@ class Sampler(Panel):
         mixing = [s["second"], s["second_scale"], self.part, self.beside] if self.adapters else []
         more = fold("more settings", *own.values(), *mixing)
         plain = row(s["seed"], self.dice), s["num_inference_steps"], s["guidance_scale"]
-        controls = column(*plain, *acting, self.why, more, flex="2 1 270px")
+        controls = column(self.first.box, *plain, *acting, self.why, more, flex="2 1 270px")
         wide = "560px" if self.adapters else "340px"
         clip = column(self.player.box, self.caption, flex="3 1 260px", max_width=wide)
         self.assemble(
             s["prompt"],
             self.words,
-            self.first.box,
             beside(clip, controls),
             row(self.format, self.save_button, self.saved),
             self.listing,
