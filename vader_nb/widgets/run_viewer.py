@@ -149,7 +149,7 @@ class RunViewer(Watcher):
             if any(curve.points for curve in curves):
                 title = f"{y} {'over' if x in AXES else 'against'} {x.replace('_', ' ')}"
                 curves.sort(key=lambda curve: len(curve.points) == 1)  # the base over curves
-                look = {"chosen": self.point.value, "width": 320, "height": 190}
+                look = {"chosen": self.point.value, "width": 280, "height": 170}
                 drawn[title] = chart(curves, label=title, **look)
         return drawn
 
