@@ -218,6 +218,11 @@ def test_names_are_texts(tmp_path):
     assert set(found.handlers) <= {"onload", "onclick"}
 
 
+def test_two_contestants_of_one_name_are_an_error(race):
+    viewer = RunViewer({"a": race, "b": race})
+    assert "have one name" in viewer.remark.value
+
+
 def test_an_odd_folder_makes_a_viewer_that_says_so(tmp_path):
     (tmp_path / "race.json").write_text("{")
     viewer = RunViewer(tmp_path)

@@ -161,7 +161,6 @@ def chart(
 
     labels = {y: f"{y + 0.0:.3g}".replace("-", "−") for y in (low, (low + high) / 2, high)}
     margin = max(42.0, 8 + 6.5 * max(map(len, labels.values())))
-
     room = 8 if any(curve.labels for curve in series) else 0  # for dots at the sides
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -226,14 +225,9 @@ def labeled(x: float, y: float, label: str, color: str, chosen: bool) -> str:
 
 def short(value: float) -> str:
     """A number of an axis in a few characters."""
-    size = abs(value)
-    return (
-        f"{value / 1e6:.3g} M"
-        if size >= 1e6
-        else f"{value:,.0f}"
-        if size >= 1e3
-        else f"{value:.3g}"
-    )
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.3g} M"
+    return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
 
 
 def bars(values: Mapping[str, float], limit: float, margin: float, name: str, label: str) -> str:

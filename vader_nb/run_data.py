@@ -151,8 +151,8 @@ def run_titles(rows: list[dict]) -> dict[str, str]:
 def ended(folder: Path) -> Path | None:
     """The adapter of a run's end, if it is one of after the last step."""
     adapter, rows = folder / "adapter.safetensors", folder / "metrics.jsonl"
-    over = adapter.is_file() and adapter.stat().st_mtime >= rows.stat().st_mtime
-    return adapter if over else None
+    last = rows.stat().st_mtime if rows.is_file() else 0.0
+    return adapter if adapter.is_file() and adapter.stat().st_mtime >= last else None
 
 
 def adapters(folder: Path, last: int) -> dict[int, Path]:

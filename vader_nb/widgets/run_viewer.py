@@ -4,6 +4,7 @@ viewer = RunViewer("runs/race", model)                    in a notebook; or RunV
 viewer.set(x="seconds", point="VADER · evaluation 3")     the same from Python; viewer.player has the clips
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -95,6 +96,8 @@ class RunViewer(Watcher):
         self._seen = newest
         points = [point for contestant in self.contestants for point in contestant.points]
         self.points = {point.label: point for point in points}
+        if len(self.points) < len(points):
+            raise ValueError("two contestants or runs have one name: show them in two viewers")
         names = dict.fromkeys(name for point in points for name in point.values)
         ends = [p.label for c in self.contestants if c.trained for p in c.points[-1:] if p.listed]
         with self.quiet():
@@ -146,7 +149,7 @@ class RunViewer(Watcher):
             if any(curve.points for curve in curves):
                 title = f"{y} {'over' if x in AXES else 'against'} {x.replace('_', ' ')}"
                 curves.sort(key=lambda curve: len(curve.points) == 1)  # the base over curves
-                look = {"chosen": self.point.value, "width": 320, "height": 190}
+                look = {"chosen": self.point.value, "width": 280, "height": 170}
                 drawn[title] = chart(curves, label=title, **look)
         return drawn
 
@@ -217,8 +220,11 @@ def by_name(folders) -> dict[str, Path]:
 
 def last_written(folder: Path) -> float:
     """When something was last written in a folder, or in those of its runs; 0 if it is not there."""
-    found = [folder, *folder.glob("*"), *folder.glob("*/*")]
-    return max((path.stat().st_mtime for path in found if path.exists()), default=0.0)
+    newest = 0.0
+    for path in (folder, *folder.glob("*"), *folder.glob("*/*")):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            newest = max(newest, path.stat().st_mtime)
+    return newest
 
 
 def offer(menu: Dropdown, options: list[str], first: str | None = None) -> None:
