@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
-# | no GPU, no download, no account | 0.3 minutes | 1.3 GB | not measured |
+# | no GPU, no download, no account | 0.4 minutes | 1.3 GB | not measured |
 #
 # *Words and symbols: [notation and glossary](notation.md).*
 

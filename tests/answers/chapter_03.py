@@ -118,7 +118,8 @@ ANSWERS = {
         ],
         {
             BRIGHT.format("(frames.mean(dim=2) > 0.5).float()"): "somewhere it is flat",
-            BRIGHT.format("frames.mean(dim=2)"): "faster than elsewhere",
+            BRIGHT.format("frames.mean(dim=2)"): "all dark should score",
+            BRIGHT.format("(1.1 * frames.mean(dim=2) - 0.05)"): "faster than elsewhere",
             BRIGHT.format(
                 "torch.sigmoid(10 * (0.5 - frames.mean(dim=2)))"
             ): "all dark should score",
