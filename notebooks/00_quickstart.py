@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
-# | no GPU, no download, no account | 1.4 minutes | 1.4 GB | not measured |
+# | no GPU, no download, no account | 1.5 minutes | 1.5 GB | not measured |
 #
 # *Words and symbols: [notation and glossary](notation.md).*
 
@@ -336,4 +336,5 @@ course.attempt(check, dim)
 # </details>
 
 # %% [markdown] tags=["next"]
-# **Next:** [01 · What is inside a text-to-video model](01_video_diffusion.ipynb) takes the model apart.
+# **Next:** [01 · Diffusion from the ground](01_diffusion.ipynb) trains a diffusion model on points; the notebook after it
+# takes this model apart.

@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
-# | no GPU, no download, no account | 2.0 minutes | 1.5 GB | not measured |
+# | no GPU, no download, no account | 2.2 minutes | 1.5 GB | not measured |
 #
 # *Words and symbols: [notation and glossary](notation.md).*
 
