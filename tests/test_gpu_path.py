@@ -22,6 +22,10 @@ ON_CPU = ("many_gpus",)  # its processes meet on the CPU, whatever there is
 CHAPTERS = [
     path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py")) if not path.stem.endswith(ON_CPU)
 ]
+KNOWN = {  # to be mended there; then this line has to go
+    "01_video_diffusion": "noise from the CPU on the GPU's latents",
+    "05_lora": "svdvals in half precision",
+}
 GPU = pretended_gpu.GPU
 
 
@@ -142,6 +146,11 @@ def short():
         yield
 
 
+def chapter(path):
+    reason = KNOWN.get(path.stem)
+    return pytest.param(path, marks=pytest.mark.xfail(strict=True, reason=reason) if reason else ())
+
+
 def run(cell, names):
     """As a notebook does: what the last expression gives is shown."""
     tree, last = ast.parse(cell.source), None
@@ -155,7 +164,7 @@ def run(cell, names):
                 getattr(shown, name)()
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [chapter(path) for path in CHAPTERS], ids=lambda path: path.stem)
 def test_a_chapter_runs_on_a_gpu(path, gpu, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(matplotlib.pyplot, "show", lambda: None)

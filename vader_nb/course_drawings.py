@@ -128,7 +128,7 @@ def causal() -> str:
         for k in (1, 2):
             x = CHUNKS[k]
             parts += pointer(x - 76, y + 23, x - 4, y + 23, "currentColor")
-            kept = {"fill": BLUE} if not row or k == 1 else {"opacity": 0.35}
+            kept: dict = {"fill": BLUE} if not row or k == 1 else {"opacity": 0.35}
             parts.append(element("circle", cx=x - 40, cy=y + 23, r=5, **{"fill": GRAY} | kept))
             parts.append(words(x - 40, y + 12, f"h{'₀₁₂'[k]}", 13, "middle", **kept))
     parts += sweep_back(52 + 168)
