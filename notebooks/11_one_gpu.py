@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
-# | no GPU, no download, no account | 0.9 minutes | 1.3 GB | not measured |
+# | no GPU, no download, no account | 0.7 minutes | 1.3 GB | not measured |
 #
 # *Words and symbols: [notation and glossary](notation.md).*
 
@@ -76,8 +76,6 @@ twin = {"modelscope": "tiny", "wan": "tiny-wan"}[MODEL]
 name = MODEL if torch.cuda.is_available() else twin  # what the cells below run
 model = vader_nb.load(name)
 model.defaults |= course.quick({}, {"num_inference_steps": 2})  # fewer in tests
-
-# %%
 recipe = recipes.CARDS[name].settings
 texts = prompt_sets.get(recipe["prompts"])
 clips = vader_nb.sample(model, texts[:3], seeds=SEED)
@@ -91,24 +89,8 @@ Gallery({name: [Video(clip, model.defaults["fps"], t) for clip, t in zip(clips, 
 # *recipes*: one file for each model, with sources ([the page of recipes](recipes.md)). Here are the published settings beside the twin's.
 
 # %%
-keys = (
-    "prompts",
-    "reward",
-    "num_inference_steps",
-    "guidance_scale",
-    "num_frames",
-    "height",
-    "width",
-)
-keys += (
-    "learning_rate",
-    "rank",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "mixed_precision",
-    "strategy",
-    "frames",
-)
+keys = "prompts reward num_inference_steps guidance_scale num_frames height width learning_rate rank batch_size"
+keys = f"{keys} gradient_accumulation_steps mixed_precision strategy frames".split()
 pair = {one: recipes.CARDS[one].settings for one in (MODEL, twin)}
 HTML(
     drawing.table(
@@ -138,6 +120,7 @@ full = course.quick(MODEL, twin)
 settings = {k: v for k, v in recipes.CARDS[full].settings.items() if k in known}
 plan = vader_nb.memory(full, "hps", gpu_memory="RTX 4090", **settings)
 
+# %%
 GIB = 2**30
 stages = {stage: size / GIB for stage, size in plan.stages.items()}
 figure, axis = plt.subplots(figsize=(7, 2.6), layout="constrained")
@@ -215,6 +198,8 @@ guess = None  # "a", "b" or "c"
 # %%
 CARDS = {"T4": "C2", "RTX 4090": "C1"}
 ladders = course.texts()["measured"]["one_gpu"]
+
+# %%
 figure, axes = plt.subplots(len(ladders), 1, figsize=(8, 5.6), layout="constrained", sharex=True)
 for axis, (label, rungs) in zip(axes, ladders.items()):
     for place, sizes in enumerate(rungs.values()):
@@ -412,6 +397,7 @@ def seconds_per_call(model, calls=3):
     return min(found[1:])
 
 
+# %%
 once = seconds_per_call(model)
 print(f"{name}, here: {once:.3f} s per call")
 
@@ -472,6 +458,8 @@ changes = {
 }
 if name == twin:  # a few steps on a CPU
     changes |= {"batch_size": 2, "mixed_precision": None}
+
+# %%
 reward = rewards.parse(recipe["reward"], tiny=name == twin)
 train = {key: value for key, value in recipe.items() if key in known} | changes
 run = vader_nb.align(model, reward, texts, **train)
