@@ -71,6 +71,7 @@ from vader_nb.widgets import (
     MemoryPlanner,
     RewardComparison,
     RewardComposer,
+    RunViewer,
     Sampler,
     TrainingMonitor,
     TruncationExplorer,
@@ -229,6 +230,13 @@ run.adapter.remove()
 TrainingMonitor(f"{folder}/run")
 
 # %% [markdown]
+# To hold several runs against each other, or the methods of a race, there is the run viewer: give it one folder or a list of
+# them, finished or not. Here it has this one run. A dot is an evaluation; click one, and its clips play.
+
+# %%
+RunViewer(f"{folder}/run")
+
+# %% [markdown]
 # ## Recap
 #
 # | panel | its question | from Python |
@@ -239,6 +247,7 @@ TrainingMonitor(f"{folder}/run")
 # | [`TruncationExplorer`](panel_truncation.md) | how much of the gradient do I need? | `explorer.measure()` |
 # | [`MemoryPlanner`](panel_planner.md) | will it fit? | `vader_nb.memory(…)` |
 # | [`TrainingMonitor`](panel_monitor.md) | is the run still going where I want? | `align(…, **monitor.hooks)` |
+# | [`RunViewer`](panel_race.md) | which of these runs, and at what price? | `viewer.set(x="seconds")` |
 #
 # ## Exercises
 #

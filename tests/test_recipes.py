@@ -94,8 +94,8 @@ def test_denoiser_calls_are_those_of_a_step(
     given["model"] = model
     reward = vader_nb.rewards.brightness()
     vader_nb.align(reward=reward, prompts="tiny", **given, **settings).adapter.remove()
-    assert sum(calls) == recipes.Card("mine", gpu).calls == 2 * 2 * expected
-    assert recipes.Card("mine", gpu, gpus=3).calls == 3 * sum(calls)
+    assert sum(calls) == recipes.Card("mine", gpu, 0.1).calls == 2 * 2 * expected
+    assert recipes.Card("mine", gpu, 0.1, gpus=3).calls == 3 * sum(calls)
 
 
 @pytest.fixture(scope="module")

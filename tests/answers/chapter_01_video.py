@@ -64,7 +64,9 @@ ANSWERS = {
             BY_HAND.replace("[seed]", "[SEED]"): "off by",
             BY_HAND.replace("[prompt]", "[PROMPT]"): "off by",
             BY_HAND.replace("guidance_scale *", "2.0 *"): "guidance 3:",
-            BY_HAND.replace("in scheduler", "in model.scheduler"): "off by",
+            BY_HAND.replace(
+                "in scheduler.timesteps", "in model.scheduler.timesteps[::300]"
+            ): "off by",
             BY_HAND.replace("scheduler.timesteps:", "scheduler.timesteps[:-1]:"): "off by",
             BY_HAND.replace("scheduler.timesteps:", "scheduler.timesteps.flip(0):"): "off by",
         },
