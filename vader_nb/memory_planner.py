@@ -222,8 +222,8 @@ class Step:
             raise ValueError(
                 f"extend={flat['extend']}: segments learn one after the other; plan for one, extend=1"
             )
-        several = flat.pop("num_gpus", 1), flat.pop("sharding", "none")
-        shared = sharding.check(*several, flat.get("quantize"))
+        shared = sharding.check(flat.pop("num_gpus", 1), flat.pop("sharding", "none"))
+        sharding.check_quantize(flat.get("quantize"), shared[1] != "none")
         given = {name: flat.pop(name, None) for name in OF_MODEL}
         dtype, offload = given["dtype"], bool(given["model_cpu_offload"])
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype

@@ -20,20 +20,24 @@ from .offload import is_sharded
 SHARDING = ("none", "full")  # what `memory` simulates
 
 
-def check(num_gpus: int, sharding: str, quantize: str | None = None) -> tuple[int, str]:
-    """The first two. Raises ValueError for what they cannot be."""
+def check(num_gpus: int, sharding: str) -> tuple[int, str]:
+    """Both. Raises ValueError for what they cannot be."""
     if num_gpus < 1:
         raise ValueError(f"num_gpus must be at least 1, got {num_gpus}")
     if sharding not in SHARDING:
         raise ValueError(f"unknown sharding {sharding!r}; choose one of {', '.join(SHARDING)}")
     if num_gpus == 1 and sharding != "none":
         raise ValueError(f"sharding={sharding} has no effect on one GPU: say how many, num_gpus=8")
-    if sharding != "none" and quantize:
+    return num_gpus, sharding
+
+
+def check_quantize(quantize: str | None, sharded: bool) -> None:
+    """Raises ValueError for a quantized model that is to be cut up."""
+    if quantize and sharded:
         raise ValueError(
             f"quantize={quantize} with FSDP has no use: quantized weights are buffers, whole in each process; "
             f"leave out one of the two"
         )
-    return num_gpus, sharding
 
 
 def fsdp_options() -> dict | None:

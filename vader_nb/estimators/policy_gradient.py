@@ -116,8 +116,9 @@ class PolicyGradient(FromScores):
 
     def compared(self, scored: Scored) -> torch.Tensor:
         """What is compared of a micro-batch, (parts, B), in float64 on the CPU."""
-        of = {} if scored.problem else scored.parts
-        rewards: list[Any] = [of.get(name, scored.rewards) for name in self.reward_weights or [""]]
+        rewards: list[Any] = [scored.rewards] * len(self.reward_weights or [None])
+        if self.reward_weights and not scored.problem:
+            rewards = [scored.parts[name] for name in self.reward_weights]
         return torch.stack(rewards).double().cpu()
 
     def accumulate(

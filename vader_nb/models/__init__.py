@@ -332,8 +332,7 @@ def check_text_cache(family: type[VideoModel], name: str | Path) -> None:
 def check_unsharded(quantize: str) -> None:
     from .. import sharding
 
-    if sharding.fsdp_options():
-        sharding.check(2, "full", quantize)
+    sharding.check_quantize(quantize, bool(sharding.fsdp_options()))
 
 
 def place(model: VideoModel, device: torch.device) -> None:
