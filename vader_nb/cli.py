@@ -266,6 +266,10 @@ def run_race(arguments):
     for name, value in needed.items():
         if not value:
             raise ValueError(f"a race needs {name}: see vader_nb/configs/races/tiny.yaml")
+    contestants, tiny = arguments.contestants, in_tiny_world(arguments)
+    for own in contestants.values():
+        if isinstance(own, dict) and "reward" in own:
+            own["reward"] = vader_nb.rewards.parse(own["reward"], tiny=tiny)
     numbers = {}
     for name, kind in {"learning_rates": float, "seeds": int}.items():
         try:
@@ -275,7 +279,7 @@ def run_race(arguments):
     model = load(arguments)
     result = race(
         model,
-        arguments.contestants,
+        contestants,
         reward,
         prompts,
         held_out=captions,

@@ -76,13 +76,18 @@ class Race:
             raise ValueError(f"the race in {self.folder} has not evaluated the base yet")
         return {name: max(of, key=Runs.rank) for name, of in runs.items()}
 
-    def table(self) -> Table:
-        """Where each contestant ended: costs, and differences to the base with 95 % intervals over captions.
+    def table(self, against: str = BASE) -> Table:
+        """Where each contestant ended: costs, and differences to another with 95 % intervals over prompts.
 
         Differences are means over seeds of the runs, whose lowest and highest are told, too; the interval is that of
         `stats.paired_interval`. Contestants without training are marked by the queries that each clip costs.
+
+        Args:
+            against: the base, or a contestant.
         """
         best = self.best()
+        if against not in best:
+            raise KeyError(f"no contestant {against!r}; there are {', '.join(map(repr, best))}")
         shown = ("reward", "held-out reward", "oracle accuracy", "diversity", "motion")
         names = [name for name in shown if self.metric(name) in best[BASE].ends[0]["scores"]]
         costs = [cost.replace("_", " ") for cost in COSTS]
@@ -92,15 +97,15 @@ class Race:
             rate = f"{runs.rate:g}" if runs.rate else ""
             row = [runs.label, rate, str(len(runs.ends)) if runs.rate else ""]
             row += [count(runs.spent(cost)[-1]) if runs.rate else "" for cost in COSTS]
-            rows.append([*row, *(self.cell(runs, best[BASE], name) for name in names)])
+            rows.append([*row, *(self.cell(runs, best[against], name) for name in names)])
         return Table(headings, rows, headings)
 
-    def cell(self, runs: "Runs", base: "Runs", name: str) -> str:
-        """A contestant's end in one metric, against the base."""
-        if runs.failed:
+    def cell(self, runs: "Runs", other: "Runs", name: str) -> str:
+        """A contestant's end in one metric, against another's."""
+        if runs.failed or other.failed:
             return "not finite"
-        ends, start = runs.scores(name)[:, -1], base.scores(name)[0, -1]
-        if runs.name == BASE:
+        ends, start = runs.scores(name)[:, -1], other.scores(name)[:, -1].mean(0)
+        if runs.name == other.name:
             return f"{start.mean():.4f}"
         low, high = paired_interval(ends.mean(0) - start)
         text = f"{ends.mean():.4f}: {(ends.mean(0) - start).mean():+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -171,15 +176,27 @@ class Race:
         headings = ["contestant", what, "95 % interval", "times the least"]
         return Table(headings, rows, headings)
 
-    def plot(self, x: str = "reward_queries", y: str = "held-out reward", log: bool = True) -> Any:
+    def plot(
+        self,
+        x: str = "reward_queries",
+        y: str = "held-out reward",
+        log: bool = True,
+        axes: Any = None,
+    ) -> Any:
         """Draw a metric over what was spent, means of seeds with the lowest and the highest, as a matplotlib Figure.
 
         Contestants without training are horizontal lines: each of their clips costs anew.
+
+        Args:
+            x, y: what was spent, and the metric.
+            log: the scale of x.
+            axes: to draw into; None: a figure of its own.
         """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6.5, 4), layout="constrained")
-        axes, best = figure.subplots(), self.best()
+        if axes is None:
+            axes = Figure(figsize=(6.5, 4), layout="constrained").subplots()
+        best = self.best()
         number = 0
         for name, runs in best.items():
             if runs.failed:
@@ -196,34 +213,44 @@ class Race:
             )
         axes.set(xlabel=x.replace("_", " "), ylabel=y, xscale="log" if log else "linear")
         axes.legend(fontsize="small")
-        return figure
+        return axes.figure
 
     def pareto(
-        self, against: Sequence[str] = ("diversity", "motion"), y: str = "held-out reward"
+        self,
+        against: Sequence[str] = ("diversity", "motion"),
+        y: str = "held-out reward",
+        axes: Sequence | None = None,
     ) -> Any:
-        """Draw a metric against others, from the base on through each contestant's evaluations; up and right is better."""
+        """Draw a metric against others, from the base on through each contestant's evaluations; up and right is better.
+
+        Args:
+            against, y: metrics.
+            axes: to draw into, one for each of `against`; None: a figure of its own.
+        """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5 * len(against), 4), layout="constrained")
+        if axes is None:
+            figure = Figure(figsize=(5 * len(against), 4), layout="constrained")
+            axes = figure.subplots(1, len(against), squeeze=False)[0]
         best = self.best()
-        for axes, other in zip(figure.subplots(1, len(against), squeeze=False)[0], against):
+        for plot, other in zip(axes, against):
             base = [best[BASE].end(name) for name in (other, y)]
             for number, runs in enumerate(runs for n, runs in best.items() if n != BASE):
                 if runs.failed:
                     continue
                 path = [runs.scores(name).mean((0, 2)).tolist() for name in (other, y)]
                 points = [[start, *values] for start, values in zip(base, path)]
-                axes.plot(
+                plot.plot(
                     *points,
                     "o-",
                     markersize=4,
                     color=COLORS[number % len(COLORS)],
                     label=runs.label,
                 )
-            axes.plot(*base, "*", markersize=14, color="#7d8590", label=BASE)
-            axes.set(xlabel=other, ylabel=y)
-        figure.axes[-1].legend(fontsize="small")
-        return figure
+            plot.plot(*base, "*", markersize=14, color="#7d8590", label=BASE)
+            plot.set(xlabel=other, ylabel=y)
+        axes[-1].legend(fontsize="small")
+        return axes[-1].figure
 
     def __repr__(self) -> str:
         return (

@@ -74,8 +74,9 @@ def race(
 
     Args:
         model: from `load`, without an adapter on it.
-        contestants: settings of `TrainConfig` by name, and of these: `estimator`; `learning_rates`, its own grid, of as
-            many rates as the others'; and instead of training `best_of`, of so many clips the best by the reward, or
+        contestants: settings of `TrainConfig` by name, and of these: `estimator`; `reward`, to train on in place of the
+            race's, by which it is judged all the same; `learning_rates`, its own grid, of as many rates as the others';
+            and instead of training `best_of`, of so many clips the best by the reward, or
             `guidance`, the strength of `RewardGuidance`. The base model takes part by itself.
         reward, prompts: to train on.
         held_out, held_out_reward: captions and a reward that no contestant is trained on; all are judged by them.
@@ -187,6 +188,7 @@ class Runner:
     def trainer(self, job: Job) -> MeteredTrainer:
         settings = {**job.settings, "checkpoints_total_limit": 1}
         estimator = settings.pop("estimator", None)
+        reward = as_reward(settings.pop("reward", self.reward))
         settings |= {"learning_rate": job.learning_rate, "seed": job.seed, "steps": 10**9}
         settings |= {"output_dir": self.output_dir / job.folder, "resume": "latest"}
         settings |= {"validation_steps": 1, "progress": False}
@@ -206,7 +208,7 @@ class Runner:
 
         options = {"budget": (self.unit, self.budget), "parts": self.evaluations}
         options |= {"reached": reached, "estimator": estimator}
-        return MeteredTrainer(self.model, self.reward, self.prompts, config, **options)
+        return MeteredTrainer(self.model, reward, self.prompts, config, **options)
 
     def check(self, job: Job):
         """Raises ValueError, with the contestant's name, for a job that cannot be run."""
