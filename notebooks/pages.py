@@ -1,11 +1,8 @@
 """The pages that are generated from what the package says of itself: `python notebooks/pages.py`."""
 
-from dataclasses import replace
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from vader_nb import Race, models, recipes, rewards, translate, zoo
+from vader_nb import models, recipes, rewards, translate
 
 ARGUMENTS = """\
 # Other tools' arguments, and what they are called here
@@ -177,52 +174,7 @@ def rewards_page() -> str:
     return REWARDS.format(table=rewards.table().markdown())
 
 
-RACES = """\
-# Races
-
-Methods with and without the gradient of a reward: the same model, prompts, seeds, adapters and optimizer, equal budgets. Each is set up
-as its paper says, with the page's configuration naming where (`vader_nb/configs/races`), at the best of four learning rates, tuned on a
-seed that does not run in the race. Trained on hps + 0.02 × aesthetic; all figures are of held-out prompts.
-
-- *reward queries*: clips scored in training; *denoiser calls*: latents through the denoiser, once for each branch of the guidance,
-  forward; *seconds*: of one CPU thread, without evaluations.
-- Each cell: where a contestant ended, in the mean of its seeds, the difference to the base with its 95 % interval over
-  prompts, and the lowest and the highest seed.
-- *oracle accuracy*: clips with the right color and shape, read off the pixels by code; *diversity*: of the clips of one prompt.
-- Curves: means of seeds, with bands from the lowest to the highest.
-
-The lines behind all of it are in `vader_nb/zoo/races`: `vader_nb.Race(vader_nb.zoo.races()["full"])` reads them. This page is generated.
-"""
-COLUMNS = "contestant", "learning rate", "reward queries", "denoiser calls", "seconds"
-COLUMNS += "reward", "oracle accuracy", "diversity", "motion"
-SECTIONS = {  # of the page of races: heading, conclusion, and against which the second table is
-}
-
-
-def race_figure(race: Race) -> Figure:
-    """The reward over queries and seconds, and against diversity and motion."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2)
-    race.plot("reward_queries", "reward", axes=axes[0, 0])
-    race.plot("seconds", "reward", log=False, axes=axes[0, 1])
-    race.pareto(y="reward", axes=axes[1])
-    for each in axes.flat[:-1]:
-        each.get_legend().remove()
-    return figure
-
-
-def races_page() -> str:
-    lines = [RACES]
-    for name, (heading, conclusion) in SECTIONS.items():
-        race = Race(zoo.races()[name])
-        table = replace(race.table(), short=COLUMNS).markdown()
-        lines += [f"## {heading}", "", f"`vader-nb race races/{name}`", "", table, ""]
-        lines += [f"![{heading}](images/race_{name}.png)", "", conclusion]
-    return "\n".join(lines)
-
-
 PAGES = {
-    "races.md": races_page,
     "arguments.md": arguments_page,
     "models.md": models_page,
     "recipes.md": recipes_page,
@@ -235,12 +187,5 @@ def write(folder: Path) -> None:
         (folder / name).write_text(page())
 
 
-def draw(folder: Path) -> None:
-    """The figures of the races."""
-    for name in SECTIONS:
-        race_figure(Race(zoo.races()[name])).savefig(folder / f"race_{name}.png", dpi=110)
-
-
 if __name__ == "__main__":
     write(Path(__file__).parent)
-    draw(Path(__file__).with_name("images"))

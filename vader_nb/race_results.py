@@ -130,7 +130,7 @@ class Race:
         """What each contestant spent until a metric reached a level: name -> (estimate, low, high).
 
         The curves of seeds are averaged, and joined by straight lines from the base. The 95 % interval is the bootstrap's
-        over seeds and captions, the same captions for all; infinite where the level was not reached.
+        over seeds and prompts, the same prompts for all; infinite where the level was not reached.
 
         Args:
             level: a number, or a contestant: the level where that one ended.
@@ -138,7 +138,7 @@ class Race:
         """
         best = self.best()
         start = best[BASE].scores(y)[0, -1]
-        captions, result = resamples(len(start), 0), {}
+        chosen, result = resamples(len(start), 0), {}
         ends = {name: best[name].scores(y)[:, -1] for name in [level] if isinstance(name, str)}
 
         def goal(seeds: Any = slice(None), of: Any = slice(None)) -> float:
@@ -156,7 +156,7 @@ class Race:
             spent = torch.cat([torch.zeros(len(spent), 1).double(), spent], dim=1)
             drawn = sorted(
                 crossing(spent[s].mean(0), scores[s].mean(0)[:, c].mean(1), goal(s, c))
-                for s, c in zip(resamples(len(scores), 1), captions)
+                for s, c in zip(resamples(len(scores), 1), chosen)
             )
             low, high = (drawn[round(share * (RESAMPLES - 1))] for share in (0.025, 0.975))
             result[name] = crossing(spent.mean(0), scores.mean((0, 2)), goal()), low, high
@@ -207,6 +207,9 @@ class Race:
                 axes.axhline(runs.end(y), linestyle=":", color=color, label=runs.label)
                 continue
             means, spent = runs.scores(y).mean(2), runs.spent(x)
+            if not log:  # all begin as the base
+                start = means.new_full((len(means), 1), best[BASE].end(y))
+                means, spent = torch.cat([start, means], dim=1), [0.0, *spent]
             axes.plot(spent, means.mean(0), "o-", color=color, markersize=4, label=runs.label)
             axes.fill_between(
                 spent, means.amin(0), means.amax(0), color=color, alpha=0.2, linewidth=0
@@ -286,7 +289,7 @@ class Runs:
         return f"{self.name} ({queries} queries a clip)" if queries else self.name
 
     def scores(self, name: str) -> torch.Tensor:
-        """Of a metric: (seeds, evaluations, captions), float64."""
+        """Of a metric: (seeds, evaluations, prompts), float64."""
         metric, known = self.race.metric(name), self.ends[0]["scores"]
         if metric not in known:
             raise KeyError(f"no metric {name!r}; there are {', '.join(map(repr, known))}")

@@ -1,7 +1,7 @@
 """Publish a race that was run: python -m tests.benchmarks.races runs/race-full full
 
-Its lines go into vader_nb/zoo/races/NAME, as `vader-nb race` wrote them, in one file, numbers with five digits. The page of the
-races and its figures are drawn from there: python notebooks/pages.py
+Its lines go into vader_nb/zoo/races/NAME, as `vader-nb race` wrote them, in one file, numbers with five digits:
+`vader_nb.Race(vader_nb.zoo.races()[NAME])`.
 """
 
 import sys
