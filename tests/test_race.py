@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from vader_nb import cli, config, lora, race, race_results, stats
+from vader_nb import cli, config, lora, race, race_results, stats, zoo
 from vader_nb.distributed import launch
 from vader_nb.estimators import parse_estimator
 from vader_nb.meter import COSTS, Meter
@@ -105,6 +105,13 @@ def test_every_run_spends_the_budget_and_is_evaluated_at_its_parts(whole):
     (best,) = [line for line in lines if line["contestant"] == "best of 2"]
     assert best["per_clip"] == {"reward_queries": 2, "denoiser_calls": 2 * 2 * 2}
     assert best["reward_queries"] == 0  # of training
+
+
+def test_a_contestant_may_train_on_a_reward_of_its_own(micro_directory, tmp_path):
+    contestants = {"bright": {}, "dark": {"reward": -1.0 * brightness()}}
+    changes = {"learning_rates": [1e-1], "seeds": [0], "budget": {"reward_queries": 12}}
+    best = run(micro_directory, tmp_path, contestants, **changes).best()
+    assert best["dark"].end("reward") < best["base"].end("reward") < best["bright"].end("reward")
 
 
 def test_starting_a_race_that_is_over_changes_nothing(micro_directory, whole):
@@ -244,6 +251,17 @@ def test_the_table_has_the_intervals_of_stats(tmp_path):
     assert "A" in made._repr_html_() and "| base |" in repr(made)
 
 
+def test_a_table_against_another_contestant(tmp_path):
+    made = made_up(tmp_path / "race", CURVES)
+    ends = [made.best()[name].scores("reward")[:, -1].mean(0) for name in "AB"]
+    low, high = stats.paired_interval(ends[0] - ends[1])
+    table = made.table(against="B").markdown()
+    assert f"0.5000: +0.3000 [{low:+.4f}, {high:+.4f}]" in table
+    assert "| 0.2000 |" in table  # B's own
+    with pytest.raises(KeyError, match="no contestant 'C'; there are 'base', 'A', 'B'"):
+        made.table(against="C")
+
+
 def test_queries_to_reach_a_level(tmp_path):
     made = made_up(tmp_path / "race", CURVES)
     reached = made.reach("B")  # where B ended, 0.2
@@ -267,10 +285,21 @@ def test_plots(tmp_path):
             "B",
             "best of 8 (8 queries a clip)",
         ]
-    first, second = made.pareto().axes
+    first, second = both = made.pareto().axes
     assert (first.get_xlabel(), second.get_xlabel()) == ("diversity", "motion")
+    assert made.plot(axes=first) is made.pareto(axes=both) is first.figure  # into what there is
     with pytest.raises(KeyError, match="no metric 'speed'; there are 'r', 'h'"):
         made.plot(y="speed")
+
+
+@pytest.mark.parametrize("name", zoo.races())
+def test_published_races_can_be_read(name):
+    made = Race(zoo.races()[name])
+    settings = config.read(config.Race, [f"races/{name}"])
+    assert made.settings["budget"] == settings.budget
+    assert set(made.best()) == {"base", *settings.contestants}
+    for runs in made.best().values():
+        assert runs.rate is None or len(runs.ends) == len(settings.seeds)
 
 
 def test_a_race_is_read_while_it_is_written(tmp_path):

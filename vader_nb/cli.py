@@ -262,10 +262,14 @@ def run_race(arguments):
     prompts, (reward, *judges) = training_prompts(arguments), parse_rewards(arguments)
     needed = {"held_out_reward": judges, "contestants": arguments.contestants}
     needed |= {"budget": arguments.budget, "learning_rates": arguments.learning_rates}
-    needed["held_out"] = captions = evaluation_prompts(arguments, prompts).get("held-out", [])
+    needed["held_out"] = held_out = evaluation_prompts(arguments, prompts).get("held-out", [])
     for name, value in needed.items():
         if not value:
             raise ValueError(f"a race needs {name}: see vader_nb/configs/races/tiny.yaml")
+    contestants, tiny = arguments.contestants, in_tiny_world(arguments)
+    for own in contestants.values():
+        if isinstance(own, dict) and "reward" in own:
+            own["reward"] = vader_nb.rewards.parse(own["reward"], tiny=tiny)
     numbers = {}
     for name, kind in {"learning_rates": float, "seeds": int}.items():
         try:
@@ -275,10 +279,10 @@ def run_race(arguments):
     model = load(arguments)
     result = race(
         model,
-        arguments.contestants,
+        contestants,
         reward,
         prompts,
-        held_out=captions,
+        held_out=held_out,
         held_out_reward=judges[0],
         budget=arguments.budget,
         evaluations=arguments.evaluations,

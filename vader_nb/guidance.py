@@ -1,6 +1,6 @@
 """Reward guidance: follow a reward while sampling, without any training.
 
-guided = RewardGuidance(hps(), strength=0.1)
+guided = RewardGuidance(hps(), strength=0.03)
 clips = guided.sample(model, ["a red star"], seeds=[0])
 evaluate(model, {"guided": guided, "trained": run}, hps(), "tiny_held_out")
 
@@ -29,14 +29,16 @@ class RewardGuidance:
 
     Attributes:
         reward: differentiable in the frames.
-        strength: how far predicted clean latents are moved at each step, as a part of their norm.
+        strength: how far predicted clean latents are moved at each step, as a part of their norm. On "tiny" 0.03 raised the
+            reward most; with 0.1 motion broke, with 0.3 half of all colors and shapes, while the reward's smaller part
+            still rose.
         last: how many of the last steps are guided; default: all.
         decode_chunk_size: frames decoded at once.
         adapter: to sample with, as for `sampling.sample`; None: the base model.
     """
 
     reward: Any
-    strength: float = 0.1
+    strength: float = 0.03
     last: int | None = None
     decode_chunk_size: int = 1
     adapter: Any = None

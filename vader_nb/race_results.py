@@ -76,13 +76,18 @@ class Race:
             raise ValueError(f"the race in {self.folder} has not evaluated the base yet")
         return {name: max(of, key=Runs.rank) for name, of in runs.items()}
 
-    def table(self) -> Table:
-        """Where each contestant ended: costs, and differences to the base with 95 % intervals over captions.
+    def table(self, against: str = BASE) -> Table:
+        """Where each contestant ended: costs, and differences to another with 95 % intervals over prompts.
 
         Differences are means over seeds of the runs, whose lowest and highest are told, too; the interval is that of
         `stats.paired_interval`. Contestants without training are marked by the queries that each clip costs.
+
+        Args:
+            against: the base, or a contestant.
         """
         best = self.best()
+        if against not in best:
+            raise KeyError(f"no contestant {against!r}; there are {', '.join(map(repr, best))}")
         shown = ("reward", "held-out reward", "oracle accuracy", "diversity", "motion")
         names = [name for name in shown if self.metric(name) in best[BASE].ends[0]["scores"]]
         costs = [cost.replace("_", " ") for cost in COSTS]
@@ -92,15 +97,15 @@ class Race:
             rate = f"{runs.rate:g}" if runs.rate else ""
             row = [runs.label, rate, str(len(runs.ends)) if runs.rate else ""]
             row += [count(runs.spent(cost)[-1]) if runs.rate else "" for cost in COSTS]
-            rows.append([*row, *(self.cell(runs, best[BASE], name) for name in names)])
+            rows.append([*row, *(self.cell(runs, best[against], name) for name in names)])
         return Table(headings, rows, headings)
 
-    def cell(self, runs: "Runs", base: "Runs", name: str) -> str:
-        """A contestant's end in one metric, against the base."""
-        if runs.failed:
+    def cell(self, runs: "Runs", other: "Runs", name: str) -> str:
+        """A contestant's end in one metric, against another's."""
+        if runs.failed or other.failed:
             return "not finite"
-        ends, start = runs.scores(name)[:, -1], base.scores(name)[0, -1]
-        if runs.name == BASE:
+        ends, start = runs.scores(name)[:, -1], other.scores(name)[:, -1].mean(0)
+        if runs.name == other.name:
             return f"{start.mean():.4f}"
         low, high = paired_interval(ends.mean(0) - start)
         text = f"{ends.mean():.4f}: {(ends.mean(0) - start).mean():+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -125,7 +130,7 @@ class Race:
         """What each contestant spent until a metric reached a level: name -> (estimate, low, high).
 
         The curves of seeds are averaged, and joined by straight lines from the base. The 95 % interval is the bootstrap's
-        over seeds and captions, the same captions for all; infinite where the level was not reached.
+        over seeds and prompts, the same prompts for all; infinite where the level was not reached.
 
         Args:
             level: a number, or a contestant: the level where that one ended.
@@ -133,7 +138,7 @@ class Race:
         """
         best = self.best()
         start = best[BASE].scores(y)[0, -1]
-        captions, result = resamples(len(start), 0), {}
+        chosen, result = resamples(len(start), 0), {}
         ends = {name: best[name].scores(y)[:, -1] for name in [level] if isinstance(name, str)}
 
         def goal(seeds: Any = slice(None), of: Any = slice(None)) -> float:
@@ -151,7 +156,7 @@ class Race:
             spent = torch.cat([torch.zeros(len(spent), 1).double(), spent], dim=1)
             drawn = sorted(
                 crossing(spent[s].mean(0), scores[s].mean(0)[:, c].mean(1), goal(s, c))
-                for s, c in zip(resamples(len(scores), 1), captions)
+                for s, c in zip(resamples(len(scores), 1), chosen)
             )
             low, high = (drawn[round(share * (RESAMPLES - 1))] for share in (0.025, 0.975))
             result[name] = crossing(spent.mean(0), scores.mean((0, 2)), goal()), low, high
@@ -171,15 +176,27 @@ class Race:
         headings = ["contestant", what, "95 % interval", "times the least"]
         return Table(headings, rows, headings)
 
-    def plot(self, x: str = "reward_queries", y: str = "held-out reward", log: bool = True) -> Any:
+    def plot(
+        self,
+        x: str = "reward_queries",
+        y: str = "held-out reward",
+        log: bool = True,
+        axes: Any = None,
+    ) -> Any:
         """Draw a metric over what was spent, means of seeds with the lowest and the highest, as a matplotlib Figure.
 
         Contestants without training are horizontal lines: each of their clips costs anew.
+
+        Args:
+            x, y: what was spent, and the metric.
+            log: the scale of x.
+            axes: to draw into; None: a figure of its own.
         """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6.5, 4), layout="constrained")
-        axes, best = figure.subplots(), self.best()
+        if axes is None:
+            axes = Figure(figsize=(6.5, 4), layout="constrained").subplots()
+        best = self.best()
         number = 0
         for name, runs in best.items():
             if runs.failed:
@@ -190,40 +207,53 @@ class Race:
                 axes.axhline(runs.end(y), linestyle=":", color=color, label=runs.label)
                 continue
             means, spent = runs.scores(y).mean(2), runs.spent(x)
+            if not log:  # all begin as the base
+                start = means.new_full((len(means), 1), best[BASE].end(y))
+                means, spent = torch.cat([start, means], dim=1), [0.0, *spent]
             axes.plot(spent, means.mean(0), "o-", color=color, markersize=4, label=runs.label)
             axes.fill_between(
                 spent, means.amin(0), means.amax(0), color=color, alpha=0.2, linewidth=0
             )
         axes.set(xlabel=x.replace("_", " "), ylabel=y, xscale="log" if log else "linear")
         axes.legend(fontsize="small")
-        return figure
+        return axes.figure
 
     def pareto(
-        self, against: Sequence[str] = ("diversity", "motion"), y: str = "held-out reward"
+        self,
+        against: Sequence[str] = ("diversity", "motion"),
+        y: str = "held-out reward",
+        axes: Sequence | None = None,
     ) -> Any:
-        """Draw a metric against others, from the base on through each contestant's evaluations; up and right is better."""
+        """Draw a metric against others, from the base on through each contestant's evaluations; up and right is better.
+
+        Args:
+            against, y: metrics.
+            axes: to draw into, one for each of `against`; None: a figure of its own.
+        """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5 * len(against), 4), layout="constrained")
+        if axes is None:
+            figure = Figure(figsize=(5 * len(against), 4), layout="constrained")
+            axes = figure.subplots(1, len(against), squeeze=False)[0]
         best = self.best()
-        for axes, other in zip(figure.subplots(1, len(against), squeeze=False)[0], against):
+        for plot, other in zip(axes, against):
             base = [best[BASE].end(name) for name in (other, y)]
             for number, runs in enumerate(runs for n, runs in best.items() if n != BASE):
                 if runs.failed:
                     continue
                 path = [runs.scores(name).mean((0, 2)).tolist() for name in (other, y)]
                 points = [[start, *values] for start, values in zip(base, path)]
-                axes.plot(
+                plot.plot(
                     *points,
                     "o-",
                     markersize=4,
                     color=COLORS[number % len(COLORS)],
                     label=runs.label,
                 )
-            axes.plot(*base, "*", markersize=14, color="#7d8590", label=BASE)
-            axes.set(xlabel=other, ylabel=y)
-        figure.axes[-1].legend(fontsize="small")
-        return figure
+            plot.plot(*base, "*", markersize=14, color="#7d8590", label=BASE)
+            plot.set(xlabel=other, ylabel=y)
+        axes[-1].legend(fontsize="small")
+        return axes[-1].figure
 
     def __repr__(self) -> str:
         return (
@@ -259,7 +289,7 @@ class Runs:
         return f"{self.name} ({queries} queries a clip)" if queries else self.name
 
     def scores(self, name: str) -> torch.Tensor:
-        """Of a metric: (seeds, evaluations, captions), float64."""
+        """Of a metric: (seeds, evaluations, prompts), float64."""
         metric, known = self.race.metric(name), self.ends[0]["scores"]
         if metric not in known:
             raise KeyError(f"no metric {name!r}; there are {', '.join(map(repr, known))}")

@@ -1,4 +1,4 @@
-"""A fair race: methods of alignment with equal budgets, on the same captions and seeds, each at the best rate of its grid.
+"""A fair race: methods of alignment with equal budgets, on the same prompts and seeds, each at the best rate of its grid.
 
     model = load("tiny")
     contestants = {"VADER": {"strategy": "Last(1)"}, "GRPO": {"estimator": "GRPO", "batch_size": 32}, "best of 8": {"best_of": 8}}
@@ -74,14 +74,15 @@ def race(
 
     Args:
         model: from `load`, without an adapter on it.
-        contestants: settings of `TrainConfig` by name, and of these: `estimator`; `learning_rates`, its own grid, of as
-            many rates as the others'; and instead of training `best_of`, of so many clips the best by the reward, or
+        contestants: settings of `TrainConfig` by name, and of these: `estimator`; `reward`, to train on in place of the
+            race's, by which it is judged all the same; `learning_rates`, its own grid, of as many rates as the others';
+            and instead of training `best_of`, of so many clips the best by the reward, or
             `guidance`, the strength of `RewardGuidance`. The base model takes part by itself.
         reward, prompts: to train on.
-        held_out, held_out_reward: captions and a reward that no contestant is trained on; all are judged by them.
+        held_out, held_out_reward: prompts and a reward that no contestant is trained on; all are judged by them.
         budget: of each run: `reward_queries`, `denoiser_calls` or `seconds`, and how many. A run's last step may go
             beyond it.
-        learning_rates: the grid; each contestant gets the rate with the highest `reward` on held-out captions at the
+        learning_rates: the grid; each contestant gets the rate with the highest `reward` on held-out prompts at the
             end, in the mean of its seeds. The held-out reward has no say.
         seeds: of the runs.
         evaluations: for each run.
@@ -187,6 +188,7 @@ class Runner:
     def trainer(self, job: Job) -> MeteredTrainer:
         settings = {**job.settings, "checkpoints_total_limit": 1}
         estimator = settings.pop("estimator", None)
+        reward = as_reward(settings.pop("reward", self.reward))
         settings |= {"learning_rate": job.learning_rate, "seed": job.seed, "steps": 10**9}
         settings |= {"output_dir": self.output_dir / job.folder, "resume": "latest"}
         settings |= {"validation_steps": 1, "progress": False}
@@ -206,7 +208,7 @@ class Runner:
 
         options = {"budget": (self.unit, self.budget), "parts": self.evaluations}
         options |= {"reached": reached, "estimator": estimator}
-        return MeteredTrainer(self.model, self.reward, self.prompts, config, **options)
+        return MeteredTrainer(self.model, reward, self.prompts, config, **options)
 
     def check(self, job: Job):
         """Raises ValueError, with the contestant's name, for a job that cannot be run."""
@@ -240,9 +242,10 @@ class Runner:
             self.bar.update(self.evaluations)
             return True
         if not trained:
-            if not lines:
+            if lines:
+                self.bar.update()
+            else:
                 self.add_line(job, file, self.evaluate(None, self.sampler(job)))
-            self.bar.update()
             return True
         saved = (file.parent / "adapter.safetensors").exists()  # it is, after the last line
         if saved and lines and lines[-1]["part"] == self.evaluations:
@@ -261,7 +264,7 @@ class Runner:
         return not run.stopped
 
     def evaluate(self, adapter, sampler: Any = None) -> dict:
-        """Scores of the held-out captions, means over seeds; and what a clip costs by then."""
+        """Scores of the held-out prompts, means over seeds; and what a clip costs by then."""
         clips = len(self.texts) * self.evaluator.seeds_per_prompt
         with lora.use_adapter(self.model, sampler or adapter) as used, Meter(self.model) as meter:
             how = getattr(sampler, "sample", sample)

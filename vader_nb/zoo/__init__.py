@@ -3,6 +3,7 @@
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
+RACES = Path(__file__).parent / "races"
 
 
 def adapters() -> dict[str, Path]:
@@ -11,3 +12,8 @@ def adapters() -> dict[str, Path]:
         name: WEIGHTS / "tiny-adapters" / f"{name}.safetensors"
         for name in ("aesthetic", "hps", "action")
     }
+
+
+def races() -> dict[str, Path]:
+    """Folders of the published races, for `Race`, by the name of their configuration."""
+    return {path.parent.name: path.parent for path in sorted(RACES.glob("*/race.json"))}

@@ -1,0 +1,451 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] tags=["head"]
+# # 12 · The fair race
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/12_fair_race.ipynb)
+# [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/12_fair_race.ipynb)
+#
+# | needs | two CPU cores | peak memory | GPU |
+# |---|---|---|---|
+# | no GPU, no download, no account | 1.5 minutes | 2.7 GB | not measured |
+#
+# *Words and symbols: [notation and glossary](notation.md).*
+
+# %% [markdown]
+# VADER needs a reward with a gradient. Much of what people want has none: the bytes of a file, a click, a person's yes or no. And there
+# are methods that need none. They sample, ask what the clips score, and make the better ones more likely. So why bother with a
+# gradient? "It is more efficient," says every paper with a gradient. Here you check that.
+#
+# **You will be able to**
+#
+# - *pick* the best of N clips, and say what that costs;
+# - *write* the policy gradient behind DDPO and GRPO, and prove it right;
+# - *explain* why a gradient of the reward needs fewer queries, and when it does not help;
+# - *run* a race that is fair: equal budgets, a rate tuned for each, a judge that nobody trained on;
+# - *read* its results with their intervals, also those that you did not hope for.
+#
+# Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
+
+# %% tags=["setup"]
+import sys
+from importlib.util import find_spec
+
+if "google.colab" in sys.modules and not find_spec("vader_nb"):
+    # Only what Colab lacks: never torch or numpy, which it has.
+    # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
+    # %pip install -q open_clip_torch mediapy
+    pass
+
+from vader_nb import course
+
+# %% tags=["parameters"]
+MODEL = "tiny"  # @param ["tiny"]
+CLIPS = 8  # @param {type:"integer"}
+SEED = 1  # @param {type:"integer"}
+
+# %% tags=["for-checks"]
+import tempfile
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+import vader_nb
+from vader_nb import Gallery, Race, Sampling, Video, prompts, rewards, zoo
+
+model = vader_nb.load(MODEL)
+reward = rewards.hps("tiny").to(model.device)
+sampling = Sampling(num_inference_steps=5)
+held_out = prompts.get("tiny_held_out")[9::25][:8]
+
+# %% [markdown]
+# ## The rival that trains nothing
+#
+# Sample several clips of a prompt and keep the one that scores best: **best of N**. No training, no gradient, any reward. Every
+# method in this notebook has to beat it, or it is not worth its training.
+
+# %%
+clips, scores = [], []
+for prompt in held_out:
+    made = vader_nb.sample(model, [prompt] * CLIPS, seeds=range(CLIPS), sampling=sampling)
+    with torch.no_grad():
+        scores.append(reward(made, [prompt] * CLIPS).cpu())
+    clips.append(made.cpu())
+scores = torch.stack(scores)  # (prompts, clips)
+best = scores.argmax(dim=1)
+
+# %%
+rows = {
+    "the first": [Video(made[0], 8, text) for made, text in zip(clips, held_out)],
+    f"the best of {CLIPS}": [
+        Video(made[i], 8, text) for made, i, text in zip(clips, best, held_out)
+    ],
+}
+Gallery(rows, width=96)
+
+# %% [markdown]
+# > **Predict.** From one clip to the best of two, the mean score rises by some amount. What does going from the best of four to the best
+# > of eight add, which costs four clips more? **(a)** about as much, as the number doubles again · **(b)** about half of it · **(c)** nothing
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %% [markdown]
+# **Exercise 1** (★, 10 minutes). You have eight scores of each prompt. What would the best of $n < 8$ have been, *on average over all ways to choose n
+# of the eight*? (There are 70 ways to choose four. You may try them all, or think: sort the scores; how often is the k-th the largest?)
+
+
+# %% tags=["exercise"]
+def best_of(scores, n):
+    """(prompts, N) scores -> the expected best of n of them, the mean over prompts: a number."""
+    return scores[:, :n].max(dim=1).values.mean().item()  # one way of many: replace this line
+
+
+# %% tags=["check"]
+def check(best_of):
+    from itertools import combinations
+
+    made = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    assert abs(best_of(made, 6) - made.max(dim=1).values.mean()) < 1e-5, (
+        "of all of them there is one way"
+    )
+    assert abs(best_of(made, 1) - made.mean()) < 1e-5, (
+        "the best of one is the mean: any may be the one"
+    )
+    ways = [made[:, list(some)].max(dim=1).values.mean() for some in combinations(range(6), 3)]
+    gap = abs(best_of(made, 3) - sum(ways) / len(ways))
+    assert gap < 1e-5, f"the best of 3 is off by {gap:.4f} from the mean over all 20 ways"
+
+
+course.attempt(check, best_of)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# `itertools.combinations(range(N), n)` lists the ways. Or: sorted upward, the k-th score (from 1) is the largest of n in
+# $\binom{k-1}{n-1}$ of $\binom{N}{n}$ ways.
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def best_of(scores, n):
+#     from itertools import combinations
+#
+#     ways = list(combinations(range(scores.shape[1]), n))
+#     return sum(scores[:, list(way)].max(dim=1).values.mean().item() for way in ways) / len(ways)
+# ```
+# </details>
+
+
+# %%
+def expected_best(scores, n):
+    ways = list(combinations(range(scores.shape[1]), n))
+    return sum(scores[:, list(way)].max(dim=1).values.mean().item() for way in ways) / len(ways)
+
+
+curve = [expected_best(scores, n) for n in range(1, CLIPS + 1)]
+figure, axis = plt.subplots(figsize=(5, 2.8), layout="constrained")
+axis.plot(range(1, CLIPS + 1), curve, "o-")
+axis.set(xlabel="N, clips sampled for each that is kept", ylabel="mean score of the best")
+course.show(figure, "12-best")
+
+# %%
+first, last = curve[1] - curve[0], curve[-1] - curve[CLIPS // 2 - 1]
+letter = "a" if last > 0.75 * first else "b" if last > 0.2 * first else "c"
+course.predict(guess, "12-best", letter=letter, first=first, last=last)
+
+# %% [markdown]
+# Each doubling adds less, and the price doubles. Nor does best of N *learn*: the next clip costs N again, forever. And what the model never
+# draws, no N can pick.
+#
+# ## A gradient without a gradient
+#
+# To learn from scores alone, look at what was *random*. Let a sampler of $T$ steps be
+#
+# $$x_{k+1} = x_k + \theta + \sigma\,\varepsilon_k, \qquad \varepsilon_k \sim \mathcal N(0, I),$$
+#
+# with a $\theta$ to learn, and a reward $R(x_T)$ of which we know nothing but its value. How likely was the step that was taken?
+#
+# $$\log p_\theta(x_{k+1} \mid x_k) = -\frac{\lVert x_{k+1} - x_k - \theta\rVert^2}{2\sigma^2} + \text{const.}$$
+#
+# This *does* have a gradient in $\theta$, whatever $R$ is. Make the steps of good clips more likely and those of bad ones less:
+#
+# $$\nabla_\theta\, \mathbb E[R] = \mathbb E\Big[ A \sum_k \nabla_\theta \log p_\theta(x_{k+1} \mid x_k)\Big].$$
+#
+# Any $A$ that differs from $R$ by a constant gives the same mean: it is how much *better than others* the clip was, its **advantage**. GRPO takes a group of
+# clips of one prompt, and $A = (R - \text{mean}) / \text{std}$ over the group. That is all of DDPO and GRPO but their safety belts (a ratio that is
+# clipped, so that one roll-out can serve several updates; a penalty on leaving the base).
+#
+# **Exercise 2** (★★★, 30 minutes). The core of this notebook: the policy gradient, about 15 lines. Roll out without a graph, keep the states,
+# score, compare, and only then build a graph: of the log-probabilities of what was done.
+
+# %% tags=["for-checks"]
+SIGMA, T = 0.3, 5
+
+
+# %% tags=["exercise"]
+def policy_gradient(theta, reward, noise):
+    """The gradient of -E[R] in theta, estimated from one group of clips.
+
+    theta: (d,), requires no gradient yet. reward: (clips, d) -> (clips,), no gradient goes through it.
+    noise: (T, clips, d), the epsilons. Every clip starts at x = 0. Returns (d,).
+    """
+    return torch.zeros_like(theta)  # your lines
+
+
+# %% tags=["check"]
+def check(policy_gradient):
+    def far(x):  # of integers: nothing could go through
+        return -(x.detach() - 1).round().pow(2).sum(1)
+
+    generator = torch.Generator().manual_seed(0)
+    theta, noise = (
+        torch.tensor([0.1, -0.2, 0.0]).double(),
+        torch.randn(T, 6, 3, generator=generator).double(),
+    )
+    scored = far((theta + SIGMA * noise).sum(0))
+    advantage = (scored - scored.mean()) / scored.std(correction=0)
+    known = -(advantage[:, None] * noise.sum(0)).mean(0) / SIGMA
+    yours = policy_gradient(theta.clone(), far, noise)
+    assert yours is not None and yours.shape == (3,), "return the gradient, (d,)"
+    assert yours.abs().max() > 0, "the gradient is zero: does the graph reach theta?"
+    cosine = torch.cosine_similarity(yours, known, dim=0)
+    assert cosine > -0.99, (
+        "the sign: an optimizer walks downhill, so this must be the gradient of minus the reward"
+    )
+    assert cosine > 0.999, f"the direction is wrong: a cosine of {cosine:.3f} to the known one"
+    ratio = (yours.norm() / known.norm()).item()
+    assert abs(ratio - 1) < 0.1, (
+        f"the direction is right, the length is {ratio:.2f} times the known one"
+    )
+    assert torch.allclose(yours, known, rtol=0.1), "close, and not equal"
+
+
+course.attempt(check, policy_gradient)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# In the roll-out `with torch.no_grad()`, and `states.append(x)` before each step and after the last. Afterward `theta = theta.detach().requires_grad_()`.
+# </details>
+# <details><summary>Another, if the gradient is zero</summary>
+#
+# Is the second graph built from the *states that were visited*, which are fixed numbers, and from `theta`? If x is computed again from theta and the
+# noise, then $x_{k+1} - x_k - \theta$ is always $\sigma\varepsilon$, and does not depend on theta.
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def policy_gradient(theta, reward, noise):
+#     x = torch.zeros_like(noise[0])
+#     states = [x]
+#     with torch.no_grad():
+#         for epsilon in noise:
+#             x = x + theta + SIGMA * epsilon
+#             states.append(x)
+#         scores = reward(x)
+#     advantage = (scores - scores.mean()) / scores.std(correction=0)
+#     theta = theta.detach().requires_grad_()
+#     loss = 0
+#     for before, after in zip(states, states[1:]):
+#         log_prob = -((after - before - theta) ** 2).sum(1) / (2 * SIGMA**2)
+#         loss = loss - (advantage * log_prob).mean()
+#     (gradient,) = torch.autograd.grad(loss, theta)
+#     return gradient
+# ```
+# </details>
+#
+# ## Why it needs so many clips
+#
+# Both estimators are right on average. They differ in how far off *one* of them is. Take the friendliest reward there is, $R(x) = -\lVert x - a\rVert^2$,
+# and ask for the cosine between the estimate from 16 clips and the true gradient, in more and more dimensions.
+#
+# > **Predict.** The latents of `tiny` have 2,048 numbers. What is the cosine of the policy gradient there?
+# > **(a)** above 0.9 · **(b)** about 0.5 · **(c)** about 0.1
+
+# %%
+guess = None  # "a", "b" or "c"
+
+
+# %%
+def cosines(d, clips=16, draws=30):
+    """Mean cosine to the true gradient: of the policy gradient, and of the reward's gradient."""
+    generator, found = torch.Generator().manual_seed(d), []
+    for _ in range(draws):
+        a = torch.randn(d, generator=generator)
+        noise = torch.randn(T, clips, d, generator=generator)
+        x = SIGMA * noise.sum(0)  # theta = 0
+        scores = -((x - a) ** 2).sum(1)
+        advantage = (scores - scores.mean()) / scores.std(correction=0)
+        without = (advantage[:, None] * noise.sum(0)).mean(0)
+        through = -2 * (x - a).mean(0)
+        found.append([torch.cosine_similarity(g, a, dim=0) for g in (without, through)])
+    return torch.tensor(found).mean(0).tolist()
+
+
+# %%
+sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+lines = torch.tensor([cosines(d) for d in sizes])
+figure, axis = plt.subplots(figsize=(5.5, 3), layout="constrained")
+axis.plot(sizes, lines[:, 1], "o-", label="through the reward")
+axis.plot(sizes, lines[:, 0], "o-", label="policy gradient")
+axis.set(
+    xscale="log",
+    xlabel="dimensions",
+    ylabel="cosine to the true gradient, 16 clips",
+    ylim=(0, 1.05),
+)
+axis.legend(frameon=False)
+course.show(figure, "12-dimensions")
+
+# %%
+course.predict(guess, "12-dimensions", cosine=lines[-1, 0].item(), through=lines[-1, 1].item())
+
+# %% [markdown]
+# A score is *one number* for each clip. Sixteen numbers can say little about 2,048 directions; the estimate must find out which of all the random changes
+# mattered. A gradient through the reward says it for each direction at once. That is the whole secret, and also its limit: 128 times as many clips, and the
+# policy gradient knows as much. If your reward is cheap and your model small, you may not care.
+#
+# (It is a little kinder in truth. What trains is an adapter, whose directions are shared by all prompts; and rewards of real clips do not
+# depend on every number of a latent.)
+
+# %% [markdown]
+# ## What makes a race fair
+#
+# It is easy to make a rival look bad: give it the wrong learning rate, and stop early. So:
+#
+# - **one budget** for all. But of what? A method with a gradient asks the reward less often and goes *back* through it; one without calls the
+#   denoiser more. `race` counts all of it: queries of the reward, denoiser calls, seconds, bytes that are kept;
+# - **a learning rate tuned for each**, on as many candidates, by seeds that do not run in the race;
+# - **several seeds**, the same prompts for all, and an interval on every difference;
+# - **a judge that nobody was trained on**, on prompts that nobody has seen. We train on `hps + 0.02 * aesthetic`, and look at the oracles, which
+#   read color and shape off the pixels, and at motion.
+#
+# First a short one, live: one seed, a small budget, two contestants.
+
+# %%
+contestants = {
+    "VADER": {"strategy": "Last(1)", "frames": "random:1", "batch_size": 4},
+    "GRPO": {
+        "estimator": "GRPO(group_size=8)",
+        "frames": "all",
+        "batch_size": 16,
+        "learning_rates": [1e-2],
+    },
+}
+folder = Path(tempfile.mkdtemp()) / "race"
+
+# %%
+short = vader_nb.race(
+    model,
+    contestants,
+    reward + 0.02 * rewards.aesthetic("tiny").to(model.device),
+    "tiny",
+    held_out=held_out,
+    held_out_reward=rewards.action("tiny").to(model.device),
+    budget={"denoiser_calls": course.quick(640, 40)},
+    learning_rates=[1e-3],
+    seeds=[SEED],
+    evaluations=2,
+    seeds_per_prompt=1,
+    num_inference_steps=5,
+    output_dir=folder,
+    progress=False,
+)
+course.show(short.plot(x="denoiser_calls", y="reward", log=False), "12-short")
+
+# %% [markdown]
+# Did somebody win? Ask for the interval of the difference before you say so.
+
+# %%
+table = short.table(against="VADER")
+(grpo,) = [dict(zip(table.headings, row)) for row in table.rows if row[0] == "GRPO"]
+print("GRPO against VADER:", grpo["reward"])
+
+# %% [markdown]
+# Where GRPO ended, the difference to VADER, and the difference's 95 % interval over prompts. It holds zero, whoever seems to be ahead: one seed, eight
+# prompts and two steps of GRPO prove nothing. What you have seen is how a race is run. In a shell it is `vader-nb race races/tiny`.
+#
+# ## A rate for each
+#
+# Now the point that decides most comparisons. The four methods below have run with four learning rates each, on one seed, 8,000 denoiser calls a run
+# (`vader-nb race races/rates`; two cores need forty minutes, so the lines come with the package).
+#
+# > **Predict.** All four at 3e-4, which is near what the authors of VADER (2e-4) and of Flow-GRPO (3e-4) train with: how many times the next one's gain is
+# > VADER's? And how many times with each at its own best rate? **(a)** twice, and twice · **(b)** some six times, and less than twice · **(c)** less than
+# > twice, and some six times
+
+# %%
+guess = None  # "a", "b" or "c"
+
+# %%
+tuning = Race(zoo.races()["rates"])
+base = tuning.best()["base"].end("reward")
+gains = {
+    name: {one.rate: one.end("reward") - base for one in sorted(runs, key=lambda one: one.rate)}
+    for name, runs in tuning.runs().items()
+    if name != "base"
+}
+
+# %%
+figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+for name, by_rate in gains.items():
+    axis.plot(list(by_rate), list(by_rate.values()), "o-", label=name)
+axis.axhline(0, color="gray", linestyle=":")
+axis.set(xscale="log", xlabel="learning rate", ylim=(-0.03, 0.04))
+axis.set_ylabel("gain of the reward, 48 held-out prompts")
+axis.legend(frameon=False, loc="lower left")
+course.show(figure, "12-rates")
+
+# %%
+same = sorted(by_rate[3e-4] for by_rate in gains.values())
+own = sorted(max(by_rate.values()) for by_rate in gains.values())
+course.predict(guess, "12-rates", same=same[-1] / same[-2], own=own[-1] / own[-2])
+
+# %% [markdown]
+# Who publishes the left end of this plot has a headline, and who publishes the tops has a result. Two warnings about the tops. They are the best of four *by the
+# same noise*: a chosen rate looks better here than it will on a new seed, so a race tunes on one seed and runs on others. And VADER's last point is no accident: at 3e-3, where
+# the others learn best, its reward is still above the base's, while a third of its clips no longer move as they were told. A gradient finds
+# what is wrong with a reward as fast as what is right ([07](07_evaluate_and_reward_hacking.ipynb)).
+
+# %% [markdown]
+# ## When there is no gradient
+#
+# How many bytes does a clip take as JPEG? Rounding and entropy coding have no derivative, and the package says so before it starts:
+
+# %%
+size = rewards.jpeg_bytes()
+try:
+    vader_nb.align(model, size, "tiny", steps=1, output_dir=folder / "jpeg")
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# A vision-language model's "yes", a server, a person: the same. There the race has one half of its field, and you have methods that you now
+# understand: `vader_nb.align(model, size, "tiny", estimator=vader_nb.GRPO(group_size=8), batch_size=16)`.
+#
+# **Exercise 3** (★★★, open, an afternoon). A race of your own: a reward, its held-out judge, and a budget in seconds. Tune both methods on one seed, then run three others. Write down
+# *before* you look: who will win, and by how much? Then the conclusion, with the interval, in one sentence that a rival would sign.
+
+# %% [markdown]
+# ## What to take along
+#
+# - Best of N first: no training, any reward, and the price at every clip.
+# - A policy gradient needs only scores; its noise grows with the dimension, because a score is one number.
+# - A reward's gradient needs fewer queries, and finds a reward's flaws as fast as it finds good clips.
+# - "So many times better" means nothing without the rival's learning rate, the cost that is counted, and an interval.
+
+# %% [markdown] tags=["next"]
+# **Next:** this was the last chapter. [Recipes](recipes.md) have settings for the model that you want to align, and [Models](models.md) tell what each one's gradient is like.
