@@ -469,7 +469,7 @@ course.show(figure, "04-uphill")
 guess = None  # "a", "b" or "c"
 
 # %% [markdown]
-# (Measured on held-out captions by `python -m tests.benchmarks.one_step parts`, with and without the adapter from the same noise.)
+# (Measured on held-out prompts by `python -m tests.benchmarks.one_step parts`, with and without the adapter from the same noise.)
 
 # %%
 stored = course.texts()["measured"]["parts"]
@@ -484,8 +484,9 @@ axis.invert_yaxis()
 course.show(figure, "04-parts")
 
 # %%
-letter = "a" if means[0] > means[1] else "b" if means[1] > 0 else "c"
-course.predict(guess, "04-parts", letter=letter, last=means[0], before=means[1], all=means[-1])
+more, margin = stored["more_before"]  # in pairs: the nine steps, less the last one
+values = {"last": means[0], "before": means[1], "more": more, "margin": margin}
+course.predict(guess, "04-parts", **values)
 
 # %% [markdown]
 # One clip, from the same noise each time. The prompt: *a green star bouncing on a white background*.
@@ -515,14 +516,13 @@ for name, steps in ranges.items():
 Gallery({"": row}, width=112)
 
 # %% [markdown]
-# In the last step alone the star keeps its green. In the nine steps before it turns half cyan, and with all ten, cyan: the rating likes
-# that better, whatever the prompt says. (The intervals are wide because few clips change, and those by much.) Most of it comes from steps in
-# which the adapter was never trained.
+# In the last step alone the adapter turns parts of the star cyan; in the nine steps before nearly all of it, and with all ten it goes on
+# toward blue: the rating likes that better, whatever the prompt says. Most of it comes from steps in which the adapter was never trained.
 #
 # This answers notebook 1's riddle: polishing can teach a model to draw, because the polisher *is* the painter. The ten steps are one network, and
 # what it has learned to do with the features of "a green star" at the last step, it does with the same features at the steps before. A little in
-# each of them adds up to a lot. And it has a limit, which you see, too: the first half adds next to nothing. There the layout is decided, from
-# noise in which those features do not exist yet.
+# each of them adds up to a lot. And it has a limit, which you see, too: what the first half adds cannot be told from zero. There the layout is
+# decided, from noise in which those features do not exist yet.
 
 # %% [markdown]
 # ## Where one step is not enough

@@ -2,7 +2,7 @@
 
 parts: the embedded adapter `aesthetic`, trained with K = 1, acts in a part of `tiny`'s steps only. Prints for
 `measured.parts` what it adds to its reward on held-out prompts, with half of the 95 % interval over clips, and in pairs how
-much more the steps before the last add than the last one. Six minutes on one core.
+much more the steps before the last add than the last one. Three minutes on one core.
 
 The embedded `tiny-wan`, with one denoiser for all steps and with two: a second, equal one for the last three of ten
 steps, as Wan 2.2 A14B has them. REWARD depends on the layout, which the first steps decide. Prints, for
@@ -23,7 +23,7 @@ from vader_nb.zoo import oracles
 
 CASES = [("one", "Last(1)"), ("two", "Last(1)"), ("two", "Last(10)")]
 STEPS, BATCH, RATE, CAPTIONS = 12, 4, 3e-3, 16
-RATED = 64
+RATED = 48
 PARTS = {
     "last step": (0.9, 1.0),
     "nine before": (0.0, 0.9),
@@ -88,7 +88,7 @@ def parts() -> None:
         options = {"adapter_start": start, "adapter_end": end}
         added[name] = rated(adapter=zoo.adapters()["aesthetic"], **options) - base
         show(f"      {name}", added[name])
-    show("    more before", added["nine before"] - added["last step"])
+    show("    more_before", added["nine before"] - added["last step"])
 
 
 def main() -> None:
