@@ -415,7 +415,8 @@ course.show(figure, "04-memory")
 #
 # What is left is one call of the denoiser. The same trick works once more, *inside* of it: keep the inputs of its blocks only, and
 # compute each block again in the backward pass. This is **gradient checkpointing** ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)),
-# it is independent of the stages, and it is the package's default:
+# it is independent of the stages, and it is the package's default (which then keeps those inputs of the last call from the roll-out on,
+# and saves its second run):
 
 # %%
 checkpointed = megabytes(lambda: staged(gradient_checkpointing=True))
@@ -513,7 +514,7 @@ for name, steps in ranges.items():
         small, watched, seeds=SEED, adapter=adapted, adapter_start=start, adapter_end=end
     )
     row.append(Video(clips[0], 8, name))
-Gallery({"": row}, width=112)
+Gallery({"star": row}, width=112)
 
 # %% [markdown]
 # In the last step alone the adapter turns parts of the star cyan; in the nine steps before nearly all of it, and with all ten it goes on
