@@ -439,7 +439,7 @@ course.predict(guess, "06-minute", letter=letter, **values)
 # %% [markdown]
 # Read the intervals before the dots. Both runs have raised `hps`: their intervals lie above zero. Which has raised it more we cannot tell: each
 # dot lies within the other's interval. So nothing here says that the better direction pays for its longer steps, and nothing says that it
-# does not: one seed, one reward, half a minute. The question stays the same for your hour: how much, *after the same time*, with its
+# does not: one seed, one reward, a minute at most. The question stays the same for your hour: how much, *after the same time*, with its
 # interval?
 #
 # Now `oracle: color`, the row that we would love to believe. It has the largest dot of all, and its interval reaches below zero. By our
