@@ -126,10 +126,11 @@ by_autograd = gradient_of(plain().backward)
 print(f"{by_autograd.numel():,} parameters, gradient of length {by_autograd.norm():.4f}")
 
 # %% [markdown]
-# (Optimizers go *down*, so everything here is the gradient of $-R$.)
+# (Optimizers go *down*, so the code fills `.grad` with the gradient of $-R$. The formulas below are about $R$; only the sign differs.)
 #
 # It works, and it is wasteful: when `backward()` begins, the activations of *everything* are in memory together, those of
-# the denoiser, and of the decoder and the reward for all eight frames.
+# the denoiser, and of the decoder and the reward for all eight frames. (Activations are what the layers computed on the way
+# forward; their derivatives cannot be taken without them.)
 #
 # ## What backward() computes
 #
@@ -138,8 +139,8 @@ print(f"{by_autograd.numel():,} parameters, gradient of length {by_autograd.norm
 # $$\frac{\partial R}{\partial x} \;=\; \Big(\frac{\partial y}{\partial x}\Big)^{\!\top} g$$
 #
 # The matrix $\partial y/\partial x$ is the *Jacobian*. Our decoder's has 98,304 rows (pixels) and 2,048 columns (latents): 1.6
-# gigabytes. Nobody writes it down. Autograd goes through $f$ backward and computes the *product* with $g$, for about the price of
-# two forward passes. This is the **vector-Jacobian product** (VJP), and it is all that `backward()` ever does
+# gigabytes. Nobody writes it down. Autograd goes through $f$ backward and computes the *product* with $g$, for the price of
+# a forward pass or two. This is the **vector-Jacobian product** (VJP), and it is all that `backward()` ever does
 # ([Baydin et al. 2018](https://arxiv.org/abs/1502.05767)).
 #
 # Look at what it needs: the activations inside of $f$, and $g$. Of everything that comes *after* $y$ it needs nothing but $g$.
@@ -158,13 +159,13 @@ def pull_back(f, x, g):
 def check(pull_back):
     x, g = (torch.randn(n, dtype=torch.float64, generator=random) for n in (3, 4))
     W = torch.randn(4, 3, dtype=torch.float64, generator=random)
-    answer = pull_back(lambda x: W @ x, x, g)
+    answer = pull_back(lambda x: W @ x, x.clone(), g)
     assert answer is not None, "the function must return the gradient"
     assert answer.shape == x.shape, f"expected shape {tuple(x.shape)}, got {tuple(answer.shape)}"
     ignored = W.sum(0)
     assert not torch.allclose(answer, ignored), "this is the gradient of sum(y): where is g?"
     assert torch.allclose(answer, W.T @ g), "for y = Wx it must be the transposed W times g"
-    curved = pull_back(lambda x: W @ (x**3).sin(), x, g)
+    curved = pull_back(lambda x: W @ (x**3).sin(), x.clone(), g)
     right = 3 * x**2 * (x**3).cos() * (W.T @ g)
     assert torch.allclose(curved, right), "right for y = Wx, but not where f is curved"
 
@@ -210,10 +211,14 @@ HTML(course_drawings.stages())
 # $$\nabla_\theta R \;=\; \sum_{i=1}^{K} \Big(\frac{\partial x_0}{\partial \theta_i}\Big)^{\!\top} g \;=\; \sum_{i=1}^{K} \Big(\frac{\partial x_{i-1}}{\partial \theta}\Big)^{\!\top} g_{i-1},
 # \qquad g_i = \Big(\frac{\partial x_{i-1}}{\partial x_i}\Big)^{\!\top} g_{i-1}$$
 #
-# ($\theta_i$ is $\theta$ as step $i$ uses it.) Nothing was approximated: this *is* the chain rule, read from the right.
+# ($\theta_i$ is $\theta$ as step $i$ uses it.) With $K = 2$ these are two terms, $(\partial x_0/\partial\theta_1)^{\!\top} g + (\partial x_1/\partial\theta_2)^{\!\top} g_1$.
+#
+# Is that exact? A step that is run again, from the same $x_i$ and with the same $\theta$, has the same activations: nothing in it is
+# random. And the sum *is* the chain rule, read from the right. Nothing was approximated.
 #
 # **Exercise 2** (★★★, 25 minutes). The core of this course. Complete `by_stages`, so that it adds to `.grad` of the adapter's
-# parameters what `plain(frames, K).backward()` adds. At any moment there may be the graph of one frame, or of one step.
+# parameters what `plain(frames, K).backward()` adds. At any moment there may be the graph of one frame, or of one step. (This
+# sampler, DDIM, remembers nothing from step to step: you may call `denoising_step` in any order.)
 
 
 # %% tags=["exercise"]
@@ -296,9 +301,9 @@ course.attempt(check, by_stages)
 #
 # | stage | yours | the package's | which adds |
 # |---|---|---|---|
-# | 1 | a loop under `no_grad` | `gradient.rolled_out` | the memory of multistep samplers and the sampler's noise, so that they replay exactly |
+# | 1 | a loop under `no_grad` | `gradient.rolled_out` | keeps the denoiser's outputs, too, and the noise of samplers that draw some, so that every sampler replays exactly |
 # | 2 | a loop over frames | `gradient.score` | rewards on whole clips, decoders that know time, half precision |
-# | 3 | a loop over steps, backward | `gradient.replay` | only the denoiser is computed again; steps that do not learn are passed or skipped |
+# | 3 | a loop over steps, backward | `gradient.replay` | joins the kept outputs to one chain again; a call of the denoiser is run a second time when the backward pass reaches it |
 #
 # A reward on the *whole clip* (the action reward) needs all frames at once, but the *decoder* does not: the clip is decoded without
 # a graph, the reward's gradient stops at the second cut, and from there it is pulled back frame by frame: a VJP again,
@@ -353,7 +358,7 @@ _, g = gradient.score(model, rollout.latents, reward, prompts, every)
 
 def replay():
     x = gradient.replay(model, rollout, plan, lambda active: torch.enable_grad())
-    (x * -g).sum().backward()
+    (x * -g).sum().backward()  # the package's g is that of +R
 
 
 # %%
@@ -382,6 +387,10 @@ Ks, one = course.quick((1, 3), (1, 2)), Frames.at(FRAMES // 2)
 over_frames = {
     "plain": [megabytes(lambda n=n: plain(range(n)).backward()) for n in counts],
     "in stages": [megabytes(lambda n=n: staged(frames=Frames.at(*range(n)))) for n in counts],
+    "of these, stage 2": [
+        megabytes(lambda n=n: gradient.score(model, rollout.latents, reward, prompts, every[:n]))
+        for n in counts
+    ],
 }
 over_K = {
     "plain": [megabytes(lambda K=K: plain([FRAMES // 2], K).backward()) for K in Ks],
@@ -391,22 +400,23 @@ over_K = {
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True, layout="constrained")
 for axis, ticks, lines in ((left, counts, over_frames), (right, Ks, over_K)):
-    for (label, values), color in zip(lines.items(), ("C7", "C0")):
+    for (label, values), color in zip(lines.items(), ("C7", "C0", "C9")):
         axis.plot(ticks, values, marker="o", color=color, label=label)
     axis.set_xticks(ticks)
 left.set(xlabel="frames that are scored (K = 1)", ylabel="peak memory, MB", ylim=(0, None))
 right.set(xlabel="K, steps that learn (one frame)")
-left.legend(frameon=False)
+left.legend(frameon=False, loc="upper left")
 course.show(figure, "04-memory")
 
 # %% [markdown]
-# Flat, both. VADER's paper ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)) scores *one random frame* because more did
-# not fit; in stages all frames take no more memory than one. The price is time:
-# each frame has to be decoded, and stage 3 computes each of the $K$ calls a second time.
+# Flat, in stages: stage 3 sets the height, and stage 2 below it does not grow either. VADER's paper
+# ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)) scores *one random frame* to save memory; in stages all frames take no
+# more of it than one. The price is time: each frame has to be decoded, and stage 3 computes the $K$ calls a second time.
 #
 # What is left is one call of the denoiser. The same trick works once more, *inside* of it: keep the inputs of its blocks only, and
 # compute each block again in the backward pass. This is **gradient checkpointing** ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)),
-# it is independent of the stages, and it is the package's default:
+# it is independent of the stages, and it is the package's default (which then keeps those inputs of the last call from the roll-out on,
+# and saves its second run):
 
 # %%
 checkpointed = megabytes(lambda: staged(gradient_checkpointing=True))
@@ -420,7 +430,7 @@ print(f"in stages, block by block: {checkpointed:4.0f} MB")
 # $+\partial R/\partial x_0$, nothing else, and decode.
 
 # %%
-with adapter.disabled():
+with adapter.disabled():  # the base model's clip, as above
     start = roll_out(model, prompts, [SEED], settings).latents
 moved = start.clone()
 for _ in range(10):
@@ -460,7 +470,7 @@ course.show(figure, "04-uphill")
 guess = None  # "a", "b" or "c"
 
 # %% [markdown]
-# (Measured on held-out captions by `python -m tests.benchmarks.one_step parts`, with and without the adapter from the same noise.)
+# (Measured on held-out prompts by `python -m tests.benchmarks.one_step parts`, with and without the adapter from the same noise.)
 
 # %%
 stored = course.texts()["measured"]["parts"]
@@ -475,11 +485,12 @@ axis.invert_yaxis()
 course.show(figure, "04-parts")
 
 # %%
-letter = "a" if means[0] > means[1] else "b" if means[1] > 0 else "c"
-course.predict(guess, "04-parts", letter=letter, last=means[0], before=means[1], all=means[-1])
+more, margin = stored["more_before"]  # in pairs: the nine steps, less the last one
+values = {"last": means[0], "before": means[1], "more": more, "margin": margin}
+course.predict(guess, "04-parts", **values)
 
 # %% [markdown]
-# One clip, from the same noise each time:
+# One clip, from the same noise each time. The prompt: *a green star bouncing on a white background*.
 
 # %%
 from vader_nb import zoo
@@ -503,25 +514,24 @@ for name, steps in ranges.items():
         small, watched, seeds=SEED, adapter=adapted, adapter_start=start, adapter_end=end
     )
     row.append(Video(clips[0], 8, name))
-Gallery({watched: row[:3], "": row[3:]}, width=176)
+Gallery({"star": row}, width=112)
 
 # %% [markdown]
-# In the last step alone the star keeps its green. In the nine steps before it turns half cyan, and with all ten, cyan: the rating likes
-# that better, whatever the prompt says. (The intervals are wide because few clips change, and those by much.) Most of it comes from steps in
-# which the adapter was never trained.
+# In the last step alone the adapter turns parts of the star cyan; in the nine steps before nearly all of it, and with all ten it goes on
+# toward blue: the rating likes that better, whatever the prompt says. Most of it comes from steps in which the adapter was never trained.
 #
 # This answers notebook 1's riddle: polishing can teach a model to draw, because the polisher *is* the painter. The ten steps are one network, and
 # what it has learned to do with the features of "a green star" at the last step, it does with the same features at the steps before. A little in
-# each of them adds up to a lot. And it has a limit, which you see, too: the first half adds next to nothing. There the layout is decided, from
-# noise in which those features do not exist yet.
+# each of them adds up to a lot. And it has a limit, which you see, too: what the first half adds cannot be told from zero. There the layout is
+# decided, from noise in which those features do not exist yet.
 
 # %% [markdown]
 # ## Where one step is not enough
 #
 # The explanation has a premise: all steps share $\theta$. Where they do not, $K = 1$ must fail. And there is such a model:
 # [Wan 2.2 A14B](https://github.com/Wan-Video/Wan2.2) has *two* denoisers, one for the first, noisy steps, in which the layout is
-# decided, and one for the rest (in its authors' settings the last 14 of 40 steps). Do the same to the package's `tiny-wan`: its denoiser twice. Nothing else changes, not even the
-# clips; but now the adapter has two halves.
+# decided, and one for the rest (in its authors' settings the last 14 of 40 steps). Do the same to the package's `tiny-wan`: its
+# denoiser twice. Nothing else changes, not even the clips; but now the adapter has two parts, one for each denoiser.
 
 # %%
 import copy
@@ -542,14 +552,12 @@ for strategy in (Last(1), Last(3), Last(4), DRTune(5)):
     norms = [
         torch.stack([p.grad.norm() for p in both.parameters([key])]).norm() for key in wan.denoisers
     ]
-    print(
-        f"{strategy!s:22} gradient of the first half {norms[0]:.5f}, of the second {norms[1]:.5f}"
-    )
+    print(f"{strategy!s:22} gradient for the first {norms[0]:.5f}, for the second {norms[1]:.5f}")
 
 # %% [markdown]
-# Zero, exactly, for any reward. Does it matter? Let the reward be *layout*: how far to the left the shape is. Training takes minutes, so
-# this picture comes from a stored measurement (`python -m tests.benchmarks.one_step`: 12 optimizer steps of 4 clips,
-# 16 held-out captions).
+# Zero, exactly, for any reward, until $K$ reaches a step of the first denoiser (or the steps are spread, as `DRTune` does). Does it
+# matter? Let the reward be *layout*: how far to the left the shape is. Training takes minutes, so this picture comes from a stored
+# measurement (`python -m tests.benchmarks.one_step`: 12 optimizer steps of 4 clips, 16 held-out prompts).
 
 # %%
 rows = course.texts()["measured"]["one_step"]
@@ -571,9 +579,9 @@ axis.set(
 course.show(figure, "04-experts")
 
 # %% [markdown]
-# With one denoiser, $K = 1$ moves the shape. With two, it earns less than half of that: it can bend what the last three steps do, but the layout
-# was decided before. $K = 10$ reaches both halves and wins most of it back, with one seed of the three hardly any, at the price of ten
-# backward passes for one. So when you choose $K$, ask first: *do the steps that must change share their weights with a step that learns?*
+# With one denoiser, $K = 1$ moves the shape. With two, it earns about half of that, for every seed less: it can bend what the last three
+# steps do, but the layout was decided before. $K = 10$ reaches both denoisers. It wins most of that back with two seeds and hardly any
+# with the third (three seeds are few), at the price of ten backward passes for one. So when you choose $K$, ask first: *do the steps that must change share their weights with a step that learns?*
 # (`align` warns where a denoiser is out of reach.)
 #
 # And where the shape moved most, it is hardly a shape any more: after twelve steps of so crude a reward the oracles can name it in few of the
@@ -588,7 +596,7 @@ course.show(figure, "04-experts")
 # |---|---|---|
 # | `Last(K)` | DRaFT-K ([Clark et al. 2023](https://arxiv.org/abs/2309.17400)); VADER with K = 1 | the last K steps |
 # | `Random()` | AlignProp ([Prabhudesai et al. 2023](https://arxiv.org/abs/2310.03739)) | the last K, with a random K each time |
-# | `Step(i)` | | one step; the gradient reaches it through all later ones |
+# | `Step(i)` | for comparison | one step; the gradient reaches it through all later ones |
 # | `DRaFTLV(n)` | DRaFT-LV ([Clark et al. 2023](https://arxiv.org/abs/2309.17400)) | the last step, from n fresh noisings, averaged |
 # | `ReFL()` | ImageReward ([Xu et al. 2023](https://arxiv.org/abs/2304.05977)) | stop at a late step, score its *predicted* clean video |
 # | `DRTune(K)` | DRTune ([Wu et al. 2024](https://arxiv.org/abs/2405.00760)) | K steps spread over the chain; the gradient skips the network in between |
@@ -678,7 +686,7 @@ for axis, title, column in zip(axes, titles, range(3)):
             f"{mean:.2f}", (mean, y), (0, 6), textcoords="offset points", ha="center", fontsize=8
         )
     axis.set_title(title, fontsize=10)
-    axis.set_xlim(min(0, axis.get_xlim()[0]), None)
+    axis.set_xlim(min(0, axis.get_xlim()[0]), 1.06 * axis.get_xlim()[1])
 axes[0].set_yticks(range(len(measured)), list(measured))
 axes[0].set_ylim(len(measured) - 0.5, -0.9)
 course.show(figure, "04-lab")
@@ -700,7 +708,7 @@ course.predict(guess, "04-closest", letter=letter, late=late, spread_out=spread_
 #
 # ## Which frames?
 #
-# VADER scores one random frame. How far is its gradient from that of all eight? For nine clips (three captions, three seeds) we take
+# VADER scores one random frame. How far is its gradient from that of all eight? For nine clips (three prompts, three seeds) we take
 # the gradient of each frame alone. The mean over any subset of them is the gradient of that subset, so all 255 subsets come for free.
 
 
@@ -719,9 +727,9 @@ def by_frame(text, seed):
     return torch.stack(rows)
 
 
-captions, seeds = asked[: course.quick(3, 2)], range(course.quick(3, 2))
-singles = torch.stack([torch.stack([by_frame(text, seed) for seed in seeds]) for text in captions])
-print("(captions, seeds, frames, parameters):", tuple(singles.shape))
+texts, seeds = asked[: course.quick(3, 2)], range(course.quick(3, 2))
+singles = torch.stack([torch.stack([by_frame(text, seed) for seed in seeds]) for text in texts])
+print("(prompts, seeds, frames, parameters):", tuple(singles.shape))
 
 # %%
 from itertools import combinations
@@ -768,18 +776,18 @@ print(
 #
 # ## Where the variance comes from
 #
-# One frame is a noisy estimate, and so is one clip: another seed, another caption give another gradient. Which of these matters most?
+# One frame is a noisy estimate, and so is one clip: another seed, another prompt give another gradient. Which of these matters most?
 # The variance of a gradient of one random frame of one random clip is a sum of three: between the frames of a clip, between the seeds of
-# a caption, between captions. For the `K of Random()` we take the draws of the lab. All are shown as standard deviations, with the length
+# a prompt, between prompts. For the `K of Random()` we take the draws of the lab. All are shown as standard deviations, with the length
 # of the mean gradient as the unit.
 
 # %%
 mean, of_clips = singles.mean((0, 1, 2)), singles.mean(2)
 frame = singles.var(2, unbiased=False).sum(-1).mean()  # all frames are there: no sample
 seed = of_clips.var(1).sum(-1).mean()
-caption = of_clips.mean(1).var(0).sum(-1) - seed / len(seeds)  # less what only the seeds add
+prompt = of_clips.mean(1).var(0).sum(-1) - seed / len(seeds)  # less what only the seeds add
 K_drawn = [torch.stack([known[one, plan][0] for plan in drawn(Random())]) for one in subjects]
-sources = {"frame": frame, "seed": seed, "caption": caption}
+sources = {"frame": frame, "seed": seed, "prompt": prompt}
 relative = {
     name: (value.clamp(min=0) / mean.square().sum()).sqrt().item()
     for name, value in sources.items()
@@ -798,18 +806,18 @@ axis.invert_yaxis()
 course.show(figure, "04-variance")
 
 # %% [markdown]
-# The frame is the largest source, then the caption; the seed, and the $K$ that `Random()` draws, matter less. That is advice for a batch: more
-# captions average out all of it, more frames of a clip only the frames' part (but that is the largest, and a frame is cheaper than a clip), more
-# seeds of one caption leave the captions' part as it is. So spread the clips over captions, and score a few frames of each. (Nine
+# The frame is the largest source, then the prompt; the seed, and the $K$ that `Random()` draws, matter less. That is advice for a batch: more
+# prompts average out all of it, more frames of a clip only the frames' part (but that is the largest, and a frame is cheaper than a clip), more
+# seeds of one prompt leave the prompts' part as it is. So spread the clips over prompts, and score a few frames of each. (Nine
 # clips, one reward, a random adapter: with yours, measure again.)
 #
 # ## Recap
 #
 # | stage | keeps in memory | why the gradient stays exact |
 # |---|---|---|
-# | 1 · roll out | the latents $x_K, \dots, x_0$ | no derivative is needed before $g$ is known |
-# | 2 · score | the decoder and the reward, for one frame | every frame has a term of its own in $g$ |
-# | 3 · replay | one step (with checkpointing: one block) | its VJP needs $x_i$, which is kept, and $g_{i-1}$, which has just come |
+# | 1 · roll out | the latents $x_K, \dots, x_0$, and no activations | no derivative is needed before $g$ is known |
+# | 2 · score | $x_0$, and $g$ as it adds up; the activations of decoder and reward for one frame | every frame has a term of its own in $g$ |
+# | 3 · replay | the latents, $g_{i-1}$ and `.grad`; the activations of one step (with checkpointing: of one block) | run again from the same $x_i$ it is the same step, and of all that comes after its VJP needs $g_{i-1}$ alone |
 #
 # | symbol | name in the code | shape |
 # |---|---|---|

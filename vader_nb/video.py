@@ -115,7 +115,8 @@ class Video:
         `alt` describes a clip without a caption.
         """
         text = html.escape(self.caption or alt)
-        style = f"image-rendering:pixelated;border-radius:6px;width:100%;max-width:{width}px"
+        # A column of a table would shrink to the clip's own pixels if this were width:100%;max-width:…px.
+        style = f"image-rendering:pixelated;border-radius:6px;width:{width}px;max-width:100%"
         shared = f'title="{text}" width="{width}" style="{style}"'
         count, _, height, columns = self.frames.shape
         if count * height * columns < SMALL:

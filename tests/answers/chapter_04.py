@@ -85,6 +85,7 @@ ANSWERS = {
             PULL_BACK.format("return torch.autograd.functional.vjp(f, x, g)[1]"),
             PULL_BACK.format("return torch.func.vjp(f, x)[1](g)[0]"),
             PULL_BACK.format("return torch.autograd.functional.jacobian(f, x).T @ g"),
+            "def pull_back(f, x, g):\n    x.requires_grad_(); f(x).backward(g); return x.grad",
         ],
         {
             PULL_BACK.format("return torch.zeros_like(x)"): "transposed W",
@@ -112,6 +113,7 @@ ANSWERS = {
             ROLL_OUT + SCORE + ALL_STEPS_KEPT: "graphs of 3 calls",
             ROLL_OUT + SCORE + SAME_G: "K = 3",
             ROLL_OUT + SCORE + FROM_THE_FRONT: "K = 3",
+            ROLL_OUT + SCORE.replace("in frames", "in range(FRAMES)") + REPLAY: "off by",
             ROLL_OUT + SCORE.replace(" / len(frames)", "") + REPLAY: "2.000 times",
             ROLL_OUT + SCORE.replace("-reward", "reward") + REPLAY: "-1.000 times",
             ROLL_OUT + SCORE + REPLAY.replace("x.detach()", "noise.clone()"): "off by",

@@ -104,6 +104,11 @@ ANSWERS = {
             "def train(adapter, steps, learning_rate, max_norm): return []": "what they were",
             TRAIN.replace(TAKEN, ""): "what they were",
             TRAIN.replace(
+                "            scores.append",
+                "            optimizer.zero_grad()\n            scores.append",
+            ): "off",
+            TRAIN.replace(CLIP + TAKEN, (CLIP + TAKEN).replace("        ", "            ")): "off",
+            TRAIN.replace(
                 "        optimizer.zero_grad()\n", ""
             ): "after 2 steps the weights are off",
             TRAIN.replace("weight_decay=0", "weight_decay=0, maximize=True"): "downhill",
@@ -149,6 +154,9 @@ ANSWERS = {
                 "d = before - after; return d.mean(), d.std() / len(d) ** 0.5"
             ): "mean difference",
             PAIRED.format("d = after - before; return d.mean(), d.std()"): "*mean*",
+            PAIRED.format(
+                "d = (after - before).abs(); return d.mean(), d.std() / len(d) ** 0.5"
+            ): "mean difference",
             PAIRED.format("d = after - before; return d.mean(), d.std() / len(d)"): "*mean*",
         },
     ),
