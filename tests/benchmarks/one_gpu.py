@@ -19,6 +19,7 @@ LADDERS = {  # each on top of those before it
         ("half precision", {"dtype": "float16", "mixed_precision": "fp16"}),
         ("gradient checkpointing", {"gradient_checkpointing": True}),
         ("guidance one by one", {"sequential_guidance": True}),
+        ("4-bit weights", {"quantize": "4bit"}),
         ("offload", {"model_cpu_offload": True}),
     ),
     "wan": (
@@ -26,6 +27,7 @@ LADDERS = {  # each on top of those before it
         ("gradient checkpointing", {"gradient_checkpointing": True}),
         ("guidance one by one", {"sequential_guidance": True}),
         ("states in CPU memory", {"decoder_states": "cpu"}),
+        ("4-bit weights", {"quantize": "4bit"}),
         ("offload", {"model_cpu_offload": True}),
     ),
 }
