@@ -77,7 +77,7 @@ ask = unseen[2::16][:6]
 clips = vader_nb.sample(model, ask, seeds=SEED, sampling=quick)
 
 # %%
-Gallery({"base": [Video(clip, 8, text) for clip, text in zip(clips, ask)]}, width=128)
+Gallery({"base": [Video(clip, 8, prompt) for clip, prompt in zip(clips, ask)]}, width=128)
 
 # %% [markdown]
 # (Four denoising steps instead of ten, here and below, to save time.)
@@ -154,7 +154,7 @@ course.attempt(check, cheat)
 
 # %%
 action = rewards.action("tiny").to(model.device)
-p_motion = vader_nb.reward(lambda frames, texts: action(frames, texts).exp(), "p(motion)")
+p_motion = vader_nb.reward(lambda frames, prompts: action(frames, prompts).exp(), "p(motion)")
 print("sampled:", [f"{p:.2f}" for p in p_motion(clips, ask)])
 print("frozen: ", [f"{p:.2f}" for p in p_motion(frozen, ask)])
 
@@ -468,7 +468,7 @@ evaluation
 # %%
 from vader_nb.zoo import world
 
-specs = [world.parse(text) for text in fresh["held-out"]]
+specs = [world.parse(prompt) for prompt in fresh["held-out"]]
 drawn = motion(world.render(specs, torch.Generator().manual_seed(SEED))).mean()
 found = [evaluation.row("held-out", "motion", name) for name in adapters]
 print(
@@ -485,12 +485,12 @@ print(
 # **Turn it down.** Is the model that went too far lost? An adapter's strength can be scaled (notebook 5).
 
 # %%
-texts = unseen[3::16][:PROMPTS]
+again = unseen[3::16][:PROMPTS]
 scores = {}
 for scale in (0.0, 0.5, 0.75, 1.0):
     adapter = {f"{folder}/run": scale}
-    made = vader_nb.sample(model, texts, seeds=7, adapter=adapter, sampling=quick)
-    scores[scale] = smooth(made, texts).mean().item(), p_motion(made, texts).mean().item()
+    made = vader_nb.sample(model, again, seeds=7, adapter=adapter, sampling=quick)
+    scores[scale] = smooth(made, again).mean().item(), p_motion(made, again).mean().item()
 
 # %%
 figure, axis = plt.subplots(figsize=(5.5, 2.6), layout="constrained")
@@ -564,9 +564,9 @@ print(f"p(motion), floor minus no floor: {gain.mean():+.2f} [{low:+.2f}, {high:+
 #
 # | question | name in the code |
 # |---|---|
-# | is it still going well? | `align(..., validate=Validation(model, [held_out], texts))` |
-# | which checkpoint? | `best_checkpoint(folder, model, held_out, texts)` |
-# | better than the base? | `evaluate(model, {"in time": path}, reward, texts, held_out=[…])` |
+# | is it still going well? | `align(..., validate=Validation(model, [held_out], prompts))` |
+# | which checkpoint? | `best_checkpoint(folder, model, held_out, prompts)` |
+# | better than the base? | `evaluate(model, {"in time": path}, reward, prompts, held_out=[…])` |
 # | is it a difference? | `row.low`, `row.high`, `row.significant` |
 # | all of it, to share | `evaluation.report("report.html", run, choice)` |
 # | what to do | `choice.path`, `adapter.scale`, `floor`, `capped`, `towards` |

@@ -88,7 +88,7 @@ model = vader_nb.load(MODEL, device="cpu")  # the processes below run on the CPU
 reward = rewards.hps("tiny")
 four = [training[i] for i in (3, 170, 340, 600)]  # one for each of four GPUs
 clips = vader_nb.sample(model, four, seeds=SEED, sampling=QUICK)
-Gallery({"one each": [Video(clip, 8, text) for clip, text in zip(clips, four)]}, width=144)
+Gallery({"one each": [Video(clip, 8, prompt) for clip, prompt in zip(clips, four)]}, width=144)
 
 # %% [markdown]
 # ## One clip is a poor guide
@@ -109,14 +109,14 @@ for up in adapter.parameters()[1::2]:  # not at its start, where half of the gra
     torch.nn.init.normal_(up, std=0.02, generator=torch.Generator().manual_seed(SEED))
 
 
-def gradient(texts, seeds):
+def gradient(prompts, seeds):
     for p in adapter.parameters():
         p.grad = None
-    vader_nb.reward_gradient(model, adapter, reward, texts, seeds=seeds, **options)
+    vader_nb.reward_gradient(model, adapter, reward, prompts, seeds=seeds, **options)
     return torch.cat([p.grad.flatten() for p in adapter.parameters()])
 
 
-single = torch.stack([gradient([text], [i]) for i, text in enumerate(four)])
+single = torch.stack([gradient([prompt], [i]) for i, prompt in enumerate(four)])
 unit = single / single.norm(dim=1, keepdim=True)
 cosines = unit @ unit.T
 
@@ -676,12 +676,12 @@ course.predict(guess, "08-killed", letter=letter, verdict=verdict)
 #
 # | | two processes on a CPU | several GPUs |
 # |---|---|---|
-# | the same adapter in every process | shown, byte by byte | not measured here |
-# | equal to one process that accumulates | shown, byte by byte | not measured here |
-# | killed and resumed | shown, byte by byte | not measured here |
+# | the same adapter in every process | shown: distance 0 | not measured here |
+# | equal to one process that accumulates | shown: difference 0 | not measured here |
+# | killed and resumed, as if it had not been | shown, byte by byte | not measured here |
 # | megabytes per step | counted | the same, by the same count |
-# | memory | measured, 1.7 GB in all | simulated, below; not measured here |
-# | seconds per step, and how many times faster $n$ GPUs are | says nothing: both share two cores | not measured here |
+# | memory | measured, at the top | simulated, below; not measured here |
+# | seconds per step, and how many times faster $n$ GPUs are | no guide: the processes share two cores | not measured here |
 #
 # Will it fit? Ask before you rent four GPUs. `memory` runs the real code with the full-size model on *fake tensors*, which have shapes but
 # no data. They need no memory and no GPU, and every allocation is counted.

@@ -19,16 +19,16 @@ LADDERS = {  # each on top of those before it
         ("half precision", {"dtype": "float16", "mixed_precision": "fp16"}),
         ("gradient checkpointing", {"gradient_checkpointing": True}),
         ("guidance one by one", {"sequential_guidance": True}),
-        ("4-bit weights", {"quantize": "4bit"}),
         ("offload", {"model_cpu_offload": True}),
+        ("4-bit weights", {"quantize": "4bit"}),
     ),
     "wan": (
         ("half precision", {"dtype": "bfloat16", "mixed_precision": "bf16"}),
         ("gradient checkpointing", {"gradient_checkpointing": True}),
         ("guidance one by one", {"sequential_guidance": True}),
         ("states in CPU memory", {"decoder_states": "cpu"}),
-        ("4-bit weights", {"quantize": "4bit"}),
         ("offload", {"model_cpu_offload": True}),
+        ("4-bit weights", {"quantize": "4bit"}),
     ),
 }
 CAUSAL = {"wan": {"decoder_states": "device"}}
