@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory | GPU |
 # |---|---|---|---|
-# | no GPU, no download, no account | 8.3 minutes | 1.9 GB | not measured |
+# | no GPU, no download, no account | 3.3 minutes | 1.9 GB | not measured |
 #
 # *Words and symbols: [notation and glossary](notation.md).*
 
