@@ -516,6 +516,12 @@ course.show(figure, "08-traffic")
 # %% [markdown]
 # Some 27 MB per step for ModelScope, where its denoiser has 5,645. Each GPU makes its own clips, and only the adapter's gradient travels. So we
 # expect alignment with an adapter to scale well. How well, only GPUs can tell; see the table near the end.
+#
+# ## The same with `align`
+#
+# `vader_nb.align` does all of this: each process draws its own prompts and noise from one seed, gradients are averaged once
+# per step, and the checksum is compared after every step. Two processes with one batch each are equivalent to one process
+# that accumulates two.
 
 # %%
 OPTIONS = {"steps": 3, "batch_size": 1, "rank": 4, "seed": SEED}

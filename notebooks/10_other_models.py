@@ -234,6 +234,19 @@ del exact
 # %% [markdown]
 # Nothing but the rounding of double precision, five times. The method that you wrote in notebook 4 gives the exact gradient through five denoisers, their samplers and their decoders.
 # (Not at full size and not with published weights: that was not run here. [Models](models.md) says for each what was tested.)
+#
+# ## Noise and flow
+#
+# Every one of these models was trained to undo the same thing,
+#
+# $$x_t = \alpha_t\, x_0 + \sigma_t\, \varepsilon,$$
+#
+# a clean video $x_0$ mixed with noise $\varepsilon$. They differ in two ways: in the *mixture*, and in *what the network says* about it. A flow mixes on
+# a straight line, $\alpha = 1 - \sigma$; the older schedules on a circle, $\alpha^2 + \sigma^2 = 1$. The network may say the noise
+# $\varepsilon$; or $v = \alpha\varepsilon - \sigma x_0$ ([Salimans & Ho 2022](https://arxiv.org/abs/2202.00512)); or the direction of the straight line,
+# $u = \varepsilon - x_0$ ([Lipman et al. 2022](https://arxiv.org/abs/2210.02747)). From each of them, and from $x_t$, the clean video follows.
+#
+# **Exercise 1** (★, 10 minutes). Solve for $x_0$, three times.
 
 
 # %% tags=["exercise"]
@@ -377,6 +390,14 @@ course.predict(guess, "10-truncation", letter=letter, means=", ".join(f"{m:.2f}"
 # Two clips say little, so for the other two the same was measured with training behind it: 40 steps each, 48 held-out prompts ([models](models.md)). No $K$ reached a clearly better reward than another:
 # a direction that is 20 to 40 degrees off still goes uphill. What differs is the *price*. In `tiny`, $K = 10$ costs three times as much as $K = 1$. In `tiny-wan`, which takes five steps, all of
 # them together cost about as much as one: nearly the whole time goes into the decoder. Which brings us there.
+#
+# ## Decoders that remember
+#
+# In notebook 4, stage 2 took one frame after the other, because `tiny`'s decoder does. Is it so for the others? Ask each decoder which
+# latents a frame depends on: pull one frame back, and see where the gradient arrives.
+#
+# > **Predict.** `tiny-wan` makes 9 frames of 3 latents. On which latents does its *fifth* frame (of latent 1, the middle one) depend?
+# > **(a)** on its own · **(b)** on its own and the one before · **(c)** on all three
 
 # %%
 guess = None  # "a", "b" or "c"
