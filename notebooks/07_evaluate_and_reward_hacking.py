@@ -23,12 +23,11 @@
 # *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
-# A reward is a number that stands for a goal. Alignment climbs the number. For a while it also gets closer to the goal; then
-# the two part, and only the number goes on rising. *When a measure becomes a target, it ceases to be a good measure*: Goodhart's
-# law.
+# A reward is a number that stands for a goal. Alignment climbs the number, and at first gets closer to the goal; then the two part, and
+# only the number goes on rising. *When a measure becomes a target, it ceases to be a good measure*: Goodhart's law.
 #
-# In this notebook you break a model on purpose, with a reward that sounds harmless. Then you do what every run of your own
-# will ask of you: notice it, prove it, stop in time, and fix the reward.
+# Here you break a model on purpose, with a reward that sounds harmless. Then you do what every run of your own will need: notice
+# it, prove it, stop in time, and fix the reward.
 #
 # **You will be able to**
 #
@@ -78,19 +77,19 @@ ask = unseen[2::16][:6]
 clips = vader_nb.sample(model, ask, seeds=SEED, sampling=quick)
 
 # %%
-Gallery({"base": [Video(clip, 8, text) for clip, text in zip(clips, ask)]}, width=128)
+Gallery({"base": [Video(clip, 8, prompt) for clip, prompt in zip(clips, ask)]}, width=128)
 
 # %% [markdown]
-# (We use four denoising steps instead of ten, here and below: half the price, and just as good for our tiny model.)
+# (Four denoising steps instead of ten, here and below, to save time.)
 #
 # ## A goal, and a number for it
 #
-# Look at the clips: colors shimmer, edges crawl. Our *goal* is calm video. The *number* that comes to mind is how jerkily
-# each pixel changes: a pixel that changes by as much as in the frame before costs nothing. That is a formula, not a network
-# that could be fooled: `motion_smoothness` is minus the mean of $\lvert f_{t-1} - 2 f_t + f_{t+1} \rvert$. Its best value is 0.
+# Colors shimmer, edges crawl. Our *goal* is calm video. A *number* for it is `motion_smoothness`, minus the mean of
+# $\lvert f_{t-1} - 2 f_t + f_{t+1} \rvert$ over all pixels, where $f_t$ is frame $t$: what changes by as much as in the frame before costs
+# nothing. It is a formula, not a network that could be fooled.
 #
-# > **Predict.** Of all possible clips, which one is *perfect* under this reward?
-# > **(a)** a shape that glides slowly · **(b)** a frozen picture · **(c)** none, 0 cannot be reached
+# > **Predict.** Which clip is *perfect* under this reward (0)?
+# > **(a)** only a shape that glides slowly · **(b)** among others, a frozen picture · **(c)** none, 0 cannot be reached
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -103,11 +102,11 @@ for label, some in {"sampled": clips, "frozen": frozen}.items():
 course.predict(guess, "07-perfect")
 
 # %% [markdown]
-# We do not want frozen videos. The question is only whether the optimizer finds them: all that it knows of our goal is this one number.
-# So before you train on a reward, *be* the optimizer: find by hand the worthless clip that it likes best.
+# We do not want frozen videos, but this number is all that the optimizer knows of our goal. So before you train on a reward,
+# *be* the optimizer: find the worthless clip that it likes best.
 #
 # **Exercise 1** (★, 10 minutes). Hack `rewards.colorfulness()`, which likes frames in which the opponent colors, red against green and yellow
-# against blue, vary a lot. Return clips that it prefers to every sampled one, whatever the prompt, and in which nothing happens.
+# against blue, vary a lot. Return clips that score higher than every sampled one, and in which nothing moves.
 
 
 # %% tags=["exercise"]
@@ -151,20 +150,19 @@ course.attempt(check, cheat)
 # ## A held-out reward
 #
 # Before we train on smoothness, we choose a *held-out reward*: one that we do *not* train on. The action network of notebook 3 names the
-# motion that it sees; our held-out reward is the probability of the motion that the prompt asks for.
+# motion that it sees; p(motion) is the probability that it gives to the motion that the prompt asks for.
 
 # %%
 action = rewards.action("tiny").to(model.device)
-p_motion = vader_nb.reward(lambda frames, texts: action(frames, texts).exp(), "p(motion)")
+p_motion = vader_nb.reward(lambda frames, prompts: action(frames, prompts).exp(), "p(motion)")
 print("sampled:", [f"{p:.2f}" for p in p_motion(clips, ask)])
 print("frozen: ", [f"{p:.2f}" for p in p_motion(frozen, ask)])
 
 # %% [markdown]
-# In four of six frozen clips it sees at once what the trained reward does not. In two it is fooled: both captions ask for *spinning*, and a tilted star
-# might as well be one that spins. A held-out reward need not be perfect. It must be blind to *other* things than the one that is trained on.
+# In four of six frozen clips it notices. Two fool it: their prompts ask for *spinning*, and a tilted shape might be one that spins.
+# A held-out reward need not be perfect, only blind to *other* things than the trained one.
 #
-# And one rule, before we begin: **captions that you have used to decide
-# something flatter the result**. So we need several sets that share nothing:
+# And one rule: **prompts that you used to decide something flatter the result**. So we need several sets that share nothing:
 
 # %%
 HTML(course_drawings.prompt_sets())
@@ -172,8 +170,8 @@ HTML(course_drawings.prompt_sets())
 # %% [markdown]
 # ## Too far, on purpose
 #
-# A high learning rate, a long run, a single reward: everything that you should not do. `Validation` computes the held-out reward on the
-# way, always on the same captions and seeds.
+# A high learning rate, a long run, a single reward: everything that you should not do. `Validation` computes both rewards on the
+# way, always on the same held-out prompts and seeds.
 
 # %%
 folder = tempfile.mkdtemp()
@@ -200,7 +198,7 @@ smoothness = [row[f"validation/{smooth.name}"] for row in rows]
 
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.5, 4), sharex=True, layout="constrained")
 top.plot(range(1, STEPS + 1), run.rewards, alpha=0.35, label="each training batch")
-top.plot(at, smoothness, "o-", color="C0", label=f"{PROMPTS} held-out captions")
+top.plot(at, smoothness, "o-", color="C0", label=f"{PROMPTS} held-out prompts")
 top.set_ylabel("smoothness\n(trained on)")
 top.legend(frameon=False, fontsize=8)
 bottom.plot(at, held_out, "o-", color="C1")
@@ -214,36 +212,36 @@ values = ", ".join(f"{step}: {p:.2f}" for step, p in zip(at, held_out))
 course.predict(guess, "07-held-out", letter=letter, values=values)
 
 # %% [markdown]
-# The faint line zigzags because every batch has other captions; on the same eight, smoothness climbs without a break. For more than half of
-# the run it does what we wanted: it removes the flicker, and p(motion) stays high. Then smoothness makes its largest jump, and at
-# the same moment p(motion) collapses. **The training curve alone looks like a success.** Nothing in it says where to stop.
+# The faint line zigzags because every batch has other prompts. On the same eight, smoothness climbs steadily. For more than half of
+# the run this is what we wanted: less flicker, and p(motion) stays high. Then smoothness makes its largest jump, and
+# p(motion) collapses. **The training curve alone looks like a success.** Nothing in it says where to stop.
 #
 # ## How sure are you?
 #
-# Eight captions showed *that* something broke. To choose a checkpoint you need to know what *other* captions might have said. The **bootstrap**
-# ([Efron 1979](https://doi.org/10.1214/aos/1176344552)) asks the data itself: draw as many captions as there are, *with* replacement, so that some come
-# twice and some not at all, and take the mean again. Do this two thousand times: the middle 95 % of the means are an interval.
+# Eight prompts showed *that* something broke. To choose a checkpoint you need to know what *other* prompts might have said. The **bootstrap**
+# ([Efron 1979](https://doi.org/10.1214/aos/1176344552)) asks the data itself: draw as many prompts as there are, *with* replacement (some come
+# twice, some not at all), and take the mean. Do this 2,000 times: the middle 95 % of the means are an interval.
 #
-# **Exercise 2** (★★★, 25 minutes). The core of this notebook. Given the scores of two models on the same captions and seeds, write the mean
-# difference and its 95 % bootstrap interval. Mind three things:
+# **Exercise 2** (★★★, 25 minutes). The core of this notebook. Given the scores of two models on the same prompts and seeds, write the mean
+# difference and its 95 % bootstrap interval.
 #
-# 1. The scores are *pairs*: an easy caption is easy for both.
-# 2. The draws are the *captions*. Two clips of one caption have it in common, so they are not two independent draws.
+# 1. The scores are *pairs*: an easy prompt is easy for both.
+# 2. Draw *prompts*: two clips of one prompt are not two independent draws.
 # 3. Asked twice, it gives the same answer.
 
 
 # %% tags=["exercise"]
 def interval(before, after):
-    """(seeds, captions), (seeds, captions) -> mean difference, low, high"""
+    """(seeds, prompts), (seeds, prompts) -> mean difference, low, high"""
     mean = (after - before).mean()
     return mean, mean, mean  # replace this line
 
 
 # %% tags=["for-checks"]
-def two_models(captions):
-    """Scores (2 seeds, captions) of two models: captions differ much, seeds little."""
-    random = torch.Generator().manual_seed(captions)
-    difficulty, gain, *noise = (torch.randn(2, captions, generator=random) for _ in range(4))
+def two_models(count):
+    """Scores (2 seeds, count prompts) of two models: prompts differ much, seeds little."""
+    random = torch.Generator().manual_seed(count)
+    difficulty, gain, *noise = (torch.randn(2, count, generator=random) for _ in range(4))
     before = 5 * difficulty[0] + 0.1 * noise[0]
     return before, before + 0.4 + 0.8 * gain[0] + 0.1 * noise[1]
 
@@ -269,7 +267,7 @@ def check(interval):
     assert width < 1.15, f"{much} are these pairs? Is it the spread of the *mean*?"
     assert width > 0.9, f"{much} how many independent draws are there? 95 % of what?"
     few = relative_width(interval(before[:1, :9], after[:1, :9]), (after - before)[0, :9])
-    assert 0.75 < few < 1.3, f"with one seed and nine captions {few:.2f} times as wide"
+    assert 0.75 < few < 1.3, f"with one seed and nine prompts {few:.2f} times as wide"
 
 
 course.attempt(check, interval)
@@ -277,7 +275,7 @@ course.attempt(check, interval)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# First one number per caption: the difference, averaged over seeds. `torch.randint(n, (2000, n), generator=…)` draws all resamples at once, and
+# First one number per prompt: the difference, averaged over seeds. `torch.randint(n, (2000, n), generator=…)` draws all resamples at once, and
 # indexing with it gives a (2000, n) table.
 # </details>
 # <details><summary>A hint for the interval</summary>
@@ -288,7 +286,7 @@ course.attempt(check, interval)
 #
 # ```python
 # def interval(before, after):
-#     difference = (after - before).mean(0)  # pairs first, then seeds: one number per caption
+#     difference = (after - before).mean(0)  # pairs first, then seeds: one number per prompt
 #     count = len(difference)
 #     random = torch.Generator().manual_seed(0)
 #     chosen = torch.randint(count, (2000, count), generator=random)
@@ -300,10 +298,10 @@ course.attempt(check, interval)
 #
 # ### Is 95 % true?
 #
-# An interval makes a claim about itself: in 95 of 100 experiments it holds the truth. That can be tested. Draw differences from a known, somewhat
+# In 95 of 100 experiments the interval holds the true mean: so it claims, and that can be tested. Draw differences from a known, somewhat
 # skewed distribution, many times, and count.
 #
-# > **Predict.** With eight captions, how often does the interval of exercise 2 hold the truth? **(a)** in 95 % of the experiments · **(b)** in
+# > **Predict.** With eight prompts, the interval of exercise 2 holds the truth **(a)** in 95 % of the experiments · **(b)** in
 # > 85 to 92 % · **(c)** in fewer
 
 # %%
@@ -328,7 +326,7 @@ figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
 axis.axhline(0.95, color="gray", linestyle=":")
 axis.plot(counts, plain, "o-", color="C1", label="plain bootstrap")
 axis.plot(counts, package, "o-", color="C0", label="the package's")
-axis.set(xscale="log", xlabel="captions", ylabel="holds the truth", ylim=(0.7, 1.0))
+axis.set(xscale="log", xlabel="prompts", ylabel="holds the truth", ylim=(0.7, 1.0))
 axis.set_xticks(counts, counts)
 axis.minorticks_off()
 axis.legend(frameon=False, loc="lower right")
@@ -341,13 +339,17 @@ course.predict(
 )
 
 # %% [markdown]
-# Few captions are not only imprecise, they also look more precise than they are: eight draws do not know their own tails. The package widens
-# the interval where they are few (Student's $t$, or the bootstrap of the $t$ statistic where that reaches further; Efron and Tibshirani 1993, section 12.5).
+# Few prompts are imprecise, and look more precise than they are: eight draws do not know their own tails. The package widens
+# such intervals.
+#
+# <details><summary>How?</summary>
+#
+# By Student's $t$, or the bootstrap of the $t$ statistic where that reaches further (Efron and Tibshirani 1993, section 12.5).
+# </details>
 #
 # ## Which checkpoint to keep
 #
-# `best_checkpoint` scores every checkpoint and the base model with the held-out reward, on captions that we have not looked at, and sums up the
-# result in one sentence. We let it score the trained reward on the same clips.
+# `best_checkpoint` scores every checkpoint and the base model with the held-out reward, on prompts that we have not looked at.
 
 # %%
 choice = vader_nb.best_checkpoint(
@@ -367,15 +369,15 @@ figure = choice.plot()
 course.show(figure, "07-choice")
 
 # %% [markdown]
-# Above, smoothness. Below, how far each checkpoint's p(motion) is from that of the best, the star. Where the whole interval lies below zero, a
-# checkpoint is *clearly* worse; where it reaches zero we cannot tell. (The intervals are wider than for a single comparison: the best of many is partly the
-# luckiest of many.)
+# Above, smoothness. Below, how far each checkpoint's p(motion) is from the best one's, the star. Where the whole interval lies below zero, a
+# checkpoint is *clearly* worse; where it reaches zero we cannot tell. (It is wider than for one comparison: the best of many is partly the
+# luckiest.)
 #
-# The best is *not clearly better than the base model*, says the verdict, and that is as it should be: p(motion) was high from the start. What has
+# The best is *not clearly better than the base model*, as it should be: p(motion) was high from the start, and what
 # improved is the flicker. A held-out reward is there to say stop, not to rise.
 #
-# **Exercise 3** (★★, 10 minutes). Stop while you train. A validation score fluctuates, so one bad value is no reason to stop. Given the scores so far,
-# return the index of the best one if `patience` scores in a row after it were no better (time to stop), otherwise `None` (go on).
+# **Exercise 3** (★★, 10 minutes). Stop while you train. Scores fluctuate, so one bad value is no reason. Given those so far,
+# return the index of the best one (of equals, the earliest) if `patience` scores in a row after it were no better, otherwise `None`: go on.
 
 
 # %% tags=["exercise"]
@@ -419,8 +421,8 @@ course.attempt(check, stop)
 #
 # ## See it
 #
-# The scores with which we have chosen flatter the choice. So we report on the third set, two seeds each, and add a second held-out reward: `hps`,
-# which says whether the frames fit the caption.
+# The scores that made the choice flatter it. So we report on the third set, two seeds each, and with a second held-out reward: `hps`,
+# which says whether the frames fit the prompt.
 
 # %%
 adapters = {"in time": choice.path, "too late": f"{folder}/run"}
@@ -430,10 +432,10 @@ evaluation = vader_nb.evaluate(model, adapters, smooth, fresh, **metrics)
 evaluation.gallery("held-out", 6)
 
 # %% [markdown]
-# Same caption, same seed, in each column. *In time* is what we wanted: the same events, but calmer. *Too late* is what we asked
+# Same prompt, same seed, in each column. *In time* is what we wanted: the same events, but calmer. *Too late* is what we asked
 # for.
 #
-# > **Predict.** `hps` is a proper held-out reward, a network that was not trained on. Too late, it has **(a)** clearly fallen ·
+# > **Predict.** `hps` is a network that was not trained on. Too late, it has **(a)** clearly fallen ·
 # > **(b)** we cannot tell: its interval holds zero · **(c)** clearly risen
 
 # %%
@@ -450,20 +452,23 @@ course.predict(
 evaluation
 
 # %% [markdown]
-# How to read a line: the **difference** is paired, the **interval** over captions. **p** asks how often chance alone, flipping the sign of each caption's
-# difference, gets this far. `*`: the interval excludes zero, and p < 0.05 (in twenty lines, expect one false star). **wins** ignores *by how much*, so it
-# can hide a few disasters; the mean does not. **†**: not trained on. Lines without it are no evidence of quality.
-#
 # **A held-out reward protects only what it can see.** `hps` scores frame by frame, and a still picture of a red star *is* a red star. Choose one that
 # would notice the loss that you fear: here, of motion.
 #
-# And one number can mean two things. `motion`, the mean change of the pixels, falls for *both*: is that calm, or loss? Compare with clips that
-# are right by construction, drawn by the code of the tiny world:
+# <details><summary>How to read the table</summary>
+#
+# The **difference** is paired, the **interval** over prompts. **p** says how often chance alone, flipping the sign of each prompt's
+# difference, gets this far. `*`: the interval excludes zero, and p < 0.05 (in twenty lines, expect one false star). **wins** ignores *by how much*.
+# **†**: not trained on. Lines without it are no evidence of quality.
+# </details>
+#
+# And one number can mean two things. `motion`, the mean change of the pixels, falls for *both* adapters: calm, or loss? Compare with clips
+# drawn by the code of the tiny world:
 
 # %%
 from vader_nb.zoo import world
 
-specs = [world.parse(text) for text in fresh["held-out"]]
+specs = [world.parse(prompt) for prompt in fresh["held-out"]]
 drawn = motion(world.render(specs, torch.Generator().manual_seed(SEED))).mean()
 found = [evaluation.row("held-out", "motion", name) for name in adapters]
 print(
@@ -471,25 +476,21 @@ print(
 )
 
 # %% [markdown]
-# In time, the number has come down toward what the motion requires: flicker is gone. Too late it lies below. But only the gallery and p(motion) tell
-# which is which.
-#
-# `diversity` is the variance between the seeds of a caption, here of frames shrunk to 8 × 8 pixels, as in notebook 6. Both intervals hold zero: from two seeds of eight
-# captions, we cannot tell.
+# In time, it has come down toward what the motion requires: less flicker. Too late it lies below: less motion.
 #
 # ## Remedies
 #
 # **Stop in time.** You have done that: `choice.path`. It costs nothing but a held-out reward.
 #
-# **Turn it down.** Is the model that went too far lost? An adapter has a volume knob (notebook 5).
+# **Turn it down.** Is the model that went too far lost? An adapter's strength can be scaled (notebook 5).
 
 # %%
-texts = unseen[3::16][:PROMPTS]
+again = unseen[3::16][:PROMPTS]
 scores = {}
 for scale in (0.0, 0.5, 0.75, 1.0):
     adapter = {f"{folder}/run": scale}
-    made = vader_nb.sample(model, texts, seeds=7, adapter=adapter, sampling=quick)
-    scores[scale] = smooth(made, texts).mean().item(), p_motion(made, texts).mean().item()
+    made = vader_nb.sample(model, again, seeds=7, adapter=adapter, sampling=quick)
+    scores[scale] = smooth(made, again).mean().item(), p_motion(made, again).mean().item()
 
 # %%
 figure, axis = plt.subplots(figsize=(5.5, 2.6), layout="constrained")
@@ -502,11 +503,11 @@ axis.margins(x=0.15)
 course.show(figure, "07-scale")
 
 # %% [markdown]
-# At half the volume most of the right motion is back, and much of the calm is kept. But it is a patch: nearly all of the damage lies between
-# half the volume and the whole, and only a held-out reward shows you that.
+# At half the strength most of the right motion is back, and half of the gain in smoothness is kept. But it is a patch: nearly all of the damage lies between
+# half and full strength, and only a held-out reward shows you that.
 #
-# **Fix the reward.** The fault is in the reward, which pays for standing still. With `floor`, a clip loses as much as its mean change of pixels
-# falls short of the floor. We use 0.02, which is what the good checkpoint has. The same run again, with nothing else changed:
+# **Fix the reward.** It pays for standing still. With `floor`, a clip loses what its mean change of pixels
+# falls short of the floor: here 0.02, about what the good checkpoint has. The same run again, nothing else changed:
 
 # %%
 floored = rewards.motion_smoothness(floor=0.02)
@@ -524,52 +525,61 @@ for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion"):
     hacked, fixed = evaluation.row("held-out", metric, "too late"), after.row("held-out", metric)
     print(f"{metric:15} {fixed.base:6.3f} {hacked.adapter:9.3f} {fixed.adapter:6.3f}")
 
+found = [one.scores["held-out"] for one in (evaluation, after)]
+gain = found[1]["floor"]["p(motion)"] - found[0]["too late"]["p(motion)"]
+low, high = paired_interval(gain.mean(0))
+print(f"p(motion), floor minus no floor: {gain.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
+
 # %% [markdown]
-# After as many steps, at the same reckless learning rate, things still move: the oracle finds every motion right; before,
-# it found none. Is it cured? *Better*, says p(motion), but not quite: some movements are smaller than they should
-# be, and the circle in the second column is more of a drop, whatever the oracle reads.
+# After as many steps at the same reckless learning rate, things still move: the oracle finds every motion right; before, none. Cured?
+# p(motion) is clearly higher than without the floor, but not back at the base's: some movements are too small, and the
+# circle in the second column is more of a drop, whatever the oracle reads.
 #
-# And a floor is one more number that can be wrong: in a trial with 0.03, shapes and motions broke again. After you fix a reward, measure
-# everything again. (Other ways: `reward.capped(limit)` pays nothing beyond the limit, and `align(..., base_penalty=…)` pulls the model back to the base while it trains.)
+# A floor is one more number that can be wrong: in a trial with 0.03, shapes and motions broke again. After you fix a reward, measure
+# everything again.
+#
+# <details><summary>Other ways</summary>
+#
+# `reward.capped(limit)` pays nothing beyond the limit; `align(..., base_penalty=…)` pulls the model back to the base while it trains.
+# </details>
 #
 # ## It happens with real networks
 #
-# Of course, you may say, with so simple a formula. So take an EfficientNet that knows the thousand classes of ImageNet from 1.3
+# Is so simple a formula to blame? Take an EfficientNet that learned the thousand classes of ImageNet from 1.3
 # million photographs, and reward the probability that a frame shows a *daisy*.
 #
 # ![Six clips of the base model, and below them the same after training on the probability of a daisy: no daisies, but
-# backgrounds of another color, a blunted square, and red arcs around some shapes](images/daisy.png)
+# backgrounds of another color, squares and a circle that lost their shape, and red arcs around some of them](images/daisy.png)
 #
-# *One frame of six clips; above the base, below after 42 steps, same captions and noise (`python -m tests.benchmarks.daisy`, twelve held-out captions).*
+# *One frame of six clips; above the base, below after 42 steps, same prompts and noise (`python -m tests.benchmarks.daisy`, twelve held-out prompts).*
 #
-# The probability of a daisy rises by a quarter, from 0.00023 to 0.00029, and its interval excludes zero: a success, by the only number that was asked for.
-# There is no daisy. What has changed is the rest: the oracle finds the right background in five of twelve clips, instead of all. A classifier is asked which of its
-# thousand classes fits best, never whether any does, and what moves its answer need not look like the thing.
+# The probability rises from 0.00023 to 0.00029, and the interval of the difference excludes zero: a success, by the only number that was asked for.
+# There is no daisy. But the oracle finds the right background in five of twelve clips, instead of all. A classifier says which of its
+# classes fits best, never whether any does.
 #
-# Language models show the curve that you have plotted, too, and [Gao et al. (2022)](https://arxiv.org/abs/2210.10760) found a law for its shape: the true
-# reward first rises with the proxy and then falls; a larger proxy lasts longer.
+# Language models show your curve, too: in [Gao et al. (2022)](https://arxiv.org/abs/2210.10760) the true
+# reward first rises with the trained one, then falls; with a larger reward model, later.
 #
 # ## Recap
 #
-# | idea | name in the code | says |
-# |---|---|---|
-# | held-out reward during training | `align(..., validate=Validation(model, [held_out], texts))` | `validation/…` in `run.metrics` |
-# | the checkpoint to keep | `best_checkpoint(folder, model, held_out, texts)` | `.verdict`, `.path`, `.plot()` |
-# | several models side by side | `evaluate(model, {"in time": path, …}, reward, texts, held_out=[…])` | `.row(group, metric, name)` |
-# | paired difference, interval | `row.difference`, `row.low`, `row.high`, `row.significant` | zero inside: we cannot tell |
-# | all of it in one file, to share | `evaluation.report("report.html", run, choice)` | clips, table, curves, the choice |
-# | remedies | `choice.path`, `adapter.scale`, `floor`, `capped`, `towards` | stop, turn down, fix the reward |
+# | question | name in the code |
+# |---|---|
+# | is it still going well? | `align(..., validate=Validation(model, [held_out], prompts))` |
+# | which checkpoint? | `best_checkpoint(folder, model, held_out, prompts)` |
+# | better than the base? | `evaluate(model, {"in time": path}, reward, prompts, held_out=[…])` |
+# | is it a difference? | `row.low`, `row.high`, `row.significant` |
+# | all of it, to share | `evaluation.report("report.html", run, choice)` |
+# | what to do | `choice.path`, `adapter.scale`, `floor`, `capped`, `towards` |
 #
-# **Without looking:** why must the captions that you choose with differ from those that you report on? Why are sixteen clips of eight captions not
-# sixteen independent draws? What would a held-out reward have to see, to protect the thing that you would hate to lose?
+# **Without looking:** why must the prompts that you choose with differ from those that you report on? Why are sixteen clips of eight prompts not
+# sixteen independent draws? What would a held-out reward have to see, to protect what you would hate to lose?
 #
 # ## Exercises
 #
-# Three of them you have met above. **Exercise 4** (★★★, open, an hour). A meter out of its depth. Evaluate both adapters once more with
-# `features=videomae_features("tiny")` (from `vader_nb.evaluation`): diversity is then measured in the space of a video network, as in VADER's paper. Too late, its
-# mean *rises*, to several times that of the base. (On [VADER's page](https://vader-vid.github.io), measured so, every aligned model has less than its base.)
-# Has the model become creative? Bring a plot with a dot per caption, in both spaces, and an explanation that you have tested (what do the network's features do on clips unlike any that it has seen? On noise? On a gray screen?).
+# Three of them you have met above. **Exercise 4** (★★★, open, an hour). A measure out of its depth. `diversity` is the variance between the seeds of a prompt, in the table above of
+# frames shrunk to 8 × 8 pixels. Evaluate both adapters with `features=videomae_features("tiny")` (from `vader_nb.evaluation`): now it is measured in the space of a video network,
+# as in VADER's paper. Too late, its mean *rises*, to several times the base's. Is the model creative now? Bring a plot with a dot per prompt, in both spaces, and a tested
+# explanation: what do the network's features do on noise, or on a gray screen?
 
 # %% [markdown] tags=["next"]
-# **Next:** your own reward, and your own held-out reward. The gallery in [03 · Rewards](03_differentiable_rewards.ipynb) says
-# how each reward fails. Start by hacking it by hand. Or train on several GPUs: [08 · Many GPUs](08_many_gpus.ipynb).
+# **Next:** several GPUs, [08 · Many GPUs](08_many_gpus.ipynb). Or a reward of your own, and one to hold out: [03 · Rewards](03_differentiable_rewards.ipynb) says how each one fails.

@@ -23,8 +23,8 @@
 # *Words and symbols: [notation and glossary](notation.md).*
 
 # %% [markdown]
-# On one GPU a step of VADER sees one or two clips at a time, and one clip is a poor guide. Four GPUs see four times as many
-# in the same time, if their gradients are really averaged. In most published code for this task they are not: every GPU
+# On one GPU a step of VADER sees one or two clips at a time, and one clip is a poor guide. Four GPUs see four times as many,
+# if their gradients are really averaged. In several published trainers for this task they are not: every GPU
 # trains an adapter of its own, nobody notices, and only the first one is saved.
 #
 # In this notebook you watch that happen with two real processes on your CPU, and you write the twenty lines that prevent it. Then you learn to
@@ -88,15 +88,15 @@ model = vader_nb.load(MODEL, device="cpu")  # the processes below run on the CPU
 reward = rewards.hps("tiny")
 four = [training[i] for i in (3, 170, 340, 600)]  # one for each of four GPUs
 clips = vader_nb.sample(model, four, seeds=SEED, sampling=QUICK)
-Gallery({"one each": [Video(clip, 8, text) for clip, text in zip(clips, four)]}, width=144)
+Gallery({"one each": [Video(clip, 8, prompt) for clip, prompt in zip(clips, four)]}, width=144)
 
 # %% [markdown]
 # ## One clip is a poor guide
 #
-# Take these four prompts and compute for each one, on its own, in which direction it would push the adapter. If they all
+# Compute for each of these four clips, on its own, in which direction it would push the adapter. If they all
 # agreed, more clips per step would be a waste.
 #
-# > **Predict.** The cosine between the gradients of two different prompts will be **(a)** near 1: they agree ·
+# > **Predict.** The cosine between the gradients of two different clips will be **(a)** near 1: they agree ·
 # > **(b)** near 0: they have little in common · **(c)** near −1: they pull against each other
 
 # %%
@@ -109,14 +109,14 @@ for up in adapter.parameters()[1::2]:  # not at its start, where half of the gra
     torch.nn.init.normal_(up, std=0.02, generator=torch.Generator().manual_seed(SEED))
 
 
-def gradient(texts, seeds):
+def gradient(prompts, seeds):
     for p in adapter.parameters():
         p.grad = None
-    vader_nb.reward_gradient(model, adapter, reward, texts, seeds=seeds, **options)
+    vader_nb.reward_gradient(model, adapter, reward, prompts, seeds=seeds, **options)
     return torch.cat([p.grad.flatten() for p in adapter.parameters()])
 
 
-single = torch.stack([gradient([text], [i]) for i, text in enumerate(four)])
+single = torch.stack([gradient([prompt], [i]) for i, prompt in enumerate(four)])
 unit = single / single.norm(dim=1, keepdim=True)
 cosines = unit @ unit.T
 
@@ -138,12 +138,12 @@ letter = "b" if others.abs().max() < 0.6 else "a" if others.min() > 0.6 else "c"
 course.predict(guess, "08-agree", letter=letter, low=others.min(), high=others.max())
 
 # %% [markdown]
-# Single clips hardly agree. What they do agree on is what we are looking for, and averaging finds it. And averaging is all
-# there is to it: the gradient of a mean is the mean of the gradients,
+# Single clips hardly agree: most of each gradient is about its own clip. In a mean of $n$ clips that part shrinks like $1/\sqrt n$, and what
+# they have in common stays. And averaging is all there is to it, since the gradient of a mean is the mean of the gradients:
 #
-# $$\nabla_\theta \frac14 \sum_{i=1}^4 r(x_i) \;=\; \frac14 \sum_{i=1}^4 \nabla_\theta\, r(x_i),$$
+# $$\nabla_\theta \frac14 \sum_{i=1}^4 r(x_i) \;=\; \frac14 \sum_{i=1}^4 \nabla_\theta\, r(x_i).$$
 #
-# so four processes with one clip each can find what one process with four clips finds.
+# So four processes with one clip each can find what one process with four clips finds.
 
 # %%
 together = gradient(four, [0, 1, 2, 3])
@@ -250,8 +250,8 @@ course.predict(
 )
 
 # %% [markdown]
-# Why about 1.4? Two steps of the same length in directions that have nothing in common, at a right angle, end $\sqrt 2$ apart, as
-# the two ends of a set square do. (Had they pulled against each other, it would be up to 2.)
+# Why 1.39? Two first steps of the same length, at a right angle, end $\sqrt 2 \approx 1.41$ apart, like two corners of a square across its
+# diagonal. (Had they pulled against each other, it would be up to 2.)
 #
 # Two GPUs, two adapters, and the second one is thrown away at the end: twice the electricity for one GPU's batch. You find this in
 # VADER's scripts for VideoCrafter
@@ -268,10 +268,10 @@ course.predict(
 # ## The right way
 #
 # We need no wrapper. After the backward pass, add up the gradients over all processes and divide by their number. Adding up over processes,
-# so that each has the sum, is called **all-reduce**. When?
+# so that each has the sum, is called **all-reduce**. When, before the gradient is clipped or after?
 #
-# **Exercise 1** (★, 5 minutes). A colleague clips first and averages afterward. Several processes have gradients that all point the same way. Which
-# norm does the optimizer see in either order?
+# **Exercise 1** (★, 5 minutes). A colleague clips first and averages afterward. Several processes have gradients that all point the same way, with the given
+# `norms`. Which norm does the optimizer see in either order?
 
 
 # %% tags=["exercise"]
@@ -325,7 +325,7 @@ course.attempt(check, orders)
 # **Exercise 2** (★★★, 30 minutes). The core of this notebook. Write `average`. Four things make it more than two lines:
 #
 # 1. After it, `.grad` of every parameter is the mean over all processes, *in every process*.
-# 2. It sends **one** message, not one per parameter: 240 small messages take longer than a large one.
+# 2. It sends **one** message, not one per parameter: every message has a fixed cost, and an adapter of `tiny` has 240 parameters.
 # 3. A process may have no gradient for some parameter (`None`). It counts as zero. A process that leaves it out sends a message of another
 #    length, and all wait forever.
 # 4. A process may be in trouble: `bad=True`, its gradient is not finite. Then *no* process may step, and it must not simply leave, because the
@@ -514,8 +514,8 @@ axis.invert_yaxis()
 course.show(figure, "08-traffic")
 
 # %% [markdown]
-# A few megabytes per step, even between machines. That is why alignment with an adapter scales well: each GPU makes its own
-# clips, and only the gradient travels.
+# Some 27 MB per step for ModelScope, where its denoiser has 5,645. Each GPU makes its own clips, and only the adapter's gradient travels. So we
+# expect alignment with an adapter to scale well. How well, only GPUs can tell; see the table near the end.
 #
 # ## The same with `align`
 #
@@ -678,6 +678,17 @@ course.predict(guess, "08-killed", letter=letter, verdict=verdict)
 # Both take equal steps: 4 processes × 4 accumulated clips = 1 process × 16. [GPUs, processes and memory](gpus.md) has the rest: resuming, engines that
 # shard the weights of a model that does not fit into one GPU, adapters for other tools.
 #
+# What of this notebook do we know about GPUs?
+#
+# | | two processes on a CPU | several GPUs |
+# |---|---|---|
+# | the same adapter in every process | shown: distance 0 | not measured here |
+# | equal to one process that accumulates | shown: difference 0 | not measured here |
+# | killed and resumed, as if it had not been | shown, byte by byte | not measured here |
+# | megabytes per step | counted | the same, by the same count |
+# | memory | measured, at the top | simulated, below; not measured here |
+# | seconds per step, and how many times faster $n$ GPUs are | no guide: the processes share two cores | not measured here |
+#
 # Will it fit? Ask before you rent four GPUs. `memory` runs the real code with the full-size model on *fake tensors*, which have shapes but
 # no data. They need no memory and no GPU, and every allocation is counted.
 
@@ -686,7 +697,7 @@ full_size = course.quick("modelscope", "tiny")  # the tests simulate it elsewher
 vader_nb.memory(full_size, "hps", height=256, width=256, num_frames=16)
 
 # %% [markdown]
-# (Counted, not measured: no GPU has seen this notebook.)
+# (Simulated. GPU: not measured here.)
 #
 # ## Recap
 #
@@ -698,14 +709,14 @@ vader_nb.memory(full_size, "hps", height=256, width=256, num_frames=16)
 # | as many clips, more processes | `gradient_accumulation_steps` | processes × batch × accumulated = clips per step |
 # | start or go on | `resume="latest"` | the same command for both |
 #
-# **Without looking:** what does a process do that has no gradient, or a bad one, and why may it not just skip the step? Why is the distance of two
-# adapters that were never averaged $\sqrt 2$, and not 1?
+# **Without looking:** what does a process do that has no gradient, or a bad one, and why may it not just skip the step? Why are two
+# adapters that were never averaged $\sqrt 2$ times as far apart as each has moved, and not once?
 #
 # ## Exercises
 #
 # Three of them you have met above. **Exercise 4** (★★★, open, an hour). Is it worth it? Bring a plot: the cosine between the mean gradient of $n$ clips and
-# that of 64 clips, over $n = 1, 2, 4, \dots, 32$, with its range over random choices (single gradients once, means for free, as for the frames of
-# notebook 4). At which $n$ would you stop adding GPUs and take more steps instead? Does your answer change after ten steps of training?
+# that of 64 other clips, over $n = 1, 2, 4, \dots, 32$, with its range over random choices (compute 128 single gradients once; means are free). At which $n$ would you stop adding GPUs
+# and take more steps instead? Does your answer change after ten steps of training?
 
 # %% [markdown] tags=["next"]
 # **Next:** [09 · Playground](09_playground.ipynb): drag, type and click, and see what an adapter and a reward do.

@@ -34,6 +34,8 @@
 # - *compose* rewards in units that can be compared with each other;
 # - *weigh* what truncation saves against what it loses, and *plan* memory before you rent a GPU;
 # - *watch* a run, and stop it without losing anything.
+#
+# Three short exercises at the end are marked ★ to ★★, with minutes. Hints and solutions are folded.
 
 # %% tags=["setup"]
 import sys
@@ -60,7 +62,7 @@ STEPS = course.quick(STEPS, 2)  # fewer when tests run this notebook
 # one in the box. Three adapters come with it, each aligned to a single reward: `hps`, `aesthetic`, `action`. Beside the adapter's
 # clip stands that of the base model, from the same noise.
 
-# %%
+# %% tags=["for-checks"]
 import tempfile
 
 import torch
@@ -77,6 +79,7 @@ from vader_nb.widgets import (
     TruncationExplorer,
 )
 
+# %%
 model = vader_nb.load(MODEL)
 model.defaults |= course.quick({}, {"num_inference_steps": 4})  # fewer in tests
 few = course.quick(None, prompts.get("tiny_held_out")[:2])  # None: the panels' own prompts
@@ -251,7 +254,9 @@ RunViewer(f"{folder}/run")
 #
 # ## Exercises
 #
-# **1.** Mixing two adapters means adding their products: $w_1 B_1 A_1 + w_2 B_2 A_2$. Return one pair $(B, A)$ of rank $r_1 + r_2$
+# What the panels compute, in three functions of your own.
+#
+# **Exercise 1** (★★, 10 minutes). The sampler mixes two adapters by adding their products, $w_1 B_1 A_1 + w_2 B_2 A_2$. Return one pair $(B, A)$ of rank $r_1 + r_2$
 # with exactly that product.
 
 
@@ -278,6 +283,10 @@ def check(mix):
 course.attempt(check, mix)
 
 # %% [markdown]
+# <details><summary>A hint</summary>
+#
+# A product of matrices is a sum over their inner index. Put the two sums behind each other: the columns of one $B$ beside those of the other.
+# </details>
 # <details><summary>A solution</summary>
 #
 # ```python
@@ -287,7 +296,7 @@ course.attempt(check, mix)
 # ```
 # </details>
 #
-# **2.** `adapter_start` and `adapter_end` follow diffusers' rule for `control_guidance_start` and `control_guidance_end`: step `i`
+# **Exercise 2** (★, 5 minutes). `adapter_start` and `adapter_end` follow diffusers' rule for `control_guidance_start` and `control_guidance_end`: step `i`
 # of `n` covers the part from `i / n` to `(i + 1) / n`, and counts if all of it lies inside. Return for each step whether the
 # adapter is active.
 
@@ -304,8 +313,8 @@ def check(active):
     assert active(0.5, 1.0, 4) == [False, False, True, True], (
         "the second half of four steps is steps 2 and 3"
     )
-    assert active(0.0, 0.6, 4) == [True, True, False, False], (
-        "step 2 covers 0.5 to 0.75, which ends after 0.6"
+    assert active(0.0, 0.7, 4) == [True, True, False, False], (
+        "step 2 covers 0.5 to 0.75, which ends after 0.7"
     )
     assert active(0.3, 1.0, 4) == [False, False, True, True], (
         "step 1 covers 0.25 to 0.5, which begins before 0.3"
@@ -315,6 +324,10 @@ def check(active):
 course.attempt(check, active)
 
 # %% [markdown]
+# <details><summary>A hint</summary>
+#
+# Two conditions for each step, one for where it begins and one for where it ends. Nothing is rounded.
+# </details>
 # <details><summary>A solution</summary>
 #
 # ```python
@@ -323,8 +336,8 @@ course.attempt(check, active)
 # ```
 # </details>
 #
-# **3.** The composer counts in standard deviations: $\sum_k w_k (r_k - \mu_k) / \sigma_k$. For training, constants do not matter.
-# Which weights on the *raw* rewards give the same gradient?
+# **Exercise 3** (★, 5 minutes). The composer counts in standard deviations: $\sum_k w_k (r_k - \mu_k) / \sigma_k$. For training, constants do not matter.
+# Which weights on the *raw* rewards $r_k$ give the same gradient?
 
 
 # %% tags=["exercise"]
@@ -348,6 +361,10 @@ def check(raw_weights):
 course.attempt(check, raw_weights)
 
 # %% [markdown]
+# <details><summary>A hint</summary>
+#
+# Take the derivative of the sum by $r_k$. What became of $\mu_k$?
+# </details>
 # <details><summary>A solution</summary>
 #
 # ```python

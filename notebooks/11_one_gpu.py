@@ -29,8 +29,8 @@
 #
 # **What was never run.** Nobody has yet run ModelScope's or Wan's published weights with this package, on any GPU. What *was* done: both families are compared
 # with diffusers' own pipelines and with plain autograd, at reduced width; their memory at full size is simulated by running the training step's own code on
-# tensors that have shapes and no numbers. So every gigabyte below is a simulation, every second was measured on a CPU with the twin, and no curve of this chapter is from a real model. The last section
-# says how you can change that in ten minutes.
+# tensors that have shapes and no numbers. So every gigabyte below is a simulation, every second was measured on a CPU with the twin, and no clip or reward of this chapter is a real model's. The section
+# *Check before you train* says how you can change that.
 #
 # **You will be able to**
 #
@@ -77,10 +77,13 @@ name = MODEL if torch.cuda.is_available() else twin  # what the cells below run
 model = vader_nb.load(name)
 model.defaults |= course.quick({}, {"num_inference_steps": 2})  # fewer in tests
 recipe = recipes.CARDS[name].settings
-texts = prompt_sets.get(recipe["prompts"])
-clips = vader_nb.sample(model, texts[:3], seeds=SEED)
+prompts = prompt_sets.get(recipe["prompts"])
+clips = vader_nb.sample(model, prompts[:3], seeds=SEED)
 print(f"chosen: {MODEL}; run here: {name}, on {model.device}, in {model.dtype}")
-Gallery({name: [Video(clip, model.defaults["fps"], t) for clip, t in zip(clips, texts)]}, width=176)
+Gallery(
+    {name: [Video(clip, model.defaults["fps"], prompt) for clip, prompt in zip(clips, prompts)]},
+    width=176,
+)
 
 # %% [markdown]
 # ## Its own settings
@@ -99,15 +102,15 @@ HTML(
 )
 
 # %% [markdown]
-# (Empty: the model's default.) Read three rows. *Prompts*: `hps_custom` has animals and people, which ModelScope has seen; `tiny` knows one colored shape. *Learning rate*: the twin's is
+# (Empty: the model's default.) Read three rows. *Prompts*: `hps_custom` has animals and people, which a published model has seen; the twin knows one colored shape. *Learning rate*: the twin's is
 # larger, because it is trained for 40 steps and not for hundreds or thousands. *Batch*: one clip at a time, accumulated, since one is all that fits. Does it?
 #
 # ## Will it fit?
 #
-# A training step has stages, and its peak is that of the largest (notebook 4). `vader_nb.memory` runs the step of *this* recipe at full size, on fake tensors, and counts. It takes some seconds.
+# A training step has stages, and its peak is that of the largest (notebook 4). `vader_nb.memory` runs the step of *this* recipe at full size, on fake tensors, and counts. It takes seconds for ModelScope and a minute for Wan.
 #
-# > **Predict.** Half precision, blocks recomputed, one clip. Which stage of ModelScope is the largest? **(a)** the weights, which are always there · **(b)** replaying one step
-# > with its graph · **(c)** scoring one frame
+# > **Predict.** Half precision, gradient checkpointing, one clip. Which stage is the largest? **(a)** reading the prompt, with the text encoder · **(b)** replaying a step
+# > with its graph · **(c)** decoding and scoring a frame
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -133,7 +136,7 @@ course.show(figure, "11-stages")
 
 # %%
 largest = max(stages, key=stages.get)
-letter = "b" if largest == "replay" else "c" if largest in ("decode", "reward") else "a"
+letter = "a" if largest == "text" else "c" if largest in ("decode", "reward") else "b"
 course.predict(
     guess,
     "11-largest",
@@ -144,7 +147,7 @@ course.predict(
 )
 
 # %% [markdown]
-# The dotted line are the weights: model, reward, adapter. What stands to the right of it is what the stage itself needs. (The planner adds 1 GiB to the largest, for what is
+# The dotted line marks the weights: model, reward, adapter. What stands to the right of it is what the stage itself needs. (The planner adds 1 GiB to the largest, for what is
 # not a tensor, before it says that a card is large enough.)
 #
 # **Exercise 1** (★, 10 minutes). Check the first bar by hand. Frozen weights take 2 bytes each in half precision. A weight that *learns* is kept in float32 and has a gradient and
@@ -200,7 +203,7 @@ CARDS = {"T4": "C2", "RTX 4090": "C1"}
 ladders = course.texts()["measured"]["one_gpu"]
 
 # %%
-figure, axes = plt.subplots(len(ladders), 1, figsize=(8, 5.6), layout="constrained", sharex=True)
+figure, axes = plt.subplots(len(ladders), 1, figsize=(8, 6.4), layout="constrained", sharex=True)
 for axis, (label, rungs) in zip(axes, ladders.items()):
     for place, sizes in enumerate(rungs.values()):
         stage = max(sizes, key=sizes.get)
@@ -235,7 +238,8 @@ course.predict(
 # %% [markdown]
 # The peak is that of one stage, so a saving that acts in another stage buys *nothing* until its turn comes. Wan shows it: once the blocks are recomputed, the peak is in `text`, where its text encoder
 # (5.7 billion parameters) reads the prompts, once, before the first step. The decoder's states are not in that stage, so it does not matter where they wait. (At 480 × 832 pixels it does: there they take 40 GB.) That is why the bars fall in stairs, and why there is no list of the best tricks: ask the planner, change what is largest, ask again.
-# `vader_nb.memory(..., gpu_memory="T4")` does just that, and says which settings it changed.
+# `vader_nb.memory(..., gpu_memory="T4")` does just that, and says which settings it changed. (The last saving, 4 bits, is for linear layers alone. In
+# ModelScope these hold 577 of 1,411 million parameters, the rest are convolutions. In Wan it takes replay from 7.1 to 5.2 GiB, and the peak stays where it was.)
 #
 # | saving | acts in | costs |
 # |---|---|---|
@@ -255,7 +259,7 @@ course.predict(
 # %%
 judge = rewards.hps("tiny").to(model.device, torch.float32)
 frames = clips[:1].float().clone().requires_grad_()
-(judge(frames, texts[:1]).sum() / 16).backward()  # one of 16 clips of a step
+(judge(frames, prompts[:1]).sum() / 16).backward()  # one of 16 clips of a step
 g = frames.grad[frames.grad != 0].abs().log2().flatten().cpu()
 
 figure, axis = plt.subplots(figsize=(7.5, 2.8), layout="constrained")
@@ -367,16 +371,14 @@ course.attempt(check, Scaler)
 # What a step costs is denoiser calls, and these can be counted on paper.
 
 # %%
-card = recipes.CARDS[MODEL]
-own = card.settings
-per_clip = card.calls / (card.gpus * own["batch_size"] * own["gradient_accumulation_steps"])
-print(
-    f"{MODEL}: {per_clip:.0f} calls for a clip, {card.calls} for an optimizer step on {card.gpus} GPUs"
-)
+entry = recipes.CARDS[MODEL]
+own = entry.settings
+per_clip = entry.calls / (entry.gpus * own["batch_size"] * own["gradient_accumulation_steps"])
+print(f"{MODEL}: {per_clip:.0f} calls for a clip, {entry.calls} for the clips of an optimizer step")
 
 # %% [markdown]
 # Guidance has two branches, so every denoising step takes two calls. A step that learns takes them once more, with a graph; but where $K = 1$ and there is memory, the package keeps
-# the last call's graph from the roll-out and saves those. A call of a real model on your card takes a time that you can measure in a minute; here is the twin's, and what such a number means.
+# the last call's graph from the roll-out and saves those. A call of a real model on your card takes a time that you can measure in a minute; here is that of what runs here, and what such a number means.
 
 # %%
 import time
@@ -386,30 +388,31 @@ def seconds_per_call(model, calls=3):
     """The fastest of some denoiser calls, without a graph."""
     size = Sampling().resolve(model)
     generators = [torch.Generator().manual_seed(SEED)]
-    latents, text = model.initial_latents(size, generators), model.encode(texts[:1], size)
+    latents, told = model.initial_latents(size, generators), model.encode(prompts[:1], size)
     t = model.new_scheduler(size).timesteps[0]
     found = []
     with torch.no_grad():
         for _ in range(calls + 1):
             began = time.perf_counter()
-            model.predict(latents, t, text["prompt"]).sum().item()  # .item() waits for the GPU
+            model.predict(latents, t, told["prompt"]).sum().item()  # .item() waits for the GPU
             found.append(time.perf_counter() - began)
     return min(found[1:])
 
 
 # %%
 once = seconds_per_call(model)
-print(f"{name}, here: {once:.3f} s per call")
+here = "this GPU" if model.device.type == "cuda" else "this CPU; on a GPU: not measured here"
+print(f"{name}: {once:.3f} s per call on {here}")
 
 # %%
-calls, steps = per_clip * 16, 300  # VADER's 16 clips per optimizer step; 300 steps
-seconds = {f"{one:g} s per call": one * calls for one in (0.05, 0.2, 1.0)}
+steps = 300
+seconds = {f"{one:g} s per call": one * entry.calls for one in (0.05, 0.2, 1.0)}
 rows = [
     (
         name,
         f"{one:.0f} s",
         f"{one * steps / 3600:.0f} hours",
-        f"{one * steps / 3600:.0f} to {3 * one * steps / 3600:.0f} $",
+        f"{one * steps / 3600:.0f} to {3 * one * steps / 3600:.0f} dollars",
     )
     for name, one in seconds.items()
 ]
@@ -419,19 +422,19 @@ HTML(
             "if your card takes",
             "an optimizer step takes",
             f"{steps} steps take",
-            "at 1 to 3 $ per hour",
+            "at 1 to 3 dollars per hour",
         ),
         rows,
     )
 )
 
 # %% [markdown]
-# Scoring and the backward pass come on top; with $K = 1$ they are little beside a whole roll-out. If that is too much, change the roll-out first: fewer denoising steps, a smaller clip, `rollout_reuse`. $K = 1$
+# (On a GPU: not measured here. The left column is made up, for you to replace.) Scoring and the backward pass come on top; with $K = 1$ they are little beside a whole roll-out. If that is too much, change the roll-out first: fewer denoising steps, a smaller clip, `rollout_reuse`. $K = 1$
 # is already the smallest $K$.
 #
-# ## Ten minutes before ten hours
+# ## Check before you train
 #
-# `vader-nb selfcheck` holds a model against its promises on the machine where it is: gradient, resuming, memory, both half precisions. With a GPU it takes about ten minutes, most of which is reading weights.
+# `vader-nb selfcheck` holds a model against its promises on the machine where it is: gradient, resuming, memory, both half precisions. With a GPU it is made to take about ten minutes, most of which is reading weights (not measured here).
 
 # %%
 from vader_nb import selfcheck
@@ -443,7 +446,7 @@ for check_name in course.quick(list(selfcheck.CHECKS), ["gradient"]):
         print(row)
 
 # %% [markdown]
-# Without a GPU two of the checks say that they were not run. This is the table that is missing for the real models. If you have one, run `vader-nb selfcheck model=modelscope` and paste what it prints into an issue: you would be the first.
+# Without a GPU two of the checks say that they were not run. For the real models this table is missing. If you have a GPU, run `vader-nb selfcheck model=modelscope` and paste what it prints into an issue: you would be the first.
 #
 # ## Training
 #
@@ -462,12 +465,12 @@ if name == twin:  # a few steps on a CPU
 # %%
 reward = rewards.parse(recipe["reward"], tiny=name == twin)
 train = {key: value for key, value in recipe.items() if key in known} | changes
-run = vader_nb.align(model, reward, texts, **train)
+run = vader_nb.align(model, reward, prompts, **train)
 print([round(value, 3) for value in run.rewards])
 
 # %%
-base = vader_nb.sample(model, texts[:3], seeds=SEED)
-after = vader_nb.sample(model, texts[:3], seeds=SEED, adapter=run.adapter)
+base = vader_nb.sample(model, prompts[:3], seeds=SEED)
+after = vader_nb.sample(model, prompts[:3], seeds=SEED, adapter=run.adapter)
 rows = {"before": base, "after": after}
 Gallery(
     {label: [Video(c, model.defaults["fps"]) for c in row] for label, row in rows.items()},

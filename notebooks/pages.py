@@ -53,7 +53,7 @@ step; the job is put back into the queue and goes on from there.
 CURVES = """\
 ![The reward in training, of each step's clips (gray) and its mean over eight steps (blue), for the embedded models](images/recipes.png)
 
-Each step has other captions, some harder than others, hence the scatter: what was gained is the difference on held-out
+Each step has other prompts, some harder than others, hence the scatter: what was gained is the difference on held-out
 prompts, in the table."""
 
 
@@ -86,7 +86,7 @@ Cards of the embedded ones: [tiny](../vader_nb/zoo/weights/tiny/README.md),
 
 ## What K does: a UNet and a transformer, noise and flow
 
-Both embedded text-to-video models with the same captions, seeds and reward (hps + 0.02 × aesthetic), 40 training steps
+Both embedded text-to-video models with the same prompts, seeds and reward (hps + 0.02 × aesthetic), 40 training steps
 each by its recipe (`tiny`: four clips, one random frame of each; `tiny-wan`: eight clips, all frames), on one CPU thread:
 
 | model | K | gain | cosine | step, CPU s | held-out reward | per CPU minute |
@@ -100,7 +100,7 @@ each by its recipe (`tiny`: four clips, one random frame of each; `tiny-wan`: ei
 | `tiny-wan`: transformer, flow, Euler | 5 | 0.43 | 1.00 | 4.39 | +0.052 [+0.011, +0.143] | +0.018 |
 
 *Gain*: how far the final latents move with the last denoiser output, by the schedule alone. *Cosine*: of the gradient of `Last(K)` to that
-through all steps. *Held-out reward*: what training adds on 48 captions, with its 95 % interval. In the UNet one step's
+through all steps. *Held-out reward*: what training adds on 48 prompts, with its 95 % interval. In the UNet one step's
 gradient points where that through all ten steps does (0.89), reaches the same reward, and costs a third: VADER's setting. In the transformer,
 which takes five steps and is cheap beside its decoder, the exact gradient costs as much as that of one step. No K is better
 than another beyond its interval here. (`python -m tests.benchmarks.truncation 1`.)

@@ -317,6 +317,15 @@ def test_every_cell_runs_and_every_exercise_is_solved(pair, colab, from_wheel, t
     assert f"{len(code(notebook))} passed" in result.stdout
 
 
+def test_the_chapter_on_one_gpu_runs_with_its_other_model(monkeypatch, capsys):
+    monkeypatch.setenv("VADER_NB_FAST", "1")
+    names = {"course": course}
+    for cell in code(jupytext.read(ROOT / "notebooks" / "11_one_gpu.py")):
+        if not build.tagged(cell, "setup"):
+            exec(cell.source.replace('MODEL = "modelscope"', 'MODEL = "wan"'), names)
+    assert "chosen: wan; run here: tiny-wan" in capsys.readouterr().out
+
+
 def test_colab_lacks_no_more_than_the_setup_cell_installs():
     """Colab's packages (with torch and torchvision, which it has) and the setup cell's are all that we depend on."""
     project = (ROOT / "pyproject.toml").read_text()

@@ -172,20 +172,20 @@ def processes() -> str:
 
 
 SETS_ALT = (
-    "Captions in two boxes. Those of training are trained on. Those held out are cut into three parts that share "
+    "Prompts in two boxes. Those of training are trained on. Those held out are cut into three parts that share "
     "none: one to watch while training, one to choose a checkpoint, and one to report, which is looked at once."
 )
 
 
 def prompt_sets() -> str:
-    """Captions that are trained on, watched, chosen with and reported on. HTML, an <img>."""
+    """Prompts that are trained on, watched, chosen with and reported on. HTML, an <img>."""
     parts = [
-        words(8, 20, "captions for training", 14, font_weight=600),
+        words(8, 20, "prompts for training", 14, font_weight=600),
         element("rect", x=8, y=32, width=196, height=58, rx=4, fill=GRAY, fill_opacity=0.25),
         words(106, 66, "train", 15, "middle", font_weight=600),
         words(8, 112, "a high reward here", 12),
         words(8, 128, "is no evidence", 12),
-        words(232, 20, "captions held out", 14, font_weight=600),
+        words(232, 20, "prompts held out", 14, font_weight=600),
     ]
     uses = (
         ("watch", "every few steps,", "to see it break"),

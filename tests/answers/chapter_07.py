@@ -105,7 +105,7 @@ ANSWERS = {
                 "torch.randint(count, (2000, count), generator=random)",
                 "torch.arange(count).expand(2000, count)",
             ): "does not hold",
-            INTERVAL.replace("(2000, count)", "(2000, 50)"): "nine captions",
+            INTERVAL.replace("(2000, count)", "(2000, 50)"): "nine prompts",
         },
     ),
     "stop": (

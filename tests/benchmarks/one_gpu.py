@@ -20,6 +20,7 @@ LADDERS = {  # each on top of those before it
         ("gradient checkpointing", {"gradient_checkpointing": True}),
         ("guidance one by one", {"sequential_guidance": True}),
         ("offload", {"model_cpu_offload": True}),
+        ("4-bit weights", {"quantize": "4bit"}),
     ),
     "wan": (
         ("half precision", {"dtype": "bfloat16", "mixed_precision": "bf16"}),
@@ -27,6 +28,7 @@ LADDERS = {  # each on top of those before it
         ("guidance one by one", {"sequential_guidance": True}),
         ("states in CPU memory", {"decoder_states": "cpu"}),
         ("offload", {"model_cpu_offload": True}),
+        ("4-bit weights", {"quantize": "4bit"}),
     ),
 }
 CAUSAL = {"wan": {"decoder_states": "device"}}
