@@ -166,7 +166,8 @@ nav { font: 16px/1.6 system-ui, sans-serif; padding: .6em 1em; display: flex; ga
 def introduction(notebook: dict) -> tuple[str, str]:
     """Title of a notebook, and what its reader will be able to do."""
     title, text = (notebook.cells[place].source for place in (0, 1))
-    goals = "; ".join(re.findall(r"^- (.+?)[;.]?(?=\n- |\n*\Z)", text, re.MULTILINE | re.DOTALL))
+    items = re.findall(r"^- (.+?)[;.]?(?=\n- |\n\n|\n*\Z)", text, re.MULTILINE | re.DOTALL)
+    goals = "; ".join(items)
     return title.splitlines()[0].lstrip("# "), " ".join(re.sub(r"[*`]", "", goals).split())
 
 

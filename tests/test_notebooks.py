@@ -75,6 +75,7 @@ def test_the_site_has_every_page_and_no_dead_link(tmp_path):
     build.contents(tmp_path)
     assert "<style>" in (tmp_path / f"{PAIRS[0].stem}.html").read_text()
     index = (tmp_path / "index.html").read_text()
+    assert "$" not in index and "Exercises are" not in index  # goals, without formulas
     beside = [path.stem for path in (ROOT / "notebooks").glob("*.md")]
     direct = [stem for stem in beside if not stem.startswith("panel_")]
     assert all(f'href="{stem}.html"' in index for stem in [p.stem for p in PAIRS] + direct)

@@ -86,10 +86,10 @@ ANSWERS = {
             WEIGHTS.format("torch.tensor([guidance_scale, 1 - guidance_scale])"),
         ],
         {
-            WEIGHTS.format("(0.5, 0.5)"): "caption's answer",
-            WEIGHTS.format("(1 - guidance_scale, guidance_scale)"): "caption's answer",
+            WEIGHTS.format("(0.5, 0.5)"): "answer to the prompt",
+            WEIGHTS.format("(1 - guidance_scale, guidance_scale)"): "answer to the prompt",
             WEIGHTS.format("(guidance_scale, -guidance_scale)"): "add up",
-            WEIGHTS.format("(1 + guidance_scale, -guidance_scale)"): "caption's answer",
+            WEIGHTS.format("(1 + guidance_scale, -guidance_scale)"): "answer to the prompt",
             WEIGHTS.format("(guidance_scale, 1)"): "add up",
             WEIGHTS.format("None"): "return two numbers",
         },
