@@ -155,10 +155,11 @@ def dress(notebook: dict, stem: str, cost: tuple[float, float] | None = None) ->
     Args:
         notebook: a jupytext or nbformat notebook.
         stem: of its files.
-        cost: minutes and gigabytes; None: those in its head.
+        cost: minutes and gigabytes; None: those in its head, or zeros in one that was never built.
     """
     first, last = notebook.cells[0], notebook.cells[-1]
-    minutes, gigabytes = cost or map(float, COST.search(first.source).groups())
+    told = COST.search(first.source)
+    minutes, gigabytes = cost or (map(float, told.groups()) if told else (0, 0))
     first.source = head(first.source.splitlines()[0], stem, minutes, gigabytes)
     (setup,) = (cell for cell in notebook.cells if tagged(cell, "setup"))
     setup.source = SETUP.format(repository=repository(), version=__version__)
