@@ -165,11 +165,13 @@ def test_its_skeleton_is_that_of_the_series(pair):
 
 def test_badges_and_links_lead_somewhere(pair):
     path, _, notebook = pair
+    assert f"]({frame.address(path.with_suffix('.ipynb').name)})" in notebook.cells[0].source
     for target in re.findall(r"\]\(([^)]+)\)", prose(notebook)):
         url = urlparse(target)
-        if url.netloc == "colab.research.google.com" and "/blob/" in url.path:
-            assert (ROOT / url.path.split("/blob/main/")[1]).name == path.with_suffix(".ipynb").name
-            assert f"/github/{build.repository()}/" in url.path
+        if f"/{build.repository()}/blob/" in url.path:  # in Colab, or a page on GitHub
+            assert (ROOT / url.path.split("/blob/main/")[1]).is_file(), target
+            colab = f"colab.research.google.com/github/{build.repository()}"
+            assert url.path.endswith(".md") or colab in target
         elif url.netloc == "mybinder.org" and url.query:
             assert (ROOT / parse_qs(url.query)["labpath"][0]) == path.with_suffix(".ipynb")
         elif not url.scheme:
