@@ -11,27 +11,27 @@
 # ---
 
 # %% [markdown] tags=["head"]
-# # 1 · Diffusion from the ground
+# # 1a · Diffusion from the ground up, on points
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/01_diffusion.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/01_diffusion.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 0.5 minutes | 1.0 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 0.5 minutes | 1.0 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# A video is tens of thousands of numbers, and nobody can picture how they move. A *point* is two numbers. Diffusion does not
-# care: the loss, the sampler and the guidance are the same. So in this notebook a model learns to draw points, in seconds, and
-# you watch every one of them. The next notebook takes a text-to-video model apart, and you will meet the same lines in it.
+# A video is tens of thousands of numbers, and nobody can picture how they move. A *point* is two numbers, and to diffusion the
+# two are alike: the loss, the sampler and the guidance are the same. So in this chapter a model learns to draw points, in
+# seconds, and you watch every one of them. The next chapter takes a text-to-video model apart, and you will meet the same lines in it.
 #
 # **You will be able to**
 #
 # - *noise* data to any timestep, and *say* what a denoiser can learn from it;
 # - *train* a diffusion model, and *explain* why its loss must not reach zero;
-# - *write* one step of the sampler for all four kinds of denoisers (ε, $x_0$, $v$, flow);
+# - *write* one step of the sampler for all four kinds of denoisers (ε, x₀, v, flow);
 # - *predict* what guidance does to the samples, and to a gradient.
 #
 # Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
@@ -40,13 +40,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
@@ -64,14 +65,14 @@ import vader_nb
 from vader_nb import course_sketches
 from vader_nb.zoo import world
 
-CAPTIONS = ["star", "circle"]
+PROMPTS = ["star", "circle"]
 random = torch.Generator().manual_seed(SEED)
 
 
-def outline(caption, count):
+def outline(prompt, count):
     """Points (count, 2) on the outline of a shape."""
     box = 2.2 * torch.rand(40 * count, 2, generator=random) - 1.1
-    near = world.signed_distance(box, caption).abs() < 0.02
+    near = world.signed_distance(box, prompt).abs() < 0.02
     return 2.2 * box[near][:count]
 
 
@@ -82,16 +83,16 @@ def plot_points(axis, x, title="", **style):
     axis.set_title(title, fontsize=10)
 
 
-data = [outline(caption, 3000) for caption in CAPTIONS]
+data = [outline(prompt, 3000) for prompt in PROMPTS]
 figure, axis = plt.subplots(figsize=(3, 3), layout="constrained")
-for points, caption in zip(data, CAPTIONS):
-    plot_points(axis, points, "the data", label=caption)
+for points, prompt in zip(data, PROMPTS):
+    plot_points(axis, points, "the data", label=prompt)
 axis.legend(frameon=False, fontsize=8, markerscale=4, loc="upper right")
 course.show(figure, "01-data")
 
 # %% [markdown]
-# This is our training set: points, each with a caption, "star" or "circle". We want a model that, given a caption, makes new
-# points of that shape. (Everything here stays on the CPU. The network is so small that a GPU would not help.)
+# This is our training set: points, each labeled with a word, "star" or "circle". The word is the **prompt**. We want a model that,
+# given a prompt, makes new points of that shape. (Everything here stays on the CPU. The network is so small that a GPU would not help.)
 #
 # ## Destroy it, step by step
 #
@@ -147,7 +148,9 @@ def check(noised):
         f"the clean points' shares should be {[round(x, 2) for x in alphas_cumprod[t].sqrt().tolist()]}, "
         f"one per point, and are {[round(x, 2) for x in part[:, 0].tolist()]}"
     )
-    assert torch.allclose(answer, right, atol=1e-4), "the clean part is right, the noise's is not"
+    assert torch.allclose(answer, right, atol=1e-4), (
+        "the clean part is right, that of the noise is not"
+    )
 
 
 course.attempt(check, noised)
@@ -204,7 +207,7 @@ for axis, t in zip(axes, (999, 600, 400, 100)):
     likely = origins(noisy, t, clean)
     mean = likely @ clean
     color = (likely[0] / likely.max()).sqrt()
-    plot_points(axis, clean, f"t = {t}", c=color, cmap="viridis_r")
+    plot_points(axis, clean, f"t = {t}", c=color, cmap="viridis_r", vmin=0, vmax=1)
     axis.annotate("", mean[0], noisy[0], arrowprops={"arrowstyle": "->", "color": "C3"})
     axis.plot(*noisy[0], "x", color="C3")
     axis.plot(*mean[0], "o", color="C3")
@@ -215,7 +218,7 @@ course.predict(guess, "01-mean")
 
 # %% [markdown]
 # The cross is the noisy point, the disc the best answer, and the darker a point of the star, the likelier it is the origin. From
-# pure noise every origin is about as likely as any other, so the answer is a compromise: the middle. Only when the noise gets
+# pure noise every point of the star is about as likely as any other, so the answer is a compromise: the middle. Only when the noise gets
 # weak do the origins become few, and the answer a point on the star.
 #
 # Remember this compromise. In a video model it is a *blur*: the mean of all videos that the sentence could mean. And it is the
@@ -223,7 +226,7 @@ course.predict(guess, "01-mean")
 #
 # ## Train a denoiser
 #
-# Now a network shall learn these answers from examples alone. It gets a noisy point, the timestep and the caption, and predicts
+# Now let a network learn these answers from examples alone. It gets a noisy point, the timestep and the prompt, and predicts
 # the noise. (From the noise follows the clean point, for $x_t$ is known.)
 
 
@@ -235,17 +238,17 @@ def waves(values):
 
 
 class Denoiser(torch.nn.Module):
-    """The noise in points (N, 2) at timesteps (N,); captions (N,) are 0, 1, or 2 for "" (none)."""
+    """The noise in points (N, 2) at timesteps (N,); prompts (N,) are 0, 1, or 2 for "" (none)."""
 
     def __init__(self, width=128):
         super().__init__()
-        self.caption = torch.nn.Embedding(3, width)
+        self.prompt = torch.nn.Embedding(3, width)
         self.first = torch.nn.Linear(30, width)
         self.layers = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(3))
         self.last = torch.nn.Linear(width, 2)
 
-    def forward(self, x, t, caption):
-        hidden = self.first(waves(torch.cat([x, t[:, None] / 1000], dim=1))) + self.caption(caption)
+    def forward(self, x, t, prompt):
+        hidden = self.first(waves(torch.cat([x, t[:, None] / 1000], dim=1))) + self.prompt(prompt)
         for layer in self.layers:
             hidden = hidden + torch.nn.functional.silu(layer(hidden))
         return self.last(hidden)
@@ -256,12 +259,12 @@ class Denoiser(torch.nn.Module):
 
 
 # %%
-def loss_of(denoiser, clean, captions):
+def loss_of(denoiser, clean, prompts):
     """Draw timesteps and noise, mix, ask for the noise: the mean squared error."""
     t = torch.randint(1000, (len(clean),), generator=random)
     noise = torch.randn(clean.shape, generator=random)
     noisy = scheduler.add_noise(clean, noise, t)
-    return (denoiser(noisy, t, captions) - noise).square().mean()
+    return (denoiser(noisy, t, prompts) - noise).square().mean()
 
 
 # %%
@@ -272,9 +275,9 @@ optimizer = torch.optim.Adam(denoiser.parameters())
 rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
 for _ in range(STEPS):
     chosen = torch.randint(len(everything), (512,), generator=random)
-    captions = names[chosen].clone()
-    captions[torch.rand(512, generator=random) < 0.2] = 2  # a fifth without caption, see below
-    loss = loss_of(denoiser, everything[chosen], captions)
+    prompts = names[chosen].clone()
+    prompts[torch.rand(512, generator=random) < 0.2] = 2  # a fifth without a prompt, see below
+    loss = loss_of(denoiser, everything[chosen], prompts)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -325,7 +328,7 @@ course.predict(guess, "01-floor", letter=letter, floor=floor, network=smooth[-1]
 # watches is whether it still *falls*, and the samples.
 #
 # This loop is how ModelScope was trained, too. Instead of points it had the latents of videos, instead of our small network a
-# U-Net with 1.4 billion weights, and instead of two captions sentences.
+# U-Net with 1.4 billion weights, and instead of two words whole captions.
 #
 # ## Four ways to say the same
 #
@@ -356,7 +359,7 @@ HTML(course_sketches.targets())
 # $$\hat x_0,\ \hat\epsilon \;\leftarrow\; \text{the answer, and } x_t = \alpha_t\,\hat x_0 + \sigma_t\,\hat\epsilon$$
 # $$x_s \;=\; \alpha_s\,\hat x_0 + \sigma_s\,\hat\epsilon$$
 #
-# **Exercise 2** (★★★, 25 minutes). The core of this notebook: one step, for all four kinds of denoisers. `now` is $(\alpha_t,
+# **Exercise 2** (★★★, 25 minutes). The core of this chapter: one step, for all four kinds of denoisers. `now` is $(\alpha_t,
 # \sigma_t)$, `then` is $(\alpha_s, \sigma_s)$. The definitions are in the drawing: $v = \alpha\,\epsilon - \sigma\,x_0$ on the
 # arc, where $\alpha^2 + \sigma^2 = 1$, and $u = \epsilon - x_0$ on the line, where $\alpha + \sigma = 1$. Yours will be compared
 # with diffusers' schedulers, step by step.
@@ -440,17 +443,17 @@ course.attempt(check, step)
 # DDIM is the same on the arc.
 # </details>
 #
-# You have just written diffusers' `DDIMScheduler.step` and `FlowMatchEulerDiscreteScheduler.step`. Ten of these, with calls of
-# the denoiser between, are the sampler:
+# You have just written diffusers' `DDIMScheduler.step` and `FlowMatchEulerDiscreteScheduler.step`. Twenty of these, each after a
+# call of the denoiser, are the sampler:
 
 
 # %%
 @torch.no_grad()
-def sample(caption, steps=20, guidance_scale=1.0, count=1000):
+def sample(prompt, steps=20, guidance_scale=1.0, count=1000):
     """All states of the points, from noise to the end: a list of (count, 2)."""
     scheduler.set_timesteps(steps)
     x = torch.randn(count, 2, generator=torch.Generator().manual_seed(SEED))
-    asked, empty = torch.full((count,), CAPTIONS.index(caption)), torch.full((count,), 2)
+    asked, empty = torch.full((count,), PROMPTS.index(prompt)), torch.full((count,), 2)
     states = [x]
     for t in scheduler.timesteps:
         output = denoiser(x, t.expand(count), asked)
@@ -474,27 +477,27 @@ figure.tight_layout()
 course.show(figure, "01-steps")
 
 # %% [markdown]
-# One step is the compromise from above: a heap in the middle. (And why does it have splashes? Because this network predicts
-# $\epsilon$, and at pure noise its small errors are divided by $\alpha = 0.07$.) Ask again on the way, and the answers become
-# more certain: after five steps there is a star, after twenty a better one. The paths are short and bent. Where a point ends is
-# decided by the noise that it started from, for DDIM adds none.
+# One step is the compromise from above: a heap in the middle. (And the stray points around it? This network predicts $\epsilon$,
+# and at pure noise its small errors are divided by $\alpha = 0.07$.) Ask again on the way, and the answers become more certain:
+# with five steps there is a blurred star, with twenty a clear one. The paths are bent: the answer changes on the way. Where a point
+# ends is decided by the noise that it started from, because DDIM adds none.
 #
 # ## Guidance
 #
-# A fifth of the training went without caption. So the network has two answers: $\epsilon_\text{star}$, and $\epsilon_\varnothing$
+# A fifth of the training went without a prompt. So the network has two answers: $\epsilon_\text{star}$, and $\epsilon_\varnothing$
 # for "any point". Their difference is what the word *star* adds. **Classifier-free guidance** ([Ho & Salimans
 # 2022](https://arxiv.org/abs/2207.12598)) goes further in that direction:
 #
 # $$\hat\epsilon \;=\; \epsilon_\varnothing + w\,(\epsilon_\text{star} - \epsilon_\varnothing)$$
 #
-# With $w = 1$ only the caption's answer is left. Stable Diffusion is usually run with 7.5, ModelScope with 9, our `tiny` with 2.
+# With $w = 1$ only the answer to the prompt is left. Stable Diffusion is usually run with 7.5, ModelScope with 9, our `tiny` with 2.
 #
 # **Exercise 3** (★, 5 minutes). The same formula is a weighted sum of the two answers. With which weights?
 
 
 # %% tags=["exercise"]
 def weights(guidance_scale):
-    """The weight of the caption's answer, and that of the answer without caption."""
+    """The weight of the answer to the prompt, and that of the answer without a prompt."""
     return 0.5, 0.5  # replace this line
 
 
@@ -508,7 +511,9 @@ def check(weights):
             f"w = {w:g}: where both answers are the same, guidance must not change them; "
             f"your weights add up to {asked + empty:g}"
         )
-        assert abs(asked - w) < 1e-6, f"w = {w:g}: the caption's answer must not have {asked:g}"
+        assert abs(asked - w) < 1e-6, (
+            f"w = {w:g}: the weight of the answer to the prompt is not {asked:g}"
+        )
 
 
 course.attempt(check, weights)
@@ -528,8 +533,8 @@ course.attempt(check, weights)
 # Above $w = 1$ the second one is *negative*.
 # </details>
 #
-# > **Predict.** We ask for a star with $w = 4$. The points will be **(a)** on the star's outline, only sharper · **(b)** where a
-# > star is and a circle is not, even beyond the data · **(c)** between star and circle
+# > **Predict.** We ask for a star with $w = 4$. The points will be **(a)** on the star's outline, only sharper · **(b)** away from
+# > the circle, even beyond the star's own outline · **(c)** between star and circle
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -550,12 +555,13 @@ course.predict(guess, "01-guidance")
 
 # %% [markdown]
 # (Orange: the circle.) Guidance does not ask "what does a star look like?" but "what tells a star *from other things*?" That is
-# its tips. So it makes the caption unmistakable, gives up variety for it, and with a large $w$ leaves the data. In a video model
-# you see that as colors that burn.
+# its tips and its inner corners, where no circle runs. So guidance makes the sample unmistakable and less varied, and with a large
+# $w$ it leaves the data: past the tips on the outside, and into the empty middle on the inside. In a video model you see that as
+# oversaturated colors.
 #
 # ## What guidance does to a gradient
 #
-# This course is about gradients through a sampler. So ask now what guidance does to one. Let $\theta$ be the network's weights.
+# This course is about gradients through a sampler. So what does guidance do to one? Let $\theta$ be the network's weights.
 # Both answers come from the same $\theta$, so
 #
 # $$\frac{\partial\hat\epsilon}{\partial\theta} \;=\; w\,\frac{\partial\epsilon_\text{star}}{\partial\theta} \;+\; (1 - w)\,\frac{\partial\epsilon_\varnothing}{\partial\theta}$$
@@ -566,12 +572,12 @@ course.predict(guess, "01-guidance")
 
 # %%
 def terms(guidance_scale, steps=20):
-    """The gradient's two terms on the weights, of the caption's answer and of that without caption."""
+    """The gradient's two terms on the weights: of the answer to the prompt, and of that without one."""
     states = sample("star", steps, guidance_scale, count=200)
     t, x = scheduler.timesteps[-1], states[-2]
     vectors = []
-    for caption, weight in ((0, guidance_scale), (2, 1 - guidance_scale)):
-        output = weight * denoiser(x, t.expand(200), torch.full((200,), caption))
+    for prompt, weight in ((0, guidance_scale), (2, 1 - guidance_scale)):
+        output = weight * denoiser(x, t.expand(200), torch.full((200,), prompt))
         reward = scheduler.step(output, t, x).prev_sample[:, 0].mean()
         gradients = torch.autograd.grad(reward, [*denoiser.parameters()])
         vectors.append(torch.cat([g.flatten() for g in gradients]))
@@ -579,8 +585,8 @@ def terms(guidance_scale, steps=20):
 
 
 # %% [markdown]
-# > **Predict.** With $w = 8$, the two terms have the weights 8 and −7. Compared with $w = 1$, the gradient of both together will
-# > be **(a)** about as long, for the terms cancel · **(b)** 5 to 12 times as long · **(c)** 15 times as long, for they add up
+# > **Predict.** With $w = 8$, the two terms have the weights 8 and −7. Compared with $w = 1$, their sum will be **(a)** about as
+# > long, because the terms cancel · **(b)** 5 to 12 times as long · **(c)** 15 times as long, because they add up
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -589,9 +595,9 @@ guess = None  # "a", "b" or "c"
 scales = (1, 1.5, 2, 3, 4, 6, 8)
 pairs = [terms(w) for w in scales]
 lengths = {
-    "caption's term": [asked.norm() for asked, _ in pairs],
+    "prompt's term": [asked.norm() for asked, _ in pairs],
     "the other term": [empty.norm() for _, empty in pairs],
-    "both together": [(asked + empty).norm() for asked, empty in pairs],
+    "their sum": [(asked + empty).norm() for asked, empty in pairs],
 }
 unit = pairs[0][0].norm()
 cosines = [torch.cosine_similarity(asked, asked + empty, dim=0) for asked, empty in pairs]
@@ -602,25 +608,25 @@ for (name, values), color in zip(lengths.items(), ("C0", "C7", "C3")):
 left.set(xlabel="w", ylabel="length; 1 without guidance")
 left.legend(frameon=False, fontsize=8)
 right.plot(scales, cosines, marker="o")
-right.set(xlabel="w", ylabel="caption's term: cosine to both", ylim=(min(0, *cosines), 1.05))
+right.set(xlabel="w", ylabel="prompt's term: cosine to the sum", ylim=(min(0, *cosines), 1.05))
 course.show(figure, "01-gradient")
 
 # %%
-whole = (lengths["both together"][-1] / unit).item()
+whole = (lengths["their sum"][-1] / unit).item()
 letter = "a" if whole < 5 else "b" if whole < 12 else "c"
 course.predict(guess, "01-gradient", letter=letter, whole=whole, cosine=cosines[-1].item())
 
 # %% [markdown]
-# In between: on points the two terms cancel in part only, so guidance makes the gradient longer, by about $w$, and *turns* it.
-# To leave the second term out saves half of the work (in the package: `unconditional_gradient=False`), and the right-hand picture
-# shows the price: without it you still go uphill, but with a growing $w$ in another and another direction. (How much the two
-# cancel in a video model is a question for your own one: exercise 4.)
+# On points the two terms cancel in part only. So the gradient grows about in proportion to $w$, and the second term *turns* it. To
+# leave that term out saves half of the work (in the package: `unconditional_gradient=False`), and the right-hand picture shows the
+# price: the prompt's term alone still goes uphill, since its cosine to the sum is above zero, but the larger $w$, the more it
+# points elsewhere. (How much the two cancel in a video model, exercise 4 lets you find out.)
 #
 # ## The same on video
 #
-# Nothing of this was about points. `tiny` is a text-to-video model. It predicts $v$, and its schedule ends in *pure* noise:
+# None of this was about points. `tiny` is a text-to-video model. It predicts $v$, and its schedule ends in *pure* noise:
 # $\alpha = 0$, where an answer in $\epsilon$ could not work at all. Take a clip of its world, noise its latents to four
-# timesteps, and ask *once* for the clean video, with the caption and without it:
+# timesteps (the top row: these latents, decoded), and ask *once* for the clean video, with the prompt and without it:
 
 # %%
 model = vader_nb.load(MODEL, dtype=torch.float32)
@@ -629,7 +635,7 @@ prompt, real = "a pink star moving left on a gray background", model.new_schedul
 text = model.encode([prompt])
 with torch.no_grad():
     clip = world.render([world.parse(prompt)], random)[0].to(model.device)
-    squeezed = model.vae.encode(clip * 2 - 1).latent_dist.mean  # the next notebook is about it
+    squeezed = model.vae.encode(clip * 2 - 1).latent_dist.mean  # the next chapter is about it
     clean = model.vae.config.scaling_factor * squeezed.movedim(0, 1)[None]
     noise = torch.randn(clean.shape, generator=random).to(clean)
     columns = {}
@@ -646,18 +652,19 @@ for axis, (t, pictures) in zip(axes.T[1:], columns.items()):
         place.imshow(course.picture(picture))
     axis[0].set_title(f"t = {t}", fontsize=10)
 axes[0, 0].imshow(course.picture(clip[4]))
-axes[1, 0].text(0, 0.5, "one answer,\nwith the\ncaption", va="center")
+axes[0, 0].set_title("the clip", fontsize=10)
+axes[1, 0].text(0, 0.5, "one answer,\nwith the\nprompt", va="center")
 axes[2, 0].text(0, 0.5, "one answer,\nwithout", va="center")
 for axis in axes.flat:
     axis.axis("off")
 course.show(figure, "01-video")
 
 # %% [markdown]
-# Look at the lower row, from left to right. At pure noise and without caption the answer is the mean of all clips, or rather of
+# Look at the lowest row, from left to right. At pure noise and without a prompt the answer is the mean of all clips, or rather of
 # their latents, and the decoder makes a smear of it. At 800 the model has found out that something is pink and in the middle; not
-# what it is, nor the background. At 600 it is a star of sorts, on the right background, and then the star. With the caption there
-# is little left to doubt, because in this small world a caption says nearly everything. (A sentence for a large model leaves much
-# more open, and its first answers are blurs.)
+# what it is, nor the background. At 600 it is a star of sorts, on the right background, and then the star. With the prompt there
+# is little left to doubt, because in this small world a prompt says nearly everything. (A large model's prompt leaves much more
+# open, and its first answers are blurs.)
 #
 # ## Recap
 #
@@ -681,11 +688,13 @@ course.show(figure, "01-video")
 #
 # Three of them you have met above. **Exercise 4** (★★★, open, an hour). Bring a plot. (i) Train denoisers that predict $x_0$ and
 # $v$ instead of $\epsilon$, and sample all three in 1, 2, 5 and 20 steps (your `step` can do it). Whose heap in the middle has no
-# splashes, and whose star is the best? (ii) Flow matching on points: the line instead of the arc, in training and in sampling.
+# stray points, and whose star is the best? (ii) Flow matching on points: the line instead of the arc, in training and in sampling.
 # Are the paths straighter, and do fewer steps suffice? (iii) Add fresh noise in each step (`eta=1` in `scheduler.step`). What
-# does it mend, and what does it cost? (iv) The two terms of guidance in the gradient of `tiny`'s adapter (you will meet it in
-# notebook 4): their angle, over $w$.
+# does it improve, and what does it cost? (iv) The two terms of guidance in the gradient of `tiny`'s adapter (you will meet it in
+# chapter 4): their angle, over $w$.
 
 # %% [markdown] tags=["next"]
-# **Next:** [01 · What is inside a text-to-video model](01_video_diffusion.ipynb): the same loop, around a network that knows
+# **Next:** [1b · What is inside a text-to-video model](01_video_diffusion.ipynb): the same loop, around a network that knows
 # frames and sentences.
+#
+# *The same links for Colab: [chapter 1b](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/01_video_diffusion.ipynb).*

@@ -11,20 +11,20 @@
 # ---
 
 # %% [markdown] tags=["head"]
-# # 1 · What is inside a text-to-video model
+# # 1b · What is inside a text-to-video model
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/01_video_diffusion.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/01_video_diffusion.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 0.4 minutes | 1.3 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 0.5 minutes | 1.4 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # A sentence goes in, eight frames come out. In between are five parts: a tokenizer, a text encoder, a denoiser, a scheduler and a
-# decoder. In this notebook you take the model apart, look at what flows through every part, and then put it together again: you
+# decoder. In this chapter you take the model apart, look at what flows through every part, and then put it together again: you
 # write the loop that makes the video, and it makes the same one as the package's.
 #
 # Everything runs on `tiny`, a model that is embedded in this package. ModelScope has the same parts in the same classes, with 700
@@ -43,13 +43,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
@@ -105,31 +106,31 @@ states = model.text_encoder(tokens).last_hidden_state.detach()
 print("text:", tuple(states.shape), "= (prompts, tokens, width)")
 
 # %% [markdown]
-# Do these vectors *mean* something? If so, captions that share words should lie close together. Take the last token's vector of
-# four captions and measure the cosine between each pair.
+# Do these vectors *mean* something? If so, prompts that share words should lie close together. Take the last token's vector of
+# four prompts and measure the cosine between each pair.
 
 # %%
-captions = [
+prompts = [
     "a blue star moving left on a white background",
     "a blue star moving right on a white background",
     "a red circle growing on a black background",
     "a red square growing on a black background",
 ]
-ids = model.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+ids = model.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
 sentences = model.text_encoder(ids.to(model.device)).last_hidden_state[:, -1].detach().cpu()
 unit = sentences / sentences.norm(dim=1, keepdim=True)
 
 figure, axis = plt.subplots(figsize=(4.2, 3.4), layout="constrained")
 shades = axis.imshow(unit @ unit.T, cmap="viridis", vmin=-1, vmax=1)
-short = [" ".join(caption.split()[1:-4]) for caption in captions]
+short = [" ".join(prompt.split()[1:-4]) for prompt in prompts]
 axis.set_xticks(range(4), short, rotation=30, ha="right", fontsize=8)
 axis.set_yticks(range(4), short, fontsize=8)
 figure.colorbar(shades, label="cosine")
-course.show(figure, "01-captions")
+course.show(figure, "01-prompts")
 
 # %% [markdown]
-# Two blocks: captions that differ in one word lie close together, captions that share few words lie far apart. This geometry is
-# all that the denoiser ever learns about your sentence.
+# Two blocks: prompts that differ in one word lie close together, prompts that share few words lie far apart. Such vectors, one per
+# token, are all that the denoiser ever gets to know about your prompt.
 #
 # ## Videos become small: latents and the decoder
 #
@@ -181,7 +182,7 @@ course.show(figure, "01-autoencoder")
 
 # %% [markdown]
 # Forty-eight times fewer numbers, and outline and color come through. What is lost is at the edges. So when you see a clip with
-# the wrong color, do not blame the autoencoder too soon; we will measure it below.
+# the wrong color, do not blame the autoencoder too soon; below you will measure it.
 #
 # And the decoder knows nothing about time: it decodes each frame by itself. Keep this in mind, it will save us a lot of memory
 # later: **to see one frame you need to decode one frame.**
@@ -343,10 +344,10 @@ course.show(figure, "01-schedule")
 #    t, text["prompt"])` is one call, for `text = model.encode([prompt])`; the other branch is `text["negative"]`, for any text
 #    may stand in the place of the empty one: a *negative prompt*;
 # 3. combine the two answers: guidance, as on points;
-# 4. let `scheduler.step(output, t, x).prev_sample` take the step (you have written it in the last notebook);
+# 4. let `scheduler.step(output, t, x).prev_sample` take the step (you wrote it in chapter 1a);
 # 5. decode.
 #
-# **Exercise 2** (★★, 20 minutes). The core of this notebook: write `by_hand`. It must make the video that `vader_nb.sample`
+# **Exercise 2** (★★, 20 minutes). The core of this chapter: write `by_hand`. It must make the video that `vader_nb.sample`
 # makes.
 
 
@@ -413,7 +414,7 @@ course.attempt(check, by_hand)
 # </details>
 #
 # There is no more to sampling from a text-to-video model. In the package the same loop is called `roll_out`; `model.guided` makes
-# both calls in one batch, and `model.step` knows the schedulers of other families. We run it for twenty captions at once, and
+# both calls in one batch, and `model.step` knows the schedulers of other families. We run it for twenty prompts at once, and
 # keep the *guess* of the clean video in each call:
 
 
@@ -500,19 +501,19 @@ first = {
 course.predict(guess, "01-decided", **first)
 
 # %% [markdown]
-# The outline stands after the first call, nine tenths of it, and what follows are corrections. The color needs about three calls,
-# and even then it may wander: look at the row of the blue star. The later calls *polish*, you could say. (This is a small world,
+# After the first call nearly nine tenths of the outline are there, and what follows are corrections. The color needs about three
+# calls, and even then it may wander: look at the row of the blue star. The later calls *polish*, you could say. (This is a small world,
 # with one object per clip. A large model lays out a scene over many more calls.)
 #
-# In the next notebooks we send a gradient through *the last call only*. How can polishing teach a model to draw something else?
-# Keep the riddle in mind; notebook 4 has the answer.
+# In the next chapters we send a gradient through *the last call only*. How can polishing teach a model to draw something else?
+# Keep the question in mind; chapter 4 has the answer.
 #
-# (From the next notebook on we number the steps of a sampler from its *end*, as the formulas do: step 1 is the last call.)
+# (From the next chapter on we number the steps of a sampler from its *end*, as the formulas do: step 1 is the last call.)
 #
 # ## Who makes the wrong colors?
 #
-# `tiny` is good at shapes and motions, and often wrong about colors; much of this course is about mending that. Is the denoiser
-# to blame, or the autoencoder, which might not be able to draw them? We know each caption's true color, so compare: the true
+# `tiny` is good at shapes and motions, and often wrong about colors; much of this course is about repairing that. Is the denoiser
+# to blame, or the autoencoder, which might not be able to draw them? We know each prompt's true color, so compare: the true
 # frames, sent through the autoencoder and back, and the frames that the model has made.
 
 # %%
@@ -529,7 +530,7 @@ for y, error in enumerate(errors.values()):
     axis.plot(distance.mean(), y, "|", color="C0", markersize=20, markeredgewidth=3)
 axis.set_yticks(range(len(errors)), errors)
 axis.invert_yaxis()
-axis.set(xlabel="distance to the caption's color (a dot per clip, and their mean)", xlim=(0, None))
+axis.set(xlabel="distance to the prompt's color (a dot per clip, and their mean)", xlim=(0, None))
 course.show(figure, "01-colors")
 
 # %%
@@ -542,8 +543,8 @@ print(f"added by the model: {added.mean():.3f} ± {half:.3f} (95 % interval), {l
 
 # %% [markdown]
 # The autoencoder is nearly innocent: what it sends back is close to the color that went in, in every clip. The model's own clips
-# are further away, and a few of them very far. So it is the *denoiser* that picks a wrong color, the part that an adapter can
-# change.
+# are further away on average (the interval excludes zero), and a few of them very far. So it is the *denoiser* that picks a wrong
+# color, the part that an adapter can change.
 #
 # ## Recap
 #
@@ -562,8 +563,8 @@ print(f"added by the model: {added.mean():.3f} ± {half:.3f} (95 % interval), {l
 #
 # ## Exercises
 #
-# Two of them you have met above. **Exercise 3** (★★, 15 minutes). *When* does the model read the color? Follow one prompt in the
-# first `at` calls, and another one in the rest. (No decoding here: return the final latents.)
+# Two of them you have met above. **Exercise 3** (★★, 15 minutes). *When* does the model read the color? Write `switched`: a sampler
+# that follows one prompt in the first `at` calls, and another one in the rest. It returns the final latents, not decoded.
 
 
 # %% tags=["exercise"]
@@ -612,10 +613,12 @@ course.attempt(check, switched)
 # </details>
 #
 # **Exercise 4** (★★★, open, an hour). Bring a plot, made with `switched`: over `at`, how often does the clip have the *first*
-# prompt's color, shape, motion (`vader_nb.zoo.oracles.grade(model.decode(x), prompts)`, twenty pairs of captions that differ in
-# that word)? Which word does the model read first, and which one last? What does that say about a training signal that reaches
+# prompt's color, shape, motion (`vader_nb.zoo.oracles.grade(model.decode(x), prompts)`, twenty pairs of prompts that differ in
+# that word)? Which word does the model read first, and which one last? What does that say about a gradient that reaches
 # the last call only?
 
 # %% [markdown] tags=["next"]
-# **Next:** [02 · Sampling is a program](02_sampling_is_a_program.ipynb): the loop that you wrote is differentiable. What does a
+# **Next:** [2 · Sampling is a program](02_sampling_is_a_program.ipynb): the loop that you wrote is differentiable. What does a
 # gradient through it cost, and how much of it do we need?
+#
+# *The same links for Colab: [chapter 2](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/02_sampling_is_a_program.ipynb).*

@@ -16,19 +16,19 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/02_sampling_is_a_program.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/02_sampling_is_a_program.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 0.6 minutes | 1.7 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 0.5 minutes | 1.7 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# In the last notebook you wrote the sampler as a loop: ten calls of a network, with a little arithmetic between them.
+# In the last chapter you wrote the sampler as a loop: ten calls of a network, with a little arithmetic between them.
 # Every line of it is differentiable. So we can ask a strange and useful question: *if I change this weight of the network
 # a little, how does the finished video change?* Autograd can answer, because to autograd a sampler is just a deep network
 # in which every layer is the same network.
 #
-# The answer has a price, though. This notebook measures the price, looks inside the gradient with paper and pencil, and
+# The answer has a price, though. This chapter measures the price, looks inside the gradient with paper and pencil, and
 # finds the shortcut that VADER takes.
 #
 # **You will be able to**
@@ -44,13 +44,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
@@ -166,11 +167,11 @@ course.attempt(check, by_hand)
 #
 # ## What a graph costs
 #
-# To go backward, autograd keeps the activations of the whole forward pass. Let us count these bytes while the real model
-# samples with a graph through its last $K$ steps. (In this notebook without guidance, to keep it simple: one call per step.)
+# To go backward, autograd keeps the activations of the whole forward pass. Let us count these bytes while `tiny` samples
+# with a graph through its last $K$ steps. (In this chapter without guidance, to keep it simple: one call per step.)
 
 # %% tags=["for-checks"]
-adapter = lora.add(model, rank=4)  # a few trainable weights; notebook 5 is about them
+adapter = lora.add(model, rank=4)  # a few trainable weights; chapter 5 is about them
 text = model.encode([prompt])
 noise, _ = initial_noise(model, [SEED], settings)
 
@@ -223,16 +224,16 @@ course.predict(guess, "02-kept", one=megabytes[0], many=megabytes[-1], steps=Ks[
 
 # %% [markdown]
 # And that is one clip of eight 64 × 64 frames, in a model with two million weights. ModelScope makes 16 frames of
-# 256 × 256 pixels or more, with 1.4 billion weights in its denoiser. This straight line, not the arithmetic, is why nobody
-# backpropagates through a whole video sampler.
+# 256 × 256 pixels or more, with 1.4 billion weights in its denoiser. This straight line, not the arithmetic, is what rules out
+# plain backpropagation through a whole video sampler.
 #
 # There are two ways out, and this package uses both. **Checkpointing** ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)):
 # keep only each step's input and compute its activations again in the backward pass (one more forward pass of those steps,
 # for the memory of one). **Truncation** ([Clark et al. 2023](https://arxiv.org/abs/2309.17400)): stop early and keep only the
 # terms of the last few steps. VADER ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)) keeps *one*.
 #
-# **Exercise 2** (★, 10 minutes). Truncate the three-step sampler from the napkin: its gradient shall be the sum of the terms of the
-# last K steps, and its value shall not change. Autograd does the work; you cut the graph.
+# **Exercise 2** (★, 10 minutes). Truncate the three-step sampler of exercise 1: its gradient must become the sum of the terms of the
+# last K steps, and its value must not change. Autograd does the work; you cut the graph.
 
 
 # %% tags=["exercise"]
@@ -288,10 +289,10 @@ course.attempt(check, last)
 #
 # ## One term per step
 #
-# Is one term enough? Let us look at all of them, and not on a napkin: on the real model, its ten steps, and its adapter. The
-# reward is simply brightness.
+# Is one term enough? Let us look at all of them, and not on a napkin: on `tiny`, its ten steps, and an adapter. The reward is
+# simply brightness.
 #
-# **Exercise 3** (★★★, 25 minutes). The core of this notebook. Write `terms`: a list with one gradient for each step, that of step 1
+# **Exercise 3** (★★★, 25 minutes). The core of this chapter. Write `terms`: a list with one gradient for each step, that of step 1
 # first. Term $i$ is the gradient of the brightness if only step $i$'s use of the adapter counts. It reaches step $i$ through all
 # later steps. Two things will help: inside of `with adapter.frozen():` the adapter acts as always but gets no gradient, and
 # `brightness(x)` decodes and scores.
@@ -352,7 +353,7 @@ course.attempt(check, terms)
 #
 # Sample once without a graph and keep the latents before each step. Then walk back from the video, with
 # `torch.autograd.grad(y, [x, *parameters], g)`: it gives the term of this step, and the `g` with which the step before goes on.
-# Notebook 4 is built on this.
+# Chapter 4 is built on this.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -414,7 +415,7 @@ course.predict(guess, "02-longest", letter=letter, longest=longest + 1, cosine=c
 # %% [markdown]
 # Look at the right-hand picture again. A cosine above zero means that a small step along this one term goes uphill on
 # the reward. All ten do, and the last step's is the poorest guide of them. But it is the cheapest, too: no other term comes
-# without a backward pass through later steps. (That was one clip, the simplest of rewards, and no guidance. Notebook 4 measures it
+# without a backward pass through later steps. (That was one clip, the simplest of rewards, and no guidance. Chapter 4 measures it
 # with a real reward and over many draws.)
 #
 # ## How much can the last step change? Its gain
@@ -473,13 +474,13 @@ course.show(figure, "02-gains")
 # *"The gradient is short, so little is learned."* No. AdamW divides every gradient by its own recent size, so a short one moves the
 # weights as far as a long one. (In float16 it matters after all: what is too short becomes zero.) Two other things count.
 #
-# **Reach.** Whatever the last call puts out, the video moves by 0.002 of it. Nobody will see that retouch.
+# **Reach.** Whatever the last call puts out, the video moves by 0.002 of it. Nobody will see that.
 #
 # **Transfer.** So whatever training earns must come from the *other* steps, which use the same weights. But these weights were trained on a
-# picture that is all but finished. Whether the same change does something useful in the midst of noise, the gradient does not know.
+# picture that is all but finished. Whether the same change does something useful in the midst of noise, the gradient cannot tell.
 #
 # A large gain is no promise either. It says that the last step has something to decide, not that one step is enough: why it often is,
-# notebook 4 finds out. Where the gain is tiny, do not bet on transfer: let steps learn that form the content, with `Step(4)`, `ReFL(0.4)` or
+# chapter 4 finds out. Where the gain is tiny, do not bet on transfer: let steps learn that form the content, with `Step(4)`, `ReFL(0.4)` or
 # `DRTune(3)`. (`align` warns you.)
 #
 # **Exercise 4** (★★, 15 minutes). Every step has a gain, not only the last. Return that of step $i$, counted from the end, for any
@@ -516,7 +517,7 @@ course.attempt(check, gain_of_step)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `gain` sets all outputs to 0 except the last one. Which one shall it be now? `enumerate(scheduler.timesteps)` counts from the front.
+# `gain` sets all outputs to 0 except the last one. Which one must it be now? `enumerate(scheduler.timesteps)` counts from the front.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -547,10 +548,12 @@ course.attempt(check, gain_of_step)
 # ## Exercises
 #
 # Four of them you have met above. **Exercise 5** (★★★, open, an hour). Bring a plot. (i) The cosine of each step's term to the exact
-# gradient again, with its range over five captions and seeds, for `rewards.hps("tiny")` instead of brightness. Is the last step
+# gradient again, with its range over five prompts and seeds, for `rewards.hps("tiny")` instead of brightness. Is the last step
 # always the poorest guide? (ii) The gain of *every* step over the noise level, for the five families. Change `timestep_spacing`
 # ("leading", "linspace", "trailing") and the number of steps: who decides how much is left for the last step, the model or the scheduler?
 
 # %% [markdown] tags=["next"]
-# **Next:** [03 · Differentiable rewards](03_differentiable_rewards.ipynb): the gradient has to start somewhere. What
+# **Next:** [3 · Differentiable rewards](03_differentiable_rewards.ipynb): the gradient has to start somewhere. What
 # should we climb?
+#
+# *The same links for Colab: [chapter 3](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/03_differentiable_rewards.ipynb).*

@@ -16,17 +16,17 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/03_differentiable_rewards.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/03_differentiable_rewards.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 2.1 minutes | 1.8 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 1.5 minutes | 1.7 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # A reward is a function: frames and prompts in, one number per clip out, higher is better. Nothing more. What makes it useful to
 # us is that it is *differentiable*: it says not only how good the clip is, but for each pixel how to make the clip better. In
-# this notebook you build three such rewards, train one of them on ratings yourself, look at what their gradients ask for, break
-# them in the ways in which everybody breaks them once, and climb one until it fools itself.
+# this chapter you build three such rewards, train one of them on ratings yourself, look at what their gradients ask for, break
+# them in the ways in which everybody breaks them once, and climb one until it is fooled.
 #
 # **You will be able to**
 #
@@ -42,13 +42,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
@@ -236,9 +237,9 @@ letter = "a" if greedy["unseen"] < 0.8 * greedy["mean"] else "b"
 course.predict(guess, "03-greedy", letter=letter, **greedy)
 
 # %% [markdown]
-# It has learned the raters' moods by heart. A reward like this one would send a video model after noise.
+# It has *overfitted*: it knows the raters' moods by heart. A reward like this one would send a video model after noise.
 #
-# **Exercise 2** (★★★, 25 minutes). The core of this notebook. Train a head that does better: on unseen pictures at most 1.05 from
+# **Exercise 2** (★★★, 25 minutes). The core of this chapter. Train a head that does better: on unseen pictures at most 1.05 from
 # the taste. You have `vectors` and `ratings`, nothing else. There are many ways: weight decay (*ridge regression*), early
 # stopping, fewer dimensions. All of them have a number to choose, and the ratings that you fit cannot choose it. So keep some of
 # them back, and let these decide. Return a function, which gives ratings (…) for vectors (…, 64), and through which a gradient
@@ -336,7 +337,7 @@ axis.legend(frameon=False, fontsize=8, loc="lower right")
 course.show(figure, "03-ridge")
 
 # %% [markdown]
-# From left to right the head fits the *given* ratings worse and worse, and yet it gets better, for it stops believing in moods.
+# From left to right the head fits the *given* ratings worse and worse, and yet it gets better, because it stops believing in moods.
 # Too far to the right it believes in nothing. Keep this in mind when, later, a video model finds the places where a reward is
 # wrong: the rewards that people download were trained on people's choices, too, and those are noisy.
 #
@@ -425,8 +426,8 @@ for axis in axes.flat:
 course.show(figure, "03-strength")
 
 # %% [markdown]
-# Squares, because both networks cut a picture into patches of 8 × 8 pixels. Both look at the shape more than at the empty
-# background.
+# Squares, because both networks cut a picture into patches, `hps` into 8 × 8 pixels and `action` into 16 × 16. Both look more at
+# the shape than at the empty background.
 #
 # Now the sign. Take a cyan star, and ask for another color: differentiate `hps` with a prompt that does *not* fit. Then take
 # small steps uphill and see what the reward asks for. We do it twice: once with the *pixels* as the variables, and once with the
@@ -440,8 +441,8 @@ guess = None  # "a", "b" or "c"
 
 # %%
 settings = Sampling().resolve(model)
-caption = "a cyan star moving left on a white background"
-start = roll_out(model, [caption], [SEED], settings).latents
+original = "a cyan star moving left on a white background"
+start = roll_out(model, [original], [SEED], settings).latents
 variables = {"pixels": model.decode(start, [4]).detach(), "latents": start}
 length = {"pixels": 2.0, "latents": 0.4}  # of a step
 
@@ -467,7 +468,7 @@ before = variables["pixels"]
 axes[0, 0].imshow(course.picture(before[0, 0]))
 axes[0, 0].set_title("sampled", fontsize=10)
 for column, (kind, wish) in zip(axes.T[1:], [(k, w) for k in variables for w in ("blue", "red")]):
-    text = caption.replace("cyan", wish)
+    text = original.replace("cyan", wish)
     after = uphill(kind, text)
     column[0].imshow(course.picture(after[0, 0]))
     column[1].imshow(course.picture(0.5 + (after - before)[0, 0]))
@@ -484,7 +485,7 @@ course.predict(guess, "03-signed")
 # %% [markdown]
 # With pixels the reward gets what it wants, and we see a cyan star with noise on it: the gradient asks for a pattern that the
 # network takes for blue. With latents the same reward says something that we can read: *less green*, on the star and nowhere
-# else, and the star turns blue. (Red is further away: the star gives up its green for it, too, and is not there after 25 steps.)
+# else, and the star turns blue. (Red is further away: the star gives up its green for it, too, but after 25 steps it is not red yet.)
 # The reward is the same. What differs is what the gradient passes through: a decoder can only draw what it has learned to draw.
 # This is the reason for everything that follows: VADER sends the gradient through the decoder, and on into a model that makes
 # videos.
@@ -656,7 +657,7 @@ course.predict(guess, "03-dreamed", letter="c" if curve[-1] > real else "a")
 #
 # That is why we do not optimize pixels. We optimize a few weights of a *video model*, which can only make videos, and so stays
 # near the pictures on which the reward can be trusted. Near, but not on them: train too long, and the model finds the way out,
-# too. That is called *reward hacking*, and notebook 7 is about it.
+# too. That is called *reward hacking*, and chapter 7 is about it.
 #
 # ## Rewards add up
 #
@@ -686,11 +687,11 @@ for name in ("hps", "aesthetic"):
 # ## …and may conflict
 #
 # If two rewards pull in opposite directions, their sum goes nowhere. What do they pull at? Not at pixels, but at the weights of
-# an *adapter* (notebook 5). So take the gradient of each reward on a fresh adapter, averaged over clips, and look at the cosine
+# an *adapter*, a small trainable addition to the model (how a reward's gradient gets there is the subject of chapter 4; here we only use it). So take the gradient of each reward on a fresh adapter, averaged over clips, and look at the cosine
 # between two of them: +1 they agree, −1 they fight. And when is it so near to 0 that it means nothing? A cosine needs a
 # yardstick. Two directions drawn at random in fifty thousand dimensions have a cosine of 0.00. But gradients are not drawn at
 # random: all of them come through the same decoder and the same last step. So draw *rewards* at random: each likes a meaningless
-# pattern of light and dark. What chance is, their cosines show.
+# pattern of light and dark. Their cosines show what chance alone can do.
 
 # %%
 adapter = lora.add(model, rank=4, seed=SEED)
@@ -789,7 +790,7 @@ course.predict(guess, "03-conflict", letter=letter, value=value, reach=reach, ch
 #
 # In pixels you would meet the opposite illusion: there a random cosine is 0.002, and one of 0.04 looks like nothing and is twenty
 # times chance. (`rewards.conflict` gives it per clip.) Numbers like these are easily computed and easily overread. Whether two
-# rewards get along in training, you find out by training on their sum and looking at each (notebook 7).
+# rewards get along in training, you find out by training on their sum and looking at each (chapter 7).
 #
 # ## Published rewards
 #
@@ -822,9 +823,11 @@ rewards.table()
 # Three of them you have met above. **Exercise 4** (★★★, open, an hour). Bring a plot. (i) How many ratings does the head need?
 # The distance to the taste over 30 … 1,000 ratings, with its range over draws, each with the $\lambda$ that its own ratings
 # choose. And is it better to ask for *more* pictures or for *several* ratings of each? (ii) Climb your own head as we climbed
-# `hps`, once a good one and once the greedy one. Whose picture is the more adversarial? (iii) Conflict, clip by clip: for which
-# captions do `hps` and `aesthetic` fight? (`pulls` has a gradient for each.)
+# `hps`, once a good one and once the overfitted one. Which picture is the more adversarial? (iii) Conflict, clip by clip: for which
+# prompts do `hps` and `aesthetic` fight? (`pulls` has a gradient for each.)
 
 # %% [markdown] tags=["next"]
-# **Next:** [04 · Reward gradients](04_reward_gradients.ipynb) brings the two halves together: from the reward's gradient on
+# **Next:** [4 · Reward gradients](04_reward_gradients.ipynb) brings the two halves together: from the reward's gradient on
 # pixels to a gradient on weights, without running out of memory.
+#
+# *The same links for Colab: [chapter 4](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/04_reward_gradients.ipynb).*

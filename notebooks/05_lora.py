@@ -16,18 +16,18 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/05_lora.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/05_lora.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 1.9 minutes | 1.4 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 1.5 minutes | 1.4 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # ModelScope's denoiser has 1.4 billion weights. You could give every one of them a gradient, an optimizer state, and a
-# chance to go wrong. You need not. A *low-rank adapter* adds a narrow bypass to some of the layers and trains only that: well
+# chance to go wrong. You do not have to. A *low-rank adapter* adds a narrow bypass to some of the layers and trains only that: well
 # below one percent of the parameters, in a file small enough for an e-mail. The model underneath stays exactly as it was.
 #
-# You take the bypass apart, and put it into a whole denoiser yourself. Then comes the question that the name begs: is a
+# You take the bypass apart, and put it into a whole denoiser yourself. Then comes the question that the name raises: is a
 # *low* rank enough?
 #
 # **You will be able to**
@@ -43,13 +43,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
@@ -71,7 +72,7 @@ from vader_nb import Gallery, Sampling, Video, course_drawings, lora, prompts, r
 model = vader_nb.load(MODEL, dtype=torch.float32)  # on a GPU, too: we compare, and take SVDs
 model.defaults |= course.quick({}, {"num_inference_steps": 2})  # fewer in tests
 training = prompts.get("tiny")
-ask = training[6:600:150]  # four captions that we will train on
+ask = training[6:600:150]  # four prompts that we will train on
 
 # %%
 before = vader_nb.sample(model, ask, seeds=SEED)
@@ -199,7 +200,7 @@ print(len(names), "layers:", *names[:5], "…", sep="\n")
 # To put a bypass around a layer is to replace it, in the module that it belongs to, by a `LoRA` that holds it. `nn.Module` makes this easy:
 # a call of `block.to_q(x)` takes what is there *now*.
 #
-# **Exercise 2** (★★★, 25 minutes). The core of this notebook. Write `injected`, used as `with injected(denoiser, endings, …) as layers:`. Inside,
+# **Exercise 2** (★★★, 25 minutes). The core of this chapter. Write `injected`, used as `with injected(denoiser, endings, …) as layers:`. Inside,
 #
 # 1. there is a `LoRA` around every `nn.Linear` whose name ends with one of the `endings`, at a dot: `mid.to_q` ends with `to_q`, `mid.auto_q`
 #    does not;
@@ -219,7 +220,7 @@ def injected(denoiser, endings, rank=4, alpha=4.0):
 
 
 # %% [markdown]
-# Your adapter is held against peft's, the library that everybody uses: with the same $A$ and $B$, both must give the same output and
+# Your adapter is compared with that of peft, the library that everybody uses: with the same $A$ and $B$, both must give the same output and
 # the same gradient.
 
 
@@ -446,7 +447,7 @@ course.attempt(check, best)
 # </details>
 #
 # Now ask what *full* training would change. Make all weights of the attention layers trainable, with no adapter at all, and train them
-# for twenty steps. The step is the one of notebook 4, written out:
+# for twenty steps. The step is the one of chapter 4, written out:
 
 # %%
 hps = rewards.hps("tiny").to(model.device)
@@ -519,11 +520,11 @@ course.predict(guess, "05-energy", letter=letter, four=four, one=one)
 # %% [markdown]
 # A single gradient is nearly of rank four, and it is tempting to stop here: *so a low rank is enough*. But nobody trains with one
 # gradient. Every batch pulls in other directions, and Adam divides each weight's gradient by its own size, which makes small directions
-# large. What training changes is spread wider: nine out of ten parts of its energy take ten directions here, and twenty steps are a short training.
+# large. What training changes is spread wider: nine tenths of its energy take about nine directions here, and twenty steps are a short training.
 #
 # So, is rank 4 too little? That does not follow either. Energy is not reward. There is only one way to know: *train*, at several ranks, and look
-# at what it brings on captions that were not trained on. This takes half an hour, so it is stored (`python -m tests.benchmarks.lora_rank`: `hps`,
-# twenty steps, three seeds (two for rank 4), each way with the best of three learning rates). It also takes the fully trained weights and *cuts* the change of each layer to its best
+# at what it brings on prompts that were not trained on. This takes half an hour, so it is stored (`python -m tests.benchmarks.lora_rank`: `hps`,
+# twenty steps, three seeds, but only two for rank 4, each way with the best of three learning rates; scored on 24 held-out prompts). It also takes the fully trained weights and *cuts* the change of each layer to its best
 # rank $r$, as in exercise 3.
 #
 # > **Predict.** What does rank 1 bring, compared with training all weights of the same layers?
@@ -538,15 +539,16 @@ rows = course.texts()["measured"]["rank"]
 ways = {}
 for row in rows:
     ways.setdefault(row["way"], []).append(row["added"])
+labels = [f"{way} ({len(added)} seeds)" for way, added in ways.items()]
 figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
 for y, (way, added) in enumerate(ways.items()):
     color = "C1" if "cut" in way else "C0" if "rank" in way else "C7"
     axis.plot(added, [y] * len(added), "o", color=color, alpha=0.6)
     axis.plot(sum(added) / len(added), y, "|", color=color, markersize=20, markeredgewidth=3)
 axis.axvline(0, color="gray", linewidth=0.7)
-axis.set_yticks(range(len(ways)), ways)
+axis.set_yticks(range(len(ways)), labels)
 axis.invert_yaxis()
-axis.set(xlabel="added to hps on held-out captions; a dot per seed, and their mean")
+axis.set(xlabel="added to hps on held-out prompts; a dot per seed, and their mean")
 course.show(figure, "05-ranks")
 
 # %%
@@ -556,10 +558,14 @@ letter = "c" if max(one) >= min(full) else "a" if means["one"] < means["full"] /
 course.predict(guess, "05-rank", letter=letter, **means)
 
 # %% [markdown]
-# With 12,480 parameters rank 1 brings nine tenths of what 350,208 weights bring, and whether that is less at all, three seeds cannot tell. (With two of
-# them its best rate was the largest that we tried: it may have more to give.) The cuts say why. Rank 1 keeps a third of the energy of the change, and four
-# fifths of what it brings; rank 4 keeps three quarters of the energy, and all of what it brings. The rest was the noise of twenty batches. And training *at*
-# rank 1 does at least as well as cutting *to* it afterward.
+# With 12,480 parameters rank 1 brings about nine tenths of what 350,208 weights bring, and whether that is less at all, three seeds cannot tell. (With two of
+# them its best rate was the largest that we tried: it may have more to give.) The trained rank 4 has two seeds, which is too few to rank it against
+# anything. And every dot has an interval of ±0.03 to ±0.05 of its own, because it is a mean of 24 prompts. They are the same prompts for all dots, so the order
+# of two dots is surer than that; still, nothing here is known to a hundredth.
+#
+# The cuts are the best clue to the reason, because all of them come from the same trained weights. A cut to rank 1 keeps a third of the energy of
+# the change, and in each of the three seeds it loses something: on average a fifth of what the change brings. A cut to rank 4 keeps three quarters of the
+# energy, and loses next to nothing in any seed. The energy that it drops did not matter to this reward.
 #
 # Two warnings. At one learning rate for all, 0.004, rank 1 would have brought 0.019 with the first seed; at 0.008 it brings 0.061. Compare ranks with
 # the best rate of each, or you compare rates ([Kalajdzievski 2023](https://arxiv.org/abs/2312.03732) has a scaling with which one rate does for all). And this was a
@@ -567,7 +573,7 @@ course.predict(guess, "05-rank", letter=letter, **means)
 #
 # ## Turn it up and down
 #
-# An adapter has a volume knob: `scale` multiplies its product. 0 is the base model, 1 is what was trained. Train one
+# An adapter has a knob: `scale` multiplies its product. 0 is the base model, 1 is what was trained. Train one
 # with a goal that anybody can see, *darker*, and compare the rows.
 
 # %%
@@ -590,15 +596,15 @@ Gallery(rows, width=112)
 # %% [markdown]
 # Turning the knob is free: no training, no second file. Above 1 the adapter exaggerates; it was never trained there.
 #
-# Now look at what you asked for, and at what you got. White backgrounds turn to sand, to gray and to black, whatever the caption says; the red square becomes
+# Now look at what you asked for, and at what you got. White backgrounds turn to sand, to gray and to black, whatever the prompt says; the red square becomes
 # a yellow lump; and at the edge of the purple circle grows an arc that nobody has asked for. You asked for *darker*, and the reward looks at nothing else. This is
-# **reward hacking**, on a small scale; [notebook 7](07_evaluate_and_reward_hacking.ipynb) does it on a large one. A model that has gone too far can
-# often be saved by half the volume.
+# **reward hacking**, on a small scale; [chapter 7](07_evaluate_and_reward_hacking.ipynb) does it on a large one. Before you throw such an
+# adapter away, try a smaller `scale`: it costs nothing. (But look again: at 0.5 the white background is sand already.)
 #
 # ## Fuse it
 #
 # A bypass costs time: two more matrix products in each layer. Where no gradient is needed, add it to the weights, as in exercise 1.
-# Inside `with adapter.fused():` it is part of them; afterward the original weights are back, bit by bit:
+# Inside `with adapter.fused():` it is part of them; afterward the original weights are back, bit for bit:
 
 # %%
 weight = next(iter(dark.layers.values())).get_base_layer().weight
@@ -668,7 +674,7 @@ course.predict(guess, "05-both", letter=letter, darker=-mixed[0], colorful=mixed
 # | $W$ | `layer.get_base_layer().weight` | (out, in), never changes |
 # | $A$, $B$ | `layer.lora_A["default"].weight`, `lora_B` | (r, in), (out, r) |
 # | $r$, $\alpha$ | `lora.add(model, rank, alpha)` | numbers; alpha is the rank by default |
-# | volume | `adapter.scale` | 0 to 1.5 |
+# | scale | `adapter.scale` | a number: 0 is the base, 1 as trained |
 # | $W + \frac{\alpha}{r}BA$ | `with adapter.fused():` | |
 # | $W + s_1B_1A_1 + s_2B_2A_2$ | `sample(model, ask, adapter={path: s1, other: s2})` | |
 #
@@ -678,8 +684,10 @@ course.predict(guess, "05-both", letter=letter, darker=-mixed[0], colorful=mixed
 # ## Exercises
 #
 # Three of them you have met above. **Exercise 4** (★★★, open, an hour). Where should the bypass go? Bring a plot: what three places (values only; words only,
-# `attn2`; the feed-forward layers; what you like) add to a reward on *held-out* captions, at equal seconds of training, two seeds each, each place
-# with the better of two learning rates. (Why is one learning rate for all unfair? Why are training clips?) `vader_nb.align` takes `targets=`, and `vader_nb.evaluate` gives intervals.
+# `attn2`; the feed-forward layers; what you like) add to a reward on *held-out* prompts, at equal seconds of training, two seeds each, each place
+# with the better of two learning rates. (Why would one learning rate for all be unfair? Why would scores on training prompts?) `vader_nb.align` takes `targets=`, and `vader_nb.evaluate` gives intervals.
 
 # %% [markdown] tags=["next"]
-# **Next:** [06 · Align](06_align.ipynb): you have all the parts. Put them together, and train.
+# **Next:** [6 · Align](06_align.ipynb): you have all the parts. Put them together, and train.
+#
+# *The same links for Colab: [chapter 6](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/06_align.ipynb), [chapter 7](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb).*

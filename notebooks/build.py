@@ -2,7 +2,7 @@
 
 Each `NN_name.py` is run from top to bottom in a fresh kernel and written as `NN_name.ipynb` beside it, with its
 pictures and texts, without widget state (which GitHub and Colab stumble over), progress bars and timings. The run
-is measured, and the head cell (badges, cost) is written anew in both files.
+is measured, and what all notebooks have alike (frame.py: head, setup, links) is written anew in both files.
 
 `python notebooks/build.py --repository owner/name` (or `make notebooks REPOSITORY=owner/name`) runs nothing: it
 changes the name of the repository wherever a file of the project has it.
@@ -11,7 +11,6 @@ changes the name of the repository wherever a file of the project has it.
 """
 
 import argparse
-import hashlib
 import html
 import re
 import shutil
@@ -22,92 +21,22 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 
+import frame
 import jupytext
 import nbformat
 import pages
 import psutil
+from frame import digest, rename_repository, repository, tagged
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 HERE = Path(__file__).parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kilobytes on Linux
+# Peak memory (kilobytes on Linux) of the kernel; seconds of computing, of its children too.
+COST = """import resource
+kernel, children = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print(kernel.ru_maxrss, sum(used.ru_utime + used.ru_stime for used in (kernel, children)))"""
 SOLUTION = re.compile(r"<summary>A solution</summary>\s*```python\n(.*?)\n```", re.DOTALL)
-
-
-def tagged(cell: dict, tag: str) -> bool:
-    return tag in cell.metadata.get("tags", [])
-
-
-def digest(notebook: dict) -> str:
-    """A fingerprint of the code: outputs stored under another one are stale."""
-    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
-
-
-def repository(root: Path = HERE.parent) -> str:
-    """owner/name, from the one place that names it: [project.urls] in pyproject.toml."""
-    project = (root / "pyproject.toml").read_text()
-    return re.search(r'^Repository = "https://github.com/([^"]+)"', project, re.MULTILINE).group(1)
-
-
-def rename_repository(new: str, root: Path = HERE.parent) -> list[Path]:
-    """Write another owner/name into pyproject.toml, README.md and the notebooks, without running these.
-
-    Args:
-        new: owner/name on GitHub.
-        root: of the checkout.
-
-    Returns:
-        The files that changed.
-
-    Raises:
-        ValueError: `new` is no owner/name.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9_.-]+", new):
-        raise ValueError(f"{new!r} is no repository: owner/name, such as {repository(root)}")
-    # In addresses of GitHub itself, of Colab (…/github/owner/name) and of Binder (…/gh/owner/name).
-    name = re.compile(
-        rf"(github\.com/|/github/|/gh/){re.escape(repository(root))}(?![A-Za-z0-9_-])"
-    )
-    changed = []
-    notebooks = sorted((root / "notebooks").iterdir())
-    for path in (root / "pyproject.toml", root / "README.md", *notebooks):
-        if path.suffix not in (".toml", ".md", ".py", ".ipynb"):
-            continue
-        old = path.read_text()
-        text = name.sub(rf"\g<1>{new}", old)
-        if text == old:
-            continue
-        if (
-            path.suffix == ".ipynb"
-        ):  # the install line is code, and the stored outputs are not stale
-            before, after = (digest(nbformat.reads(t, as_version=4)) for t in (old, text))
-            text = text.replace(f'"code": "{before}"', f'"code": "{after}"')
-        path.write_text(text)
-        changed.append(path)
-    return changed
-
-
-def badges(stem: str) -> str:
-    colab = (
-        f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{stem}.ipynb"
-    )
-    binder = f"https://mybinder.org/v2/gh/{repository()}/main?labpath=notebooks/{stem}.ipynb"
-    return (
-        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})\n"
-        f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder})"
-    )
-
-
-def head(title: str, stem: str, seconds: float, megabytes: float) -> str:
-    """The first cell: title, badges, and what the notebook costs, as measured by this run."""
-    return (
-        f"{title}\n\n{badges(stem)}\n\n"
-        "| needs | two CPU cores | peak memory | GPU |\n|---|---|---|---|\n"
-        f"| no GPU, no download, no account | {seconds / 60:.1f} minutes | {megabytes / 1000:.1f} GB | not measured |\n\n"
-        "*Words and symbols: [notation and glossary](notation.md).*"
-    )
 
 
 def solved(notebook: dict) -> dict:
@@ -149,7 +78,13 @@ def watched_memory(pid: int) -> Iterator[list[float]]:
 
 
 def run(notebook: dict, kernel_name: str = "python3", folder: Path = HERE) -> tuple[float, float]:
-    """Execute in place, in a folder; returns seconds, and the peak memory in megabytes of the kernel and what it starts."""
+    """Execute in place, in a folder.
+
+    Returns:
+        Seconds, and the peak memory in megabytes of the kernel and what it starts. The seconds are those of computing
+        where these are fewer than those on the clock: on a machine that is busy with something else, the clock says
+        nothing about the notebook.
+    """
     client = NotebookClient(
         notebook,
         timeout=600,
@@ -158,7 +93,7 @@ def run(notebook: dict, kernel_name: str = "python3", folder: Path = HERE) -> tu
         record_timing=False,
         store_widget_state=False,
     )
-    probe = nbformat.v4.new_code_cell(PEAK)
+    probe = nbformat.v4.new_code_cell(COST)
     began = time.time()
     with client.setup_kernel(), watched_memory(client.km.provisioner.pid) as most:
         for place, cell in enumerate(notebook.cells):
@@ -167,7 +102,8 @@ def run(notebook: dict, kernel_name: str = "python3", folder: Path = HERE) -> tu
         notebook.cells.append(probe)
         client.execute_cell(probe, len(notebook.cells) - 1)
         notebook.cells.pop()
-    return seconds, max(float(probe.outputs[0].text) / 1000, *most)
+    kilobytes, computing = map(float, probe.outputs[0].text.split())
+    return min(seconds, computing), max(kilobytes / 1000, *most)
 
 
 def storable(output: dict) -> dict | None:
@@ -183,6 +119,7 @@ def storable(output: dict) -> dict | None:
 
 
 def build(source: Path) -> None:
+    frame.write_source(source)
     notebook = jupytext.read(source)
     seconds, megabytes = run(notebook)
     for cell in notebook.cells:
@@ -196,14 +133,9 @@ def build(source: Path) -> None:
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:03d}"
 
-    first = notebook.cells[0]
-    old = first.source
-    first.source = head(old.splitlines()[0], source.stem, seconds, megabytes)
-    commented = [
-        "\n".join(f"# {line}".rstrip() for line in text.splitlines())
-        for text in (old, first.source)
-    ]
-    source.write_text(source.read_text().replace(*commented, 1))
+    cost = seconds / 60, megabytes / 1000
+    frame.write_source(source, cost)
+    frame.dress(notebook, source.stem, cost)
     target = source.with_suffix(".ipynb")
     nbformat.write(notebook, target)
     print(
@@ -221,7 +153,7 @@ def app(target: Path) -> None:
     nbformat.write(notebook, target)
 
 
-STYLE = """<style>
+PAGE_STYLE = """<style>
 /* On narrow screens code and tables scroll inside their own boxes, and nothing is cut off. */
 .jp-InputArea-editor, .jp-RenderedHTMLCommon > table { overflow-x: auto }
 .jp-RenderedHTMLCommon > table { display: block; max-width: 100% }
@@ -234,7 +166,8 @@ nav { font: 16px/1.6 system-ui, sans-serif; padding: .6em 1em; display: flex; ga
 def introduction(notebook: dict) -> tuple[str, str]:
     """Title of a notebook, and what its reader will be able to do."""
     title, text = (notebook.cells[place].source for place in (0, 1))
-    goals = "; ".join(re.findall(r"^- (.+?)[;.]?(?=\n- |\n*\Z)", text, re.MULTILINE | re.DOTALL))
+    items = re.findall(r"^- (.+?)[;.]?(?=\n- |\n\n|\n*\Z)", text, re.MULTILINE | re.DOTALL)
+    goals = "; ".join(items)
     return title.splitlines()[0].lstrip("# "), " ".join(re.sub(r"[*`]", "", goals).split())
 
 
@@ -243,7 +176,7 @@ def links(place: int, pages: list[str]) -> str:
     around = {"←": place - 1, "→": place + 1}
     ends = {arrow: pages[i] for arrow, i in around.items() if place >= 0 and 0 <= i < len(pages)}
     named = {"Contents": "index", "Notation": "notation"} | {
-        f"{arrow} {stem[:2]}": stem for arrow, stem in ends.items()
+        f"{arrow} {frame.number(stem)}": stem for arrow, stem in ends.items()
     }
     return (
         "<nav>"
@@ -254,17 +187,13 @@ def links(place: int, pages: list[str]) -> str:
 
 def finish(page: Path, bar: str, alternatives: list[str]) -> None:
     """Bar, style and the figures' alternative texts (which the exporter does not take over) into a rendered page."""
-    text = re.sub(
-        r'(href="(?:[0-9]{2}_\w+|panel_\w+|notation|arguments|recipes))\.(?:ipynb|md)"',
-        r'\1.html"',
-        page.read_text(),
-    )
+    text = re.sub(r'href="(\w+)\.(?:ipynb|md)"', r'href="\1.html"', page.read_text())
     for alternative in alternatives:
         told = html.escape(alternative, quote=True)
         text = text.replace(
             'alt="No description has been provided for this image"', f'alt="{told}"', 1
         )
-    text = text.replace("</head>", f"{STYLE}</head>", 1)
+    text = text.replace("</head>", f"{PAGE_STYLE}</head>", 1)
     page.write_text(re.sub(r"(<body[^>]*>)", lambda body: body.group(1) + bar, text, count=1))
 
 

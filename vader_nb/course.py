@@ -24,6 +24,27 @@ def quick(full: T, fast: T) -> T:
     return fast if os.environ.get("VADER_NB_FAST") == "1" else full
 
 
+def environment(stored_with: str) -> None:
+    """Print what a notebook runs with and on, and a warning if that is another version of the package than its own.
+
+    Args:
+        stored_with: the version of vader_nb with which the notebook was stored.
+    """
+    import torch
+
+    from . import __version__
+
+    place = "no GPU, and only chapter 11 has a use for one"
+    if torch.cuda.is_available():
+        place = f"a GPU ({torch.cuda.get_device_name()}), which only chapter 11 needs"
+    print(f"vader_nb {__version__}, torch {torch.__version__}; {place}")
+    if __version__ != stored_with:
+        print(
+            f"This notebook was stored with vader_nb {stored_with}: what you see may differ, and a cell may fail. "
+            f"Take the notebook that comes with {__version__}."
+        )
+
+
 @functools.cache
 def texts() -> dict[str, dict]:
     """What a reader is not to see beside the question: the `answers` and the figures' `alternatives`, by key."""

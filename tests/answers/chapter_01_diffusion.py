@@ -53,8 +53,8 @@ ANSWERS = {
         {
             NOISED.format("clean + noise"): "shares should be",
             NOISED.format("kept * clean + (1 - kept) * noise"): "shares should be",
-            NOISED.format("kept.sqrt() * clean + (1 - kept) * noise"): "the noise's is not",
-            NOISED.format("kept.sqrt() * clean + (1 - kept.sqrt()) * noise"): "the noise's is not",
+            NOISED.format("kept.sqrt() * clean + (1 - kept) * noise"): "that of the noise is not",
+            NOISED.format("kept.sqrt() * clean + (1 - kept.sqrt()) * noise"): "that of the noise is not",
             NOISED.format("kept.sqrt() * noise + (1 - kept).sqrt() * clean"): "shares should be",
             NOISED.format("kept[0].sqrt() * clean + (1 - kept[0]).sqrt() * noise"): "one per point",
             NOISED.format(
@@ -86,10 +86,10 @@ ANSWERS = {
             WEIGHTS.format("torch.tensor([guidance_scale, 1 - guidance_scale])"),
         ],
         {
-            WEIGHTS.format("(0.5, 0.5)"): "caption's answer",
-            WEIGHTS.format("(1 - guidance_scale, guidance_scale)"): "caption's answer",
+            WEIGHTS.format("(0.5, 0.5)"): "answer to the prompt",
+            WEIGHTS.format("(1 - guidance_scale, guidance_scale)"): "answer to the prompt",
             WEIGHTS.format("(guidance_scale, -guidance_scale)"): "add up",
-            WEIGHTS.format("(1 + guidance_scale, -guidance_scale)"): "caption's answer",
+            WEIGHTS.format("(1 + guidance_scale, -guidance_scale)"): "answer to the prompt",
             WEIGHTS.format("(guidance_scale, 1)"): "add up",
             WEIGHTS.format("None"): "return two numbers",
         },
