@@ -20,7 +20,20 @@ APART = (
     "test_types",
     "test_the_lowest_versions_do",
 )
-LONGEST = ("test_browser", "test_widgets", "test_align", "test_evaluate", "test_memory")
+LONGEST = (
+    "test_browser",
+    "test_notebooks",
+    "test_gpu_path",
+    "test_widgets",
+    "test_memory",
+    "test_align",
+    "test_evaluate",
+    "test_wan",
+    "test_cli",
+    "test_selfcheck",
+    "test_sharding",
+    "test_recipes",
+)
 
 
 def name_of(nodeid: str) -> tuple[str, str]:

@@ -34,6 +34,8 @@ NEEDS_CPU = {torch.Tensor.numpy, torch.Tensor.__array__}
 NAMING = {torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__}
 MOVING = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.cpu, torch.Tensor.cuda}
 HANDLED = UNSEEN | NEEDS_CPU | NAMING | MOVING
+# Inside, `Names` is not asked: in a backward pass it would be, for each attribute.
+plain = torch._C.DisableTorchFunction
 
 
 @contextlib.contextmanager
@@ -138,25 +140,30 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         marks, kwargs = self.marks, kwargs or {}
-        given = tensors_of((*args, *kwargs.values()))
-        if marks.moving or not any(map(marks.on_gpu, given)):
-            result = function(*args, **kwargs)
-            if not given and torch._C._current_graph_task_id() >= 0:  # zeros of a backward formula
-                marks.undecided(result)
-            return result
-        if function not in BETWEEN_DEVICES:
-            alike = tensors_of((args[0], *args[2:3])) if function in INDEXING else given
-            for x in alike:
-                if x.ndim and not marks.on_gpu(x) and not marks.decide(x):
-                    raise RuntimeError(
-                        f"Expected all tensors to be on the same device, found cuda:0 and cpu: {function}"
-                    )
+        with plain():
+            given = tensors_of((*args, *kwargs.values()))
+            apart = marks.moving or not any(map(marks.on_gpu, given))
+            if not apart and function not in BETWEEN_DEVICES:
+                self.check(function, args, given)
         result = function(*args, **kwargs)
-        known = {x.untyped_storage()._cdata for x in given}
-        for made in tensors_of((result,)):
-            if made.untyped_storage()._cdata not in known:
-                marks.place(made, True)
+        with plain():
+            if not apart:
+                known = {x.untyped_storage()._cdata for x in given}
+                for made in tensors_of((result,)):
+                    if made.untyped_storage()._cdata not in known:
+                        marks.place(made, True)
+            elif not given and torch._C._current_graph_task_id() >= 0:
+                marks.undecided(result)  # zeros of a backward formula
         return result
+
+    def check(self, function, args, given) -> None:
+        """Raises RuntimeError if some of an operation's tensors are not on the GPU."""
+        marks = self.marks
+        for x in tensors_of((args[0], *args[2:3])) if function in INDEXING else given:
+            if x.ndim and not marks.on_gpu(x) and not marks.decide(x):
+                raise RuntimeError(
+                    f"Expected all tensors to be on the same device, found cuda:0 and cpu: {function}"
+                )
 
 
 def tensors_of(values) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import diffusers
 import pytest
@@ -11,8 +12,8 @@ from transformers import T5Config, T5EncoderModel
 
 from vader_nb import Prompt, align, load, lora, models
 from vader_nb.memory_planner import MemoryTracker, simulate
-from vader_nb.models import causal
-from vader_nb.models.cogvideox import SCHEDULER
+from vader_nb.models import causal, cogvideox_vae
+from vader_nb.models.cogvideox_configs import SCHEDULER
 from vader_nb.rewards import brightness
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRTune, Last, ReFL
@@ -179,7 +180,7 @@ def test_approximations_cut_the_state_between_chunks(directories):
         for k, part in enumerate((leaf / model.vae.config.scaling_factor).split([3, 2, 2], dim=2)):
             if k in before:
                 state = tree_map_only(torch.Tensor, torch.Tensor.detach, state)
-            pixels, state = model.decode_chunk(part, state)
+            pixels, state = cogvideox_vae.decode_chunk(model.vae, part, state)
             decoded.append(pixels)
         return torch.cat(decoded, dim=1)
 
@@ -213,13 +214,15 @@ def test_memory_grows_with_the_states_and_not_with_the_graph(directories):
         torch.autograd.grad(model.vae.decode(latents).sample.transpose(1, 2), latents, gradient)
 
     streamed, plain = (peak(16, pull) - peak(8, pull) for pull in (model.decode_vjp, plainly))
-    _, state = model.decode_chunk(torch.randn(1, 4, 2, 4, 4), None)
+    _, state = cogvideox_vae.decode_chunk(model.vae, torch.randn(1, 4, 2, 4, 4), None)
     states = 4 * sum(x.untyped_storage().nbytes() for x in tree_leaves(state))
     pixels = 2 * 4 * 32 * 3 * 16 * 16  # frames and their gradient
     assert streamed <= states + pixels < plain / 3
     part, gradient = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 8, 3, 16, 16)
     given = [(i, gradient[:, i]) for i in range(8)]
-    _, later, _ = causal.pull_back(model.decode_chunk, part, state, given, [])
+    _, later, _ = causal.pull_back(
+        partial(cogvideox_vae.decode_chunk, model.vae), part, state, given, []
+    )
     assert [x.untyped_storage().nbytes() for x in later] == [x.nbytes for x in tree_leaves(state)]
 
 
@@ -241,9 +244,9 @@ def test_no_chunk_hands_on_what_the_next_one_does_not_read(directories):
     """Every tensor of the state changes the next chunk's frames."""
     model = load(directories["2b"], dtype=torch.float64)
     latents = torch.randn(1, 4, 3, 2, 3, generator=torch.Generator().manual_seed(0)).double()
-    _, state = model.decode_chunk(latents, None)
+    _, state = cogvideox_vae.decode_chunk(model.vae, latents, None)
     leaves = tree_map_only(torch.Tensor, lambda x: x.requires_grad_(), state)
-    frames, _ = model.decode_chunk(latents[:, :, 1:], leaves)
+    frames, _ = cogvideox_vae.decode_chunk(model.vae, latents[:, :, 1:], leaves)
     gradients = torch.autograd.grad(frames.sum(), tree_leaves(leaves))
     assert len(gradients) == 2 * 8 + 2 and all(gradient.any() for gradient in gradients)
 

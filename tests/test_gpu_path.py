@@ -105,7 +105,7 @@ def short():
     """As tests run notebooks; besides, a step of training takes one clip, an evaluation two prompts, and a gradient or
     clips like earlier ones are those."""
     align, evaluate = vader_nb.align, vader_nb.evaluate
-    sample, gradient, known = vader_nb.sample, vader_nb.reward_gradient, {}
+    sample, known = vader_nb.sample, {}
 
     def one_clip(*args, **settings):
         fewer = {} if "estimator" in settings else {"batch_size": 1}
@@ -121,24 +121,40 @@ def short():
             known[kind] = model, sample(model, prompts, **options)
         return known[kind][1].clone()
 
-    def reward_gradient(model, adapter, reward, prompts, **options):
-        kind, weights = (id(model), id(adapter), id(reward), len(prompts)), adapter.parameters()
-        if kind not in known:
-            before = [p.grad if p.grad is None else p.grad.clone() for p in weights]
-            result = gradient(model, adapter, reward, prompts, **options)
-            found = [p.grad if old is None else p.grad - old for p, old in zip(weights, before)]
-            known[kind] = (model, adapter, reward), result, [g.clone() for g in found]
-            return result
-        _, result, found = known[kind]
-        for p, g in zip(weights, found):
-            p.grad = g.clone() if p.grad is None else p.grad + g
-        return result
+    def remembered(gradient, kind_of):
+        """Of each kind the first gradient, and that again for the others; a trainer's own are not touched."""
 
+        def found(model, adapter, reward, *args, **options):
+            if "backward" in options:
+                return gradient(model, adapter, reward, *args, **options)
+            weights = adapter.parameters()
+            kind = gradient.__name__, id(model), id(adapter), id(reward), kind_of(*args)
+            if kind not in known:
+                before = [p.grad if p.grad is None else p.grad.clone() for p in weights]
+                result = gradient(model, adapter, reward, *args, **options)
+                added = [p.grad if old is None else p.grad - old for p, old in zip(weights, before)]
+                known[kind] = (model, adapter, reward), result, [g.clone() for g in added]
+                return result
+            _, result, added = known[kind]
+            for p, g in zip(weights, added):
+                p.grad = g.clone() if p.grad is None else p.grad + g
+            return result
+
+        return found
+
+    shorter = {
+        "reward_gradient": remembered(vader_nb.reward_gradient, len),  # by its prompts
+        "accumulate": remembered(
+            vader_nb.gradient.accumulate,
+            lambda rollout, plan, frames: (len(rollout.prompts), repr(plan), len(frames)),
+        ),
+    }
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("VADER_NB_FAST", "1")
         for name, short in (("align", one_clip), ("evaluate", two_prompts), ("sample", sampled)):
             patched.setattr(vader_nb, name, short)
-        patched.setattr(vader_nb, "reward_gradient", reward_gradient)
+        patched.setattr(vader_nb, "reward_gradient", shorter["reward_gradient"])
+        patched.setattr(vader_nb.gradient, "accumulate", shorter["accumulate"])
         yield
 
 

@@ -8,8 +8,9 @@ from transformers import T5Config, T5EncoderModel
 
 from vader_nb import Prompt, load, lora, models
 from vader_nb.memory_planner import FakeMode
-from vader_nb.models import ltx_video
-from vader_nb.models.ltx_parts import CONDITION, PUBLISHED, decode_noise, fix_noise
+from vader_nb.models import ltx_vae
+from vader_nb.models.ltx_configs import CONDITION, PUBLISHED
+from vader_nb.models.ltx_vae import decode_noise, fix_noise
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRaFTLV, DRTune, Last
 from vader_nb.testing import REWARDS, adapted, apart, check_model
@@ -124,7 +125,7 @@ def test_latents_and_frames_are_those_of_diffusers_pipeline(
     # The decoder's noise is ours in both: each pipeline draws it after the initial latents.
     for module in (pipeline_ltx, pipeline_ltx_condition):
         monkeypatch.setattr(module, "randn_tensor", first_then_ours(module.randn_tensor))
-    decoding = {key: model.defaults.get(key, 0.0) for key in ltx_video.DECODING}
+    decoding = {key: model.defaults.get(key, 0.0) for key in ltx_vae.DECODING}
     theirs = diffusers_call(directories[kind], sampling, output_type="pt", **decoding)
     ours = sample(model, PROMPTS, seeds=[5, 9], sampling=sampling)
     assert ours.shape == (2, 9, 3, 32, 64)
@@ -169,7 +170,7 @@ def test_the_decoders_gradient_is_autograds_and_its_noise_always_the_same(direct
         assert torch.equal(model.decode(latents, frames), part)
         found = model.decode_vjp(latents, frames, gradient)
         assert apart(found, expected) <= 1e-9
-    for option in model.defaults.keys() & ltx_video.DECODING.keys():
+    for option in model.defaults.keys() & ltx_vae.DECODING.keys():
         model.defaults[option] *= 1.5
         assert not torch.allclose(model.decode(latents), whole)
 

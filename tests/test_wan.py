@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from vader_nb import Prompt, Trainer, align, gradient, load, lora, memory_planner, models, rewards
-from vader_nb.models import causal, wan_vae
+from vader_nb.models import causal, causal_states, wan_vae
 from vader_nb.rewards.networks import default_dtype
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last, ReFL, Step
@@ -637,7 +637,7 @@ class Away:
 
 
 def out_of_sight(state, device):
-    """In place of `causal.moved`, on a machine with one device: there, and back."""
+    """In place of `causal_states.moved`, on a machine with one device: there, and back."""
     if device is None:
         return state
     if any(isinstance(x, Away) for x in state):
@@ -677,7 +677,7 @@ def test_the_planner_foresees_the_decoders_settings(wide, setting, monkeypatch):
     """Against memory that was counted."""
     step = memory_planner.Step.of(wide, "brightness", FLOAT32 | setting)
     simulated = memory_planner.simulate(wide, "brightness", **FLOAT32 | setting)
-    monkeypatch.setattr(causal, "moved", out_of_sight)
+    monkeypatch.setattr(causal_states, "moved", out_of_sight)
     real = step.count()
     for stage in ("decode", "reward", "replay"):
         assert simulated[stage] == pytest.approx(real[stage], rel=0.1), stage

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .causal import States
+from .causal_states import States
 
 DECODER_SETTINGS = "decoder_states", "decoder_gradient"
 

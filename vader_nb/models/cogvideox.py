@@ -1,56 +1,33 @@
 """CogVideoX-2b, 5b and 1.5 (arXiv 2408.06072), text to video: diffusers' `CogVideoXPipeline` directories.
 
-The decoder is causal and takes a clip in chunks of two latents, so the gradient of any reward is swept
-back through it chunk by chunk, exactly, and the first frames are decoded from the first chunks alone.
+The decoder is causal, so the gradient of any reward is swept back through it chunk by chunk, exactly, and the first
+frames are decoded from the first chunks alone (`cogvideox_vae`).
 """
 
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
-    AutoencoderKLCogVideoX,
-    CogVideoXResnetBlock3D,
-    CogVideoXSpatialNorm3D,
-    CogVideoXUpBlock3D,
-)
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
+from torch.nn.functional import pad
 from transformers import AutoTokenizer, T5EncoderModel
 
-from ..offload import checkpointed
-from . import causal
-from .base import Conditioning, cached, read_config, warn_truncated
+from . import cogvideox_vae
+from .base import Conditioning, read_config
 from .causal_decoder import CausalDecoder
-from .parts import ModelOfParts
-from .texts import TextOnDisk
+from .cogvideox_configs import PUBLISHED, SIZES
+from .t5 import TextByT5
 
-# The published architectures, for `from_config`; what is missing here is the classes' own default.
-SCHEDULER = {"clip_sample": False, "prediction_type": "v_prediction"}
-SCHEDULER |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-T5_XXL |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-PUBLISHED = {"transformer": {}, "vae": {}, "text_encoder": T5_XXL, "scheduler": SCHEDULER}
-ROTARY = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
-LARGE = {"transformer": ROTARY, "vae": {"scaling_factor": 0.7}}
-LARGE |= {"scheduler": SCHEDULER | {"snr_shift_scale": 1.0}}
-LONG = {"patch_size_t": 2, "patch_bias": False, "sample_frames": 81}
-LONG |= {"sample_height": 300, "sample_width": 300}
-SIZES = {  # hub id -> what differs from 2b
-    "THUDM/CogVideoX-5b": LARGE,
-    "THUDM/CogVideoX1.5-5B": LARGE | {"transformer": ROTARY | LONG},
-}
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 6.0, "fps": 8}
-# One within the other: blocks keep less than the layers that they are made of, and norms are cheap.
-RECOMPUTED = CogVideoXUpBlock3D, CogVideoXResnetBlock3D, CogVideoXSpatialNorm3D
 SIDES = "height", "width"
-CACHED_PROMPTS = 500  # prompts whose embeddings a model keeps: 1.9 MB each in half precision
 
 
-class CogVideoX(CausalDecoder, TextOnDisk, ModelOfParts):
+class CogVideoX(CausalDecoder, TextByT5):
     """A `CogVideoXTransformer3DModel` with T5's text encoder and a causal autoencoder.
 
     Clips have 8 k + 1 frames, or 8 k where the network (not 1.5's) takes latents one by one: an even number
@@ -77,19 +54,17 @@ class CogVideoX(CausalDecoder, TextOnDisk, ModelOfParts):
     ):
         self.name, self.world, self.vae = name, world, vae
         self.denoisers = {"transformer": transformer}
-        self.text_encoder, self.tokenizer, self.scheduler = text_encoder, tokenizer, scheduler
+        self.scheduler = scheduler
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, 8
         config = transformer.config
+        self.set_text_encoder(text_encoder, tokenizer, config.max_text_seq_length)
         own = {"num_frames": config.sample_frames}
         own |= {n: self.scale * config[f"sample_{n}"] for n in SIDES}
         if config.patch_size_t:  # 1.5's configuration names the largest size instead
             own |= {"height": min(768, own["height"]), "width": min(1360, own["width"]), "fps": 16}
         self.defaults = DEFAULTS | own | defaults
         self.set_decoder(self.defaults)
-        self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
-        for module in vae.decoder.modules():
-            if isinstance(module, CogVideoXSpatialNorm3D):
-                module.register_forward_hook(without_cache)
+        cogvideox_vae.forget_unread(vae)
 
     @classmethod
     def published_for(cls, checkpoint) -> dict[str, dict]:
@@ -115,28 +90,12 @@ class CogVideoX(CausalDecoder, TextOnDisk, ModelOfParts):
 
     def encode(self, prompts, sampling=None, generators=None) -> Conditioning:
         """T5's states of the texts, (B, 226, 4096); the network is given those of the padding, too."""
-        columns = self.texts(prompts)
         if sampling is not None:
             self.latent_shape(sampling)  # what cannot be made is an error before T5 is at work
-        self.encode_texts(prompts)
-        both = columns["prompt"] + columns["negative"]
-        known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
-        states = {
-            branch: torch.stack([known[text] for text in column]).to(self.device)
-            for branch, column in columns.items()
-        }
-        return Conditioning({branch: {"encoder_hidden_states": x} for branch, x in states.items()})
-
-    @torch.no_grad()
-    def _embed(self, text: str) -> torch.Tensor:
-        """The text encoder's states (tokens, width), on the CPU. One text at a time, as ModelScope's."""
-        self.onload(self.text_encoder)
-        length = self.config.max_text_seq_length
-        warn_truncated(self.tokenizer, text, length)
-        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        tokens = self.tokenizer(text, max_length=length, **options).input_ids
-        states = self.text_encoder(tokens.to(self.device)).last_hidden_state[0]
-        return states.to("cpu", self.dtype)
+        states = self.text_states(prompts).items()
+        return Conditioning(
+            {branch: {"encoder_hidden_states": x.to(self.device)} for branch, x in states}
+        )
 
     # ------------------------------------------------------------------ denoising
 
@@ -147,8 +106,8 @@ class CogVideoX(CausalDecoder, TextOnDisk, ModelOfParts):
         return denoiser.config
 
     def frames_of(self, latents: int) -> int:
-        """The number of frames that so many latents are decoded to: a last one for itself, and fours."""
-        return latents // 2 * 2 * self.vae.config.temporal_compression_ratio + latents % 2
+        """The number of frames that so many latents are decoded to."""
+        return cogvideox_vae.frames_of(self.vae, latents)
 
     def latents_of(self, frames: int) -> int | None:
         """The number of latents of a clip of so many frames; None where there is none such."""
@@ -216,49 +175,16 @@ class CogVideoX(CausalDecoder, TextOnDisk, ModelOfParts):
 
     # ------------------------------------------------------------------ decoding
 
-    def chunks(
-        self, latents: torch.Tensor, frames: list[int] | None
-    ) -> tuple[list[torch.Tensor], list[int], list[int]]:
-        """The decoder's chunks up to the last of these frames: their latents, how many frames each makes, and
-        the frames' indices."""
-        self.onload(*self.decoders())
-        if self.config.patch_size_t:  # an odd number of latents, filled up in front
-            latents = latents[:, :, 1:]
-        count = latents.shape[2]
-        pairs = [2] * (count // 2) or [0]
-        pairs[0] += count % 2  # the first chunk has three, or one
-        makes = [self.frames_of(n) for n in pairs]
-        every = range(sum(makes))
-        frames = list(every) if frames is None else [every[frame] for frame in frames]
-        needed = next(n for n in range(len(makes) + 1) if sum(makes[:n]) > max(frames))
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return list(scaled.split(pairs, dim=2))[:needed], makes[:needed], frames
-
-    def decode_chunk(self, latents: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
-        """Frames (B, f, 3, H, W) in [0, 1] of a chunk (B, C, 1 to 3, h, w), after the state that the chunk
-        before left."""
-        pixels, state = self.vae.decoder(latents, conv_cache=state)
-        return (pixels / 2 + 0.5).clamp(0, 1).transpose(1, 2), state
-
     def decode(self, latents: torch.Tensor, frames: list[int] | None = None) -> torch.Tensor:
-        parts, makes, frames = self.chunks(latents, frames)
-        return causal.decode(self.decode_chunk, parts, None, makes, frames)
+        return cogvideox_vae.decode(self.vae, self.for_decoder(latents), frames)
 
     def decode_vjp(self, latents, frames, gradient, decode_chunk_size=1) -> torch.Tensor:
         """As the base's, swept back in time; the decoder's own chunks bound the memory. See `CausalDecoder`."""
-        leaf = latents.detach().requires_grad_()
-        with torch.enable_grad():
-            parts, makes, frames = self.chunks(leaf, frames)
-        recomputed: list[nn.Module] = [
-            part for part in self.vae.decoder.modules() if isinstance(part, RECOMPUTED)
-        ]
-        sweep = self.decode_chunk, [part.detach() for part in parts], None, makes, frames
-        with checkpointed(recomputed):
-            pulled = causal.decode_vjp(*sweep, gradient, self.new_states())
-        (found,) = torch.autograd.grad(parts, leaf, pulled)
-        return found
+        own = self.for_decoder(latents)
+        pulled = cogvideox_vae.decode_vjp(self.vae, own, frames, gradient, self.new_states())
+        return pad(pulled, (0, 0, 0, 0, latents.shape[2] - own.shape[2], 0))
 
-
-def without_cache(norm: nn.Module, inputs: Any, output: Any) -> tuple[torch.Tensor, dict]:
-    """A hook: the cache of a norm's convolutions, which look at one frame each, is never read, and large."""
-    return output[0], {}
+    def for_decoder(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents that are decoded. 1.5's, an odd number, are filled up in front for the denoiser."""
+        self.onload(*self.decoders())
+        return latents[:, :, 1:] if self.config.patch_size_t else latents

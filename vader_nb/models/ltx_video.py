@@ -1,7 +1,7 @@
 """LTX-Video (arXiv 2501.00103), text to video: `LTXPipeline` (0.9.0, 0.9.1) and `LTXConditionPipeline` (0.9.5 and later).
 
-8 frames of 32 x 32 pixels are one latent, so there are few, and the denoiser takes each as a token. The decoder looks
-22 latents back and ahead: a clip is decoded whole, its blocks computed again in the backward pass.
+8 frames of 32 x 32 pixels are one latent, so there are few, and the denoiser takes each as a token. A clip is decoded
+whole (`ltx_vae`).
 """
 
 from copy import deepcopy
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_ltx import AutoencoderKLLTXVideo
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
-from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline, calculate_shift
+from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
@@ -20,24 +20,20 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
-from .base import Conditioning, cached, warn_truncated
-from .ltx_parts import CONDITION, PUBLISHED, PUBLISHED_091, decode_noise, fix_noise
-from .parts import ModelOfParts
-from .texts import TextOnDisk
+from . import ltx_vae
+from .base import Conditioning
+from .ltx_configs import CONDITION, PUBLISHED, PUBLISHED_091
+from .t5 import TextByT5
 
-CACHED_PROMPTS = 250  # prompts whose embeddings a model keeps: 1 or 2 MB each in half precision
 DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 3.0, "num_frames": 161, "fps": 25}
 DEFAULTS |= {"height": 512, "width": 704}
-# Of decoders that are told how noisy their latents are; what diffusers' documentation advises.
-DECODING = {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
 
 
-class LTXVideo(TextOnDisk, ModelOfParts):
+class LTXVideo(TextByT5):
     """An `LTXVideoTransformer3DModel` with T5's text encoder and a decoder that knows time.
 
-    Decoders of 0.9.1 and later refine latents that are noised a little: `defaults["decode_timestep"]` is the noise level
-    that they are told, `defaults["decode_noise_scale"]` the noise's share. That noise, and what some blocks draw, come
-    from fixed seeds and are the same for all clips of one size: scores, their gradients and videos see the same.
+    With decoders of 0.9.1 and later, `defaults["decode_timestep"]` is the noise level that they are told, and
+    `defaults["decode_noise_scale"]` the share of noise in their latents.
     """
 
     family = "LTXPipeline"
@@ -54,20 +50,18 @@ class LTXVideo(TextOnDisk, ModelOfParts):
     sampling_options = {"fps": 25}
     option_bounds = {"fps": (1, 1000)}
     independent_frames = False
-    text_tokens = 128
-    masked_text = False  # T5 sees the padding; the denoiser does not
+    text_tokens = 128  # T5 sees the padding among them; the denoiser does not
 
     def __init__(
         self, name, transformer, vae, text_encoder, tokenizer, scheduler, defaults, world=None
     ):
         self.name, self.world, self.vae = name, world, vae
         self.denoisers = {"transformer": transformer}
-        self.text_encoder, self.tokenizer, self.scheduler = text_encoder, tokenizer, scheduler
-        decoding = DECODING if vae.config.timestep_conditioning else {}
+        self.scheduler = scheduler
+        self.set_text_encoder(text_encoder, tokenizer, self.text_tokens)
+        decoding = ltx_vae.DECODING if vae.config.timestep_conditioning else {}
         self.defaults = DEFAULTS | decoding | defaults
-        self._embeddings: dict[str, torch.Tensor] = {}  # on the CPU
-        fix_noise(vae)
-        vae.enable_gradient_checkpointing()  # acts only where there is a graph, and is exact
+        ltx_vae.prepare(vae)
 
     @classmethod
     def published_for(cls, checkpoint) -> dict[str, dict]:
@@ -90,33 +84,15 @@ class LTXVideo(TextOnDisk, ModelOfParts):
         """T5's states of the texts, which of them are padding, and where the tokens of a clip stand."""
         columns = self.texts(prompts)
         places = self.places(sampling).expand(len(prompts), -1, -1)
-        self.encode_texts(prompts)
-        both = columns["prompt"] + columns["negative"]
-        known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
-        branches = {}
+        states, branches = self.text_states(prompts), {}
         for name, texts in columns.items():
             inputs = {
-                "encoder_hidden_states": torch.stack([known[text] for text in texts]),
+                "encoder_hidden_states": states[name],
                 "encoder_attention_mask": self.tokens(texts).attention_mask.bool(),
                 "video_coords": places,
             }
             branches[name] = {key: value.to(self.device) for key, value in inputs.items()}
         return Conditioning(branches)
-
-    @torch.no_grad()
-    def _embed(self, text: str) -> torch.Tensor:
-        """The text encoder's states (tokens, width), on the CPU; one text at a time, see ModelScope."""
-        self.onload(self.text_encoder)
-        warn_truncated(self.tokenizer, text, self.text_tokens)
-        tokens = self.tokens([text]).to(self.device)
-        mask = tokens.attention_mask if self.masked_text else None
-        states = self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
-        return states[0].to("cpu", self.dtype)
-
-    def tokens(self, texts: list[str]) -> Any:
-        """Ids and mask (B, tokens), filled up to the same length."""
-        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        return self.tokenizer(texts, max_length=self.text_tokens, **options)
 
     # ------------------------------------------------------------------ denoising
 
@@ -189,32 +165,18 @@ class LTXVideo(TextOnDisk, ModelOfParts):
 
     def decode(self, latents: torch.Tensor, frames: list[int] | None = None) -> torch.Tensor:
         self.onload(*self.decoders())
-        clips = torch.stack([self.decode_clip(clip) for clip in latents])
+        clips = torch.stack([ltx_vae.decode(self.vae, clip, self.defaults) for clip in latents])
         return clips if frames is None else clips[:, frames]
-
-    def decode_clip(self, latents: torch.Tensor) -> torch.Tensor:
-        """Frames (F, 3, H, W) in [0, 1] of one clip's latents (C, f, h, w)."""
-        config: Any = self.vae.config
-        mean, std = self.vae.latents_mean, self.vae.latents_std
-        scaled = LTXPipeline._denormalize_latents(latents[None], mean, std, config.scaling_factor)
-        timestep = None
-        if config.timestep_conditioning:
-            share = self.defaults["decode_noise_scale"]
-            scaled = (1 - share) * scaled + share * decode_noise(scaled)
-            timestep = scaled.new_tensor([self.defaults["decode_timestep"]], dtype=self.vae.dtype)
-        pixels = self.vae.decode(scaled.to(self.vae.dtype), timestep).sample[0]
-        return (pixels.transpose(0, 1) / 2 + 0.5).clamp(0, 1)
 
     def decode_vjp(self, latents, frames, gradient, decode_chunk_size=1) -> torch.Tensor:
         """As the base's; clip by clip, each decoded once and whole, whatever `decode_chunk_size` says."""
         self.onload(*self.decoders())
-        pulled = []
-        for clip, pixels in zip(latents.detach(), gradient):
-            leaf = clip.requires_grad_()
-            with torch.enable_grad():
-                chosen = self.decode_clip(leaf)[frames]
-            pulled += torch.autograd.grad(chosen, leaf, pixels)
-        return torch.stack(pulled)
+        return torch.stack(
+            [
+                ltx_vae.decode_vjp(self.vae, clip, frames, pixels, self.defaults)
+                for clip, pixels in zip(latents, gradient)
+            ]
+        )
 
 
 class LTXCondition(LTXVideo):

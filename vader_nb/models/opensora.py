@@ -30,6 +30,7 @@ from ..hub import DummyTokenizer
 from . import texts
 from .base import Conditioning, cached, is_flow, read_config, warn_truncated
 from .opensora_networks import OpenSoraVAE, STDiT3, STDiT3Block, TemporalVAE
+from .t5 import T5_XXL
 from .texts import TextOnDisk
 
 # The published architecture, for `from_config`; what is missing here is the classes' own default.
@@ -44,15 +45,7 @@ PUBLISHED = {
         },
         "vae_temporal": {},
     },
-    "text_encoder": {
-        "d_model": 4096,
-        "d_kv": 64,
-        "d_ff": 10240,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
-    },
+    "text_encoder": T5_XXL,
     "scheduler": {"shift": 1.0},
 }
 DEFAULTS = {"num_inference_steps": 30, "guidance_scale": 7.0, "num_frames": 51, "fps": 24}

@@ -1,24 +1,8 @@
-"""LTX-Video's published configurations, and its decoders' noise."""
+"""LTX-Video's published configurations."""
 
-from functools import partial
-
-import torch
-from diffusers.models.autoencoders.autoencoder_kl_ltx import (
-    AutoencoderKLLTXVideo,
-    LTXVideoResnetBlock3d,
-)
-from torch import nn
+from .t5 import T5_XXL
 
 # For `from_config`; what is missing here is the classes' own default.
-T5_XXL = {
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
-}
 # 0.9.0
 PUBLISHED = {
     "transformer": {},
@@ -64,21 +48,3 @@ CONDITION = {
     },
     "scheduler": {},
 }
-
-
-def decode_noise(like: torch.Tensor) -> torch.Tensor:
-    """Noise of this shape, always the same, drawn on the CPU so that it is that on every device."""
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
-
-
-def fix_noise(vae: AutoencoderKLLTXVideo) -> None:
-    """Let blocks of the decoder that draw noise draw the same in every call, also where they are computed again."""
-    blocks = [block for block in vae.decoder.modules() if isinstance(block, LTXVideoResnetBlock3d)]
-    for index, block in enumerate(blocks):
-        if block.per_channel_scale1 is not None:
-            block.register_forward_pre_hook(partial(with_generator, index + 1))
-
-
-def with_generator(seed: int, block: nn.Module, inputs: tuple) -> tuple:
-    states, temb, _ = inputs
-    return states, temb, torch.Generator(states.device).manual_seed(seed)
