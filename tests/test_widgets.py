@@ -615,7 +615,7 @@ def test_a_monitor_follows_a_run(trained):
 
 def test_its_numbers_are_those_of_the_clips_that_it_keeps(trained, tiny):
     monitor, run, _ = trained
-    texts = [prompt for prompt in monitor.prompts for _ in range(2)]
+    texts = monitor.prompts * 2
     seeds = [10_000, 10_001, 10_002, 10_003]
     frames = sample(tiny, texts, seeds=seeds, adapter=run.folder, sampling=Sampling(2))
     row = run.metrics[-1]
@@ -627,8 +627,8 @@ def test_its_numbers_are_those_of_the_clips_that_it_keeps(trained, tiny):
     kept = load_clip(run.folder / "watched" / "step-000004.webp").frames
     assert kept.shape == (8, 3, 132, 132)
     # prompts from left to right, seeds below each other
-    torch.testing.assert_close(kept[:, :, :64, 68:], frames[2], rtol=0, atol=1 / 255)
-    torch.testing.assert_close(kept[:, :, 68:, :64], frames[1], rtol=0, atol=1 / 255)
+    torch.testing.assert_close(kept[:, :, :64, 68:], frames[1], rtol=0, atol=1 / 255)
+    torch.testing.assert_close(kept[:, :, 68:, :64], frames[2], rtol=0, atol=1 / 255)
 
 
 def test_a_restarted_kernel_shows_the_same(trained):

@@ -1,6 +1,5 @@
 """Video clips that show themselves in a notebook and save as mp4, gif or webp."""
 
-import base64
 import html
 import io
 import math
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
+from .drawing import data_url
 
 SUFFIXES = (".gif", ".webp", ".mp4")
 SMALL = 500_000  # pixels of a clip that is a gif in a page; larger ones are H.264
@@ -46,6 +47,13 @@ def h264(images: list[Image.Image], fps: float, crf: int | None = None) -> bytes
         fixed = {} if crf is None else {"crf": crf, "ffmpeg_args": ["-threads", "1"]}
         mediapy.write_video(path, frames, fps=fps, **fixed)
         return path.read_bytes()
+
+
+def image_bytes(image: Image.Image, kind: str = "png") -> bytes:
+    """An image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
 
 
 @dataclass
@@ -114,18 +122,27 @@ class Video:
 
         `alt` describes a clip without a caption.
         """
-        text = html.escape(self.caption or alt)
+        text = self.caption or alt
         style = f"image-rendering:pixelated;border-radius:6px;width:100%;max-width:{width}px"
-        shared = f'title="{text}" width="{width}" style="{style}"'
-        count, _, height, columns = self.frames.shape
-        if count * height * columns < SMALL:
-            data = base64.b64encode(self.encoded(".gif")).decode()
-            return f'<img src="data:image/gif;base64,{data}" alt="{text}" {shared}>'
-        data = base64.b64encode(self.encoded(".mp4")).decode()
+        return self.element(text, f'title="{html.escape(text)}" width="{width}" style="{style}"')
+
+    def element(self, alt: str, look: str) -> str:
+        """The `<img>` or `<video>`, with a frame where H.264 does not play; `look` has attributes of its tag."""
+        text = html.escape(alt)
+        if not self.is_large:
+            source = data_url(self.encoded(".gif"), "image/gif")
+            return f'<img src="{source}" alt="{text}" {look}>'
+        poster = data_url(image_bytes(self.images()[0], "jpeg"), "image/jpeg")
+        source = data_url(self.encoded(".mp4"), "video/mp4")
         return (
-            f'<video src="data:video/mp4;base64,{data}" aria-label="{text}" {shared} '
+            f'<video src="{source}" poster="{poster}" aria-label="{text}" {look} '
             "autoplay loop muted playsinline></video>"
         )
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a page gets it as H.264."""
+        return self.frames[:, 0].numel() >= SMALL
 
     def _repr_html_(self) -> str:
         caption = f"<figcaption>{html.escape(self.caption)}</figcaption>"

@@ -11,6 +11,7 @@ from ..lora import Adapter
 from ..models import VideoModel
 from ..models.modelscope import ModelScope
 from ..prompts import Prompt
+from ..rewards import Reward, as_reward, parse
 from ..sampling import (
     Sampling,
     adapter_active,
@@ -83,6 +84,14 @@ def shipped(model: VideoModel) -> dict[str, Path]:
 def adapter_of(which: Any) -> Any:
     """The adapter that a contestant is, or that it samples with; None for none."""
     return getattr(which, "adapter", None if hasattr(which, "sample") else which)
+
+
+def usable(reward: Any, model: VideoModel, prompts: Sequence[str]) -> Reward:
+    """A reward, a function or an expression as a reward on the model's device, which can judge these prompts."""
+    tiny = model.world == "tiny"
+    made = parse(reward, tiny=tiny) if isinstance(reward, str) else as_reward(reward)
+    made.check_prompts(prompts)
+    return made.to(model.device)
 
 
 def examples(model: VideoModel, count: int) -> list[str]:

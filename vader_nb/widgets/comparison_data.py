@@ -15,7 +15,7 @@ from ..evaluation import BASE, named_adapters
 from ..lora import Adapter
 from ..models import VideoModel
 from ..prompts import Prompt
-from ..rewards import Reward, as_reward, parse
+from ..rewards import Reward
 from ..rewards.base import at_least_float32, pixel_gradient
 from ..sampling import Sampling
 from . import clips
@@ -110,16 +110,13 @@ class Comparison:
     ):
         self.model, self.seed = model, seed
         self.sampling = (sampling or Sampling()).resolve(model)
-        self.rewards = metrics(model, rewards)
         given = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
-        if len(given) > MAX_PROMPTS:
-            raise ValueError(
-                f"a comparison takes up to {MAX_PROMPTS} prompts, got {len(given)}: give it fewer"
-            )
+        if (count := len(given)) > MAX_PROMPTS:
+            raise ValueError(f"up to {MAX_PROMPTS} prompts can be compared, got {count}")
         self.given = {str(prompt): prompt for prompt in given if str(prompt).strip()}
         self.prompts = [*self.given]
+        self.rewards = metrics(model, rewards, self.prompts)
         for reward in self.rewards.values():
-            reward.check_prompts(self.prompts)
             reward.check_frames(self.sampling.total_frames)
             reward.at_fps(model.defaults["fps"])
         named = clips.shipped(model) if contestants is None else named_adapters(contestants)
@@ -222,19 +219,21 @@ def _errors_named(reward: Reward) -> Iterator[None]:
         raise ValueError(f"reward {reward.name!r} failed ({what}). {hint}") from error
 
 
-def metrics(model: VideoModel, rewards: Sequence | None) -> dict[str, Reward]:
-    """The rewards by name, on the model's device; default: those of the tiny world."""
-    if rewards is None and model.world == "tiny":
-        rewards = [parse(name, tiny=True) for name in ("hps", "aesthetic", "action")]
-    listed = [as_reward(reward) for reward in ([rewards] if callable(rewards) else rewards or [])]
-    if not listed:
+def metrics(
+    model: VideoModel, rewards: Sequence | None, prompts: Sequence[str]
+) -> dict[str, Reward]:
+    """The rewards by name, usable on these prompts; default: those of the tiny world."""
+    default = ["hps", "aesthetic", "action"] if model.world == "tiny" else []
+    given = default if rewards is None else [rewards] if callable(rewards) else rewards
+    made = [clips.usable(reward, model, prompts) for reward in given]
+    if not made:
         raise ValueError(
             f"no rewards to compare by: RewardComparison(model, rewards=[hps()]) for {model.name!r}"
         )
-    named = {reward.name: reward.to(model.device) for reward in listed}
-    if len(named) < len(listed):
+    named = {reward.name: reward for reward in made}
+    if len(named) < len(made):
+        names = [reward.name for reward in made]
         raise ValueError(
-            f"rewards need different names, got {[reward.name for reward in listed]}; "
-            "reward.renamed('…') gives one"
+            f"rewards need different names, got {names}; reward.renamed('…') gives one"
         )
     return named

@@ -4,7 +4,6 @@ All frames are in the page, as pages of a Tab widget. The slider is linked to it
 (`jslink`), so a remote kernel causes no delay.
 """
 
-import io
 from collections.abc import Sequence
 from html import escape
 
@@ -14,7 +13,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from ..drawing import data_url, note
-from ..video import SMALL, Video, grid
+from ..video import Video, grid, image_bytes
 from .controls import FULL, LINE
 
 EMPTY = note("no clip yet")
@@ -39,12 +38,6 @@ def fit(frames: torch.Tensor, width: int) -> torch.Tensor:
     return interpolate(frames.float(), (height, width), mode="area") if wide else frames
 
 
-def encoded(image: Image.Image, kind: str = "png") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
 def segments(lengths: Sequence[int], frame: int = 0) -> str:
     """The segments of a long clip as a line, so that its seams are seen; bold: that of `frame`, counted from 1."""
     if len(lengths) < 2:
@@ -58,29 +51,20 @@ def segments(lengths: Sequence[int], frame: int = 0) -> str:
 
 
 def still(image: Image.Image, alt: str, kind: str) -> str:
-    source = data_url(encoded(image, kind), f"image/{kind}")
+    source = data_url(image_bytes(image, kind), f"image/{kind}")
     return f'<img class=vader-frame src="{source}" alt="{escape(alt)}">'
 
 
 def moving(video: Video, alt: str) -> str:
-    """The clip as an element that plays: a GIF, or H.264 for a large one, with a frame where that does not play."""
-    if is_large(video):
-        source = data_url(video.encoded(".mp4"), "video/mp4")
-        poster = data_url(encoded(Video(video.frames[:1]).images()[0], "jpeg"), "image/jpeg")
-        look = "class=vader-frame autoplay loop muted playsinline"
-        return f'<video {look} src="{source}" poster="{poster}" aria-label="{escape(alt)}"></video>'
-    source = data_url(video.encoded(".gif"), "image/gif")
-    return f'<img class=vader-frame src="{source}" alt="{escape(alt)}">'
-
-
-def is_large(video: Video) -> bool:
-    return video.frames[:, 0].numel() >= SMALL
+    """The clip as an element that plays."""
+    return video.element(alt, "class=vader-frame")
 
 
 def pictures(video: Video, alt: str) -> list[str]:
     """The clip as an element that plays, then each of its frames; those of a large clip are JPEGs as wide as a panel shows."""
-    kind = "jpeg" if is_large(video) else "png"
-    images = Video(fit(video.frames, SHOWN)).images() if is_large(video) else video.images()
+    large = video.is_large
+    images = Video(fit(video.frames, SHOWN)).images() if large else video.images()
+    kind = "jpeg" if large else "png"
     frames = [still(image, f"{alt}, frame {i}", kind) for i, image in enumerate(images, 1)]
     return [moving(video, alt), *frames]
 

@@ -21,7 +21,7 @@ from ..gradient import reward_gradient
 from ..memory_planner import MemoryTracker
 from ..models import VideoModel
 from ..prompts import Prompt
-from ..rewards import Reward, as_reward, parse
+from ..rewards import Reward
 from ..sampling import Sampling
 from ..strategies import Last, parse_frames
 from . import clips
@@ -94,13 +94,10 @@ class TruncationExplorer(Panel):
         self.prompt = str(self.asked)
         if not self.prompt.strip():
             raise ValueError("the prompt is empty: say what the clip should show")
-        tiny = model.world == "tiny"
         # With 5 steps, the exact gradient of the tiny model takes a second or two.
-        sampling = Sampling(num_inference_steps=5) if tiny else Sampling()
+        sampling = Sampling(num_inference_steps=5) if model.world == "tiny" else Sampling()
         self.sampling = sampling.resolve(model)
-        self.reward = parse(reward, tiny=tiny) if isinstance(reward, str) else as_reward(reward)
-        self.reward.check_prompts([self.prompt])
-        self.reward.to(model.device)
+        self.reward = clips.usable(reward, model, [self.prompt])
         self.adapter = random_adapter(model, rank, seed)
         self.exact: torch.Tensor | None = None  # the exact gradient (N,), of all parameters
         self.measured: dict[Truncation, Measured] = {}  # the newest last
