@@ -11,14 +11,14 @@ import ipywidgets
 import pytest
 import torch
 
-from vader_nb import Sampling, align, load, lora, prompts, rewards, run_data, sample, zoo
+from vader_nb import Sampling, align, load, lora, prompts, rewards, run_data, sample, stepwise, zoo
+from vader_nb.clip_request import NONE, Request
 from vader_nb.drawing import Series, chart
 from vader_nb.models import MODEL_LOCK
-from vader_nb.widgets import Sampler, TrainingMonitor, clips, jobs
+from vader_nb.widgets import Sampler, TrainingMonitor, jobs
 from vader_nb.widgets.controls import disable
 from vader_nb.widgets.panel import VIEW, Panel
 from vader_nb.widgets.player import Player
-from vader_nb.widgets.request import NONE, Request
 from vader_nb.widgets.sampler import HISTORY
 from vader_nb.widgets.watching import load_clip
 
@@ -367,7 +367,7 @@ def test_a_model_that_starts_from_an_image_makes_one_from_a_caption():
 
 
 def test_each_step_tells_how_far_it_is(tiny):
-    job, fractions = clips.denoising(tiny, ["a", "b"], [0, 1], Sampling(3)), []
+    job, fractions = stepwise.denoising(tiny, ["a", "b"], [0, 1], Sampling(3)), []
     try:
         while True:
             fractions.append(next(job))
@@ -381,8 +381,8 @@ def test_between_two_steps_the_model_is_its_owners(tiny):
     """A cell that runs while a clip is being made finds its own adapter, and no other."""
     mine = lora.load(tiny, zoo.adapters()["hps"])
     try:
-        other = clips.merged(tiny, {zoo.adapters()["aesthetic"]: 1.0})
-        job = clips.denoising(tiny, ["a"], [0], Sampling(3), other)
+        other = stepwise.merged(tiny, {zoo.adapters()["aesthetic"]: 1.0})
+        job = stepwise.denoising(tiny, ["a"], [0], Sampling(3), other)
         next(job)
         on_model = {f"unet.{name}": layer for name, layer in tiny.denoiser.named_modules()}
         assert all(on_model[name] is layer for name, layer in mine.layers.items())

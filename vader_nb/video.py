@@ -4,17 +4,23 @@ import html
 import io
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from .drawing import data_url
 
 SUFFIXES = (".gif", ".webp", ".mp4")
 SMALL = 500_000  # pixels of a clip that is a gif in a page; larger ones are H.264
+
+GAP = 4  # pixels between clips side by side
+WIDEST = 1920  # pixels of them all: players of H.264 take no more than some 4000
+BACKGROUND = 0.25  # their gray, which is seen beside white, gray and black clips
 
 
 def check_suffix(path: str | Path) -> None:
@@ -226,3 +232,18 @@ def grid(clips: torch.Tensor, columns: int, gap: int = 4, background: float = 1.
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[:, :, top : top + height, left : left + width] = clip
     return sheet
+
+
+def joined(clips: Sequence[torch.Tensor | None], fps: float, text: str) -> Video:
+    """Clips (F, 3, H, W) side by side as one video; None: an empty place, not made yet."""
+    fitted = [clip if clip is None else fit(clip, WIDEST // len(clips)) for clip in clips]
+    like = next(clip for clip in fitted if clip is not None)
+    filled = [torch.full_like(like, BACKGROUND) if clip is None else clip for clip in fitted]
+    return Video(grid(torch.stack(filled), len(filled), GAP, BACKGROUND), fps, text)
+
+
+def fit(frames: torch.Tensor, width: int) -> torch.Tensor:
+    """Frames (F, 3, H, W), made smaller where they are wider than that."""
+    height = round(frames.shape[2] * width / frames.shape[3])
+    wide = frames.shape[3] > width
+    return interpolate(frames.float(), (height, width), mode="area") if wide else frames

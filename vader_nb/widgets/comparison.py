@@ -14,18 +14,18 @@ from typing import Any
 from ipywidgets import SelectionSlider, VBox
 
 from ..checkpoints import write_text
+from ..comparison import STEPS, Clip, Comparison, View
+from ..comparison_html import along, curve, export, heat_legend, heat_overlay, sections
 from ..drawing import columns, download_link, note, number
 from ..evaluation import BASE
 from ..models import VideoModel
 from ..prompts import Prompt
 from ..rewards import Reward
 from ..sampling import Sampling
+from ..stepwise import Job
 from ..video import Video
 from .ballot import BlindVote
-from .comparison_data import STEPS, Clip, Comparison, View
-from .comparison_html import along, curve, export, heat_legend, heat_overlay, sections
 from .controls import FULL, LINE, choice, disable, row, switch
-from .jobs import Job
 from .player import Player
 
 GIVEN, HELPS, HURTS = "as given", "helps most first", "hurts most first"

@@ -12,14 +12,14 @@ from typing import Any, cast
 import torch
 from ipywidgets import HTML
 
+from .. import stepwise
 from ..drawing import code, note, number, table
 from ..models import VideoModel
 from ..prompts import Prompt
 from ..rewards import Reward, conflict, statistics
+from ..stepwise import Job
 from ..video import Video
-from . import clips
 from .controls import beside, column, disable, row, slider, switch
-from .jobs import Job
 from .panel import Panel
 from .player import moving
 
@@ -72,7 +72,7 @@ class RewardComposer(Panel):
     ):
         super().__init__()
         self.model = model
-        prompts = clips.examples(model, CLIPS) if prompts is None else prompts
+        prompts = stepwise.examples(model, CLIPS) if prompts is None else prompts
         self.given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
         self.prompts = [str(prompt) for prompt in self.given]
         self.seeds = list(range(seed, seed + len(self.prompts)))
@@ -80,7 +80,9 @@ class RewardComposer(Panel):
             needed = "rewards are compared on 2 or more clips, none with an empty prompt"
             raise ValueError(f"{needed}; got {self.prompts}")
         named = by_name(rewards)
-        self.rewards = {n: clips.usable(value, model, self.prompts) for n, value in named.items()}
+        self.rewards = {
+            n: stepwise.usable(value, model, self.prompts) for n, value in named.items()
+        }
         # How they stand in the expression; those that are no expressions by their names.
         self.sources = {n: v.strip() if isinstance(v, str) else n for n, v in named.items()}
         self.own = [name for name, value in named.items() if not isinstance(value, str)]
@@ -160,7 +162,7 @@ class RewardComposer(Panel):
             self.jobs.finish(self._sampling)
 
     def _sampling(self) -> Job:
-        self.frames = yield from clips.denoising(self.model, self.given, self.seeds)
+        self.frames = yield from stepwise.denoising(self.model, self.given, self.seeds)
         scores = {}
         for name, reward in self.rewards.items():
             with torch.no_grad():

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from ipywidgets import SelectionSlider
 
@@ -81,8 +82,9 @@ class TrainingMonitor(Watcher):
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
         if model:
-            clips = {"seed": seed, "seeds_per_prompt": SEEDS, "keep": SEEDS * len(self.prompts)}
-            self.evaluator = Evaluator(model, self.held_out, sampling, **clips)
+            keep = SEEDS * len(self.prompts)
+            options: dict[str, Any] = {"seeds_per_prompt": SEEDS, "seed": seed, "keep": keep}
+            self.evaluator = Evaluator(model, self.held_out, sampling, **options)
         else:
             self.hint = "Follows the run in this folder until it ends."
         self.rows: list[dict] = []
@@ -126,7 +128,7 @@ class TrainingMonitor(Watcher):
             The mean of each held-out reward, of which the first decides which checkpoint is best;
             "diversity" and "motion" as `evaluate` measures them, as far as clips have frames for it.
         """
-        assert self.evaluator is not None  # `hooks` have a validation only with a model
+        assert self.model and self.evaluator  # else `hooks` have no validation
         scores, frames = self.evaluator.run(adapter, self.prompts)
         self._clips = by_seed(frames, self.model)
         names = [*(reward.name for reward in self.held_out), *DESCRIPTIONS]

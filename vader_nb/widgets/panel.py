@@ -176,11 +176,3 @@ class Panel:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.hint}"
-
-
-def remember(store: dict, key, value, most: int) -> None:
-    """Put a value last in a dictionary, which forgets what is oldest beyond `most`."""
-    store.pop(key, None)
-    store[key] = value
-    while len(store) > most:
-        del store[next(iter(store))]

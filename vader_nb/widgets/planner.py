@@ -11,9 +11,9 @@ from ipywidgets import HTML
 from ..drawing import bars, code, note
 from ..memory_planner import GIB, GPUS, MARGIN, STAGES, Memory, describe, is_per_frame, simulate
 from ..models import CHECKPOINTS, checkpoint_of
+from ..stepwise import Job, remember
 from .controls import FRAMES, beside, choice, column, disable, row, slider, switch, text
-from .jobs import Job
-from .panel import Panel, remember
+from .panel import Panel
 
 ASKED = ("model", "reward", "gpu_memory")  # the controls that are no settings of the step
 DEFAULT = {0: "default of the model"}  # of a size

@@ -7,35 +7,15 @@ All frames are in the page, as pages of a Tab widget. The slider is linked to it
 from collections.abc import Sequence
 from html import escape
 
-import torch
 from ipywidgets import HTML, SelectionSlider, Tab, VBox, jslink
 from PIL import Image
-from torch.nn.functional import interpolate
 
 from ..drawing import data_url, note
-from ..video import Video, grid, image_bytes
+from ..video import Video, fit, image_bytes
 from .controls import FULL, LINE
 
 EMPTY = note("no clip yet")
-GAP = 4  # pixels between clips
-WIDEST = 1920  # pixels of clips side by side: players of H.264 take no more than some 4000
 SHOWN = 640  # pixels of a single frame of a large clip
-BACKGROUND = 0.25  # their gray, which is seen beside white, gray and black clips
-
-
-def joined(clips: Sequence[torch.Tensor | None], fps: float, text: str) -> Video:
-    """Clips (F, 3, H, W) side by side as one video; None: an empty place, not made yet."""
-    fitted = [clip if clip is None else fit(clip, WIDEST // len(clips)) for clip in clips]
-    like = next(clip for clip in fitted if clip is not None)
-    filled = [torch.full_like(like, BACKGROUND) if clip is None else clip for clip in fitted]
-    return Video(grid(torch.stack(filled), len(filled), GAP, BACKGROUND), fps, text)
-
-
-def fit(frames: torch.Tensor, width: int) -> torch.Tensor:
-    """Frames (F, 3, H, W), made smaller where they are wider than that."""
-    height = round(frames.shape[2] * width / frames.shape[3])
-    wide = frames.shape[3] > width
-    return interpolate(frames.float(), (height, width), mode="area") if wide else frames
 
 
 def segments(lengths: Sequence[int], frame: int = 0) -> str:

@@ -12,10 +12,10 @@ from ipywidgets import HTML, ToggleButtons, VBox
 
 from ..drawing import note
 from ..models import VideoModel, load
+from ..stepwise import Job
 from .comparison import RewardComparison
 from .composer import RewardComposer
 from .controls import FULL, choice
-from .jobs import Job
 from .monitor import TrainingMonitor
 from .panel import Panel
 from .planner import MemoryPlanner

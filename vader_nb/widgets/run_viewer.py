@@ -12,16 +12,15 @@ from html import escape
 from pathlib import Path
 
 from .. import prompts as prompt_sets
+from .. import stepwise
 from ..drawing import Series, chart, note
 from ..evaluation import BASE
 from ..models import VideoModel
 from ..prompts import Prompt
 from ..race_results import colors
 from ..run_data import AXES, DESCRIPTIONS, Contestant, Point, read
-from . import clips
+from ..stepwise import Job, remember
 from .controls import choice, row
-from .jobs import Job
-from .panel import remember
 from .player import EMPTY
 from .watching import NONE, SEEDS, Watcher, by_seed, encoded, offer
 
@@ -61,7 +60,7 @@ class RunViewer(Watcher):
         if prompts and not model:
             raise ValueError("prompts of clips need a model: RunViewer(folders, model, prompts)")
         self.folders, self.model, self.seed = by_name(folders), model, seed
-        examples = clips.examples(model, 2) if model else []
+        examples = stepwise.examples(model, 2) if model else []
         self.prompts = prompt_sets.get(prompts) if prompts else examples
         self.contestants: list[Contestant] = []
         self.points: dict[str, Point] = {}  # by label
@@ -176,12 +175,12 @@ class RunViewer(Watcher):
         settings = point if point.folder else next(iter(trained), point)
         weights: dict[str | Path, float] = {point.adapter: 1.0} if point.adapter else {}
         prompts = self.prompts * SEEDS
-        frames = yield from clips.denoising(
+        frames = yield from stepwise.denoising(
             self.model,
             prompts,
             range(self.seed, self.seed + len(prompts)),
             settings.sampling,
-            clips.merged(self.model, weights),
+            stepwise.merged(self.model, weights),
         )
         pages = encoded(by_seed(frames, self.model), self.prompts, point.label)
         remember(self._made, point.adapter, pages, KEPT)

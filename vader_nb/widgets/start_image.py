@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from ipywidgets import HTML, FileUpload
 
+from ..clip_request import as_image
 from ..drawing import data_url, note
 from ..video import Video, image_bytes
 from .controls import disable, row
 from .panel import Panel
-from .request import as_image
 
 WITHOUT = "It starts from an image: upload one."
 DRAWN = "It starts from an image. Without one, the prompt's first frame is drawn for it."
