@@ -4,6 +4,7 @@ Sampler(model, adapters={"hps": "runs/hps"})          in a notebook
 sampler.run(prompt="…", seed=3, scale=0.7)            the same from Python: a Video
 """
 
+import contextlib
 import itertools
 import random
 from collections import deque
@@ -302,9 +303,13 @@ class Sampler(Panel):
             raise ValueError("there is no clip yet to save")
         request, video = self.history[0]
         self.folder.mkdir(parents=True, exist_ok=True)
-        numbers = itertools.count(1)  # a prompt never becomes a file name
-        while not claimed(path := self.folder / f"clip-{next(numbers):03d}.txt"):
-            pass
+        for number in itertools.count(1):  # a prompt never becomes a file name
+            path = self.folder / f"clip-{number:03d}.txt"
+            with (
+                contextlib.suppress(FileExistsError),
+                path.open("x"),
+            ):  # one of two notebooks makes it
+                break
         listing = self.code.replace("clip-001-start", f"{path.stem}-start")
         settings = f"{request.prompt}\n{request}\n\n{listing}\n"
         path.write_text(settings, encoding="utf-8")
@@ -323,12 +328,3 @@ class Sampler(Panel):
         picture = shown.to_html(256 * (len(names) or 1))
         picture = columns(names, picture) if names else picture
         return f"<figure style='margin:0'>{picture}<figcaption>{self.caption.value}</figcaption></figure>"
-
-
-def claimed(path: Path) -> bool:
-    """Make this file; False if it is there. Of two notebooks that try, one makes it."""
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
