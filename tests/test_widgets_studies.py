@@ -641,6 +641,22 @@ def test_what_does_not_fit_is_told_with_the_way_out(quick):
     assert panel.fit_button.layout.display == "none"
 
 
+@pytest.mark.parametrize("saving", [{"quantize": "8bit"}, {"activation_offload": True}], ids=str)
+def test_whatever_makes_it_fit_can_be_set(monkeypatch, saving):
+    ((name, value),) = saving.items()
+
+    def simulate(model, reward, **settings):
+        return dict.fromkeys(STAGES, GIB if settings.get(name) == value else 20 * GIB)
+
+    monkeypatch.setattr(planner, "simulate", simulate)
+    monkeypatch.setattr(memory_planner, "simulate", simulate)
+    panel = MemoryPlanner(gpu_memory="T4")
+    assert panel.simulate().suggestions == {"T4": saving}
+    panel.fit_button.click()
+    assert panel.error is None and panel.memory.fits["T4"]
+    assert name in panel.python
+
+
 def test_what_never_fits_is_told_so(quick, monkeypatch):
     monkeypatch.setitem(GPUS, "T4", MARGIN)
     panel = MemoryPlanner(gpu_memory="T4")

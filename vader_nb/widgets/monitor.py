@@ -6,6 +6,7 @@ TrainingMonitor("runs/mine")              later, or elsewhere: the same, from th
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from html import escape
@@ -85,6 +86,7 @@ class TrainingMonitor(Watcher):
             keep = SEEDS * len(self.prompts)
             options: dict[str, Any] = {"seeds_per_prompt": SEEDS, "seed": seed, "keep": keep}
             self.evaluator = Evaluator(model, self.held_out, sampling, **options)
+            self.evaluator.judged = True  # training goes on in any case
         else:
             self.hint = "Follows the run in this folder until it ends."
         self.rows: list[dict] = []
@@ -129,10 +131,12 @@ class TrainingMonitor(Watcher):
             "diversity" and "motion" as `evaluate` measures them, as far as clips have frames for it.
         """
         assert self.model and self.evaluator  # else `hooks` have no validation
+        self.evaluator.failed.clear()
         scores, frames = self.evaluator.run(adapter, self.prompts)
         self._clips = by_seed(frames, self.model)
-        names = [*(reward.name for reward in self.held_out), *DESCRIPTIONS]
-        return {name: scores[name].mean().item() for name in names if name in scores}
+        unknown = {reward.name: math.nan for reward in self.held_out}  # if its judge is away
+        names = [name for name in (*unknown, *DESCRIPTIONS) if name in scores]
+        return unknown | {name: scores[name].mean().item() for name in names}
 
     def _save_clips(self, clips: Video, step: int) -> None:
         """Save one picture, a column per prompt; a resumed run replaces those of later steps."""
