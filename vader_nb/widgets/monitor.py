@@ -181,9 +181,9 @@ class TrainingMonitor(Watcher):
         saved = [str(step) for step in watched(self.folder)] or [NONE]
         news = list(self.step.options) != saved
         if news:
-            follows = self.step.value == self.step.options[-1] or self.step.value not in saved
+            at_newest = self.step.index == len(self.step.options) - 1
             with self.quiet():
-                offer(self.step, saved, saved[-1] if follows else None)
+                offer(self.step, saved, saved[-1], follow=at_newest)
         self.draw()
         if news:
             self.show_clips()

@@ -93,11 +93,10 @@ class RunViewer(Watcher):
             raise ValueError("two contestants or runs have one name: show them in two viewers")
         names = dict.fromkeys(name for point in points for name in point.values)
         ends = [p.label for c in self.contestants if c.trained for p in c.points[-1:] if p.listed]
-        start = ends[:1] if self.point.value == NONE else []
         with self.quiet():
             offer(self.x, [name for name in AXES if name in names])
             offer(self.y, [name for name in names if name not in AXES])
-            offer(self.point, [p.label for p in points if p.listed], *start)
+            offer(self.point, [p.label for p in points if p.listed], *ends[:1])
         self.draw()
         if self._task:  # in a page
             self.show_clips()

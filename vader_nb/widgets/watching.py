@@ -142,10 +142,11 @@ def load_clip(path: Path) -> Video:
     return Video(pixels / 255, fps=round(1000 / duration))
 
 
-def offer(menu: Any, options: list[str], first: str | None = None) -> None:
-    """Give a menu its options; what was chosen stays, unless it is offered no more or `first` is to be chosen."""
+def offer(menu: Any, options: list[str], first: str = "", follow: bool = False) -> None:
+    """Give a menu its options. What was chosen stays if it is still offered, and not with `follow`; else `first`."""
     options = options or [NONE]
-    chosen = menu.value if first is None and menu.value in options else first or options[0]
+    stays = menu.value in options and menu.value != NONE and not follow
+    chosen = menu.value if stays else first or options[0]
     if list(menu.options) != options:
         menu.options = options
     menu.value = chosen
