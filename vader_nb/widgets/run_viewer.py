@@ -96,7 +96,7 @@ class RunViewer(Watcher):
         with self.quiet():
             offer(self.x, [name for name in AXES if name in names])
             offer(self.y, [name for name in names if name not in AXES])
-            offer(self.point, [p.label for p in points if p.listed], *ends[:1])
+            offer(self.point, [p.label for p in points if p.listed], next(iter(ends), ""))
         self.draw()
         if self._task:  # in a page
             self.show_clips()
