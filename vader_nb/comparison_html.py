@@ -102,7 +102,8 @@ def curve(
         mean = f"mean {number(comparison.mean(prompt, one.name, reward))}"
         legends += legend(one, number(made[one.name][frame - 1]) if frame else mean)
     label = f"{reward} at frame {frame}" if frame else f"{reward} of each frame"
-    return f"{chart(series, label=label, marker=frame or None)}<div>{legends}</div>"
+    drawn = chart(series[::-1], label=label, marker=frame or None)  # the base over its equals
+    return f"{drawn}<div>{legends}</div>"
 
 
 def along(

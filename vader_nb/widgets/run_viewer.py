@@ -112,8 +112,8 @@ class RunViewer(Watcher):
             return f"<div><b>waiting</b> for an evaluation or a step in {escape(places)}</div>"
         lines = ""
         for c in self.contestants:
-            sign = f"<span style='color:{self._color(c)}'>{'●' if c.trained else '┄'}</span>"
-            lines += f"<span>{sign} <b>{escape(c.name)}</b> {escape(c.remark)}</span>"
+            line = f"<b style='color:{self._color(c)}'>{'━━' if c.trained else '╍╍'}</b>"
+            lines += f"<span>{line} <b>{escape(c.name)}</b> {escape(c.remark)}</span>"
         band = any(len(p.values["step"]) > 1 for p in self.points.values())
         remark = note("Means over seeds; bands reach from the lowest to the highest." * band)
         return f"<div style='display:flex;flex-wrap:wrap;gap:0 16px'>{lines}</div>{remark}"
