@@ -37,7 +37,7 @@ class BlindVote(Panel):
         self.caption, self.counts, self.saved = HTML(), HTML(), HTML()
         self.blind = ToggleButton(icon="eye-slash", layout={"width": "auto"})
         self.on(self._switch, self.blind)
-        self.on(lambda: self.jobs.submit(self._next_pair, 0), self.voter)
+        self.on(self._next_pair, self.voter)
         self.ballot = {}
         for side, label in LABELS.items():  # a second click can come too late
             press = lambda side=side: self.pair and self.vote(side)  # noqa: E731

@@ -93,9 +93,7 @@ class RewardComparison(BlindVote):
         seen = ("prompt", "view", "step", "reward", "heat", "one", "other")
         self.on(self.update, *(self.settings[name] for name in seen))
         self.on(lambda: self.update(jump=True), self.order)
-        self.all_button = self.button(
-            "compare all prompts", "play", 170, lambda: self.jobs.submit(self._all, 0)
-        )
+        self.all_button = self.button("compare all prompts", "play", 170, self._all)
         self.stop_button = self.button("stop", "stop", 80, self._stop)
         self.export_button = self.button("export as HTML", "download", 150, self.export)
         self.player = Player(data.sampling.total_frames)

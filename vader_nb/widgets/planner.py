@@ -78,9 +78,7 @@ class MemoryPlanner(Panel):
         # Also within `set`, in which the model comes before K.
         self.model.observe(self._limit_steps, "value")
         self.on(self.changed, *self.settings.values())
-        self.simulate_button = self.button(
-            "simulate", "play", 110, lambda: self.jobs.submit(self._job), "primary"
-        )
+        self.simulate_button = self.button("simulate", "play", 110, self._job, "primary")
         self.fit_button = self.button("make it fit", "wrench", 120, self.make_it_fit)
         self.drawing, self.verdict, self.code = HTML(), HTML(), HTML()
         buttons = row(self.simulate_button, self.fit_button)

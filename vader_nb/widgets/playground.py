@@ -61,7 +61,7 @@ class Playground(Panel):
             model=choice("model", models, width="260px"),
         )
         self.question, self.place = HTML(), VBox(layout=FULL)
-        self.on(lambda: self.jobs.submit(self._job, 0), self.tab, self.model)
+        self.on(self._job, self.tab, self.model)
         self.assemble(self.tab, self.question, self.model, self.place)
 
     def _make(self, tab: str, name: str) -> Panel:

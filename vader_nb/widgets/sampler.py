@@ -305,11 +305,8 @@ class Sampler(Panel):
         self.folder.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):  # a prompt never becomes a file name
             path = self.folder / f"clip-{number:03d}.txt"
-            with (
-                contextlib.suppress(FileExistsError),
-                path.open("x"),
-            ):  # one of two notebooks makes it
-                break
+            with contextlib.suppress(FileExistsError), path.open("x"):
+                break  # of two notebooks that try, one makes it
         listing = self.code.replace("clip-001-start", f"{path.stem}-start")
         settings = f"{request.prompt}\n{request}\n\n{listing}\n"
         path.write_text(settings, encoding="utf-8")

@@ -78,9 +78,7 @@ class TruncationExplorer(Panel):
             streaming=switch("streaming: decode and score frames one by one", True),
         )
         self.on(self.changed, *self.settings.values())
-        self.measure_button = self.button(
-            "measure", "play", 110, lambda: self.jobs.submit(self._job), "primary"
-        )
+        self.measure_button = self.button("measure", "play", 110, self._job, "primary")
         self.drawing, self.table = HTML(), HTML(note(EMPTY))
         self.given = (  # in all measurements
             f"Reward {self.reward.name}, prompt “{self.prompt}”, seed {seed}, {steps} steps; "
