@@ -15,12 +15,12 @@ from vader_nb import Sampling, align, load, lora, prompts, rewards, run_data, sa
 from vader_nb.clip_request import NONE, Request
 from vader_nb.drawing import Series, chart
 from vader_nb.models import MODEL_LOCK
+from vader_nb.video import load as load_video
 from vader_nb.widgets import Sampler, TrainingMonitor, jobs
 from vader_nb.widgets.controls import disable
 from vader_nb.widgets.panel import VIEW, Panel
 from vader_nb.widgets.player import Player
 from vader_nb.widgets.sampler import HISTORY
-from vader_nb.widgets.watching import load_clip
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'so'"
 QUICK = {"num_inference_steps": 2}
@@ -624,7 +624,7 @@ def test_its_numbers_are_those_of_the_clips_that_it_keeps(trained, tiny):
     )
     (held_out,) = [value for key, value in row.items() if "hps" in key]
     assert held_out == pytest.approx(rewards.hps("tiny")(frames, texts).mean().item(), rel=1e-4)
-    kept = load_clip(run.folder / "watched" / "step-000004.webp").frames
+    kept = load_video(run.folder / "watched" / "step-000004.webp").frames
     assert kept.shape == (8, 3, 132, 132)
     # prompts from left to right, seeds below each other
     torch.testing.assert_close(kept[:, :, :64, 68:], frames[1], rtol=0, atol=1 / 255)

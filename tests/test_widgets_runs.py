@@ -15,9 +15,9 @@ from PIL import Image
 from vader_nb import Sampling, align, prompts, rewards, run_data, sample, zoo
 from vader_nb.drawing import Series, chart
 from vader_nb.race_results import EVALUATED, LINES
+from vader_nb.run_data import by_name
 from vader_nb.video import grid
 from vader_nb.widgets import RunViewer, TrainingMonitor
-from vader_nb.widgets.run_viewer import by_name
 from vader_nb.widgets.watching import NONE
 
 from .test_race import CURVES, made_up

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch.nn.functional import interpolate
 
 from .drawing import data_url
@@ -153,6 +153,15 @@ class Video:
     def _repr_html_(self) -> str:
         caption = f"<figcaption>{html.escape(self.caption)}</figcaption>"
         return f"<figure style='margin:0'>{self.to_html()}{caption}</figure>"
+
+
+def load(path: Path) -> Video:
+    """A clip that `Video.save` wrote as webp."""
+    with Image.open(path) as picture:
+        frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
+        duration = picture.info.get("duration") or 1000  # a clip of one frame has none
+    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    return Video(pixels / 255, fps=round(1000 / duration))
 
 
 class Gallery:

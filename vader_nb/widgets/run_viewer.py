@@ -4,7 +4,6 @@ viewer = RunViewer("runs/race", model)                    in a notebook; or RunV
 viewer.set(x="seconds", point="VADER · evaluation 3")     the same from Python; viewer.player has the clips
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from ..evaluation import BASE
 from ..models import VideoModel
 from ..prompts import Prompt
 from ..race_results import colors
-from ..run_data import AXES, DESCRIPTIONS, Contestant, Point, read
+from ..run_data import AXES, DESCRIPTIONS, Contestant, Point, by_name, last_written, read
 from ..stepwise import Job, remember
 from .controls import choice, row
 from .player import EMPTY
@@ -184,22 +183,3 @@ class RunViewer(Watcher):
         pages = encoded(by_seed(frames, self.model), self.prompts, point.label)
         remember(self._made, point.adapter, pages, KEPT)
         self.play(pages, self.prompts)
-
-
-def by_name(folders) -> dict[str, Path]:
-    """Folders by the names that runs have."""
-    if isinstance(folders, Mapping):
-        return {name: Path(folder).expanduser() for name, folder in folders.items()}
-    given = [folders] if isinstance(folders, str | Path) else folders
-    paths = [Path(folder).expanduser() for folder in given]
-    names = [path.name for path in paths]
-    return {p.name if names.count(p.name) == 1 else str(p): p for p in paths}
-
-
-def last_written(folder: Path) -> float:
-    """When something was last written in a folder, or in those of its runs; 0 if it is not there."""
-    newest = 0.0
-    for path in (folder, *folder.glob("*"), *folder.glob("*/*")):
-        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
-            newest = max(newest, path.stat().st_mtime)
-    return newest

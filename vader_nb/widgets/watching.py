@@ -6,14 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ipywidgets import HTML, Widget
-from PIL import Image, ImageSequence
 
 from ..drawing import image, note
 from ..models import VideoModel
-from ..video import Video, grid
+from ..video import Video, grid, load
 from .controls import beside, column
 from .jobs import running
 from .panel import Panel
@@ -82,7 +80,7 @@ class Watcher(Panel):
     def play_file(self, path: Path, what: str) -> None:
         """Show what a `TrainingMonitor` has saved."""
         prompts = json.loads(path.with_name("prompts.json").read_text(encoding="utf-8"))
-        self.play(encoded(load_clip(path), prompts, what), prompts)
+        self.play(encoded(load(path), prompts, what), prompts)
 
     def play(self, pages: Sequence[str], prompts: Sequence) -> None:
         """Show what `encoded` made."""
@@ -131,15 +129,6 @@ def by_seed(frames: torch.Tensor, model: VideoModel) -> Video:
 def encoded(clip: Video, prompts: Sequence, what: str) -> list[str]:
     """The pages of a player for a clip that `by_seed` made."""
     return pictures(clip, f"clips of {what}: {', '.join(map(str, prompts))}")
-
-
-def load_clip(path: Path) -> Video:
-    """A clip that `Video.save` wrote as webp."""
-    with Image.open(path) as picture:
-        frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
-        duration = picture.info.get("duration") or 1000  # a clip of one frame has none
-    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-    return Video(pixels / 255, fps=round(1000 / duration))
 
 
 def offer(menu: Any, options: list[str], first: str = "", follow: bool = False) -> None:
