@@ -110,7 +110,9 @@ class Comparison:
         self.sampling = (sampling or Sampling()).resolve(model)
         given = prompt_sets.get(stepwise.examples(model, 6) if prompts is None else prompts)
         if (count := len(given)) > MAX_PROMPTS:
-            raise ValueError(f"up to {MAX_PROMPTS} prompts can be compared, got {count}")
+            raise ValueError(
+                f"a comparison takes up to {MAX_PROMPTS} prompts, got {count}: give it fewer"
+            )
         self.given = {str(prompt): prompt for prompt in given if str(prompt).strip()}
         self.prompts = [*self.given]
         self.rewards = metrics(model, rewards, self.prompts)

@@ -7,7 +7,7 @@ align(model, composer.reward, …)                          or rewards.parse(com
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from ipywidgets import HTML
@@ -91,8 +91,8 @@ class RewardComposer(Panel):
         self.scores: dict[str, torch.Tensor] = {}
         self.statistics: dict[str, tuple[float, float]] = {}
         self.cosines: dict[tuple[str, str], float] = {}
-        at: dict[str, Any] = {"step": 0.05}
-        self.weights = {n: slider(n.translate(PLAIN), 1.0, -2, 2, **at) for n in self.rewards}
+        texts = {name: name.translate(PLAIN) for name in self.rewards}
+        self.weights = {n: slider(text, 1.0, -2, 2, step=0.05) for n, text in texts.items()}
         self.standardized = switch("in standard deviations, so that units do not matter", True)
         self.on(self._show, *self.weights.values(), self.standardized)
         self.pairs, self.code = HTML(), HTML()
