@@ -138,7 +138,8 @@ class Video:
         if not self.is_large:
             source = data_url(self.encoded(".gif"), "image/gif")
             return f'<img src="{source}" alt="{text}" {look}>'
-        poster = data_url(image_bytes(self.images()[0], "jpeg"), "image/jpeg")
+        first = Video(self.frames[:1]).images()[0]
+        poster = data_url(image_bytes(first, "jpeg"), "image/jpeg")
         source = data_url(self.encoded(".mp4"), "video/mp4")
         return (
             f'<video src="{source}" poster="{poster}" aria-label="{text}" {look} '
