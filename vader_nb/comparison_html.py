@@ -182,7 +182,8 @@ def _playing(comparison: Comparison, prompt: str, names: Sequence[str]) -> str:
     if any((prompt, name) not in comparison.clips for name in names):
         return note("Its clips were not kept: too many came after them.")
     frames = [comparison.clips[prompt, name].pixels() for name in names]
-    return report.picture(prompt, frames, names, comparison.model.defaults["fps"])
+    # No Markup, which would escape the table that is put below it.
+    return str(report.picture(prompt, frames, names, comparison.model.defaults["fps"]))
 
 
 def _differences(comparison: Comparison) -> str:
