@@ -29,7 +29,7 @@ BEFORE = {
 
 
 def small_race(folder: Path) -> None:
-    """What the run viewer's page shows, made in a minute or two."""
+    """What the run viewer's page shows, made in about a minute."""
     contestants = {"VADER": {}, "GRPO": {"estimator": "GRPO(group_size=4)", "batch_size": 8}}
     vader_nb.race(
         vader_nb.load("tiny"),
@@ -38,7 +38,7 @@ def small_race(folder: Path) -> None:
         "tiny",
         held_out=prompts.get("tiny_held_out")[:4],
         held_out_reward=rewards.action("tiny"),
-        budget={"denoiser_calls": 400},
+        budget={"denoiser_calls": 240},
         learning_rates=[3e-3],
         seeds=[0, 1],
         evaluations=3,

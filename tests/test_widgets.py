@@ -11,16 +11,16 @@ import ipywidgets
 import pytest
 import torch
 
-from vader_nb import Sampling, align, load, lora, prompts, rewards, run_data, sample, zoo
+from vader_nb import Sampling, align, load, lora, prompts, rewards, run_data, sample, stepwise, zoo
+from vader_nb.clip_request import NONE, Request
 from vader_nb.drawing import Series, chart
 from vader_nb.models import MODEL_LOCK
-from vader_nb.widgets import Sampler, TrainingMonitor, clips, jobs
+from vader_nb.video import load as load_video
+from vader_nb.widgets import Sampler, TrainingMonitor, jobs
 from vader_nb.widgets.controls import disable
 from vader_nb.widgets.panel import VIEW, Panel
 from vader_nb.widgets.player import Player
-from vader_nb.widgets.request import NONE, Request
 from vader_nb.widgets.sampler import HISTORY
-from vader_nb.widgets.watching import load_clip
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'so'"
 QUICK = {"num_inference_steps": 2}
@@ -367,7 +367,7 @@ def test_a_model_that_starts_from_an_image_makes_one_from_a_caption():
 
 
 def test_each_step_tells_how_far_it_is(tiny):
-    job, fractions = clips.denoising(tiny, ["a", "b"], [0, 1], Sampling(3)), []
+    job, fractions = stepwise.denoising(tiny, ["a", "b"], [0, 1], Sampling(3)), []
     try:
         while True:
             fractions.append(next(job))
@@ -381,8 +381,8 @@ def test_between_two_steps_the_model_is_its_owners(tiny):
     """A cell that runs while a clip is being made finds its own adapter, and no other."""
     mine = lora.load(tiny, zoo.adapters()["hps"])
     try:
-        other = clips.merged(tiny, {zoo.adapters()["aesthetic"]: 1.0})
-        job = clips.denoising(tiny, ["a"], [0], Sampling(3), other)
+        other = stepwise.merged(tiny, {zoo.adapters()["aesthetic"]: 1.0})
+        job = stepwise.denoising(tiny, ["a"], [0], Sampling(3), other)
         next(job)
         on_model = {f"unet.{name}": layer for name, layer in tiny.denoiser.named_modules()}
         assert all(on_model[name] is layer for name, layer in mine.layers.items())
@@ -615,7 +615,7 @@ def test_a_monitor_follows_a_run(trained):
 
 def test_its_numbers_are_those_of_the_clips_that_it_keeps(trained, tiny):
     monitor, run, _ = trained
-    texts = [prompt for prompt in monitor.prompts for _ in range(2)]
+    texts = monitor.prompts * 2
     seeds = [10_000, 10_001, 10_002, 10_003]
     frames = sample(tiny, texts, seeds=seeds, adapter=run.folder, sampling=Sampling(2))
     row = run.metrics[-1]
@@ -624,11 +624,11 @@ def test_its_numbers_are_those_of_the_clips_that_it_keeps(trained, tiny):
     )
     (held_out,) = [value for key, value in row.items() if "hps" in key]
     assert held_out == pytest.approx(rewards.hps("tiny")(frames, texts).mean().item(), rel=1e-4)
-    kept = load_clip(run.folder / "watched" / "step-000004.webp").frames
+    kept = load_video(run.folder / "watched" / "step-000004.webp").frames
     assert kept.shape == (8, 3, 132, 132)
     # prompts from left to right, seeds below each other
-    torch.testing.assert_close(kept[:, :, :64, 68:], frames[2], rtol=0, atol=1 / 255)
-    torch.testing.assert_close(kept[:, :, 68:, :64], frames[1], rtol=0, atol=1 / 255)
+    torch.testing.assert_close(kept[:, :, :64, 68:], frames[1], rtol=0, atol=1 / 255)
+    torch.testing.assert_close(kept[:, :, 68:, :64], frames[2], rtol=0, atol=1 / 255)
 
 
 def test_a_restarted_kernel_shows_the_same(trained):

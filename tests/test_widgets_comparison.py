@@ -13,15 +13,16 @@ import ipywidgets
 import pytest
 import torch
 
-from vader_nb import Sampling, lora, reward, sample, voting, zoo
+from vader_nb import Sampling, comparison_html, lora, reward, sample, voting, zoo
+from vader_nb import comparison as comparison_data
 from vader_nb.drawing import Series, chart
 from vader_nb.estimators import BestOf
 from vader_nb.evaluation import BASE
 from vader_nb.guidance import RewardGuidance
 from vader_nb.rewards import action, aesthetic, hps
 from vader_nb.sampling import derived_seed
-from vader_nb.widgets import RewardComparison, comparison_data, comparison_html
-from vader_nb.widgets.player import GAP
+from vader_nb.video import GAP
+from vader_nb.widgets import RewardComparison
 
 PROMPTS = [
     "a red circle moving up on a black background",

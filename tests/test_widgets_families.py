@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from vader_nb import Prompt, Sampling, Video, extend, load, sample
+from vader_nb.clip_request import NONE, Request
+from vader_nb.video import GAP, joined
 from vader_nb.widgets import RewardComparison, RewardComposer, Sampler, TruncationExplorer, families
-from vader_nb.widgets.player import GAP, Player, joined, moving, pictures, segments
-from vader_nb.widgets.request import NONE, Request
+from vader_nb.widgets.player import Player, moving, pictures, segments
 
 from .test_wan import SMALL, pipeline, transformer
 

@@ -15,9 +15,10 @@ from PIL import Image
 from vader_nb import Sampling, align, prompts, rewards, run_data, sample, zoo
 from vader_nb.drawing import Series, chart
 from vader_nb.race_results import EVALUATED, LINES
+from vader_nb.run_data import by_name
 from vader_nb.video import grid
 from vader_nb.widgets import RunViewer, TrainingMonitor
-from vader_nb.widgets.run_viewer import NONE, by_name
+from vader_nb.widgets.watching import NONE
 
 from .test_race import CURVES, made_up
 from .test_widgets import EVIL, Tags, alive, pages
@@ -79,7 +80,7 @@ def test_the_clips_of_a_point_are_sampled_with_its_adapter(race, tiny):
     viewer = RunViewer(race, tiny)
     viewer.prepare()
     assert viewer.point.value == "A · evaluation 2"  # where the first one ended
-    texts = [text for text in viewer.prompts for _ in range(2)]
+    texts = viewer.prompts * 2
     given = {"seeds": 10_000, "sampling": Sampling(2)}
     for label, adapter in {
         "A · evaluation 1": zoo.adapters()["hps"],
@@ -91,7 +92,7 @@ def test_the_clips_of_a_point_are_sampled_with_its_adapter(race, tiny):
         frames = sample(tiny, texts, adapter=adapter, **given)
         png = re.search('base64,(.*?)"', viewer.player.pages.children[8].value)[1]
         shown = np.array(Image.open(io.BytesIO(base64.b64decode(png)))) / 255
-        clip = grid(frames[[0, 2, 1, 3]], 2)[7].permute(1, 2, 0)  # prompts beside each other
+        clip = grid(frames, 2)[7].permute(1, 2, 0)  # prompts beside each other
         np.testing.assert_allclose(shown, clip, atol=1.1 / 255)
     assert "clips of base" in viewer.to_html()
     before, widgets = dict(viewer._made), alive()

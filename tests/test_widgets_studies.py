@@ -10,21 +10,29 @@ import pytest
 import torch
 
 import vader_nb
-from vader_nb import Frames, Last, lora, memory_planner, reward_gradient, rewards
+from vader_nb import (
+    Frames,
+    Last,
+    lora,
+    memory_planner,
+    reward_gradient,
+    rewards,
+    stepwise,
+    truncation,
+)
 from vader_nb.drawing import chain
 from vader_nb.memory_planner import GIB, GPUS, MARGIN, STAGES, MemoryTracker, Step
 from vader_nb.sampling import denoising_step, initial_noise
+from vader_nb.truncation import Truncation
 from vader_nb.widgets import (
     MemoryPlanner,
     RewardComposer,
     TruncationExplorer,
-    clips,
     composer,
     planner,
-    truncation,
 )
 from vader_nb.widgets.controls import FRAMES
-from vader_nb.widgets.truncation import EMPTY, ROWS, Truncation
+from vader_nb.widgets.truncation import EMPTY, ROWS
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'so'"
 
@@ -108,7 +116,7 @@ def canned(monkeypatch):
             frames[i, :, 0], frames[i, :, 1] = i / 4, 1 - i / 4
         return frames
 
-    monkeypatch.setattr(clips, "denoising", denoising)
+    monkeypatch.setattr(stepwise, "denoising", denoising)
     return made
 
 
@@ -323,16 +331,16 @@ def test_what_cannot_be_composed(tiny, canned, arguments, message):
 
 def by_hand(explorer, K, frames):
     """The gradient of -reward by plain autograd: one graph through the last K steps, the decoder and the reward."""
-    model, settings = explorer.model, explorer.sampling
+    model, settings = explorer.study.model, explorer.sampling
     prompts, steps = [explorer.prompt], settings.num_inference_steps
-    noise, _ = initial_noise(model, [explorer.seed], settings)
-    with lora.use_adapter(model, explorer.adapter):
+    noise, _ = initial_noise(model, [explorer.study.seed], settings)
+    with lora.use_adapter(model, explorer.study.adapter):
         scheduler, x, text = model.new_scheduler(settings), noise, model.encode(prompts, settings)
         for i, t in enumerate(scheduler.timesteps):
             with torch.set_grad_enabled(i >= steps - K):
                 x = denoising_step(model, scheduler, x, t, text, settings)
         loss = -explorer.reward(model.decode(x, list(frames)), prompts).mean()
-        found = torch.autograd.grad(loss, explorer.adapter.parameters())
+        found = torch.autograd.grad(loss, explorer.study.adapter.parameters())
     return torch.cat([part.flatten().double() for part in found])
 
 
@@ -347,7 +355,7 @@ def test_the_exact_setting_is_the_exact_gradient(explorer):
     assert result.cosine == pytest.approx(1, abs=1e-6)
     assert result.frames == (0, 1, 2)
     torch.testing.assert_close(
-        explorer.exact, by_hand(explorer, 3, range(3)), rtol=1e-6, atol=1e-12
+        explorer.study.exact, by_hand(explorer, 3, range(3)), rtol=1e-6, atol=1e-12
     )
 
 
@@ -364,7 +372,7 @@ def test_the_exact_setting_of_the_tiny_model(tiny):
     explorer = TruncationExplorer(tiny)
     assert explorer.sampling.num_inference_steps == explorer.K.max == 5
     assert explorer.measure(K=5, frames="all").cosine == pytest.approx(1, abs=1e-6)
-    cosine = torch.cosine_similarity(explorer.exact, by_hand(explorer, 5, range(8)), dim=0)
+    cosine = torch.cosine_similarity(explorer.study.exact, by_hand(explorer, 5, range(8)), dim=0)
     assert cosine.item() == pytest.approx(1, abs=1e-6)
 
 
@@ -372,10 +380,10 @@ def test_the_memory_is_what_the_tracker_counts(explorer):
     setting = Truncation(2, "every:2", True, False)
     result = explorer.measure(K=2, frames="every:2", gradient_checkpointing=True, streaming=False)
     assert explorer.setting == setting
-    with lora.use_adapter(explorer.model, explorer.adapter), MemoryTracker() as peak:
+    with lora.use_adapter(explorer.study.model, explorer.study.adapter), MemoryTracker() as peak:
         reward_gradient(
-            explorer.model,
-            explorer.adapter,
+            explorer.study.model,
+            explorer.study.adapter,
             explorer.reward,
             ["a prompt"],
             seeds=[3],
@@ -413,14 +421,14 @@ def test_the_model_keeps_its_own_adapter(micro):
     assert carried(micro) == before
     assert micro.denoiser.peft_config
     assert all((p.grad == 1).all() for p in adapter.parameters())
-    assert all(p.grad is None for p in explorer.adapter.parameters())
+    assert all(p.grad is None for p in explorer.study.adapter.parameters())
 
 
 def test_both_halves_of_the_adapter_get_a_gradient(explorer):
-    with lora.use_adapter(explorer.model, explorer.adapter):
+    with lora.use_adapter(explorer.study.model, explorer.study.adapter):
         reward_gradient(
-            explorer.model,
-            explorer.adapter,
+            explorer.study.model,
+            explorer.study.adapter,
             explorer.reward,
             ["a prompt"],
             seeds=[0],
@@ -428,10 +436,13 @@ def test_both_halves_of_the_adapter_get_a_gradient(explorer):
         )
     # Attention over a single token or frame hands nothing on to queries and keys.
     halves = [
-        sum(bool(p.grad.any()) for p in explorer.adapter.parameters()[half::2]) for half in (0, 1)
+        sum(bool(p.grad.any()) for p in explorer.study.adapter.parameters()[half::2])
+        for half in (0, 1)
     ]
     assert all(halves)
-    assert TruncationExplorer(explorer.model, color(0), "a prompt", seed=1).exact is None
+    assert (
+        TruncationExplorer(explorer.study.model, color(0), "a prompt", seed=1).study.exact is None
+    )
 
 
 def test_the_diagram_follows_the_controls(explorer):
@@ -473,7 +484,7 @@ def test_each_setting_has_one_row_and_the_table_ends(explorer, monkeypatch):
         with meter:
             return torch.zeros(4, dtype=torch.float64) + 1
 
-    monkeypatch.setattr(explorer, "gradient", gradient)
+    monkeypatch.setattr(explorer.study, "gradient", gradient)
     settings = [(K, frames, on) for K in range(1, 4) for frames in FRAMES for on in (True, False)]
     before = alive()
     for K, frames, on in settings:
@@ -628,6 +639,22 @@ def test_what_does_not_fit_is_told_with_the_way_out(quick):
     assert "<b>Fits:</b>" in panel.verdict.value
     assert panel.fit_button.disabled
     assert panel.fit_button.layout.display == "none"
+
+
+@pytest.mark.parametrize("saving", [{"quantize": "8bit"}, {"activation_offload": True}], ids=str)
+def test_whatever_makes_it_fit_can_be_set(monkeypatch, saving):
+    ((name, value),) = saving.items()
+
+    def simulate(model, reward, **settings):
+        return dict.fromkeys(STAGES, GIB if settings.get(name) == value else 20 * GIB)
+
+    monkeypatch.setattr(planner, "simulate", simulate)
+    monkeypatch.setattr(memory_planner, "simulate", simulate)
+    panel = MemoryPlanner(gpu_memory="T4")
+    assert panel.simulate().suggestions == {"T4": saving}
+    panel.fit_button.click()
+    assert panel.error is None and panel.memory.fits["T4"]
+    assert name in panel.python
 
 
 def test_what_never_fits_is_told_so(quick, monkeypatch):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ from .tables import Table
 
 LINES = "evaluations.jsonl"
 EVALUATED = "evaluation-{}.safetensors"  # the adapter of an evaluation, by its part
-COLORS = ("#3b82c4", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#7d8590")
+GRAY = "#7d8590"  # of the base
+COLORS = ("#3b82c4", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04")
+
+
+def colors(names: Iterable[str]) -> dict[str, str]:
+    """A color for each name, legible on white and on black."""
+    others = [name for name in names if name != BASE]
+    return {BASE: GRAY} | {name: COLORS[i % len(COLORS)] for i, name in enumerate(others)}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -197,12 +204,10 @@ class Race:
         if axes is None:
             axes = Figure(figsize=(6.5, 4), layout="constrained").subplots()
         best = self.best()
-        number = 0
-        for name, runs in best.items():
+        for name, color in colors(best).items():
+            runs = best[name]
             if runs.failed:
                 continue
-            color = "#7d8590" if name == BASE else COLORS[number % len(COLORS)]
-            number += name != BASE
             if not runs.rate:
                 axes.axhline(runs.end(y), linestyle=":", color=color, label=runs.label)
                 continue
@@ -238,19 +243,14 @@ class Race:
         best = self.best()
         for plot, other in zip(axes, against):
             base = [best[BASE].end(name) for name in (other, y)]
-            for number, runs in enumerate(runs for n, runs in best.items() if n != BASE):
-                if runs.failed:
+            for name, color in colors(best).items():
+                runs = best[name]
+                if name == BASE or runs.failed:
                     continue
                 path = [runs.scores(name).mean((0, 2)).tolist() for name in (other, y)]
                 points = [[start, *values] for start, values in zip(base, path)]
-                plot.plot(
-                    *points,
-                    "o-",
-                    markersize=4,
-                    color=COLORS[number % len(COLORS)],
-                    label=runs.label,
-                )
-            plot.plot(*base, "*", markersize=14, color="#7d8590", label=BASE)
+                plot.plot(*points, "o-", markersize=4, color=color, label=runs.label)
+            plot.plot(*base, "*", markersize=14, color=GRAY, label=BASE)
             plot.set(xlabel=other, ylabel=y)
         axes[-1].legend(fontsize="small")
         return axes[-1].figure

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .checkpoints import write_text
 from .stats import NOTES
-from .video import Video, grid
+from .video import joined
 
 if TYPE_CHECKING:
     from .best import Choice
@@ -79,10 +79,9 @@ def write_report(
     return path
 
 
-def picture(prompt: str, clips: Sequence[torch.Tensor], names: Sequence[str], fps: int) -> Markup:
+def picture(prompt: str, clips: Sequence[torch.Tensor], names: Sequence[str], fps: float) -> Markup:
     """Return clips `(F, 3, H, W)` side by side, as one `<img>`, so that they play in step."""
-    frames = grid(torch.stack(list(clips)), len(clips), gap=3, background=0.25)
-    video = Video(frames, fps, f"{', '.join(names)}: {prompt}")
+    video = joined(clips, fps, f"{', '.join(names)}: {prompt}")
     return Markup(video.to_html(width=256 * len(clips)))  # escapes its caption
 
 

@@ -1,5 +1,6 @@
 """What the folders of runs and races hold, in one form for both; also while they are written."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -73,6 +74,25 @@ class Contestant:
     def where(self, *names: str) -> list[Point]:
         """The points that have all of these values."""
         return [point for point in self.points if all(name in point.values for name in names)]
+
+
+def by_name(folders) -> dict[str, Path]:
+    """Folders by the names that runs have."""
+    if isinstance(folders, Mapping):
+        return {name: Path(folder).expanduser() for name, folder in folders.items()}
+    given = [folders] if isinstance(folders, str | Path) else folders
+    paths = [Path(folder).expanduser() for folder in given]
+    names = [path.name for path in paths]
+    return {p.name if names.count(p.name) == 1 else str(p): p for p in paths}
+
+
+def last_written(folder: Path) -> float:
+    """When something was last written in a folder, or in those of its runs; 0 if it is not there."""
+    newest = 0.0
+    for path in (folder, *folder.glob("*"), *folder.glob("*/*")):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            newest = max(newest, path.stat().st_mtime)
+    return newest
 
 
 def read(folders: Mapping[str, Path]) -> list[Contestant]:

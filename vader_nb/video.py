@@ -1,19 +1,26 @@
 """Video clips that show themselves in a notebook and save as mp4, gif or webp."""
 
-import base64
 import html
 import io
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
+from torch.nn.functional import interpolate
+
+from .drawing import data_url
 
 SUFFIXES = (".gif", ".webp", ".mp4")
 SMALL = 500_000  # pixels of a clip that is a gif in a page; larger ones are H.264
+
+GAP = 4  # pixels between clips side by side
+WIDEST = 1920  # pixels of them all: players of H.264 take no more than some 4000
+BACKGROUND = 0.25  # their gray, which is seen beside white, gray and black clips
 
 
 def check_suffix(path: str | Path) -> None:
@@ -46,6 +53,13 @@ def h264(images: list[Image.Image], fps: float, crf: int | None = None) -> bytes
         fixed = {} if crf is None else {"crf": crf, "ffmpeg_args": ["-threads", "1"]}
         mediapy.write_video(path, frames, fps=fps, **fixed)
         return path.read_bytes()
+
+
+def image_bytes(image: Image.Image, kind: str = "png") -> bytes:
+    """An image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
 
 
 @dataclass
@@ -114,23 +128,42 @@ class Video:
 
         `alt` describes a clip without a caption.
         """
-        text = html.escape(self.caption or alt)
+        text = self.caption or alt
         # A column of a table would shrink to the clip's own pixels if this were width:100%;max-width:…px.
         style = f"image-rendering:pixelated;border-radius:6px;width:{width}px;max-width:100%"
-        shared = f'title="{text}" width="{width}" style="{style}"'
-        count, _, height, columns = self.frames.shape
-        if count * height * columns < SMALL:
-            data = base64.b64encode(self.encoded(".gif")).decode()
-            return f'<img src="data:image/gif;base64,{data}" alt="{text}" {shared}>'
-        data = base64.b64encode(self.encoded(".mp4")).decode()
+        return self.element(text, f'title="{html.escape(text)}" width="{width}" style="{style}"')
+
+    def element(self, alt: str, look: str) -> str:
+        """The `<img>` or `<video>`, with a frame where H.264 does not play; `look` has attributes of its tag."""
+        text = html.escape(alt)
+        if not self.is_large:
+            source = data_url(self.encoded(".gif"), "image/gif")
+            return f'<img src="{source}" alt="{text}" {look}>'
+        first = Video(self.frames[:1]).images()[0]
+        poster = data_url(image_bytes(first, "jpeg"), "image/jpeg")
+        source = data_url(self.encoded(".mp4"), "video/mp4")
         return (
-            f'<video src="data:video/mp4;base64,{data}" aria-label="{text}" {shared} '
+            f'<video src="{source}" poster="{poster}" aria-label="{text}" {look} '
             "autoplay loop muted playsinline></video>"
         )
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a page gets it as H.264."""
+        return self.frames[:, 0].numel() >= SMALL
 
     def _repr_html_(self) -> str:
         caption = f"<figcaption>{html.escape(self.caption)}</figcaption>"
         return f"<figure style='margin:0'>{self.to_html()}{caption}</figure>"
+
+
+def load(path: Path) -> Video:
+    """A clip that `Video.save` wrote as webp."""
+    with Image.open(path) as picture:
+        frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
+        duration = picture.info.get("duration") or 1000  # a clip of one frame has none
+    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    return Video(pixels / 255, fps=round(1000 / duration))
 
 
 class Gallery:
@@ -210,3 +243,18 @@ def grid(clips: torch.Tensor, columns: int, gap: int = 4, background: float = 1.
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[:, :, top : top + height, left : left + width] = clip
     return sheet
+
+
+def joined(clips: Sequence[torch.Tensor | None], fps: float, text: str) -> Video:
+    """Clips (F, 3, H, W) side by side as one video; None: an empty place, not made yet."""
+    fitted = [clip if clip is None else fit(clip, WIDEST // len(clips)) for clip in clips]
+    like = next(clip for clip in fitted if clip is not None)
+    filled = [torch.full_like(like, BACKGROUND) if clip is None else clip for clip in fitted]
+    return Video(grid(torch.stack(filled), len(filled), GAP, BACKGROUND), fps, text)
+
+
+def fit(frames: torch.Tensor, width: int) -> torch.Tensor:
+    """Frames (F, 3, H, W), made smaller where they are wider than that."""
+    height = round(frames.shape[2] * width / frames.shape[3])
+    wide = frames.shape[3] > width
+    return interpolate(frames.float(), (height, width), mode="area") if wide else frames

@@ -54,7 +54,9 @@ ANSWERS = {
             NOISED.format("clean + noise"): "shares should be",
             NOISED.format("kept * clean + (1 - kept) * noise"): "shares should be",
             NOISED.format("kept.sqrt() * clean + (1 - kept) * noise"): "that of the noise is not",
-            NOISED.format("kept.sqrt() * clean + (1 - kept.sqrt()) * noise"): "that of the noise is not",
+            NOISED.format(
+                "kept.sqrt() * clean + (1 - kept.sqrt()) * noise"
+            ): "that of the noise is not",
             NOISED.format("kept.sqrt() * noise + (1 - kept).sqrt() * clean"): "shares should be",
             NOISED.format("kept[0].sqrt() * clean + (1 - kept[0]).sqrt() * noise"): "one per point",
             NOISED.format(

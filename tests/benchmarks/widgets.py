@@ -16,8 +16,8 @@ import torch
 
 import vader_nb
 from vader_nb import widgets
-from vader_nb.video import Video
-from vader_nb.widgets.player import joined, pictures
+from vader_nb.video import Video, joined
+from vader_nb.widgets.player import pictures
 
 INTERACTIONS = 200
 ACTIONS = {  # what one interaction is, for the panels that make clips

@@ -9,15 +9,15 @@ import torch
 from ipywidgets import HTML, ToggleButton
 
 from .. import voting
+from ..comparison import Comparison
+from ..comparison_html import results
 from ..drawing import columns, note
-from ..video import Video
+from ..stepwise import Job
+from ..video import Video, joined
 from ..voting import Tally, Vote, Votes
-from .comparison_data import Comparison
-from .comparison_html import results
 from .controls import disable, row, text
-from .jobs import Job
 from .panel import Panel
-from .player import EMPTY, Player, joined, pictures
+from .player import EMPTY, Player, pictures
 
 LABELS = {"A": "A is better", "=": "no difference", "B": "B is better"}
 
@@ -37,7 +37,7 @@ class BlindVote(Panel):
         self.caption, self.counts, self.saved = HTML(), HTML(), HTML()
         self.blind = ToggleButton(icon="eye-slash", layout={"width": "auto"})
         self.on(self._switch, self.blind)
-        self.on(lambda: self.jobs.submit(self._next_pair, 0), self.voter)
+        self.on(self._next_pair, self.voter)
         self.ballot = {}
         for side, label in LABELS.items():  # a second click can come too late
             press = lambda side=side: self.pair and self.vote(side)  # noqa: E731

@@ -14,18 +14,18 @@ from typing import Any
 from ipywidgets import SelectionSlider, VBox
 
 from ..checkpoints import write_text
+from ..comparison import STEPS, Clip, Comparison, View
+from ..comparison_html import along, curve, export, heat_legend, heat_overlay, sections
 from ..drawing import columns, download_link, note, number
 from ..evaluation import BASE
 from ..models import VideoModel
 from ..prompts import Prompt
 from ..rewards import Reward
 from ..sampling import Sampling
+from ..stepwise import Job
 from ..video import Video
 from .ballot import BlindVote
-from .comparison_data import STEPS, Clip, Comparison, View
-from .comparison_html import along, curve, export, heat_legend, heat_overlay, sections
 from .controls import FULL, LINE, choice, disable, row, switch
-from .jobs import Job
 from .player import Player
 
 GIVEN, HELPS, HURTS = "as given", "helps most first", "hurts most first"
@@ -93,9 +93,7 @@ class RewardComparison(BlindVote):
         seen = ("prompt", "view", "step", "reward", "heat", "one", "other")
         self.on(self.update, *(self.settings[name] for name in seen))
         self.on(lambda: self.update(jump=True), self.order)
-        self.all_button = self.button(
-            "compare all prompts", "play", 170, lambda: self.jobs.submit(self._all, 0)
-        )
+        self.all_button = self.button("compare all prompts", "play", 170, self._all)
         self.stop_button = self.button("stop", "stop", 80, self._stop)
         self.export_button = self.button("export as HTML", "download", 150, self.export)
         self.player = Player(data.sampling.total_frames)

@@ -5,23 +5,21 @@ composer.weights["aesthetic"].value = 0.5                 the same from Python
 align(model, composer.reward, …)                          or rewards.parse(composer.expression)
 """
 
-import functools
 import itertools
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from ipywidgets import HTML
 
+from .. import stepwise
 from ..drawing import code, note, number, table
 from ..models import VideoModel
 from ..prompts import Prompt
-from ..rewards import Reward, as_reward, conflict, parse, statistics
+from ..rewards import Reward, conflict, statistics
+from ..stepwise import Job
 from ..video import Video
-from . import clips
 from .controls import beside, column, disable, row, slider, switch
-from .jobs import Job
 from .panel import Panel
 from .player import moving
 
@@ -74,38 +72,31 @@ class RewardComposer(Panel):
     ):
         super().__init__()
         self.model = model
-        prompts = clips.examples(model, CLIPS) if prompts is None else prompts
+        prompts = stepwise.examples(model, CLIPS) if prompts is None else prompts
         self.given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
         self.prompts = [str(prompt) for prompt in self.given]
         self.seeds = list(range(seed, seed + len(self.prompts)))
         if len(self.prompts) < 2 or not all(prompt.strip() for prompt in self.prompts):
             needed = "rewards are compared on 2 or more clips, none with an empty prompt"
             raise ValueError(f"{needed}; got {self.prompts}")
-        self.rewards: dict[str, Reward] = {}
-        self.own: list[str] = []  # that are no expressions
-        self.sources: dict[str, str] = {}  # how they stand in the expression
-        for name, value in by_name(rewards).items():
-            if isinstance(value, str):
-                reward, source = parse(value, tiny=model.world == "tiny"), value.strip()
-                self.sources[name] = source if source.isidentifier() else f"({source})"
-            else:
-                reward, self.sources[name] = as_reward(value), name
-                self.own.append(name)
-            reward.check_prompts(self.prompts)
-            self.rewards[name] = reward.to(model.device)
+        named = by_name(rewards)
+        self.rewards = {
+            n: stepwise.usable(value, model, self.prompts) for n, value in named.items()
+        }
+        # How they stand in the expression; those that are no expressions by their names.
+        self.sources = {n: v.strip() if isinstance(v, str) else n for n, v in named.items()}
+        self.own = [name for name, value in named.items() if not isinstance(value, str)]
         self._pairs = [*itertools.combinations(self.rewards, 2)]
         self.frames: torch.Tensor  # (B, F, 3, H, W), made with the scores
         self.scores: dict[str, torch.Tensor] = {}
         self.statistics: dict[str, tuple[float, float]] = {}
         self.cosines: dict[tuple[str, str], float] = {}
-        self.weights: dict[str, Any] = {}
-        for name in self.rewards:
-            self.weights[name] = slider(name.translate(PLAIN), 1.0, -2, 2, step=0.05)
+        texts = {name: name.translate(PLAIN) for name in self.rewards}
+        self.weights = {n: slider(text, 1.0, -2, 2, step=0.05) for n, text in texts.items()}
         self.standardized = switch("in standard deviations, so that units do not matter", True)
         self.on(self._show, *self.weights.values(), self.standardized)
         self.pairs, self.code = HTML(), HTML()
-        self.pictures = [HTML() for _ in self.prompts]
-        self.captions = [HTML() for _ in self.prompts]
+        self.pictures, self.captions = ([HTML() for _ in self.prompts] for _ in range(2))
         look = {"flex": "1 1 150px", "max_width": "243px"}
         self.slots = [column(*parts, **look) for parts in zip(self.pictures, self.captions)]
         sliders = column(*self.weights.values(), self.standardized, self.why, max_width="520px")
@@ -119,33 +110,32 @@ class RewardComposer(Panel):
         values = {name: round(item.value, 2) for name, item in self.weights.items()}
         return {name: weight for name, weight in values.items() if weight}
 
-    def _terms(self) -> list[tuple[str, float]]:
-        """Names and weights, once their statistics are known."""
+    def _terms(self) -> dict[str, float]:
+        """Weights by name, once their statistics are known."""
         if not self.used:
             raise ValueError(NO_WEIGHT)
         self._sample()
-        return list(self.used.items())
+        return self.used
 
     @property
     def expression(self) -> str:
         """The reward as text for `rewards.parse`. Raises ValueError if all weights are 0."""
-        terms = []
-        for name, weight in self._terms():
+        text = ""
+        for name, weight in self._terms().items():
             factor = "" if abs(weight) == 1 else f"{abs(weight):g} * "
+            source = self.sources[name]
+            source = source if source.isidentifier() else f"({source})"
             units = f".normalized{self.statistics[name]!r}" if self.standardized.value else ""
-            terms.append(f"{'-' if weight < 0 else '+'} {factor}{self.sources[name]}{units}")
-        return " ".join(terms).removeprefix("+ ")
+            text += f" {'-' if weight < 0 else '+'} {factor}{source}{units}"
+        return text.removeprefix(" + ").lstrip()
 
     @property
     def reward(self) -> Reward:
         """The reward, for `align`. Raises ValueError if all weights are 0."""
-        terms = []
-        for name, weight in self._terms():
-            reward = self.rewards[name]
-            if self.standardized.value:
-                reward = reward.normalized(*self.statistics[name])
-            terms.append(weight * reward)
-        return functools.reduce(operator.add, terms)
+        terms, made = self._terms(), self.rewards
+        if self.standardized.value:
+            made = {name: made[name].normalized(*self.statistics[name]) for name in terms}
+        return cast(Reward, sum(weight * made[name] for name, weight in terms.items()))
 
     def added(self, name: str) -> torch.Tensor:
         """What a reward adds to the sum of each clip, (B,)."""
@@ -172,7 +162,7 @@ class RewardComposer(Panel):
             self.jobs.finish(self._sampling)
 
     def _sampling(self) -> Job:
-        self.frames = yield from clips.denoising(self.model, self.given, self.seeds)
+        self.frames = yield from stepwise.denoising(self.model, self.given, self.seeds)
         scores = {}
         for name, reward in self.rewards.items():
             with torch.no_grad():

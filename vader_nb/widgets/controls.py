@@ -36,7 +36,7 @@ def text(description: str, value: str, **options) -> Text:
     return Text(value, description=description, continuous_update=False, **LINE, **options)
 
 
-def slider(description: str, value: float, low: float, high: float, **options) -> Widget:
+def slider(description: str, value: float, low: float, high: float, **options) -> Any:
     """A slider, of whole numbers if `value` is one."""
     kind = IntSlider if isinstance(value, int) else FloatSlider
     return kind(value, min=low, max=high, description=description, **LINE, **options)

@@ -3,7 +3,6 @@
 from itertools import groupby
 from typing import Any
 
-import torch
 from ipywidgets import Widget
 
 from ..experts import by_step
@@ -22,9 +21,10 @@ def controls(model: VideoModel) -> dict[str, Widget]:
     """Controls of what only some families have, by their names in `Sampling` or its `options`."""
     late: dict[str, Any] = {"continuous_update": False}
     made: dict[str, Widget] = {}
-    if hasattr(model, "text_encoder"):
+    if hasattr(
+        model, "text_encoder"
+    ):  # without one, guidance has no text to be off, and mixes by frame
         made["negative_prompt"] = text("negative", "")
-    if rescales(model):
         made["guidance_rescale"] = slider("rescale", 0.0, 0, 1, step=0.05, **late)
     if model.takes_image:
         made["extend"] = slider("segments", 1, 1, 4, **late)
@@ -81,15 +81,3 @@ def unknown(model: VideoModel, prompt: str) -> str:
 def guides(model: VideoModel, sampling: Sampling) -> bool:
     """Whether these settings have a negative branch, which a negative prompt and rescaling act on."""
     return "negative" in model.branches(sampling.resolve(model))
-
-
-def rescales(model: VideoModel) -> bool:
-    """Whether `guidance_rescale` changes anything in this family."""
-    first, second = torch.rand(2, 1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    outputs = {"negative": first, "prompt": second}
-    combined = []
-    for rescale in (0.0, 1.0):
-        sampling = Sampling(guidance_scale=9.0, guidance_rescale=rescale).resolve(model)
-        t = model.new_scheduler(sampling).timesteps[0]
-        combined.append(model.combine(outputs, t, sampling))
-    return not torch.equal(*combined)

@@ -6,15 +6,14 @@ page is heard, and a newer request takes over. Not a thread: Colab loses a page'
 
 import asyncio
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 
 from ..models import MODEL_LOCK
+from ..stepwise import Job
 
 DEBOUNCE = 0.3  # seconds without another change until work starts
 LISTEN = 0.005  # seconds between two steps, for messages from the page
 RETRY = 0.2  # seconds until a model in use is asked for again
-
-Job = Generator[float, None, object]
 
 
 class Jobs:

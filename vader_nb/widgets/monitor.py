@@ -6,33 +6,33 @@ TrainingMonitor("runs/mine")              later, or elsewhere: the same, from th
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-import torch
-from ipywidgets import HTML, SelectionSlider
+from ipywidgets import SelectionSlider
 
 from .. import checkpoints
 from .. import prompts as prompt_sets
 from ..drawing import Series, chart, code
-from ..evaluation import motion, thumbnails
+from ..evaluation import Evaluator
 from ..lora import Adapter
 from ..models import VideoModel
 from ..prompts import Prompt
 from ..rewards import Reward, as_reward
-from ..run_data import adapters, ended, run_titles, watched
-from ..sampling import Sampling, sample
+from ..run_data import DESCRIPTIONS, adapters, ended, run_titles, watched
+from ..sampling import Sampling
 from ..trainer import Run, best_step
 from ..video import Video
 from .controls import LINE, disable, row
-from .watching import SEEDS, Watcher, by_seed, encoded, flow, load_clip, twice
+from .watching import NONE, SEEDS, Watcher, by_seed, offer
 
 REDRAWS = 4  # per second while a cell trains: some pages cannot take more
 SILENT = 120  # seconds without a step after which a run may be dead
 START = "run = align(model, reward, prompts, output_dir=monitor.folder, **monitor.hooks)"
-NONE = "none yet"
 NO_STOP = {  # why there is nothing to stop
     "waiting": "There is nothing to stop yet.",
     "finished": "The run is over.",
@@ -72,29 +72,32 @@ class TrainingMonitor(Watcher):
         every: int = 5,
         seed: int = 10_000,
     ):
-        super().__init__()
         rewards = [held_out] if callable(held_out) else held_out
         self.folder = run.folder if isinstance(run, Run) else Path(run)
         self.held_out = [as_reward(reward) for reward in rewards]
         self.prompts = prompt_sets.get(prompts) if prompts else []
-        self.model, self.sampling, self.every, self.seed = model, sampling, every, seed
+        self.model, self.every, self.evaluator = model, every, None
         if bool(model) != bool(self.prompts) or (self.held_out and not model):
             example = "TrainingMonitor(folder, model, held_out=…, prompts=[…])"
             raise ValueError(f"clips need the model and prompts: {example}")
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
-        if model is None:
+        if model:
+            keep = SEEDS * len(self.prompts)
+            options: dict[str, Any] = {"seeds_per_prompt": SEEDS, "seed": seed, "keep": keep}
+            self.evaluator = Evaluator(model, self.held_out, sampling, **options)
+            self.evaluator.judged = True  # training goes on in any case
+        else:
             self.hint = "Follows the run in this folder until it ends."
         self.rows: list[dict] = []
         self.shown = ""  # the status that the panel shows
         self._trained_here = 0  # the last step of a run that is trained by this kernel
         self._clips: Video | None = None  # of the current step
         self._drawn = 0.0
-        self.state = HTML()
+        step = SelectionSlider(options=[NONE], description="clips of step", **LINE)
+        super().__init__(model, "step", step=step)
         self.stop_button = self.button("stop and keep", "stop", 150, self.stop)
-        self.step = SelectionSlider(options=[NONE], description="clips of step", **LINE)
-        self.on(self._show_clips, self.step)
-        self.watch(self.step, model, [self.state, row(self.stop_button, self.why)])
+        self.watch([self.state, row(self.stop_button, self.why)])
 
     @property
     def hooks(self) -> dict:
@@ -120,29 +123,20 @@ class TrainingMonitor(Watcher):
         finally:
             self._clips = None
 
-    @torch.no_grad()
     def validate(self, adapter: Adapter) -> dict[str, float]:
         """The validation of `align`: samples the prompts at fixed seeds and scores the clips.
 
         Returns:
             The mean of each held-out reward, of which the first decides which checkpoint is best;
-            "diversity" over seeds, the variance of 8x8 thumbnails in levels of 0 to 255; "motion",
-            the mean absolute change of a pixel from frame to frame.
+            "diversity" and "motion" as `evaluate` measures them, as far as clips have frames for it.
         """
-        assert self.model is not None  # `hooks` have a validation only with a model
-        prompts = twice(self.prompts)
-        texts, scores = [str(prompt) for prompt in prompts], {}
-        with torch.random.fork_rng():  # a reward that draws must not change what training draws
-            options = {"seeds": self.seed, "adapter": adapter, "sampling": self.sampling}
-            frames = sample(self.model, prompts, **options).float()
-            for reward in self.held_out:
-                reward.to(self.model.device)
-                scores[reward.name] = reward(frames, texts).mean().item()
-        features = thumbnails(frames).unflatten(0, (-1, SEEDS))
-        scores["diversity"] = features.var(dim=1).mean().item()
-        scores["motion"] = motion(frames).mean().item()
-        self._clips = by_seed(frames, self.model.defaults["fps"])
-        return scores
+        assert self.model and self.evaluator  # else `hooks` have no validation
+        self.evaluator.failed.clear()
+        scores, frames = self.evaluator.run(adapter, self.prompts)
+        self._clips = by_seed(frames, self.model)
+        unknown = {reward.name: math.nan for reward in self.held_out}  # if its judge is away
+        names = [name for name in (*unknown, *DESCRIPTIONS) if name in scores]
+        return unknown | {name: scores[name].mean().item() for name in names}
 
     def _save_clips(self, clips: Video, step: int) -> None:
         """Save one picture, a column per prompt; a resumed run replaces those of later steps."""
@@ -184,17 +178,15 @@ class TrainingMonitor(Watcher):
         self.shown = self.status  # read once: another process may change it meanwhile
         active = self.shown in ("running", "stopping")
         self.busy(self._step() / self._total_steps() if active else None)
-        self.state.value = self._state()
-        self.curves.value = flow(self._charts().values())
         saved = [str(step) for step in watched(self.folder)] or [NONE]
-        self.clips.layout.display = "none" if saved == [NONE] else "flex"
-        if list(self.step.options) != saved:
+        news = list(self.step.options) != saved
+        if news:
             at_newest = self.step.index == len(self.step.options) - 1
-            chosen = saved[-1] if at_newest or self.step.value not in saved else self.step.value
             with self.quiet():
-                self.step.options = saved
-                self.step.value = chosen
-            self._show_clips()
+                offer(self.step, saved, saved[-1], follow=at_newest)
+        self.draw()
+        if news:
+            self.show_clips()
         here = active and self._step() == self._trained_here
         reason = NO_STOP.get(self.shown, HERE if here else "")
         disable(reason, self.stop_button, remark=self.why)
@@ -224,12 +216,10 @@ class TrainingMonitor(Watcher):
             drawings[title] = chart([curve], label=title, **look)
         return drawings
 
-    def _show_clips(self) -> None:
-        if self.step.value == NONE:
-            return
-        path = watched(self.folder)[int(self.step.value)]
-        prompts = json.loads((path.parent / "prompts.json").read_text(encoding="utf-8"))
-        self.play(encoded(load_clip(path), prompts, f"step {self.step.value}"), prompts)
+    def show_clips(self) -> None:
+        if self.step.value != NONE:
+            path = watched(self.folder)[int(self.step.value)]
+            self.play_file(path, f"step {self.step.value}")
 
     def stop(self) -> None:
         """Ask the run, in any process, to end after its current step; it keeps its adapter."""

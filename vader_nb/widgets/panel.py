@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -71,21 +71,26 @@ class Panel:
         head.value = f'<style onload="{escape(NAMES)}">{style}</style>{title}'
 
     def button(self, description: str, icon: str, width: int, press: Callable, style="") -> Button:
-        """A button that calls press()."""
+        """A button that calls press(), or starts the job that it is."""
         layout = {"width": f"{width}px"}
         made = Button(description=description, icon=icon, button_style=style, layout=layout)
         self.on(press, made)
         return made
 
     def on(self, handler: Callable[[], object], *controls: Any) -> None:
-        """Call handler() when a user changes or clicks one of the controls, and show its errors."""
+        """Call handler() when a user changes or clicks one of the controls, and show its errors.
+
+        A handler that yields is a job: it starts instead of the current one.
+        """
 
         def respond(_event) -> None:
             if self._quiet:
                 return
             self.say("")
             try:
-                handler()
+                job = handler()
+                if isinstance(job, Generator):
+                    self.jobs.submit(lambda: job, 0)
             except Exception as error:
                 self.failed(error)
 
@@ -176,11 +181,3 @@ class Panel:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.hint}"
-
-
-def remember(store: dict, key, value, most: int) -> None:
-    """Put a value last in a dictionary, which forgets what is oldest beyond `most`."""
-    store.pop(key, None)
-    store[key] = value
-    while len(store) > most:
-        del store[next(iter(store))]

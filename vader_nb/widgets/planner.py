@@ -10,10 +10,10 @@ from ipywidgets import HTML
 
 from ..drawing import bars, code, note
 from ..memory_planner import GIB, GPUS, MARGIN, STAGES, Memory, describe, is_per_frame, simulate
-from ..models import CHECKPOINTS, checkpoint_of
-from .controls import FRAMES, beside, choice, column, disable, row, slider, switch, text
-from .jobs import Job
-from .panel import Panel, remember
+from ..models import CHECKPOINTS, checkpoint_of, is_causal
+from ..stepwise import Job, remember
+from .controls import FRAMES, beside, choice, column, disable, fold, row, slider, switch, text
+from .panel import Panel
 
 ASKED = ("model", "reward", "gpu_memory")  # the controls that are no settings of the step
 DEFAULT = {0: "default of the model"}  # of a size
@@ -69,20 +69,23 @@ class MemoryPlanner(Panel):
             gradient_checkpointing=switch("gradient_checkpointing: recompute blocks", True),
             sequential_guidance=switch("sequential_guidance: its halves one by one", False),
             model_cpu_offload=switch("model_cpu_offload: idle networks wait", False),
+            activation_offload=switch("activation_offload: what blocks keep waits, too", False),
+            decoder_states=choice("decoder states", {0: "on the GPU", "cpu": "wait on the CPU"}),
+            quantize=choice("quantize", {0: "no", "8bit": "8bit", "4bit": "4bit"}),
         )
         self.answers: dict[tuple, Memory] = {}
         self._defaults = self.values()
         # Also within `set`, in which the model comes before K.
         self.model.observe(self._limit_steps, "value")
         self.on(self.changed, *self.settings.values())
-        self.simulate_button = self.button(
-            "simulate", "play", 110, lambda: self.jobs.submit(self._job), "primary"
-        )
+        self.simulate_button = self.button("simulate", "play", 110, self._job, "primary")
         self.fit_button = self.button("make it fit", "wrench", 120, self.make_it_fit)
         self.drawing, self.verdict, self.code = HTML(), HTML(), HTML()
         buttons = row(self.simulate_button, self.fit_button)
         answer = column(buttons, self.drawing, self.verdict, flex="2 1 330px")
-        controls = column(*self.settings.values(), self.why, max_width="440px")
+        *shown, offload, states, quantize = self.settings.values()
+        more = fold("more settings", offload, states, quantize)
+        controls = column(*shown, self.why, more, max_width="440px")
         self.assemble(beside(controls, answer), self.code)
         self._limit_steps()
         self.changed()
@@ -96,6 +99,8 @@ class MemoryPlanner(Panel):
         """The settings of `vader_nb.memory` that are not at their defaults."""
         values = {n: v for n, v in self.values().items() if v != self._defaults[n]}
         values["frames"] = self.frames.value  # whose default depends on the reward
+        if not is_causal(self.model.value):  # then its control is disabled
+            values.pop("decoder_states", None)
         if "K" in values:
             values["strategy"] = f"Last({values.pop('K')})"
         return {n: v for n, v in values.items() if n not in ASKED}
@@ -156,6 +161,8 @@ class MemoryPlanner(Panel):
         memory, suggestion = self.memory, self.suggestion
         gpu, size = self.gpu_memory.value, GPUS[self.gpu_memory.value]
         disable(unreadable, self.simulate_button)
+        causal = is_causal(self.model.value)
+        disable("" if causal else "this model's decoder keeps none", self.decoder_states)
         disable("" if suggestion else "no settings that fit are known", self.fit_button)
         self.fit_button.layout.display = "" if suggestion else "none"
         self.why.value = note(unreadable)

@@ -4,45 +4,18 @@ All frames are in the page, as pages of a Tab widget. The slider is linked to it
 (`jslink`), so a remote kernel causes no delay.
 """
 
-import io
 from collections.abc import Sequence
 from html import escape
 
-import torch
 from ipywidgets import HTML, SelectionSlider, Tab, VBox, jslink
 from PIL import Image
-from torch.nn.functional import interpolate
 
 from ..drawing import data_url, note
-from ..video import SMALL, Video, grid
+from ..video import Video, fit, image_bytes
 from .controls import FULL, LINE
 
 EMPTY = note("no clip yet")
-GAP = 4  # pixels between clips
-WIDEST = 1920  # pixels of clips side by side: players of H.264 take no more than some 4000
 SHOWN = 640  # pixels of a single frame of a large clip
-BACKGROUND = 0.25  # their gray, which is seen beside white, gray and black clips
-
-
-def joined(clips: Sequence[torch.Tensor | None], fps: float, text: str) -> Video:
-    """Clips (F, 3, H, W) side by side as one video; None: an empty place, not made yet."""
-    fitted = [clip if clip is None else fit(clip, WIDEST // len(clips)) for clip in clips]
-    like = next(clip for clip in fitted if clip is not None)
-    filled = [torch.full_like(like, BACKGROUND) if clip is None else clip for clip in fitted]
-    return Video(grid(torch.stack(filled), len(filled), GAP, BACKGROUND), fps, text)
-
-
-def fit(frames: torch.Tensor, width: int) -> torch.Tensor:
-    """Frames (F, 3, H, W), made smaller where they are wider than that."""
-    height = round(frames.shape[2] * width / frames.shape[3])
-    wide = frames.shape[3] > width
-    return interpolate(frames.float(), (height, width), mode="area") if wide else frames
-
-
-def encoded(image: Image.Image, kind: str = "png") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
 
 
 def segments(lengths: Sequence[int], frame: int = 0) -> str:
@@ -58,29 +31,20 @@ def segments(lengths: Sequence[int], frame: int = 0) -> str:
 
 
 def still(image: Image.Image, alt: str, kind: str) -> str:
-    source = data_url(encoded(image, kind), f"image/{kind}")
+    source = data_url(image_bytes(image, kind), f"image/{kind}")
     return f'<img class=vader-frame src="{source}" alt="{escape(alt)}">'
 
 
 def moving(video: Video, alt: str) -> str:
-    """The clip as an element that plays: a GIF, or H.264 for a large one, with a frame where that does not play."""
-    if is_large(video):
-        source = data_url(video.encoded(".mp4"), "video/mp4")
-        poster = data_url(encoded(Video(video.frames[:1]).images()[0], "jpeg"), "image/jpeg")
-        look = "class=vader-frame autoplay loop muted playsinline"
-        return f'<video {look} src="{source}" poster="{poster}" aria-label="{escape(alt)}"></video>'
-    source = data_url(video.encoded(".gif"), "image/gif")
-    return f'<img class=vader-frame src="{source}" alt="{escape(alt)}">'
-
-
-def is_large(video: Video) -> bool:
-    return video.frames[:, 0].numel() >= SMALL
+    """The clip as an element that plays."""
+    return video.element(alt, "class=vader-frame")
 
 
 def pictures(video: Video, alt: str) -> list[str]:
     """The clip as an element that plays, then each of its frames; those of a large clip are JPEGs as wide as a panel shows."""
-    kind = "jpeg" if is_large(video) else "png"
-    images = Video(fit(video.frames, SHOWN)).images() if is_large(video) else video.images()
+    large = video.is_large
+    images = Video(fit(video.frames, SHOWN)).images() if large else video.images()
+    kind = "jpeg" if large else "png"
     frames = [still(image, f"{alt}, frame {i}", kind) for i, image in enumerate(images, 1)]
     return [moving(video, alt), *frames]
 

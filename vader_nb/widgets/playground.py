@@ -12,10 +12,10 @@ from ipywidgets import HTML, ToggleButtons, VBox
 
 from ..drawing import note
 from ..models import VideoModel, load
+from ..stepwise import Job
 from .comparison import RewardComparison
 from .composer import RewardComposer
 from .controls import FULL, choice
-from .jobs import Job
 from .monitor import TrainingMonitor
 from .panel import Panel
 from .planner import MemoryPlanner
@@ -61,7 +61,7 @@ class Playground(Panel):
             model=choice("model", models, width="260px"),
         )
         self.question, self.place = HTML(), VBox(layout=FULL)
-        self.on(lambda: self.jobs.submit(self._job, 0), self.tab, self.model)
+        self.on(self._job, self.tab, self.model)
         self.assemble(self.tab, self.question, self.model, self.place)
 
     def _make(self, tab: str, name: str) -> Panel:

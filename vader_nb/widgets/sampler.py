@@ -4,6 +4,7 @@ Sampler(model, adapters={"hps": "runs/hps"})          in a notebook
 sampler.run(prompt="…", seed=3, scale=0.7)            the same from Python: a Video
 """
 
+import contextlib
 import itertools
 import random
 from collections import deque
@@ -15,17 +16,18 @@ from typing import Any
 import torch
 from ipywidgets import HTML, BoundedIntText, FloatRangeSlider, VBox, Widget
 
+from .. import stepwise
+from ..clip_request import NONE, Request, as_image
 from ..drawing import code, columns, download_link, note
 from ..evaluation import BASE
 from ..long_clips import segment_of_frames
 from ..models import VideoModel
-from ..video import Video
-from . import clips, families
+from ..stepwise import Job, remember
+from ..video import Video, fit, joined
+from . import families
 from .controls import LABEL, LINE, beside, choice, column, disable, fold, row, slider, switch, text
-from .jobs import Job
-from .panel import Panel, remember
-from .player import Player, fit, joined, moving, pictures, segments
-from .request import NONE, Request, as_image
+from .panel import Panel
+from .player import Player, moving, pictures, segments
 from .start_image import StartImage
 
 HISTORY = 8  # clips that are kept to go back to, fewer if they are large
@@ -61,8 +63,8 @@ class Sampler(Panel):
         folder: str | Path = "runs/clips",
     ):
         self.model, self.folder = model, Path(folder)
-        self.adapters = clips.validate_adapters(model, adapters)
-        self.history: deque[tuple[Request, Video, dict]] = deque(maxlen=HISTORY)
+        self.adapters = stepwise.validate_adapters(model, adapters)
+        self.history: deque[tuple[Request, Video]] = deque(maxlen=HISTORY)
         self._bases: dict[Request, Video] = {}  # the base model's clips
         self._shown: tuple[list[str], Video]  # names and clips side by side
         self._merged = (None, None)  # weights by path, and the adapter that is their sum
@@ -72,7 +74,7 @@ class Sampler(Panel):
         own = families.controls(model)
         seed = {"min": 0, "max": SEEDS, "style": LABEL, "layout": {"width": "220px"}}
         super().__init__(
-            prompt=text("prompt", prompt or clips.examples(model, 1)[0]),
+            prompt=text("prompt", prompt or stepwise.examples(model, 1)[0]),
             seed=BoundedIntText(0, description="seed", **seed),
             num_inference_steps=slider("steps", steps, 1, max(50, steps), **late),
             guidance_scale=slider("guidance", float(guidance), 1, 15, step=0.25, **late),
@@ -121,15 +123,11 @@ class Sampler(Panel):
         layout = {"width": "130px", "display": "none", "margin": "4px"}
         return VBox([HTML(), again, HTML()], layout=layout)
 
-    def _controls(self) -> dict[str, Any]:
-        """What `set` takes to come back to the settings."""
-        start, end = self.part.value
-        return self.values() | {"start": start, "end": end, "image": self.first.data}
-
     @property
     def request(self) -> Request:
         """The settings in the controls."""
-        values = self._controls()
+        start, end = self.part.value
+        values: dict[str, Any] = self.values() | {"start": start, "end": end}
         for name, value in values.items():
             if isinstance(value, float):
                 values[name] = round(value, 4)  # a slider's steps add up to 0.30000000000000004
@@ -140,7 +138,7 @@ class Sampler(Panel):
                 value = families.number_or_none(name, value)
             if value != default:
                 options.append((name, value))
-        return Request(**values, options=tuple(options))
+        return Request(**values, options=tuple(options), image=self.first.data)
 
     @property
     def video(self) -> Video | None:
@@ -179,7 +177,8 @@ class Sampler(Panel):
     def back(self, index: int) -> None:
         """Show a clip of the history again, with its settings; 0 is the newest."""
         entry = self.history[index]
-        self.set(**entry[2])
+        told = entry[0].settings_of(self.model)
+        self.set(**{n: told[n] for n in (*self.settings, "start", "end", "image")})
         self.jobs.give_up()
         del self.history[index]
         self.history.appendleft(entry)
@@ -225,9 +224,9 @@ class Sampler(Panel):
         """Sample a clip."""
         weights = {self.adapters[name]: weight for name, weight in request.weights.items()}
         if self._merged[0] != weights:
-            self._merged = weights, clips.merged(self.model, weights)
+            self._merged = weights, stepwise.merged(self.model, weights)
         asked = [request.given], [request.seed], request.sampling, self._merged[1]
-        frames = yield from clips.denoising(self.model, *asked, request.start, request.end)
+        frames = yield from stepwise.denoising(self.model, *asked, request.start, request.end)
         return Video(frames[0], self._fps(request), request.prompt)
 
     def _fps(self, request: Request) -> float:
@@ -236,7 +235,7 @@ class Sampler(Panel):
         return self.model.defaults["fps"] * dict(request.options).get("fps", told) / told
 
     def _job(self) -> Job:
-        request, controls = self.request, self._controls()
+        request = self.request
         base = request.base
         if not request.prompt.strip():
             raise ValueError("the prompt is empty: type what the clip should show")
@@ -246,7 +245,7 @@ class Sampler(Panel):
         most = max(1, min(HISTORY, int(MEMORY // video.frames.nbytes)))
         if base in self._bases or request == base:
             remember(self._bases, base, self._bases.get(base, video), most)
-        self.history.appendleft((request, video, controls))
+        self.history.appendleft((request, video))
         while len(self.history) > most:
             self.history.pop()
         self._show()
@@ -256,7 +255,7 @@ class Sampler(Panel):
         return self.beside.value and bool(request.weights)
 
     def _show(self) -> None:
-        request, video, _ = self.history[0]
+        request, video = self.history[0]
         base = self._bases.get(request.base) if self._has_base(request) else None
         shown, names, alt = video, [], f"clip of: {request.prompt}"
         if base is not None:
@@ -278,7 +277,7 @@ class Sampler(Panel):
         summary = f"<summary>as code</summary>{note('one click selects all of it')}"
         self.listing.value = f"<details>{summary}{code(self.code)}</details>"
         self.saved.value = ""
-        for slot, (request, video, _) in zip(self._slots, self.history):
+        for slot, (request, video) in zip(self._slots, self.history):
             picture, again, caption = slot.children
             alt = f"{request.prompt} · {request}"
             picture.value = moving(Video(fit(video.frames, 128), video.fps), alt)
@@ -302,11 +301,12 @@ class Sampler(Panel):
         """
         if not self.history:
             raise ValueError("there is no clip yet to save")
-        request, video, _ = self.history[0]
+        request, video = self.history[0]
         self.folder.mkdir(parents=True, exist_ok=True)
-        numbers = itertools.count(1)  # a prompt never becomes a file name
-        while not claimed(path := self.folder / f"clip-{next(numbers):03d}.txt"):
-            pass
+        for number in itertools.count(1):  # a prompt never becomes a file name
+            path = self.folder / f"clip-{number:03d}.txt"
+            with contextlib.suppress(FileExistsError), path.open("x"):
+                break  # of two notebooks that try, one makes it
         listing = self.code.replace("clip-001-start", f"{path.stem}-start")
         settings = f"{request.prompt}\n{request}\n\n{listing}\n"
         path.write_text(settings, encoding="utf-8")
@@ -325,12 +325,3 @@ class Sampler(Panel):
         picture = shown.to_html(256 * (len(names) or 1))
         picture = columns(names, picture) if names else picture
         return f"<figure style='margin:0'>{picture}<figcaption>{self.caption.value}</figcaption></figure>"
-
-
-def claimed(path: Path) -> bool:
-    """Make this file; False if it is there. Of two notebooks that try, one makes it."""
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from ipywidgets import HTML, FileUpload
 
+from ..clip_request import as_image
 from ..drawing import data_url, note
-from ..video import Video
+from ..video import Video, image_bytes
 from .controls import disable, row
 from .panel import Panel
-from .player import encoded
-from .request import as_image
 
 WITHOUT = "It starts from an image: upload one."
 DRAWN = "It starts from an image. Without one, the prompt's first frame is drawn for it."
@@ -49,7 +48,7 @@ class StartImage:
         if image is not None and not self.model.takes_image:
             raise ValueError(f"{self.model.name!r} makes clips of text alone: it takes no image")
         if isinstance(image, torch.Tensor):
-            image = encoded(Video(image[None]).images()[0])
+            image = image_bytes(Video(image[None]).images()[0])
         data = Path(image).read_bytes() if isinstance(image, str | Path) else image
         try:
             small = data and as_image(data)
@@ -64,7 +63,7 @@ class StartImage:
         if image:
             image.thumbnail((112, 112))
             look = 'alt="the image that it starts from" style="height:56px"'
-            self.shown.value = f'<img src="{data_url(encoded(image), "image/png")}" {look}>'
+            self.shown.value = f'<img src="{data_url(image_bytes(image), "image/png")}" {look}>'
 
     def _uploaded(self) -> None:
         files: Any = self.upload.value

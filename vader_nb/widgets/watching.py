@@ -1,17 +1,17 @@
 """What panels over folders that are being written share: a look each second, charts, clips of what is chosen."""
 
 import asyncio
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from ipywidgets import HTML, Widget
-from PIL import Image, ImageSequence
 
 from ..drawing import image, note
 from ..models import VideoModel
-from ..video import Video, grid
+from ..video import Video, grid, load
 from .controls import beside, column
 from .jobs import running
 from .panel import Panel
@@ -19,6 +19,7 @@ from .player import EMPTY, Player, pictures
 
 POLL = 1.0  # seconds between two looks at a folder
 SEEDS = 2  # clips per prompt; diversity needs two
+NONE = "none yet"
 
 
 class Watcher(Panel):
@@ -26,13 +27,17 @@ class Watcher(Panel):
 
     _task: asyncio.Task | None = None
 
-    def watch(
-        self, chooser: Widget, model: VideoModel | None, above: Sequence[Widget], *left: Widget
-    ) -> None:
-        """Put the panel together: `chooser` says which clips are shown. Look for the first time."""
-        self.curves, self.caption = HTML(), HTML()
+    def __init__(self, model: VideoModel | None, chooser: str, **settings: Widget):
+        """chooser: the name of the setting that says which clips are shown."""
+        super().__init__(**settings)
+        self.chooser = self.settings[chooser]
+        self.state, self.curves, self.caption = HTML(), HTML(), HTML()
         self.player = Player(model.defaults["num_frames"] if model else 1)
-        self.clips = column(chooser, self.player.box, self.caption, max_width="480px")
+        self.clips = column(self.chooser, self.player.box, self.caption, max_width="480px")
+        self.on(self.changed, *self.settings.values())
+
+    def watch(self, above: Sequence[Widget], *left: Widget) -> None:
+        """Put the panel together, and look for the first time."""
         both = beside(column(*left, self.curves, flex="2 1 300px"), self.clips)
         both.layout.flex_flow, both.layout.align_items = "row wrap-reverse", "flex-end"
         self.assemble(*above, both)  # on a phone the clips come first
@@ -57,6 +62,25 @@ class Watcher(Panel):
     def _charts(self) -> dict[str, str]:
         """The drawings by their titles."""
         raise NotImplementedError
+
+    def draw(self) -> None:
+        """Show the state, the charts and, if there are any, the clips."""
+        self.state.value = self._state()
+        self.curves.value = flow(self._charts().values())
+        self.clips.layout.display = "none" if self.chooser.value == NONE else "flex"
+
+    def changed(self) -> None:
+        self.draw()
+        self.show_clips()
+
+    def show_clips(self) -> None:
+        """Show the clips that are chosen."""
+        raise NotImplementedError
+
+    def play_file(self, path: Path, what: str) -> None:
+        """Show what a `TrainingMonitor` has saved."""
+        prompts = json.loads(path.with_name("prompts.json").read_text(encoding="utf-8"))
+        self.play(encoded(load(path), prompts, what), prompts)
 
     def play(self, pages: Sequence[str], prompts: Sequence) -> None:
         """Show what `encoded` made."""
@@ -97,15 +121,9 @@ def flow(drawings: Iterable[str]) -> str:
     return f"<div style='{style}'>{''.join(drawings)}</div>"
 
 
-def twice(prompts: Sequence) -> list:
-    """Each prompt as often as there are seeds."""
-    return [prompt for prompt in prompts for _ in range(SEEDS)]
-
-
-def by_seed(frames: torch.Tensor, fps: float) -> Video:
-    """Clips (B, F, 3, H, W) of `twice` as one: a column per prompt."""
-    rows = frames.unflatten(0, (-1, SEEDS)).transpose(0, 1).flatten(0, 1)
-    return Video(grid(rows, len(rows) // SEEDS), fps)
+def by_seed(frames: torch.Tensor, model: VideoModel) -> Video:
+    """Clips (B, F, 3, H, W) of all prompts, seed by seed, as one: a column per prompt."""
+    return Video(grid(frames, len(frames) // SEEDS), model.defaults["fps"])
 
 
 def encoded(clip: Video, prompts: Sequence, what: str) -> list[str]:
@@ -113,10 +131,11 @@ def encoded(clip: Video, prompts: Sequence, what: str) -> list[str]:
     return pictures(clip, f"clips of {what}: {', '.join(map(str, prompts))}")
 
 
-def load_clip(path: Path) -> Video:
-    """A clip that `Video.save` wrote as webp."""
-    with Image.open(path) as picture:
-        frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
-        duration = picture.info.get("duration") or 1000  # a clip of one frame has none
-    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-    return Video(pixels / 255, fps=round(1000 / duration))
+def offer(menu: Any, options: list[str], first: str = "", follow: bool = False) -> None:
+    """Give a menu its options. What was chosen stays if it is still offered, and not with `follow`; else `first`."""
+    options = options or [NONE]
+    stays = menu.value in options and menu.value != NONE and not follow
+    chosen = menu.value if stays else first or options[0]
+    if list(menu.options) != options:
+        menu.options = options
+    menu.value = chosen

@@ -1,4 +1,4 @@
-"""Sampling as a job of a panel, and what panels begin with."""
+"""Work in steps, between which it can be stopped: sampling, and what interactive comparisons begin with."""
 
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from .. import lora, prompts, zoo
-from ..lora import Adapter
-from ..models import VideoModel
-from ..models.modelscope import ModelScope
-from ..prompts import Prompt
-from ..sampling import (
+from . import lora, prompts, zoo
+from .lora import Adapter
+from .models import VideoModel
+from .models.modelscope import ModelScope
+from .prompts import Prompt
+from .rewards import Reward, as_reward, parse
+from .sampling import (
     Sampling,
     adapter_active,
     continued,
@@ -21,6 +22,9 @@ from ..sampling import (
     join,
     segment_settings,
 )
+
+# Work that yields the fraction done, after each denoising step or work of that size.
+Job = Generator[float, None, object]
 
 
 def denoising(
@@ -85,7 +89,23 @@ def adapter_of(which: Any) -> Any:
     return getattr(which, "adapter", None if hasattr(which, "sample") else which)
 
 
+def usable(reward: Any, model: VideoModel, prompts: Sequence[str]) -> Reward:
+    """A reward, a function or an expression as a reward on the model's device, which can judge these prompts."""
+    tiny = model.world == "tiny"
+    made = parse(reward, tiny=tiny) if isinstance(reward, str) else as_reward(reward)
+    made.check_prompts(prompts)
+    return made.to(model.device)
+
+
 def examples(model: VideoModel, count: int) -> list[str]:
     """Prompts to begin with."""
     name = "tiny_held_out" if model.world == "tiny" else "hps_custom"
     return [str(prompt) for prompt in prompts.get(name)[:count]]
+
+
+def remember(store: dict, key, value, most: int) -> None:
+    """Put a value last in a dictionary, which forgets what is oldest beyond `most`."""
+    store.pop(key, None)
+    store[key] = value
+    while len(store) > most:
+        del store[next(iter(store))]

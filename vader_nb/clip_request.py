@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from .. import zoo
-from ..models import VideoModel
-from ..prompts import Prompt
-from ..sampling import Sampling
+from . import zoo
+from .models import VideoModel
+from .prompts import Prompt
+from .sampling import Sampling
 
 NONE = "none (base model)"
 
@@ -50,6 +50,10 @@ class Request:
         default = Request("")
         own = ("adapter", "scale", "second", "second_scale", "start", "end")
         return replace(self, **{name: getattr(default, name) for name in own})
+
+    def settings_of(self, model: VideoModel) -> dict:
+        """Every setting by its name, also those of the model's family."""
+        return vars(self) | model.sampling_options | dict(self.options)
 
     @property
     def given(self) -> str | Prompt:

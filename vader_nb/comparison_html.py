@@ -7,22 +7,19 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 import torch
 from markupsafe import Markup
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 
-from .. import report, voting
-from ..drawing import Series, chart, columns, note, number, path, table
-from ..evaluation import BASE
-from ..stats import NOTES, paired_row
-from ..voting import Vote
-from .comparison_data import ALL, Clip, Comparison, View
-from .player import joined
+from . import race_results, report, voting
+from .comparison import ALL, Clip, Comparison, View
+from .drawing import Series, chart, columns, note, number, path, table
+from .evaluation import BASE
+from .stats import NOTES, paired_row
+from .voting import Vote
 
-# Contestants are told apart by color and by dashes; the base is gray. Legible on white and black.
-COLORS = ("#7d8590", "#3b82c4", "#d97706", "#2f9e6e", "#a855c7")
+# Contestants are told apart by color and by dashes; the base is gray.
 DASHES = ("2 3", "", "7 3", "7 2 2 2", "4 2")
 HEAT = LinearSegmentedColormap.from_list("heat", ["#d9001a", "#ff8c00", "#ffff66"])
 
@@ -74,8 +71,11 @@ def score_rows(
     return rows
 
 
-def look(i: int) -> dict[str, Any]:
-    return {"color": COLORS[i % len(COLORS)], "dashes": DASHES[i % len(DASHES)]}
+def curves_of(points: Mapping[str, Sequence[tuple[float, float]]]) -> list[Series]:
+    """Curves by name, each with a look of its own, also beside one that has no points yet."""
+    colors = race_results.colors(points)
+    looks = [(colors[name], DASHES[i % len(DASHES)]) for i, name in enumerate(points)]
+    return [Series(points[name], name, *look) for name, look in zip(points, looks) if points[name]]
 
 
 def legend(series: Series, value: str = "") -> str:
@@ -94,15 +94,16 @@ def curve(
     """A reward over the frames; its legend has the values at frame 1, 2, …, or for 0 the means."""
     if not comparison.rewards[reward].per_frame:
         return note(f"{reward} looks at the clip as a whole: one score per clip, no curve.")
-    series, legends = [], ""
-    for i, name in enumerate(names):
-        if name in comparison.scores[prompt]:
-            values = comparison.scores[prompt][name][reward].tolist()
-            series.append(Series([*enumerate(values, 1)], name, **look(i)))
-            mean = f"mean {number(comparison.mean(prompt, name, reward))}"
-            legends += legend(series[-1], number(values[frame - 1]) if frame else mean)
+    scores = comparison.scores[prompt]
+    made = {name: scores[name][reward].tolist() if name in scores else [] for name in names}
+    series = curves_of({name: [*enumerate(values, 1)] for name, values in made.items()})
+    legends = ""
+    for one in series:
+        mean = f"mean {number(comparison.mean(prompt, one.name, reward))}"
+        legends += legend(one, number(made[one.name][frame - 1]) if frame else mean)
     label = f"{reward} at frame {frame}" if frame else f"{reward} of each frame"
-    return f"{chart(series, label=label, marker=frame or None)}<div>{legends}</div>"
+    drawn = chart(series[::-1], label=label, marker=frame or None)  # the base over its equals
+    return f"{drawn}<div>{legends}</div>"
 
 
 def along(
@@ -116,10 +117,10 @@ def along(
         return sum(comparison.mean(prompt, name, reward) for prompt in prompts) / len(prompts)
 
     places = [place for curve in view.curves.values() for place in curve.values()]
-    series = [Series([(x, mean(BASE)) for x in (min(places), max(places))], BASE, **look(0))]
-    for i, (label, names) in enumerate(view.curves.items(), 1):
-        points = [(place, mean(name)) for name, place in names.items()]
-        series.append(Series(points, label, **look(i)))
+    points = {BASE: [(x, mean(BASE)) for x in (min(places), max(places))]}
+    for label, names in view.curves.items():
+        points[label] = [(place, mean(name)) for name, place in names.items()]
+    series = curves_of(points)
     of = f", mean of these {len(prompts)} prompts" if len(prompts) > 1 else ""
     drawn = chart(series, label=f"{reward} by {view.axis}{of}", x_label=view.axis, marker=marker)
     return f"{drawn}<div>{''.join(map(legend, series))}</div>"
@@ -168,7 +169,7 @@ def export(comparison: Comparison, votes: Sequence[Vote]) -> str:
     made_by = {name: str(c.contestants[name]) for name in c.views[ALL].names[1:]}
     settings = {"model": c.model.name, "contestants": made_by, "seed": c.seed}
     settings |= {k: v for k, v in vars(c.sampling).items() if v is not None}
-    return report.TEMPLATES.get_template("widgets/comparison.html.j2").render(
+    return report.TEMPLATES.get_template("comparison.html.j2").render(
         names=[*made_by],
         differences=Markup(_differences(c)),
         views=views,
@@ -181,8 +182,8 @@ def _playing(comparison: Comparison, prompt: str, names: Sequence[str]) -> str:
     if any((prompt, name) not in comparison.clips for name in names):
         return note("Its clips were not kept: too many came after them.")
     frames = [comparison.clips[prompt, name].pixels() for name in names]
-    video = joined(frames, comparison.model.defaults["fps"], f"{', '.join(names)}: {prompt}")
-    return video.to_html(width=256 * len(names))
+    # No Markup, which would escape the table that is put below it.
+    return str(report.picture(prompt, frames, names, comparison.model.defaults["fps"]))
 
 
 def _differences(comparison: Comparison) -> str:

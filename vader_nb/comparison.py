@@ -8,19 +8,17 @@ from typing import Any
 
 import torch
 
-from .. import lora
-from .. import prompts as prompt_sets
-from ..checkpoints import list_checkpoints
-from ..evaluation import BASE, named_adapters
-from ..lora import Adapter
-from ..models import VideoModel
-from ..prompts import Prompt
-from ..rewards import Reward, as_reward, parse
-from ..rewards.base import at_least_float32, pixel_gradient
-from ..sampling import Sampling
-from . import clips
-from .jobs import Job
-from .panel import remember
+from . import lora, stepwise
+from . import prompts as prompt_sets
+from .checkpoints import list_checkpoints
+from .evaluation import BASE, named_adapters
+from .lora import Adapter
+from .models import VideoModel
+from .prompts import Prompt
+from .rewards import Reward
+from .rewards.base import at_least_float32, pixel_gradient
+from .sampling import Sampling
+from .stepwise import Job, remember
 
 MEMORY = 2e9  # bytes of the clips that are kept; scores are small, and stay for all prompts
 MAX_PROMPTS = 200  # each costs a clip per contestant
@@ -110,22 +108,21 @@ class Comparison:
     ):
         self.model, self.seed = model, seed
         self.sampling = (sampling or Sampling()).resolve(model)
-        self.rewards = metrics(model, rewards)
-        given = prompt_sets.get(clips.examples(model, 6) if prompts is None else prompts)
-        if len(given) > MAX_PROMPTS:
+        given = prompt_sets.get(stepwise.examples(model, 6) if prompts is None else prompts)
+        if (count := len(given)) > MAX_PROMPTS:
             raise ValueError(
-                f"a comparison takes up to {MAX_PROMPTS} prompts, got {len(given)}: give it fewer"
+                f"a comparison takes up to {MAX_PROMPTS} prompts, got {count}: give it fewer"
             )
         self.given = {str(prompt): prompt for prompt in given if str(prompt).strip()}
         self.prompts = [*self.given]
+        self.rewards = metrics(model, rewards, self.prompts)
         for reward in self.rewards.values():
-            reward.check_prompts(self.prompts)
             reward.check_frames(self.sampling.total_frames)
             reward.at_fps(model.defaults["fps"])
-        named = clips.shipped(model) if contestants is None else named_adapters(contestants)
+        named = stepwise.shipped(model) if contestants is None else named_adapters(contestants)
         self.contestants, self.views = line_up(named)
         for name in named:
-            lora.check_fits(model, clips.adapter_of(self.contestants[name]))
+            lora.check_fits(model, stepwise.adapter_of(self.contestants[name]))
         # prompt -> contestant -> reward -> (F,), or (1,) for a reward on whole clips
         self.scores: dict[str, dict[str, dict[str, torch.Tensor]]] = {p: {} for p in self.prompts}
         self.clips: dict[tuple[str, str], Clip] = {}  # by prompt and contestant, the last used last
@@ -136,7 +133,7 @@ class Comparison:
         which, s, given = self.contestants[name], self.sampling, [self.given[prompt]]
         if hasattr(which, "sample"):
             yield 0.0
-            with lora.use_adapter(self.model, clips.adapter_of(which)) as adapter:
+            with lora.use_adapter(self.model, stepwise.adapter_of(which)) as adapter:
                 options = {"seeds": [seed], "sampling": s, "adapter": adapter}
                 frames = which.sample(self.model, given, **options)
             wanted = (1, s.total_frames, 3, s.height, s.width)
@@ -147,10 +144,10 @@ class Comparison:
         if name not in self.merged:
             weights = which if isinstance(which, Mapping) else {which: 1.0}
             live = isinstance(which, Adapter)
-            adapter = which if live else clips.merged(self.model, weights)
+            adapter = which if live else stepwise.merged(self.model, weights)
             remember(self.merged, name, adapter, ROWS * len(SCALES))
         adapter = self.merged[name]
-        frames = yield from clips.denoising(self.model, given, [seed], s, adapter)
+        frames = yield from stepwise.denoising(self.model, given, [seed], s, adapter)
         return frames[0]
 
     def score(self, frames: torch.Tensor, prompt: str) -> dict[str, torch.Tensor]:
@@ -222,19 +219,21 @@ def _errors_named(reward: Reward) -> Iterator[None]:
         raise ValueError(f"reward {reward.name!r} failed ({what}). {hint}") from error
 
 
-def metrics(model: VideoModel, rewards: Sequence | None) -> dict[str, Reward]:
-    """The rewards by name, on the model's device; default: those of the tiny world."""
-    if rewards is None and model.world == "tiny":
-        rewards = [parse(name, tiny=True) for name in ("hps", "aesthetic", "action")]
-    listed = [as_reward(reward) for reward in ([rewards] if callable(rewards) else rewards or [])]
-    if not listed:
+def metrics(
+    model: VideoModel, rewards: Sequence | None, prompts: Sequence[str]
+) -> dict[str, Reward]:
+    """The rewards by name, usable on these prompts; default: those of the tiny world."""
+    default = ["hps", "aesthetic", "action"] if model.world == "tiny" else []
+    given = default if rewards is None else [rewards] if callable(rewards) else rewards
+    made = [stepwise.usable(reward, model, prompts) for reward in given]
+    if not made:
         raise ValueError(
             f"no rewards to compare by: RewardComparison(model, rewards=[hps()]) for {model.name!r}"
         )
-    named = {reward.name: reward.to(model.device) for reward in listed}
-    if len(named) < len(listed):
+    named = {reward.name: reward for reward in made}
+    if len(named) < len(made):
+        names = [reward.name for reward in made]
         raise ValueError(
-            f"rewards need different names, got {[reward.name for reward in listed]}; "
-            "reward.renamed('…') gives one"
+            f"rewards need different names, got {names}; reward.renamed('…') gives one"
         )
     return named
