@@ -16,11 +16,11 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/04_reward_gradients.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/04_reward_gradients.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 1.8 minutes | 1.7 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 2 minutes | 1.7 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # You have both ends. From notebook 2: a sampler is a program with a gradient, which costs memory for every step. From
@@ -45,13 +45,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
@@ -877,4 +878,6 @@ course.attempt(check, EveryOther)
 # timestep 0 instead of 99. How far does `Last(1)` fall? Its gradient gets short, but that is not the trouble (why not?). What is?
 
 # %% [markdown] tags=["next"]
-# **Next:** [05 · LoRA](05_lora.ipynb): which weights should the gradient change? Fewer than you think.
+# **Next:** [5 · LoRA](05_lora.ipynb): which weights should the gradient change? Fewer than you think.
+#
+# *The same links for Colab: [chapter 5](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/05_lora.ipynb).*

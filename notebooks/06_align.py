@@ -16,11 +16,11 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/06_align.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/06_align.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 2.2 minutes | 1.5 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 2.5 minutes | 1.5 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # You have all the parts: a video model and its sampling loop (1), a gradient through its last step (2), a reward to climb
@@ -42,13 +42,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
@@ -586,5 +587,7 @@ for path in sorted((folder / "run").rglob("*")):
 # buys, and say what your best setting does to the diversity. (Why look only once? Notebook 7.)
 
 # %% [markdown] tags=["next"]
-# **Next:** [07 · Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb) climbs too far on purpose, and shows how to notice.
-# [08 · Many GPUs](08_many_gpus.ipynb) trains one adapter on several; [09 · Playground](09_playground.ipynb) has sliders.
+# **Next:** [7 · Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb) climbs too far on purpose, and shows how to notice.
+# [8 · Many GPUs](08_many_gpus.ipynb) trains one adapter on several; [9 · Playground](09_playground.ipynb) has sliders.
+#
+# *The same links for Colab: [chapter 7](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb), [chapter 8](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/08_many_gpus.ipynb), [chapter 9](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/09_playground.ipynb), [Recipes](https://github.com/vader-nb/vader_nb/blob/main/notebooks/recipes.md).*

@@ -16,11 +16,11 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/07_evaluate_and_reward_hacking.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 2.1 minutes | 1.3 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 2.5 minutes | 1.3 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # A reward is a number that stands for a goal. Alignment climbs the number, and at first gets closer to the goal; then the two part, and
@@ -42,13 +42,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
@@ -582,4 +583,6 @@ print(f"p(motion), floor minus no floor: {gain.mean():+.2f} [{low:+.2f}, {high:+
 # explanation: what do the network's features do on noise, or on a gray screen?
 
 # %% [markdown] tags=["next"]
-# **Next:** several GPUs, [08 · Many GPUs](08_many_gpus.ipynb). Or a reward of your own, and one to hold out: [03 · Rewards](03_differentiable_rewards.ipynb) says how each one fails.
+# **Next:** several GPUs, [8 · Many GPUs](08_many_gpus.ipynb). Or a reward of your own, and one to hold out: [3 · Rewards](03_differentiable_rewards.ipynb) says how each one fails.
+#
+# *The same links for Colab: [chapter 3](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/03_differentiable_rewards.ipynb), [chapter 8](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/08_many_gpus.ipynb).*

@@ -16,11 +16,11 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/08_many_gpus.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/08_many_gpus.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 1.8 minutes | 1.7 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 2 minutes | 1.7 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # On one GPU a step of VADER sees one or two clips at a time, and one clip is a poor guide. Four GPUs see four times as many,
@@ -43,13 +43,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
@@ -719,4 +720,6 @@ vader_nb.memory(full_size, "hps", height=256, width=256, num_frames=16)
 # and take more steps instead? Does your answer change after ten steps of training?
 
 # %% [markdown] tags=["next"]
-# **Next:** [09 · Playground](09_playground.ipynb): drag, type and click, and see what an adapter and a reward do.
+# **Next:** [9 · Playground](09_playground.ipynb): drag, type and click, and see what an adapter and a reward do.
+#
+# *The same links for Colab: [chapter 9](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/09_playground.ipynb), [Other tools' arguments, and what they are called here](https://github.com/vader-nb/vader_nb/blob/main/notebooks/arguments.md), [One GPU or many](https://github.com/vader-nb/vader_nb/blob/main/notebooks/gpus.md).*

@@ -16,11 +16,11 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/09_playground.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/09_playground.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 1.0 minutes | 1.4 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 1 minute | 1.4 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # Numbers convince, but playing teaches. This notebook has the interactive panels of the toolkit: drag, type, click, and see
@@ -41,13 +41,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
@@ -375,5 +376,7 @@ course.attempt(check, raw_weights)
 
 # %% [markdown] tags=["next"]
 # **Next:** [10 · Other models](10_other_models.ipynb): transformers, flows, decoders that remember. Or an idea of your own: compose a
-# reward that you believe in, align to it as in [06 · Align](06_align.ipynb), and come back for a blind vote: do you like what you asked
-# for? If not, [07 · Evaluate](07_evaluate_and_reward_hacking.ipynb) explains why.
+# reward that you believe in, align to it as in [6 · Align](06_align.ipynb), and come back for a blind vote: do you like what you asked
+# for? If not, [7 · Evaluate](07_evaluate_and_reward_hacking.ipynb) explains why.
+#
+# *The same links for Colab: [chapter 6](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/06_align.ipynb), [chapter 7](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb), [chapter 10](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/10_other_models.ipynb), [Reward comparison: who makes the better clips, and by which reward?](https://github.com/vader-nb/vader_nb/blob/main/notebooks/panel_comparison.md), [Reward composer: what do I want, in one number?](https://github.com/vader-nb/vader_nb/blob/main/notebooks/panel_composer.md), [Training monitor: is the run going where I want?](https://github.com/vader-nb/vader_nb/blob/main/notebooks/panel_monitor.md), [Memory planner: does a training step fit?](https://github.com/vader-nb/vader_nb/blob/main/notebooks/panel_planner.md), [Run viewer: which method gets more for what it spends?](https://github.com/vader-nb/vader_nb/blob/main/notebooks/panel_race.md), [Sampler: what does an adapter do to a clip?](https://github.com/vader-nb/vader_nb/blob/main/notebooks/panel_sampler.md), [Truncation explorer: how far back must the gradient go?](https://github.com/vader-nb/vader_nb/blob/main/notebooks/panel_truncation.md).*

@@ -16,11 +16,11 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/10_other_models.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/10_other_models.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 3.3 minutes | 1.9 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 3.5 minutes | 1.9 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # So far everything ran on one model, a UNet that undoes noise by a schedule from 2020. The models that people use today are
@@ -42,13 +42,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "tiny"  # @param ["tiny"]
@@ -755,3 +756,5 @@ course.attempt(check, latent_of)
 
 # %% [markdown] tags=["next"]
 # **Next:** [11 · One GPU](11_one_gpu.ipynb): ModelScope or Wan, with their own prompts and settings, on the card that you have.
+#
+# *The same links for Colab: [chapter 11](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/11_one_gpu.ipynb), [Models](https://github.com/vader-nb/vader_nb/blob/main/notebooks/models.md), [Recipes](https://github.com/vader-nb/vader_nb/blob/main/notebooks/recipes.md).*

@@ -16,11 +16,11 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/11_one_gpu.ipynb)
 # [![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/vader-nb/vader_nb/main?labpath=notebooks/11_one_gpu.ipynb)
 #
-# | needs | two CPU cores | peak memory | GPU |
-# |---|---|---|---|
-# | no GPU, no download, no account | 0.7 minutes | 1.3 GB | not measured |
+# | needs | two CPU cores | peak memory |
+# |---|---|---|
+# | no GPU, no download, no account | about 1 minute | 1.3 GB |
 #
-# *Words and symbols: [notation and glossary](notation.md).*
+# *In Colab, a runtime with a GPU runs the full-size model, and one without its small twin. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # So far `tiny` has carried the course. This chapter is the bridge to a real model: its own prompts, learning rate, precision, batch, and above all
@@ -46,13 +46,14 @@
 import sys
 from importlib.util import find_spec
 
-if "google.colab" in sys.modules and not find_spec("vader_nb"):
-    # Only what Colab lacks: never torch or numpy, which it has.
+if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass
+    pass  # the newest version; @ and a tag or a commit behind the address would get another
 
 from vader_nb import course
+
+course.environment(stored_with="0.1.0")
 
 # %% tags=["parameters"]
 MODEL = "modelscope"  # @param ["modelscope", "wan"]
@@ -538,4 +539,6 @@ course.attempt(check, calls_per_clip)
 # each setting that you changed which stage was the largest before and after.
 
 # %% [markdown] tags=["next"]
-# **Next:** with the model running, the question is what it learns: [07 · Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb). One card is slow: [08 · Many GPUs](08_many_gpus.ipynb).
+# **Next:** with the model running, the question is what it learns: [7 · Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb). One card is slow: [8 · Many GPUs](08_many_gpus.ipynb).
+#
+# *The same links for Colab: [chapter 7](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb), [chapter 8](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/08_many_gpus.ipynb), [Recipes](https://github.com/vader-nb/vader_nb/blob/main/notebooks/recipes.md).*
