@@ -23,8 +23,8 @@
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# You have both ends. From notebook 2: a sampler is a program with a gradient, which costs memory for every step. From
-# notebook 3: a reward that points uphill in pixels. Now join them:
+# You have both ends. From chapter 2: a sampler is a program with a gradient, which costs memory for every step. From
+# chapter 3: a reward that points uphill in pixels. Now join them:
 #
 # $$\theta \;\to\; \text{last } K \text{ steps} \;\to\; x_0 \;\to\; \text{frames} \;\to\; R$$
 #
@@ -93,7 +93,7 @@ Gallery({"the clip": [Video(clips[0], 8, prompts[0])]}, width=256)
 # ## The plain way
 #
 # Autograd can do all of it in one go: sample with a graph through the last $K$ steps, decode, score, `backward()`. What
-# learns is an *adapter*, a small addition to the weights; notebook 5 takes it apart, here it is just "the parameters $\theta$".
+# learns is an *adapter*, a small addition to the weights; chapter 5 takes it apart, here it is just "the parameters $\theta$".
 
 # %% tags=["for-checks"]
 adapter = lora.add(model, rank=4, seed=SEED)
@@ -521,7 +521,7 @@ Gallery({"star": row}, width=112)
 # In the last step alone the adapter turns parts of the star cyan; in the nine steps before nearly all of it, and with all ten it goes on
 # toward blue: the rating likes that better, whatever the prompt says. Most of it comes from steps in which the adapter was never trained.
 #
-# This answers notebook 1's riddle: polishing can teach a model to draw, because the polisher *is* the painter. The ten steps are one network, and
+# This answers chapter 1b's riddle: polishing can teach a model to draw, because the polisher *is* the painter. The ten steps are one network, and
 # what it has learned to do with the features of "a green star" at the last step, it does with the same features at the steps before. A little in
 # each of them adds up to a lot. And it has a limit, which you see, too: what the first half adds cannot be told from zero. There the layout is
 # decided, from noise in which those features do not exist yet.
@@ -586,7 +586,7 @@ course.show(figure, "04-experts")
 # (`align` warns where a denoiser is out of reach.)
 #
 # And where the shape moved most, it is hardly a shape any more: after twelve steps of so crude a reward the oracles can name it in few of the
-# clips. That is reward hacking, and notebook 7 is about it.
+# clips. That is reward hacking, and chapter 7 is about it.
 
 # %% [markdown]
 # ## The estimator lab

@@ -136,7 +136,7 @@ course.attempt(check, draw)
 #
 # ## The loop
 #
-# Compute the gradient, clip it, take an optimizer step. That is VADER. The gradient is the work of notebook 4, in one call:
+# Compute the gradient, clip it, take an optimizer step. That is VADER. The gradient is the work of chapter 4, in one call:
 
 
 # %% tags=["for-checks"]
@@ -361,12 +361,12 @@ print(f"gradient norm: {min(norms):.3f} to {max(norms):.3f}, and max_grad_norm i
 # | the reward falls, steadily | the sign |
 # | the reward is flat, the norm is not | pairs, as above, before you change anything; then the learning rate |
 # | `nan` | half precision; a root or a division at zero in the reward |
-# | the reward rises, and the clips get strange | notebook 7 |
+# | the reward rises, and the clips get strange | chapter 7 |
 #
 # ## What a minute buys
 #
 # Papers plot the reward over *steps*. You pay for *minutes*. With a graph through the last five steps, `Last(5)`, the gradient is closer to
-# the exact one (notebook 4), and each step takes longer. So give both about the same time: half as many steps, and everything else as above.
+# the exact one (chapter 4), and each step takes longer. So give both about the same time: half as many steps, and everything else as above.
 
 # %%
 run.adapter.remove()
@@ -401,7 +401,7 @@ Gallery(rows, width=112)
 # every difference with its 95 % interval. The *oracles* are plain code that reads color, shape, motion and background off the pixels; nothing was
 # ever trained on them (†). `wins` is the share of pairs in which the clip after training scores higher. `motion` is the mean change from one frame to
 # the next (movement or flicker). `diversity` is the variance between the two seeds of a prompt, of frames shrunk to 8 × 8 pixels with values from 0 to
-# 255. (Notebook 7 measures it in another space, that of a video network. Such numbers do not compare.)
+# 255. (Chapter 7 measures it in another space, that of a video network. Such numbers do not compare.)
 #
 # > **Predict.** After the same time, which one has added more to `hps`? **(a)** `Last(1)`, with twice the steps · **(b)** `Last(5)`, with the better
 # > gradient · **(c)** with so few clips we cannot tell them apart
@@ -584,7 +584,7 @@ for path in sorted((folder / "run").rglob("*")):
 # Three of them you have met above. **Exercise 4** (★★★, open, two hours). Beat the notebook: with the same minutes of training, a larger
 # difference on the same held-out prompts, interval and all. The learning rate, the rank, the batch size, `Frames.random(2)`, `rollout_reuse`, a
 # strategy, `lr_scheduler`: what you like, but choose on the training prompts, and look at the held-out ones *once*. Bring a plot of what a minute
-# buys, and say what your best setting does to the diversity. (Why look only once? Notebook 7.)
+# buys, and say what your best setting does to the diversity. (Why look only once? Chapter 7.)
 
 # %% [markdown] tags=["next"]
 # **Next:** [7 · Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb) climbs too far on purpose, and shows how to notice.

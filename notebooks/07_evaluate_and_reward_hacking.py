@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 2.5 minutes | 1.3 GB |
+# | no GPU, no download, no account | about 2 minutes | 1.3 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
@@ -150,7 +150,7 @@ course.attempt(check, cheat)
 #
 # ## A held-out reward
 #
-# Before we train on smoothness, we choose a *held-out reward*: one that we do *not* train on. The action network of notebook 3 names the
+# Before we train on smoothness, we choose a *held-out reward*: one that we do *not* train on. The action network of chapter 3 names the
 # motion that it sees; p(motion) is the probability that it gives to the motion that the prompt asks for.
 
 # %%
@@ -483,7 +483,7 @@ print(
 #
 # **Stop in time.** You have done that: `choice.path`. It costs nothing but a held-out reward.
 #
-# **Turn it down.** Is the model that went too far lost? An adapter's strength can be scaled (notebook 5).
+# **Turn it down.** Is the model that went too far lost? An adapter's strength can be scaled (chapter 5).
 
 # %%
 again = unseen[3::16][:PROMPTS]

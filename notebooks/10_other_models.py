@@ -233,7 +233,7 @@ for name, (model, num_frames) in exact.items():
 del exact
 
 # %% [markdown]
-# Nothing but the rounding of double precision, five times. The method that you wrote in notebook 4 gives the exact gradient through five denoisers, their samplers and their decoders.
+# Nothing but the rounding of double precision, five times. The method that you wrote in chapter 4 gives the exact gradient through five denoisers, their samplers and their decoders.
 # (Not at full size and not with published weights: that was not run here. [Models](models.md) says for each what was tested.)
 #
 # ## Noise and flow
@@ -321,7 +321,7 @@ course.show(figure, "10-noise")
 
 # %% [markdown]
 # On this logarithmic axis the ends are what matters. ModelScope's last step still finds 17 % of noise, the flows 6 to 8 %, VideoCrafter2 4 %, and SVD 0.2 %: when its last step
-# begins, the video is finished. (The embedded models take few and wide steps, so theirs has more to do.) Notebook 2 called what follows from this the *reach* of the last step,
+# begins, the video is finished. (The embedded models take few and wide steps, so theirs has more to do.) Chapter 2 called what follows from this the *reach* of the last step,
 # and the package gives it as `last_step_gain`; the gradient of $K = 1$ is multiplied by it. [Models](models.md) advises on $K$ by it.
 #
 # ## What K costs, and what it loses
@@ -394,7 +394,7 @@ course.predict(guess, "10-truncation", letter=letter, means=", ".join(f"{m:.2f}"
 #
 # ## Decoders that remember
 #
-# In notebook 4, stage 2 took one frame after the other, because `tiny`'s decoder does. Is it so for the others? Ask each decoder which
+# In chapter 4, stage 2 took one frame after the other, because `tiny`'s decoder does. Is it so for the others? Ask each decoder which
 # latents a frame depends on: pull one frame back, and see where the gradient arrives.
 #
 # > **Predict.** `tiny-wan` makes 9 frames of 3 latents. On which latents does its *fifth* frame (of latent 1, the middle one) depend?
@@ -656,7 +656,7 @@ course.predict(guess, "10-drift", letter=letter, told=told)
 #
 # ## A transformer, aligned
 #
-# The call of notebook 6, with another model: eight clips in a batch and all frames, as in [its recipe](recipes.md). We take 16 steps instead of 40, at twice the learning rate, and judge by 67 held-out prompts.
+# The call of chapter 6, with another model: eight clips in a batch and all frames, as in [its recipe](recipes.md). We take 16 steps instead of 40, at twice the learning rate, and judge by 67 held-out prompts.
 
 # %%
 reward = rewards.hps("tiny") + 0.02 * rewards.aesthetic("tiny")
@@ -710,7 +710,7 @@ Gallery(
 # | how far does the last step reach? | `model.last_step_gain(sampling)` | $K$, or a strategy that trains earlier steps |
 # | does the decoder know time? | `model.independent_frames`, `CausalDecoder` | memory and time of stage 2 |
 # | which weights learn? | `model.targets` | what an adapter goes onto |
-# | are there two denoisers? | `model.denoisers` | whether $K$ reaches both (notebook 4) |
+# | are there two denoisers? | `model.denoisers` | whether $K$ reaches both (chapter 4) |
 # | is a family's gradient exact? | `testing.check_model(model)` | whether to trust a run |
 #
 # **Without looking:** why does SVD need more than $K = 1$? What does a causal decoder's sweep keep in memory, and what does it compute twice? Why may a gradient end at a seam, and what does it lose there?

@@ -108,7 +108,7 @@ HTML(
 #
 # ## Will it fit?
 #
-# A training step has stages, and its peak is that of the largest (notebook 4). `vader_nb.memory` runs the step of *this* recipe at full size, on fake tensors, and counts. It takes seconds for ModelScope and a minute for Wan.
+# A training step has stages, and its peak is that of the largest (chapter 4). `vader_nb.memory` runs the step of *this* recipe at full size, on fake tensors, and counts. It takes seconds for ModelScope and a minute for Wan.
 #
 # > **Predict.** Half precision, gradient checkpointing, one clip. Which stage is the largest? **(a)** reading the prompt, with the text encoder · **(b)** replaying a step
 # > with its graph · **(c)** decoding and scoring a frame
@@ -451,7 +451,7 @@ for check_name in course.quick(list(selfcheck.CHECKS), ["gradient"]):
 #
 # ## Training
 #
-# Everything is chosen. The call is that of notebook 6, with the recipe as its settings:
+# Everything is chosen. The call is that of chapter 6, with the recipe as its settings:
 
 # %%
 changes = {
@@ -479,15 +479,15 @@ Gallery(
 )
 
 # %% [markdown]
-# After so few steps you should see almost nothing, and if you see a lot, lower the learning rate. In a shell the same is `vader-nb align config=modelscope`, with any setting after it; it writes what notebook 6 showed, and resumes after an interruption.
+# After so few steps you should see almost nothing, and if you see a lot, lower the learning rate. In a shell the same is `vader-nb align config=modelscope`, with any setting after it; it writes what chapter 6 showed, and resumes after an interruption.
 #
 # | you see | try |
 # |---|---|
 # | out of memory | `vader-nb memory config=modelscope gpu_memory=T4` names the settings |
 # | `nan` in float16 | `mixed_precision=bf16` with bfloat16 weights; keep the reward in float32 |
-# | the reward does not rise in 50 steps | pairs (notebook 6), before the learning rate |
-# | it rises and the clips get strange | [notebook 7](07_evaluate_and_reward_hacking.ipynb) |
-# | it is too slow on one card | [notebook 8](08_many_gpus.ipynb) |
+# | the reward does not rise in 50 steps | pairs (chapter 6), before the learning rate |
+# | it rises and the clips get strange | [chapter 7](07_evaluate_and_reward_hacking.ipynb) |
+# | it is too slow on one card | [chapter 8](08_many_gpus.ipynb) |
 #
 # ## Recap
 #

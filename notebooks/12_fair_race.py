@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 1.5 minutes | 2.7 GB |
+# | no GPU, no download, no account | about 1 minute | 1.9 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
@@ -31,7 +31,7 @@
 #
 # - *pick* the best of N clips, and say what that costs;
 # - *write* the policy gradient behind DDPO and GRPO, and prove it right;
-# - *explain* why a gradient of the reward needs fewer queries, and when it does not help;
+# - *explain* why a reward's gradient learns more from a clip than its score does, and when that does not help;
 # - *run* a race that is fair: equal budgets, a rate tuned for each, a judge that nobody trained on;
 # - *read* its results with their intervals, also those that you did not hope for.
 #
@@ -86,8 +86,6 @@ for prompt in held_out:
     clips.append(made.cpu())
 scores = torch.stack(scores)  # (prompts, clips)
 best = scores.argmax(dim=1)
-
-# %%
 rows = {
     "the first": [Video(made[0], 8, text) for made, text in zip(clips, held_out)],
     f"the best of {CLIPS}": [
@@ -327,11 +325,11 @@ course.predict(guess, "12-dimensions", cosine=lines[-1, 0].item(), through=lines
 #
 # It is easy to make a rival look bad: give it the wrong learning rate, and stop early. So:
 #
-# - **one budget** for all. But of what? A method with a gradient asks the reward less often and goes *back* through it; one without calls the
+# - one **budget** for all. But of what? A method with a gradient asks the reward less often and goes *back* through it; one without calls the
 #   denoiser more. `race` counts all of it: queries of the reward, denoiser calls, seconds, bytes that are kept;
-# - **a learning rate tuned for each**, on as many candidates, by seeds that do not run in the race;
-# - **several seeds**, the same prompts for all, and an interval on every difference;
-# - **a judge that nobody was trained on**, on prompts that nobody has seen. We train on `hps + 0.02 * aesthetic`, and look at the oracles, which
+# - a **learning rate** tuned for each, on as many candidates, by seeds that do not run in the race;
+# - several **seeds**, the same prompts for all, and an interval on every difference;
+# - a **judge** that nobody was trained on, on prompts that nobody has seen. We train on `hps + 0.02 * aesthetic`, and look at the oracles, which
 #   read color and shape off the pixels, and at motion.
 #
 # First a short one, live: one seed, a small budget, two contestants.
@@ -342,7 +340,8 @@ contestants = {
     "GRPO": {
         "estimator": "GRPO(group_size=8)",
         "frames": "all",
-        "batch_size": 16,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 2,
         "learning_rates": [1e-2],
     },
 }
@@ -365,7 +364,8 @@ short = vader_nb.race(
     output_dir=folder,
     progress=False,
 )
-course.show(short.plot(x="denoiser_calls", y="reward", log=False), "12-short")
+figure = short.plot(x="denoiser_calls", y="reward", log=False)
+course.show(figure, "12-short")
 
 # %% [markdown]
 # Did somebody win? Ask for the interval of the difference before you say so.
@@ -378,6 +378,55 @@ print("GRPO against VADER:", grpo["reward"])
 # %% [markdown]
 # Where GRPO ended, the difference to VADER, and the difference's 95 % interval over prompts. It holds zero, whoever seems to be ahead: one seed, eight
 # prompts and two steps of GRPO prove nothing. What you have seen is how a race is run. In a shell it is `vader-nb race races/tiny`.
+#
+# "Twenty times fewer queries" compares two points on such curves: what each has spent when it first reaches a *level*, usually the one where the rival ended.
+#
+# **Exercise 3** (★★, 15 minutes). Compute it. Measured points are joined by straight lines; who never gets there has spent infinitely much.
+
+
+# %% tags=["exercise"]
+def spent_until(spent, scores, level):
+    """Two lists of one length, spent ascending from 0, and a level -> a number, or math.inf."""
+    return spent[-1]  # your lines
+
+
+# %% tags=["check"]
+def check(spent_until):
+    import math
+
+    spent, scores = [0, 100, 200, 400], [0.0, 0.2, 0.1, 0.6]
+    assert spent_until(spent, scores, 0.0) == 0, "the base is there already, and has spent nothing"
+    assert spent_until(spent, scores, 0.9) == math.inf, "0.9 is never reached"
+    first = spent_until(spent, scores, 0.15)
+    assert first < 100, "0.15 is reached on the way to the first measured point, which is above it"
+    assert abs(first - 75) < 1e-6, "0.15 is three quarters of the way to the first point"
+    late = spent_until(spent, scores, 0.35)
+    assert abs(late - 300) < 1e-6, f"0.35 is reached at 300, between the last two, not at {late:g}"
+
+
+course.attempt(check, spent_until)
+
+# %% [markdown]
+# <details><summary>A hint</summary>
+#
+# Look at neighbors: `zip(spent, spent[1:], scores, scores[1:])`. The first pair whose second score reaches the level holds the answer.
+# </details>
+# <details><summary>A solution</summary>
+#
+# ```python
+# def spent_until(spent, scores, level):
+#     import math
+#
+#     if scores[0] >= level:
+#         return spent[0]
+#     for before, after, low, high in zip(spent, spent[1:], scores, scores[1:]):
+#         if high >= level:
+#             return before + (after - before) * (level - low) / (high - low)
+#     return math.inf
+# ```
+# </details>
+#
+# `short.queries_to_reach("GRPO", y="reward")` does so for a whole race, with an interval over seeds and prompts.
 #
 # ## A rate for each
 #
@@ -437,15 +486,15 @@ except ValueError as error:
 # A vision-language model's "yes", a server, a person: the same. There the race has one half of its field, and you have methods that you now
 # understand: `vader_nb.align(model, size, "tiny", estimator=vader_nb.GRPO(group_size=8), batch_size=16)`.
 #
-# **Exercise 3** (★★★, open, an afternoon). A race of your own: a reward, its held-out judge, and a budget in seconds. Tune both methods on one seed, then run three others. Write down
+# **Exercise 4** (★★★, open, an afternoon). A race of your own: a reward, its held-out judge, and a budget in seconds. Tune both methods on one seed, then run three others. Write down
 # *before* you look: who will win, and by how much? Then the conclusion, with the interval, in one sentence that a rival would sign.
 
 # %% [markdown]
-# ## What to take along
+# ## Recap
 #
 # - Best of N first: no training, any reward, and the price at every clip.
 # - A policy gradient needs only scores; its noise grows with the dimension, because a score is one number.
-# - A reward's gradient needs fewer queries, and finds a reward's flaws as fast as it finds good clips.
+# - A reward's gradient learns more from each query, and finds a reward's flaws as fast as it finds good clips.
 # - "So many times better" means nothing without the rival's learning rate, the cost that is counted, and an interval.
 
 # %% [markdown] tags=["next"]

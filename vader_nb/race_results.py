@@ -227,7 +227,7 @@ class Race:
         self,
         against: Sequence[str] = ("diversity", "motion"),
         y: str = "held-out reward",
-        axes: Sequence | None = None,
+        axes: Any = None,
     ) -> Any:
         """Draw a metric against others, from the base on through each contestant's evaluations; up and right is better.
 

@@ -63,11 +63,33 @@ def policy_gradient(theta, reward, noise):
     return torch.autograd.grad(loss, theta)[0]
 """
 
+UNTIL = """
+def spent_until(spent, scores, level):
+    import math
+
+    if scores[0] >= level:
+        return spent[0]
+    for before, after, low, high in zip(spent, spent[1:], scores, scores[1:]):
+        if high >= level:
+            return before + (after - before) * (level - low) / (high - low)
+    return math.inf
+"""
+BY_FIRST = """
+def spent_until(spent, scores, level):
+    i = next((i for i, score in enumerate(scores) if score >= level), None)
+    if i is None:
+        return float("inf")
+    if i == 0:
+        return 0.0
+    share = (level - scores[i - 1]) / (scores[i] - scores[i - 1])
+    return (1 - share) * spent[i - 1] + share * spent[i]
+"""
+
 ANSWERS = {
     "best_of": (
         [ALL_WAYS, BY_RANK],
         {
-            PLAIN.format("scores[:, :n].max(dim=1).values.mean().item()"): "the best of 3",
+            PLAIN.format("scores[:, :n].max(dim=1).values.mean().item()"): "the best of one",
             PLAIN.format("scores.max(dim=1).values.mean().item()"): "the best of one",
             PLAIN.format("scores.mean().item()"): "of all of them",
             PLAIN.format("scores.flatten().sort().values[-n:].mean().item()"): "of all of them",
@@ -84,6 +106,21 @@ ANSWERS = {
             POLICY.replace("loss = loss - ", "loss = -"): "direction is wrong",
             POLICY.replace(".sum(1) / ", ".mean(1) / "): "0.33 times",
             ANEW: "the gradient is zero",
+        },
+    ),
+    "spent_until": (
+        [UNTIL, BY_FIRST],
+        {
+            UNTIL.replace(
+                "return before + (after - before) * (level - low) / (high - low)", "return after"
+            ): "the first measured",
+            UNTIL.replace("(level - low) / (high - low)", "0.5"): "three quarters",
+            UNTIL.replace("return math.inf", "return spent[-1]"): "never reached",
+            UNTIL.replace("return spent[0]", "return spent[1]"): "has spent nothing",
+            UNTIL.replace(
+                "zip(spent, spent[1:], scores, scores[1:])",
+                "zip(spent, spent[1:], [0] * 4, scores[1:])",
+            ): "0.35 is reached at 300",
         },
     ),
 }

@@ -134,7 +134,8 @@ class RewardComparison(BlindVote):
         blind = "blind vote: leave it first" if self.blind.value else ""
         finished = "" if data.lacks(self._compared()) else "all prompts are compared"
         sweeping = "it is under way" if self._sweeping else ""
-        unscored = "" if any(data.scores.values()) else "there is nothing to export yet"
+        whole = any(len(data.lacks(v.names)) < len(data.prompts) for v in data.views.values())
+        unscored = "" if whole else "there is nothing to export yet"
         disable(blind, self.prompt, self.view, self.step, self.reward, self.heat)
         disable(blind or alone, self.one, self.other)
         disable(blind or same or unsorted or sweeping, self.order)  # it would end the sweep
