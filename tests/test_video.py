@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vader_nb import Video
+from vader_nb import Gallery, Video
 from vader_nb.video import grid
 
 
@@ -111,3 +111,13 @@ def test_home_is_understood(clip, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     clip.save("~/clip.gif")
     assert (tmp_path / "clip.gif").is_file()
+
+
+def test_a_gallery_wider_than_its_page_scrolls_and_keeps_its_columns_wide_enough_to_see():
+    clip = torch.zeros(2, 3, 8, 8)
+    html = Gallery({"base": [Video(clip)] * 8}, width=112).to_html()
+    assert html.startswith("<div style='overflow-x:auto'><table") and html.endswith(
+        "</table></div>"
+    )
+    assert html.count("min-width:72px") == 8
+    assert "min-width:40px" in Gallery({"base": [Video(clip)]}, width=40).to_html()

@@ -18,6 +18,7 @@ from .drawing import data_url
 SUFFIXES = (".gif", ".webp", ".mp4")
 SMALL = 500_000  # pixels of a clip that is a gif in a page; larger ones are H.264
 
+NARROW = 72  # pixels of a gallery's column on a phone, whose page then scrolls sideways
 GAP = 4  # pixels between clips side by side
 WIDEST = 1920  # pixels of them all: players of H.264 take no more than some 4000
 BACKGROUND = 0.25  # their gray, which is seen beside white, gray and black clips
@@ -208,16 +209,19 @@ class Gallery:
                 f"line-height:1.3;overflow-wrap:anywhere;max-width:{self.width}px'>{caption}</td>"
             )
             picture = self.column(videos).to_html(self.width)
-            pictures += f"<td style='padding:4px'>{picture}</td>"
+            pictures += (
+                f"<td style='padding:4px;min-width:{min(self.width, NARROW)}px'>{picture}</td>"
+            )
         labels = "".join(
             f"<div style='padding-right:8px'>{html.escape(label)}</div>" for label in self.rows
         )
         # The labels share the height of the pictures evenly, at any width of the page.
         return (
-            f"<table style='border-collapse:collapse'><tr><td></td>{heads}</tr><tr>"
+            "<div style='overflow-x:auto'><table style='border-collapse:collapse'>"
+            f"<tr><td></td>{heads}</tr><tr>"
             "<th scope='row' style='height:1px;padding:0;text-align:left'><div style='display:flex;"
             "height:100%;flex-direction:column;justify-content:space-around'>"
-            f"{labels}</div></th>{pictures}</tr></table>"
+            f"{labels}</div></th>{pictures}</tr></table></div>"
         )
 
     _repr_html_ = to_html
