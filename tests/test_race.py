@@ -109,8 +109,9 @@ def test_every_run_spends_the_budget_and_is_evaluated_at_its_parts(whole):
 
 def test_a_contestant_may_train_on_a_reward_of_its_own(micro_directory, tmp_path):
     contestants = {"bright": {}, "dark": {"reward": -1.0 * brightness()}}
-    changes = {"learning_rates": [1e-1], "seeds": [0], "budget": {"reward_queries": 12}}
-    best = run(micro_directory, tmp_path, contestants, **changes).best()
+    changes = {"learning_rates": [1e-1], "seeds": [0], "budget": {"reward_queries": 18}}
+    best = run(micro_directory, tmp_path, contestants, evaluations=3, **changes).best()
+    assert best["bright"].spent("reward_queries") == [2, 8, 18]  # (k / 3)² of the budget
     assert best["dark"].end("reward") < best["base"].end("reward") < best["bright"].end("reward")
 
 

@@ -120,7 +120,7 @@ class Race(Judged):
         default_factory=list, metadata={"help": "the grid on which every contestant is tuned"}
     )
     seeds: list[Any] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of the runs"})
-    evaluations: int = option(4, "for each run, at equal parts of its budget")
+    evaluations: int = option(4, "for each run; of n, the k-th at (k / n)² of its budget")
     output_dir: str = option("runs/race", "the race's folder")
 
 

@@ -129,8 +129,9 @@ class MeteredTrainer(Trainer):
         return max(values, default=0) if name == "bytes_kept" else sum(values)
 
     def part(self, rows: list[dict] | None = None) -> int:
-        """How many parts of the budget are spent."""
-        return min(self.parts, int(self.spent(self.unit, rows) / self.limit * self.parts + 1e-9))
+        """How many parts of the budget are spent. Of n, k end at (k / n)²: at first a curve is steepest."""
+        share = max(0.0, self.spent(self.unit, rows) / self.limit)
+        return min(self.parts, int(share**0.5 * self.parts + 1e-9))
 
     def plateaued(self, bar) -> bool:
         return self.part() == self.parts

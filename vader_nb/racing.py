@@ -5,7 +5,7 @@
     race(model, contestants, hps(), "tiny", held_out="tiny_held_out", held_out_reward=action(), budget={"seconds": 300})
 
 Each contestant × learning rate × seed is one job: a run of the trainer that ends when its budget is spent. Jobs are
-evaluated at equal parts of the budget; each evaluation is one line of the job's `evaluations.jsonl`, appended. A race that
+evaluated n times, the k-th at (k / n)² of the budget; each evaluation is one line of the job's `evaluations.jsonl`, appended. A race that
 was killed goes on where it was when it is started again; `Race(folder)` reads it at any time. What counts as costs:
 
 - reward_queries: clips scored in training, each time that they are.
@@ -85,7 +85,7 @@ def race(
         learning_rates: the grid; each contestant gets the rate with the highest `reward` on held-out prompts at the
             end, in the mean of its seeds. The held-out reward has no say.
         seeds: of the runs.
-        evaluations: for each run.
+        evaluations: for each run, n: the k-th at (k / n)² of its budget.
         seeds_per_prompt, eval_batch_size, features: of an evaluation, as for `evaluate`.
         output_dir: the race's folder.
         **settings: of `TrainConfig`, for all contestants that do not set them. `num_inference_steps`, … here are those
