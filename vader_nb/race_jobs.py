@@ -16,13 +16,8 @@ DECIDED = {"steps", "learning_rate", "seed", "output_dir", "resume", "validation
 DECIDED |= {"early_stopping", "extend", "segments", "log_with", "progress"}
 DECIDED |= {"checkpoints_total_limit"}
 SETTINGS = {f.name for f in TrainConfig.flat_fields()} - DECIDED
-OWN = {
-    "estimator",
-    "reward",
-    "learning_rates",
-    "best_of",
-    "guidance",
-}  # of a contestant, beside SETTINGS
+# Of a contestant, beside SETTINGS.
+OWN = {"estimator", "reward", "learning_rates", "best_of", "guidance"}
 
 
 @dataclass(frozen=True)
