@@ -467,7 +467,7 @@ course.predict(guess, "12-rates", same=same[-1] / same[-2], own=own[-1] / own[-2
 # %% [markdown]
 # Who publishes the left end of this plot has a headline, and who publishes the tops has a result. Two warnings about the tops. They are the best of four *by the
 # same noise*: a chosen rate looks better here than it will on a new seed, so a race tunes on one seed and runs on others. And VADER's last point is no accident: at 3e-3, where
-# the others learn best, its reward is still above the base's, while a third of its clips no longer move as they were told. A gradient finds
+# the others learn best, its reward is still above the base's, while more than a third of its clips no longer move as they were told (`tuning.runs()["VADER"][-1].end("oracle: motion")`). A gradient finds
 # what is wrong with a reward as fast as what is right ([07](07_evaluate_and_reward_hacking.ipynb)).
 
 # %% [markdown]

@@ -584,6 +584,13 @@ def test_wrong_arguments_are_told_at_once(tiny, tmp_path, settings, message):
         make(tiny, tmp_path, **settings)
 
 
+def test_an_export_is_offered_once_a_view_is_whole(comparison):
+    first, *_ = comparison.data.prompts
+    comparison.data.scores[first]["base"] = {}  # one of a view's contestants
+    comparison.changed()
+    assert "nothing to export" in why(comparison.export_button)
+
+
 def test_other_wrong_arguments(tiny, tmp_path, comparison):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         make(tiny, tmp_path, contestants={"a": "nowhere"})
