@@ -1,5 +1,6 @@
 """Shared models, among them a micro ModelScope directory of random weights in the real layout; and the order of tests."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -49,6 +50,13 @@ def pytest_collection_modifyitems(items):
         return (test not in APART, place, file)
 
     items.sort(key=turn)  # stable: within a file the order stays
+
+
+def pytest_collection_finish():
+    # The libraries' million objects stay: without this each simulation of memory, which collects twice, walks through
+    # them for a second.
+    gc.collect()
+    gc.freeze()
 
 
 class ByFile(LoadScopeScheduling):

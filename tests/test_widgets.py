@@ -544,7 +544,7 @@ def test_nothing_piles_up(sampler):
     for _ in range(HISTORY + 1):
         sampler.run(**QUICK)
     before = alive()
-    for i in range(20):
+    for i in range(4):
         sampler.seed.value = 100 + i
     assert len(sampler.history) == HISTORY
     assert alive() == before

@@ -86,6 +86,7 @@ def notes() -> list[str]:
     parts.append(words(END, 34 + 3 * ROW + 28, "one step", 13, fill=BLUE))
     parts.append(words(CUTS["latents x₀"] + 6, 34 + 3 * ROW + 62, "g enters here", 12, fill=RED))
     parts.append(words(CUTS["latents x₀"] - 6, 34 + 2 * ROW + 62, "g", 15, "end", fill=RED))
+    parts.append(words(STEPS[2] + 42, 34 + 3 * ROW + 62, "g₁", 15, "end", fill=RED))
     for step, row in ((2, 0), (1, 0), (1, 3)):
         parts.append(words(STEPS[step] + 24, 34 + row * ROW + 74, "→ θ", 12, "middle", fill=RED))
     y = 4 * ROW + 40

@@ -67,6 +67,10 @@ ANSWERS = {
                 "    return [training[(first + i) % len(training)] for i in range(size)], "
                 "list(range(first, first + size))"
             ),
+            DRAW.format(
+                "import numpy; r = numpy.random.default_rng(step)\n"
+                "    return r.choice(training, size), r.integers(2**31, size=size).tolist()"
+            ),
         ],
         {
             DRAW.format("return training[:size], list(range(size))"): "never drawn",
