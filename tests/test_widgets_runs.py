@@ -44,7 +44,8 @@ def text_of(viewer):
 def test_a_race_s_curves_are_means_over_seeds_with_a_band(race):
     viewer = RunViewer(race)
     assert viewer.error is None
-    assert list(viewer.x.options) == [*run_data.COSTS, "step"]
+    assert [name for _, name in viewer.x.options] == [*run_data.COSTS, "step"]
+    assert viewer.x.options[0][0] == "reward queries"
     assert list(viewer.y.options) == ["reward", "held-out reward", "diversity", "motion"]
     named = {c.name: c for c in viewer.contestants}
     assert list(named) == ["base", "A", "B", "best of 8 (8 queries a clip)"]
@@ -182,7 +183,7 @@ def test_runs_stand_beside_each_other(runs, tiny):
     viewer = RunViewer(runs)
     assert viewer.error is None
     assert [c.name for c in viewer.contestants] == ["plain", "watched"]
-    assert list(viewer.x.options) == ["seconds", "step"]
+    assert [name for _, name in viewer.x.options] == ["seconds", "step"]
     assert list(viewer.y.options) == ["reward, trained on", "gradient norm", "diversity", "motion"]
     assert list(viewer.point.options) == [
         "plain · step 2",

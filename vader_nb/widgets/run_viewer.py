@@ -93,7 +93,7 @@ class RunViewer(Watcher):
         names = dict.fromkeys(name for point in points for name in point.values)
         ends = [p.label for c in self.contestants if c.trained for p in c.points[-1:] if p.listed]
         with self.quiet():
-            offer(self.x, [name for name in AXES if name in names])
+            offer(self.x, [(name.replace("_", " "), name) for name in AXES if name in names])
             offer(self.y, [name for name in names if name not in AXES])
             offer(self.point, [p.label for p in points if p.listed], next(iter(ends), ""))
         self.draw()

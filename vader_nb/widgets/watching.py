@@ -131,11 +131,13 @@ def encoded(clip: Video, prompts: Sequence, what: str) -> list[str]:
     return pictures(clip, f"clips of {what}: {', '.join(map(str, prompts))}")
 
 
-def offer(menu: Any, options: list[str], first: str = "", follow: bool = False) -> None:
-    """Give a menu its options. What was chosen stays if it is still offered, and not with `follow`; else `first`."""
+def offer(menu: Any, options: list, first: str = "", follow: bool = False) -> None:
+    """Give a menu its options, or pairs of label and option. What was chosen stays if it is still offered, and not
+    with `follow`; else `first`."""
     options = options or [NONE]
-    stays = menu.value in options and menu.value != NONE and not follow
-    chosen = menu.value if stays else first or options[0]
+    values = [option[-1] if isinstance(option, tuple) else option for option in options]
+    stays = menu.value in values and menu.value != NONE and not follow
+    chosen = menu.value if stays else first or values[0]
     if list(menu.options) != options:
         menu.options = options
     menu.value = chosen
