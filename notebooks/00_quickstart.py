@@ -69,8 +69,8 @@ from vader_nb import Frames, Gallery, Last, Video, prompts, rewards
 # ## 1 · A video model
 #
 # `tiny` comes with this package. It is small, but it is the real thing: a text encoder, a 3-D UNet, a sampler and
-# an autoencoder, in the same classes and file layout as ModelScope's 1.7 billion parameters (1.4 billion of them in the
-# denoiser). It was trained on a world in which one colored shape moves on a plain background.
+# an autoencoder, built from the same classes as ModelScope (1.7 billion parameters, 1.4 billion of them in the denoiser), in the
+# same file layout. It was trained on a world in which one colored shape moves on a plain background.
 
 # %%
 model = vader_nb.load(MODEL)
@@ -127,7 +127,7 @@ course.show(figure, "00-gradient")
 course.predict(guess, "00-gradient")
 
 # %% [markdown]
-# You see squares because this network looks at patches of 8 × 8 pixels. One that holds a piece of the object's edge lights
+# (A title is what the prompt asks for. Each map has a scale of its own.) You see squares because this network looks at patches of 8 × 8 pixels. One that holds a piece of the object's edge lights
 # up as a whole, with the bit of background in it.
 #
 # Before a long run, ask whether a reward can be trained on at all. `check` finds the usual mistakes (a conversion
@@ -183,10 +183,13 @@ Gallery(
 )
 
 # %% [markdown]
+# Most colors have come closer to their prompts. Not all: the green square still ends half purple.
+#
 # ## 4 · Better, or only higher-scored?
 #
 # A reward that rises proves little: the model may have learned only to please the network. In this world we can find
-# out, because *oracles* (plain code, no network) read color, shape, motion and background off a clip.
+# out, because *oracles* (plain code, no network) read color (of the object, the mean of all frames), shape, motion and background
+# off a clip.
 #
 # > **Predict.** Which of these will improve most? **(a)** color · **(b)** shape · **(c)** motion, which a reward on
 # > single frames cannot even see
@@ -236,14 +239,14 @@ run.adapter.scale = 1.0
 Gallery(rows, width=96)
 
 # %% [markdown]
-# From the first row to the last the colors move toward those of the prompts. But look at the green star at the scales 1.0 and
-# 1.5: there are dark patches in it, and no prompt has asked for them. A higher reward is not yet a better picture; chapter 7 is about that.
+# From the first row to the last the colors move toward those of the prompts. But look at the last frames of the
+# green star: what was purple has become dark, and no prompt has asked for that. A higher reward is not yet a better picture; chapter 7 is about that.
 #
 # ## Recap
 #
-# | symbol | in the code | shape |
+# | symbol | in the code | shape or value |
 # |---|---|---|
-# | $x_0$, final latents | `Result.latents` | (B, C, F, H/8, W/8) |
+# | $x_0$, final latents | `latents` | (B, C, F, H/8, W/8) |
 # | $D(x_0)$, frames | `model.decode(latents, frames)` | (B, F, 3, H, W), in [0, 1] |
 # | $R$, reward | `reward(frames, prompts)` | (B,) |
 # | $K$, steps that learn | `Last(K)` | 1 for VADER |

@@ -18,16 +18,13 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 2 minutes | 1.3 GB |
+# | no GPU, no download, no account | about 2.5 minutes | 1.3 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # A reward is a number that stands for a goal. Alignment climbs the number, and at first gets closer to the goal; then the two part, and
 # only the number goes on rising. *When a measure becomes a target, it ceases to be a good measure*: Goodhart's law.
-#
-# Here you break a model on purpose, with a reward that sounds harmless. Then you do what every run of your own will need: notice
-# it, prove it, stop in time, and fix the reward.
 #
 # **You will be able to**
 #
@@ -180,6 +177,7 @@ watch = Validation(model, [p_motion, smooth], unseen[5::16][:PROMPTS], sampling=
 settings = {"steps": STEPS, "batch_size": 2, "learning_rate": 1e-2, "seed": SEED}
 settings |= {"frames": Frames.all(), "sampling": quick, "progress": False}
 every = max(2, STEPS // 5)
+base = watch(None)  # without an adapter
 saving = {"output_dir": f"{folder}/run", "checkpointing_steps": every, "validation_steps": every}
 run = vader_nb.align(model, smooth, training, validate=watch, **saving, **settings)
 run.adapter.remove()
@@ -192,7 +190,8 @@ run.adapter.remove()
 guess = None  # "a", "b" or "c"
 
 # %%
-rows = [row for row in run.metrics if "validation/p(motion)" in row]
+rows = [{"step": 0} | {f"validation/{name}": score for name, score in base.items()}]
+rows += [row for row in run.metrics if "validation/p(motion)" in row]
 at = [row["step"] for row in rows]
 held_out = [row["validation/p(motion)"] for row in rows]
 smoothness = [row[f"validation/{smooth.name}"] for row in rows]
@@ -213,8 +212,7 @@ values = ", ".join(f"{step}: {p:.2f}" for step, p in zip(at, held_out))
 course.predict(guess, "07-held-out", letter=letter, values=values)
 
 # %% [markdown]
-# The faint line zigzags because every batch has other prompts. On the same eight, smoothness climbs steadily. For more than half of
-# the run this is what we wanted: less flicker, and p(motion) stays high. Then smoothness makes its largest jump, and
+# On the same eight prompts, smoothness climbs steadily. For more than half of the run this is what we wanted: less flicker, and p(motion) stays high. Then smoothness makes its largest jump, and
 # p(motion) collapses. **The training curve alone looks like a success.** Nothing in it says where to stop.
 #
 # ## How sure are you?
@@ -340,13 +338,8 @@ course.predict(
 )
 
 # %% [markdown]
-# Few prompts are imprecise, and look more precise than they are: eight draws do not know their own tails. The package widens
-# such intervals.
-#
-# <details><summary>How?</summary>
-#
-# By Student's $t$, or the bootstrap of the $t$ statistic where that reaches further (Efron and Tibshirani 1993, section 12.5).
-# </details>
+# With few prompts the interval is too short: eight draws rarely hold the extremes. The package widens such intervals (by Student's $t$, or the
+# bootstrap of the $t$ statistic where that reaches further: Efron and Tibshirani 1993, section 12.5).
 #
 # ## Which checkpoint to keep
 #
@@ -372,7 +365,7 @@ course.show(figure, "07-choice")
 # %% [markdown]
 # Above, smoothness. Below, how far each checkpoint's p(motion) is from the best one's, the star. Where the whole interval lies below zero, a
 # checkpoint is *clearly* worse; where it reaches zero we cannot tell. (It is wider than for one comparison: the best of many is partly the
-# luckiest.)
+# luckiest. And it may go beyond what is possible: it does not know that a probability ends at 0.)
 #
 # The best is *not clearly better than the base model*, as it should be: p(motion) was high from the start, and what
 # improved is the flicker. A held-out reward is there to say stop, not to rise.
@@ -433,8 +426,8 @@ evaluation = vader_nb.evaluate(model, adapters, smooth, fresh, **metrics)
 evaluation.gallery("held-out", 6)
 
 # %% [markdown]
-# Same prompt, same seed, in each column. *In time* is what we wanted: the same events, but calmer. *Too late* is what we asked
-# for.
+# Same prompt, same seed, in each column. *In time* is what we wanted: the same events, but calmer. (Not for nothing: the yellow triangle on gray has
+# taken on some pink.) *Too late* is what we asked for.
 #
 # > **Predict.** `hps` is a network that was not trained on. Too late, it has **(a)** clearly fallen ·
 # > **(b)** we cannot tell: its interval holds zero · **(c)** clearly risen
@@ -453,18 +446,11 @@ course.predict(
 evaluation
 
 # %% [markdown]
-# **A held-out reward protects only what it can see.** `hps` scores frame by frame, and a still picture of a red star *is* a red star. Choose one that
-# would notice the loss that you fear: here, of motion.
+# **A held-out reward protects only what it can see.** `hps` scores single frames: that nothing moves it cannot see, and what became of the shapes costs
+# it less than eight prompts can tell. Choose one that would notice the loss that you fear: here, of motion.
 #
-# <details><summary>How to read the table</summary>
-#
-# The **difference** is paired, the **interval** over prompts. **p** says how often chance alone, flipping the sign of each prompt's
-# difference, gets this far. `*`: the interval excludes zero, and p < 0.05 (in twenty lines, expect one false star). **wins** ignores *by how much*.
-# **†**: not trained on. Lines without it are no evidence of quality.
-# </details>
-#
-# And one number can mean two things. `motion`, the mean change of the pixels, falls for *both* adapters: calm, or loss? Compare with clips
-# drawn by the code of the tiny world:
+# And one number can mean two things. `motion`, the mean change of the pixels, falls for *both* adapters: less flicker, or less motion? Compare with
+# clips drawn by the code of the tiny world:
 
 # %%
 from vader_nb.zoo import world
@@ -483,7 +469,7 @@ print(
 #
 # **Stop in time.** You have done that: `choice.path`. It costs nothing but a held-out reward.
 #
-# **Turn it down.** Is the model that went too far lost? An adapter's strength can be scaled (chapter 5).
+# **Turn it down.** An adapter's strength can be scaled (chapter 5).
 
 # %%
 again = unseen[3::16][:PROMPTS]
@@ -504,8 +490,8 @@ axis.margins(x=0.15)
 course.show(figure, "07-scale")
 
 # %% [markdown]
-# At half the strength most of the right motion is back, and half of the gain in smoothness is kept. But it is a patch: nearly all of the damage lies between
-# half and full strength, and only a held-out reward shows you that.
+# At half the strength most of the right motion is back, and half of the gain in smoothness is kept; nearly all of the damage lies between half and full
+# strength.
 #
 # **Fix the reward.** It pays for standing still. With `floor`, a clip loses what its mean change of pixels
 # falls short of the floor: here 0.02, about what the good checkpoint has. The same run again, nothing else changed:
@@ -516,28 +502,33 @@ print("frozen, with the floor:", [f"{value:.3f}" for value in floored(frozen, as
 second = vader_nb.align(model, floored, training, output_dir=f"{folder}/floor", **settings)
 second.adapter.remove()
 
+# %% [markdown]
+# The third set has been looked at, and the floor was chosen by it. So once more prompts that nobody has seen:
+
 # %%
-after = vader_nb.evaluate(model, {"floor": f"{folder}/floor"}, floored, fresh, **metrics)
+both = {"no floor": f"{folder}/run", "floor": f"{folder}/floor"}
+after = vader_nb.evaluate(model, both, floored, {"held-out": unseen[11::16][:PROMPTS]}, **metrics)
 after.gallery("held-out", 6)
 
 # %%
 print(f"{'':15} {'base':>6} {'no floor':>9} {'floor':>6}")
 for metric in ("p(motion)", "oracle: motion", "oracle: shape", "motion"):
-    hacked, fixed = evaluation.row("held-out", metric, "too late"), after.row("held-out", metric)
+    hacked, fixed = [after.row("held-out", metric, name) for name in both]
     print(f"{metric:15} {fixed.base:6.3f} {hacked.adapter:9.3f} {fixed.adapter:6.3f}")
 
-found = [one.scores["held-out"] for one in (evaluation, after)]
-gain = found[1]["floor"]["p(motion)"] - found[0]["too late"]["p(motion)"]
-low, high = paired_interval(gain.mean(0))
-print(f"p(motion), floor minus no floor: {gain.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
+scores = after.scores["held-out"]
+for other in ("base", "no floor"):
+    gain = (scores["floor"]["p(motion)"] - scores[other]["p(motion)"]).mean(0)
+    low, high = paired_interval(gain)
+    print(f"p(motion), floor minus {other}: {gain.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
 
 # %% [markdown]
-# After as many steps at the same reckless learning rate, things still move: the oracle finds every motion right; before, none. Cured?
-# p(motion) is clearly higher than without the floor, but not back at the base's: some movements are too small, and the
-# circle in the second column is more of a drop, whatever the oracle reads.
+# After as many steps at the same reckless learning rate, things move again: the oracle finds seven motions of eight right; before, none. Cured?
+# p(motion) is higher than without the floor, by an interval that excludes zero; whether it is back at the base's, eight prompts cannot tell.
+# And look at the red star, which is yellow at both ends, and at the corners of the squares.
 #
-# A floor is one more number that can be wrong: in a trial with 0.03, shapes and motions broke again. After you fix a reward, measure
-# everything again.
+# A floor is one more number that can be wrong. In trials with 0.016, what drawn clips have, one motion in sixteen was right, and with 0.03 shapes and
+# motions broke, too. After you fix a reward, measure everything again.
 #
 # <details><summary>Other ways</summary>
 #
@@ -550,16 +541,14 @@ print(f"p(motion), floor minus no floor: {gain.mean():+.2f} [{low:+.2f}, {high:+
 # million photographs, and reward the probability that a frame shows a *daisy*.
 #
 # ![Six clips of the base model, and below them the same after training on the probability of a daisy: no daisies, but
-# backgrounds of another color, squares and a circle that lost their shape, and red arcs around some of them](images/daisy.png)
+# backgrounds of another color, squares and circles that lost their shape, and red arcs around some of them](images/daisy.png)
 #
-# *One frame of six clips; above the base, below after 42 steps, same prompts and noise (`python -m tests.benchmarks.daisy`, twelve held-out prompts).*
+# *One frame of six clips; above the base, below after 42 steps, same prompts and noise (`python -m tests.benchmarks.daisy FOLDER`, twelve held-out prompts).*
 #
 # The probability rises from 0.00023 to 0.00029, and the interval of the difference excludes zero: a success, by the only number that was asked for.
 # There is no daisy. But the oracle finds the right background in five of twelve clips, instead of all. A classifier says which of its
 # classes fits best, never whether any does.
-#
-# Language models show your curve, too: in [Gao et al. (2022)](https://arxiv.org/abs/2210.10760) the true
-# reward first rises with the trained one, then falls; with a larger reward model, later.
+# (How far language models can climb before it hurts was measured by [Gao et al. 2022](https://arxiv.org/abs/2210.10760).)
 #
 # ## Recap
 #
@@ -572,8 +561,7 @@ print(f"p(motion), floor minus no floor: {gain.mean():+.2f} [{low:+.2f}, {high:+
 # | all of it, to share | `evaluation.report("report.html", run, choice)` |
 # | what to do | `choice.path`, `adapter.scale`, `floor`, `capped`, `towards` |
 #
-# **Without looking:** why must the prompts that you choose with differ from those that you report on? Why are sixteen clips of eight prompts not
-# sixteen independent draws? What would a held-out reward have to see, to protect what you would hate to lose?
+# **Without looking:** why must the prompts that you choose with differ from those that you report on? What would a held-out reward have to see, to protect what you would hate to lose?
 #
 # ## Exercises
 #

@@ -33,7 +33,7 @@
 # - *write* the policy gradient behind DDPO and GRPO, and prove it right;
 # - *explain* why a reward's gradient learns more from a clip than its score does, and when that does not help;
 # - *run* a race that is fair: equal budgets, a rate tuned for each, a judge that nobody trained on;
-# - *read* its results with their intervals, also those that you did not hope for.
+# - *read* its results with their intervals, unwelcome ones included.
 #
 # Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
 
@@ -95,6 +95,8 @@ rows = {
 Gallery(rows, width=96)
 
 # %% [markdown]
+# Can you tell the rows apart? Look at the circle that changes between green and purple: so does the best of its eight.
+#
 # > **Predict.** From one clip to the best of two, the mean score rises by some amount. What does going from the best of four to the best
 # > of eight add, which costs four clips more? **(a)** about as much, as the number doubles again · **(b)** about half of it · **(c)** nothing
 
@@ -184,7 +186,8 @@ course.predict(guess, "12-best", letter=letter, first=first, last=last)
 # $$\nabla_\theta\, \mathbb E[R] = \mathbb E\Big[ A \sum_k \nabla_\theta \log p_\theta(x_{k+1} \mid x_k)\Big].$$
 #
 # Any $A$ that differs from $R$ by a constant gives the same mean: it is how much *better than others* the clip was, its **advantage**. GRPO takes a group of
-# clips of one prompt, and $A = (R - \text{mean}) / \text{std}$ over the group. That is all of DDPO and GRPO but their safety belts (a ratio that is
+# clips of one prompt, and $A = (R - \text{mean}) / \text{std}$ over the group. (Dividing by the spread, and counting a clip in its own mean, changes the
+# gradient's length and hardly its direction.) That is all of DDPO and GRPO but their safety belts (a ratio that is
 # clipped, so that one roll-out can serve several updates; a penalty on leaving the base).
 #
 # **Exercise 2** (★★★, 30 minutes). The core of this notebook: the policy gradient, about 15 lines. Roll out without a graph, keep the states,
@@ -314,8 +317,8 @@ course.predict(guess, "12-dimensions", cosine=lines[-1, 0].item(), through=lines
 
 # %% [markdown]
 # A score is *one number* for each clip. Sixteen numbers can say little about 2,048 directions; the estimate must find out which of all the random changes
-# mattered. A gradient through the reward says it for each direction at once. That is the whole secret, and also its limit: 128 times as many clips, and the
-# policy gradient knows as much. If your reward is cheap and your model small, you may not care.
+# mattered. A gradient through the reward says it for each direction at once. More clips help, slowly: from $n$ of them in $d$ dimensions the cosine is near $\sqrt{n/(n+d)}$, so that 128 times as
+# many would reach 0.7. If your reward is cheap and your model small, you may not care.
 #
 # (It is a little kinder in truth. What trains is an adapter, whose directions are shared by all prompts; and rewards of real clips do not
 # depend on every number of a latent.)
@@ -355,7 +358,7 @@ short = vader_nb.race(
     "tiny",
     held_out=held_out,
     held_out_reward=rewards.action("tiny").to(model.device),
-    budget={"denoiser_calls": course.quick(640, 40)},
+    budget={"denoiser_calls": course.quick(576, 40)},  # 12 steps of VADER, two of GRPO
     learning_rates=[1e-3],
     seeds=[SEED],
     evaluations=2,
@@ -483,7 +486,7 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# A vision-language model's "yes", a server, a person: the same. There the race has one half of its field, and you have methods that you now
+# A vision-language model's "yes", a server, a person: the same. Only methods without a gradient can enter such a race, and those you now
 # understand: `vader_nb.align(model, size, "tiny", estimator=vader_nb.GRPO(group_size=8), batch_size=16)`.
 #
 # **Exercise 4** (★★★, open, an afternoon). A race of your own: a reward, its held-out judge, and a budget in seconds. Tune both methods on one seed, then run three others. Write down

@@ -56,8 +56,8 @@ step; the job is put back into the queue and goes on from there.
 CURVES = """\
 ![The reward in training, of each step's clips (gray) and its mean over eight steps (blue), for the embedded models](images/recipes.png)
 
-Each step has other prompts, some harder than others, hence the scatter: what was gained is the difference on held-out
-prompts, in the table."""
+Each step has other prompts, some harder than others, hence the scatter, in which no gain can be seen: it is the difference on
+held-out prompts, in the table."""
 
 
 def recipes_page() -> str:
@@ -132,8 +132,8 @@ def models_page() -> str:
 REWARDS = """\
 # Rewards
 
-`rewards.hps()` in Python, `reward=hps` in a shell. `hps("tiny")`, `aesthetic("tiny")` and `action("tiny")` are embedded. Without a
-checkpoint a reward loads what its authors published, from the Hub, from your `HF_HOME` when offline, or from a path that you give.
+`rewards.hps()` in Python, `reward=hps` in a shell. `hps("tiny")`, `aesthetic("tiny")` and `action("tiny")` are embedded; in a shell
+these are what `hps` means for an embedded model. Without a checkpoint a reward loads what its authors published, from the Hub, from your `HF_HOME` when offline, or from a path that you give.
 `vader-nb rewards` prints this table with memory and usual scores. This page is generated (`make notebooks`).
 
 {table}
@@ -147,7 +147,7 @@ Frames are scored a few at a time and the networks' blocks are checkpointed: six
 without numbers).
 
 The `hpsv2` package is not needed: its score is computed through open_clip. As an extra it exists for comparisons only
-(`pip install vader-nb[hpsv2]`); the released package lacks a file and pins old versions.
+(`pip install -e '.[hpsv2]'`); the released package lacks a file and pins old versions.
 
 ## They mix
 

@@ -371,7 +371,7 @@ class Validation:
         self.evaluator = Evaluator(model, self.rewards, sampling, thumbnails, *numbers)
         self.evaluator.judged = True  # training goes on in any case
 
-    def __call__(self, adapter: Adapter) -> dict[str, float]:
+    def __call__(self, adapter: Adapter | None) -> dict[str, float]:
         self.evaluator.failed.clear()
         scores, _ = self.evaluator.run(adapter, self.prompts)
         unknown = torch.tensor(math.nan)  # which is never the best

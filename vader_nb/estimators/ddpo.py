@@ -12,8 +12,8 @@ from .policy_gradient import PolicyGradient
 class DDPO(PolicyGradient):
     """DDPO with importance sampling (section 4.3), by default as its authors run it.
 
-    DDIM at eta = 1, guidance in the roll-out and in the gradient, every step learns, two updates per roll-out on
-    half the clips each; clip range 1e-4, advantages within ± 10. A clip's advantage is its reward's distance to the
+    DDIM at eta = 1, guidance in the roll-out and in the gradient, every step that adds noise learns (the last one adds
+    none), two updates per roll-out on half the clips each; clip range 1e-4, advantages within ± 10. A clip's advantage is its reward's distance to the
     mean of its prompt's latest rewards, in their standard deviations; while those are few, to the step's (appendix).
     Few prompts and many clips per step suit it.
 
