@@ -62,7 +62,7 @@ class Race:
         return (names | {"held-out reward": self.settings["held_out_reward"]}).get(name, name)
 
     def runs(self) -> dict[str, list["Runs"]]:
-        """Each contestant's runs, those of one learning rate together."""
+        """Each contestant's runs, those of one learning rate together; the base first, those without training last."""
         found: dict[tuple, dict] = {}
         for line in self.lines:
             key = line["contestant"], line["learning_rate"]
@@ -71,7 +71,7 @@ class Race:
         for (name, rate), seeds in found.items():
             lines = [seeds[seed] for seed in sorted(seeds, key=str)]
             result.setdefault(name, []).append(Runs(self, name, rate, lines))
-        return result
+        return dict(sorted(result.items(), key=lambda of: (of[0] != BASE, not of[1][0].rate)))
 
     def best(self) -> dict[str, "Runs"]:
         """Each contestant at its best learning rate: the highest `reward` at the end, in the mean of seeds.
