@@ -222,6 +222,7 @@ SHELF = {
     "recipes": "settings by model and card",
     "models": "Wan, CogVideoX, HunyuanVideo, LTX, ModelScope, SVD and more",
     "rewards": "HPSv2, PickScore, ImageReward, VideoReward and more",
+    "races": "VADER against DDPO, GRPO and DPO",
     "controls": "sample, compare, compose and watch",
     "add_a_model": "in under a hundred lines",
     "arguments": "of VADER, VideoX-Fun and TRL",

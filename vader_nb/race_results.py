@@ -252,6 +252,7 @@ class Race:
                 plot.plot(*points, "o-", markersize=4, color=color, label=runs.label)
             plot.plot(*base, "*", markersize=14, color=GRAY, label=BASE)
             plot.set(xlabel=other, ylabel=y)
+            plot.locator_params("x", nbins=5)
         axes[-1].legend(fontsize="small")
         return axes[-1].figure
 
