@@ -252,6 +252,12 @@ def test_the_table_has_the_intervals_of_stats(tmp_path):
     assert "A" in made._repr_html_() and "| base |" in repr(made)
 
 
+def test_the_base_comes_first_and_what_is_not_trained_last(tmp_path):
+    """Colors follow that order, so that a contestant has the same one with and without best of n beside it."""
+    made = made_up(tmp_path / "race", dict(reversed(CURVES.items())))
+    assert list(made.best()) == ["base", "B", "A", "best of 8"]
+
+
 def test_a_table_against_another_contestant(tmp_path):
     made = made_up(tmp_path / "race", CURVES)
     ends = [made.best()[name].scores("reward")[:, -1].mean(0) for name in "AB"]
