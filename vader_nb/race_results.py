@@ -251,7 +251,7 @@ class Race:
                 points = [[start, *values] for start, values in zip(base, path)]
                 plot.plot(*points, "o-", markersize=4, color=color, label=runs.label)
             plot.plot(*base, "*", markersize=14, color=GRAY, label=BASE)
-            plot.set(xlabel=other, ylabel=y)
+            plot.set(xlabel=other, ylabel=y, xscale="linear")
             plot.locator_params("x", nbins=5)
         axes[-1].legend(fontsize="small")
         return axes[-1].figure
