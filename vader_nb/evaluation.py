@@ -172,18 +172,23 @@ def evaluate(
         lora.check_fits(model, which)
     clips, scores = evaluator.compare(adapters, groups, progress)
     trained |= {"motion", "diversity"}  # descriptions that judge nothing
+    units = {"diversity": getattr(features, "unit", "")}
+    rows = paired_rows(scores, list(adapters), trained, units)
+    fps, failed = model.defaults["fps"], evaluator.failed
+    return Evaluation(rows, clips, fps, list(adapters), scores, failed)
+
+
+def paired_rows(scores, adapters: list[str], trained: set[str], units: dict[str, str]) -> list[Row]:
+    """A row for each group, metric and adapter, from scores by group, name and metric."""
     rows = []
     for group, by_name in scores.items():
         for metric, base in by_name[BASE].items():
             for name in adapters or [None]:
                 after = None if name is None else by_name[name].get(metric)  # its judge may be gone
-                label = None if after is None else name
-                unit = getattr(features, "unit", "") if metric == "diversity" else ""
-                rows.append(
-                    paired_row(group, metric, base, after, label, metric not in trained, unit)
-                )
-    fps, failed = model.defaults["fps"], evaluator.failed
-    return Evaluation(rows, clips, fps, list(adapters), scores, failed)
+                label, unit = None if after is None else name, units.get(metric, "")
+                row = paired_row(group, metric, base, after, label, metric not in trained, unit)
+                rows.append(row)
+    return rows
 
 
 def named_adapters(adapter: Any) -> dict[str, Any]:

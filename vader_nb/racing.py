@@ -68,9 +68,7 @@ def race(
     progress: bool = True,
     **settings,
 ) -> Race:
-    """Run what is left to run of a race.
-
-    Under `accelerate launch`, or torchrun, each process takes every n-th job and trains it alone.
+    """Run what is left of a race. Of several processes each trains every n-th job alone.
 
     Args:
         model: from `load`, without an adapter on it.
@@ -108,26 +106,22 @@ def race(
         runner = Runner(*of, unit, limit, evaluations, folder)
         for job in {job.contestant: job for job in jobs}.values():
             runner.check(job)
-        about = {"model": model.name, "budget": {unit: limit}, "evaluations": evaluations}
-        about |= {"held_out": len(texts), "seeds_per_prompt": seeds_per_prompt}
-        about |= {"sampling": repr(sampling)} | judged_by(
-            judged, [*prompt_sets.get(prompts), *texts]
-        )
+        about = described(runner, judged, [*prompt_sets.get(prompts), *texts])
         begin(folder, about, index)
-        own = jobs[index::count]
-        hidden = {"disable": not progress, "position": index, "unit": "evaluation"}
-        total = sum(evaluations if job.seed is not None else 1 for job in own)
-        with tqdm(total=total, desc="race", **hidden) as runner.bar:
-            for job in own:
-                if not runner.run(job):
-                    break
+        runner.run_all(jobs[index::count], disable=not progress, position=index)
     return Race(folder)
 
 
-def judged_by(judged: Sequence[Reward], prompts: Sequence[str | Prompt]) -> dict:
+def described(runner: "Runner", judged: Sequence[Reward], prompts: Sequence[str | Prompt]) -> dict:
     """What a race is run on, so that another one is not taken for it."""
-    listed = "\n".join(map(str, prompts))
+    evaluator, listed = runner.evaluator, "\n".join(map(str, prompts))
     return {
+        "model": runner.model.name,
+        "budget": {runner.unit: runner.budget},
+        "evaluations": runner.evaluations,
+        "held_out": len(runner.texts),
+        "seeds_per_prompt": evaluator.seeds_per_prompt,
+        "sampling": repr(evaluator.sampling),
         "reward": judged[0].name,
         "held_out_reward": judged[1].name,
         "fingerprints": [judge.fingerprint for judge in judged],
@@ -232,6 +226,14 @@ class Runner:
         if "guidance" in job.settings:
             return RewardGuidance(self.reward, job.settings["guidance"])
         return None
+
+    def run_all(self, jobs: Sequence[Job], **shown) -> None:
+        """Run jobs until one is stopped; with arguments of tqdm."""
+        total = sum(1 if job.seed is None else self.evaluations for job in jobs)
+        with tqdm(total=total, desc="race", unit="evaluation", **shown) as self.bar:
+            for job in jobs:
+                if not self.run(job):
+                    break
 
     def run(self, job: Job) -> bool:
         """Run a job, or what is left of it. Returns whether it was not stopped."""

@@ -303,12 +303,25 @@ def load(
     family = family_of(checkpoint)
     if text_cache:
         check_text_cache(family, name)
-    dtypes = part_dtypes(family.dtypes_of(checkpoint), device, dtype)
+    options = {
+        "name": str(name),
+        "dtypes": part_dtypes(family.dtypes_of(checkpoint), device, dtype),
+    }
     if checkpoint.directory is None:
-        hub = checkpoint.hub | {"local_files_only": local_files_only or not reachable()} | hub
+        options |= checkpoint.hub | {"local_files_only": local_files_only or not reachable()}
+    model = read(family, checkpoint, options | hub)
+    quantization.apply(model, quantized)
+    place(model, device)
+    if check or (check is None and is_unchecked_zoo(checkpoint)):
+        run_check(model, checkpoint)
+    return model
+
+
+def read(family: type[VideoModel], checkpoint: Checkpoint, options: dict) -> VideoModel:
+    """The model of a checkpoint, with what went wrong in words. Raises as `load`."""
     try:
         with quiet_if_embedded(checkpoint.source):
-            model = family.from_pretrained(checkpoint, name=str(name), dtypes=dtypes, **hub)
+            return family.from_pretrained(checkpoint, **options)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{checkpoint.source} holds a pickle, which can run any code; convert it to safetensors first"
@@ -316,12 +329,7 @@ def load(
     except OSError as error:
         if checkpoint.directory:
             raise
-        raise FileNotFoundError(how_to_get(name, checkpoint)) from error
-    quantization.apply(model, quantized)
-    place(model, device)
-    if check or (check is None and is_unchecked_zoo(checkpoint)):
-        run_check(model, checkpoint)
-    return model
+        raise FileNotFoundError(how_to_get(options["name"], checkpoint)) from error
 
 
 def check_text_cache(family: type[VideoModel], name: str | Path) -> None:
