@@ -248,7 +248,10 @@ def test_the_table_has_the_intervals_of_stats(tmp_path):
     table = made.table().markdown()
     assert f"0.5000: +0.5000 [{low:+.4f}, {high:+.4f}]; seeds 0.4000 to 0.6000" in table
     assert "best of 8 (8 queries a clip)" in table and "oracle" not in table
-    assert "| A | 0.01 | 2 | 0.2000 | 0.9000 |  |" in made.rates().markdown()
+    chosen, other = "0.5000 (0.4000 to 0.6000)", "0.2000 (0.2000 to 0.2000)"
+    rates = made.rates().markdown()
+    assert f"| A | 0.001 | 2 | {chosen} | {chosen} | chosen |" in rates
+    assert f"| A | 0.01 | 2 | {other} | 0.9000 (0.9000 to 0.9000) |  |" in rates
     assert "A" in made._repr_html_() and "| base |" in repr(made)
 
 

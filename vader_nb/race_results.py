@@ -120,12 +120,11 @@ class Race:
         return text + (f"; seeds {means.min():.4f} to {means.max():.4f}" if len(means) > 1 else "")
 
     def rates(self) -> Table:
-        """All learning rates: the reward at the end by which they were chosen, and the held-out one."""
+        """All learning rates: the reward at the end, by which they were chosen, and the held-out one, with the seeds' range."""
         rows = []
         for name, of in self.runs().items():
             for runs in of if name != BASE and of[0].rate else []:
-                ends = ["reward", "held-out reward"]
-                values = ["not finite"] * 2 if runs.failed else [f"{runs.end(x):.4f}" for x in ends]
+                values = [runs.ended("reward"), runs.ended("held-out reward")]
                 chosen = "chosen" if runs is max(of, key=Runs.rank) else ""
                 rows.append([name, f"{runs.rate:g}", str(len(runs.ends)), *values, chosen])
         headings = ["contestant", "learning rate", "seeds", "reward", "held-out reward", ""]
@@ -304,6 +303,14 @@ class Runs:
     def end(self, name: str) -> float:
         """The last evaluation's mean."""
         return self.scores(name)[:, -1].mean().item()
+
+    def ended(self, name: str) -> str:
+        """The last evaluation's mean in words, with the lowest and the highest seed's where there are several."""
+        if self.failed:
+            return "not finite"
+        of_seeds = self.scores(name)[:, -1].mean(1)
+        spread = f" ({of_seeds.min():.4f} to {of_seeds.max():.4f})" if len(of_seeds) > 1 else ""
+        return f"{self.end(name):.4f}{spread}"
 
     def spent(self, cost: str, each: bool = False) -> list:
         """Costs at the evaluations: of each seed, or means."""
