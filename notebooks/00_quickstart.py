@@ -24,7 +24,7 @@
 
 # %% [markdown]
 # A text-to-video model draws what is *likely*. We would rather have what we *like*: the color and the shape
-# that we asked for. If "what we like" is a differentiable function of the pixels, there is a direct way to get it:
+# we asked for. If "what we like" is a differentiable function of the pixels, there is a direct way to get it:
 # follow its gradient back through the frames, the decoder and the last denoising step, into a few weights of the
 # model. This is **VADER** ([Prabhudesai et al., 2024](https://arxiv.org/abs/2407.08737)), and in ten minutes you
 # will have run all of it.
@@ -33,7 +33,7 @@
 #
 # - *sample* clips from a text-to-video model, and *measure* how good they are;
 # - *show* what the gradient of a reward looks like;
-# - *align* the model with it;
+# - *align* the model with that gradient;
 # - *test* honestly whether it got better.
 
 # %% tags=["setup"]
@@ -69,8 +69,8 @@ from vader_nb import Frames, Gallery, Last, Video, prompts, rewards
 # ## 1 · A video model
 #
 # `tiny` comes with this package. It is small, but it is the real thing: a text encoder, a 3-D UNet, a sampler and
-# an autoencoder, built from the same classes as ModelScope (1.7 billion parameters, 1.4 billion of them in the denoiser), in the
-# same file layout. It was trained on a world in which one colored shape moves on a plain background.
+# an autoencoder, built from the same classes as ModelScope (1.7 billion parameters, 1.4 billion of them in the denoiser), with the
+# same file layout. It was trained on a world where one colored shape moves on a plain background.
 
 # %%
 model = vader_nb.load(MODEL)
@@ -82,15 +82,15 @@ before = vader_nb.sample(model, ask, seeds=SEED)
 Gallery({"before": [Video(clip, 8, text) for clip, text in zip(before, ask)]})
 
 # %% [markdown]
-# Look closely. Motions and backgrounds follow the prompt, and most shapes do. Colors often do not: they are mixed up, or
-# change from frame to frame. (These six are picked: over all 200 held-out prompts, about one clip in six has a wrong
+# Look closely. Motions and backgrounds follow the prompt, and so do most shapes. Colors often do not: they are mixed up, or
+# change from frame to frame. (These six are hand-picked: over all 200 held-out prompts, about one clip in six has the wrong
 # color.) Can a reward fix that?
 #
 # ## 2 · A reward
 #
 # A reward looks at frames and prompts and returns one number per clip; higher is better. `hps` asks a small CLIP
 # network, which knows pictures and sentences, how well a frame fits its prompt. `aesthetic` rates a frame from 1 to 10
-# by its saturation, its contrast and how well it is centered. Rewards can be added.
+# by its saturation, its contrast and how well centered the object is. You can add rewards together.
 
 # %%
 hps = rewards.hps("tiny").to(model.device)  # the tiny world has rewards of its own
@@ -101,9 +101,9 @@ for text, score in zip(ask, reward(before, ask)):
 
 # %% [markdown]
 # The number alone would only let us *choose* among clips. The point of VADER is that the reward is
-# differentiable: it says for every pixel of every frame in which direction it should change.
+# differentiable: it says, for every pixel of every frame, which way that pixel should change.
 #
-# > **Predict.** Where in the picture will the gradient of `hps` be large? **(a)** everywhere the same ·
+# > **Predict.** Where in the picture will the gradient of `hps` be large? **(a)** the same everywhere ·
 # > **(b)** mostly on the object and next to it · **(c)** mostly far from it. Decide before you run the next cell.
 
 # %%
@@ -127,10 +127,10 @@ course.show(figure, "00-gradient")
 course.predict(guess, "00-gradient")
 
 # %% [markdown]
-# (A title is what the prompt asks for. Each map has a scale of its own.) You see squares because this network looks at patches of 8 × 8 pixels. One that holds a piece of the object's edge lights
-# up as a whole, with the bit of background in it.
+# (Each title is what the prompt asks for. Each map has its own scale.) You see squares because this network looks at patches
+# of 8 × 8 pixels. A patch that contains a piece of the object's edge lights up as a whole, background included.
 #
-# Before a long run, ask whether a reward can be trained on at all. `check` finds the usual mistakes (a conversion
+# Before a long run, make sure that you can train on the reward at all. `check` finds the usual mistakes (a conversion
 # to `uint8`, a detour through PIL, a clamp) in a second.
 
 # %%
@@ -139,8 +139,8 @@ vader_nb.check(reward)
 # %% [markdown]
 # ## 3 · Align
 #
-# The chain is  *adapter → last denoising step → latents → decoder → frame → reward*. (*Latents* are the compressed video on which
-# the model works. An *adapter* is a small addition to its weights, here by a method called LoRA.) `align` draws a few prompts,
+# The chain is  *adapter → last denoising step → latents → decoder → frame → reward*. (*Latents* are the compressed video that
+# the model works on. An *adapter* is a small addition to its weights; here it is a LoRA.) `align` draws a few prompts,
 # samples clips, scores **one random frame** of each, and sends the gradient back through the **last denoising step** only,
 # `Last(1)`. These two choices make VADER cheap. Only the adapter is trained; the model's own weights do not change.
 
@@ -171,8 +171,8 @@ axis.legend(frameon=False)
 course.show(figure, "00-curve")
 
 # %% [markdown]
-# The curve is noisy because every step sees different prompts. An honest comparison uses the *same* prompts and the
-# *same* seeds, with and without the adapter, on prompts that were not used in training:
+# The curve is noisy because every step sees different prompts. An honest comparison takes prompts that were not used in
+# training, and uses the *same* prompts and the *same* seeds with and without the adapter:
 
 # %%
 after = vader_nb.sample(model, ask, seeds=SEED, adapter=run.adapter)
@@ -183,13 +183,13 @@ Gallery(
 )
 
 # %% [markdown]
-# Most colors have come closer to their prompts. Not all: the green square still ends half purple.
+# Most colors are now closer to what the prompt asks for. Not all: the green square still ends up half purple.
 #
 # ## 4 · Better, or only higher-scored?
 #
-# A reward that rises proves little: the model may have learned only to please the network. In this world we can find
-# out, because *oracles* (plain code, no network) read color (of the object, the mean of all frames), shape, motion and background
-# off a clip.
+# A rising reward proves little: the model may only have learned to please the network. In this world we can find
+# out, because *oracles* (plain code, no network) read the color (of the object, averaged over all frames), the shape, the
+# motion and the background off a clip.
 #
 # > **Predict.** Which of these will improve most? **(a)** color · **(b)** shape · **(c)** motion, which a reward on
 # > single frames cannot even see
@@ -217,16 +217,17 @@ letter = {"color": "a", "shape": "b", "motion": "c"}[most]
 course.predict(guess, "00-most", letter=letter, most=most, gain=100 * gains[most])
 
 # %% [markdown]
-# The interval is the point: of so few clips a difference of one or two is chance. Where it excludes zero, the clips got
+# Look at the interval: with so few clips, a difference of one or two is chance. Where the interval excludes zero, the clips got
 # *better*, as measured by something that training never saw; where it contains zero, we cannot tell. Neither is guaranteed.
-# (The base itself is right less often on these clips than on all 200 held-out prompts, where it is 84 %. That is chance too, and
-# the reason to compare the *same* clips.) Where a reward rises and no oracle does, the adapter has found something that the network likes and the prompt did not mean.
+# (On these clips the base model itself is right less often than on all 200 held-out prompts, where it scores 84 %. That is chance,
+# too, and the reason to compare the *same* clips.) Where the reward rises but no oracle does, the adapter has found something the
+# network likes and the prompt did not mean.
 #
-# Motion cannot be learned from a reward that sees single frames; what matters is that it does not get lost.
+# A reward that sees single frames cannot teach motion; what matters is that motion does not get lost.
 #
 # ## 5 · How strong should the adapter be?
 #
-# You can turn an adapter up and down when sampling: 0 is the base model, 1 is what was trained, and above 1 it
+# You can turn an adapter up and down when sampling: 0 is the base model, 1 is the adapter as trained, and above 1 it
 # exaggerates.
 
 # %%
@@ -239,8 +240,9 @@ run.adapter.scale = 1.0
 Gallery(rows, width=96)
 
 # %% [markdown]
-# From the first row to the last the colors move toward those of the prompts. But look at the last frames of the
-# green star: what was purple has become dark, and no prompt has asked for that. A higher reward is not yet a better picture; chapter 7 is about that.
+# From the first row to the last, the colors move toward what the prompts ask for. But look at the last frames of the
+# green star: what was purple has turned dark, and no prompt asked for that. A higher reward is not always a better picture;
+# chapter 7 is about that.
 #
 # ## Recap
 #
@@ -313,7 +315,7 @@ course.attempt(check, mine)
 # mine = Frames.ends()
 # ```
 #
-# `Frames.at(0, 4, 7)` says the same for a clip of eight frames.
+# `Frames.at(0, 4, 7)` picks the same frames in a clip of eight.
 # </details>
 #
 # **3.** Compose a reward that likes what `hps` likes, but subtracts half a point for each unit of `brightness`.
@@ -343,7 +345,7 @@ course.attempt(check, dim)
 # </details>
 
 # %% [markdown] tags=["next"]
-# **Next:** [1a · Diffusion from the ground up](01_diffusion.ipynb) trains a diffusion model on points; the chapter after it
-# takes this model apart.
+# **Next:** [1a · Diffusion from the ground up](01_diffusion.ipynb) trains a diffusion model on points; the chapter after that
+# takes `tiny` apart.
 #
 # *The same links for Colab: [chapter 1a](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/01_diffusion.ipynb).*

@@ -23,9 +23,9 @@
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# A video is tens of thousands of numbers, and nobody can picture how they move. A *point* is two numbers, and to diffusion the
-# two are alike: the loss, the sampler and the guidance are the same. So in this chapter a model learns to draw points, in
-# seconds, and you watch every one of them. The next chapter takes a text-to-video model apart, and you will meet the same lines in it.
+# A video is tens of thousands of numbers, and nobody can picture how they move. A *point* is two numbers, and diffusion
+# treats it just like a video: the loss, the sampler and the guidance are the same. So in this chapter a model learns to draw points,
+# in seconds, and you watch every one of them. The next chapter takes a text-to-video model apart, with the same lines of code.
 #
 # **You will be able to**
 #
@@ -101,8 +101,8 @@ course.show(figure, "01-data")
 # $$x_t \;=\; \alpha_t\,x_0 + \sigma_t\,\epsilon, \qquad \alpha_t = \sqrt{\bar\alpha_t}, \quad \sigma_t = \sqrt{1 - \bar\alpha_t}$$
 #
 # The *timestep* $t$ runs from 0 to 999; the list of $\bar\alpha_t$ is the **schedule** ([Ho et al.
-# 2020](https://arxiv.org/abs/2006.11239)). In diffusers a *scheduler* holds it. We take the one of Stable Diffusion, on which
-# ModelScope was trained, too.
+# 2020](https://arxiv.org/abs/2006.11239)). In diffusers a *scheduler* holds it. We use Stable Diffusion's schedule;
+# ModelScope was trained with it, too.
 
 # %% tags=["for-checks"]
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -124,10 +124,10 @@ for axis, t in zip(axes, (0, 150, 300, 500, 999)):
 course.show(figure, "01-forward")
 
 # %% [markdown]
-# By $t = 300$ the star is gone, and at 999 next to nothing but noise is left. Destroying needs no network. Learning begins when
-# we ask for the way back.
+# By $t = 300$ the star is gone, and at 999 almost nothing is left but noise. Destroying takes no network. Learning begins when
+# we want to go back.
 #
-# **Exercise 1** (★, 5 minutes). Write the mixing yourself. Each point may have a timestep of its own: `t` has the shape (N,).
+# **Exercise 1** (★, 5 minutes). Write the mixing yourself. Each point may have its own timestep: `t` has shape (N,).
 
 
 # %% tags=["exercise"]
@@ -158,8 +158,8 @@ course.attempt(check, noised)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `alphas_cumprod[t]` has the shape (N,), the points have (N, 2). `alphas_cumprod[t][:, None]` has the shape (N, 1), which torch
-# stretches.
+# `alphas_cumprod[t]` has shape (N,), and the points have shape (N, 2). `alphas_cumprod[t][:, None]` has shape (N, 1), and torch
+# broadcasts it.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -172,8 +172,8 @@ course.attempt(check, noised)
 #
 # ## What can a denoiser know?
 #
-# You see a noisy point. Where did it come from? You cannot know: many clean points could have been mixed into it. All that a
-# denoiser can do is to answer with the *mean* of them, each weighted by how likely it is. (No other answer has a smaller mean
+# You see a noisy point. Where did it come from? You cannot know: many clean points could have been mixed into it. The best a
+# denoiser can do is answer with their *mean*, each weighted by how likely it is. (No other answer has a smaller mean
 # squared error.) Our data is small enough to compute this best possible answer without any network:
 
 
@@ -193,7 +193,7 @@ def origins(x, t, data):
 
 # %% [markdown]
 # > **Predict.** Take pure noise, $t = 999$, and ask for a star. Where is the mean of all possible origins? **(a)** on the star's
-# > outline, at the point nearest to the noise · **(b)** near the middle of the star, where no data is · **(c)** close to the
+# > outline, at the point nearest to the noise · **(b)** near the middle of the star, where there is no data · **(c)** close to the
 # > noise itself
 
 # %%
@@ -217,17 +217,17 @@ course.show(figure, "01-mean")
 course.predict(guess, "01-mean")
 
 # %% [markdown]
-# The cross is the noisy point, the disc the best answer, and the darker a point of the star, the likelier it is the origin. From
-# pure noise every point of the star is about as likely as any other, so the answer is a compromise: the middle. Only when the noise gets
-# weak do the origins become few, and the answer a point on the star.
+# The cross is the noisy point, the disc is the best answer, and the darker a point of the star, the likelier it is the origin. From
+# pure noise, every point of the star is about as likely as any other, so the answer is a compromise: the middle. When the noise
+# gets weak, only a few origins are left, and the answer is a point on the star.
 #
-# Remember this compromise. In a video model it is a *blur*: the mean of all videos that the sentence could mean. And it is the
-# reason why a sampler takes many steps. It cannot jump to the answer; it goes a little toward it, and asks again.
+# Remember this compromise. In a video model it is a *blur*: the mean of all videos the sentence could describe. It is also
+# why a sampler takes many steps. It cannot jump to the answer; it goes a little way toward it, and asks again.
 #
 # ## Train a denoiser
 #
 # Now let a network learn these answers from examples alone. It gets a noisy point, the timestep and the prompt, and predicts
-# the noise. (From the noise follows the clean point, for $x_t$ is known.)
+# the noise. (We know $x_t$, so the noise gives us the clean point.)
 
 
 # %%
@@ -324,11 +324,11 @@ letter = "c" if floor > 0.1 else "b" if floor > 0.001 else "a"
 course.predict(guess, "01-floor", letter=letter, floor=floor, network=smooth[-1].item())
 
 # %% [markdown]
-# So the loss of a diffusion model says little about its samples. It is large because the question has no certain answer. What one
-# watches is whether it still *falls*, and the samples.
+# So the loss of a diffusion model says little about its samples. It is large because the question has no certain answer. Watch
+# the samples, and whether the loss still *falls*.
 #
-# This loop is how ModelScope was trained, too. Instead of points it had the latents of videos, instead of our small network a
-# U-Net with 1.4 billion weights, and instead of two words whole captions.
+# ModelScope was trained with this loop, too, but with video latents instead of points, a U-Net with 1.4 billion weights
+# instead of our small network, and whole captions instead of two words.
 #
 # ## Four ways to say the same
 #
@@ -338,30 +338,30 @@ course.predict(guess, "01-floor", letter=letter, floor=floor, network=smooth[-1]
 HTML(course_sketches.targets())
 
 # %% [markdown]
-# Read the picture as a map. To the right is the clean point, at the top is pure noise, and $x_t = \alpha\,x_0 + \sigma\,\epsilon$
-# is a place between them. Diffusion models go along the arc, flow matching ([Lipman et al.
+# Read the picture as a map. The clean point is on the right, pure noise is at the top, and $x_t = \alpha\,x_0 + \sigma\,\epsilon$
+# is somewhere in between. Diffusion models go along the arc, flow matching ([Lipman et al.
 # 2022](https://arxiv.org/abs/2210.02747)) along the straight line.
 #
-# - An answer in $\epsilon$ is useless at the very top: there $x_t$ *is* the noise, and $\hat x_0 = (x_t -
+# - Predicting $\epsilon$ is useless at the very top: there $x_t$ *is* the noise, and $\hat x_0 = (x_t -
 #   \sigma\,\hat\epsilon)/\alpha$ divides by almost nothing.
-# - An answer in $x_0$ is useless at the very bottom, for the same reason.
+# - Predicting $x_0$ is useless at the very bottom, for the same reason.
 # - $v$ ([Salimans & Ho 2022](https://arxiv.org/abs/2202.00512)) and $u$ are velocities: the direction in which $x_t$ moves. They
-#   work at both ends, so most video models have one of them.
+#   work at both ends, so most video models predict one of them.
 #
-# If you know $x_t$, its shares and any one of the four, then you know all of them.
+# If you know $x_t$, its $\alpha$ and $\sigma$, and any one of the four, you know all of them.
 #
 # ## One step of the sampler
 #
 # Sampling starts from pure noise and takes away a little of it at a time. With DDIM ([Song et al.
-# 2020](https://arxiv.org/abs/2010.02502)) a step has two lines. First, read the clean point and the noise off the network's
-# answer. Then mix *the same two* again, with the shares of the next timestep $s < t$:
+# 2020](https://arxiv.org/abs/2010.02502)) a step is two lines. First, read the clean point and the noise off the network's
+# answer. Then mix *the same two* again, with the $\alpha$ and $\sigma$ of the next timestep $s < t$:
 #
 # $$\hat x_0,\ \hat\epsilon \;\leftarrow\; \text{the answer, and } x_t = \alpha_t\,\hat x_0 + \sigma_t\,\hat\epsilon$$
 # $$x_s \;=\; \alpha_s\,\hat x_0 + \sigma_s\,\hat\epsilon$$
 #
 # **Exercise 2** (★★★, 25 minutes). The core of this chapter: one step, for all four kinds of denoisers. `now` is $(\alpha_t,
 # \sigma_t)$, `then` is $(\alpha_s, \sigma_s)$. The definitions are in the drawing: $v = \alpha\,\epsilon - \sigma\,x_0$ on the
-# arc, where $\alpha^2 + \sigma^2 = 1$, and $u = \epsilon - x_0$ on the line, where $\alpha + \sigma = 1$. Yours will be compared
+# arc, where $\alpha^2 + \sigma^2 = 1$, and $u = \epsilon - x_0$ on the line, where $\alpha + \sigma = 1$. We compare your function
 # with diffusers' schedulers, step by step.
 
 
@@ -439,12 +439,12 @@ course.attempt(check, step)
 #     return alpha_next * clean + sigma_next * noise
 # ```
 #
-# For flow the last line comes to $x + (\sigma_s - \sigma_t)\,u$: a straight step along the velocity, which is called Euler's.
-# DDIM is the same on the arc.
+# For flow, the last line simplifies to $x + (\sigma_s - \sigma_t)\,u$: a straight step along the velocity, called an Euler step.
+# DDIM does the same on the arc.
 # </details>
 #
-# You have just written diffusers' `DDIMScheduler.step` and `FlowMatchEulerDiscreteScheduler.step`. Twenty of these, each after a
-# call of the denoiser, are the sampler:
+# You have just written diffusers' `DDIMScheduler.step` and `FlowMatchEulerDiscreteScheduler.step`. The sampler is twenty of
+# these, each after a call to the denoiser:
 
 
 # %%
@@ -477,14 +477,14 @@ figure.tight_layout()
 course.show(figure, "01-steps")
 
 # %% [markdown]
-# One step is the compromise from above: a heap in the middle. (And the stray points around it? This network predicts $\epsilon$,
+# One step gives the compromise from above: a clump in the middle. (And the stray points around it? This network predicts $\epsilon$,
 # and at pure noise its small errors are divided by $\alpha = 0.07$.) Ask again on the way, and the answers become more certain:
-# with five steps there is a blurred star, with twenty a clear one. The paths are bent: the answer changes on the way. Where a point
-# ends is decided by the noise that it started from, because DDIM adds none.
+# with five steps there is a blurred star, with twenty a clear one. The paths are curved: the answer changes on the way. Where a point
+# ends up depends only on the noise it started from, because DDIM adds none.
 #
 # ## Guidance
 #
-# A fifth of the training went without a prompt. So the network has two answers: $\epsilon_\text{star}$, and $\epsilon_\varnothing$
+# A fifth of the training had no prompt. So the network has two answers: $\epsilon_\text{star}$, and $\epsilon_\varnothing$
 # for "any point". Their difference is what the word *star* adds. **Classifier-free guidance** ([Ho & Salimans
 # 2022](https://arxiv.org/abs/2207.12598)) goes further in that direction:
 #
@@ -492,7 +492,7 @@ course.show(figure, "01-steps")
 #
 # With $w = 1$ only the answer to the prompt is left. Stable Diffusion is usually run with 7.5, ModelScope with 9, our `tiny` with 2.
 #
-# **Exercise 3** (★, 5 minutes). The same formula is a weighted sum of the two answers. With which weights?
+# **Exercise 3** (★, 5 minutes). The same formula is a weighted sum of the two answers. What are the weights?
 
 
 # %% tags=["exercise"]
@@ -521,7 +521,7 @@ course.attempt(check, weights)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# Multiply the formula out, and collect what stands before $\epsilon_\text{star}$ and before $\epsilon_\varnothing$.
+# Expand the formula, and collect what multiplies $\epsilon_\text{star}$ and what multiplies $\epsilon_\varnothing$.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -554,9 +554,9 @@ course.show(figure, "01-guidance")
 course.predict(guess, "01-guidance")
 
 # %% [markdown]
-# (Orange: the circle.) Guidance does not ask "what does a star look like?" but "what tells a star *from other things*?" That is
-# its tips and its inner corners, where no circle runs. So guidance makes the sample unmistakable and less varied, and with a large
-# $w$ it leaves the data: past the tips on the outside, and into the empty middle on the inside. In a video model you see that as
+# (Orange: the circle.) Guidance does not ask "what does a star look like?" but "what tells a star *from other things*?" The answer:
+# its tips and its inner corners, where there is no circle. So guidance makes samples unmistakable and less varied, and with a large
+# $w$ they leave the data: past the tips on the outside, and into the empty middle on the inside. In a video model you see that as
 # oversaturated colors.
 #
 # ## What guidance does to a gradient
@@ -566,7 +566,7 @@ course.predict(guess, "01-guidance")
 #
 # $$\frac{\partial\hat\epsilon}{\partial\theta} \;=\; w\,\frac{\partial\epsilon_\text{star}}{\partial\theta} \;+\; (1 - w)\,\frac{\partial\epsilon_\varnothing}{\partial\theta}$$
 #
-# With $w = 9$ the weights are 9 and −8. Is the whole then nine times as long? That depends on how much the two terms cancel. Take
+# With $w = 9$ the weights are 9 and −8. Is the sum then nine times as long? That depends on how much the two terms cancel. Take
 # the simplest reward, "further to the right", and a gradient through the last step:
 
 
@@ -617,15 +617,15 @@ letter = "a" if whole < 5 else "b" if whole < 12 else "c"
 course.predict(guess, "01-gradient", letter=letter, whole=whole, cosine=cosines[-1].item())
 
 # %% [markdown]
-# On points the two terms cancel in part only. So the gradient grows about in proportion to $w$, and the second term *turns* it. To
-# leave that term out saves half of the work (in the package: `unconditional_gradient=False`), and the right-hand picture shows the
-# price: the prompt's term alone still goes uphill, since its cosine to the sum is above zero, but the larger $w$, the more it
-# points elsewhere. (How much the two cancel in a video model, exercise 4 lets you find out.)
+# On points, the two terms cancel only in part. So the gradient grows roughly in proportion to $w$, and the second term *turns* it.
+# Leaving that term out saves half of the work (in the package: `unconditional_gradient=False`), and the right-hand picture shows
+# the price: the prompt's term alone still goes uphill, since its cosine with the sum is above zero, but the larger $w$, the further
+# off it points. (Exercise 4 lets you find out how much the two cancel in a video model.)
 #
 # ## The same on video
 #
-# None of this was about points. `tiny` is a text-to-video model. It predicts $v$, and its schedule ends in *pure* noise:
-# $\alpha = 0$, where an answer in $\epsilon$ could not work at all. Take a clip of its world, noise its latents to four
+# None of this was specific to points. `tiny` is a text-to-video model. It predicts $v$, and its schedule ends in *pure* noise:
+# $\alpha = 0$, where predicting $\epsilon$ could not work at all. Take a clip from its world, noise its latents to four
 # timesteps (the top row: these latents, decoded), and ask *once* for the clean video, with the prompt and without it:
 
 # %%
@@ -660,11 +660,11 @@ for axis in axes.flat:
 course.show(figure, "01-video")
 
 # %% [markdown]
-# Look at the lowest row, from left to right. At pure noise and without a prompt the answer is the mean of all clips, or rather of
-# their latents, and the decoder makes a smear of it. At 800 the model has found out that something is pink and in the middle; not
-# what it is, nor the background. At 600 it is a star of sorts, on the right background, and then the star. With the prompt there
-# is little left to doubt, because in this small world a prompt says nearly everything. (A large model's prompt leaves much more
-# open, and its first answers are blurs.)
+# Look at the bottom row, from left to right. At pure noise and without a prompt, the answer is the mean of all clips, or rather of
+# their latents, and the decoder turns it into a smear. At 800 the model knows that something pink is in the middle, but not what
+# it is, nor the background. At 600 it is a star of sorts, on the correct background, and then the star. With the prompt there is
+# little doubt left, because in this small world a prompt says nearly everything. (A prompt to a large model leaves much more open,
+# and the first answers are blurs.)
 #
 # ## Recap
 #
@@ -681,17 +681,17 @@ course.show(figure, "01-video")
 # | $w$ | `guidance_scale` | a number |
 #
 # **Without looking:** why is the best answer at pure noise a blur, and the loss of the best denoiser not zero? Which two lines
-# are a step of DDIM? Why do models whose schedule ends in pure noise not predict $\epsilon$? What are the two weights of
+# make up a DDIM step? Why do models whose schedule ends in pure noise not predict $\epsilon$? What are the two weights of
 # guidance, and what do they do to a gradient?
 #
 # ## Exercises
 #
-# Three of them you have met above. **Exercise 4** (★★★, open, an hour). Bring a plot. (i) Train denoisers that predict $x_0$ and
-# $v$ instead of $\epsilon$, and sample all three in 1, 2, 5 and 20 steps (your `step` can do it). Whose heap in the middle has no
-# stray points, and whose star is the best? (ii) Flow matching on points: the line instead of the arc, in training and in sampling.
-# Are the paths straighter, and do fewer steps suffice? (iii) Add fresh noise in each step (`eta=1` in `scheduler.step`). What
+# You have met three of them above. **Exercise 4** (★★★, open, an hour). Bring a plot. (i) Train denoisers that predict $x_0$ and
+# $v$ instead of $\epsilon$, and sample all three in 1, 2, 5 and 20 steps (your `step` can do it). Which clump in the middle has
+# no stray points, and which star is best? (ii) Flow matching on points: the line instead of the arc, in training and in sampling.
+# Are the paths straighter, and are fewer steps enough? (iii) Add fresh noise in each step (`eta=1` in `scheduler.step`). What
 # does it improve, and what does it cost? (iv) The two terms of guidance in the gradient of `tiny`'s adapter (you will meet it in
-# chapter 4): their angle, over $w$.
+# chapter 4): plot their angle against $w$.
 
 # %% [markdown] tags=["next"]
 # **Next:** [1b · What is inside a text-to-video model](01_video_diffusion.ipynb): the same loop, around a network that knows

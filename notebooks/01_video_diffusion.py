@@ -24,10 +24,10 @@
 
 # %% [markdown]
 # A sentence goes in, eight frames come out. In between are five parts: a tokenizer, a text encoder, a denoiser, a scheduler and a
-# decoder. In this chapter you take the model apart, look at what flows through every part, and then put it together again: you
-# write the loop that makes the video, and it makes the same one as the package's.
+# decoder. In this chapter you take the model apart, look at what flows through every part, and then put it back together: you
+# write the sampling loop, and it makes the same video as the package's.
 #
-# Everything runs on `tiny`, a model that is embedded in this package. ModelScope has the same parts in the same classes, with 700
+# Everything runs on `tiny`, a model that comes with this package. ModelScope has the same parts, built from the same classes, with 700
 # times the parameters.
 #
 # **You will be able to**
@@ -35,7 +35,7 @@
 # - *name* every tensor between a prompt and a video, with its shape;
 # - *show* which part of the model mixes pixels and which part mixes frames;
 # - *write* the sampling loop with classifier-free guidance yourself;
-# - *measure* at which call of the denoiser outline and color are decided, and who makes the wrong colors.
+# - *measure* at which call the outline and the color are decided, and which part makes the wrong colors.
 #
 # Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
 
@@ -76,7 +76,7 @@ clip = vader_nb.sample(model, PROMPT, seeds=SEED)
 Gallery({"the whole model": [Video(clip[0], model.defaults["fps"], PROMPT)]}, width=256)
 
 # %% [markdown]
-# That is the sentence and the video. And this is the way from one to the other:
+# That is the sentence and the video. Here is the way from one to the other:
 
 # %%
 HTML(course_sketches.pipeline())
@@ -95,12 +95,12 @@ print(tuple(tokens.shape))
 print([model.tokenizer.decode(token) for token in tokens[0]])
 
 # %% [markdown]
-# `<|startoftext|>` opens, `<|endoftext|>` closes, and the same token pads the rest. ModelScope uses CLIP's tokenizer, which knows
+# `<|startoftext|>` opens the sentence; `<|endoftext|>` closes it, and pads the rest. ModelScope uses CLIP's tokenizer, which knows
 # 49,408 pieces of words; `tiny` knows the few words of its world.
 #
 # ## Numbers become meaning: the text encoder
 #
-# A small transformer turns each token into a vector. Each vector may look at the tokens *before* it, never at later ones, so the
+# A small transformer turns each token into a vector. Each vector can look at the tokens *before* it, never at later ones, so the
 # last vectors know the whole sentence.
 
 # %% tags=["nbval-check-output"]
@@ -131,8 +131,8 @@ figure.colorbar(shades, label="cosine")
 course.show(figure, "01-prompts")
 
 # %% [markdown]
-# Two blocks: prompts that differ in one word lie close together, prompts that share few words lie far apart. Such vectors, one per
-# token, are all that the denoiser ever gets to know about your prompt.
+# Two blocks: prompts that differ in one word lie close together, prompts that share few words lie far apart. These vectors, one per
+# token, are all the denoiser ever knows about your prompt.
 #
 # ## Videos become small: latents and the decoder
 #
@@ -149,7 +149,7 @@ print(f"latents: {tuple(latents.shape)} = {latents.numel()} numbers")
 print("         (batch, channels, frames, height, width)")
 
 # %% [markdown]
-# The two have their axes in a different order; that is convention. Everywhere in this package *frames* are `(B, F, 3, H, W)` and
+# The two order their axes differently, by convention. Everywhere in this package *frames* are `(B, F, 3, H, W)` and
 # *latents* are `(B, C, F, H, W)`.
 #
 # Send a *real* frame of this world (drawn by code, so its colors are exactly right) through the autoencoder and back. What is
@@ -183,11 +183,11 @@ for axis, title in zip(axes, titles):
 course.show(figure, "01-autoencoder")
 
 # %% [markdown]
-# Forty-eight times fewer numbers, and outline and color come through. What is lost is at the edges. So when you see a clip with
-# the wrong color, do not blame the autoencoder too soon; below you will measure it.
+# Forty-eight times fewer numbers, and the outline and the color survive. What is lost is at the edges. So when you see a clip
+# with the wrong color, do not blame the autoencoder too soon; you will measure that below.
 #
-# And the decoder knows nothing about time: it decodes each frame by itself. Keep this in mind, it will save us a lot of memory
-# later: **to see one frame you need to decode one frame.**
+# And the decoder knows nothing about time: it decodes each frame by itself. Keep this in mind; it will save us a lot of memory
+# later: **to see one frame, you need to decode only one frame.**
 #
 # **Exercise 1** (★, 5 minutes). Decode only the middle frame of some latents. (Why is that exact? And why would it not be for a
 # decoder that mixes frames?)
@@ -222,7 +222,7 @@ course.attempt(check, middle_frame)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `model.decode(latents, [0])` decodes the first frame only. The frames are axis 2 of latents, and axis 1 of what is decoded.
+# `model.decode(latents, [0])` decodes the first frame only. The frames are on axis 2 of latents, and on axis 1 of decoded frames.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -256,7 +256,7 @@ for kind, count in kinds.items():
 # `TransformerTemporalModel`. A video model is an image model with the last two woven in ([Wang et al.
 # 2023](https://arxiv.org/abs/2308.06571), ModelScope).
 #
-# > **Predict.** We change the noise of frame 4 and nothing else. Which frames of the denoiser's output change, first with the
+# > **Predict.** We change the noise in frame 4 and nothing else. Which frames of the denoiser's output change, first with the
 # > temporal layers *switched off*, then with all of them on? **(a)** only frame 4, both times · **(b)** only frame 4, then all
 # > frames · **(c)** all frames, both times
 
@@ -335,7 +335,7 @@ axis.legend(framealpha=1, loc="center right")
 course.show(figure, "01-schedule")
 
 # %% [markdown]
-# The gray lines are our ten calls of the denoiser, from right to left: from pure noise to the video.
+# The gray lines are our ten calls to the denoiser, from right to left: from pure noise to the video.
 #
 # ## The loop, by hand
 #
@@ -343,14 +343,14 @@ course.show(figure, "01-schedule")
 #
 # 1. start from `initial_noise(model, [seed], settings)[0]`;
 # 2. at each of the scheduler's timesteps call the denoiser *twice*, with the prompt and with the empty prompt. `model.predict(x,
-#    t, text["prompt"])` is one call, for `text = model.encode([prompt])`; the other branch is `text["negative"]`, for any text
-#    may stand in the place of the empty one: a *negative prompt*;
+#    t, text["prompt"])` is one call, for `text = model.encode([prompt])`; the other branch is `text["negative"]`, because any text
+#    can take the place of the empty one: a *negative prompt*;
 # 3. combine the two answers: guidance, as on points;
 # 4. let `scheduler.step(output, t, x).prev_sample` take the step (you wrote it in chapter 1a);
 # 5. decode.
 #
-# **Exercise 2** (★★, 20 minutes). The core of this chapter: write `by_hand`. It must make the video that `vader_nb.sample`
-# makes.
+# **Exercise 2** (★★, 20 minutes). The core of this chapter: write `by_hand`. It must make the same video as
+# `vader_nb.sample`.
 
 
 # %% tags=["exercise"]
@@ -395,9 +395,9 @@ course.attempt(check, by_hand)
 # `for t in scheduler.timesteps:` runs from noise to video. Four lines in it: two calls, the guidance, the step. Keep the latents
 # in one variable, `x`, and decode it after the loop.
 # </details>
-# <details><summary>A hint, if your video is a video, but another one</summary>
+# <details><summary>A hint, if you get a video, but the wrong one</summary>
 #
-# Is the seed the one that is asked for? Which answer is multiplied by $w$, and which one is subtracted?
+# Do you use the seed you are given? Which answer is multiplied by $w$, and which one is subtracted?
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -416,9 +416,9 @@ course.attempt(check, by_hand)
 # ```
 # </details>
 #
-# There is no more to sampling from a text-to-video model. In the package the same loop is called `roll_out`; `model.guided` makes
-# both calls in one batch, and `model.step` knows the schedulers of other families. We run it for twenty prompts at once, and
-# keep the *guess* of the clean video in each call:
+# That is all there is to sampling from a text-to-video model. In the package the same loop is called `roll_out`; `model.guided`
+# makes both calls in one batch, and `model.step` knows the schedulers of other families. We run the loop for twenty prompts at
+# once, and keep the *guess* of the clean video at each call:
 
 
 # %%
@@ -439,8 +439,8 @@ guesses = guesses_of(asked, list(range(len(asked))))
 # %% [markdown]
 # ## Watch it decide
 #
-# > **Predict.** What of the final video stands first in these guesses? **(a)** the outline, even after the first call; the color
-# > takes longer · **(b)** the color; the outline takes longer · **(c)** both only at the last calls
+# > **Predict.** What part of the final video shows up first in these guesses? **(a)** the outline, right after the first call; the
+# > color takes longer · **(b)** the color; the outline takes longer · **(c)** neither, until the last calls
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -460,7 +460,7 @@ for row, number in zip(axes, chosen):
 course.show(figure, "01-calls")
 
 # %% [markdown]
-# (Frame 4 of four clips; a column for each call.) Four clips are an impression. Now all twenty, in numbers: how much of the
+# (Frame 4 of four clips; a column for each call.) Four clips give only an impression. Now all twenty, in numbers: how much of the
 # object's outline is there (intersection over union with that of the final frame), and how far is its mean color from the final
 # one?
 
@@ -504,8 +504,8 @@ first = {
 course.predict(guess, "01-decided", **first)
 
 # %% [markdown]
-# After the first call nearly nine tenths of the outline are there, and what follows are corrections. The color needs about three
-# calls, and even then it may wander: look at the row of the blue star. The later calls *polish*, you could say. (This is a small world,
+# After the first call, nearly nine tenths of the outline is there, and what follows is correction. The color needs about three
+# calls, and even then it may wander: look at the blue star's row. The later calls *polish*, you could say. (This is a small world,
 # with one object per clip. A large model lays out a scene over many more calls.)
 #
 # In the next chapters we send a gradient through *the last call only*. How can polishing teach a model to draw something else?
@@ -515,9 +515,9 @@ course.predict(guess, "01-decided", **first)
 #
 # ## Who makes the wrong colors?
 #
-# `tiny` is good at shapes and motions, and often wrong about colors; much of this course is about repairing that. Is the denoiser
-# to blame, or the autoencoder, which might not be able to draw them? We know each prompt's true color, so compare: the true
-# frames, sent through the autoencoder and back, and the frames that the model has made.
+# `tiny` is good at shapes and motions, and often wrong about colors; much of this course is about fixing that. Is the denoiser
+# to blame, or can the autoencoder not draw them? We know each prompt's true color, so compare the true
+# frames, sent through the autoencoder and back, with the frames that the model made.
 
 # %%
 true = torch.tensor([world.COLORS[spec.color] for spec in wanted])
@@ -545,9 +545,9 @@ half = 1.96 * added.std() / len(added) ** 0.5
 print(f"added by the model: {added.mean():.3f} ± {half:.3f} (95 % interval), {len(added)} clips")
 
 # %% [markdown]
-# The autoencoder is nearly innocent: what it sends back is close to the color that went in, in every clip. The model's own clips
-# are further away on average (the interval excludes zero), and a few of them very far. So it is the *denoiser* that picks a wrong
-# color, the part that an adapter can change.
+# The autoencoder is nearly innocent: in every clip, the color that comes out is close to the one that went in. The model's own
+# clips are further off on average (the interval excludes zero), a few of them by a lot. So it is the *denoiser* that picks the
+# wrong color, and that is the part an adapter can change.
 #
 # ## Recap
 #
@@ -561,13 +561,13 @@ print(f"added by the model: {added.mean():.3f} ± {half:.3f} (95 % interval), {l
 # | $x_{t-1}$, one step on | `model.step(scheduler, v, t, x)` | as $x$ |
 # | $D(x_0)$, frames | `model.decode(x, frames)` | (B, F, 3, 64, 64) |
 #
-# **Without looking:** which parts run once per video, and which once per call? Which layers let frame 3 know of frame 4? Why can
+# **Without looking:** which parts run once per video, and which once per call? Which layers let frame 3 know about frame 4? Why can
 # one frame be decoded alone?
 #
 # ## Exercises
 #
-# Two of them you have met above. **Exercise 3** (★★, 15 minutes). *When* does the model read the color? Write `switched`: a sampler
-# that follows one prompt in the first `at` calls, and another one in the rest. It returns the final latents, not decoded.
+# You have met two of them above. **Exercise 3** (★★, 15 minutes). *When* does the model read the color? Write `switched`: a sampler
+# that follows one prompt for the first `at` calls, and another for the rest. It returns the final latents, without decoding them.
 
 
 # %% tags=["exercise"]
@@ -599,7 +599,7 @@ course.attempt(check, switched)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `guesses_of` has the loop. Encode both prompts before it, and choose by `enumerate`.
+# `guesses_of` has the loop. Encode both prompts before it, and use `enumerate` to choose.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -615,9 +615,9 @@ course.attempt(check, switched)
 # ```
 # </details>
 #
-# **Exercise 4** (★★★, open, an hour). Bring a plot, made with `switched`: over `at`, how often does the clip have the *first*
-# prompt's color, shape, motion (`vader_nb.zoo.oracles.grade(model.decode(x), prompts)`, twenty pairs of prompts that differ in
-# that word)? Which word does the model read first, and which one last? What does that say about a gradient that reaches
+# **Exercise 4** (★★★, open, an hour). Bring a plot, made with `switched`: for each `at`, how often does the clip have the
+# *first* prompt's color, shape or motion (`vader_nb.zoo.oracles.grade(model.decode(x), prompts)`, twenty pairs of prompts that
+# differ in that word)? Which word does the model read first, and which last? What does that say about a gradient that reaches
 # the last call only?
 
 # %% [markdown] tags=["next"]

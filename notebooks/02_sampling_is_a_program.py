@@ -36,7 +36,7 @@
 # - *compute* the gradient through a sampler by hand, and *check* it with autograd;
 # - *measure* what a graph through K steps costs in memory;
 # - *split* the gradient of a real sampler into one term per step;
-# - *compute* the gain of any scheduler's last step, and *say* what it tells and what it does not.
+# - *compute* the gain of any scheduler's last step, and *say* what it tells you and what it does not.
 #
 # Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
 
@@ -86,12 +86,12 @@ Gallery({"the program's output": [Video(clip[0], 8, prompt)]}, width=256)
 # ## A sampler that fits on a napkin
 #
 # At each step a sampler mixes the current latents with the output of the network. For DDIM
-# ([Song et al. 2020](https://arxiv.org/abs/2010.02502)), Euler and flow matching that is all of it:
+# ([Song et al. 2020](https://arxiv.org/abs/2010.02502)), Euler and flow matching, that is all there is:
 #
 # $$x_{t-1} = a_t\,x_t + b_t\,F_\theta(x_t)$$
 #
 # (*Multistep* samplers, such as DPM++ ([Lu et al. 2022](https://arxiv.org/abs/2211.01095)) and UniPC
-# ([Zhao et al. 2023](https://arxiv.org/abs/2302.04867)), also use the output of the step before: one more term,
+# ([Zhao et al. 2023](https://arxiv.org/abs/2302.04867)), also use the previous step's output: one more term,
 # $c_t\,F_\theta(x_{t+1})$. The next latents are still a weighted sum.)
 #
 # Let the video be a single number, take two steps, and use the simplest network there is, $F_\theta(x) = \theta x$:
@@ -119,8 +119,8 @@ print("by hand: ", round((direct + passed_on).item(), 6))
 
 # %% [markdown]
 # The same number. This is the general picture: with $T$ steps there are $T$ terms. The term of an early step has to
-# pass through *all later ones*, and each of them multiplies it by $a + b\,\partial F/\partial x$ (a multistep sampler has a second
-# path, through $c$). That is a backward pass through the network for each step on the way.
+# pass through *all later steps*, and each of them multiplies it by $a + b\,\partial F/\partial x$ (a multistep sampler has a second
+# path, through $c$). That is one backward pass through the network for each step on the way.
 #
 # (We count steps from the end: step 1 is the last one, which makes the video.)
 #
@@ -167,8 +167,8 @@ course.attempt(check, by_hand)
 #
 # ## What a graph costs
 #
-# To go backward, autograd keeps the activations of the whole forward pass. Let us count these bytes while `tiny` samples
-# with a graph through its last $K$ steps. (In this chapter without guidance, to keep it simple: one call per step.)
+# To go backward, autograd keeps the activations of the whole forward pass. Let us count the bytes while `tiny` samples
+# with a graph through its last $K$ steps. (No guidance in this chapter, to keep it simple: one call per step.)
 
 # %% tags=["for-checks"]
 adapter = lora.add(model, rank=4)  # a few trainable weights; chapter 5 is about them
@@ -204,7 +204,7 @@ def kept(function, *arguments):
 
 # %% [markdown]
 # > **Predict.** With a graph through the last step only, autograd keeps some number of megabytes. How many with a graph
-# > through the last eight? **(a)** about the same, the weights are shared · **(b)** about eight times as many · **(c)** a
+# > through the last eight? **(a)** about the same, because the weights are shared · **(b)** about eight times as many · **(c)** a
 # > hundred times
 
 # %%
@@ -228,8 +228,8 @@ course.predict(guess, "02-kept", one=megabytes[0], many=megabytes[-1], steps=Ks[
 # plain backpropagation through a whole video sampler.
 #
 # There are two ways out, and this package uses both. **Checkpointing** ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)):
-# keep only each step's input and compute its activations again in the backward pass (one more forward pass of those steps,
-# for the memory of one). **Truncation** ([Clark et al. 2023](https://arxiv.org/abs/2309.17400)): stop early and keep only the
+# keep only each step's input and compute its activations again in the backward pass (one more forward pass through those
+# steps, but the memory of only one). **Truncation** ([Clark et al. 2023](https://arxiv.org/abs/2309.17400)): stop early and keep only the
 # terms of the last few steps. VADER ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)) keeps *one*.
 #
 # **Exercise 2** (★, 10 minutes). Truncate the three-step sampler of exercise 1: its gradient must become the sum of the terms of the
@@ -289,12 +289,12 @@ course.attempt(check, last)
 #
 # ## One term per step
 #
-# Is one term enough? Let us look at all of them, and not on a napkin: on `tiny`, its ten steps, and an adapter. The reward is
-# simply brightness.
+# Is one term enough? Let us look at all of them, this time not on a napkin but on `tiny`, with ten steps and an adapter. The
+# reward is simply brightness.
 #
-# **Exercise 3** (★★★, 25 minutes). The core of this chapter. Write `terms`: a list with one gradient for each step, that of step 1
-# first. Term $i$ is the gradient of the brightness if only step $i$'s use of the adapter counts. It reaches step $i$ through all
-# later steps. Two things will help: inside of `with adapter.frozen():` the adapter acts as always but gets no gradient, and
+# **Exercise 3** (★★★, 25 minutes). The core of this chapter. Write `terms`: it returns a list with one gradient per step, step 1
+# first. Term $i$ is the gradient of the brightness when only step $i$'s use of the adapter counts. It reaches step $i$ through all
+# later steps. Two things will help: inside `with adapter.frozen():` the adapter works as usual but gets no gradient, and
 # `brightness(x)` decodes and scores.
 
 
@@ -346,13 +346,13 @@ course.attempt(check, terms)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# Start from `sampled(K)`. For term $i$ the graph must begin at step $i$ (counted from the end), and only there may the adapter be
-# unfrozen: `contextlib.nullcontext()` is a `with` that does nothing. Clear `.grad` before each term.
+# Start from `sampled(K)`. For term $i$ the graph must begin at step $i$ (counted from the end), and the adapter may be
+# unfrozen only there: `contextlib.nullcontext()` is a `with` that does nothing. Clear `.grad` before each term.
 # </details>
 # <details><summary>A hint for the clever way</summary>
 #
 # Sample once without a graph and keep the latents before each step. Then walk back from the video, with
-# `torch.autograd.grad(y, [x, *parameters], g)`: it gives the term of this step, and the `g` with which the step before goes on.
+# `torch.autograd.grad(y, [x, *parameters], g)`: it gives this step's term, and the `g` for the step before it.
 # Chapter 4 is built on this.
 # </details>
 # <details><summary>A solution</summary>
@@ -379,7 +379,7 @@ course.attempt(check, terms)
 # </details>
 #
 # In the package `Step(i)` asks for the term of step $i$ alone, and `Last(K)` for the sum of the last $K$. The check has just compared
-# yours with it. Now all ten:
+# your terms with the package's. Now all ten:
 
 # %%
 every = [gradient(Step(i)) for i in range(1, STEPS + 1)]
@@ -390,8 +390,8 @@ print(
 )
 
 # %% [markdown]
-# > **Predict.** Which step's term is the longest vector? **(a)** the last step's, it is nearest to the video ·
-# > **(b)** the first step's, it has the most to decide · **(c)** another one's
+# > **Predict.** Which step's term is the longest vector? **(a)** the last step's, because it is closest to the video ·
+# > **(b)** the first step's, because it has the most to decide · **(c)** some other step's
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -414,8 +414,8 @@ course.predict(guess, "02-longest", letter=letter, longest=longest + 1, cosine=c
 
 # %% [markdown]
 # Look at the right-hand picture again. A cosine above zero means that a small step along this one term goes uphill on
-# the reward. All ten do, and the last step's is the poorest guide of them. But it is the cheapest, too: no other term comes
-# without a backward pass through later steps. (That was one clip, the simplest of rewards, and no guidance. Chapter 4 measures it
+# the reward. All ten do, and the last step's term is the poorest guide. But it is also the cheapest: every other term needs
+# a backward pass through later steps. (That was one clip, the simplest of rewards, and no guidance. Chapter 4 measures it
 # with a real reward and over many draws.)
 #
 # ## How much can the last step change? Its gain
@@ -472,19 +472,19 @@ course.show(figure, "02-gains")
 # VADER's "last step only" teach it anything? Careful: the obvious argument is wrong.
 #
 # *"The gradient is short, so little is learned."* No. AdamW divides every gradient by its own recent size, so a short one moves the
-# weights as far as a long one. (In float16 it matters after all: what is too short becomes zero.) Two other things count.
+# weights as far as a long one. (In float16 it does matter: a gradient that is too short becomes zero.) Two other things count.
 #
-# **Reach.** Whatever the last call puts out, the video moves by 0.002 of it. Nobody will see that.
+# **Reach.** Whatever the last call outputs, the video moves by only 0.002 times that. Nobody will see that.
 #
-# **Transfer.** So whatever training earns must come from the *other* steps, which use the same weights. But these weights were trained on a
-# picture that is all but finished. Whether the same change does something useful in the midst of noise, the gradient cannot tell.
+# **Transfer.** So whatever training brings must come from the *other* steps, which use the same weights. But these weights were trained
+# on a picture that is almost finished. The gradient cannot tell whether the same change does anything useful in the middle of noise.
 #
-# A large gain is no promise either. It says that the last step has something to decide, not that one step is enough: why it often is,
-# chapter 4 finds out. Where the gain is tiny, do not bet on transfer: let steps learn that form the content, with `Step(4)`, `ReFL(0.4)` or
-# `DRTune(3)`. (`align` warns you.)
+# A large gain is no promise either. It says that the last step has something to decide, not that one step is enough. (Chapter 4
+# finds out why it often is.) Where the gain is tiny, do not bet on transfer: train the steps that form the content, with `Step(4)`,
+# `ReFL(0.4)` or `DRTune(3)`. (`align` warns you.)
 #
-# **Exercise 4** (★★, 15 minutes). Every step has a gain, not only the last. Return that of step $i$, counted from the end, for any
-# scheduler, multistep ones too: the coefficient of that step's output in the final latents.
+# **Exercise 4** (★★, 15 minutes). Every step has a gain, not only the last. Return the gain of step $i$, counted from the end, for any
+# scheduler, multistep ones too. It is the coefficient of that step's output in the final latents.
 
 
 # %% tags=["exercise"]
@@ -517,7 +517,7 @@ course.attempt(check, gain_of_step)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `gain` sets all outputs to 0 except the last one. Which one must it be now? `enumerate(scheduler.timesteps)` counts from the front.
+# `gain` sets all outputs to 0 except the last one. Which output must be nonzero now? `enumerate(scheduler.timesteps)` counts from the front.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -542,14 +542,14 @@ course.attempt(check, gain_of_step)
 # | exact gradient | `Last(num_inference_steps)` | as the adapter |
 # | $b_1$, the gain of the last step | `model.last_step_gain(settings)` | a number |
 #
-# **Without looking:** why does the memory of a full graph grow with the number of steps, though all steps share their weights? What is
-# cut in `Last(1)`, and what is not? Why is a short gradient no argument against SVD's last step, and what is?
+# **Without looking:** why does the memory of a full graph grow with the number of steps, although all steps share their weights? What is
+# cut in `Last(1)`, and what is not? Why is a short gradient not an argument against SVD's last step, and what is?
 #
 # ## Exercises
 #
-# Four of them you have met above. **Exercise 5** (★★★, open, an hour). Bring a plot. (i) The cosine of each step's term to the exact
+# You have met four of them above. **Exercise 5** (★★★, open, an hour). Bring a plot. (i) The cosine of each step's term to the exact
 # gradient again, with its range over five prompts and seeds, for `rewards.hps("tiny")` instead of brightness. Is the last step
-# always the poorest guide? (ii) The gain of *every* step over the noise level, for the five families. Change `timestep_spacing`
+# always the poorest guide? (ii) The gain of *every* step against the noise level, for the five families. Change `timestep_spacing`
 # ("leading", "linspace", "trailing") and the number of steps: who decides how much is left for the last step, the model or the scheduler?
 
 # %% [markdown] tags=["next"]

@@ -24,16 +24,16 @@
 
 # %% [markdown]
 # A reward is a function: frames and prompts in, one number per clip out, higher is better. Nothing more. What makes it useful to
-# us is that it is *differentiable*: it says not only how good the clip is, but for each pixel how to make the clip better. In
-# this chapter you build three such rewards, train one of them on ratings yourself, look at what their gradients ask for, break
-# them in the ways in which everybody breaks them once, and climb one until it is fooled.
+# us is that it is *differentiable*: it says not only how good the clip is, but also how to change each pixel to make it
+# better. In this chapter you build three such rewards, train one of them on ratings yourself, look at what their gradients ask for,
+# break them in the ways everybody breaks them once, and climb one until it is fooled.
 #
 # **You will be able to**
 #
 # - *build* an HPS-style, an aesthetic and an action reward;
 # - *train* a reward on ratings, and *test* whether it has learned the taste or the noise;
 # - *read* a gradient as a picture, with its sign, and *recognize* an adversarial image;
-# - *find* out why a reward cannot be trained on, with `vader_nb.check`;
+# - *find out* why you cannot train on a reward, with `vader_nb.check`;
 # - *measure* whether two rewards pull an adapter in different directions.
 #
 # Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
@@ -85,7 +85,7 @@ Gallery({"clips to score": videos}, width=176)
 #
 # CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)) is a pair of networks: one turns a picture into a vector, the
 # other turns a sentence into a vector. They were trained so that a picture and *its* sentence point in the same direction. Ours
-# is open_clip's, in miniature. All it needs is pictures of its own size, normalized the way it was trained.
+# is open_clip's, in miniature. All it needs is pictures of the right size, normalized as they were in its training.
 
 # %% tags=["for-checks"]
 from vader_nb.rewards.clip import TINY, open_clip_directory
@@ -118,8 +118,8 @@ course.show(figure, "03-cosines")
 HTML(course_sketches.towers())
 
 # %% [markdown]
-# **Exercise 1** (★, 5 minutes). Write it. `towers.image(frames)` gives unit vectors (B, F, D) of all frames,
-# `towers.text(prompts)` unit vectors (B, D). The reward of a clip is the mean over its frames.
+# **Exercise 1** (★, 5 minutes). Write it. `towers.image(frames)` gives unit vectors (B, F, D) for all frames,
+# and `towers.text(prompts)` gives unit vectors (B, D). The reward of a clip is the mean over its frames.
 
 
 # %% tags=["exercise"]
@@ -147,7 +147,7 @@ course.attempt(check, similarity)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# The cosine of unit vectors is the sum of their products. `sentence.unsqueeze(1)` has the shape (B, 1, D), and meets every frame.
+# The cosine of unit vectors is the sum of their products. `sentence.unsqueeze(1)` has shape (B, 1, D), and broadcasts over frames.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -169,8 +169,8 @@ for text, value in zip(prompts, hps(frames, prompts)):
 # ## Reward 2: what people like. You train it
 #
 # The LAION aesthetic predictor ([Schuhmann 2022](https://laion.ai/blog/laion-aesthetics/)) is small: people rated pictures from 1
-# to 10, and a little head learned to predict the rating from CLIP's vector of the picture. The vector has done the seeing; the
-# head only has to learn the taste. That needs few ratings, but it has a trap.
+# to 10, and a little head learned to predict the rating from CLIP's vector of the picture. CLIP has already done the seeing; the
+# head only has to learn the taste. That takes few ratings, but there is a trap.
 #
 # We have no people at hand, so we simulate some. They love warm colors on dark backgrounds, and like all people they disagree,
 # and are in a different mood every time:
@@ -205,14 +205,14 @@ for axis, picture, rating, mean in zip(axes, pictures, ratings, taste):
 course.show(figure, "03-ratings")
 
 # %% [markdown]
-# You get 120 pictures' vectors and *one* rating of each. The taste behind them stays hidden, as it does in life. (We keep it to
-# find out how good your reward is.)
+# You get the vectors of 120 pictures and *one* rating for each. The taste behind the ratings stays hidden, as it does in life.
+# (We use it to find out how good your reward is.)
 #
 # A vector has 64 numbers, so a linear head has 65 weights, for 120 noisy ratings. Here is the trap, before you step into it:
 #
 # > **Predict.** Fit the 65 weights to the ratings as closely as possible (least squares). On 300 *unseen* pictures, how far will
-# > the head be from the taste, compared with a head that says the mean rating to everything? **(a)** much nearer · **(b)** no
-# > nearer, about as far · **(c)** exactly right
+# > the head be from the taste, compared with a head that always answers with the mean rating? **(a)** much closer · **(b)** no
+# > closer, about as far · **(c)** exactly right
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -237,13 +237,12 @@ letter = "a" if greedy["unseen"] < 0.8 * greedy["mean"] else "b"
 course.predict(guess, "03-greedy", letter=letter, **greedy)
 
 # %% [markdown]
-# It has *overfitted*: it knows the raters' moods by heart. A reward like this one would send a video model after noise.
+# It has *overfit*: it knows the raters' moods by heart. A reward like this one would send a video model chasing noise.
 #
-# **Exercise 2** (★★★, 25 minutes). The core of this chapter. Train a head that does better: on unseen pictures at most 1.05 from
-# the taste. You have `vectors` and `ratings`, nothing else. There are many ways: weight decay (*ridge regression*), early
-# stopping, fewer dimensions. All of them have a number to choose, and the ratings that you fit cannot choose it. So keep some of
-# them back, and let these decide. Return a function, which gives ratings (…) for vectors (…, 64), and through which a gradient
-# flows.
+# **Exercise 2** (★★★, 25 minutes). The core of this chapter. Train a head that does better: at most 1.05 away from the taste
+# on unseen pictures. You have `vectors` and `ratings`, nothing else. There are many ways: weight decay (*ridge regression*), early
+# stopping, fewer dimensions. Each of them has a number to choose, and the ratings that you fit cannot choose it. So hold some
+# ratings out, and let those decide. Return a differentiable function that gives ratings (…) for vectors (…, 64).
 
 
 # %% tags=["exercise"]
@@ -280,14 +279,14 @@ course.attempt(check, train_head)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# Shuffle, keep back a quarter. Ridge regression for centered vectors $X$ and ratings $y$: $w = (X^\top X + \lambda I)^{-1} X^\top
-# y$, `torch.linalg.solve`. Try $\lambda$ = 0.001, 0.01, 0.1, 1, 10, and take the one with the smallest error on the part that was
-# kept back.
+# Shuffle, and hold out a quarter. Ridge regression for centered vectors $X$ and ratings $y$: $w = (X^\top X + \lambda I)^{-1} X^\top
+# y$, `torch.linalg.solve`. Try $\lambda$ = 0.001, 0.01, 0.1, 1, 10, and take the one with the smallest error on the part that
+# you held out.
 # </details>
 # <details><summary>A hint, if the error on unseen pictures is too large</summary>
 #
 # Print both errors for every $\lambda$. On the fitted ratings the smallest $\lambda$ always wins. One part of 30 ratings is
-# small; four parts, each kept back once, are steadier.
+# small; four parts, each held out once, are steadier.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -313,7 +312,7 @@ course.attempt(check, train_head)
 # ```
 # </details>
 #
-# To see the trap as a whole, take ridge regression for a whole range of $\lambda$:
+# To see the whole trap, run ridge regression over a range of $\lambda$:
 
 
 # %%
@@ -338,10 +337,10 @@ course.show(figure, "03-ridge")
 
 # %% [markdown]
 # From left to right the head fits the *given* ratings worse and worse, and yet it gets better, because it stops believing in moods.
-# Too far to the right it believes in nothing. Keep this in mind when, later, a video model finds the places where a reward is
-# wrong: the rewards that people download were trained on people's choices, too, and those are noisy.
+# Too far to the right it believes in nothing. Keep this in mind for later, when a video model finds the places where a reward
+# is wrong: the rewards you can download were trained on people's choices, too, and those are noisy.
 #
-# The package's own `rewards.aesthetic("tiny")` was trained in the same way, on another taste: saturated objects that stand out
+# The package's own `rewards.aesthetic("tiny")` was trained in the same way, on a different taste: saturated objects that stand out
 # from their background, in the middle.
 #
 # ## Reward 3: does it *move* as it should?
@@ -426,8 +425,8 @@ for axis in axes.flat:
 course.show(figure, "03-strength")
 
 # %% [markdown]
-# Squares, because both networks cut a picture into patches, `hps` into 8 × 8 pixels and `action` into 16 × 16. Both look more at
-# the shape than at the empty background.
+# You see squares because both networks cut a picture into patches: `hps` into 8 × 8 pixels, `action` into 16 × 16. Both look more
+# at the shape than at the empty background.
 #
 # Now the sign. Take a cyan star, and ask for another color: differentiate `hps` with a prompt that does *not* fit. Then take
 # small steps uphill and see what the reward asks for. We do it twice: once with the *pixels* as the variables, and once with the
@@ -484,8 +483,8 @@ course.predict(guess, "03-signed")
 
 # %% [markdown]
 # With pixels the reward gets what it wants, and we see a cyan star with noise on it: the gradient asks for a pattern that the
-# network takes for blue. With latents the same reward says something that we can read: *less green*, on the star and nowhere
-# else, and the star turns blue. (Red is further away: the star gives up its green for it, too, but after 25 steps it is not red yet.)
+# network mistakes for blue. With latents, the same reward says something we can read: *less green*, on the star and nowhere
+# else, and the star turns blue. (Red is further away: for red, too, the star loses its green, but it is not red yet after 25 steps.)
 # The reward is the same. What differs is what the gradient passes through: a decoder can only draw what it has learned to draw.
 # This is the reason for everything that follows: VADER sends the gradient through the decoder, and on into a model that makes
 # videos.
@@ -528,7 +527,7 @@ for broken in (rounded, through_pil, clamped):
 course.predict(guess, "03-broken")
 
 # %% [markdown]
-# A gradient is a slope. Draw the curves, and you see who has none:
+# A gradient is a slope. Draw the curves, and you see which have none:
 
 # %%
 x = torch.linspace(0, 1, 400)
@@ -547,7 +546,7 @@ for axis, (name, y) in zip(axes, curves.items()):
 course.show(figure, "03-slopes")
 
 # %% [markdown]
-# Red: no slope. On the stairs of `round` and of a threshold it is zero everywhere; a clamp has one in the middle only. (PIL and
+# Red: no slope. For `round` and a threshold, the slope is zero everywhere; a clamp has one only in the middle. (PIL and
 # numpy are worse: they leave autograd's graph altogether.) A sigmoid is a threshold that you can climb.
 #
 # **Exercise 3** (★, 10 minutes). This reward asks for *few bright pixels* and counts them. Counting has no gradient. Make it
@@ -656,7 +655,7 @@ course.predict(guess, "03-dreamed", letter="c" if curve[-1] > real else "a")
 # promised anything about pictures like this one.
 #
 # That is why we do not optimize pixels. We optimize a few weights of a *video model*, which can only make videos, and so stays
-# near the pictures on which the reward can be trusted. Near, but not on them: train too long, and the model finds the way out,
+# near the pictures for which we can trust the reward. Only near, though: train too long, and the model finds a way out,
 # too. That is called *reward hacking*, and chapter 7 is about it.
 #
 # ## Rewards add up
@@ -674,7 +673,7 @@ for name, reward in likes.items():
 # %% [markdown]
 # Why 0.02? Because a rating of 7 and a cosine of 0.7 have different units: without a weight, the rating would drown out the
 # cosine. There is a way to choose that does not depend on units: measure how much each reward *varies* over clips of the base
-# model, and express it in these standard deviations.
+# model, and use this standard deviation as its unit.
 
 # %%
 from vader_nb.rewards import statistics
@@ -688,7 +687,7 @@ for name in ("hps", "aesthetic"):
 #
 # If two rewards pull in opposite directions, their sum goes nowhere. What do they pull at? Not at pixels, but at the weights of
 # an *adapter*, a small trainable addition to the model (how a reward's gradient gets there is the subject of chapter 4; here we only use it). So take the gradient of each reward on a fresh adapter, averaged over clips, and look at the cosine
-# between two of them: +1 they agree, −1 they fight. And when is it so near to 0 that it means nothing? A cosine needs a
+# between two of them: at +1 they agree, at −1 they fight. And when is it so close to 0 that it means nothing? A cosine needs a
 # yardstick. Two directions drawn at random in fifty thousand dimensions have a cosine of 0.00. But gradients are not drawn at
 # random: all of them come through the same decoder and the same last step. So draw *rewards* at random: each likes a meaningless
 # pattern of light and dark. Their cosines show what chance alone can do.
@@ -783,26 +782,26 @@ letter = "a" if value - reach > chance else "b" if value + reach < -chance else 
 course.predict(guess, "03-conflict", letter=letter, value=value, reach=reach, chance=chance)
 
 # %% [markdown]
-# Look at the gray band before the dots. A pattern without any meaning easily reaches a cosine of a half, with another one or with
-# a real reward: the adapter has many dimensions, but the gradients use few of them. Against this yardstick one pair is beyond
-# doubt, `compress` and `detail`, and those are opposites by construction (which is how you know that the picture works). Some of
-# the other intervals leave out zero, but no mean leaves the band: it is nothing special.
+# Look at the gray band first, then at the dots. A meaningless pattern easily reaches a cosine of one half with another pattern or
+# with a real reward: the adapter has many dimensions, but the gradients use few of them. By this yardstick one pair is beyond
+# doubt, `compress` and `detail`, and those are opposites by construction (so you know that the picture works). Some of
+# the other intervals exclude zero, but none of their means leaves the band: nothing special.
 #
-# In pixels you would meet the opposite illusion: there a random cosine is 0.002, and one of 0.04 looks like nothing and is twenty
-# times chance. (`rewards.conflict` gives it per clip.) Numbers like these are easily computed and easily overread. Whether two
-# rewards get along in training, you find out by training on their sum and looking at each (chapter 7).
+# In pixels you would meet the opposite illusion: there a random cosine is 0.002, so one of 0.04 looks like nothing but is twenty
+# times chance. (`rewards.conflict` gives it per clip.) Numbers like these are easy to compute and easy to overinterpret. To find
+# out whether two rewards get along in training, train on their sum and look at each (chapter 7).
 #
 # ## Published rewards
 #
-# What you built from embedded networks exists at full size. The same functions load it: `rewards.hps()` is HPS v2.1,
-# `rewards.aesthetic()` the LAION predictor, `rewards.action()` knows 400 actions. They need a download, and some licenses have
+# What you built from small networks also exists at full size. The same functions load it: `rewards.hps()` is HPS
+# v2.1, `rewards.aesthetic()` is the LAION predictor, and `rewards.action()` knows 400 actions. They need a download, and some licenses have
 # conditions (VideoMAE's forbids commercial use). Here is the whole gallery, with what each one costs and when it fails:
 
 # %%
 rewards.table()
 
 # %% [markdown]
-# Whatever you choose: `vader_nb.check` it first, and look at what it rewards in a picture before you train on it.
+# Whatever you choose, run `vader_nb.check` first, and look at what it rewards in a picture before you train on it.
 #
 # ## Recap
 #
@@ -815,15 +814,15 @@ rewards.table()
 # | $-\lvert R - r^*\rvert$ | `r.towards(target)` | (B,) |
 # | $(R - \mu) / \sigma$ | `r.normalized(*statistics(r, frames, prompts))` | (B,) |
 #
-# **Without looking:** why is a head that fits the ratings best not the best reward? What does the same gradient make of pixels,
-# and what of latents? Which operations have no slope? With what do you compare a cosine between two gradients?
+# **Without looking:** why is a head that fits the ratings best not the best reward? What does the same gradient do to pixels,
+# and what to latents? Which operations have no slope? What do you compare a cosine between two gradients with?
 #
 # ## Exercises
 #
-# Three of them you have met above. **Exercise 4** (★★★, open, an hour). Bring a plot. (i) How many ratings does the head need?
-# The distance to the taste over 30 … 1,000 ratings, with its range over draws, each with the $\lambda$ that its own ratings
-# choose. And is it better to ask for *more* pictures or for *several* ratings of each? (ii) Climb your own head as we climbed
-# `hps`, once a good one and once the overfitted one. Which picture is the more adversarial? (iii) Conflict, clip by clip: for which
+# You have met three of them above. **Exercise 4** (★★★, open, an hour). Bring a plot. (i) How many ratings does the head need?
+# Plot the distance to the taste for 30 … 1,000 ratings, with its range over draws; let each draw's own ratings choose its
+# $\lambda$. And is it better to ask for *more* pictures or for *several* ratings of each? (ii) Climb your own head as we climbed
+# `hps`, once a good one and once the overfitted one. Which picture is more adversarial? (iii) Conflict, clip by clip: for which
 # prompts do `hps` and `aesthetic` fight? (`pulls` has a gradient for each.)
 
 # %% [markdown] tags=["next"]

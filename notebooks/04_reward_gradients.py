@@ -29,8 +29,8 @@
 # $$\theta \;\to\; \text{last } K \text{ steps} \;\to\; x_0 \;\to\; \text{frames} \;\to\; R$$
 #
 # $\theta$ are the weights that learn, $x_0$ the final latents, $R$ the reward. We want $\nabla_\theta R$, exactly and in little
-# memory. You will write it yourself, in a dozen lines, and hold it against autograd. Then come the two questions on which
-# VADER stands or falls: why can a gradient through *one* step teach a model that takes ten? And where does it not?
+# memory. You will write it yourself, in a dozen lines, and check it against autograd. Then come the two questions on which
+# VADER stands or falls: why can a gradient through *one* step teach a model that takes ten? And where does it fail?
 #
 # **You will be able to**
 #
@@ -93,7 +93,7 @@ Gallery({"the clip": [Video(clips[0], 8, prompts[0])]}, width=256)
 # ## The plain way
 #
 # Autograd can do all of it in one go: sample with a graph through the last $K$ steps, decode, score, `backward()`. What
-# learns is an *adapter*, a small addition to the weights; chapter 5 takes it apart, here it is just "the parameters $\theta$".
+# learns is an *adapter*, a small addition to the weights; chapter 5 takes it apart. Here it is just "the parameters $\theta$".
 
 # %% tags=["for-checks"]
 adapter = lora.add(model, rank=4, seed=SEED)
@@ -129,9 +129,9 @@ print(f"{by_autograd.numel():,} parameters, gradient of length {by_autograd.norm
 # %% [markdown]
 # (Optimizers go *down*, so the code fills `.grad` with the gradient of $-R$. The formulas below are about $R$; only the sign differs.)
 #
-# It works, and it is wasteful: when `backward()` begins, the activations of *everything* are in memory together, those of
-# the denoiser, and of the decoder and the reward for all eight frames. (Activations are what the layers computed on the way
-# forward; their derivatives cannot be taken without them.)
+# It works, but it is wasteful: when `backward()` begins, the activations of *everything* are in memory together, those of
+# the denoiser, and of the decoder and the reward for all eight frames. (Activations are what the layers computed in the
+# forward pass; the layers' derivatives need them.)
 #
 # ## What backward() computes
 #
@@ -144,8 +144,8 @@ print(f"{by_autograd.numel():,} parameters, gradient of length {by_autograd.norm
 # a forward pass or two. This is the **vector-Jacobian product** (VJP), and it is all that `backward()` ever does
 # ([Baydin et al. 2018](https://arxiv.org/abs/1502.05767)).
 #
-# Look at what it needs: the activations inside of $f$, and $g$. Of everything that comes *after* $y$ it needs nothing but $g$.
-# Whoever knows $g$ can cut the graph at $y$.
+# Look at what it needs: the activations inside $f$, and $g$. It needs nothing else from whatever comes *after* $y$.
+# So if you know $g$, you can cut the graph at $y$.
 #
 # **Exercise 1** (★, 5 minutes). Write the VJP with PyTorch. $R$ itself is out of reach here; you have only $g$.
 
@@ -187,7 +187,7 @@ course.attempt(check, pull_back)
 #     return torch.autograd.grad((f(x) * g).sum(), x)[0]
 # ```
 #
-# Three ways to say the same: `(y * g).sum().backward()`, `y.backward(g)`, `torch.autograd.grad(y, x, g)`.
+# Three ways to say the same thing: `(y * g).sum().backward()`, `y.backward(g)`, `torch.autograd.grad(y, x, g)`.
 # </details>
 #
 # ## Two cuts, three stages
@@ -205,9 +205,9 @@ HTML(course_drawings.stages())
 #
 # $$g \;=\; \frac{\partial R}{\partial x_0} \;=\; \frac1n \sum_{f} \Big(\frac{\partial D_f}{\partial x_0}\Big)^{\!\top} \frac{\partial r}{\partial D_f}$$
 #
-# **Stage 3, replay.** Let $x_i$ be the latents before step $i$, counted from the end, so that step $i$ makes $x_{i-1}$ of $x_i$. Every
-# step uses the same $\theta$, so the gradient is a sum with a term for each. Run step 1 once more, now with a graph, and pull
-# back $g_0 = g$: one VJP gives both the term of step 1 and $g_1$, with which step 2 begins.
+# **Stage 3, replay.** Let $x_i$ be the latents before step $i$, counted from the end, so that step $i$ turns $x_i$ into $x_{i-1}$. Every
+# step uses the same $\theta$, so the gradient is a sum with one term per step. Run step 1 once more, now with a graph, and pull
+# back $g_0 = g$: one VJP gives both the term of step 1 and $g_1$, which is where step 2 starts.
 #
 # $$\nabla_\theta R \;=\; \sum_{i=1}^{K} \Big(\frac{\partial x_0}{\partial \theta_i}\Big)^{\!\top} g \;=\; \sum_{i=1}^{K} \Big(\frac{\partial x_{i-1}}{\partial \theta}\Big)^{\!\top} g_{i-1},
 # \qquad g_i = \Big(\frac{\partial x_{i-1}}{\partial x_i}\Big)^{\!\top} g_{i-1}$$
@@ -217,8 +217,8 @@ HTML(course_drawings.stages())
 # Is that exact? A step that is run again, from the same $x_i$ and with the same $\theta$, has the same activations: nothing in it is
 # random. And the sum *is* the chain rule, read from the right. Nothing was approximated.
 #
-# **Exercise 2** (★★★, 25 minutes). The core of this course. Complete `by_stages`, so that it adds to `.grad` of the adapter's
-# parameters what `plain(frames, K).backward()` adds. At any moment there may be the graph of one frame, or of one step. (This
+# **Exercise 2** (★★★, 25 minutes). The core of this course. Complete `by_stages` so that it adds to the `.grad` of the adapter's
+# parameters what `plain(frames, K).backward()` adds. At any moment, only the graph of one frame, or of one step, may exist. (This
 # sampler, DDIM, remembers nothing from step to step: you may call `denoising_step` in any order.)
 
 
@@ -267,13 +267,13 @@ course.attempt(check, by_stages)
 # %% [markdown]
 # <details><summary>A hint for stage 2</summary>
 #
-# Make a leaf of $x_0$: `x.requires_grad_()`. `backward()` *adds* to `x.grad`, so a loop over frames sums up by itself. Divide each
+# Make $x_0$ a leaf: `x.requires_grad_()`. `backward()` *adds* to `x.grad`, so a loop over frames sums up by itself. Divide each
 # frame's share by `len(frames)`, and mind the sign.
 # </details>
 # <details><summary>A hint for stage 3</summary>
 #
-# Walk over `zip(scheduler.timesteps, states)` from behind. For each step make a fresh leaf of its latents (`detach()`), take one
-# `denoising_step`, and let `pull_back`'s trick run it backward: the parameters' `.grad` grow, and the leaf's is the next $g$.
+# Loop over `zip(scheduler.timesteps, states)` in reverse. For each step, make its latents a fresh leaf (`detach()`), take one
+# `denoising_step`, and run it backward with `pull_back`'s trick: the parameters' `.grad` add up, and the leaf's is the next $g$.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -319,7 +319,7 @@ def staged(strategy=Last(1), frames=Frames.all(), **options):
 
 
 # %% [markdown]
-# > **Predict.** The largest difference to plain autograd, relative to the length of the gradient, will be around
+# > **Predict.** The largest difference from plain autograd, relative to the length of the gradient, will be around
 # > **(a)** 1 % · **(b)** one in a million · **(c)** rounding, 1e-12 or less
 
 # %%
@@ -332,8 +332,8 @@ course.predict(guess, "04-equal", gap=gap.item())
 # %% [markdown]
 # ## What is in memory, stage by stage
 #
-# `MemoryTracker` follows every tensor that torch makes, forward and backward, and notes the most that was alive at one
-# moment. (Weights are not counted: they are there all the time.)
+# `MemoryTracker` follows every tensor that torch makes, forward and backward, and records the peak: the most that was alive at one
+# moment. (Weights are not counted: they are always there.)
 #
 # > **Predict.** All eight frames are scored, and the last step learns. Which stage needs the most memory?
 # > **(a)** rolling out ten steps · **(b)** scoring eight frames · **(c)** replaying one step
@@ -380,7 +380,7 @@ course.show(figure, "04-stages")
 course.predict(guess, "04-largest", **{f"stage{i}": mb for i, mb in enumerate(peaks.values())})
 
 # %% [markdown]
-# The peak of the whole is that of its largest stage. Now let the work grow: first the frames, then $K$.
+# The overall peak is the peak of the largest stage. Now let the work grow: first the frames, then $K$.
 
 # %%
 counts = [n for n in (1, 4, 8) if n <= FRAMES]
@@ -410,14 +410,14 @@ left.legend(frameon=False, loc="upper left")
 course.show(figure, "04-memory")
 
 # %% [markdown]
-# Flat, in stages: stage 3 sets the height, and stage 2 below it does not grow either. VADER's paper
-# ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)) scores *one random frame* to save memory; in stages all frames take no
-# more of it than one. The price is time: each frame has to be decoded, and stage 3 computes the $K$ calls a second time.
+# In stages, memory stays flat: stage 3 sets the height, and stage 2, below it, does not grow either. VADER's paper
+# ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)) scores *one random frame* to save memory; in stages, all frames
+# take no more of it than one. The price is time: each frame has to be decoded, and stage 3 computes the $K$ calls a second time.
 #
-# What is left is one call of the denoiser. The same trick works once more, *inside* of it: keep the inputs of its blocks only, and
-# compute each block again in the backward pass. This is **gradient checkpointing** ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)),
-# it is independent of the stages, and it is the package's default (which then keeps those inputs of the last call from the roll-out on,
-# and saves its second run):
+# What is left is one call to the denoiser. The same trick works once more, *inside* it: keep only the inputs of its blocks, and
+# compute each block again in the backward pass. This is **gradient checkpointing** ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)).
+# It is independent of the stages, and it is the package's default (the package then keeps those inputs of the last call from the roll-out,
+# so that call needs no second run):
 
 # %%
 checkpointed = megabytes(lambda: staged(gradient_checkpointing=True))
@@ -455,16 +455,16 @@ course.show(figure, "04-uphill")
 
 # %% [markdown]
 # Pink turns yellow: the difference says *more green, less blue*, on the circle and hardly anywhere else. No weight has changed, and the denoiser was
-# not asked. This is what stage 2 hands to stage 3: a wish for the latents. Stage 3 finds the weights that fulfill it.
+# not called. This is what stage 2 hands to stage 3: a wish for the latents. Stage 3 finds the weights that fulfill it.
 #
 # ## Why one step can teach ten
 #
-# With $K = 1$ the gradient passes through the last step alone, and the last step cannot move much any more. But $\theta$ is *shared*: what
-# it learned there, it does in all ten steps. Is that a help, or a disturbance? The package brings an adapter that was aligned to the
-# `aesthetic` reward (a rating from 1 to 10) with $K = 1$. `sample` can let an adapter act in a part of the chain only.
+# With $K = 1$ the gradient passes through the last step alone, and the last step cannot change much anymore. But $\theta$ is *shared*: what
+# it learned there, it does in all ten steps. Does that help or hurt? The package comes with an adapter that was aligned to the
+# `aesthetic` reward (a rating from 1 to 10) with $K = 1$. `sample` can let an adapter act in only part of the chain.
 #
-# > **Predict.** Where does it earn most of what it adds to the rating? **(a)** in the last step, the only one that it was trained in ·
-# > **(b)** in the nine steps before, in which it was never trained · **(c)** nowhere: in the nine steps before it takes away what the last
+# > **Predict.** Where does it earn most of what it adds to the rating? **(a)** in the last step, the only one it was trained in ·
+# > **(b)** in the nine steps before, where it was never trained · **(c)** nowhere: in the nine steps before it takes away what the last
 # > one adds
 
 # %%
@@ -518,12 +518,12 @@ for name, steps in ranges.items():
 Gallery({"star": row}, width=112)
 
 # %% [markdown]
-# In the last step alone the adapter turns parts of the star cyan; in the nine steps before nearly all of it, and with all ten it goes on
-# toward blue: the rating likes that better, whatever the prompt says. Most of it comes from steps in which the adapter was never trained.
+# In the last step alone, the adapter turns parts of the star cyan; in the nine steps before, nearly all of it. With all ten, the star goes
+# on toward blue: the rating likes that better, whatever the prompt says. Most of the change comes from steps where it was never trained.
 #
 # This answers chapter 1b's riddle: polishing can teach a model to draw, because the polisher *is* the painter. The ten steps are one network, and
 # what it has learned to do with the features of "a green star" at the last step, it does with the same features at the steps before. A little in
-# each of them adds up to a lot. And it has a limit, which you see, too: what the first half adds cannot be told from zero. There the layout is
+# each of them adds up to a lot. You also see the limit: what the first half adds cannot be told from zero. That is where the layout is
 # decided, from noise in which those features do not exist yet.
 
 # %% [markdown]
@@ -531,7 +531,7 @@ Gallery({"star": row}, width=112)
 #
 # The explanation has a premise: all steps share $\theta$. Where they do not, $K = 1$ must fail. And there is such a model:
 # [Wan 2.2 A14B](https://github.com/Wan-Video/Wan2.2) has *two* denoisers, one for the first, noisy steps, in which the layout is
-# decided, and one for the rest (in its authors' settings the last 14 of 40 steps). Do the same to the package's `tiny-wan`: its
+# decided, and one for the rest (in its authors' settings the last 14 of 40 steps). Do the same to the package's `tiny-wan`: use its
 # denoiser twice. Nothing else changes, not even the clips; but now the adapter has two parts, one for each denoiser.
 
 # %%
@@ -556,8 +556,8 @@ for strategy in (Last(1), Last(3), Last(4), DRTune(5)):
     print(f"{strategy!s:22} gradient for the first {norms[0]:.5f}, for the second {norms[1]:.5f}")
 
 # %% [markdown]
-# Zero, exactly, for any reward, until $K$ reaches a step of the first denoiser (or the steps are spread, as `DRTune` does). Does it
-# matter? Let the reward be *layout*: how far to the left the shape is. Training takes minutes, so this picture comes from a stored
+# The first denoiser's gradient is exactly zero, for any reward, until $K$ reaches one of its steps (or the steps are spread out, as in
+# `DRTune`). Does it matter? Let the reward be *layout*: how far to the left the shape is. Training takes minutes, so this picture comes from a stored
 # measurement (`python -m tests.benchmarks.one_step`: 12 optimizer steps of 4 clips, 16 held-out prompts).
 
 # %%
@@ -580,18 +580,18 @@ axis.set(
 course.show(figure, "04-experts")
 
 # %% [markdown]
-# With one denoiser, $K = 1$ moves the shape. With two, it earns about half of that, for every seed less: it can bend what the last three
+# With one denoiser, $K = 1$ moves the shape. With two, it earns about half of that, and less for every seed: it can bend what the last three
 # steps do, but the layout was decided before. $K = 10$ reaches both denoisers. It wins most of that back with two seeds and hardly any
-# with the third (three seeds are few), at the price of ten backward passes for one. So when you choose $K$, ask first: *do the steps that must change share their weights with a step that learns?*
-# (`align` warns where a denoiser is out of reach.)
+# with the third (three seeds are few), at the price of ten backward passes instead of one. So before you choose $K$, ask: *do the steps
+# that must change share their weights with a step that learns?* (`align` warns where a denoiser is out of reach.)
 #
-# And where the shape moved most, it is hardly a shape any more: after twelve steps of so crude a reward the oracles can name it in few of the
-# clips. That is reward hacking, and chapter 7 is about it.
+# And where the shape moved most, it is hardly a shape anymore: after twelve steps of such a crude reward, the oracles can name it in only
+# a few of the clips. That is reward hacking, and chapter 7 is about it.
 
 # %% [markdown]
 # ## The estimator lab
 #
-# Which steps should learn? Every paper has its answer, and each is one small object here:
+# Which steps should learn? Every paper has its own answer, and each is one small object here:
 #
 # | object | paper | idea |
 # |---|---|---|
@@ -602,9 +602,9 @@ course.show(figure, "04-experts")
 # | `ReFL()` | ImageReward ([Xu et al. 2023](https://arxiv.org/abs/2304.05977)) | stop at a late step, score its *predicted* clean video |
 # | `DRTune(K)` | DRTune ([Wu et al. 2024](https://arxiv.org/abs/2405.00760)) | K steps spread over the chain; the gradient skips the network in between |
 #
-# All of them stand in for the exact gradient, `Last(10)`. How well? Two draws tell nothing: some strategies draw the same steps twice.
-# We take **eight draws on each of two clips**, and look at their mean *and* their range. Many draws are the same plan, which
-# is computed once.
+# All of them stand in for the exact gradient, `Last(10)`. How well? Two draws tell us nothing: some strategies draw the same steps twice.
+# We take **eight draws on each of two clips**, and look at their mean *and* their range. Many draws give the same plan, which
+# is computed only once.
 
 # %%
 from vader_nb import DRaFTLV, Random, ReFL
@@ -651,8 +651,8 @@ def drawn(strategy, count=8):
 
 
 # %% [markdown]
-# > **Predict.** Five of ten steps learn. `Last(5)` takes the late ones and all that passes through the network between them; `DRTune(5)`
-# > takes every second one, and skips the network in between. Whose direction is better? **(a)** `Last(5)`'s · **(b)** `DRTune(5)`'s ·
+# > **Predict.** Five of ten steps learn. `Last(5)` takes the late ones, and its gradient passes through the network between them;
+# > `DRTune(5)` takes every other one, and its gradient skips the network in between. Whose direction is better? **(a)** `Last(5)`'s · **(b)** `DRTune(5)`'s ·
 # > **(c)** they are within 0.03 of each other
 
 # %%
@@ -699,13 +699,13 @@ letter = "c" if abs(late - spread_out) < 0.03 else "a" if late > spread_out else
 course.predict(guess, "04-closest", letter=letter, late=late, spread_out=spread_out)
 
 # %% [markdown]
-# Read it with care. *Direction*: every one of them points uphill. `Last(1)` lies some 20 degrees from the exact gradient, for half of the seconds
-# of `Last(5)`. (Two clips are few: on a third one its mean fell from 0.94 to 0.87.) *Length*: hardly matters, because AdamW divides it out.
-# *Range*: `Random()`, `ReFL()` and `DRTune(1)` train other steps in each draw, so their draws lie far apart. `Last(K)` draws nothing: its range is
-# that between the two clips. So is `DRaFTLV`'s, whose fresh noise comes from the clip's own seed.
+# Read it with care. *Direction*: every one of them points uphill. `Last(1)` lies some 20 degrees from the exact gradient, in half the time
+# of `Last(5)`. (Two clips are few: on a third one its mean fell from 0.94 to 0.87.) *Length* hardly matters, because AdamW divides it out.
+# *Range*: `Random()`, `ReFL()` and `DRTune(1)` train different steps in each draw, so their draws lie far apart. `Last(K)` draws nothing: its
+# range is just the gap between the two clips. So is `DRaFTLV`'s, whose fresh noise comes from the clip's own seed.
 #
-# And one thing that no average shows: what is left out is left out in every draw. Truncation is a *bias*, and more draws do not
-# remove it. The range is *variance*, and they do.
+# And one thing no average shows: what is left out is left out in every draw. Truncation is a *bias*, and more draws do not
+# remove it. The range is *variance*, and more draws do average it out.
 #
 # ## Which frames?
 #
@@ -772,14 +772,14 @@ print(
 
 # %% [markdown]
 # A single frame is a rough guide, and an unlucky one points *downhill* (a cosine below zero). Why is one enough for VADER? Because the estimate is
-# **unbiased**: its mean over the frames is exactly the gradient of all of them, so over many clips and steps the errors cancel. The price of
-# more frames is time; in stages, it is no memory.
+# **unbiased**: its mean over the frames is exactly the gradient of all of them, so over many clips and steps the errors cancel. More
+# frames cost time; in stages, they cost no memory.
 #
 # ## Where the variance comes from
 #
 # One frame is a noisy estimate, and so is one clip: another seed, another prompt give another gradient. Which of these matters most?
-# The variance of a gradient of one random frame of one random clip is a sum of three: between the frames of a clip, between the seeds of
-# a prompt, between prompts. For the `K of Random()` we take the draws of the lab. All are shown as standard deviations, with the length
+# The variance of a gradient of one random frame of one random clip has three parts: between the frames of a clip, between the seeds of
+# a prompt, between prompts. They add up. For the `K of Random()` we use the draws from the lab above. All are shown as standard deviations, with the length
 # of the mean gradient as the unit.
 
 # %%
@@ -807,10 +807,10 @@ axis.invert_yaxis()
 course.show(figure, "04-variance")
 
 # %% [markdown]
-# The frame is the largest source, then the prompt; the seed, and the $K$ that `Random()` draws, matter less. That is advice for a batch: more
-# prompts average out all of it, more frames of a clip only the frames' part (but that is the largest, and a frame is cheaper than a clip), more
-# seeds of one prompt leave the prompts' part as it is. So spread the clips over prompts, and score a few frames of each. (Nine
-# clips, one reward, a random adapter: with yours, measure again.)
+# The frame is the largest source, then the prompt; the seed, and the $K$ that `Random()` draws, matter less. So when you build a batch: more
+# prompts average out all of it; more frames of a clip, only the frames' part (but that is the largest, and a frame is cheaper than a clip);
+# more seeds of one prompt leave the prompts' part as it is. So spread the clips over prompts, and score a few frames of each. (Nine
+# clips, one reward, a random adapter: measure again with yours.)
 #
 # ## Recap
 #
@@ -833,8 +833,8 @@ course.show(figure, "04-variance")
 #
 # ## Exercises
 #
-# Two of them you have met above. **Exercise 3** (★, 5 minutes). A strategy is an object that draws a *plan*: which steps learn. Write
-# `EveryOther`, with which steps 1, 3, 5, … learn, counted from the end.
+# You have met two of them above. **Exercise 3** (★, 5 minutes). A strategy is an object that draws a *plan*: which steps learn. Write
+# `EveryOther`: steps 1, 3, 5, … learn, counted from the end.
 
 
 # %% tags=["exercise"]
@@ -861,7 +861,7 @@ course.attempt(check, EveryOther)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `range` has a third argument. Its end is not part of it.
+# `range` has a third argument. Its end is not included.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -872,10 +872,10 @@ course.attempt(check, EveryOther)
 # ```
 # </details>
 #
-# **Exercise 4** (★★★, open, an hour). Bring a plot: the cosine of `Last(K)` to the exact gradient over $K$, with its range over clips, for one
+# **Exercise 4** (★★★, open, an hour). Bring a plot: the cosine of `Last(K)` with the exact gradient, against $K$, with its range over clips, for one
 # of these. (i) `rewards.action("tiny")`, which judges the motion of the whole clip, or a reward of your own (`vader_nb.check` first). (ii) `tiny`
 # with a last step as small as SVD's: `diffusers.DDIMScheduler.from_config(model.scheduler.config, timestep_spacing="leading")` ends at
-# timestep 0 instead of 99. How far does `Last(1)` fall? Its gradient gets short, but that is not the trouble (why not?). What is?
+# timestep 0 instead of 99. How far does `Last(1)` fall? Its gradient gets short, but that is not the problem (why not?). What is?
 
 # %% [markdown] tags=["next"]
 # **Next:** [5 · LoRA](05_lora.ipynb): which weights should the gradient change? Fewer than you think.

@@ -27,14 +27,14 @@
 # chance to go wrong. You do not have to. A *low-rank adapter* adds a narrow bypass to some of the layers and trains only that: well
 # below one percent of the parameters, in a file small enough for an e-mail. The model underneath stays exactly as it was.
 #
-# You take the bypass apart, and put it into a whole denoiser yourself. Then comes the question that the name raises: is a
+# You will take the bypass apart, and put it into a whole denoiser yourself. Then comes the question that the name raises: is a
 # *low* rank enough?
 #
 # **You will be able to**
 #
 # - *put* LoRA layers into a denoiser, and *take* them out again;
 # - *say* why one of its two matrices must start at zero, and not both;
-# - *judge* whether a rank suffices, by what is learned and not by a spectrum alone;
+# - *judge* whether a rank is enough, by what is learned and not by a spectrum alone;
 # - *scale* an adapter, *fuse* it into the weights, and *mix* two of them.
 #
 # Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
@@ -134,7 +134,7 @@ course.predict(guess, "05-first")
 
 # %% [markdown]
 # If both started at zero, neither would ever change: each one's gradient passes through the other. If neither did, the model
-# would be disturbed before it has learned anything.
+# would be disturbed before it had learned anything.
 #
 # The bypass is linear, and so is the layer. So once trained, the two can be written as *one* layer, which costs nothing extra.
 #
@@ -187,7 +187,7 @@ course.attempt(check, fuse)
 # ## Into the denoiser
 #
 # One layer is no adapter. Where should it go? The usual place is attention: the matrices that make queries, keys, values and the
-# output. In our denoiser they are called like this:
+# output. Here are their names in our denoiser:
 
 # %%
 ENDINGS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -195,19 +195,19 @@ names = [name for name, _ in model.denoiser.named_modules() if name.endswith(END
 print(len(names), "layers:", *names[:5], "…", sep="\n")
 
 # %% [markdown]
-# `attn1` looks from cell to cell of a frame, `attn2` from cells to words, and those of the temporal transformers look from frame to frame.
+# `attn1` looks from cell to cell within a frame, `attn2` from cells to words, and those of the temporal transformers from frame to frame.
 #
-# To put a bypass around a layer is to replace it, in the module that it belongs to, by a `LoRA` that holds it. `nn.Module` makes this easy:
-# a call of `block.to_q(x)` takes what is there *now*.
+# To put a bypass around a layer, replace the layer, in its parent module, with a `LoRA` that holds it. `nn.Module` makes this easy:
+# `block.to_q(x)` calls whatever is there *now*.
 #
 # **Exercise 2** (★★★, 25 minutes). The core of this chapter. Write `injected`, used as `with injected(denoiser, endings, …) as layers:`. Inside,
 #
-# 1. there is a `LoRA` around every `nn.Linear` whose name ends with one of the `endings`, at a dot: `mid.to_q` ends with `to_q`, `mid.auto_q`
-#    does not;
-# 2. nothing else has a gradient: only the $A$ and $B$ can learn;
-# 3. `layers` has the new layers by the name of what they replaced.
+# 1. there is a `LoRA` around every `nn.Linear` whose name, split at dots, ends with one of the `endings`: `mid.to_q` ends with `to_q`,
+#    `mid.auto_q` does not;
+# 2. nothing else gets a gradient: only $A$ and $B$ can learn;
+# 3. `layers` maps the name of each replaced layer to its `LoRA`.
 #
-# Afterward, even if something inside has failed, the denoiser is what it was: the same layers, with the same `requires_grad`.
+# Afterward, even if something inside has failed, the denoiser is back to what it was: the same layers, with the same `requires_grad`.
 
 # %% tags=["exercise"]
 from contextlib import contextmanager
@@ -220,7 +220,7 @@ def injected(denoiser, endings, rank=4, alpha=4.0):
 
 
 # %% [markdown]
-# Your adapter is compared with that of peft, the library that everybody uses: with the same $A$ and $B$, both must give the same output and
+# We compare your adapter with one from peft, the library everybody uses: with the same $A$ and $B$, both must give the same output and
 # the same gradient.
 
 
@@ -331,12 +331,12 @@ course.attempt(check, injected)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `name.rpartition(".")` splits a name into its module's and its own; `denoiser.get_submodule("")` is the denoiser, and `setattr` replaces. Make a
-# list of `named_modules()` first: do not change what you walk over. A dot in front of both, `f".{name}".endswith(f".{ending}")`, does the rest.
+# `name.rpartition(".")` splits off the parent module's name; `denoiser.get_submodule("")` is the denoiser, and `setattr` replaces. Make a
+# list of `named_modules()` first: do not change what you are looping over. A dot in front of both, `f".{name}".endswith(f".{ending}")`, does the rest.
 # </details>
 # <details><summary>A hint for what comes afterward</summary>
 #
-# `try: yield layers` and `finally:`. Note `requires_grad` before you change it; making a `LoRA` changes it, too.
+# `try: yield layers` and `finally:`. Save `requires_grad` before you change it; making a `LoRA` changes it, too.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -393,7 +393,7 @@ print(f"{'the whole denoiser':27}            {whole:9,} parameters")
 # %% [markdown]
 # (In a large model the share is smaller: a layer of 1,000 × 1,000 has a million weights, and at rank 4 its adapter has 8,000.)
 #
-# There is no agreement on the place. VADER's code for VideoCrafter takes queries, keys and values
+# There is no agreement on where it should go. VADER's code for VideoCrafter takes queries, keys and values
 # ([line 637](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-VideoCrafter/scripts/main/train_t2v_lora.py#L637)); its code
 # for ModelScope takes *every* linear and convolution layer of the UNet
 # ([configuration](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-ModelScope/config_t2v/config.yaml#L119),
@@ -401,11 +401,11 @@ print(f"{'the whole denoiser':27}            {whole:9,} parameters")
 #
 # ## Is a low rank enough?
 #
-# Any matrix is a sum of matrices of rank one, ordered by importance: by its singular values. The first $r$ of them are the best
-# approximation that rank $r$ has to offer ([Eckart and Young 1936](https://doi.org/10.1007/BF02288367)). How good is it? Measure it in
+# Any matrix is a sum of matrices of rank one, ordered by importance: by its singular values. The sum of the first $r$ is the best
+# approximation of rank $r$ ([Eckart and Young 1936](https://doi.org/10.1007/BF02288367)). How good is it? Measure it in
 # *energy*, the sum of squares.
 #
-# **Exercise 3** (★★, 10 minutes). For a change $\Delta W$ of weights, write the best $A$ and $B$ of a rank, with $BA \approx \Delta W$.
+# **Exercise 3** (★★, 10 minutes). For a change $\Delta W$ of weights, write the best $A$ and $B$ of a given rank, with $BA \approx \Delta W$.
 
 
 # %% tags=["exercise"]
@@ -447,7 +447,7 @@ course.attempt(check, best)
 # </details>
 #
 # Now ask what *full* training would change. Make all weights of the attention layers trainable, with no adapter at all, and train them
-# for twenty steps. The step is the one of chapter 4, written out:
+# for twenty steps. Each step is the one from chapter 4, written out:
 
 # %%
 hps = rewards.hps("tiny").to(model.device)
@@ -484,8 +484,8 @@ for weight, before in zip(weights, start):  # back to the base model
     weight.data, weight.grad = before, None
 
 # %% [markdown]
-# > **Predict.** The gradient of a single batch has most of its energy in two or three directions. Of the *sum of twenty steps of
-# > Adam*, how much do the best four directions of a layer hold? (Of a random matrix of these sizes: 0.2 to 0.4.)
+# > **Predict.** The gradient of a single batch has most of its energy in two or three directions. How much of the *sum of twenty
+# > Adam steps* do the best four directions of a layer hold? (For a random matrix of these sizes: 0.2 to 0.4.)
 # > **(a)** nearly all, above 0.95 · **(b)** most, 0.6 to 0.95 · **(c)** less than 0.6
 
 # %%
@@ -519,13 +519,14 @@ course.predict(guess, "05-energy", letter=letter, four=four, one=one)
 
 # %% [markdown]
 # A single gradient is nearly of rank four, and it is tempting to stop here: *so a low rank is enough*. But nobody trains with one
-# gradient. Every batch pulls in other directions, and Adam divides each weight's gradient by its own size, which makes small directions
-# large. What training changes is spread wider: nine tenths of its energy take about nine directions here, and twenty steps are a short training.
+# gradient. Every batch pulls in different directions, and Adam divides each weight's gradient by its own size, which makes small directions
+# large. What training changes is spread wider: nine tenths of its energy take about nine directions here, and twenty steps is a short training run.
 #
 # So, is rank 4 too little? That does not follow either. Energy is not reward. There is only one way to know: *train*, at several ranks, and look
-# at what it brings on prompts that were not trained on. This takes half an hour, so it is stored (`python -m tests.benchmarks.lora_rank`: `hps`,
-# twenty steps, three seeds, but only two for rank 4, each way with the best of three learning rates; scored on 24 held-out prompts). It also takes the fully trained weights and *cuts* the change of each layer to its best
-# rank $r$, as in exercise 3.
+# at what each brings on prompts that were not trained on. This takes half an hour, so the result is stored
+# (`python -m tests.benchmarks.lora_rank`: `hps`, twenty steps, three seeds, but only two for rank 4, each way with the best of three learning
+# rates; scored on 24 held-out prompts). It also takes the fully trained weights and *cuts* each layer's change to its best rank $r$, as in
+# exercise 3.
 #
 # > **Predict.** What does rank 1 bring, compared with training all weights of the same layers?
 # > **(a)** less than half of it · **(b)** more than half, but clearly less · **(c)** as much, as far as three seeds
@@ -558,22 +559,23 @@ letter = "c" if max(one) >= min(full) else "a" if means["one"] < means["full"] /
 course.predict(guess, "05-rank", letter=letter, **means)
 
 # %% [markdown]
-# With 12,480 parameters rank 1 brings about nine tenths of what 350,208 weights bring, and whether that is less at all, three seeds cannot tell. (With two of
-# them its best rate was the largest that we tried: it may have more to give.) The trained rank 4 has two seeds, which is too few to rank it against
-# anything. And every dot has an interval of ±0.03 to ±0.05 of its own, because it is a mean of 24 prompts. They are the same prompts for all dots, so the order
-# of two dots is surer than that; still, nothing here is known to a hundredth.
+# With 12,480 parameters rank 1 brings about nine tenths of what 350,208 weights bring, and three seeds cannot tell whether that is less at
+# all. (With two of them, rank 1 did best at the largest learning rate that we tried: it may have more to give.) The trained rank 4 has two seeds,
+# too few to compare it with anything. And every dot has its own interval of ±0.03 to ±0.05, because it is a mean over 24 prompts. All dots
+# use the same prompts, so the order of two dots is more certain than that; still, nothing here is known to within a hundredth.
 #
 # The cuts are the best clue to the reason, because all of them come from the same trained weights. A cut to rank 1 keeps a third of the energy of
 # the change, and in each of the three seeds it loses something: on average a fifth of what the change brings. A cut to rank 4 keeps three quarters of the
 # energy, and loses next to nothing in any seed. The energy that it drops did not matter to this reward.
 #
-# Two warnings. At one learning rate for all, 0.004, rank 1 would have brought 0.019 with the first seed; at 0.008 it brings 0.061. Compare ranks with
-# the best rate of each, or you compare rates ([Kalajdzievski 2023](https://arxiv.org/abs/2312.03732) has a scaling with which one rate does for all). And this was a
-# small model, one reward, and twenty steps. A longer run may want more; that is why the default is 8 and VADER's 16. It costs little.
+# Two warnings. At one learning rate for all, 0.004, rank 1 would have brought 0.019 with the first seed; at 0.008 it brings 0.061. Compare ranks,
+# each at its own best rate, or you are comparing rates ([Kalajdzievski 2023](https://arxiv.org/abs/2312.03732) has a scaling
+# that makes one rate work for all). And this was a small model, one reward, and twenty steps. A longer run may want a higher rank; that is why
+# the default is 8 and VADER's is 16. It costs little.
 #
 # ## Turn it up and down
 #
-# An adapter has a knob: `scale` multiplies its product. 0 is the base model, 1 is what was trained. Train one
+# An adapter has a knob: `scale` multiplies $BA$. 0 is the base model, 1 is the adapter as trained. Train one
 # with a goal that anybody can see, *darker*, and compare the rows.
 
 # %%
@@ -597,9 +599,9 @@ Gallery(rows, width=112)
 # Turning the knob is free: no training, no second file. Above 1 the adapter exaggerates; it was never trained there.
 #
 # Now look at what you asked for, and at what you got. White backgrounds turn to sand, to gray and to black, whatever the prompt says; the red square becomes
-# a yellow lump; and at the edge of the purple circle grows an arc that nobody has asked for. You asked for *darker*, and the reward looks at nothing else. This is
-# **reward hacking**, on a small scale; [chapter 7](07_evaluate_and_reward_hacking.ipynb) does it on a large one. Before you throw such an
-# adapter away, try a smaller `scale`: it costs nothing. (But look again: at 0.5 the white background is sand already.)
+# a yellow lump; and an arc that nobody asked for grows at the edge of the purple circle. You asked for *darker*, and the reward looks at nothing else. This is
+# **reward hacking**, on a small scale; [chapter 7](07_evaluate_and_reward_hacking.ipynb) shows it on a large one. Before you throw such an
+# adapter away, try a smaller `scale`: it costs nothing. (But look again: at 0.5 the white background is already sand.)
 #
 # ## Fuse it
 #
@@ -616,7 +618,7 @@ print(f"inside: weights differ by {inside:.1e} · afterward bit-equal: {torch.eq
 # %% [markdown]
 # ## Mix two
 #
-# Two adapters add to the same weights, so they can be mixed: $W + s_1 B_1A_1 + s_2 B_2A_2$. (Add the products, not the matrices: $(B_1+B_2)(A_1+A_2)$
+# Two adapters can add to the same weights, so you can mix them: $W + s_1 B_1A_1 + s_2 B_2A_2$. (Add the products, not the matrices: $(B_1+B_2)(A_1+A_2)$
 # has two terms that nobody trained.) Train a second one, for *colorful*, and ask for both:
 
 # %%
@@ -665,7 +667,7 @@ letter = "a" if off < 0.15 else "b" if mixed[0] < 0 and mixed[1] > 0 else "c"
 course.predict(guess, "05-both", letter=letter, darker=-mixed[0], colorful=mixed[1])
 
 # %% [markdown]
-# Weights add up; what they do to a video does not. Both adapters act on the same layers, and what one changes is the input of the other.
+# Weights add up; what they do to a video does not. Both adapters act on the same layers, and each one changes the input of the other.
 #
 # ## Recap
 #
@@ -678,14 +680,15 @@ course.predict(guess, "05-both", letter=letter, darker=-mixed[0], colorful=mixed
 # | $W + \frac{\alpha}{r}BA$ | `with adapter.fused():` | |
 # | $W + s_1B_1A_1 + s_2B_2A_2$ | `sample(model, ask, adapter={path: s1, other: s2})` | |
 #
-# **Without looking:** why must exactly one of $A$ and $B$ start at zero? Why does the spectrum of one gradient not tell which rank you need, nor that
-# of a long training? What would?
+# **Without looking:** why must exactly one of $A$ and $B$ start at zero? Why do the spectrum of one gradient and that of a long training run not tell you
+# which rank you need? What would?
 #
 # ## Exercises
 #
-# Three of them you have met above. **Exercise 4** (★★★, open, an hour). Where should the bypass go? Bring a plot: what three places (values only; words only,
-# `attn2`; the feed-forward layers; what you like) add to a reward on *held-out* prompts, at equal seconds of training, two seeds each, each place
-# with the better of two learning rates. (Why would one learning rate for all be unfair? Why would scores on training prompts?) `vader_nb.align` takes `targets=`, and `vader_nb.evaluate` gives intervals.
+# You have met three of them above. **Exercise 4** (★★★, open, an hour). Where should the bypass go? Bring a plot: what three places (values only; words only,
+# `attn2`; the feed-forward layers; anything you like) add to a reward on *held-out* prompts, for equal training time, two seeds each, each
+# place with the better of two learning rates. (Why would one learning rate for all be unfair? Why would scores on training prompts?)
+# `vader_nb.align` takes `targets=`, and `vader_nb.evaluate` gives intervals.
 
 # %% [markdown] tags=["next"]
 # **Next:** [6 · Align](06_align.ipynb): you have all the parts. Put them together, and train.

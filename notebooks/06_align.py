@@ -24,8 +24,8 @@
 
 # %% [markdown]
 # You have all the parts: a video model and its sampling loop (1), a gradient through its last step (2), a reward to climb
-# (3), a way to go through the chain backward in little memory (4), and a few weights to change (5). What is left is a
-# loop around them. You write it. Then we let it run, and ask three questions that decide every real project: is it learning at
+# (3), a way to go backward through the chain in little memory (4), and a few weights to train (5). What is missing is the
+# loop around them. You will write it. Then we run it, and ask the three questions that matter in every real project: is it learning at
 # all? How much does a *minute* buy? And is the result really better?
 #
 # **You will be able to**
@@ -34,7 +34,7 @@
 # - *tell* learning from noise, by comparing pairs;
 # - *choose* settings by what a minute of training buys;
 # - *compare* before and after honestly: same seeds, unseen prompts, an interval, an independent metric;
-# - *stop* a run and *resume* it where it was.
+# - *stop* a run and *resume* it where it left off.
 #
 # Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
 
@@ -81,14 +81,14 @@ before = vader_nb.sample(model, ask, seeds=SEED)
 Gallery({"before": [Video(clip, 8, text) for clip, text in zip(before, ask)]}, width=112)
 
 # %% [markdown]
-# Every 32nd of the prompts that training never sees; nobody picked them. The reward is `hps` alone this time: how well do a
-# frame and its prompt go together?
+# These are every 32nd of the prompts that training never sees; nobody hand-picked them. The reward this time is just `hps`: how well
+# does a frame match its prompt?
 #
 # ## A batch
 #
-# Each step of training needs prompts, and noise to start from. One rule will save you much grief: **what step $n$ draws
-# depends on $n$ and on nothing else**. Then a run that is resumed at step 7 draws what it would have drawn, and two
-# settings can be compared on the very same clips.
+# Each training step needs prompts, and noise to start from. One rule will save you a lot of grief: **what step $n$ draws
+# depends on $n$ and on nothing else**. Then a run resumed at step 7 draws what it would have drawn anyway, and two
+# settings can be compared on exactly the same clips.
 #
 # **Exercise 1** (★, 10 minutes). Write `draw`.
 
@@ -122,7 +122,7 @@ course.attempt(check, draw)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `torch.Generator().manual_seed(step)` is a source of random numbers of its own. `torch.randint` takes a `generator`.
+# `torch.Generator().manual_seed(step)` is its own source of random numbers. `torch.randint` takes a `generator`.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -137,7 +137,7 @@ course.attempt(check, draw)
 #
 # ## The loop
 #
-# Compute the gradient, clip it, take an optimizer step. That is VADER. The gradient is the work of chapter 4, in one call:
+# Compute the gradient, clip it, take an optimizer step. That is VADER. The gradient is what you built in chapter 4, in one call:
 
 
 # %% tags=["for-checks"]
@@ -151,17 +151,17 @@ def add_gradient(adapter, texts, seeds, weight=1.0):
 
 
 # %% [markdown]
-# Why a `weight`? VADER takes 16 clips per optimizer step, and they do not fit into memory together. So they come in
-# *micro-batches*, whose gradients add up in `.grad` before the optimizer moves: **gradient accumulation**. The sum must be
+# Why a `weight`? VADER takes 16 clips per optimizer step, and they do not fit in memory all at once. So they come in
+# *micro-batches*, whose gradients add up in `.grad` before the optimizer steps: **gradient accumulation**. The sum must be
 # the gradient of the mean over *all* clips.
 #
 # **Exercise 2** (★★★, 30 minutes). The core of this notebook: VADER's training loop, about 15 lines. It has to
 #
-# 1. use AdamW, with `weight_decay=0` (the adapter is to go where the reward wants, not back to zero);
-# 2. in each step accumulate the gradient of all its micro-batches (which are equally large);
-# 3. clip it: if the norm over *all* parameters together exceeds `max_norm`, scale them all down to it;
+# 1. use AdamW, with `weight_decay=0` (the adapter should go where the reward points, not back to zero);
+# 2. in each step accumulate the gradient of all its micro-batches (all the same size);
+# 3. clip it: if its norm over *all* parameters together exceeds `max_norm`, scale the whole gradient down to that;
 # 4. take one optimizer step, and carry no gradient over to the next;
-# 5. log for each step the mean `"reward"` over its clips, and the `"grad_norm"` before clipping.
+# 5. for each step, log the mean `"reward"` over its clips, and the `"grad_norm"` before clipping.
 
 
 # %% tags=["exercise"]
@@ -175,8 +175,8 @@ def train(adapter, steps, learning_rate, max_norm):
 
 
 # %% [markdown]
-# Your loop is held against one that was written by somebody else: the package's. It draws two steps of two micro-batches, and both
-# loops train on these. After each step every weight must agree to 1e-6.
+# The check compares your loop with one that somebody else wrote: the package's. That one draws two steps of two micro-batches each,
+# and both loops train on them. After each step, every weight must agree to within 1e-6.
 
 
 # %% tags=["for-checks"]
@@ -242,8 +242,8 @@ course.attempt(check, train)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `torch.optim.AdamW(adapter.parameters(), lr=…, weight_decay=0)`. With two micro-batches each has half of the weight.
-# `torch.nn.utils.clip_grad_norm_` scales in place, and returns the norm before.
+# `torch.optim.AdamW(adapter.parameters(), lr=…, weight_decay=0)`. With two micro-batches, each gets half the weight.
+# `torch.nn.utils.clip_grad_norm_` scales in place, and returns the norm before clipping.
 # </details>
 # <details><summary>A hint, if the first step is right and the second is not</summary>
 #
@@ -268,7 +268,7 @@ course.attempt(check, train)
 # ```
 # </details>
 #
-# Now let it run, on the batches that you draw. (Until it is written, nothing is printed but `[]`.)
+# Now run it on the batches that your `draw` returns. (Until you have written it, this prints only `[]`.)
 
 # %%
 mine = lora.add(model, rank=8, seed=SEED)
@@ -284,7 +284,7 @@ finally:
 # ## `align`
 #
 # The package's loop is called `align`. It does what yours does, and adds what a long run needs: mixed precision, several processes,
-# checkpoints that survive a crash, and a check of every number for being finite.
+# checkpoints that survive a crash, and a check that every number is finite.
 
 # %%
 recorder = Recorder()
@@ -304,7 +304,7 @@ print([round(value, 2) for value in run.rewards])
 # %% [markdown]
 # Numbers that jump up and down. Is it learning?
 #
-# > **Predict.** Each step sees other prompts, and some prompts are easier than others. How much do the rewards of these
+# > **Predict.** Each step sees different prompts, and some prompts are easier than others. How much do the rewards of these
 # > batches differ *for the base model*, which learns nothing, compared with what training has added by the end?
 # > **(a)** much less · **(b)** about as much, or more · **(c)** there is no way to find out
 
@@ -312,7 +312,7 @@ print([round(value, 2) for value in run.rewards])
 guess = None  # "a", "b" or "c"
 
 # %% [markdown]
-# There is a way. Step $n$ draws what it draws, whoever is trained. So let the base model make the same clips, from the same prompts and
+# There is a way. What step $n$ draws does not depend on the model. So let the base model make its own clips from the same prompts and
 # the same noise, score the same frames, and subtract.
 
 # %%
@@ -342,20 +342,20 @@ letter = "a" if numbers["spread"] < 0.5 * numbers["gain"] else "b"
 course.predict(guess, "06-pairs", letter=letter, **numbers)
 
 # %% [markdown]
-# To the left, a curve as you find it in every training log; it says little. To the right, the same run as *pairs*: the same prompt, the
-# same noise, with and without training. The first is zero, since nothing has been learned yet. From there on the difficulty of the prompts
-# cancels out, but not all of the luck: a step has four clips, and not every prompt has as much to gain. Hence the ups and downs. For
-# *how much* it takes more clips, and an interval: below.
+# On the left is the curve that you find in every training log; it says little. On the right is the same run as *pairs*: same prompt,
+# same noise, with and without training. The first point is zero, since nothing has been learned yet. After that, the difficulty of the
+# prompts cancels out, but not all of the luck: a step has four clips, and some prompts have more to gain than others. Hence the ups and
+# downs. To say *how much* it has learned, we need more clips, and an interval: see below.
 #
-# The other number in the log is the gradient's norm. What does it tell?
+# The other number in the log is the gradient's norm. What does it tell you?
 
 # %%
 norms = [row["grad_norm"] for row in run.metrics]
 print(f"gradient norm: {min(norms):.3f} to {max(norms):.3f}, and max_grad_norm is 1.0")
 
 # %% [markdown]
-# It never comes near the limit: clipping has not acted once. It is a seat belt, for the one batch in a thousand whose gradient explodes.
-# Nor does the norm say how far the weights move; AdamW divides it out. It tells you that something is wrong:
+# It never comes near the limit, so nothing was ever clipped. Clipping is a seat belt for the one batch in a thousand whose gradient
+# explodes. The norm does not say how far the weights move, either: AdamW divides it out. It tells you when something is wrong:
 #
 # | you see | look at |
 # |---|---|
@@ -368,8 +368,9 @@ print(f"gradient norm: {min(norms):.3f} to {max(norms):.3f}, and max_grad_norm i
 #
 # ## What a minute buys
 #
-# Papers plot the reward over *steps*. You pay for *minutes*. With a graph through the last five steps, `Last(5)`, the gradient is closer to
-# the exact one (chapter 4), and each step takes longer. So give both about the same time: half as many steps, and everything else as above.
+# Papers plot the reward over *steps*. You pay for *minutes*. With a graph through the last five denoising steps, `Last(5)`, the gradient is closer
+# to the exact one (chapter 4), but each training step takes longer. So give both about the same time: `Last(5)` gets half as many steps,
+# and everything else stays as above.
 
 # %%
 run.adapter.remove()
@@ -400,11 +401,11 @@ rows = {
 Gallery(rows, width=112)
 
 # %% [markdown]
-# Six clips prove nothing, even if nobody picked them. So let us measure, on prompts that training has never seen, with two seeds each, and give
-# every difference with its 95 % interval. The *oracles* are plain code that reads color, shape, motion and background off the pixels; nothing was
+# Six clips prove nothing, even if nobody picked them. So we measure on prompts that training has never seen, with two seeds each, and give
+# every difference its 95 % interval. The *oracles* are plain code that reads color, shape, motion and background off the pixels; nothing was
 # ever trained on them (†). `wins` is the share of pairs in which the clip after training scores higher. `motion` is the mean change from one frame to
-# the next (movement or flicker). `diversity` is the variance between the two seeds of a prompt, of frames shrunk to 8 × 8 pixels with values from 0 to
-# 255. (Chapter 7 measures it in another space, that of a video network. Such numbers do not compare.)
+# the next (movement or flicker). `diversity` is the variance between the two seeds of a prompt, after shrinking the frames to 8 × 8 pixels with values
+# from 0 to 255. (Chapter 7 measures it in the space of a video network. You cannot compare the two numbers.)
 #
 # > **Predict.** After the same time, which one has added more to `hps`? **(a)** `Last(1)`, with twice the steps · **(b)** `Last(5)`, with the better
 # > gradient · **(c)** with so few clips we cannot tell them apart
@@ -441,13 +442,13 @@ values = {"one": one.difference, "five": five.difference}
 course.predict(guess, "06-minute", letter=letter, **values)
 
 # %% [markdown]
-# Read the intervals before the dots. Both runs have raised `hps`: their intervals lie above zero. Which has raised it more we cannot tell: each
-# dot lies within the other's interval. So nothing here says that the better direction pays for its longer steps, and nothing says that it
-# does not: one seed, one reward, a minute at most. The question stays the same for your hour: how much, *after the same time*, with its
-# interval?
+# Look at the intervals before the dots. Both runs raised `hps`: their intervals lie above zero. We cannot tell which one raised it more: each
+# dot lies within the other's interval. So nothing here says that the better direction is worth its longer steps, and nothing says that it
+# is not: this is one seed, one reward, a minute at most. If you train for an hour, ask the same question: how much, *after the same time*,
+# with what interval?
 #
-# Now `oracle: color`, the row that we would love to believe. It has the largest dot of all, and its interval reaches below zero. By our
-# own rule we cannot tell, whatever the pictures suggest: 32 answers of yes or no are few. (`hps` is a number with decimals, and the
+# Now `oracle: color`, the row that we would love to believe. It has the dot farthest to the right, but its interval reaches below zero. By our
+# own rule we cannot tell, whatever the pictures suggest: 32 yes-or-no answers are not many. (`hps` is a number with decimals, so the
 # same clips are enough for it.)
 #
 # > **Predict.** We never asked for more or less diversity. What has happened to it, with `Last(1)`? **(a)** it has grown · **(b)** it has
@@ -470,12 +471,12 @@ evaluation
 
 # %% [markdown]
 # Alignment pulls the clips of one prompt toward what the reward likes best, and so toward each other. Here that is partly welcome: wrong
-# colors were part of the variety. With a reward of taste it is the first warning of *mode collapse*. The frames change less from one to
-# the next, too (`motion`). Less flicker, or less movement? `oracle: motion` finds the right kind of movement as often as before (give or
-# take a fifth), but how far things move it does not say. Look at the clips.
+# colors were part of the variety. With a reward for taste, it is the first warning of *mode collapse*. The frames also change less from one to
+# the next (`motion`). Is that less flicker, or less movement? `oracle: motion` finds the right kind of movement as often as before (give or
+# take a fifth), but it does not say how far things move. Look at the clips.
 #
-# An interval that contains zero means: *with this many clips we cannot tell.* It does not mean that there is no effect. More clips make
-# it narrower, with the square root of their number.
+# An interval that contains zero means: *with this many clips we cannot tell.* It does not mean that there is no effect. The interval gets
+# narrower with the square root of the number of clips.
 #
 # **Exercise 3** (★, 10 minutes). Why pairs? Given the rewards of the same prompts and seeds before and after, return the mean difference and
 # *its* standard error.
@@ -520,9 +521,9 @@ course.attempt(check, paired)
 #
 # ## Stop and resume
 #
-# Colab disconnects; you press the stop button; the power fails. You lose only the steps since the last checkpoint, and because step $n$ draws
-# the same whatever happened before, the rest of the run is the same run. To prove it, train 4 steps at once, and 2 + 2 steps with an
-# interruption, and compare every weight.
+# Colab disconnects, you press the stop button, or the power fails. You lose only the steps since the last checkpoint. And because step $n$
+# draws the same batch whatever happened before, the rest of the run comes out the same. To prove it, we train 4 steps in one go, then
+# 2 + 2 steps with an interruption, and compare every weight.
 
 # %%
 options = {"seed": 1, "progress": False, "checkpointing_steps": 2, "batch_size": 1}
@@ -544,7 +545,7 @@ halves = trained(4, "halves", resume=True)
 print("bit-equal:", torch.equal(whole, halves))
 
 # %% [markdown]
-# What a run writes is in its folder. You can read it while the run goes on:
+# A run writes everything to its folder. You can read it while the run is still going:
 
 # %%
 for path in sorted((folder / "run").rglob("*")):
@@ -567,8 +568,8 @@ for path in sorted((folder / "run").rglob("*")):
 # | precision | fp16 autocast, adapter in fp32 | fp32 |
 # | reward sees | 1 random frame | 1 random frame |
 #
-# [Recipes](recipes.md) has these and other models' settings as files, with the memory that each takes on which card. Nothing on that page
-# was measured in this notebook, and no GPU has seen it.
+# [Recipes](recipes.md) has settings for these and other models as files, and how much memory each takes on which card. Nothing on
+# that page was measured in this notebook, and we have run none of it on a GPU.
 #
 # ## Recap
 #
@@ -579,18 +580,19 @@ for path in sorted((folder / "run").rglob("*")):
 # | batch reward | `run.rewards` | one number per step |
 # | after − before | `evaluation.row(group, metric).difference` | with `.low`, `.high` |
 #
-# **Without looking:** in which order do `zero_grad`, the micro-batches, clipping and `optimizer.step` come, and what goes wrong for each
-# that is misplaced? Why does a flat reward curve not mean that nothing is learned?
+# **Without looking:** in what order do `zero_grad`, the micro-batches, clipping and `optimizer.step` come, and what goes wrong if one of
+# them is out of place? Why does a flat reward curve not mean that nothing was learned?
 #
 # ## Exercises
 #
-# Three of them you have met above. **Exercise 4** (★★★, open, two hours). Beat the notebook: with the same minutes of training, a larger
-# difference on the same held-out prompts, interval and all. The learning rate, the rank, the batch size, `Frames.random(2)`, `rollout_reuse`, a
-# strategy, `lr_scheduler`: what you like, but choose on the training prompts, and look at the held-out ones *once*. Bring a plot of what a minute
+# The first three are above. **Exercise 4** (★★★, open, two hours). Beat the notebook: in the same training time, get a larger
+# difference on the same held-out prompts, interval and all. Change what you like: the learning rate, the rank, the batch size,
+# `Frames.random(2)`, `rollout_reuse`, a strategy, `lr_scheduler`. But choose on the training prompts,
+# and look at the held-out ones *once*. Bring a plot of what a minute
 # buys, and say what your best setting does to the diversity. (Why look only once? Chapter 7.)
 
 # %% [markdown] tags=["next"]
-# **Next:** [7 · Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb) climbs too far on purpose, and shows how to notice.
+# **Next:** [7 · Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb) climbs too far on purpose, and shows how to spot it.
 # [8 · Many GPUs](08_many_gpus.ipynb) trains one adapter on several; [9 · Playground](09_playground.ipynb) has sliders.
 #
 # *The same links for Colab: [chapter 7](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb), [chapter 8](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/08_many_gpus.ipynb), [chapter 9](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/09_playground.ipynb), [Recipes](https://github.com/vader-nb/vader_nb/blob/main/notebooks/recipes.md).*

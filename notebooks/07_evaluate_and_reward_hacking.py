@@ -23,14 +23,14 @@
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# A reward is a number that stands for a goal. Alignment climbs the number, and at first gets closer to the goal; then the two part, and
-# only the number goes on rising. *When a measure becomes a target, it ceases to be a good measure*: Goodhart's law.
+# A reward is a number that stands for a goal. Alignment climbs the number, and at first gets closer to the goal. Then the two part ways, and
+# only the number keeps rising. *When a measure becomes a target, it ceases to be a good measure*: Goodhart's law.
 #
 # **You will be able to**
 #
 # - *hack* a reward by hand, before an optimizer does;
 # - *watch* a run with a reward that it is not trained on, and *choose* the checkpoint to keep;
-# - *write* the interval of a difference, and *say* when it is too short;
+# - *compute* the interval of a difference, and *say* when it is too narrow;
 # - *repair* a run: stop earlier, turn the adapter down, or fix the reward.
 #
 # Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
@@ -82,9 +82,9 @@ Gallery({"base": [Video(clip, 8, prompt) for clip, prompt in zip(clips, ask)]}, 
 #
 # ## A goal, and a number for it
 #
-# Colors shimmer, edges crawl. Our *goal* is calm video. A *number* for it is `motion_smoothness`, minus the mean of
-# $\lvert f_{t-1} - 2 f_t + f_{t+1} \rvert$ over all pixels, where $f_t$ is frame $t$: what changes by as much as in the frame before costs
-# nothing. It is a formula, not a network that could be fooled.
+# Colors shimmer, edges crawl. Our *goal* is calm video. A *number* for it is `motion_smoothness`, the negative mean of
+# $\lvert f_{t-1} - 2 f_t + f_{t+1} \rvert$ over all pixels, where $f_t$ is frame $t$. A pixel that changes by the same amount every frame
+# costs nothing. It is a formula, not a network that could be fooled.
 #
 # > **Predict.** Which clip is *perfect* under this reward (0)?
 # > **(a)** only a shape that glides slowly · **(b)** among others, a frozen picture · **(c)** none, 0 cannot be reached
@@ -100,11 +100,11 @@ for label, some in {"sampled": clips, "frozen": frozen}.items():
 course.predict(guess, "07-perfect")
 
 # %% [markdown]
-# We do not want frozen videos, but this number is all that the optimizer knows of our goal. So before you train on a reward,
-# *be* the optimizer: find the worthless clip that it likes best.
+# We do not want frozen videos, but this number is all the optimizer knows about our goal. So before you train on a reward,
+# *be* the optimizer: find the worthless clip that the reward likes best.
 #
-# **Exercise 1** (★, 10 minutes). Hack `rewards.colorfulness()`, which likes frames in which the opponent colors, red against green and yellow
-# against blue, vary a lot. Return clips that score higher than every sampled one, and in which nothing moves.
+# **Exercise 1** (★, 10 minutes). Hack `rewards.colorfulness()`, which likes frames whose opponent colors (red against green, yellow
+# against blue) vary a lot. Return clips in which nothing moves, and which still score higher than every sampled one.
 
 
 # %% tags=["exercise"]
@@ -131,7 +131,7 @@ course.attempt(check, cheat)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# Which two colors are farthest from each other on both axes? Let each have half of the picture.
+# Which two colors are farthest apart on both axes? Give each one half of the picture.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -148,7 +148,7 @@ course.attempt(check, cheat)
 # ## A held-out reward
 #
 # Before we train on smoothness, we choose a *held-out reward*: one that we do *not* train on. The action network of chapter 3 names the
-# motion that it sees; p(motion) is the probability that it gives to the motion that the prompt asks for.
+# motion it sees; p(motion) is the probability it gives to the motion in the prompt.
 
 # %%
 action = rewards.action("tiny").to(model.device)
@@ -157,10 +157,10 @@ print("sampled:", [f"{p:.2f}" for p in p_motion(clips, ask)])
 print("frozen: ", [f"{p:.2f}" for p in p_motion(frozen, ask)])
 
 # %% [markdown]
-# In four of six frozen clips it notices. Two fool it: their prompts ask for *spinning*, and a tilted shape might be one that spins.
-# A held-out reward need not be perfect, only blind to *other* things than the trained one.
+# It catches four of the six frozen clips. Two fool it: their prompts ask for *spinning*, and a tilted shape might be spinning.
+# A held-out reward does not have to be perfect. It just needs *different* blind spots than the trained one.
 #
-# And one rule: **prompts that you used to decide something flatter the result**. So we need several sets that share nothing:
+# And one rule: **the prompts you choose with make the result look too good**. So we need several sets that share nothing:
 
 # %%
 HTML(course_drawings.prompt_sets())
@@ -168,8 +168,8 @@ HTML(course_drawings.prompt_sets())
 # %% [markdown]
 # ## Too far, on purpose
 #
-# A high learning rate, a long run, a single reward: everything that you should not do. `Validation` computes both rewards on the
-# way, always on the same held-out prompts and seeds.
+# A high learning rate, a long run, a single reward: everything you should not do. `Validation` computes both rewards during
+# the run, always on the same held-out prompts and seeds.
 
 # %%
 folder = tempfile.mkdtemp()
@@ -218,15 +218,15 @@ course.predict(guess, "07-held-out", letter=letter, values=values)
 # ## How sure are you?
 #
 # Eight prompts showed *that* something broke. To choose a checkpoint you need to know what *other* prompts might have said. The **bootstrap**
-# ([Efron 1979](https://doi.org/10.1214/aos/1176344552)) asks the data itself: draw as many prompts as there are, *with* replacement (some come
-# twice, some not at all), and take the mean. Do this 2,000 times: the middle 95 % of the means are an interval.
+# ([Efron 1979](https://doi.org/10.1214/aos/1176344552)) asks the data itself: draw as many prompts as there are, *with* replacement (some come up
+# twice, some not at all), and take their mean. Do this 2,000 times: the middle 95 % of the means is the interval.
 #
-# **Exercise 2** (★★★, 25 minutes). The core of this notebook. Given the scores of two models on the same prompts and seeds, write the mean
+# **Exercise 2** (★★★, 25 minutes). The core of this notebook. Given the scores of two models on the same prompts and seeds, return the mean
 # difference and its 95 % bootstrap interval.
 #
 # 1. The scores are *pairs*: an easy prompt is easy for both.
 # 2. Draw *prompts*: two clips of one prompt are not two independent draws.
-# 3. Asked twice, it gives the same answer.
+# 3. Calling it twice gives the same answer.
 
 
 # %% tags=["exercise"]
@@ -297,10 +297,10 @@ course.attempt(check, interval)
 #
 # ### Is 95 % true?
 #
-# In 95 of 100 experiments the interval holds the true mean: so it claims, and that can be tested. Draw differences from a known, somewhat
+# The interval claims to contain the true mean in 95 of 100 experiments. We can test that: draw differences from a known, somewhat
 # skewed distribution, many times, and count.
 #
-# > **Predict.** With eight prompts, the interval of exercise 2 holds the truth **(a)** in 95 % of the experiments · **(b)** in
+# > **Predict.** With eight prompts, the interval of exercise 2 contains the truth **(a)** in 95 % of the experiments · **(b)** in
 # > 85 to 92 % · **(c)** in fewer
 
 # %%
@@ -338,8 +338,8 @@ course.predict(
 )
 
 # %% [markdown]
-# With few prompts the interval is too short: eight draws rarely hold the extremes. The package widens such intervals (by Student's $t$, or the
-# bootstrap of the $t$ statistic where that reaches further: Efron and Tibshirani 1993, section 12.5).
+# With few prompts the interval is too narrow: eight draws rarely include the extremes. The package widens such intervals (by Student's
+# $t$, or the bootstrap of the $t$ statistic if that is wider: Efron and Tibshirani 1993, section 12.5).
 #
 # ## Which checkpoint to keep
 #
@@ -363,15 +363,15 @@ figure = choice.plot()
 course.show(figure, "07-choice")
 
 # %% [markdown]
-# Above, smoothness. Below, how far each checkpoint's p(motion) is from the best one's, the star. Where the whole interval lies below zero, a
-# checkpoint is *clearly* worse; where it reaches zero we cannot tell. (It is wider than for one comparison: the best of many is partly the
-# luckiest. And it may go beyond what is possible: it does not know that a probability ends at 0.)
+# The top panel shows smoothness; the bottom one, how far each checkpoint's p(motion) is from that of the best one, the star. If the whole
+# interval lies below zero, a checkpoint is *clearly* worse; if it reaches zero, we cannot tell. (It is wider than for a single comparison,
+# since the best of many is partly the luckiest. And it may go beyond what is possible: it does not know that a probability ends at 0.)
 #
-# The best is *not clearly better than the base model*, as it should be: p(motion) was high from the start, and what
-# improved is the flicker. A held-out reward is there to say stop, not to rise.
+# The best is *not clearly better than the base model*, and that is fine: p(motion) was high from the start, and what
+# improved is the flicker. A held-out reward is there to tell you when to stop, not to rise.
 #
-# **Exercise 3** (★★, 10 minutes). Stop while you train. Scores fluctuate, so one bad value is no reason. Given those so far,
-# return the index of the best one (of equals, the earliest) if `patience` scores in a row after it were no better, otherwise `None`: go on.
+# **Exercise 3** (★★, 10 minutes). Early stopping. Scores fluctuate, so one bad value is no reason to stop. Given the scores so far,
+# return the index of the best one (the earliest, if tied) if `patience` scores in a row after it were no better, otherwise `None`: keep going.
 
 
 # %% tags=["exercise"]
@@ -415,8 +415,8 @@ course.attempt(check, stop)
 #
 # ## See it
 #
-# The scores that made the choice flatter it. So we report on the third set, two seeds each, and with a second held-out reward: `hps`,
-# which says whether the frames fit the prompt.
+# The scores that made the choice make it look too good. So we report on the third set, with two seeds each, and with a second held-out
+# reward: `hps`, which says whether the frames fit the prompt.
 
 # %%
 adapters = {"in time": choice.path, "too late": f"{folder}/run"}
@@ -426,11 +426,11 @@ evaluation = vader_nb.evaluate(model, adapters, smooth, fresh, **metrics)
 evaluation.gallery("held-out", 6)
 
 # %% [markdown]
-# Same prompt, same seed, in each column. *In time* is what we wanted: the same events, but calmer. (Not for nothing: the yellow triangle on gray has
-# taken on some pink.) *Too late* is what we asked for.
+# Same prompt, same seed, in each column. *In time* is what we wanted: the same events, but calmer. (It has a price: the yellow triangle on gray has
+# picked up some pink.) *Too late* is what we asked for.
 #
 # > **Predict.** `hps` is a network that was not trained on. Too late, it has **(a)** clearly fallen ·
-# > **(b)** we cannot tell: its interval holds zero · **(c)** clearly risen
+# > **(b)** we cannot tell: its interval contains zero · **(c)** clearly risen
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -446,8 +446,8 @@ course.predict(
 evaluation
 
 # %% [markdown]
-# **A held-out reward protects only what it can see.** `hps` scores single frames: that nothing moves it cannot see, and what became of the shapes costs
-# it less than eight prompts can tell. Choose one that would notice the loss that you fear: here, of motion.
+# **A held-out reward protects only what it can see.** `hps` scores single frames: it cannot see that nothing moves, and the damage to the
+# shapes lowers it by less than eight prompts can show. Choose a reward that would notice the loss you fear: here, the loss of motion.
 #
 # And one number can mean two things. `motion`, the mean change of the pixels, falls for *both* adapters: less flicker, or less motion? Compare with
 # clips drawn by the code of the tiny world:
@@ -463,7 +463,7 @@ print(
 )
 
 # %% [markdown]
-# In time, it has come down toward what the motion requires: less flicker. Too late it lies below: less motion.
+# *In time*, it has come down toward what the motion requires: less flicker. *Too late*, it is below that: less motion.
 #
 # ## Remedies
 #
@@ -490,11 +490,11 @@ axis.margins(x=0.15)
 course.show(figure, "07-scale")
 
 # %% [markdown]
-# At half the strength most of the right motion is back, and half of the gain in smoothness is kept; nearly all of the damage lies between half and full
-# strength.
+# At half strength, most of the right motion is back, and half of the gain in smoothness is kept. Nearly all of the damage comes between
+# half and full strength.
 #
-# **Fix the reward.** It pays for standing still. With `floor`, a clip loses what its mean change of pixels
-# falls short of the floor: here 0.02, about what the good checkpoint has. The same run again, nothing else changed:
+# **Fix the reward.** It pays for standing still. With `floor`, a clip loses the amount by which its mean pixel change
+# falls short of the floor: here 0.02, about what the good checkpoint has. The same run again, with nothing else changed:
 
 # %%
 floored = rewards.motion_smoothness(floor=0.02)
@@ -503,7 +503,7 @@ second = vader_nb.align(model, floored, training, output_dir=f"{folder}/floor", 
 second.adapter.remove()
 
 # %% [markdown]
-# The third set has been looked at, and the floor was chosen by it. So once more prompts that nobody has seen:
+# We have looked at the third set, and used it to choose the floor. So again we need prompts that nobody has seen:
 
 # %%
 both = {"no floor": f"{folder}/run", "floor": f"{folder}/floor"}
@@ -523,12 +523,12 @@ for other in ("base", "no floor"):
     print(f"p(motion), floor minus {other}: {gain.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
 
 # %% [markdown]
-# After as many steps at the same reckless learning rate, things move again: the oracle finds seven motions of eight right; before, none. Cured?
-# p(motion) is higher than without the floor, by an interval that excludes zero; whether it is back at the base's, eight prompts cannot tell.
+# After as many steps at the same reckless learning rate, things move again: the oracle finds seven of eight motions right; before, none. Cured?
+# p(motion) is higher than without the floor, with an interval that excludes zero; eight prompts cannot tell whether it is back to the base's.
 # And look at the red star, which is yellow at both ends, and at the corners of the squares.
 #
-# A floor is one more number that can be wrong. In trials with 0.016, what drawn clips have, one motion in sixteen was right, and with 0.03 shapes and
-# motions broke, too. After you fix a reward, measure everything again.
+# A floor is one more number that can be wrong. In trials with 0.016, the value that drawn clips have, one motion in sixteen was right; with 0.03,
+# shapes and motions broke, too. After you fix a reward, measure everything again.
 #
 # <details><summary>Other ways</summary>
 #
@@ -537,18 +537,20 @@ for other in ("base", "no floor"):
 #
 # ## It happens with real networks
 #
-# Is so simple a formula to blame? Take an EfficientNet that learned the thousand classes of ImageNet from 1.3
+# Was the formula just too simple? Take an EfficientNet that learned the thousand classes of ImageNet from 1.3
 # million photographs, and reward the probability that a frame shows a *daisy*.
 #
 # ![Six clips of the base model, and below them the same after training on the probability of a daisy: no daisies, but
 # backgrounds of another color, squares and circles that lost their shape, and red arcs around some of them](images/daisy.png)
 #
-# *One frame of six clips; above the base, below after 42 steps, same prompts and noise (`python -m tests.benchmarks.daisy FOLDER`, twelve held-out prompts).*
+# *One frame from each of six clips: base model on top, after 42 steps below, same prompts and noise
+# (`python -m tests.benchmarks.daisy FOLDER`, twelve held-out prompts).*
 #
-# The probability rises from 0.00023 to 0.00029, and the interval of the difference excludes zero: a success, by the only number that was asked for.
-# There is no daisy. But the oracle finds the right background in five of twelve clips, instead of all. A classifier says which of its
-# classes fits best, never whether any does.
-# (How far language models can climb before it hurts was measured by [Gao et al. 2022](https://arxiv.org/abs/2210.10760).)
+# The probability rises from 0.00023 to 0.00029, and the interval of the difference excludes zero: a success, by the only number we asked for.
+# But there is no daisy, the cyan circle on the right has become a blue block, and the oracle finds the right background in five of twelve
+# clips, instead of all. A classifier says which of its
+# classes fits best, never whether any of them fits.
+# ([Gao et al. 2022](https://arxiv.org/abs/2210.10760) measured how far language models can climb before it hurts.)
 #
 # ## Recap
 #
@@ -565,9 +567,11 @@ for other in ("base", "no floor"):
 #
 # ## Exercises
 #
-# Three of them you have met above. **Exercise 4** (★★★, open, an hour). A measure out of its depth. `diversity` is the variance between the seeds of a prompt, in the table above of
-# frames shrunk to 8 × 8 pixels. Evaluate both adapters with `features=videomae_features("tiny")` (from `vader_nb.evaluation`): now it is measured in the space of a video network,
-# as in VADER's paper. Too late, its mean *rises*, to several times the base's. Is the model creative now? Bring a plot with a dot per prompt, in both spaces, and a tested
+# The first three are above. **Exercise 4** (★★★, open, an hour). A measure out of its depth. `diversity` is the variance between the seeds
+# of a prompt; in the table above, it is computed on frames shrunk to 8 × 8 pixels. Evaluate both adapters with
+# `features=videomae_features("tiny")` (from `vader_nb.evaluation`): now it is measured in the space of a video network,
+# as in VADER's paper. *Too late*, its mean *rises* to several times the base's. Is the model creative now? Bring a plot with a dot per prompt, in both spaces,
+# and a tested
 # explanation: what do the network's features do on noise, or on a gray screen?
 
 # %% [markdown] tags=["next"]

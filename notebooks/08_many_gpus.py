@@ -24,8 +24,8 @@
 
 # %% [markdown]
 # On one GPU a step of VADER sees one or two clips at a time, and one clip is a poor guide. Four GPUs see four times as many,
-# if their gradients are really averaged. In several published trainers for this task they are not: every GPU
-# trains an adapter of its own, nobody notices, and only the first one is saved.
+# but only if their gradients are really averaged. In several published trainers for this task they are not: every GPU
+# trains its own adapter, nobody notices, and only the first one is saved.
 #
 # In this notebook you watch that happen with two real processes on your CPU, and you write the twenty lines that prevent it. Then you learn to
 # start, stop, kill and resume a long run.
@@ -33,7 +33,7 @@
 # **You will be able to**
 #
 # - *explain* why the mean gradient is all that processes need to share, and how many bytes that is;
-# - *write* the averaging, so that no process waits in vain and none steps alone;
+# - *write* the averaging, so that no process waits forever and none steps alone;
 # - *detect* a run whose processes drift apart;
 # - *start* VADER's commands on one GPU or four, and *kill* a run without losing anything.
 #
@@ -94,7 +94,7 @@ Gallery({"one each": [Video(clip, 8, prompt) for clip, prompt in zip(clips, four
 # %% [markdown]
 # ## One clip is a poor guide
 #
-# Compute for each of these four clips, on its own, in which direction it would push the adapter. If they all
+# For each of these four clips, compute the direction in which it alone would push the adapter. If they all
 # agreed, more clips per step would be a waste.
 #
 # > **Predict.** The cosine between the gradients of two different clips will be **(a)** near 1: they agree ·
@@ -140,7 +140,7 @@ course.predict(guess, "08-agree", letter=letter, low=others.min(), high=others.m
 
 # %% [markdown]
 # Single clips hardly agree: most of each gradient is about its own clip. In a mean of $n$ clips that part shrinks like $1/\sqrt n$, and what
-# they have in common stays. And averaging is all there is to it, since the gradient of a mean is the mean of the gradients:
+# the clips have in common stays. And averaging is all we need, since the gradient of a mean is the mean of the gradients:
 #
 # $$\nabla_\theta \frac14 \sum_{i=1}^4 r(x_i) \;=\; \frac14 \sum_{i=1}^4 \nabla_\theta\, r(x_i).$$
 #
@@ -155,7 +155,7 @@ adapter.remove()
 # %% [markdown]
 # ## Two processes
 #
-# `launch` runs a function in several processes: one per GPU where there are enough GPUs, otherwise on the CPU, as here. The
+# `launch` runs a function in several processes: one per GPU if there are enough GPUs, otherwise on the CPU, as here. The
 # processes share nothing but what they send each other. Each one has its own model, and writes its results into files.
 
 
@@ -176,10 +176,10 @@ HTML(course_drawings.processes())
 # %% [markdown]
 # ## The broken way
 #
-# PyTorch's tool for this job is `DistributedDataParallel`: it wraps a model, and if *the wrapper's* `forward` was called, it
+# PyTorch's tool for this job is `DistributedDataParallel`: it wraps a model, and if you call *the wrapper's* `forward`, it
 # averages gradients in the backward pass ([Li et al. 2020](https://arxiv.org/abs/2006.15704)). But a denoiser is called many times, deep
-# inside a sampling loop, and so almost everybody gives the loop the model inside the wrapper (`.module`). It runs, it trains, and no
-# error is raised.
+# inside a sampling loop, so almost everybody passes the loop the bare model (`.module`). It runs, it trains, and it raises
+# no error.
 #
 # Below is such a loop. Each process draws its own clips, as it should. `sync_gradients` is what you will fill in.
 
@@ -251,28 +251,29 @@ course.predict(
 )
 
 # %% [markdown]
-# Why 1.39? Two first steps of the same length, at a right angle, end $\sqrt 2 \approx 1.41$ apart, like two corners of a square across its
-# diagonal. (Had they pulled against each other, it would be up to 2.)
+# Why 1.39? Two first steps of the same length, at a right angle, end up $\sqrt 2 \approx 1.41$ apart, like opposite corners
+# of a square. (If they had pulled against each other, it would be up to 2.)
 #
-# Two GPUs, two adapters, and the second one is thrown away at the end: twice the electricity for one GPU's batch. You find this in
+# Two GPUs, two adapters, and the second one is thrown away at the end: twice the electricity for one GPU's batch. You will find this in
 # VADER's scripts for VideoCrafter
 # ([line 892](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-VideoCrafter/scripts/main/train_t2v_lora.py#L892)) and Open-Sora
 # ([line 772](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-Open-Sora/scripts/train_t2v_lora.py#L772)), which sample
 # with `.module`, and in the one for ModelScope
-# ([line 686](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-ModelScope/train_t2v_lora.py#L686)), whose pipeline has never seen the
-# wrapper. AlignProp wraps the UNet in [line 272](https://github.com/mihirp1998/AlignProp/blob/b22918afd53f254f2ba66eb1233d94121aade5fc/alignprop_trainer.py#L272)
+# ([line 686](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-ModelScope/train_t2v_lora.py#L686)), whose
+# pipeline never sees the wrapper. AlignProp wraps the UNet in
+# [line 272](https://github.com/mihirp1998/AlignProp/blob/b22918afd53f254f2ba66eb1233d94121aade5fc/alignprop_trainer.py#L272)
 # and samples from a pipeline that has the bare one in
 # [line 439](https://github.com/mihirp1998/AlignProp/blob/b22918afd53f254f2ba66eb1233d94121aade5fc/alignprop_trainer.py#L439); TRL's
 # [`AlignPropTrainer`](https://github.com/huggingface/trl/blob/4d01f84f524d54e5dae181dac597cefc1c420bc3/trl/trainer/alignprop_trainer.py) did the same
-# with LoRA. (Read in these versions; we have not run them on several GPUs.)
+# with LoRA. (We read the code in these versions; we have not run it on several GPUs.)
 #
 # ## The right way
 #
-# We need no wrapper. After the backward pass, add up the gradients over all processes and divide by their number. Adding up over processes,
-# so that each has the sum, is called **all-reduce**. When, before the gradient is clipped or after?
+# We need no wrapper. After the backward pass, add up the gradients over all processes and divide by the number of processes. Adding up like this,
+# so that each process has the sum, is called **all-reduce**. Should it come before the gradient is clipped, or after?
 #
 # **Exercise 1** (★, 5 minutes). A colleague clips first and averages afterward. Several processes have gradients that all point the same way, with the given
-# `norms`. Which norm does the optimizer see in either order?
+# `norms`. What norm does the optimizer see in each order?
 
 
 # %% tags=["exercise"]
@@ -327,12 +328,12 @@ course.attempt(check, orders)
 #
 # 1. After it, `.grad` of every parameter is the mean over all processes, *in every process*.
 # 2. It sends **one** message, not one per parameter: every message has a fixed cost, and an adapter of `tiny` has 240 parameters.
-# 3. A process may have no gradient for some parameter (`None`). It counts as zero. A process that leaves it out sends a message of another
-#    length, and all wait forever.
-# 4. A process may be in trouble: `bad=True`, its gradient is not finite. Then *no* process may step, and it must not simply leave, because the
-#    others wait for it. So every process returns whether *any* of them is in trouble, and if so, all gradients are zero.
+# 3. A process may have no gradient for some parameter (`None`). It counts as zero. A process that leaves it out sends a message of a
+#    different length, and they all wait forever.
+# 4. A process may be in trouble: `bad=True`, its gradient is not finite. Then *no* process may step, and the one in trouble must not simply
+#    leave, because the others are waiting for it. So every process returns whether *any* of them is in trouble; if so, all gradients are zero.
 #
-# `dist.all_reduce(tensor)` replaces a tensor by the sum over all processes.
+# `dist.all_reduce(tensor)` replaces a tensor with its sum over all processes.
 
 
 # %% tags=["exercise"]
@@ -343,7 +344,7 @@ def average(parameters, bad=False):
 
 
 # %% [markdown]
-# The check starts three processes that call your function on small gradients. If one waits in vain for longer than ten seconds, it is ended.
+# The check starts three processes that call your function on small gradients. If one hangs for more than ten seconds, it is stopped.
 
 
 # %% tags=["for-checks"]
@@ -429,7 +430,7 @@ course.attempt(check, average)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# One long vector: `torch.cat` of all flattened gradients, and one more number at its end, 1 for trouble. After the all-reduce,
+# One long vector: `torch.cat` of all flattened gradients, plus one more number at the end, 1 for trouble. After the all-reduce,
 # `split` it again, in the same order.
 # </details>
 # <details><summary>A hint for trouble</summary>
@@ -456,7 +457,7 @@ course.attempt(check, average)
 # ```
 # </details>
 #
-# The package's is `distributed.sync_gradients`, on top of accelerate; it averages the logged numbers in the same message. For the loop above, two lines
+# The package's version is `distributed.sync_gradients`, built on accelerate; it averages the logged numbers in the same message. For the loop above, two lines
 # are enough:
 
 
@@ -483,7 +484,7 @@ print("largest distance with averaged gradients:", right.max().item())
 
 # %% [markdown]
 # Not almost zero: zero. Both processes start from the same weights and add the same updates, so they have the same adapter,
-# bit by bit. That makes the bug easy to *catch*: compare a checksum of the adapter after every step. It costs 8 bytes.
+# bit for bit. That makes the bug easy to *catch*: compare a checksum of the adapter after every step. It costs 8 bytes.
 
 # %%
 for name in ("broken", "right"):
@@ -495,7 +496,7 @@ for name in ("broken", "right"):
 # %% [markdown]
 # ## How much traffic?
 #
-# All that processes exchange is the adapter's gradient. How large is it?
+# The only thing the processes exchange is the adapter's gradient. How large is it?
 
 # %%
 adapter = lora.add(model, rank=4, seed=SEED)
@@ -515,8 +516,8 @@ axis.invert_yaxis()
 course.show(figure, "08-traffic")
 
 # %% [markdown]
-# Some 27 MB per step for ModelScope, where its denoiser has 5,645. Each GPU makes its own clips, and only the adapter's gradient travels. So we
-# expect alignment with an adapter to scale well. How well, only GPUs can tell; see the table near the end.
+# About 27 MB per step for ModelScope, where the whole denoiser would take 5,645. Each GPU makes its own clips, and only the adapter's gradient travels. So
+# we expect alignment with an adapter to scale well. Only GPUs can tell how well; see the table near the end.
 #
 # ## The same with `align`
 #
@@ -544,7 +545,7 @@ gap = max((two[name] - one[name]).abs().max() for name in one)
 print(f"the adapter moved by up to {moved:.1e}; two processes and one differ by up to {gap:.1e}")
 
 # %% [markdown]
-# This works only if the processes draw different clips, and together the same ones that a single process would draw.
+# This works only if each process draws different clips, and together they draw the same ones that a single process would.
 #
 # **Exercise 3** (★★, 10 minutes). Write the part of the data loader that every process runs: given the seed of the run, the step, its own
 # rank and the number of processes, return the seeds of *its* clips.
@@ -579,7 +580,7 @@ course.attempt(check, my_seeds)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# Every process may draw the seeds of *all* clips: it costs nothing. Then each takes its share.
+# Every process can draw the seeds of *all* clips: that costs nothing. Then each one takes its share.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -646,7 +647,7 @@ print("left behind:", sorted(path.name for path in (folder / "killed" / "checkpo
 
 # %% [markdown]
 # > **Predict.** The same command starts it again: `resume="latest"`. Compared with a run that was never killed, the final
-# > adapter will be **(a)** equal, bit by bit · **(b)** equal up to rounding · **(c)** different, but just as good
+# > adapter will be **(a)** equal, bit for bit · **(b)** equal up to rounding · **(c)** different, but just as good
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -661,13 +662,13 @@ course.predict(guess, "08-killed", letter=letter, verdict=verdict)
 
 # %% [markdown]
 # How? Everything that the next step depends on is in the checkpoint (adapter, optimizer, scheduler, random states), and what
-# a step draws depends only on the seed and on its number: exercise 3. A checkpoint is written under a temporary name and renamed when it
+# a step draws depends only on the seed and the step number (exercise 3). A checkpoint is written under a temporary name and renamed when it
 # is complete, so there is never half a checkpoint.
 #
 # ## On real GPUs
 #
 # A real run needs no notebook: accelerate starts the processes. These are VADER's own commands, with our module in place of
-# its script. Its argument names are understood, and the output shows how they were read ([all of them](arguments.md)).
+# its script. Our module understands the script's argument names, and prints how it read them ([all of them](arguments.md)).
 #
 # ```bash
 # accelerate launch --num_processes 4 -m vader_nb align config=modelscope \
@@ -676,10 +677,10 @@ course.predict(guess, "08-killed", letter=letter, verdict=verdict)
 #     gradient_accumulation_steps=16 prompt_fn=hps_custom reward_fn=hps
 # ```
 #
-# Both take equal steps: 4 processes × 4 accumulated clips = 1 process × 16. [GPUs, processes and memory](gpus.md) has the rest: resuming, engines that
-# shard the weights of a model that does not fit into one GPU, adapters for other tools.
+# Both use equally many clips per step: 4 processes × 4 accumulated clips = 1 process × 16. [GPUs, processes and memory](gpus.md) has the rest: resuming,
+# engines that shard the weights of a model too large for one GPU, adapters for other tools.
 #
-# What of this notebook do we know about GPUs?
+# How much of this notebook do we know to be true on GPUs?
 #
 # | | two processes on a CPU | several GPUs |
 # |---|---|---|
@@ -710,13 +711,14 @@ vader_nb.memory(full_size, "hps", height=256, width=256, num_frames=16)
 # | as many clips, more processes | `gradient_accumulation_steps` | processes × batch × accumulated = clips per step |
 # | start or go on | `resume="latest"` | the same command for both |
 #
-# **Without looking:** what does a process do that has no gradient, or a bad one, and why may it not just skip the step? Why are two
-# adapters that were never averaged $\sqrt 2$ times as far apart as each has moved, and not once?
+# **Without looking:** what does a process do if it has no gradient, or a bad one, and why can it not just skip the step? Why are two
+# adapters that were never averaged $\sqrt 2$ times as far apart as each has moved, and not just as far?
 #
 # ## Exercises
 #
-# Three of them you have met above. **Exercise 4** (★★★, open, an hour). Is it worth it? Bring a plot: the cosine between the mean gradient of $n$ clips and
-# that of 64 other clips, over $n = 1, 2, 4, \dots, 32$, with its range over random choices (compute 128 single gradients once; means are free). At which $n$ would you stop adding GPUs
+# The first three are above. **Exercise 4** (★★★, open, an hour). Is it worth it? Bring a plot: the cosine between the mean gradient of $n$
+# clips and that of 64 other clips, over $n = 1, 2, 4, \dots, 32$, with its range over random choices (compute 128 single gradients once;
+# averaging them is free). At what $n$ would you stop adding GPUs
 # and take more steps instead? Does your answer change after ten steps of training?
 
 # %% [markdown] tags=["next"]

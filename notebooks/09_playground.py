@@ -24,14 +24,14 @@
 
 # %% [markdown]
 # Numbers convince, but playing teaches. This notebook has the interactive panels of the toolkit: drag, type, click, and see
-# what an adapter or a reward does. Each panel is one call, and each is also a Python object: what you can do by hand you can
-# also do in code, and the other way around. (On a page without a kernel you see a picture of each panel; that is why the cells below also press its buttons.)
+# what an adapter or a reward does. Each panel is one call, and each is also a Python object: whatever you can do by hand, you can
+# also do in code, and vice versa. (On a page without a kernel you see a picture of each panel; that is why the cells below also press its buttons.)
 #
 # **You will be able to**
 #
-# - *sample* with adapters at any strength, mixed, and in only a part of the denoising;
-# - *compare* base and adapters fairly, and blindly, before you trust a number;
-# - *compose* rewards in units that can be compared with each other;
+# - *sample* with adapters at any strength, mixed, or in only part of the denoising;
+# - *compare* base and adapters fairly, and blind, before you trust a number;
+# - *compose* rewards in comparable units;
 # - *weigh* what truncation saves against what it loses, and *plan* memory before you rent a GPU;
 # - *watch* a run, and stop it without losing anything.
 #
@@ -59,9 +59,9 @@ STEPS = course.quick(STEPS, 2)  # fewer when tests run this notebook
 # %% [markdown]
 # ## The sampler
 #
-# Type a prompt, move a slider. The words that the tiny model knows stand under the prompt; it has read them in sentences like the
-# one in the box. Three adapters come with it, each aligned to a single reward: `hps`, `aesthetic`, `action`. Beside the adapter's
-# clip stands that of the base model, from the same noise.
+# Type a prompt, move a slider. The words that the tiny model knows are listed under the prompt; it learned them from sentences like
+# the one in the box. Three adapters come with it, each aligned to a single reward: `hps`, `aesthetic`, `action`. Next to the adapter's
+# clip is the base model's, from the same noise.
 
 # %% tags=["for-checks"]
 import tempfile
@@ -88,8 +88,8 @@ sampler = Sampler(model)
 sampler
 
 # %% [markdown]
-# Three things to try: move *scale* down to 0, which is the base model, and up to 1.5, beyond what was trained. Mix in a second
-# adapter, under *more settings*. And press *back to this* under an older clip: the controls go back with it. The clip on the
+# Three things to try: move *scale* down to 0, which is the base model, and up to 1.5, beyond its training. Mix in a second
+# adapter, under *more settings*. And press *back to this* under an older clip: the controls return to its settings. The clip on the
 # right is `sampler.video`, and *as code* shows how to make it without the panel.
 #
 # > **Predict.** The `aesthetic` adapter was trained, with too high a learning rate, on a rating of single frames that never
@@ -113,8 +113,8 @@ course.predict(guess, "09-aesthetic")
 # %% [markdown]
 # ## In which steps is an adapter active?
 #
-# VADER trains through the *last* denoising step only (K = 1), and then the adapter is active in all of them. With the slider
-# *adapter acts*, under *more settings*, you can restrict it to a part of the chain: 0 % is noise, 100 % is the video. (In code: `sample(…,
+# VADER trains through the *last* denoising step only (K = 1), but the adapter is active in every step. With the slider
+# *adapter acts*, under *more settings*, you can limit it to part of the chain: 0 % is noise, 100 % is the video. (In code: `sample(…,
 # adapter_start=0.5, adapter_end=1.0)`.)
 #
 # > **Predict.** Where does most of the change happen?
@@ -147,9 +147,9 @@ course.predict(guess, "09-half")
 # %% [markdown]
 # ## Base against adapters
 #
-# One clip proves nothing. Here all clips of a prompt start from the same noise; only the adapter differs. Every reward is shown
-# under each clip, with its difference from the base. The *gradient heat map* shows which pixels a reward would change first.
-# Then press *blind vote*: you vote without names or numbers, and see afterward whether you agree with the reward.
+# One clip proves nothing. Here all clips of a prompt start from the same noise; only the adapter differs. Under each clip
+# you see every reward, with its difference from the base. The *gradient heat map* shows which pixels a reward would change first.
+# Then press *blind vote*: you vote without seeing names or numbers, and find out afterward whether you agree with the reward.
 
 # %%
 comparison = RewardComparison(model, seed=SEED, prompts=few)
@@ -193,8 +193,8 @@ planner
 # %% [markdown]
 # ## Watching a run
 #
-# Show the monitor first, then start the run with its `hooks`. Every few steps the monitor samples the same prompts at the same
-# seeds, and computes a reward that the run is not trained on. The ■ in the toolbar stops the run at any time; everything so far
+# Show the monitor first, then start the run with the monitor's `hooks`. Every few steps the monitor samples the same prompts with the
+# same seeds, and computes a reward that the run is not trained on. The ■ in the toolbar stops the run at any time; everything so far
 # is kept.
 
 # %%
@@ -227,15 +227,15 @@ run = vader_nb.align(
 run.adapter.remove()
 
 # %% [markdown]
-# Everything that it showed is in the run's folder. After a restart of the kernel, or in another notebook while the run goes on,
-# the folder is enough. There the *stop and keep* button works:
+# Everything the monitor showed is in the run's folder. After a kernel restart, or in another notebook while the run is still going,
+# the folder is all you need. There, the *stop and keep* button works:
 
 # %%
 TrainingMonitor(f"{folder}/run")
 
 # %% [markdown]
-# To hold several runs against each other, or the methods of a race, there is the run viewer: give it one folder or a list of
-# them, finished or not. Here it has this one run. A dot is an evaluation; click one, and its clips play.
+# To compare several runs, or the methods of a race, use the run viewer: give it one folder or a list of folders, with runs
+# finished or not. Here it has just this one run. Each dot is an evaluation; click one, and its clips play.
 
 # %%
 RunViewer(f"{folder}/run")
@@ -255,10 +255,10 @@ RunViewer(f"{folder}/run")
 #
 # ## Exercises
 #
-# What the panels compute, in three functions of your own.
+# Now write what the panels compute, in three functions.
 #
-# **Exercise 1** (★★, 10 minutes). The sampler mixes two adapters by adding their products, $w_1 B_1 A_1 + w_2 B_2 A_2$. Return one pair $(B, A)$ of rank $r_1 + r_2$
-# with exactly that product.
+# **Exercise 1** (★★, 10 minutes). The sampler mixes two adapters by adding their products, $w_1 B_1 A_1 + w_2 B_2 A_2$. Return one pair
+# $(B, A)$ of rank $r_1 + r_2$ whose product is exactly that sum.
 
 
 # %% tags=["exercise"]
@@ -286,7 +286,7 @@ course.attempt(check, mix)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# A product of matrices is a sum over their inner index. Put the two sums behind each other: the columns of one $B$ beside those of the other.
+# A product of matrices is a sum over their inner index. Put the two sums one after the other: the columns of one $B$ next to those of the other.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -298,7 +298,7 @@ course.attempt(check, mix)
 # </details>
 #
 # **Exercise 2** (★, 5 minutes). `adapter_start` and `adapter_end` follow diffusers' rule for `control_guidance_start` and `control_guidance_end`: step `i`
-# of `n` covers the part from `i / n` to `(i + 1) / n`, and counts if all of it lies inside. Return for each step whether the
+# of `n` covers the part from `i / n` to `(i + 1) / n`, and counts if all of it lies inside. For each step, return whether the
 # adapter is active.
 
 
@@ -327,7 +327,7 @@ course.attempt(check, active)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# Two conditions for each step, one for where it begins and one for where it ends. Nothing is rounded.
+# Two conditions for each step, one for where it begins and one for where it ends. Do not round anything.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -337,7 +337,7 @@ course.attempt(check, active)
 # ```
 # </details>
 #
-# **Exercise 3** (★, 5 minutes). The composer counts in standard deviations: $\sum_k w_k (r_k - \mu_k) / \sigma_k$. For training, constants do not matter.
+# **Exercise 3** (★, 5 minutes). The composer works in standard deviations: $\sum_k w_k (r_k - \mu_k) / \sigma_k$. For training, constants do not matter.
 # Which weights on the *raw* rewards $r_k$ give the same gradient?
 
 
@@ -364,7 +364,7 @@ course.attempt(check, raw_weights)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# Take the derivative of the sum by $r_k$. What became of $\mu_k$?
+# Take the derivative of the sum with respect to $r_k$. What happened to $\mu_k$?
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -375,7 +375,7 @@ course.attempt(check, raw_weights)
 # </details>
 
 # %% [markdown] tags=["next"]
-# **Next:** [10 · Other models](10_other_models.ipynb): transformers, flows, decoders that remember. Or an idea of your own: compose a
+# **Next:** [10 · Other models](10_other_models.ipynb): transformers, flows, decoders that remember. Or try your own idea: compose a
 # reward that you believe in, align to it as in [6 · Align](06_align.ipynb), and come back for a blind vote: do you like what you asked
 # for? If not, [7 · Evaluate](07_evaluate_and_reward_hacking.ipynb) explains why.
 #

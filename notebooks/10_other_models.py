@@ -23,9 +23,9 @@
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# So far everything ran on one model, a UNet that undoes noise by a schedule from 2020. The models that people use today are
-# transformers; they learn *flows*; their decoders remember the frames before; some continue a picture. Does VADER's
-# gradient survive all that? It does, and the code that you have written does not change. What changes is one number per
+# So far everything ran on one model, a UNet that removes noise on a schedule from 2020. The models that people use today are
+# transformers; they learn *flows*; their decoders remember earlier frames; some continue a picture. Does VADER's
+# gradient survive all that? It does, and the code you have written does not change. What changes is one number per
 # model (how much the last step can move), and one stage (the decoder). This chapter is about those two.
 #
 # **You will be able to**
@@ -101,13 +101,13 @@ Gallery({"one code": [Video(clip[:8], 8, name) for name, (_, _, clip) in small.i
 # %% [markdown]
 # Three models, one loop, the same call. `tiny` has ModelScope's layout: a UNet and noise. `tiny-wan` has Wan's: a transformer, a flow, a
 # decoder that knows time. `tiny-i2v` has Stable Video Diffusion's (SVD): it was *given* the first frame and continues it. All three
-# are real checkpoints, in the files of the big ones, small enough for this page.
+# are real checkpoints, in the same file format as the big ones, but small enough for this page.
 #
 # ## The table
 #
-# And the big ones themselves? Weights are gigabytes, but an *architecture* is a few lines of configuration. PyTorch can build a network on the
-# device `"meta"`: every tensor has a shape and no numbers. So we can hold VideoCrafter2, SVD, Open-Sora 1.2 and Wan 2.1 in our hands,
-# in full size, without a download.
+# What about the big ones themselves? Their weights take gigabytes, but an *architecture* is a few lines of configuration. PyTorch can build a network on the
+# device `"meta"`: every tensor has a shape but no numbers. So we can look at VideoCrafter2, SVD, Open-Sora 1.2 and Wan 2.1
+# at full size, without a download.
 
 # %%
 big = {}
@@ -147,20 +147,22 @@ rows += [facts(name, model) for name, (model, _, _) in small.items()]
 HTML(vader_nb.drawing.table(rows[0], [row.values() for row in rows]))
 
 # %% [markdown]
-# Read it by columns. *Denoiser*: UNets were inflated from image models; transformers cut the video into patches and let each look at
-# all. For VADER they are the same thing, a function with parameters, and an adapter goes onto the queries, keys and values of both. *Parameters*:
-# about the same, 1.2 to 1.5 billion. *Latents* (channels × frames × height × width): here is the first real difference. Wan makes 81 frames of 21
-# latents, ModelScope 16 of 16. Somebody has to turn 21 into 81, and this is the *decoder*: some take each frame by itself, some a *chunk* of frames at once,
-# and some chunk after chunk with a memory (*causal*; more below).
+# Read it column by column. *Denoiser*: UNets were inflated from image models; transformers cut the video into patches and let each one
+# look at all the others. To VADER they are the same thing, a function with parameters, and an adapter goes on the queries, keys and
+# values of both. *Parameters*:
+# about the same, 1.2 to 1.5 billion. *Latents* (channels × frames × height × width): here is the first real difference. Wan makes 81 frames from 21
+# latents, ModelScope 16 from 16. The *decoder* has to turn 21 into 81. Some decoders take each frame by itself, some a *chunk* of frames at
+# once, and some take one chunk after another, with a memory (*causal*; more below).
 #
 # VADER's paper tunes the first four; Wan did not exist yet
-# ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)). Their own pages: [VideoCrafter2](https://arxiv.org/abs/2401.09047),
+# ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)). Their own papers: [VideoCrafter2](https://arxiv.org/abs/2401.09047),
 # [Stable Video Diffusion](https://arxiv.org/abs/2311.15127), [Open-Sora](https://arxiv.org/abs/2412.20404), [Wan](https://arxiv.org/abs/2503.20314).
 #
 # ## The same gradient
 #
-# No small checkpoint of VideoCrafter2 or Open-Sora comes with the package. So we build one of each, of the same classes with few channels. The weights are random
-# and the clips are noise, but that does not matter to a gradient: it equals plain autograd's or it does not. (The next two cells are configuration; skip them if you like.)
+# No small checkpoint of VideoCrafter2 or Open-Sora comes with the package. So we build one of each, from the same classes but with few channels. The weights
+# are random and the clips are noise, but that does not matter here: either the gradient equals plain autograd's or it does not.
+# (The next two cells are configuration; skip them if you like.)
 
 # %%
 from transformers import T5Config, T5EncoderModel
@@ -233,8 +235,9 @@ for name, (model, num_frames) in exact.items():
 del exact
 
 # %% [markdown]
-# Nothing but the rounding of double precision, five times. The method that you wrote in chapter 4 gives the exact gradient through five denoisers, their samplers and their decoders.
-# (Not at full size and not with published weights: that was not run here. [Models](models.md) says for each what was tested.)
+# Nothing but double-precision rounding, five times. The method you wrote in chapter 4 gives the exact gradient through five denoisers,
+# their samplers and their decoders.
+# (Not at full size and not with published weights: that was not run here. [Models](models.md) says what was tested for each model.)
 #
 # ## Noise and flow
 #
@@ -242,10 +245,10 @@ del exact
 #
 # $$x_t = \alpha_t\, x_0 + \sigma_t\, \varepsilon,$$
 #
-# a clean video $x_0$ mixed with noise $\varepsilon$. They differ in two ways: in the *mixture*, and in *what the network says* about it. A flow mixes on
-# a straight line, $\alpha = 1 - \sigma$; the older schedules on a circle, $\alpha^2 + \sigma^2 = 1$. The network may say the noise
+# a clean video $x_0$ mixed with noise $\varepsilon$. They differ in two ways: in the *mixture*, and in *what the network predicts*. A flow mixes along
+# a straight line, $\alpha = 1 - \sigma$; the older schedules along a circle, $\alpha^2 + \sigma^2 = 1$. The network may predict the noise
 # $\varepsilon$; or $v = \alpha\varepsilon - \sigma x_0$ ([Salimans & Ho 2022](https://arxiv.org/abs/2202.00512)); or the direction of the straight line,
-# $u = \varepsilon - x_0$ ([Lipman et al. 2022](https://arxiv.org/abs/2210.02747)). From each of them, and from $x_t$, the clean video follows.
+# $u = \varepsilon - x_0$ ([Lipman et al. 2022](https://arxiv.org/abs/2210.02747)). Given $x_t$, the clean video follows from any of them.
 #
 # **Exercise 1** (★, 10 minutes). Solve for $x_0$, three times.
 
@@ -287,7 +290,7 @@ course.attempt(check, clean)
 # ```
 # </details>
 #
-# So what a network *says* can be converted. The *schedule* cannot: it decides how much is left to do at the last step, which is the one that VADER
+# So what a network *predicts* can be converted. The *schedule* cannot: it decides how much is left to do at the last step, which is the one that VADER
 # trains. Here is the noise that each model still finds there, along its own trajectory.
 
 
@@ -320,13 +323,15 @@ axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5
 course.show(figure, "10-noise")
 
 # %% [markdown]
-# On this logarithmic axis the ends are what matters. ModelScope's last step still finds 17 % of noise, the flows 6 to 8 %, VideoCrafter2 4 %, and SVD 0.2 %: when its last step
-# begins, the video is finished. (The embedded models take few and wide steps, so theirs has more to do.) Chapter 2 called what follows from this the *reach* of the last step,
-# and the package gives it as `last_step_gain`; the gradient of $K = 1$ is multiplied by it. [Models](models.md) advises on $K$ by it.
+# On this logarithmic axis, look at the ends. ModelScope's last step still finds 17 % noise, the flows 6 to 8 %, VideoCrafter2 4 %, and SVD
+# 0.2 %: by the time its last step begins, the video is finished. (The embedded models take few, wide steps, so their last one has more to
+# do.) What follows from this is the *reach* of the last step (chapter 2). The package calls it `last_step_gain`, and the gradient of
+# $K = 1$ is multiplied by it. [Models](models.md) uses it to recommend a $K$.
 #
 # ## What K costs, and what it loses
 #
-# > **Predict.** A random adapter, two clips, two frames of each. For which of the three is the gradient of `Last(1)` farthest from the exact one, through all steps?
+# > **Predict.** A random adapter, two clips, two frames each. For which of the three is the gradient of `Last(1)` farthest from the exact one,
+# > through all steps?
 # > **(a)** the UNet, `tiny` · **(b)** the transformer, `tiny-wan` · **(c)** the one with SVD's schedule, `tiny-i2v`
 
 # %%
@@ -385,20 +390,22 @@ letter = "abc"[means.index(min(means))]
 course.predict(guess, "10-truncation", letter=letter, means=", ".join(f"{m:.2f}" for m in means))
 
 # %% [markdown]
-# `tiny-i2v` has SVD's kind of schedule, with 5 % of noise left at the last step, and one step's gradient is some 50 degrees off: little is decided there, and that little is about other things. With
-# five of ten steps it is back at the top. This is why its recipe takes `Last(5)`.
+# `tiny-i2v` has SVD's kind of schedule, with 5 % noise left at the last step, and one step's gradient is about 50 degrees off: the last
+# step decides little, and not the same things as the earlier ones. With five of ten steps, the cosine is back at the top. This is why its
+# recipe uses `Last(5)`.
 #
-# Two clips say little, so for the other two the same was measured with training behind it: 40 steps each, 48 held-out prompts ([models](models.md)). No $K$ reached a clearly better reward than another:
-# a direction that is 20 to 40 degrees off still goes uphill. What differs is the *price*. In `tiny`, $K = 10$ costs three times as much as $K = 1$. In `tiny-wan`, which takes five steps, all of
-# them together cost about as much as one: nearly the whole time goes into the decoder. Which brings us there.
+# Two clips say little, so for the other two we repeated this with real training: 40 steps each, 48 held-out prompts
+# ([models](models.md)). No $K$ reached a clearly better reward than any other: a direction that is 20 to 40 degrees off still goes uphill.
+# What differs is the *price*. In `tiny`, $K = 10$ costs three times as much as $K = 1$. In `tiny-wan`, which takes five steps, all of them
+# together cost about as much as one: nearly all of the time goes into the decoder, our next topic.
 #
 # ## Decoders that remember
 #
-# In chapter 4, stage 2 took one frame after the other, because `tiny`'s decoder does. Is it so for the others? Ask each decoder which
-# latents a frame depends on: pull one frame back, and see where the gradient arrives.
+# In chapter 4, stage 2 took one frame at a time, because `tiny`'s decoder does. Do the others? Ask each decoder which
+# latents a frame depends on: pull a gradient back from one frame, and see where it arrives.
 #
-# > **Predict.** `tiny-wan` makes 9 frames of 3 latents. On which latents does its *fifth* frame (of latent 1, the middle one) depend?
-# > **(a)** on its own · **(b)** on its own and the one before · **(c)** on all three
+# > **Predict.** `tiny-wan` makes 9 frames from 3 latents. Which latents does its *fifth* frame (part of latent 1, the middle one) depend on?
+# > **(a)** its own · **(b)** its own and the one before · **(c)** all three
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -449,24 +456,26 @@ seen = (depends["tiny-wan"][4] > 0).tolist()
 course.predict(guess, "10-reach", letter={1: "a", 2: "b", 3: "c"}[sum(seen)])
 
 # %% [markdown]
-# Three decoders, three shapes. `tiny`: a diagonal, one latent per frame. `tiny-i2v`, as SVD: a diagonal, and a little of everything; its decoder lets all frames of
-# a chunk look at each other, earlier and later ones. `tiny-wan`, as Wan: a staircase. It is **causal**: frames depend on their own latent and on those before it, never on a later one.
-# Its convolutions over time keep the last frames that they have seen, and hand them on as a *state*.
+# Three decoders, three shapes. `tiny`: a diagonal, one latent per frame. `tiny-i2v`, like SVD: a diagonal, plus a little of everything; its decoder lets
+# all frames of a chunk look at each other, earlier and later. `tiny-wan`, like Wan: a staircase. It is **causal**: frames depend on
+# their own latent and on those before it, never on a later one.
+# Its convolutions over time keep the last frames they have seen, and pass them on as a *state*.
 
 # %%
 HTML(course_drawings.causal())
 
 # %% [markdown]
 # Stage 2 decoded one frame and threw its graph away. Now a frame's gradient has to reach latents that were decoded long before. Plain autograd would keep the graph of
-# the whole clip; for Wan's 81 frames of 480 × 832 the states alone take 40 GB, and their graph many times that. What helps is what helped in stage 3, for a recurrence is a loop over steps:
+# the whole clip; for Wan's 81 frames of 480 × 832 the states alone take 40 GB, and their graph many
+# times that. What helped in stage 3 helps here, too, because a recurrence is a loop over steps:
 #
 # $$(y_k,\, h_{k+1}) = D(z_k,\, h_k)$$
 #
 # $z_k$ are the latents of chunk $k$, $y_k$ its frames, $h_k$ the state before it. First go through all chunks without a graph, and keep the states. Then
-# go backward: compute chunk $k$ once more, with a graph. What comes back to it is the gradient on its frames, *and* the gradient on its state that the chunk after it has
-# just found. One VJP of both gives $\partial R/\partial z_k$ and the gradient on $h_k$, for the chunk before.
+# go backward: compute chunk $k$ once more, with a graph. Two gradients come back to it: one on its frames, *and* one on the state it passes on,
+# which the chunk after it has just found. One VJP of both gives $\partial R/\partial z_k$, and the gradient on $h_k$ for the chunk before.
 #
-# **Exercise 2** (★★★, 30 minutes). The core of this notebook. Write that sweep. At any moment there may be the graph of one chunk.
+# **Exercise 2** (★★★, 30 minutes). The core of this notebook. Write that sweep. At any moment, only one chunk may have a graph.
 
 
 # %% tags=["exercise"]
@@ -528,12 +537,12 @@ course.attempt(check, sweep)
 # %% [markdown]
 # <details><summary>A hint for the forward part</summary>
 #
-# Under `torch.no_grad()`, append the state to a list *before* each part. You need the state before the last part, and not the one after it.
+# Under `torch.no_grad()`, append the state to a list *before* each part. You need the state before the last part, but not the one after it.
 # </details>
 # <details><summary>A hint for the backward part</summary>
 #
-# Make leaves of the part and of its state (`detach().requires_grad_()`). `torch.autograd.grad` takes several outputs with a `grad_outputs` for each. For the last part
-# nobody has asked for the state after it: its gradient is zero.
+# Turn the part and its state into leaves (`detach().requires_grad_()`). `torch.autograd.grad` takes several outputs, with a `grad_outputs`
+# for each. Nothing uses the state after the last part, so its gradient is zero.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -555,7 +564,7 @@ course.attempt(check, sweep)
 # ```
 # </details>
 #
-# In the package this is `vader_nb/models/causal.py`, and `model.decode_vjp` is the call. Two settings belong to it:
+# In the package this is `vader_nb/models/causal.py`, and `model.decode_vjp` is the call. Two settings control it:
 #
 # | setting | what it does |
 # |---|---|
@@ -565,7 +574,7 @@ course.attempt(check, sweep)
 # | `decoder_gradient="window:2"` | *approximate*: a frame's gradient reaches two chunks before its own, and no further |
 # | `decoder_gradient="last_chunk"` | approximate: it ends at its own chunk |
 #
-# The first three are exact and trade memory for time. The last two trade exactness for both. For how much?
+# The first three are exact and trade memory for time. The last two trade exactness for both. How good is that trade?
 
 # %%
 wan = small["tiny-wan"][0]
@@ -589,14 +598,15 @@ axes[0].tick_params(axis="y", labelsize=7)
 course.show(figure, "10-approximations")
 
 # %% [markdown]
-# Blue: the reward looks at the last frame alone, the case in which a window should save most. Orange: it looks at all frames at once. Read both panels together. For the last frame, its own chunk takes about
-# half of the work and gives a direction with a cosine of 0.85. For all frames the windows save 5 to 20 %, since every chunk has to be decoded anyway, and lose as much or more: no bargain. So it depends on what is scored; the package's default is
-# exact, and the other names say what they are. With a model of your own, `vader_nb.testing.check_model` prints these figures.
+# Blue: the reward looks only at the last frame, where a window should save the most. Orange: it looks at all frames at once. Read both
+# panels together. For the last frame, its own chunk takes about half the work and gives a direction with a cosine of 0.85. For all frames,
+# the windows save 5 to 20 %, since every chunk has to be decoded anyway, and lose as much or more: not a good deal. So it depends on what is
+# scored; the package's default is exact, and the other names say what they are. For your own model, `vader_nb.testing.check_model` prints these numbers.
 #
 # ## Clips longer than the model
 #
-# A model that continues an image can continue *its own last frame*. Three segments of 8 frames that share their seams make 22. (`vader_nb.extend`
-# does the same for one picture, or for a clip that you have.)
+# A model that continues an image can continue *its own last frame*. Three segments of 8 frames that share their seams make 22 frames. (`vader_nb.extend`
+# does the same for a picture, or for a clip of yours.)
 
 # %%
 i2v = small["tiny-i2v"][0]
@@ -620,9 +630,10 @@ for row, clip in zip(axes, three_times(held_out[40:43])):
 course.show(figure, "10-long")
 
 # %% [markdown]
-# In red, where segments begin and end. Frames 7 and 14 are the seams: each is the last one of a segment and the first of the next. It runs on, but not without faults. Look along the rows; then the oracles judge each segment by itself.
+# Red marks where segments begin and end. Frames 7 and 14 are the seams: each is the last frame of one segment and the first of the next.
+# The video runs on, but not without faults. Look along the rows; then the oracles judge each segment by itself.
 #
-# > **Predict.** Which of these is right in the first segment, and in the second mostly wrong? **(a)** the color · **(b)** the shape · **(c)** the motion
+# > **Predict.** Which of these is right in the first segment and mostly wrong in the second? **(a)** the color · **(b)** the shape · **(c)** the motion
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -648,15 +659,18 @@ told = ", ".join(f"{name} {value:+.2f}" for name, value in second.items())
 course.predict(guess, "10-drift", letter=letter, told=told)
 
 # %% [markdown]
-# No clip that the model was trained on begins where such a motion ends. So in the second segment the shapes turn back, and from the third on they can go on. That fault is far beyond its interval. Colors and shapes *drift*: an error in a seam is the next segment's truth,
-# and in the pictures a circle becomes a square, a cyan triangle a blue one. How often, sixteen clips cannot tell: these intervals contain zero.
+# No training clip begins where such a motion ends. So in the second segment the shapes turn back; from the third on, they can keep going.
+# That fault is clear: its interval is far from zero. Colors and shapes *drift*: an error in a seam becomes the next segment's truth, and in
+# the pictures a circle becomes a square, a cyan triangle a blue one. Sixteen clips cannot tell how often: these intervals contain zero.
 #
-# Here alignment has something to do that nothing else does: a reward that sees the *whole* long clip, its seams included. This is the third claim of VADER's paper, and one setting:
-# `align(..., extend=3, segments="2,3")`. The gradient goes through the last steps of each segment that is named; at a seam it ends, because the image there counts as given.
+# Here alignment can do something that nothing else does: use a reward that sees the *whole* long clip, including its seams. This is the
+# third claim of VADER's paper, and it takes one setting: `align(..., extend=3, segments="2,3")`. The gradient goes through the last steps
+# of each named segment; it ends at a seam, because the image there counts as given.
 #
 # ## A transformer, aligned
 #
-# The call of chapter 6, with another model: eight clips in a batch and all frames, as in [its recipe](recipes.md). We take 16 steps instead of 40, at twice the learning rate, and judge by 67 held-out prompts.
+# The call of chapter 6, with another model: eight clips in a batch and all frames, as in [its recipe](recipes.md). We take
+# 16 steps instead of 40, at twice the learning rate, and judge on 67 held-out prompts.
 
 # %%
 reward = rewards.hps("tiny") + 0.02 * rewards.aesthetic("tiny")
@@ -697,11 +711,12 @@ Gallery(
 )
 
 # %% [markdown]
-# (Chosen by the reward: the three prompts that gained most, and the one that lost most.) The reward rises, and so do the right colors: both intervals exclude zero. Those of shape and motion contain it, so of these we cannot tell.
-# In `tiny`, too, it was the colors that alignment mended. And the last clip warns that a mean is no promise: its star should be red, and went from magenta to purple.
+# (Chosen by the reward: the three prompts that gained most, and the one that lost most.) The reward rises, and so does the share of right
+# colors: both intervals exclude zero. Those for shape and motion contain it, so there we cannot tell. In `tiny`, too, it was the colors that
+# alignment fixed. And the last clip warns that a mean is no promise: its star should be red, but went from magenta to purple.
 #
-# The recipe's 40 steps at half this learning rate come to the same, +0.060 with an interval of +0.028 to +0.101, on 100 prompts. Nothing in the call knows that this is
-# a transformer, a flow, or a causal decoder.
+# The recipe's 40 steps at half this learning rate end up in the same place, +0.060 with an interval of +0.028 to +0.101, on 100 prompts.
+# Nothing in the call knows that this is a transformer, a flow, or a causal decoder.
 #
 # ## Recap
 #
@@ -717,8 +732,8 @@ Gallery(
 #
 # ## Exercises
 #
-# Two of them you have met above. **Exercise 3** (★, 5 minutes). A causal video decoder makes of $L$ latents $1 + 4 (L - 1)$ frames: the first latent is one frame, each later one four. Write the
-# latent that a frame belongs to. (Wan's 81 frames are 21 latents.)
+# The first two are above. **Exercise 3** (★, 5 minutes). A causal video decoder turns $L$ latents into $1 + 4 (L - 1)$ frames: the first
+# latent gives one frame, each later one gives four. Return the latent that a frame belongs to. (Wan's 81 frames are 21 latents.)
 
 
 # %% tags=["exercise"]
@@ -741,7 +756,7 @@ course.attempt(check, latent_of)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# Shift by three, so that the first latent, too, has four frames, of which three are never shown.
+# Shift by three, so that the first latent has four frames, too, three of which are never shown.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -751,8 +766,9 @@ course.attempt(check, latent_of)
 # ```
 # </details>
 #
-# **Exercise 4** (★★★, open, two hours). Bring a plot. (i) Align `tiny-i2v` on long clips, `extend=3`, once with `segments="1"` and once with `segments="2,3"`, and draw how often color and shape are kept, per segment. Where
-# does each help? (ii) Or align `tiny-wan` with `decoder_gradient="last_chunk"`, and compare with the exact gradient after the same *seconds*: is a cheaper direction worth more than a better one?
+# **Exercise 4** (★★★, open, two hours). Bring a plot. (i) Align `tiny-i2v` on long clips, `extend=3`, once with `segments="1"` and once with
+# `segments="2,3"`, and plot how often color and shape are kept, per segment. Where does each help? (ii) Or align `tiny-wan` with
+# `decoder_gradient="last_chunk"`, and compare with the exact gradient after the same *seconds*: is a cheaper direction worth more than a better one?
 
 # %% [markdown] tags=["next"]
 # **Next:** [11 · One GPU](11_one_gpu.ipynb): ModelScope or Wan, with their own prompts and settings, on the card that you have.

@@ -20,22 +20,23 @@
 # |---|---|---|
 # | no GPU, no download, no account | about 1 minute | 1.3 GB |
 #
-# *In Colab, a runtime with a GPU runs the full-size model, and one without its small twin. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
+# *In Colab, a runtime with a GPU runs the full-size model; one without runs its small twin. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# So far `tiny` has carried the course. This chapter is the bridge to a real model: its own prompts, learning rate, precision, batch, and above all
+# So far the course has run on `tiny`. This chapter is the bridge to a real model: its own prompts, learning rate, precision, batch, and above all
 # its memory, which on one card decides everything else. Choose a model in the second cell and run the notebook on a machine with a GPU, and every cell runs that model.
 # Without a GPU, every cell runs its small twin: same family, same classes, same files, same code.
 #
 # **What was never run.** Nobody has yet run ModelScope's or Wan's published weights with this package, on any GPU. What *was* done: both families are compared
 # with diffusers' own pipelines and with plain autograd, at reduced width; their memory at full size is simulated by running the training step's own code on
-# tensors that have shapes and no numbers. So every gigabyte below is a simulation, every second was measured on a CPU with the twin, and no clip or reward of this chapter is a real model's. The section
+# tensors that have shapes but no numbers. So every gigabyte below is simulated, every second was measured on a CPU with the twin,
+# and no clip or reward in this chapter comes from a real model. The section
 # *Check before you train* says how you can change that.
 #
 # **You will be able to**
 #
 # - *predict* whether a training step fits on your card, stage by stage, before you rent it;
-# - *choose* what to save on, knowing what each saving costs;
+# - *choose* where to save memory, knowing what each saving costs;
 # - *say* what float16 and bfloat16 lose, and *write* the loss scaling that repairs it;
 # - *estimate* seconds, hours and money from the number of denoiser calls;
 # - *check* a real model on your own GPU, and *start* its training.
@@ -89,8 +90,9 @@ Gallery(
 # %% [markdown]
 # ## Its own settings
 #
-# A model does not only need other weights. It needs the prompts that it can draw, its authors' sampler, and a learning rate of its size. The package keeps them as
-# *recipes*: one file for each model, with sources ([the page of recipes](recipes.md)). Here are the published settings beside the twin's.
+# A different model needs more than different weights. It needs prompts that it can draw, its authors' sampler, and a learning rate that
+# suits its size. The package keeps them as *recipes*: one file for each model, with sources ([the page of recipes](recipes.md)). Here are
+# the published settings next to the twin's.
 
 # %%
 keys = "prompts reward num_inference_steps guidance_scale num_frames height width learning_rate rank batch_size"
@@ -103,12 +105,15 @@ HTML(
 )
 
 # %% [markdown]
-# (Empty: the model's default.) Read three rows. *Prompts*: `hps_custom` has animals and people, which a published model has seen; the twin knows one colored shape. *Learning rate*: the twin's is
-# larger, because it is trained for 40 steps and not for hundreds or thousands. *Batch*: one clip at a time, accumulated, since one is all that fits. Does it?
+# (An empty cell means the model's default.) Read three rows. *Prompts*: `hps_custom` has animals and people, which a published model has
+# seen; the twin knows one colored shape. *Learning rate*: the twin's is
+# larger, because it is trained for 40 steps, not for hundreds or thousands. *Batch*: one clip at a time, accumulated, since only one fits.
+# Or does it?
 #
 # ## Will it fit?
 #
-# A training step has stages, and its peak is that of the largest (chapter 4). `vader_nb.memory` runs the step of *this* recipe at full size, on fake tensors, and counts. It takes seconds for ModelScope and a minute for Wan.
+# A training step has stages, and its peak memory is that of the largest stage (chapter 4). `vader_nb.memory` runs the step of *this* recipe
+# at full size, on fake tensors, and counts the bytes. It takes seconds for ModelScope and a minute for Wan.
 #
 # > **Predict.** Half precision, gradient checkpointing, one clip. Which stage is the largest? **(a)** reading the prompt, with the text encoder · **(b)** replaying a step
 # > with its graph · **(c)** decoding and scoring a frame
@@ -148,11 +153,12 @@ course.predict(
 )
 
 # %% [markdown]
-# The dotted line marks the weights: model, reward, adapter. What stands to the right of it is what the stage itself needs. (The planner adds 1 GiB to the largest, for what is
-# not a tensor, before it says that a card is large enough.)
+# The dotted line marks the weights: model, reward, adapter. To the right of it is what the stage itself needs. (The planner adds 1 GiB to the
+# largest, for everything that is not a tensor, before it says that a card is large enough.)
 #
-# **Exercise 1** (★, 10 minutes). Check the first bar by hand. Frozen weights take 2 bytes each in half precision. A weight that *learns* is kept in float32 and has a gradient and
-# two moments of AdamW beside it, all in float32. How many GiB are there, in the middle of training?
+# **Exercise 1** (★, 10 minutes). Check the first bar by hand. Frozen weights take 2 bytes each in half precision. A weight
+# that *learns* is kept in float32, together with its gradient and AdamW's two moments, all in float32. How many GiB is that in total,
+# in the middle of training?
 
 
 # %% tags=["exercise"]
@@ -184,12 +190,13 @@ course.attempt(check, weights_gib)
 #     return (2 * frozen + 16 * learning) / 2**30
 # ```
 #
-# This is why adapters matter: full fine-tuning of 1.4 billion parameters would take 21 GiB before the first activation; an adapter of some millions takes a tenth of one.
+# This is why adapters matter: full fine-tuning of 1.4 billion parameters would take 21 GiB before the first activation; an adapter
+# with a few million takes a tenth of a GiB.
 # </details>
 #
 # ## What each saving buys
 #
-# Now from the other end: start with float32 and nothing saved, and add one saving after the other.
+# Now the other way around: start with float32 and nothing saved, and add one saving at a time.
 #
 # > **Predict.** Wan, 81 frames of 256 × 256. Which of these buys the most? **(a)** half precision · **(b)** gradient checkpointing · **(c)** the decoder's states in CPU memory
 
@@ -237,10 +244,13 @@ course.predict(
 )
 
 # %% [markdown]
-# The peak is that of one stage, so a saving that acts in another stage buys *nothing* until its turn comes. Wan shows it: once the blocks are recomputed, the peak is in `text`, where its text encoder
-# (5.7 billion parameters) reads the prompts, once, before the first step. The decoder's states are not in that stage, so it does not matter where they wait. (At 480 × 832 pixels it does: there they take 40 GB.) That is why the bars fall in stairs, and why there is no list of the best tricks: ask the planner, change what is largest, ask again.
-# `vader_nb.memory(..., gpu_memory="T4")` does just that, and says which settings it changed. (The last saving, 4 bits, is for linear layers alone. In
-# ModelScope these hold 577 of 1,411 million parameters, the rest are convolutions. In Wan it takes replay from 7.1 to 5.2 GiB, and the peak stays where it was.)
+# The peak comes from one stage, so a saving in another stage buys *nothing* until that stage is the largest. Wan shows it: once the
+# blocks are recomputed, the peak is in `text`, where its text encoder (5.7 billion parameters) reads the prompts, once, before the first step.
+# The decoder's states are not in that stage, so it does not matter where they are kept. (At 480 × 832 pixels it does: there they take 40 GB.)
+# That is why the bars fall in steps, and why there is no list of best tricks: ask the planner, change what is largest, ask again.
+# `vader_nb.memory(..., gpu_memory="T4")` does just that, and says which settings it changed. (The last saving, 4 bits, is only for linear layers.
+# In ModelScope these hold 577 of 1,411 million parameters; the rest are convolutions. In Wan it takes replay from 7.1 to 5.2 GiB, but the
+# peak stays where it was.)
 #
 # | saving | acts in | costs |
 # |---|---|---|
@@ -254,8 +264,9 @@ course.predict(
 #
 # ## Sixteen bits
 #
-# Both halves have 16 bits and spend them differently. float16 has 10 bits for the digits and 5 for the exponent: three decimal places, from 0.00006 to 65,504 (down to
-# 0.00000006 with fewer and fewer places). bfloat16 has 7 and 8: two places, and the range of float32. A gradient is full of small numbers. Do they fit?
+# Both half precisions have 16 bits but spend them differently. float16 has 10 bits for the digits and 5 for the exponent: three decimal
+# digits, from 0.00006 to 65,504 (down to 0.00000006 with fewer and fewer digits). bfloat16 has 7 and 8: two digits, and the range
+# of float32. A gradient is full of small numbers. Do they fit?
 
 # %%
 judge = rewards.hps("tiny").to(model.device, torch.float32)
@@ -277,10 +288,11 @@ print(
 )
 
 # %% [markdown]
-# What is below $2^{-24}$ is zero in float16, and what is close to it has lost its places. The remedy is as old as mixed precision
-# ([Micikevicius et al. 2017](https://arxiv.org/abs/1710.03740)): **loss scaling**. A gradient is linear in the loss, so multiply the loss by a large number, go backward, and divide the
-# gradient of the weights, which are in float32, by the same number. How large? As large as possible without an overflow; and nobody knows that in advance. So try: start high, skip a step whose gradient
-# is not finite and halve the scale, and after some good steps in a row double it.
+# Anything below $2^{-24}$ is zero in float16, and anything close to it has lost its digits. The remedy is as old as mixed precision
+# ([Micikevicius et al. 2017](https://arxiv.org/abs/1710.03740)): **loss scaling**. A gradient is linear in the loss, so multiply the
+# loss by a large number, run the backward pass, and divide the gradient of the weights (which are in float32) by the same number. How large? As large
+# as possible without overflow, and nobody knows that in advance. So try: start high; if a gradient is not finite,
+# skip the step and halve the scale; after a few good steps in a row, double it.
 #
 # **Exercise 2** (★★★, 25 minutes). The core of this notebook. Write that scaler.
 
@@ -337,7 +349,8 @@ course.attempt(check, Scaler)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# The parameters are in `optimizer.param_groups`. `tensor.isfinite().all()` asks all of a tensor. Count the good steps in an attribute, and set it to zero after a skipped step *and* after doubling.
+# The parameters are in `optimizer.param_groups`. `tensor.isfinite().all()` checks a whole tensor.
+# Count the good steps in an attribute, and reset it to zero after a skipped step *and* after doubling.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -364,12 +377,15 @@ course.attempt(check, Scaler)
 # ```
 # </details>
 #
-# `mixed_precision="fp16"` does this, by PyTorch's own [`GradScaler`](https://pytorch.org/docs/stable/amp.html). The staged gradient can do better where it matters most: when stage 3 begins, $g$ is *known*. So the package does not guess there: it divides $g$ by its
-# size, goes through the denoiser with numbers of about 1, and multiplies afterward (`adapter.scaled`, in `vader_nb/lora.py`). With bfloat16 none of this is needed, and the price is paid in places. The card decides, too: T4 and V100 have fast float16 only, and Wan is loaded in bfloat16, as its authors run it.
+# `mixed_precision="fp16"` does this with PyTorch's own [`GradScaler`](https://pytorch.org/docs/stable/amp.html). The staged
+# gradient can do better where it matters most: when stage 3 begins, $g$ is *known*. So the package does not guess there: it divides $g$ by
+# its size, goes through the denoiser with numbers around 1, and multiplies back afterward (`adapter.scaled`, in `vader_nb/lora.py`). With
+# bfloat16 you need none of this, but you pay in digits. The card has a say, too: T4 and V100 are fast only in float16, and Wan is loaded in
+# bfloat16, as its authors run it.
 #
 # ## Seconds, hours, money
 #
-# What a step costs is denoiser calls, and these can be counted on paper.
+# A step costs denoiser calls, and you can count them on paper.
 
 # %%
 entry = recipes.CARDS[MODEL]
@@ -378,8 +394,9 @@ per_clip = entry.calls / (entry.gpus * own["batch_size"] * own["gradient_accumul
 print(f"{MODEL}: {per_clip:.0f} calls for a clip, {entry.calls} for the clips of an optimizer step")
 
 # %% [markdown]
-# Guidance has two branches, so every denoising step takes two calls. A step that learns takes them once more, with a graph; but where $K = 1$ and there is memory, the package keeps
-# the last call's graph from the roll-out and saves those. A call of a real model on your card takes a time that you can measure in a minute; here is that of what runs here, and what such a number means.
+# Guidance has two branches, so every denoising step takes two calls. A step that learns takes them once more, with a graph; but if $K = 1$ and
+# there is enough memory, the package keeps the last call's graph from the roll-out and saves the extra calls. You can measure in a minute how
+# long a call of a real model takes on your card. Here is the time for the model that runs here, and what such a number means.
 
 # %%
 import time
@@ -430,12 +447,14 @@ HTML(
 )
 
 # %% [markdown]
-# (On a GPU: not measured here. The left column is made up, for you to replace.) Scoring and the backward pass come on top; with $K = 1$ they are little beside a whole roll-out. If that is too much, change the roll-out first: fewer denoising steps, a smaller clip, `rollout_reuse`. $K = 1$
+# (On a GPU: not measured here. The left column is made up; put in your own numbers.) Scoring and the backward pass come on top; with $K = 1$
+# they are small next to a whole roll-out. If a step takes too long, change the roll-out first: fewer denoising steps, a smaller clip, `rollout_reuse`. $K = 1$
 # is already the smallest $K$.
 #
 # ## Check before you train
 #
-# `vader-nb selfcheck` holds a model against its promises on the machine where it is: gradient, resuming, memory, both half precisions. With a GPU it is made to take about ten minutes, most of which is reading weights (not measured here).
+# `vader-nb selfcheck` checks whether a model keeps its promises on your machine: gradient, resuming, memory, both half precisions. On a GPU
+# it is designed to take about ten minutes, mostly reading weights (not measured here).
 
 # %%
 from vader_nb import selfcheck
@@ -447,11 +466,12 @@ for check_name in course.quick(list(selfcheck.CHECKS), ["gradient"]):
         print(row)
 
 # %% [markdown]
-# Without a GPU two of the checks say that they were not run. For the real models this table is missing. If you have a GPU, run `vader-nb selfcheck model=modelscope` and paste what it prints into an issue: you would be the first.
+# Without a GPU two of the checks say that they were not run. This table is still missing for the real models. If
+# you have a GPU, run `vader-nb selfcheck model=modelscope` and paste the output into an issue: you would be the first.
 #
 # ## Training
 #
-# Everything is chosen. The call is that of chapter 6, with the recipe as its settings:
+# Everything is chosen. The call is the one from chapter 6, with the recipe as its settings:
 
 # %%
 changes = {
@@ -479,7 +499,8 @@ Gallery(
 )
 
 # %% [markdown]
-# After so few steps you should see almost nothing, and if you see a lot, lower the learning rate. In a shell the same is `vader-nb align config=modelscope`, with any setting after it; it writes what chapter 6 showed, and resumes after an interruption.
+# After so few steps you should see almost no change; if you see a lot, lower the learning rate. In a shell, the same command is
+# `vader-nb align config=modelscope`, with any setting after it; it writes what chapter 6 showed, and resumes after an interruption.
 #
 # | you see | try |
 # |---|---|
@@ -498,11 +519,13 @@ Gallery(
 # | how long? | `recipes.CARDS[name].calls` × seconds per call | one optimizer step |
 # | does it work here? | `vader-nb selfcheck model=NAME` | a table for an issue |
 #
-# **Without looking:** why can a saving that works buy nothing? What does float16 lose, what does bfloat16, and which of both does loss scaling repair? Why does the staged gradient need no guess for its scale?
+# **Without looking:** why can a saving that works buy nothing? What does float16 lose, what does bfloat16 lose, and which
+# of the two losses does loss scaling repair? Why does the staged gradient need no guess for its scale?
 #
 # ## Exercises
 #
-# Two of them you have met above. **Exercise 3** (★, 5 minutes). How many denoiser calls does one clip take, with guidance (two branches), `steps` denoising steps of which the last `K` learn? Each step that learns is computed once more, with a graph.
+# The first two are above. **Exercise 3** (★, 5 minutes). How many denoiser calls does one clip take, with guidance (two branches) and
+# `steps` denoising steps, the last `K` of which learn? Each step that learns is computed once more, with a graph.
 
 
 # %% tags=["exercise"]
@@ -535,10 +558,12 @@ course.attempt(check, calls_per_clip)
 # (On a GPU with memory to spare the package keeps the last call's graph from the roll-out, and saves that one.)
 # </details>
 #
-# **Exercise 4** (★★★, open, an afternoon and a GPU). Bring a table: `vader-nb selfcheck` of a model that is not embedded, the planner's peak beside the one that your card reports, and the reward over 50 steps in pairs. Without a GPU: plan the cheapest card for a model of your choice, and say for
-# each setting that you changed which stage was the largest before and after.
+# **Exercise 4** (★★★, open, an afternoon and a GPU). Bring a table: `vader-nb selfcheck` of a model that is not embedded, the planner's peak
+# next to the one your card reports, and the reward over 50 steps in pairs. Without a GPU: find the cheapest card for a model of your choice.
+# For each setting that you changed, say which stage was the largest before and after.
 
 # %% [markdown] tags=["next"]
-# **Next:** with the model running, the question is what it learns: [7 · Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb). One card is slow: [8 · Many GPUs](08_many_gpus.ipynb).
+# **Next:** now that the model runs, what does it learn? [7 · Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb). If one card is too
+# slow: [8 · Many GPUs](08_many_gpus.ipynb).
 #
 # *The same links for Colab: [chapter 7](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb), [chapter 8](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/08_many_gpus.ipynb), [Recipes](https://github.com/vader-nb/vader_nb/blob/main/notebooks/recipes.md).*

@@ -23,7 +23,7 @@
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# VADER needs a reward with a gradient. Much of what people want has none: the bytes of a file, a click, a person's yes or no. And there
+# VADER needs a reward with a gradient. Much of what people want has none: a file size, a click, a person's yes or no. And there
 # are methods that need none. They sample, ask what the clips score, and make the better ones more likely. So why bother with a
 # gradient? "It is more efficient," says every paper with a gradient. Here you check that.
 #
@@ -31,8 +31,8 @@
 #
 # - *pick* the best of N clips, and say what that costs;
 # - *write* the policy gradient behind DDPO and GRPO, and prove it right;
-# - *explain* why a reward's gradient learns more from a clip than its score does, and when that does not help;
-# - *run* a race that is fair: equal budgets, a rate tuned for each, a judge that nobody trained on;
+# - *explain* why a reward's gradient tells you more about a clip than its score does, and when that does not help;
+# - *run* a fair race: equal budgets, a learning rate tuned for each method, a judge that nobody trained on;
 # - *read* its results with their intervals, unwelcome ones included.
 #
 # Exercises are marked ★ to ★★★, with minutes. Hints and solutions are folded.
@@ -95,16 +95,16 @@ rows = {
 Gallery(rows, width=96)
 
 # %% [markdown]
-# Can you tell the rows apart? Look at the circle that changes between green and purple: so does the best of its eight.
+# Can you tell the rows apart? Look at the circle that changes between green and purple: the best of its eight does that, too.
 #
-# > **Predict.** From one clip to the best of two, the mean score rises by some amount. What does going from the best of four to the best
-# > of eight add, which costs four clips more? **(a)** about as much, as the number doubles again · **(b)** about half of it · **(c)** nothing
+# > **Predict.** Going from one clip to the best of two raises the mean score by some amount. How much does going from the best of four to
+# > the best of eight add? (It costs four more clips.) **(a)** about as much, as the number doubles again · **(b)** about half as much · **(c)** nothing
 
 # %%
 guess = None  # "a", "b" or "c"
 
 # %% [markdown]
-# **Exercise 1** (★, 10 minutes). You have eight scores of each prompt. What would the best of $n < 8$ have been, *on average over all ways to choose n
+# **Exercise 1** (★, 10 minutes). You have eight scores for each prompt. What would the best of $n < 8$ have been, *on average over all ways to choose n
 # of the eight*? (There are 70 ways to choose four. You may try them all, or think: sort the scores; how often is the k-th the largest?)
 
 
@@ -135,7 +135,7 @@ course.attempt(check, best_of)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `itertools.combinations(range(N), n)` lists the ways. Or: sorted upward, the k-th score (from 1) is the largest of n in
+# `itertools.combinations(range(N), n)` lists the ways. Or: in ascending order, the k-th score (from 1) is the largest of n in
 # $\binom{k-1}{n-1}$ of $\binom{N}{n}$ ways.
 # </details>
 # <details><summary>A solution</summary>
@@ -168,8 +168,8 @@ letter = "a" if last > 0.75 * first else "b" if last > 0.2 * first else "c"
 course.predict(guess, "12-best", letter=letter, first=first, last=last)
 
 # %% [markdown]
-# Each doubling adds less, and the price doubles. Nor does best of N *learn*: the next clip costs N again, forever. And what the model never
-# draws, no N can pick.
+# Each doubling adds less, but the price doubles. And best of N does not *learn*: every new clip costs N again, forever. No N can pick
+# what the model never draws.
 #
 # ## A gradient without a gradient
 #
@@ -177,7 +177,7 @@ course.predict(guess, "12-best", letter=letter, first=first, last=last)
 #
 # $$x_{k+1} = x_k + \theta + \sigma\,\varepsilon_k, \qquad \varepsilon_k \sim \mathcal N(0, I),$$
 #
-# with a $\theta$ to learn, and a reward $R(x_T)$ of which we know nothing but its value. How likely was the step that was taken?
+# with a $\theta$ to learn, and a reward $R(x_T)$ of which we know only the value. How likely was the step that was taken?
 #
 # $$\log p_\theta(x_{k+1} \mid x_k) = -\frac{\lVert x_{k+1} - x_k - \theta\rVert^2}{2\sigma^2} + \text{const.}$$
 #
@@ -185,13 +185,13 @@ course.predict(guess, "12-best", letter=letter, first=first, last=last)
 #
 # $$\nabla_\theta\, \mathbb E[R] = \mathbb E\Big[ A \sum_k \nabla_\theta \log p_\theta(x_{k+1} \mid x_k)\Big].$$
 #
-# Any $A$ that differs from $R$ by a constant gives the same mean: it is how much *better than others* the clip was, its **advantage**. GRPO takes a group of
-# clips of one prompt, and $A = (R - \text{mean}) / \text{std}$ over the group. (Dividing by the spread, and counting a clip in its own mean, changes the
-# gradient's length and hardly its direction.) That is all of DDPO and GRPO but their safety belts (a ratio that is
-# clipped, so that one roll-out can serve several updates; a penalty on leaving the base).
+# Any $A$ that differs from $R$ by a constant gives the same mean. So use how much *better than others* the clip was: its **advantage**. GRPO takes a
+# group of clips of one prompt, and $A = (R - \text{mean}) / \text{std}$ over the group. (Dividing by the spread, and counting a clip in its own mean,
+# changes the gradient's length but hardly its direction.) That is all there is to DDPO and GRPO, except for their seat belts (a ratio that is
+# clipped, so that one roll-out can serve several updates; a penalty for leaving the base).
 #
 # **Exercise 2** (★★★, 30 minutes). The core of this notebook: the policy gradient, about 15 lines. Roll out without a graph, keep the states,
-# score, compare, and only then build a graph: of the log-probabilities of what was done.
+# score, compare, and only then build a graph: of the log-probabilities of the steps taken.
 
 # %% tags=["for-checks"]
 SIGMA, T = 0.3, 5
@@ -244,7 +244,7 @@ course.attempt(check, policy_gradient)
 # </details>
 # <details><summary>Another, if the gradient is zero</summary>
 #
-# Is the second graph built from the *states that were visited*, which are fixed numbers, and from `theta`? If x is computed again from theta and the
+# Is your graph built from the *states that were visited*, which are fixed numbers, and from `theta`? If x is computed again from theta and the
 # noise, then $x_{k+1} - x_k - \theta$ is always $\sigma\varepsilon$, and does not depend on theta.
 # </details>
 # <details><summary>A solution</summary>
@@ -271,8 +271,8 @@ course.attempt(check, policy_gradient)
 #
 # ## Why it needs so many clips
 #
-# Both estimators are right on average. They differ in how far off *one* of them is. Take the friendliest reward there is, $R(x) = -\lVert x - a\rVert^2$,
-# and ask for the cosine between the estimate from 16 clips and the true gradient, in more and more dimensions.
+# Both estimators are right on average. They differ in how far off a *single* estimate is. Take the friendliest reward there is, $R(x) = -\lVert x - a\rVert^2$,
+# and compute the cosine between the estimate from 16 clips and the true gradient, in more and more dimensions.
 #
 # > **Predict.** The latents of `tiny` have 2,048 numbers. What is the cosine of the policy gradient there?
 # > **(a)** above 0.9 · **(b)** about 0.5 · **(c)** about 0.1
@@ -316,22 +316,22 @@ course.show(figure, "12-dimensions")
 course.predict(guess, "12-dimensions", cosine=lines[-1, 0].item(), through=lines[-1, 1].item())
 
 # %% [markdown]
-# A score is *one number* for each clip. Sixteen numbers can say little about 2,048 directions; the estimate must find out which of all the random changes
-# mattered. A gradient through the reward says it for each direction at once. More clips help, slowly: from $n$ of them in $d$ dimensions the cosine is near $\sqrt{n/(n+d)}$, so that 128 times as
-# many would reach 0.7. If your reward is cheap and your model small, you may not care.
+# A score is *one number* for each clip. Sixteen numbers can say little about 2,048 directions; the estimate must find out which of the random changes
+# mattered. A gradient through the reward says so for every direction at once. More clips help, but slowly: with $n$ of them in $d$
+# dimensions, the cosine is near $\sqrt{n/(n+d)}$, so 128 times as many would reach 0.7. If your reward is cheap and your model small, you may not care.
 #
-# (It is a little kinder in truth. What trains is an adapter, whose directions are shared by all prompts; and rewards of real clips do not
-# depend on every number of a latent.)
+# (In practice it is a little better. What we train is an adapter, whose directions are shared by all prompts; and rewards of real clips do
+# not depend on every number in a latent.)
 
 # %% [markdown]
 # ## What makes a race fair
 #
 # It is easy to make a rival look bad: give it the wrong learning rate, and stop early. So:
 #
-# - one **budget** for all. But of what? A method with a gradient asks the reward less often and goes *back* through it; one without calls the
-#   denoiser more. `race` counts all of it: queries of the reward, denoiser calls, seconds, bytes that are kept;
-# - a **learning rate** tuned for each, on as many candidates;
-# - several **seeds** for each of them, the same prompts for all, and an interval on every difference;
+# - one **budget** for all. But of what? A method with a gradient queries the reward less often and goes *back* through it; a method without
+#   one calls the denoiser more. `race` counts all of it: reward queries, denoiser calls, seconds, bytes kept;
+# - a **learning rate** tuned for each, over equally many candidates;
+# - several **seeds** for each method, the same prompts for all, and an interval on every difference;
 # - a **judge** that nobody was trained on, on prompts that nobody has seen. We train on `hps + 0.02 * aesthetic`, and look at the oracles, which
 #   read color and shape off the pixels, and at motion.
 #
@@ -378,12 +378,14 @@ table = short.table(against="VADER")
 print("GRPO against VADER:", grpo["reward"])
 
 # %% [markdown]
-# Where GRPO ended, the difference to VADER, and the difference's 95 % interval over prompts. It holds zero, whoever seems to be ahead: one seed, eight
+# This is where GRPO ended, its difference from VADER, and that difference's 95 % interval over prompts. The interval contains zero, whoever seems
+# ahead: one seed, eight
 # prompts and two steps of GRPO prove nothing. What you have seen is how a race is run. In a shell it is `vader-nb race races/tiny`.
 #
-# "Twenty times fewer queries" compares two points on such curves: what each has spent when it first reaches a *level*, usually the one where the rival ended.
+# "Twenty times fewer queries" compares two points on such curves: what each method has spent when it first reaches a *level*,
+# usually the one where the rival ended.
 #
-# **Exercise 3** (★★, 15 minutes). Compute it. Measured points are joined by straight lines; who never gets there has spent infinitely much.
+# **Exercise 3** (★★, 15 minutes). Compute that. Join the measured points by straight lines. If a method never gets there, return infinity.
 
 
 # %% tags=["exercise"]
@@ -428,12 +430,12 @@ course.attempt(check, spent_until)
 # ```
 # </details>
 #
-# `short.queries_to_reach("GRPO", y="reward")` does so for a whole race, with an interval over seeds and prompts.
+# `short.queries_to_reach("GRPO", y="reward")` does this for a whole race, with an interval over seeds and prompts.
 #
 # ## A rate for each
 #
-# Now the point that decides most comparisons. The four methods below have run with four learning rates each, on one seed, 16,000 denoiser calls a run
-# (`vader-nb race races/rates`; two cores need more than an hour, so the lines come with the package).
+# Now the point that decides most comparisons. The four methods below were each run with four learning rates, on one seed, with 16,000 denoiser calls
+# per run (`vader-nb race races/rates`; two cores need more than an hour, so the results come with the package).
 #
 # > **Predict.** All four at 3e-4, which is near what their authors train with (VADER 2e-4, DDPO's and Flow-GRPO's code 3e-4): by what factor does VADER's gain
 # > exceed the second best's? And with each at its own best rate? **(a)** 1.5 times, and 2.5 times · **(b)** 2.5 times, and 1.5 times · **(c)** 2.5 times, and 2.5 times
@@ -468,9 +470,10 @@ own = sorted(max(by_rate.values()) for by_rate in gains.values())
 course.predict(guess, "12-rates", same=same[-1] / same[-2], own=own[-1] / own[-2])
 
 # %% [markdown]
-# Who publishes what happened at one shared rate has a headline, and who publishes the tops has a result. Two warnings about the tops. They are the best
-# of several *by the same noise*: a chosen rate looks better here than it will on a new seed, so a race needs several seeds for each rate. And "best" means by
-# the reward that is trained on. VADER's best rate is the highest; what does it do to a judge that nobody trained on, the action network of chapter 3?
+# Publish what happened at one shared rate, and you have a headline. Publish each method's peak, and you have a result. Two warnings about the
+# peaks. Each is the best of several *by the same noise*: a chosen rate looks better here than it will on a new seed, so a race needs several
+# seeds for each rate. And "best" means best by the trained reward. VADER's best rate is the highest; what does it do to a judge that nobody
+# trained on, the action network of chapter 3?
 
 # %%
 for runs in tuning.runs()["VADER"]:
@@ -478,8 +481,8 @@ for runs in tuning.runs()["VADER"]:
     print(f"VADER at {runs.rate:g}: {motion:4.0%} of motions right, action {judge:.3f}")
 
 # %% [markdown]
-# At 3e-3 a few clips no longer move as they were told. A gradient finds what is wrong with a reward as fast as what is right
-# ([07](07_evaluate_and_reward_hacking.ipynb)), and a rate that is chosen by the trained reward is chosen by what can be hacked.
+# At 3e-3 a few clips no longer move the way the prompt says. A gradient finds what is wrong with a reward as fast as what is right
+# ([07](07_evaluate_and_reward_hacking.ipynb)), so if you choose a rate by the trained reward, you choose it by something that can be hacked.
 #
 # ## When there is no gradient
 #
@@ -493,21 +496,23 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# A vision-language model's "yes", a server, a person: the same. Only methods without a gradient can enter such a race, and those you now
-# understand: `vader_nb.align(model, size, "tiny", estimator=vader_nb.GRPO(group_size=8), batch_size=16)`.
+# The same goes for a vision-language model's "yes", a server, or a person. Only methods without a gradient can enter such a race, and you
+# now understand those: `vader_nb.align(model, size, "tiny", estimator=vader_nb.GRPO(group_size=8), batch_size=16)`.
 #
-# **Exercise 4** (★★★, open, an afternoon). A race of your own: a reward, its held-out judge, and a budget in seconds. Two rates for each method, three seeds for each rate. Write down
-# *before* you look: who will win, and by how much? Then the conclusion, with the interval, in one sentence that a rival would sign.
+# **Exercise 4** (★★★, open, an afternoon). Run your own race: a reward, its held-out judge, and a budget in seconds. Two rates for each method, three
+# seeds for each rate. *Before* you look, write down who will win, and by how much. Then write
+# the conclusion, with the interval, in one sentence that a rival would sign.
 
 # %% [markdown]
 # ## Recap
 #
-# - Best of N first: no training, any reward, and the price at every clip.
+# - Best of N first: no training, any reward, and you pay again for every clip.
 # - A policy gradient needs only scores; its noise grows with the dimension, because a score is one number.
-# - A reward's gradient learns more from each query, and finds a reward's flaws as fast as it finds good clips.
+# - A reward's gradient tells you more per query, and finds a reward's flaws as fast as it finds good clips.
 # - "So many times better" means nothing without the rival's learning rate, the cost that is counted, and an interval.
 
 # %% [markdown] tags=["next"]
-# **Next:** this was the last chapter. [Recipes](recipes.md) have settings for the model that you want to align, and [Models](models.md) tell what each one's gradient is like.
+# **Next:** this was the last chapter. [Recipes](recipes.md) has settings for the model you want to align,
+# and [Models](models.md) says what each one's gradient is like.
 #
 # *The same links for Colab: [chapter 7](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb), [Models](https://github.com/vader-nb/vader_nb/blob/main/notebooks/models.md), [Recipes](https://github.com/vader-nb/vader_nb/blob/main/notebooks/recipes.md).*

@@ -127,7 +127,7 @@ def head(first_line: str, stem: str, minutes: float, gigabytes: float) -> str:
     that a run on another day says the same."""
     rounded = max(1, math.ceil(2 * minutes - 0.01)) / 2
     runtime = (
-        "In Colab, a runtime with a GPU runs the full-size model, and one without its small twin."
+        "In Colab, a runtime with a GPU runs the full-size model; one without runs its small twin."
         if needs_gpu(stem)
         else "Colab's default runtime, a CPU, is enough."
     )

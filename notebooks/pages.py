@@ -30,15 +30,15 @@ def arguments_page() -> str:
 RECIPES = """\
 # Recipes
 
-Configurations by model and GPU. `vader-nb align config=NAME` runs one, with any setting changed after it;
+Configurations by model and GPU. `vader-nb align config=NAME` runs one, and `key=value` after it changes a setting;
 `vader-nb recipes NAME` prints it, and `vader-nb recipes` this table.
 
 - Memory is the simulated peak of one GPU in a step, weights included, in the types in which `align` loads them:
-  `vader-nb memory config=NAME gpu_memory="GPU"` shows it by stage, with the same settings. Of the embedded models it is what
+  `vader-nb memory config=NAME gpu_memory="GPU"` shows it by stage, with the same settings. For the embedded models it is what
   their tensors take on a CPU: `vader-nb memory config=NAME dtype=float32 gradient_checkpointing=false`.
-- Denoiser calls are forward passes for one optimizer step, of all GPUs, each for one clip and one branch of the guidance.
-- Rates, ranks and steps are those of the runs that are named, and left out where no one published any: then the package's
-  own stand, which were found on the embedded models.
+- Denoiser calls are forward passes for one optimizer step, over all GPUs, each for one clip and one branch of the guidance.
+- Learning rates, ranks and steps are those of the cited runs, and left out where none were published: then the package's
+  defaults apply, which were found on the embedded models.
 - "Run here" means on this code, at that commit, by `make recipes`; †: a reward that was not trained on; in brackets the 95 %
   interval of the difference over prompts.
 
@@ -47,15 +47,15 @@ This page is generated from `vader_nb/configs`.
 ON_A_CLUSTER = """\
 ## On a cluster
 
-`vader-nb recipes slurm` prints this script. Where the time of a job ends, training does after the current
-step; the job is put back into the queue and goes on from there.
+`vader-nb recipes slurm` prints this script. When a job's time is up, training stops after the current
+step; the job is requeued and continues from there.
 """
 
 
 CURVES = """\
 ![The reward in training, of each step's clips (gray) and its mean over eight steps (blue), for the embedded models](images/recipes.png)
 
-Each step has other prompts, some harder than others, hence the scatter, in which no gain can be seen: it is the difference on
+Each step has different prompts, some harder than others. The scatter hides any gain: see the difference on
 held-out prompts, in the table."""
 
 
@@ -77,10 +77,10 @@ MODELS = """\
 {table}
 
 *Training, GiB* is the simulated peak of one training step with HPSv2.1, one clip, K = 1, weights in the types that a GPU gets,
-text encoders beyond 1e9 parameters away; *offloaded*: with `model_cpu_offload=true sequential_guidance=true`, and where the decoder
-is causal `decoder_states=cpu` (`python -m tests.benchmarks.models`). *Tested*: at full size each model was built on tensors that have shapes but no
+text encoders over 1e9 parameters unloaded; *offloaded*: with `model_cpu_offload=true sequential_guidance=true`, and for causal
+decoders `decoder_states=cpu` (`python -m tests.benchmarks.models`). *Tested*: at full size each model was built on tensors that have shapes but no
 values (parameters and memory are counted); at reduced width it was run with random weights. **The published weights have
-not been run where this was written.**
+not been run here.**
 
 Cards of the embedded ones: [tiny](../vader_nb/zoo/weights/tiny/README.md),
 [tiny-wan](../vader_nb/zoo/weights/tiny-wan/README.md), [tiny-i2v](../vader_nb/zoo/weights/tiny-i2v/README.md), and
@@ -102,10 +102,10 @@ each by its recipe (`tiny`: four clips, one random frame of each; `tiny-wan`: ei
 | `tiny-wan`: transformer, flow, Euler | 5 | 0.43 | 1.00 | 4.39 | +0.052 [+0.011, +0.143] | +0.018 |
 
 *Gain*: how far the final latents move with the last denoiser output, by the schedule alone. *Cosine*: of the gradient of `Last(K)` to that
-through all steps. *Held-out reward*: what training adds on 48 prompts, with its 95 % interval. In the UNet one step's
-gradient points where that through all ten steps does (0.89), reaches the same reward, and costs a third: VADER's setting. In the transformer,
-which takes five steps and is cheap beside its decoder, the exact gradient costs as much as that of one step. No K is better
-than another beyond its interval here. (`python -m tests.benchmarks.truncation 1`.)
+through all steps. *Held-out reward*: what training adds on 48 prompts, with its 95 % interval. In the UNet the gradient of one step
+points where the one through all ten does (0.89), reaches the same reward, and costs a third: VADER's setting. In the transformer,
+which takes five steps and is cheap compared with its decoder, the exact gradient costs as much as that of one step. No K beats
+another here by more than its interval. (`python -m tests.benchmarks.truncation 1`.)
 
 ## Models that continue an image
 
@@ -132,14 +132,14 @@ REWARDS = """\
 # Rewards
 
 `rewards.hps()` in Python, `reward=hps` in a shell. `hps("tiny")`, `aesthetic("tiny")` and `action("tiny")` are embedded; in a shell
-these are what `hps` means for an embedded model. Without a checkpoint a reward loads what its authors published, from the Hub, from your `HF_HOME` when offline, or from a path that you give.
+the plain names mean these for an embedded model. Without a checkpoint a reward loads what its authors published, from the Hub, from your `HF_HOME` when offline, or from a path that you give.
 `vader-nb rewards` prints this table with memory and usual scores. This page is generated (`make notebooks`).
 
 {table}
 
 Each network is tested against the library that defines it (open_clip, transformers, torchvision, HPSv2's own package; for ImageReward
-a plain rewriting of its network) on checkpoints of the real layout with random weights. **The published weights have not been
-run where this was written.**
+a plain reimplementation of its network) on checkpoints with the real layout and random weights. **The published weights have
+not been run here.**
 
 Frames are scored a few at a time and the networks' blocks are checkpointed: sixteen frames through HPS's ViT-H add 0.16 GB to its
 1.97 GB of float16 weights, where plain autograd adds 3.5 GB (`python -m tests.benchmarks.reward_memory`: exact shapes
@@ -150,8 +150,8 @@ The `hpsv2` package is not needed: its score is computed through open_clip. As a
 
 ## They mix
 
-They add (`hps() + 0.1 * aesthetic()`), aim (`.towards(10)`), stop (`.capped(2)`), count in standard deviations
-(`.normalized(mean, std)`), and tell whether they pull apart (`rewards.conflict`).
+They can be added (`hps() + 0.1 * aesthetic()`), aimed (`.towards(10)`), capped (`.capped(2)`), measured in standard deviations
+(`.normalized(mean, std)`), and checked for conflict (`rewards.conflict`).
 
 ## Any differentiable function of frames is one
 
@@ -167,8 +167,8 @@ In a shell it is `reward=my_rewards.py:blueness`.
 
 ## Judges without a gradient
 
-They serve `evaluate`: real JPEG and H.264 bytes, a vision-language model's "yes" (`rewards.vlm_yes`), or a server of yours
-(`reward=http://localhost:8000/score`). When one goes away, its column is lost and nothing else.
+They are for `evaluate`: real JPEG and H.264 bytes, a vision-language model's "yes" (`rewards.vlm_yes`), or your own server
+(`reward=http://localhost:8000/score`). When one goes away, only its column is lost.
 """
 
 
@@ -180,8 +180,8 @@ RACES = """\
 # Races
 
 Methods with and without the gradient of a reward: the same model, prompts, seeds, adapters and optimizer, equal budgets. Each is set up
-as its paper or its authors' code says, where they say (the configurations in `vader_nb/configs/races` name the place), at learning
-rates of its own. Trained on hps + 0.02 × aesthetic; all figures are of held-out prompts.
+as its paper or its authors' code says, where they do (the configurations in `vader_nb/configs/races` cite the source), with its own
+learning rates. Trained on hps + 0.02 × aesthetic; all numbers are for held-out prompts.
 
 - *reward queries*: clips scored in training; *denoiser calls*: latents through the denoiser, once for each branch of the guidance;
   *seconds*: of one CPU thread, without evaluations.
@@ -192,12 +192,12 @@ rates of its own. Trained on hps + 0.02 × aesthetic; all figures are of held-ou
 The lines behind all of it come with the package: `vader_nb.Race(vader_nb.zoo.races()["rates"])`. This page is generated.
 """
 RATES = """\
-One seed, which may be a lucky one: no verdict. But at 3e-4 VADER's gain is 2.6 times the next best, and with each at its own best rate 1.5
-times. DDPO's best end, 1.0201 after 896 queries, VADER passed after some 190 (at 3e-3; interval 81 to 365): 4.8 times fewer, and 9 times
-fewer seconds. And VADER's best rate by the trained reward is the one at which judges that nobody trained on notice a
+One seed, which may be a lucky one: no verdict. But at 3e-4 VADER's gain is 2.6 times the next best, and with each at its own best
+rate 1.5 times. VADER passed DDPO's best final reward (1.0201, after 896 queries) after some 190 (at 3e-3; interval 81 to 365): 4.8 times
+fewer, and 9 times fewer seconds. And VADER's best rate by the trained reward is the one at which judges that were not trained on see a
 loss: the action network, and the oracle, which finds 6 % of the motions wrong. At 1e-2, all three methods without a gradient break.
 
-`races/full` runs the two best rates of each on three seeds, `races/full-wan` on the flow.
+`races/full` runs the two best rates of each on three seeds, `races/full-wan` on the flow model.
 """
 SECTIONS = {  # of the page of races: heading, and what was found
     "rates": ("Learning rates, on the diffusion model", RATES),

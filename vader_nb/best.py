@@ -1,4 +1,4 @@
-"""Choose a checkpoint: the one that a reward which was not trained on likes best.
+"""Choose a checkpoint: the one that scores highest on a reward that was not trained on.
 
 choice = best_checkpoint("runs/mine", model, pick(), prompts.get("tiny_held_out")[::8])
 print(choice.verdict)          the reward still rises, the held-out one fell since step 120
@@ -112,7 +112,7 @@ def best_checkpoint(
         run_folder: Folder of the run.
         model: The model. Afterwards it carries the adapter that it carried before.
         held_out: A reward that was not trained on.
-        prompts: A list, the name of a set, or a file; better prompts that were not trained on.
+        prompts: A list, the name of a set, or a file; preferably prompts that were not trained on.
         trained: The reward that was trained on, to be scored on the same clips; the recorded rewards of the
             training batches differ in their prompts.
         **options: `seeds_per_prompt`, `batch_size`, `sampling`, `seed`, `progress` of `evaluate`.

@@ -20,7 +20,7 @@ import vader_nb  # whose names are imported when they are used: help and mistake
 
 from . import config
 
-EPILOG = "Errors that you can fix are one line and exit code 2; others are bugs, with a traceback."
+EPILOG = "Errors you can fix print one line and exit with 2; others are bugs, with a traceback."
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
 # The least that a number of prompts or clips may be.

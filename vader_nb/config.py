@@ -102,7 +102,7 @@ class Align(Judged):
 
 @dataclass
 class Race(Judged):
-    """Methods against each other, with equal budgets; goes on where it was when it is started again."""
+    """Race methods against each other on equal budgets; continues where it was when started again."""
 
     example = "vader-nb race races/tiny output_dir=runs/race"
     settings, positional = "race", "config"
@@ -162,7 +162,7 @@ class Memory(Common):
     )
     reward: str = option("hps", "an expression of rewards")
     batch_size: int = option(1, "clips at once")
-    gradient_checkpointing: bool = option(True, "compute the denoiser's blocks again backwards")
+    gradient_checkpointing: bool = option(True, "recompute the denoiser's blocks in backward")
     model_cpu_offload: bool = option(False, "only the networks of the current stage on the GPU")
     text_cache: bool | None = option(
         None,
@@ -181,7 +181,7 @@ class Memory(Common):
         None, "of weights: float16, bfloat16, float32; default: what training takes on a GPU"
     )
     num_gpus: int = option(1, "processes, one on each GPU")
-    sharding: str = option("none", "none, or full: denoisers cut up over the GPUs (engine fsdp)")
+    sharding: str = option("none", "none, or full: denoisers sharded over the GPUs (engine fsdp)")
     gpu_memory: str | None = option(None, "GiB, or a card: T4, H100, …; default: all cards")
     measured: bool = option(False, "on this machine's GPU, with real weights, not simulated")
 

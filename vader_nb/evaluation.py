@@ -115,7 +115,7 @@ class Evaluation:
                 Video(sheet, self.fps).save(path, width=1024)
 
     def report(self, path: str | Path, run=None, choice=None) -> Path:
-        """Write one HTML file that needs no other; see `report.write_report`."""
+        """Write one self-contained HTML file; see `report.write_report`."""
         from .report import write_report
 
         return write_report(self, path, run, choice)
@@ -138,7 +138,7 @@ def evaluate(
 ) -> Evaluation:
     """Compare the base model with adapters on the same prompts and seeds.
 
-    Under `accelerate launch` the processes share the clips, and all return the same result.
+    Under `accelerate launch` the processes split the clips, and all return the same result.
 
     Args:
         model: The model. Afterwards it carries the adapter that it carried before.
@@ -156,8 +156,8 @@ def evaluate(
         keep: Clips of each group that are kept for pictures.
         progress: Show a progress bar.
 
-    A judge outside of this process (`rewards.server`) that fails on the first clips ends it; one that
-    goes away later is warned of and left empty, and everything else is measured.
+    If a judge outside this process (`rewards.server`) fails on the first clips, the evaluation ends; if it
+    goes away later, its score is left empty, with a warning, and everything else is measured.
 
     Raises:
         ValueError: An adapter does not fit, a group has no prompts, or rewards are in conflict.
@@ -351,11 +351,11 @@ class Evaluator:
 
 
 class Validation:
-    """Scores rewards that training does not see, while it trains.
+    """Scores the adapter during training with rewards that it is not trained on.
 
     `align(..., validate=Validation(model, pick(), prompts))` calls it with the adapter on the
     model, for the mean of each reward over one clip per prompt, always at the same seeds. Several
-    processes share the clips. A judge that is away makes its score of that moment NaN, with a warning.
+    processes split the clips. If a judge is unavailable, its score is NaN that time, with a warning.
     Arguments as in `evaluate`.
     """
 

@@ -2,16 +2,16 @@
 
 The chain is   adapter -> last K denoising steps -> latents -> decoder -> frames -> reward.
 Backpropagating through all of it at once would keep the activations of every part in memory together.
-`reward_gradient` takes it in three stages instead, and returns what plain autograd would:
+`reward_gradient` works in three stages instead, and computes what plain autograd would:
 
-1. *Roll out* every step without a graph, noting the latents and the denoiser's outputs of the steps
+1. *Roll out* every step without a graph, recording the latents and the denoiser's outputs of the steps
    inside the window (`sampling.roll_out`). Before the window the adapter is fused into the weights, so
    it costs nothing.
-2. *Score*: decode and score a few frames at a time, each chunk backpropagated to the latents at once.
+2. *Score*: decode and score a few frames at a time, backpropagating each chunk to the latents right away.
    Memory does not grow with the number of frames.
-3. *Replay* the window: the scheduler's arithmetic is repeated on the noted outputs, which is cheap, and
-   a denoiser call is computed again, with a graph, only when the backward pass reaches it. The
-   activations of one call are in memory at any time, however many steps the window has.
+3. *Replay* the window: the scheduler's arithmetic is repeated on the recorded outputs, which is cheap, and
+   a denoiser call is computed again, with a graph, only when the backward pass reaches it. Only one call's
+   activations are in memory at a time, however many steps the window has.
 
 Shapes: latents (B, C, F, H, W), frames (B, F, 3, H, W) in [0, 1], rewards (B,). Steps are counted from
 the end wherever a user names them: step 1 is the last one, the one whose output is the video.
@@ -75,13 +75,14 @@ def reward_gradient(
         reward: differentiable in the frames.
         prompts, seeds: one per clip.
         strategy, frames: which steps learn, and which frames are scored.
-        sampling: how; by default the model's own settings.
+        sampling: settings; default: the model's own.
         generator: draws the plan and the frames.
-        **settings: of `accumulate`.
+        **settings: arguments of `accumulate`.
 
     Raises:
-        ValueError: before any work, if the adapter is not on the model or not where the steps are, the window
-            does not fit the steps or the frames do not fit the clip; later for a reward without a gradient or of another shape.
+        ValueError: before any work, if the adapter is not on the model or not on a denoiser of these steps, the
+            window does not fit the steps, or the frames do not fit the clip; later, for a reward without a gradient
+            or of the wrong shape.
         NonFiniteError: for numbers that are not finite, with the stage that they come from.
     """
     sampling = (sampling or Sampling()).resolve(model)
@@ -122,7 +123,7 @@ def accumulate(
         gradient_checkpointing: recompute the denoiser's blocks in the backward pass.
         activation_offload: keep what the denoiser saves for the backward pass in CPU memory.
         weight: scales the gradient.
-        backward: gets a scalar whose gradient is the adapter's, such as `accelerator.backward`.
+        backward: a function such as `accelerator.backward`; gets a scalar whose gradient is the adapter's.
     """
     recomputed = recomputation(model, gradient_checkpointing, activation_offload)
 
@@ -166,7 +167,7 @@ def score(
 
     A reward on single frames streams decode -> reward -> backward, `decode_chunk_size` frames at a time.
     A reward on the whole clip gets all frames, decoded without a graph, and its gradient is then
-    streamed back through the decoder. For float16 it is scaled to about 1.
+    streamed back through the decoder. In float16 the gradient is scaled to about 1.
     """
     model.onload(*model.decoders(), *reward.networks)
     wide = torch.promote_types(latents.dtype, torch.float32)
@@ -201,8 +202,8 @@ def score(
 class Replayed(torch.autograd.Function):
     """A denoiser call whose forward pass has been run already.
 
-    Forward hands out the noted outputs; backward computes the call again, with a graph (or takes the one that
-    was kept), and passes the gradients on through it.
+    Forward returns the recorded outputs; backward computes the call again, with a graph (or takes the graph that
+    was kept), and passes the gradients through it.
     """
 
     @staticmethod

@@ -57,7 +57,7 @@ class RewardGuidance:
         sampling: Sampling | None = None,
         adapter=None,
     ) -> torch.Tensor:
-        """Frames (B, F, 3, H, W) in [0, 1]; arguments as for `sampling.sample`, with the own adapter as default.
+        """Frames (B, F, 3, H, W) in [0, 1]; arguments as for `sampling.sample`, with `self.adapter` as the default.
 
         Raises:
             NonFiniteError: for latents, frames, rewards or gradients that are not finite.

@@ -1,7 +1,7 @@
 """Adapters: low-rank additions to the denoisers' linear layers, through peft (LoRA, arXiv 2106.09685).
 
 `UNet3DConditionModel` has none of diffusers' adapter methods (`add_adapter`, `load_lora_adapter`), so the
-layers are injected with peft directly. Their files are in diffusers' own key layout (`lora_files`).
+layers are injected with peft directly. Adapter files use diffusers' own key layout (`lora_files`).
 """
 
 import contextlib
@@ -69,14 +69,14 @@ class Adapter:
     def fused(self, denoiser: nn.Module | None = None) -> Iterator[None]:
         """Inside, the base weights hold the sum and the adapter costs nothing; for use without a graph.
 
-        Afterwards the base weights are the very tensors they were: the sum is a new tensor put in their
-        place, never added and subtracted again, which would leave rounding errors. Where FSDP or ZeRO-3
-        shards the weights there is nothing to add to, and the adapter acts unfused; so it does on quantized
-        weights, whose sum with it would be rounded to their few values, away from what the window computes.
+        Afterward the base weights are the same tensors as before: the sum is a new tensor put in their
+        place, because adding and subtracting again would leave rounding errors. Where FSDP or ZeRO-3
+        shards the weights there is nothing to add to, and the adapter acts unfused, as on quantized
+        weights, where the sum would be rounded to their few values, away from what the window computes.
 
         Args:
-            denoiser: fuse into this one alone, which with model offload is then on the device; by default into
-                all, where they are.
+            denoiser: fuse into this one only, which model offload then moves to the device; default: into
+                all, wherever they are.
         """
         if denoiser is not None:
             self.model.onload(denoiser)
@@ -265,7 +265,7 @@ def add(
         rank: of the low-rank product.
         alpha: the product is multiplied by alpha / rank; default: the rank.
         targets: "attention" (the default), "attention+ffn" (and the feed-forward layers), or names of layers or
-            their endings. What begins with a denoiser's key ("transformer_2.attention") is that denoiser's alone.
+            their endings. A name with a denoiser's key in front ("transformer_2.attention") is for that denoiser only.
         seed: of A's random values.
 
     Raises:
@@ -332,15 +332,15 @@ def load(
     Args:
         model: without an adapter on it.
         path: a file of diffusers, peft, kohya or ComfyUI, or of ours; or a folder that holds one, such as
-            a run's or a checkpoint's. Alpha is taken as the rank where neither the file nor the
-            configuration beside it names it.
+            a run's or a checkpoint's. Alpha defaults to the rank if neither the file nor the
+            configuration next to it gives it.
         scale: of the adapter's effect, 0 to 10.
-        denoiser: the key of the one that the file is for ("transformer_2"), whatever it says itself. Files of
-            other tools for one of two experts do not say; by default they are the first one's, as in diffusers.
+        denoiser: the key of the denoiser that the file is for ("transformer_2"), whatever the file says. Files of
+            other tools for one of two experts do not say; by default they are for the first, as in diffusers.
 
     Raises:
-        FileNotFoundError, ValueError: see `read` and `match`, among them for a file that does not fit the
-            model. The model is then as it was.
+        FileNotFoundError, ValueError: see `read` and `match`; for example, for a file that does not fit the
+            model. The model is then unchanged.
     """
     validate_scale(scale)
     state, metadata = read(path)
@@ -362,9 +362,9 @@ def _attached(model: VideoModel, file: LoRA) -> Adapter:
 
 @exclusive
 def combine(model: VideoModel, weights: Mapping[str | Path, float]) -> Adapter:
-    """Put several files' adapters on the model as one, which does the weighted sum of what each does.
+    """Load several adapter files onto the model as one adapter, whose effect is the weighted sum of theirs.
 
-    The low-rank products add up exactly when their matrices are put side by side, so the rank is the sum
+    The low-rank products add up exactly when their matrices are concatenated, so the rank is the sum
     of the ranks (peft's combination type "cat"). `save` keeps the combination as an adapter of its own.
 
     Args:

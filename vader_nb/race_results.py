@@ -26,18 +26,18 @@ def colors(names: Iterable[str]) -> dict[str, str]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a file; the last one may be torn, or not be whole yet."""
+    """The lines of a file; an incomplete last one is left out."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1].splitlines()
     return [json.loads(line) for line in whole]
 
 
 class Race:
-    """Reads a race's folder, also one that is still being written: each method reads it anew.
+    """Reads a race's folder, even while it is being written: each method reads it again.
 
-    What is measured has these names: `reward`, that was trained on; `held-out reward`; `oracle accuracy`, the share of
-    clips of the tiny world with the right color and shape; `diversity`, `motion`; or any metric's own name. What was
-    spent: see `race`.
+    Metrics have these names: `reward`, which was trained on; `held-out reward`; `oracle accuracy`, the share of
+    clips of the tiny world with the right color and shape; `diversity`, `motion`; or any metric's own name. For
+    costs, see `race`.
     """
 
     def __init__(self, folder: str | Path):
@@ -74,9 +74,9 @@ class Race:
         return dict(sorted(result.items(), key=lambda of: (of[0] != BASE, not of[1][0].rate)))
 
     def best(self) -> dict[str, "Runs"]:
-        """Each contestant at its best learning rate: the highest `reward` at the end, in the mean of seeds.
+        """Each contestant at its best learning rate: the highest `reward` at the end, averaged over seeds.
 
-        While the race runs, of the rates whose seeds have come as far as any, and as many of them.
+        While the race runs, only the rates that are furthest along, with the most seeds, are compared.
         """
         runs = self.runs()
         if BASE not in runs:
@@ -86,8 +86,8 @@ class Race:
     def table(self, against: str = BASE) -> Table:
         """Where each contestant ended: costs, and differences to another with 95 % intervals over prompts.
 
-        Differences are means over seeds of the runs, whose lowest and highest are told, too; the interval is that of
-        `stats.paired_interval`. Contestants without training are marked by the queries that each clip costs.
+        Differences are means over the runs' seeds, with the lowest and highest seed given, too; the interval is that of
+        `stats.paired_interval`. Contestants without training are labeled with the queries that each clip costs.
 
         Args:
             against: the base, or a contestant.
@@ -135,8 +135,8 @@ class Race:
     ) -> dict:
         """What each contestant spent until a metric reached a level: name -> (estimate, low, high).
 
-        The curves of seeds are averaged, and joined by straight lines from the base. The 95 % interval is the bootstrap's
-        over seeds and prompts, the same prompts for all; infinite where the level was not reached.
+        The seeds' curves are averaged; straight lines join their points, starting at the base. The 95 % interval is a
+        bootstrap over seeds and prompts, with the same prompts for all; infinite where the level was not reached.
 
         Args:
             level: a number, or a contestant: the level where that one ended.
@@ -191,7 +191,7 @@ class Race:
     ) -> Any:
         """Draw a metric over what was spent, means of seeds with the lowest and the highest, as a matplotlib Figure.
 
-        Contestants without training are horizontal lines: each of their clips costs anew.
+        Contestants without training are horizontal lines: their costs are per clip.
 
         Args:
             x, y: what was spent, and the metric.

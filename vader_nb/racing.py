@@ -5,14 +5,15 @@
     race(model, contestants, hps(), "tiny", held_out="tiny_held_out", held_out_reward=action(), budget={"seconds": 300})
 
 Each contestant × learning rate × seed is one job: a run of the trainer that ends when its budget is spent. Jobs are
-evaluated n times, the k-th at (k / n)² of the budget; each evaluation is one line of the job's `evaluations.jsonl`, appended. A race that
-was killed goes on where it was when it is started again; `Race(folder)` reads it at any time. What counts as costs:
+evaluated n times, the k-th at (k / n)² of the budget; each evaluation appends one line to the job's
+`evaluations.jsonl`. A race that was killed continues where it was when started again; `Race(folder)` reads it at any
+time. Costs:
 
-- reward_queries: clips scored in training, each time that they are.
+- reward_queries: clips scored in training, counted each time.
 - denoiser_calls: latents that pass through the denoiser in training, once for each branch of the guidance: roll-outs,
   replays, references without the adapter.
-- denoiser_backwards: those that a gradient passes through on its way back. A backward pass takes about as long as two calls.
-- seconds: of training, without evaluations; on a CPU its threads' own time, whatever else the machine does meanwhile.
+- denoiser_backwards: those that a gradient is backpropagated through. A backward pass takes about as long as two calls.
+- seconds: of training, without evaluations; on a CPU, the CPU time of its threads, whatever else the machine does.
 - bytes_kept: the most that roll-outs and autograd keep at once for backward passes, without weights; on CUDA the most
   memory beyond what was in use before a step.
 """
@@ -68,29 +69,29 @@ def race(
     progress: bool = True,
     **settings,
 ) -> Race:
-    """Run what is left of a race. Of several processes each trains every n-th job alone.
+    """Run what is left of a race. With n processes, each runs every n-th job by itself.
 
     Args:
         model: from `load`, without an adapter on it.
-        contestants: settings of `TrainConfig` by name, and of these: `estimator`; `reward`, to train on in place of the
-            race's, by which it is judged all the same; `learning_rates`, its own grid, of as many rates as the others';
-            and instead of training `best_of`, of so many clips the best by the reward, or
-            `guidance`, the strength of `RewardGuidance`. The base model takes part by itself.
+        contestants: name -> settings of `TrainConfig`, and any of: `estimator`; `reward`, to train on instead of the
+            race's, by which it is still judged; `learning_rates`, its own grid, with as many rates as the others';
+            or, instead of training, `best_of`, the number of clips of which the reward chooses the best, or
+            `guidance`, the strength of `RewardGuidance`. The base model is always included.
         reward, prompts: to train on.
         held_out, held_out_reward: prompts and a reward that no contestant is trained on; all are judged by them.
         budget: of each run: `reward_queries`, `denoiser_calls` or `seconds`, and how many. A run's last step may go
             beyond it.
         learning_rates: the grid; each contestant gets the rate with the highest `reward` on held-out prompts at the
-            end, in the mean of its seeds. The held-out reward has no say.
+            end, averaged over its seeds. The held-out reward is not used for this.
         seeds: of the runs.
         evaluations: for each run, n: the k-th at (k / n)² of its budget.
         seeds_per_prompt, eval_batch_size, features: of an evaluation, as for `evaluate`.
         output_dir: the race's folder.
-        **settings: of `TrainConfig`, for all contestants that do not set them. `num_inference_steps`, … here are those
-            of evaluations, too.
+        **settings: of `TrainConfig`, for all contestants that do not set them. Sampling settings given here
+            (`num_inference_steps`, …) also apply to evaluations.
 
     Raises:
-        ValueError: before any work, for settings that cannot be met, with the contestant's name; or if the folder holds
+        ValueError: before any work, for invalid settings, with the contestant's name; or if the folder holds
             another race.
     """
     judged = as_reward(reward), as_reward(held_out_reward)
@@ -236,7 +237,7 @@ class Runner:
                     break
 
     def run(self, job: Job) -> bool:
-        """Run a job, or what is left of it. Returns whether it was not stopped."""
+        """Run a job, or what is left of it. Returns False if it was stopped."""
         file, trained = self.output_dir / job.folder / LINES, job.seed is not None
         lines = read_lines(file)
         self.bar.set_postfix_str(job.folder)
@@ -266,7 +267,7 @@ class Runner:
         return not run.stopped
 
     def evaluate(self, adapter, sampler: Any = None) -> dict:
-        """Scores of the held-out prompts, means over seeds; and what a clip costs by then."""
+        """Scores of the held-out prompts, means over seeds; and the costs per clip."""
         clips = len(self.texts) * self.evaluator.seeds_per_prompt
         with lora.use_adapter(self.model, sampler or adapter) as used, Meter(self.model) as meter:
             how = getattr(sampler, "sample", sample)
@@ -279,7 +280,7 @@ class Runner:
         return {"per_clip": per_clip, "scores": means}
 
     def add_line(self, job: Job, file: Path, values: dict) -> None:
-        """Append a line, after whatever a kill has torn."""
+        """Append a line; one that a kill has cut off is dropped."""
         keys = {"contestant": job.contestant, "learning_rate": job.learning_rate, "seed": job.seed}
         line = keys | {"part": 0, "step": 0, **dict.fromkeys(COSTS, 0)} | values
         file.parent.mkdir(parents=True, exist_ok=True)

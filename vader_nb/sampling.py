@@ -1,4 +1,4 @@
-"""Videos from noise: how they are made, the loop that makes them, and what it notes for a gradient.
+"""Sampling videos from noise: the settings, the loop, and what it records for a gradient.
 
     clips = sample(model, ["a red star growing on a black background"], seeds=0, adapter="runs/mine")
 
@@ -26,7 +26,7 @@ Step = Callable[[int, torch.Tensor, torch.Tensor, list[torch.Generator]], torch.
 
 
 def setting(default: Any, help: str, may_change: bool = False) -> Any:
-    """A dataclass field with a help text. may_change: also when a run is resumed."""
+    """A dataclass field with a help text. may_change: whether a resumed run may change it."""
     metadata = {"help": help, "may_change": may_change}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -46,7 +46,7 @@ SAMPLING_BOUNDS = {
 
 
 def check_bounds(settings: Any, bounds: Mapping[str, tuple[float, float]]) -> None:
-    """Raise ValueError for what is no number within its bounds (NaN is not); None is left out."""
+    """Raise ValueError for a setting that is not a number within its bounds (NaN is not); None is skipped."""
     for name, (least, most) in bounds.items():
         value = settings[name] if isinstance(settings, dict) else getattr(settings, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -156,7 +156,7 @@ def decode(
 
 @dataclass
 class Rollout:
-    """What sampling a batch notes. Lists run over the steps of the window, in sampling order.
+    """What sampling a batch records. Lists have one entry per step of the window, in sampling order.
 
     Attributes:
         prompts, conditioning, sampling: what was sampled, and how.
@@ -167,9 +167,9 @@ class Rollout:
         outputs: the denoiser's outputs at each step, by branch of the guidance.
         scheduler: a copy from the beginning of the window, so that multistep solvers replay exactly.
         window_generators: copies from there, so that the sampler's noise replays exactly.
-        finite: of the text's states and of the latents after each step, whether all numbers are.
-        kept: the last call's input and its outputs by branch, with their graph, where that was asked for.
-        known: of Direct-Align, the clean latents that were noised, and their part in what is left without the noise.
+        finite: whether all numbers are finite, for the text's states and for the latents after each step.
+        kept: the last call's input and its outputs by branch, with their graph, if requested.
+        known: for Direct-Align, the clean latents that were noised, and their share of what is left without the noise.
     """
 
     prompts: Sequence[str | Prompt]
@@ -187,9 +187,9 @@ class Rollout:
     known: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def without_noise(self, clean: torch.Tensor) -> torch.Tensor:
-        """The predicted clean latents or, of Direct-Align's step, what the known noise leaves of it.
+        """The predicted clean latents or, for Direct-Align, what is left of its step without the known noise.
 
-        The step ends at  alpha' * clean + sigma' * noise  by the prediction. Less the known noise, times sigma',
+        By the prediction, the step ends at  alpha' * clean + sigma' * noise. Minus sigma' times the known noise,
         and divided by alpha', that is a mixture of the predicted and the known clean latents.
         """
         if self.known is None:
@@ -198,7 +198,7 @@ class Rollout:
         return clean + part.to(clean.device) * (known - clean)
 
     def begin_window(self, scheduler) -> None:
-        """From here on, exactly as it will be replayed."""
+        """Copy the scheduler and the generators here, for an exact replay."""
         self.scheduler = copy.deepcopy(scheduler)
         self.window_generators = clone(self.generators)
 
@@ -233,7 +233,7 @@ def clone(generators: list[torch.Generator]) -> list[torch.Generator]:
 
 
 def derived_seed(seed: int, k: int) -> int:
-    """The k-th of seeds that belong to one; the 0th is itself. Within the 32 bits that torch's CPU generator reads."""
+    """The k-th seed derived from one; the 0th is itself. Within the 32 bits that torch's CPU generator reads."""
     return (seed + k * 2_654_435_761) % 2**32 if k else seed
 
 
@@ -243,7 +243,7 @@ def initial_noise(
     """The latents (B, C, F, H, W) that sampling starts from, by resolved settings; one seed per clip.
 
     Also returns the generators that go on to draw the sampler's noise, one per clip, on the CPU, so that a
-    clip depends on its seed alone and not on its batch or device. For models of text; others draw for their
+    clip depends on its seed alone and not on its batch or device. For text-to-video models; others draw for their
     conditioning first, see `initial_state`.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -258,7 +258,7 @@ def initial_state(
     """What sampling starts from: the conditioning, and `initial_noise`'s latents and generators.
 
     Raises:
-        ValueError: for settings of several segments, of which each starts by itself.
+        ValueError: for settings of several segments, because each has its own start.
     """
     if sampling.extend > 1:
         raise ValueError(
@@ -311,18 +311,18 @@ def roll_out(
     step: Step | None = None,
     callback: Callback | None = None,
 ) -> Rollout:
-    """Sample a batch without a graph, and note the last `window` steps.
+    """Sample a batch without a graph, and record the last `window` steps.
 
     Args:
         model, prompts, seeds, sampling: as for `sample`; one per clip, and resolved.
         adapter: on the model. Before the window it is fused into the weights, where it costs nothing;
             None leaves whatever is on the model as it is.
         adapter_range: the part of the chain in which the adapter acts, see `adapter_active`.
-        window, stop: how many last steps to note, and to leave out for the clean latents predicted there.
+        window, stop: how many last steps to record, and how many to skip for the clean latents predicted there.
         last_call: keep the graph of the last denoiser call, made in this context.
-        start: a roll-out with the same arguments, whose window is taken once more: from its latents before the
-            window, by the adapter as it is now, with fresh noise where the sampler draws any.
-        step: takes the steps in the scheduler's place.
+        start: a roll-out with the same arguments, whose window is repeated: from its latents before the
+            window, with the adapter as it is now, and fresh noise where the sampler draws any.
+        step: takes the steps in place of the scheduler.
         callback: as for `sample`.
     """
     scheduler, state = _beginning(model, prompts, seeds, sampling, start)
@@ -383,7 +383,7 @@ def _kept_outputs(model, rollout: Rollout, scaled, t, passes_on: bool, last_call
 
 @torch.no_grad()
 def renoise(model: VideoModel, rollout: Rollout, stop: int = 0) -> Rollout:
-    """The final latents noised to the last step's level, or that of a step before, which is taken again (DRaFT-LV)."""
+    """Noise the final latents to the level of the last step, or an earlier one, and repeat that step (DRaFT-LV)."""
     sampling = rollout.sampling
     # A fresh scheduler: a multistep solver's memory belongs to another trajectory than the new one.
     scheduler = model.new_scheduler(sampling)
@@ -471,15 +471,15 @@ def sample(
             {"runs/a": 0.7, "runs/b": 0.3}.
         adapter_start, adapter_end: the part of the denoising in which the adapter acts, 0 the noise and
             1 the video.
-        sampling: how; by default the model's own settings.
+        sampling: settings; default: the model's own.
         callback: called after each step with (step index, timestep, latents).
 
     Returns:
         Frames (B, F, 3, H, W) in [0, 1].
 
     Raises:
-        ValueError: for as many seeds as there are not prompts, settings that cannot be met, or an
-            adapter that is another model's.
+        ValueError: if there are not as many seeds as prompts, for invalid settings, or for an
+            adapter of another model.
         NonFiniteError: for latents or frames that are not finite.
         FileNotFoundError: for an adapter path that does not exist.
     """

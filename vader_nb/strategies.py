@@ -1,6 +1,6 @@
-"""Which denoising steps learn, and which frames are scored: the choices that name a reward-gradient method.
+"""Which denoising steps learn, and which frames are scored: the choices that define a reward-gradient method.
 
-The published estimators differ in five fields of a `Plan`. Steps are counted from the end wherever a user
+The published methods differ in five fields of a `Plan`. Steps are counted from the end wherever a user
 names them: step 1 is the last one, the one whose output is the video.
 """
 
@@ -20,10 +20,10 @@ class Plan:
         active: steps, counted from the end, whose adapter gradient is kept.
         linear: the path from step to step is F(sg(x)) instead of F(x): DRTune's stop-gradient.
         stop: stop before this many last steps and score the clean video predicted there.
-        renoise: DRaFT-LV: this many fresh noisings of the final latents instead of one replay. With `stop`
-            Direct-Align: to the level of that step, and the noise, which is known, taken off the prediction.
+        renoise: DRaFT-LV: this many fresh noisings of the final latents instead of one replay. With `stop`,
+            Direct-Align: noised to the level of that step, and the known noise removed from the prediction.
         leap: LeapAlign: the path leads from one active step straight to the next, and from the last to the
-            video; a call passes on this part of the gradient on its input.
+            video; a call passes on this fraction of the gradient on its input.
     """
 
     active: frozenset[int]
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def passes(self) -> float:
-        """The part of the gradient on a denoiser call's input that is passed on to the steps before."""
+        """The fraction of the gradient on a denoiser call's input that is passed on to earlier steps."""
         return 0.0 if self.linear else 1.0 if self.leap is None else self.leap
 
 
@@ -146,9 +146,9 @@ class DRTune:
 class DirectAlign:
     """Direct-Align (arXiv 2509.06942, the estimator of SRPO): `DRaFTLV` at any step.
 
-    The final latents are noised to the level of a random step, among the last `fraction` of all, which is taken
-    with a graph. Since the noise is known, what is left of it can be taken off again: the reward sees clean
-    latents that this one step has changed, where `ReFL` shows it a blur. Averaged over n noisings.
+    The final latents are noised to the level of a random step, among the last `fraction` of all, and that step is
+    taken with a graph. Since the noise is known, what is left of it can be removed: the reward sees clean
+    latents changed by this one step, where `ReFL` shows it a blur. Averaged over n noisings.
     """
 
     n: int = 1
@@ -166,7 +166,7 @@ class LeapAlign:
     The gradient goes from the video to the later step in one leap, as if there were no steps between, and from
     there to the earlier one; both steps' latents are those of the roll-out. What passes through the later
     denoiser call is multiplied by `discount`, against exploding gradients: 0 is DRTune's stop-gradient. (The
-    paper also gives pairs more weight whose leaps end near the roll-out's latents, which is not done here.)
+    paper also gives more weight to pairs whose leaps end near the roll-out's latents, which is not done here.)
     """
 
     discount: float = 0.5
@@ -244,7 +244,7 @@ class Frames:
 
     @classmethod
     def random(cls, k: int = 1) -> "Frames":
-        """k different frames, drawn anew for each batch, of those that no image gives. VADER takes 1."""
+        """k different frames, drawn anew for each batch, except those given by an image. VADER takes 1."""
         return cls("random", k)
 
     @classmethod
@@ -280,7 +280,7 @@ class Frames:
         Args:
             num_frames: of the clip.
             generator: draws random ones.
-            given: so many first frames are the prompts' images (`VideoModel.given_frames`), and are not drawn.
+            given: how many first frames are the prompts' images (`VideoModel.given_frames`), which are not drawn.
 
         Raises:
             ValueError: if the clip is too short, or nothing can be learned from the frames: all of them are given.

@@ -41,9 +41,9 @@ class TrainConfig:
     Strategy, frames and output_dir may be given as text.
     """
 
-    steps: int = setting(40, "of the training: roll-outs, and an update of the adapter by them")
+    steps: int = setting(40, "training steps: roll-outs, then an update of the adapter by them")
     rollout_reuse: int = setting(
-        1, "updates for each roll-out: the steps that learn, alone, are taken again for each"
+        1, "updates for each roll-out: only the steps that learn are repeated for each one"
     )
     batch_size: int = setting(4, "clips at once, in each process")
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step, in each process")
@@ -62,12 +62,12 @@ class TrainConfig:
     )
     ema_decay: float = setting(
         0.0,
-        "the adapter is its weights' moving average over updates, with 0.99 of some 100; 0: the last",
+        "moving average of the adapter's weights over updates (0.99: some 100); 0: the last weights",
     )
     max_grad_norm: float = setting(1.0, "longer gradients are clipped to this norm; 0: none are")
     use_8bit_adam: bool = setting(False, "optimizer state in 8 bits, by the package bitsandbytes")
     rank: int = setting(8, "of the adapter")
-    alpha: float | None = setting(None, "the adapter acts with alpha / rank; default: its rank")
+    alpha: float | None = setting(None, "the adapter is scaled by alpha / rank; default: its rank")
     targets: tuple[str, ...] | None = setting(
         None,
         "layers that get an adapter: attention, attention+ffn, or names or their ends; default: attention",
@@ -83,7 +83,7 @@ class TrainConfig:
         "reward on the whole clip",
     )
     segments: str = setting(
-        "all", "of clips with `extend`, those that the gradient goes through: all, last, or 2,3"
+        "all", "with `extend`: the segments that the gradient goes through: all, last, or 2,3"
     )
     sampling: Sampling = field(default_factory=Sampling)
     decode_chunk_size: int = setting(1, "frames decoded at once", may_change=True)
@@ -93,7 +93,7 @@ class TrainConfig:
         may_change=True,
     )
     activation_offload: bool = setting(
-        False, "what the denoiser keeps for the backward pass waits in CPU memory", may_change=True
+        False, "keep what the denoiser saves for backward in CPU memory", may_change=True
     )
     mixed_precision: str | None = setting(
         None, "no, fp16 or bf16; default: what accelerate launch was given, else no"
@@ -109,12 +109,12 @@ class TrainConfig:
     validation_steps: int = setting(20, "steps between validations", may_change=True)
     early_stopping: int | None = setting(
         None,
-        "so many validations without a better one end the run, whose adapter is the best checkpoint's",
+        "end after this many validations without a better one, with the best checkpoint's adapter",
         may_change=True,
     )
     resume: bool | str | Path = setting(
         False,
-        "true: go on from the newest checkpoint; latest: or start anew where none is; or a checkpoint's path",
+        "true: go on from the newest checkpoint; latest: the same, or anew if there is none; or a checkpoint's path",
         may_change=True,
     )
     log_with: str | None = setting(

@@ -2,8 +2,8 @@
 
     run = align(load("tiny"), hps("tiny") + 0.02 * aesthetic("tiny"), "tiny", steps=40)
 
-Everything is drawn from generators seeded with (seed, step), so that neither a resumed run nor another
-number of processes draws anything else.
+Everything is drawn from generators seeded with (seed, step), so that a resumed run, or one with a different
+number of processes, draws the same.
 """
 
 import contextlib
@@ -46,10 +46,10 @@ class Run:
     """What training returns.
 
     Attributes:
-        adapter: trained, and on the model still.
+        adapter: trained, and still on the model.
         metrics: one dict per step, the lines of metrics.jsonl.
-        folder: where everything lies.
-        stopped: by Ctrl-C, a notebook's stop button, SIGTERM or a stop file.
+        folder: where everything is saved.
+        stopped: whether Ctrl-C, a notebook's stop button, SIGTERM or a stop file ended it.
     """
 
     adapter: lora.Adapter
@@ -98,8 +98,8 @@ def align(
             a fresh one.
         estimator: what turns a batch into a gradient, also as text; default: `RewardGradient`. `DDPO`, `GRPO` and
             `DPO` take rewards without a gradient.
-        validate: called every `validation_steps` with the adapter on the model. Returns named scores, which
-            enter the metrics; the first one decides which checkpoint is best. See `Validation`.
+        validate: called every `validation_steps` steps with the adapter on the model. Returns named scores, which
+            are added to the metrics; the first one decides which checkpoint is best. See `Validation`.
         callback: called with each step's metrics.
         **settings: fields of `TrainConfig` and of `Sampling`: steps=40, batch_size=4, learning_rate=1e-3,
             rank=8, strategy=Last(1), frames=Frames.random(1), num_inference_steps=10, output_dir="runs/mine", …
@@ -109,11 +109,11 @@ def align(
 
     Raises:
         FileExistsError, ValueError, OSError: before anything is changed, if the folder holds another run,
-            for settings that cannot be met, or if the folder cannot be written.
-        RuntimeError: after 3 non-finite steps in a row, or if processes come to hold different adapters.
+            for invalid settings, or if the folder cannot be written.
+        RuntimeError: after 3 non-finite steps in a row, or if the processes' adapters diverge.
 
-    Ctrl-C, SIGTERM or a stop file end the run early; everything up to the last whole step is kept. A full
-    disk is a warning: the run goes on.
+    Ctrl-C, SIGTERM or a stop file ends the run early; everything up to the last complete step is kept. A full
+    disk causes only a warning: the run goes on.
     """
     options = {
         "adapter": adapter,
@@ -143,7 +143,7 @@ class Trainer:
         validate: Callable[[lora.Adapter], dict[str, float]] | None = None,
         callback: Callable[[dict], None] | None = None,
     ):
-        """Arguments as for `align`. Raises ValueError for settings that cannot be met."""
+        """Arguments as for `align`. Raises ValueError for invalid settings."""
         self.model, self.reward = model, as_reward(reward)
         self.prompts = prompt_sets.get(prompts)
         self.config = config = replace(config or TrainConfig())
@@ -176,7 +176,7 @@ class Trainer:
         self.reward.check_frames(len(frames))
 
     def check_options(self) -> None:
-        """Raise ValueError for an option that could not act."""
+        """Raise ValueError for an option that would have no effect."""
         config, gradients = self.config, isinstance(self.estimator, RewardGradient)
         for name, off in {"rollout_reuse": 1, "base_penalty": 0}.items():
             if getattr(config, name) != off and not (gradients and config.sampling.extend == 1):
@@ -272,7 +272,7 @@ class Trainer:
     # ------------------------------------------------------------------ before the first step
 
     def prepare(self) -> None:
-        """Make or restore all that a run needs; what can be refused is, before its folder is changed."""
+        """Make or restore all that a run needs; whatever is invalid raises before its folder is changed."""
         config, model = self.config, self.model
         self.accelerator = distributed.accelerator_for(
             model.device, config.mixed_precision, config.log_with, config.output_dir
@@ -318,7 +318,7 @@ class Trainer:
             self.accelerator.init_trackers(config.output_dir.name, settings, options)
 
     def find_checkpoint(self) -> tuple | None:
-        """In the main process: hold the folder; the tensors, the state and the metrics to go on from, if any."""
+        """In the main process: lock the folder; return the tensors, state and metrics to resume from, if any."""
         config = self.config
         start = checkpoints.find_checkpoint(config.output_dir, config.resume)
         if start is not None:
@@ -334,7 +334,7 @@ class Trainer:
         return tensors, contents, checkpoints.read_metrics(config.output_dir, contents["step"])
 
     def encode_texts(self, step: int) -> None:
-        """Have the text encoder, where it is kept out of memory, read once: for all that is drawn from this step on."""
+        """Load a text encoder that is kept out of memory just once: for all prompts drawn from this step on."""
         if not self.model.keeps_texts:
             return
         steps = range(step, min(self.config.steps, step + KNOWN_STEPS))
@@ -463,7 +463,7 @@ class Trainer:
         """Gradients of all micro-batches, averaged over processes and clipped; returns the step's row.
 
         Args:
-            may_stop: nothing of this step has been taken yet.
+            may_stop: True while no update of this step has been made.
 
         Raises:
             NonFiniteError: in every process, if one of them saw a number that is not finite.
@@ -504,8 +504,8 @@ class Trainer:
         }
 
     def clip(self, at_cap: bool, first: bool = True) -> float:
-        """Clip the gradient; returns its norm before that. Raises for one that is not finite, or zero at
-        the start though the reward is below its cap."""
+        """Clip the gradient; returns its norm before clipping. Raises if it is not finite, or zero at
+        the start although the reward is below its cap."""
         engine = sharding.uses_engine(self.accelerator)
         clip: Any = torch.nn.utils.clip_grad_norm_ if engine else self.accelerator.clip_grad_norm_
         norm = float(clip(self.parameters, self.config.max_grad_norm or math.inf))
@@ -734,7 +734,7 @@ def adamw(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.op
 
 
 def lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int = 1):
-    """One of diffusers' learning rate schedules, for so many updates a step. Raises ValueError for an unknown name."""
+    """One of diffusers' learning rate schedules, for `updates` per step. Raises ValueError for an unknown name."""
     from diffusers.optimization import SchedulerType, get_scheduler
 
     usable = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]

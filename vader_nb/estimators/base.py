@@ -1,7 +1,7 @@
 """Estimators: what turns a batch of prompts into a gradient on the adapter.
 
-For one optimizer step the trainer calls `collect` for each micro-batch, `advantages` once with all that was
-collected, and `accumulate` for each (of a `minibatch`); the last, and the update after it, `updates_per_rollout`
+In one step the trainer calls `collect` for each micro-batch, `advantages` once with all that was collected,
+and `accumulate` for each (of a `minibatch`). `accumulate`, and the update after it, are run `updates_per_rollout`
 times.
 """
 
@@ -77,7 +77,7 @@ class Estimator(ABC):
         needs_reward_gradient: the reward must be differentiable in the frames.
         compares_rollouts: all of a step's batches are collected before the first is accumulated; else one
             is in memory at a time.
-        clips_per_prompt: a step's clips are groups of so many consecutive ones, of one prompt each.
+        clips_per_prompt: a step's clips come in groups of this many consecutive ones, each of one prompt.
     """
 
     updates_per_rollout: int = 1
@@ -86,7 +86,7 @@ class Estimator(ABC):
     compares_rollouts = True
 
     def __repr__(self) -> str:
-        """As it is written in Python: config.json holds it, and a run is resumed by the same estimator alone."""
+        """As it is written in Python: config.json holds it, and a run is resumed only with the same estimator."""
         return type(self).__name__
 
     def strategy_of(self, config) -> Strategy | None:
@@ -111,7 +111,7 @@ class Estimator(ABC):
         )
 
     def check_settings(self, config) -> None:  # noqa: B027
-        """Raises ValueError for a run's settings that cannot be met; sampling is resolved."""
+        """Raises ValueError for invalid settings of a run; sampling is resolved."""
 
     @abstractmethod
     def collect(self, batch: Batch) -> Collected:
@@ -129,7 +129,7 @@ class Estimator(ABC):
         return {}
 
     def restore(self, state: dict) -> None:  # noqa: B027
-        """Go on from there; called after `setup`."""
+        """Continue from a `state`; called after `setup`."""
 
     @abstractmethod
     def accumulate(

@@ -12,7 +12,7 @@ from ..sampling import derived_seed, sample
 
 @dataclass
 class BestOf:
-    """Of n clips of each prompt, the one that a reward likes best; stands in `evaluate` where an adapter stands.
+    """Of n clips of each prompt, the one with the highest reward; `evaluate` takes it in place of an adapter.
 
         evaluate(model, {"GRPO": run, "best of 8": BestOf(8, reward)}, reward, prompts)
 
@@ -20,7 +20,7 @@ class BestOf:
 
     Args:
         n: clips sampled, and scored, for each.
-        reward: chooses; as in training, a number of any kind.
+        reward: chooses the clip; it needs no gradient.
         adapter: to sample with, as for `sample`; None: the base model.
     """
 

@@ -13,13 +13,13 @@ class DDPO(PolicyGradient):
     """DDPO with importance sampling (section 4.3), by default as its authors run it.
 
     DDIM at eta = 1, guidance in the roll-out and in the gradient, every step that adds noise learns (the last one adds
-    none), two updates per roll-out on half the clips each; clip range 1e-4, advantages within ± 10. A clip's advantage is its reward's distance to the
-    mean of its prompt's latest rewards, in their standard deviations; while those are few, to the step's (appendix).
-    Few prompts and many clips per step suit it.
+    none), two updates per roll-out on half the clips each; clip range 1e-4, advantages within ± 10. A clip's advantage
+    is its reward minus the mean of its prompt's latest rewards, in their standard deviations; while those are few,
+    the step's are used (appendix). It works best with few prompts and many clips per step.
 
     Args:
-        buffer_size: rewards that are remembered of each prompt.
-        min_count: so many must be there for them to be used.
+        buffer_size: rewards remembered for each prompt.
+        min_count: how many there must be before they are used.
     """
 
     minibatches: int = 2

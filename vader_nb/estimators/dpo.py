@@ -17,9 +17,9 @@ from .from_scores import FromScores, Scored
 
 @dataclass
 class DPO(FromScores):
-    """Of each prompt's clips the best is preferred to the worst.
+    """The best of each prompt's clips is preferred to the worst.
 
-    Equation 14: both are noised alike, to one of the training timesteps, and the denoiser is to get better at the
+    Equation 14: both get the same noise, at one of the training timesteps, and the denoiser should get better at the
     preferred one, compared with itself without the adapter. Its error is that of what it predicts: the noise, v, or a
     flow's velocity (Flow-DPO, arXiv 2501.13918, with constant beta). Without guidance, as in training. Sampling is
     the model's own, without added noise. beta = 5000 is the paper's; errors are means over latent entries.
@@ -110,7 +110,7 @@ class DPO(FromScores):
 
 
 def training_timestep(adapter: Adapter, sampling, generator: torch.Generator):
-    """A timestep of those that the model was trained at and whose denoiser learns, and a scheduler for it."""
+    """A random training timestep whose denoiser learns, and a scheduler for it."""
     model = adapter.model
     count = model.scheduler.config.num_train_timesteps
     scheduler = model.new_scheduler(replace(sampling, num_inference_steps=count))

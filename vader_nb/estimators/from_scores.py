@@ -41,7 +41,7 @@ class Scored(Collected):
     Attributes:
         batch: what was sampled; its generator goes on to draw.
         parts: (B,) for every part of a mixed reward, by its name.
-        problem: a number that was not finite; told when all processes can hear it.
+        problem: a number that was not finite; raised when all processes can know of it.
         steps, log_probs: indices of the chain's steps that learn, and log-probabilities (B,) of what they did.
     """
 
@@ -82,7 +82,7 @@ class FromScores(Estimator):
     """Base class. All clips of a step are scored, and compared, before anything is learned from them.
 
     Args:
-        minibatches: updates in which each clip is used once, each of them a part of every micro-batch.
+        minibatches: updates in which each clip is used once; each takes a part of every micro-batch.
         inner_epochs: times that each clip is used.
     """
 

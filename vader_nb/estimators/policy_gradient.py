@@ -1,7 +1,7 @@
 """Denoising as a decision process: each step a Gaussian action, rewarded by what the clip scores (DDPO, GRPO).
 
 Maximizes  E[ sum over steps of A * p(x' | x) / p_old(x' | x) ]  with the ratio clipped as in PPO (arXiv 1707.06347),
-where A, the advantage, says how much better than others a clip was. No gradient goes through the decoder, the reward,
+where A, the advantage, says how much better a clip was than others. No gradient goes through the decoder, the reward,
 or from one step to another: memory is one denoiser call's.
 """
 
@@ -30,11 +30,11 @@ class PolicyGradient(FromScores):
         adv_clip: advantages are clipped to ± this.
         noise_level: of the roll-outs: DDIM's eta (default: the settings', or 1 where it is 0), or of a flow
             Flow-GRPO's a (default: 0.7).
-        timestep_fraction: the part of the steps, drawn for each micro-batch, that learns.
+        timestep_fraction: the fraction of the steps that learns, drawn for each micro-batch.
         num_inference_steps: of the roll-outs, at most (denoising reduction); None: the settings'.
         beta: weight of the KL to the model without the adapter.
-        reward_weights: of the advantages of a mixed reward's parts, by their names: each part is compared by itself, so
-            that its scale does not matter (DanceGRPO's several rewards). Default: the mixed reward is compared.
+        reward_weights: weights of the advantages of a mixed reward's parts, by name: each part is compared by itself,
+            so that its scale does not matter (DanceGRPO's several rewards). Default: the mixed reward is compared.
     """
 
     clip_range: float = 1e-4

@@ -18,8 +18,8 @@ class RewardGradient(Estimator):
     """The reward's own gradient, backpropagated through the last denoising steps: VADER, DRaFT, ReFL, …
 
     With `rollout_reuse=n` a roll-out serves n updates. Each begins at the latents before the steps that learn, which
-    the adapter of up to n - 1 updates ago has made; from there on it is on-policy: those steps are taken again with
-    the adapter as it is, other frames are drawn, and so is the noise of `DRaFTLV` and of stochastic samplers.
+    the adapter made up to n - 1 updates ago; from there on it is on-policy: those steps are taken again with
+    the current adapter, new frames are drawn, and so is the noise of `DRaFTLV` and of stochastic samplers.
 
     Args:
         strategy: which steps learn; default: the configuration's.

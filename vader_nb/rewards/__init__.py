@@ -4,7 +4,7 @@ Arguments that the ones with networks share: `checkpoint`, "published" or anothe
 of a local copy; `dtype` of the weights; `from_config`, to make networks from their configuration
 without weights, in torch's default dtype, for fake tensors (see `vader_nb.memory`). They raise
 ValueError for an unknown checkpoint or one that does not fit, and FileNotFoundError for weights
-that are out of reach.
+that cannot be found.
 """
 
 # ruff: noqa: F401

@@ -102,7 +102,7 @@ class Reward:
             child.check_ready()
 
     def at_fps(self, fps: float) -> None:
-        """Says how fast the clips play, for the rewards that ask."""
+        """Sets how fast the clips play, for the rewards that use it."""
         for child in self.children:
             child.at_fps(fps)
 
@@ -123,11 +123,11 @@ class Reward:
         return twin
 
     def towards(self, target: float) -> "Reward":
-        """Minus the distance to the target: the pull ends, and turns, once it is reached."""
+        """Minus the distance to the target: the gradient vanishes there, and reverses beyond it."""
         return Combined(lambda x: -(x - target).abs(), "({} towards {})", self, target)
 
     def capped(self, limit: float) -> "Reward":
-        """No more than `limit`: what is good enough pulls no further. (ReFL's relu(2 - r): 2.)"""
+        """At most `limit`, above which there is no gradient. (For ReFL's relu(2 - r): 2.)"""
         result = Combined(lambda x: x.clamp(max=limit), "({} capped at {})", self, limit)
         result.range = (self.range[0], min(self.range[1], limit))
         return result
@@ -252,7 +252,7 @@ class FunctionReward(Reward):
 def describe(value, within: tuple = ()) -> str:
     """A text that is the same in every process for a function of the same code and constants.
 
-    within: functions that are being described, for one may hold itself.
+    within: functions that are being described, because one may refer to itself.
     """
     again = functools.partial(describe, within=(*within, value))
     if isinstance(value, CodeType):
@@ -356,8 +356,8 @@ def pixel_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight * scores (B,), and the gradient of their sum on the frames, in float32 or wider.
 
-    Where networks run in float16 the scores are scaled up, else small gradients would vanish in
-    them; and down where those overflow.
+    Where networks run in float16 the scores are scaled up, because small gradients would vanish
+    there, and down if gradients overflow.
 
     Raises:
         ValueError: for scores of another shape or without a gradient on the frames.
