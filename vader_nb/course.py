@@ -1,4 +1,4 @@
-"""What the notebooks of the course share: figures with a description, questions to predict, exercises that check
+"""What the course's notebooks share: figures with alternative text, prediction questions, exercises that check
 themselves, a fast setting for tests."""
 
 import functools
@@ -19,13 +19,13 @@ def quick(full: T, fast: T) -> T:
 
     Args:
         full: value of a full run.
-        fast: value where the environment variable `VADER_NB_FAST` is 1, as the tests have it.
+        fast: value if the environment variable `VADER_NB_FAST` is 1, as in the tests.
     """
     return fast if os.environ.get("VADER_NB_FAST") == "1" else full
 
 
 def environment(stored_with: str) -> None:
-    """Print what a notebook runs with and on, and a warning if that is another version of the package than its own.
+    """Print the versions and the device, and a warning if the package's version is not the notebook's own.
 
     Args:
         stored_with: the version of vader_nb with which the notebook was stored.
@@ -47,7 +47,7 @@ def environment(stored_with: str) -> None:
 
 @functools.cache
 def texts() -> dict[str, dict]:
-    """What a reader is not to see beside the question: the `answers` and the figures' `alternatives`, by key."""
+    """What a reader should not see next to the question: the `answers` and the figures' `alternatives`, by key."""
     file = Path(__file__).with_name("course.yaml")
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 
@@ -71,11 +71,11 @@ def predict(guess: str | None, right: str, because: str = "", **values) -> None:
     """Compare a guess (a letter, or None for no answer yet) with what came out, and say why.
 
     Args:
-        guess: of the reader.
+        guess: the reader's.
         right: the letter, or the key of an answer in course.yaml.
-        because: the reason; an answer of course.yaml has its own.
-        **values: numbers that were measured, which the reason names. `letter` is the right one, where that
-            was measured, too.
+        because: the reason; an answer in course.yaml has its own.
+        **values: measured numbers that fill in the reason; `letter` is the right letter, if that was measured
+            too.
     """
     if right in texts()["answers"]:
         known = texts()["answers"][right]
@@ -102,7 +102,7 @@ def attempt(check: Callable[..., None], *answers) -> None:
         check(*answers)
     except AssertionError as error:
         print(f"Not yet: {error}")
-    except Exception as error:  # of the reader's code
+    except Exception as error:  # raised by the reader's code
         print(f"Not yet: your code raised {type(error).__name__}: {error}")
     else:
         print("Right.")
@@ -115,8 +115,8 @@ def live_graphs(
     """Inside, count the graphs of a method's results that wait for their backward pass.
 
     Args:
-        owner, method: what is called, on an instance.
-        size: of a result, for how many it counts.
+        owner, method: an instance, and the name of the method to count.
+        size: how many graphs a result counts for.
 
     Yields:
         A list with one entry, the most that waited at the same time.
@@ -134,7 +134,7 @@ def live_graphs(
         def forward(ctx, result):
             nonlocal waiting
             mark, count = result.new_empty(1), size(result)
-            ctx.save_for_backward(mark)  # it is freed when all is that the graph has saved
+            ctx.save_for_backward(mark)  # freed when everything that the graph has saved is
             weakref.finalize(mark.untyped_storage(), done, count)
             waiting += count
             most[0] = max(most[0], waiting)

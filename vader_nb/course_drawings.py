@@ -78,7 +78,7 @@ def notes() -> list[str]:
         parts.append(words(x, 14, name, 13, "middle", font_weight=600))
         parts.append(path([(x, 22), (x, bottom)], stroke=RED, stroke_dasharray="5 5", opacity=0.8))
     y = 34 + ROW
-    for x in (STEPS[2] - 7, STEPS[1] - 7, CUTS["latents x₀"]):  # latents that stage 1 notes
+    for x in (STEPS[2] - 7, STEPS[1] - 7, CUTS["latents x₀"]):  # latents that stage 1 records
         parts.append(element("circle", cx=x, cy=y + 23, r=5, fill=BLUE))
     parts.append(words(END, y + 28, "● latents", 13, fill=BLUE))
     parts.append(words(END, 34 + 28, "everything", 13, fill=BLUE))
@@ -271,7 +271,7 @@ def pointer(x: float, y: float, x2: float, y2: float, color: str) -> list[str]:
 
 
 def picture_of(parts: list[str], height: float, alt: str) -> str:
-    """The drawing as an <img>, in a gray that light and dark pages both show."""
+    """The drawing as an <img>, in a gray that is legible on light and dark pages."""
     gray = svg(WIDTH, height, parts, alt, WIDTH).replace(
         "font-family:inherit", f"font-family:sans-serif;color:{GRAY}", 1
     )

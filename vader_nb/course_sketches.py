@@ -122,7 +122,7 @@ def pipeline() -> str:
 
 
 def towers() -> str:
-    """A reward made of two networks, and the way of its gradient. HTML, an <img>."""
+    """A reward made of two networks, and the path of its gradient. HTML, an <img>."""
     parts = row_of(
         {"frame": (10, 90), "picture network": (170, 130), "vector": (370, 80)}, 24, "kept"
     )

@@ -90,10 +90,11 @@ TINY = ZOO / "tiny"
 SVD = "StableVideoDiffusionPipeline", "EulerDiscreteScheduler"
 COGVIDEOX = "CogVideoXPipeline", "CogVideoXDDIMScheduler"
 WAN = "WanPipeline", "UniPCMultistepScheduler"
-# The states of Wan's decoder for 81 frames of 480 x 832 take 40 GB in half precision; every fifth one, computed again
-# from there, 17 GB.
+# The states of Wan's decoder for 81 frames of 480 x 832 take 40 GB in half precision; keeping every fifth one and
+# recomputing the others takes 17 GB.
 FIFTHS = {"decoder_states": 5}
-# Decoding 14 frames of 576 x 1024 with a graph takes 91 GiB at once and 18 in twos; diffusers advises 2 to save memory.
+# Decoding 14 frames of 576 x 1024 with a graph takes 91 GiB at once and 18 two at a time; to save memory, diffusers
+# advises 2.
 TWOS = {"decode_chunk_size": 2}
 # DPM++ in 25 steps at guidance 9 is VADER's setting for ModelScope.
 VADER = {"num_inference_steps": 25, "guidance_scale": 9.0, "num_frames": 16, "fps": 8}
@@ -283,17 +284,17 @@ def load(
         local_files_only: download nothing.
         check: try gradients and partial decoding on a small clip, see `testing.quick_check`. By default for
             embedded models, once per process.
-        text_cache: keep what the text encoder says of each text on disk (`text_files.folder()`), and read the encoder only
-            for new texts, once for all that are known to come. By default where it is large, beyond 1e9 parameters.
-        quantize: "8bit" or "4bit": the denoisers' weights are kept in so many (see `vader_nb.quantization`), and an adapter is
-            in float32 as ever. Needs the package bitsandbytes.
+        text_cache: keep the text encoder's states of each text on disk (`text_files.folder()`), and load the encoder
+            only for new texts, once for all that are known in advance. By default if it has over 1e9 parameters.
+        quantize: "8bit" or "4bit": the denoisers' weights are kept in that precision (see `vader_nb.quantization`);
+            an adapter stays in float32. Needs the package bitsandbytes.
         **hub: arguments of `from_pretrained` (revision, cache_dir, token, …).
 
     Raises:
         AssertionError: if the check finds a wrong gradient.
         ValueError: for an unknown name or family, `text_cache=True` where the text encoder stays in memory, or `quantize`
             without bitsandbytes or under FSDP.
-        FileNotFoundError: where the weights are neither here nor within reach; it says how to get them.
+        FileNotFoundError: if the weights are not here and cannot be downloaded; it says how to get them.
     """
     device = torch.device(device or default_device())
     if quantize:
@@ -344,7 +345,7 @@ def check_unsharded(quantize: str) -> None:
 
 
 def place(model: VideoModel, device: torch.device) -> None:
-    """Move a model to its device; or where FSDP was launched, this process's part of its denoisers."""
+    """Move a model to its device; under FSDP, this process's shards of its denoisers."""
     from .. import sharding
 
     options = sharding.fsdp_options()
@@ -400,10 +401,10 @@ _checked: set[str] = set()  # sources of models that this process has checked
 def from_config(
     name: str | Path = "tiny", text_cache: bool | None = False, quantize: str | None = None
 ) -> VideoModel:
-    """A model with the architecture of a checkpoint and no weights read, for fake or meta tensors.
+    """A model with the architecture of a checkpoint, without loading weights, for fake or meta tensors.
 
-    What is made has torch's default dtype. Needs no download: for published checkpoints the family
-    knows the configuration. Parts are all there, unless `text_cache` leaves out a text encoder; `quantize`: see `load`.
+    Its tensors have torch's default dtype. No download is needed: for published checkpoints the family
+    knows the configuration. All parts are there, unless `text_cache` leaves out a text encoder; `quantize`: see `load`.
 
     Raises:
         ValueError: for an unknown name or family, or `quantize` without bitsandbytes.
@@ -431,10 +432,10 @@ def default_device() -> str:
 
 
 def decoder_settings(name: str | Path, settings: dict) -> dict:
-    """Those of a model's decoder among these settings, for `CausalDecoder.set_decoder`.
+    """The decoder's among these settings, for `CausalDecoder.set_decoder`.
 
     Raises:
-        ValueError: for what they cannot be, or a model whose decoder has none.
+        ValueError: for invalid values, or a model whose decoder has no settings.
     """
     found = {key: settings[key] for key in DECODER_SETTINGS if settings.get(key) is not None}
     if found and not is_causal(name):

@@ -1,8 +1,8 @@
 """AnyFlow (arXiv 2605.13724) of Wan 2.1, text to video: diffusers' `AnyFlowPipeline` directories.
 
-Wan's transformer, distilled into a flow map: told two times, t and r, it gives the mean velocity between them, and a step
-goes from t to r in a straight line. A few steps are enough, so the gradient through all of them is affordable: with 4,
-`Last(4)`'s is that of the whole chain.
+Wan's transformer, distilled into a flow map: given two times, t and r, it predicts the mean velocity between them, and
+a step goes from t to r in a straight line. A few steps are enough, so the gradient through all of them is affordable:
+with 4 steps, `Last(4)` gives that of the whole chain.
 """
 
 from copy import deepcopy
@@ -83,7 +83,7 @@ class AnyFlow(Wan):
         return scheduler
 
     def encode(self, prompts, sampling: Any = None, generators=None) -> Conditioning:
-        """Wan's, and the timesteps of the trajectory, (B, steps), among which a step finds its r."""
+        """Wan's conditioning, and the trajectory's timesteps (B, steps), in which a step looks up its r."""
         conditioning = super().encode(prompts, sampling, generators)
         times = self.new_scheduler(sampling).timesteps.expand(len(prompts), -1)
         branches = conditioning.branches.items()

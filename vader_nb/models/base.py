@@ -1,8 +1,8 @@
 """What every family of video models offers to the rest of the package.
 
 A family is one file: a subclass of `VideoModel`, registered in `models.FAMILIES` under the pipeline class
-that its `model_index.json` names. Above a family everything is alike: latents are (B, C, F, H, W), frames
-are (B, F, 3, H, W) in [0, 1], and frames are counted in pixels, never in latents.
+that its `model_index.json` names. To the rest, all families look alike: latents are (B, C, F, H, W), frames
+are (B, F, 3, H, W) in [0, 1], and a number of frames always means pixel frames, never latents.
 """
 
 import functools
@@ -81,24 +81,24 @@ class VideoModel(ABC):
         world: "tiny" for models of the embedded synthetic world, whose captions have oracles; else None.
         denoisers: the networks that adapters attach to. Keys are diffusers' LoRA prefixes: "unet",
             "transformer", "transformer_2".
-        targets: for each denoiser, name endings of the linear layers that an adapter takes by default, which are
-            its attention's.
+        targets: for each denoiser, name endings of the linear layers that an adapter attaches to by default:
+            those of its attention.
         feed_forward: name endings of its feed-forward layers.
         scheduler: a diffusers scheduler; may be replaced, as in diffusers.
         defaults: of sampling, under diffusers' argument names, plus `fps`.
-        original_names: for families with LoRA files under their authors' names: those of the denoiser's
-            modules -> ours. What stands before a dot in a layer's name is replaced.
-        lora_formats: of `lora_export.LAYOUTS`, those in which some tool reads an adapter of this family.
+        original_names: for families whose LoRA files use their authors' names: the authors' names of the
+            denoiser's modules -> ours. The part before a dot in a layer's name is replaced.
+        lora_formats: those of `lora_export.LAYOUTS` in which some tool can read an adapter of this family.
         sampling_options: the family's own entries of `Sampling.options`, with their defaults.
         option_bounds: (least, most) of those entries that are numbers.
         dtypes: what its parts are loaded in on CUDA, by name or as "default", where that is not float16.
-        large_text_encoder: it may be kept out of memory, see `texts.TextOnDisk`.
-        keeps_texts: it is, and what it says of a text is on disk.
+        large_text_encoder: the text encoder may be kept out of memory, see `texts.TextOnDisk`.
+        keeps_texts: it is kept out of memory, and its states of each text are on disk.
         takes_image: it continues the image of a `Prompt`.
-        independent_frames: the decoder knows no time, so that frames decode, and may be scored, one by one.
-        exact: `decode` of some frames equals those frames of the whole clip's decode.
+        independent_frames: the decoder has no temporal layers, so frames can be decoded, and scored, one by one.
+        exact: decoding some frames gives what decoding the whole clip gives for them.
         offloader: with model offload, what moves networks; else None.
-        offload_device: where networks wait that are not in use.
+        offload_device: where networks that are not in use wait.
     """
 
     name: str
@@ -189,7 +189,7 @@ class VideoModel(ABC):
         """
 
     def given_frames(self, prompts: Sequence[str | Prompt]) -> int:
-        """How many first frames of these prompts' clips are their images, whatever the denoiser says."""
+        """How many frames at the start of these prompts' clips are their images, whatever the denoiser predicts."""
         return 0
 
     def texts(self, prompts: Sequence[str | Prompt]) -> dict[str, list[str]]:
@@ -207,11 +207,11 @@ class VideoModel(ABC):
         }
 
     def encode_texts(self, prompts: Sequence[str | Prompt]) -> None:
-        """Have on disk what `encode` needs of these prompts' texts, where the text encoder is kept out of memory.
+        """Put on disk what `encode` needs for these prompts' texts, if the text encoder is kept out of memory.
 
-        It is read once for all that are new, and the other networks wait in CPU memory for as long.
+        It is loaded once for all new texts; meanwhile the other networks wait in CPU memory.
         """
-        self.texts(prompts)  # an image that it cannot take is an error now
+        self.texts(prompts)  # raises now for an image that it cannot take
 
     # ------------------------------------------------------------------ guidance
 
@@ -242,7 +242,7 @@ class VideoModel(ABC):
     def combine(
         self, outputs: Mapping[str, torch.Tensor], t: torch.Tensor, sampling
     ) -> torch.Tensor:
-        """Guidance: one output from the branches'. Differentiable and cheap, for the replay repeats it."""
+        """Guidance: one output from the branches'. Differentiable and cheap, since the replay repeats it."""
         if len(outputs) == 1:
             return outputs["prompt"]
         negative, prompt = outputs["negative"], outputs["prompt"]
@@ -278,7 +278,7 @@ class VideoModel(ABC):
     # ------------------------------------------------------------------ schedules
 
     def new_scheduler(self, sampling):
-        """A scheduler for one trajectory, its timesteps set: multistep solvers remember earlier outputs."""
+        """A new scheduler for each trajectory, with its timesteps set: multistep solvers remember earlier outputs."""
         scheduler = deepcopy(self.scheduler)
         scheduler.set_timesteps(sampling.num_inference_steps, device=self.device)
         return scheduler
@@ -383,7 +383,7 @@ class VideoModel(ABC):
         return predictions[prediction]()
 
     def with_given(self, latents: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Final latents with the part of them that the prompts give, such as a first frame; here, as they are."""
+        """Final latents, with the part that the prompts give, such as a first frame, put in; here, unchanged."""
         return latents
 
     def add_noise(self, scheduler, latents: torch.Tensor, t, generators: list) -> torch.Tensor:
@@ -443,7 +443,7 @@ class VideoModel(ABC):
         self.offload(*self.modules())
 
     def disable_model_cpu_offload(self) -> None:
-        """All networks are on the model's device again."""
+        """Move all networks back to the model's device."""
         self.onload(*self.modules())
         self.offloader = None
 
@@ -458,7 +458,7 @@ class VideoModel(ABC):
             self.offloader.onload(*modules)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Save the pipeline directory, which `load` reads, and plain diffusers where it has the pipeline.
+        """Save a pipeline directory, which `load` can read, and so can diffusers if it has the pipeline.
 
         Raises:
             FileExistsError: if the folder is not empty.
@@ -518,7 +518,7 @@ def cached(
 
 
 def warn_truncated(tokenizer, text: str, max_length: int | None = None) -> None:
-    """Warn of the words that a text encoder does not get to see, which the tokenizer cuts off."""
+    """Warn about words that the text encoder does not see, because the tokenizer cuts them off."""
     limit = max_length or tokenizer.model_max_length
     ids = tokenizer(text, truncation=False, verbose=False).input_ids
     if len(ids) > limit:
@@ -531,8 +531,8 @@ def warn_truncated(tokenizer, text: str, max_length: int | None = None) -> None:
 
 
 def instances(network: nn.Module, names: set[str]) -> list[nn.Module]:
-    """Its modules of these classes. By the names of all of a module's classes: an engine (FSDP) or a compiler makes
-    one of its own of a block's."""
+    """Its modules of these classes. By the names of all of a module's classes, since an engine (FSDP) or a compiler
+    derives its own class from a block's."""
     return [m for m in network.modules() if names & {cls.__name__ for cls in type(m).__mro__}]
 
 
@@ -546,7 +546,7 @@ def renamed(name: str, names: Mapping[str, str]) -> str | None:
 
 
 def rounded_eta(scheduler: DDIMScheduler, t, eta: float) -> float:
-    """DDIM's eta, lowered by rounding: at zero terminal SNR its square root is else one of -1e-8."""
+    """DDIM's eta, lowered by rounding: at zero terminal SNR, DDIM would otherwise take the root of -1e-8."""
     config: Any = scheduler.config
     before = int(t) - config.num_train_timesteps // scheduler.num_inference_steps
     final = scheduler.final_alpha_cumprod

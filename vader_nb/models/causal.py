@@ -97,10 +97,10 @@ def pull_back(
 
 
 def sweeps_of(places: list, window: int | None) -> list[tuple[int, int]]:
-    """(first, one after the last) of the chunks that each sweep goes through, in order.
+    """(first, one past the last) of the chunks that each sweep goes through, in order.
 
-    From the last chunk with a frame in it, `window` more chunks back, or all of them for None; then from the last one
-    before those.
+    A sweep goes from the last chunk with a frame in it back through `window` more chunks (None: all of them); the next
+    one starts at the last such chunk before those.
     """
     sweeps: list[tuple[int, int]] = []
     end = len(places)
@@ -127,8 +127,8 @@ def places_of(counts: Sequence[int], frames: list[int]) -> list[list[tuple[int, 
 
 
 def as_leaf(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor at the beginning of a graph, if it can have a gradient; which is then one of its own: a view of the
-    gradient on a convolution's whole input would keep all of that in memory."""
+    """The tensor as a leaf, if it can have a gradient. Its gradient is a copy: a view of the gradient on a
+    convolution's whole input would keep all of that in memory."""
     leaf = tensor.detach().requires_grad_(tensor.is_floating_point())
     if leaf.requires_grad:
         leaf.register_hook(torch.clone)

@@ -16,9 +16,9 @@ class CausalDecoder:
         decoder_states: where `decode_vjp` keeps the decoder's states, one for each chunk: "device"; "cpu"; or a number m
             to keep every m-th on the device and compute the others again. None: "device", and "cpu" with model offload.
         decoder_gradient: "exact"; or an approximation, which takes less time and keeps fewer states. "last_chunk": a
-            frame's gradient reaches the latents that it is decoded from, and the state before them counts as a
-            constant. "window:w": it reaches w chunks more; of a clip with all frames scored, w + 1 chunks at a
-            time, counted from the end, are exact by themselves. A chunk is one latent of Wan, and two of CogVideoX.
+            frame's gradient reaches only the latents that it is decoded from; the state before them is treated as
+            a constant. "window:w": it reaches w more chunks; if all frames are scored, each group of w + 1 chunks,
+            counted from the end, is exact by itself. A chunk is one latent of Wan, and two of CogVideoX.
             `testing.check_model` prints how far off they are.
     """
 
@@ -28,7 +28,7 @@ class CausalDecoder:
     _gradient = "exact"
 
     def set_decoder(self, defaults: dict) -> None:
-        """Take both settings from a model's defaults. Raises ValueError for what they cannot be."""
+        """Take both settings from a model's defaults. Raises ValueError for invalid values."""
         self.decoder_states = defaults.get("decoder_states")
         self.decoder_gradient = defaults.get("decoder_gradient", "exact")
 
@@ -38,7 +38,7 @@ class CausalDecoder:
 
     @decoder_states.setter
     def decoder_states(self, value: str | int | None) -> None:
-        States("device" if value is None else value)  # what cannot be is an error now
+        States("device" if value is None else value)  # raises now for an invalid value
         self._states = value
 
     @property

@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 # (latents of a chunk, state) -> (its frames (B, f, …), next state). A state is a tree of tensors and other values; it
-# must not be changed in place, for it is used again.
+# must not be changed in place, since it is used again.
 Chunk = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 

@@ -30,8 +30,8 @@ SIDES = "height", "width"
 class CogVideoX(CausalDecoder, TextByT5):
     """A `CogVideoXTransformer3DModel` with T5's text encoder and a causal autoencoder.
 
-    Clips have 8 k + 1 frames, or 8 k where the network (not 1.5's) takes latents one by one: an even number
-    of latents is decoded to four frames each, and the first one of an odd number to one.
+    Clips have 8 k + 1 frames, or 8 k where the network (not 1.5's) takes latents one by one: latents
+    are decoded to four frames each, except that the first of an odd number is decoded to one.
     """
 
     family = "CogVideoXPipeline"
@@ -91,7 +91,7 @@ class CogVideoX(CausalDecoder, TextByT5):
     def encode(self, prompts, sampling=None, generators=None) -> Conditioning:
         """T5's states of the texts, (B, 226, 4096); the network is given those of the padding, too."""
         if sampling is not None:
-            self.latent_shape(sampling)  # what cannot be made is an error before T5 is at work
+            self.latent_shape(sampling)  # raises for invalid sizes, before T5 runs
         states = self.text_states(prompts).items()
         return Conditioning(
             {branch: {"encoder_hidden_states": x.to(self.device)} for branch, x in states}
@@ -110,7 +110,7 @@ class CogVideoX(CausalDecoder, TextByT5):
         return cogvideox_vae.frames_of(self.vae, latents)
 
     def latents_of(self, frames: int) -> int | None:
-        """The number of latents of a clip of so many frames; None where there is none such."""
+        """The number of latents of a clip of this many frames; None if there is no such clip."""
         count = (frames - 1) // self.vae.config.temporal_compression_ratio + 1
         odd = count % 2 or not self.config.patch_size_t  # what `chunks` takes for granted
         return count if odd and self.frames_of(count) == frames else None
@@ -136,7 +136,7 @@ class CogVideoX(CausalDecoder, TextByT5):
         return self.config.in_channels, count, *(getattr(sampling, n) // self.scale for n in SIDES)
 
     def new_scheduler(self, sampling):
-        """As the base's. Raises ValueError for a scheduler whose step is another, and a noise without effect."""
+        """As the base's. Raises ValueError for a scheduler with a different step, and for an eta without effect."""
         name = type(self.scheduler).__name__
         if name == "CogVideoXDPMScheduler":
             raise ValueError(f"{name} cannot be replayed: take CogVideoXDDIMScheduler.from_config")

@@ -66,7 +66,7 @@ def chunks(
 
 
 def frames_of(vae: Any, latents: int) -> int:
-    """The number of frames that so many latents are decoded to: a last one for itself, and fours."""
+    """The number of frames that this many latents are decoded to: four each, and one for an odd one."""
     return latents // 2 * 2 * vae.config.temporal_compression_ratio + latents % 2
 
 

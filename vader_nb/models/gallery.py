@@ -35,7 +35,7 @@ class Card:
         """On K."""
         if self.gain < SMALL_GAIN:
             return f"gain {self.gain:g}: K = 1 learns next to nothing, take {EARLIER_STEPS}"
-        # Of tiny-i2v, with 0.05, 40 steps of K = 1 raised nothing, and of K = 5 the reward and a held-out one.
+        # For tiny-i2v, with 0.05, 40 steps at K = 1 raised nothing; at K = 5 they raised the reward and a held-out one.
         return f"gain {self.gain:g}: {'K = 1 learns' if self.gain >= 0.1 else 'K = 1 learns little, take more'}"
 
 

@@ -37,9 +37,9 @@ CACHED_PROMPTS = 1000  # texts whose states a model keeps: 8 kB per token in hal
 
 
 class HunyuanVideo(ModelOfParts):
-    """A `HunyuanVideoTransformer3DModel` with the text of LLaMA and CLIP, and a decoder that knows time.
+    """A `HunyuanVideoTransformer3DModel` with LLaMA and CLIP as text encoders, and a temporal decoder.
 
-    `guidance_scale` is told to the network. Classifier-free guidance with the negative prompt, in a second call, is
+    `guidance_scale` is an input of the network. Classifier-free guidance with the negative prompt, in a second call, is
     the option `true_cfg_scale`. `defaults["vae_tiling"]` is diffusers' `vae.enable_tiling()`: the decoder takes 256 x 256
     pixels at a time, in training and sampling alike. Without, its attention over 720 x 1280 needs tens of GiB.
     """
@@ -94,8 +94,8 @@ class HunyuanVideo(ModelOfParts):
         return super().combine(outputs, t, replace(sampling, guidance_scale=scale))
 
     def encode(self, prompts, sampling: Any = None, generators=None) -> Conditioning:
-        """LLaMA's states of the texts, which of them are padding, CLIP's summary of each, and the guidance scale."""
-        self.latent_shape(sampling)  # an error comes before the encoders are at work
+        """LLaMA's states of the texts, their padding mask, CLIP's pooled output, and the guidance scale."""
+        self.latent_shape(sampling)  # raises for invalid sizes, before the encoders run
         columns, needed = self.texts(prompts), self.branches(sampling)
         both = [text for branch in needed for text in columns[branch]]
         known = cached(self._embeddings, both, self._embed, CACHED_PROMPTS)
@@ -166,7 +166,7 @@ class HunyuanVideo(ModelOfParts):
         return scheduler
 
     def initial_latents(self, sampling, generators) -> torch.Tensor:
-        """As the base's, never in half precision; nor are the steps, of which diffusers rounds each."""
+        """As the base's, but never in half precision; nor are the steps, each of which diffusers rounds."""
         wide = torch.promote_types(self.dtype, torch.float32)
         shape = (len(generators), *self.latent_shape(sampling))
         return randn_tensor(shape, generator=generators, device=self.device, dtype=wide)

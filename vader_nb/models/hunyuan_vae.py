@@ -17,7 +17,7 @@ RECOMPUTED |= {"HunyuanVideoResnetBlockCausal3D", "HunyuanVideoUpsampleCausal3D"
 
 
 def decode(vae: Any, latents: torch.Tensor, frames: list[int] | None) -> torch.Tensor:
-    """Frames (F, 3, H, W) in [0, 1] of one clip's latents (C, f, h, w), of all for None; by the parts that they need."""
+    """Frames (F, 3, H, W) in [0, 1] of one clip's latents (C, f, h, w); None: all. Decodes only the parts needed."""
     part, places = needed(vae, latents, frames)
     pixels = vae.decode(part[None].to(vae.dtype) / vae.config.scaling_factor).sample[0]
     return (pixels.transpose(0, 1)[places] / 2 + 0.5).clamp(0, 1)
@@ -36,7 +36,7 @@ def decode_vjp(
 def needed(
     vae: Any, latents: torch.Tensor, frames: list[int] | None
 ) -> tuple[torch.Tensor, list[int]]:
-    """The latents (C, f, h, w) of which `vae` makes these frames as it does of all, and where they are then."""
+    """The latents (C, f, h, w) that are enough to decode these frames exactly, and the frames' new indices."""
     count, time = latents.shape[1], vae.temporal_compression_ratio
     every = range((count - 1) * time + 1)
     frames = list(every) if frames is None else [every[frame] for frame in frames]

@@ -2,8 +2,9 @@
 
 Its decoder looks 22 latents back and ahead: a clip is decoded whole, its blocks computed again in the backward pass.
 
-Decoders of 0.9.1 and later refine latents that are noised a little. That noise, and what some of their blocks draw, come
-from fixed seeds and are the same for all clips of one size: scores, their gradients and videos see the same.
+Decoders of 0.9.1 and later refine latents that are noised a little. That noise, and the noise that some of their
+blocks draw, come from fixed seeds and are the same for all clips of one size, so scores, gradients and videos all see
+the same.
 """
 
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ def decode_noise(like: torch.Tensor) -> torch.Tensor:
 
 
 def fix_noise(vae: Any) -> None:
-    """Let blocks of the decoder that draw noise draw the same in every call, also where they are computed again."""
+    """Make the decoder's blocks that draw noise draw the same in every call, even when they are recomputed."""
     blocks = [block for block in vae.decoder.modules() if isinstance(block, LTXVideoResnetBlock3d)]
     for index, block in enumerate(blocks):
         if block.per_channel_scale1 is not None:

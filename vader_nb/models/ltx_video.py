@@ -30,7 +30,7 @@ DEFAULTS |= {"height": 512, "width": 704}
 
 
 class LTXVideo(TextByT5):
-    """An `LTXVideoTransformer3DModel` with T5's text encoder and a decoder that knows time.
+    """An `LTXVideoTransformer3DModel` with T5's text encoder and a temporal decoder.
 
     With decoders of 0.9.1 and later, `defaults["decode_timestep"]` is the noise level that they are told, and
     `defaults["decode_noise_scale"]` the share of noise in their latents.
@@ -81,7 +81,7 @@ class LTXVideo(TextByT5):
     # ------------------------------------------------------------------ the text
 
     def encode(self, prompts, sampling: Any = None, generators=None) -> Conditioning:
-        """T5's states of the texts, which of them are padding, and where the tokens of a clip stand."""
+        """T5's states of the texts, their padding mask, and the positions of a clip's tokens."""
         columns = self.texts(prompts)
         places = self.places(sampling).expand(len(prompts), -1, -1)
         states, branches = self.text_states(prompts), {}
@@ -125,7 +125,7 @@ class LTXVideo(TextByT5):
         return torch.arange(count) * self.vae.temporal_compression_ratio
 
     def new_scheduler(self, sampling):
-        """A schedule with more steps at high noise the larger and longer the clip is, as in diffusers."""
+        """A schedule with more steps at high noise for larger and longer clips, as in diffusers."""
         if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 f"{self.name!r} is a rectified flow: {type(self.scheduler).__name__} cannot sample it, "

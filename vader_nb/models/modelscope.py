@@ -47,8 +47,8 @@ DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 9.0, "num_frames": 16, 
 class TextOncePerClip(AttnProcessor2_0):
     """Attention whose keys and values of the text are computed once per clip.
 
-    `UNet3DConditionModel` repeats the text for each frame. All frames of a clip are queries to one text here,
-    which is the same attention.
+    `UNet3DConditionModel` repeats the text for each frame. Here all frames of a clip are queries to one text,
+    which gives the same attention.
     """
 
     def __call__(
@@ -104,8 +104,8 @@ class ModelScope(ModelOfParts):
     def _embed(self, text: str) -> torch.Tensor:
         """The text encoder's states (tokens, width), on the CPU.
 
-        One text at a time: the result must not depend, not even in the last bit, on the others that
-        it was first encoded with.
+        One text at a time: the result must not depend, even in the last bit, on which other texts it
+        was first encoded with.
         """
         self.onload(self.text_encoder)
         warn_truncated(self.tokenizer, text)
@@ -144,7 +144,7 @@ class ModelScope(ModelOfParts):
         if frames is None:
             return torch.cat([self.decode(latents, [i]) for i in range(latents.shape[2])], dim=1)
         self.onload(*self.decoders())
-        # The autoencoder knows no time, so any frame on its own is exact.
+        # The autoencoder has no temporal layers, so any frame on its own is exact.
         chosen = latents[:, :, frames].transpose(1, 2)  # (B, f, C, H, W)
         scaled = chosen.flatten(0, 1) / self.vae.config.scaling_factor
         pixels = self.vae.decode(scaled.to(self.vae.dtype)).sample
@@ -157,7 +157,7 @@ class ModelScope(ModelOfParts):
             "Transformer2DModel",
             "TransformerTemporalModel",
         }
-        # By the names of all its classes: an engine (FSDP) or a compiler makes a class of its own of a block's.
+        # By the names of all its classes, since an engine (FSDP) or a compiler derives its own class from a block's.
         return [
             module
             for module in self.denoiser.modules()

@@ -1,8 +1,8 @@
 """Open-Sora 1.2 (github.com/hpcaitech/Open-Sora), for which diffusers has no pipeline.
 
 Its networks are in `opensora_networks`; T5 and the schedule are transformers' and diffusers'. Latents
-come in chunks: 17 frames are 5 latents, and what is left of a clip takes one per 4 frames. The first
-frames that a chunk decodes to are cut where there are too many.
+come in chunks: 17 frames are 5 latents, and what is left of a clip takes one per 4 frames. If a chunk
+decodes to too many frames, the first ones are cut.
 """
 
 import html
@@ -61,8 +61,8 @@ CACHED_PROMPTS = 1000  # prompts whose embeddings a model keeps: 8 kB per token 
 class OpenSora(TextOnDisk):
     """`STDiT3` with T5's text encoder, and autoencoders over time and over space.
 
-    Latents do not tell clips apart whose lengths differ by less than 4 frames: `decode` goes by the latest
-    settings that made clips of so many latents.
+    Latents cannot tell apart clips whose lengths differ by less than 4 frames: `decode` uses the latest
+    settings that made clips with this many latents.
     """
 
     targets = {"transformer": ("qkv", "q_linear", "kv_linear")}
@@ -187,7 +187,7 @@ class OpenSora(TextOnDisk):
         caption has.
         """
         columns = self.texts(prompts)
-        self.latent_shape(sampling)  # a size that cannot be made is an error before T5 is at work
+        self.latent_shape(sampling)  # raises for invalid sizes, before T5 runs
         self.encode_texts(prompts)
         captions, negatives = columns["prompt"], columns["negative"]
         both = captions + [text for text in negatives if text]
@@ -245,7 +245,7 @@ class OpenSora(TextOnDisk):
         return channels, count, height, width
 
     def new_scheduler(self, sampling):
-        """A schedule with more steps at high noise the larger and longer the clip is."""
+        """A schedule with more steps at high noise for larger and longer clips."""
         if not is_flow(self.scheduler):
             raise ValueError(
                 f"{self.name!r} is a rectified flow: {type(self.scheduler).__name__} cannot sample it, "
@@ -313,7 +313,7 @@ class OpenSora(TextOnDisk):
 
 
 def cleaned(caption: str) -> str:
-    """A caption as the text encoder's captions were in training: twice, as entities may be escaped twice."""
+    """A caption, cleaned as in training: twice, since entities may be escaped twice."""
     if is_ftfy_available() and is_bs4_available():
         rules: Any = PixArtAlphaPipeline
         return rules._clean_caption(rules, rules._clean_caption(rules, caption))

@@ -154,7 +154,7 @@ def positions(height: int, width: int, channels: int, scale: torch.Tensor) -> to
     Args:
         height, width: of the grid of tokens.
         channels: a multiple of 4.
-        scale: side of a square of the clip's size, relative to the size that positions count in.
+        scale: side of a square with the clip's area, relative to the size that positions are counted in.
     """
     base, half = round((height * width) ** 0.5), channels // 2
     device = scale.device

@@ -101,8 +101,8 @@ class ModelOfParts(VideoModel):
 
     @classmethod
     def of(cls, checkpoint, name: str, parts: dict[str, Any], index: dict) -> Any:
-        """The model of these parts and of this `model_index.json`, frozen and in eval mode for good: some networks
-        hold a dropout."""
+        """The model of these parts and of this `model_index.json`, frozen and always in eval mode, since some
+        networks contain dropout."""
         make: Any = cls
         model = make(name, **parts, defaults=checkpoint.defaults, world=checkpoint.world)
         model.family = checkpoint.family

@@ -1,8 +1,8 @@
 """Stable Video Diffusion (arXiv 2311.15127), image to video, and the embedded `tiny-i2v` model.
 
 Both are diffusers `StableVideoDiffusionPipeline` directories. A clip starts from the image of its
-`Prompt`, which also stands in its first frame. There is no text encoder: the text is for rewards alone.
-The decoder mixes the frames that it is given, so a clip is decoded whole, or in chunks of its own.
+`Prompt`, which its first frame also shows. There is no text encoder: the text is only for rewards.
+The decoder mixes the frames that it is given, so a clip is decoded whole, or in independent chunks.
 """
 
 from typing import Any
@@ -68,7 +68,7 @@ DEFAULTS = {
 
 
 class StableVideoDiffusion(ModelOfParts):
-    """A `UNetSpatioTemporalConditionModel` that continues an image, with a decoder that knows time.
+    """A `UNetSpatioTemporalConditionModel` that continues an image, with a temporal decoder.
 
     `defaults["decode_chunk_size"]` says how many frames the decoder mixes; None for the whole clip, as in
     diffusers. Chunks are independent of each other, so any frame is decoded exactly from its chunk.
@@ -268,7 +268,7 @@ def checked_image(name: str, prompt: str | Prompt) -> torch.Tensor:
     """The image (1, 3, H, W) in [0, 1] of a prompt for the model of this name.
 
     Raises:
-        ValueError: without one, and for a tensor that is none.
+        ValueError: if it has none, or a tensor that is not an image.
     """
     image = getattr(prompt, "image", None)
     if image is None:

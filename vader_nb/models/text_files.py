@@ -1,5 +1,5 @@
-"""Text encoders' states on disk: a file each, `texts/ENCODER/….states` in $VADER_NB_CACHE, or in `vader_nb` beside the
-hub's cache. Any of them may be deleted at any time; the least recently used are, beyond `MOST` bytes."""
+"""Text encoders' states on disk: a file each, `texts/ENCODER/….states` in $VADER_NB_CACHE, or `vader_nb` next to the
+hub's cache. You may delete any of them at any time; beyond `MOST` bytes, the least recently used are deleted."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ def digest(facts: Any) -> str:
 def samples(place: Path) -> list[tuple]:
     """What changes with the files of a directory: their names, sizes and times, and digests of some bytes in 256 places.
 
-    To read all would take as long as to load the encoder.
+    Reading everything would take as long as loading the encoder.
     """
     found = []
     for path in sorted(path for path in place.iterdir() if path.is_file()):
@@ -55,7 +55,7 @@ def load(path: Path) -> torch.Tensor | None:
 
 
 def save(path: Path, states: torch.Tensor) -> None:
-    """Write a file, whole or not at all; one that cannot be written is a warning."""
+    """Write a file, whole or not at all; if it cannot be written, warn."""
     content = safetensors.torch.save({"states": states.cpu().contiguous()})
     part = path.with_name(f"{secrets.token_hex(8)}.part")
     try:

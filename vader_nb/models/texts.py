@@ -1,7 +1,7 @@
-"""Text encoders of gigabytes, kept out of memory: read for new texts alone, once for all of them.
+"""Text encoders of several gigabytes, kept out of memory: loaded only for new texts, once for all of them.
 
-What an encoder says of a text, its states, is kept on disk (`text_files`), in a file whose name has all that it depends
-on: the encoder's files, the token ids (and so the tokenizer), and what rounds: types, the device's type, versions.
+An encoder's states of a text are kept on disk (`text_files`), in a file named by a hash of all that they depend on:
+the encoder's files, the token ids (and so the tokenizer), and what affects rounding: dtypes, device type, versions.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class TextOnDisk(VideoModel):
 
 
 class StoredEncoder(nn.Module):
-    """Stands for a text encoder: its states are read from disk, and the encoder only where they are not there.
+    """Stands in for a text encoder: reads its states from disk, and loads the encoder only if they are not there.
 
     Args:
         read: loads the encoder.
@@ -87,7 +87,7 @@ class StoredEncoder(nn.Module):
         self.reader: Any = None  # in place of `encoder`, to read it once for many texts
 
     def to(self, *args, **kwargs) -> "StoredEncoder":
-        """Convert the encoder, once it is read, as it would have been."""
+        """Note a conversion, to be applied to the encoder once it is loaded."""
         given = (*args, *kwargs.values())
         dtype = next((x for x in given if isinstance(x, torch.dtype)), None)
         self.dtypes += [dtype] if dtype not in (None, self.dtypes[-1]) else []
@@ -172,5 +172,5 @@ def on_meta(kind: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 def whole(part: Any, device: torch.device = CPU) -> Any:
-    """The encoder itself, read for this, for what stands for it; other parts as they are."""
+    """For a stand-in, the encoder itself, loaded for this; other parts as they are."""
     return part.encoder(device) if isinstance(part, StoredEncoder) else part

@@ -1,4 +1,4 @@
-"""The text of Wan's families: UMT5's states, and zeros after them, of which the transformer is told nothing."""
+"""The text of Wan's families: UMT5's states, then zeros, without a mask for the transformer."""
 
 from typing import Any
 

@@ -28,7 +28,7 @@ from .modelscope import DEFAULTS, ModelScope
 FILE = "model.ckpt"
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
 DEEPSPEED = "_forward_module."
-# In the file and not in the model: tables of the schedule, and what the text's last-but-one states do not pass.
+# In the file but not in the model: tables of the schedule, and what follows the text's second-to-last states.
 SCHEDULE = {
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "scale_arr", "scale_factor", "logvar"),
     *("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod"),
@@ -116,7 +116,7 @@ class DynamicScaleDDIM(DDIMScheduler):
     def step(
         self, model_output, timestep, sample, eta=0.0, generator=None, **options
     ) -> DDIMSchedulerOutput:
-        """As diffusers' DDIM, whose clean latents are divided by the scale here and multiplied by that before."""
+        """As diffusers' DDIM, but clean latents are divided by this timestep's scale and multiplied by the next's."""
         plain: Any = super().step(model_output, timestep, sample, eta=eta, generator=generator)
         steps: Any = self.num_inference_steps
         before = timestep - self.config["num_train_timesteps"] // steps

@@ -33,8 +33,8 @@ class Wan(CausalDecoder, FromFirstFrame):
     Made for bfloat16; the autoencoder is best in float32 (`dtype={"vae": torch.float32, …}`).
 
     Attributes:
-        boundary_ratio: with two experts, the timestep, as a part of the whole, from which on `transformer` denoises;
-            below, `transformer_2` does. The last steps therefore train `transformer_2` alone.
+        boundary_ratio: with two experts, the timestep, as a fraction of all, at and above which `transformer` denoises;
+            below it, `transformer_2` does. So the last steps train only `transformer_2`.
         expand_timesteps: the transformer is told a timestep for each of its tokens (Wan 2.2 5B), and prompts may
             have an image, which the clip then starts from.
     """
@@ -88,7 +88,7 @@ class Wan(CausalDecoder, FromFirstFrame):
         return [self.vae.post_quant_conv, self.vae.decoder]
 
     def blocks(self) -> list[nn.Module]:
-        # By the names of all its classes: an engine (FSDP) or a compiler makes a class of its own of a block's.
+        # By the names of all its classes, since an engine (FSDP) or a compiler derives its own class from a block's.
         return [
             module
             for denoiser in self.denoisers.values()

@@ -1,5 +1,5 @@
-"""The published architectures of Wan, for `from_config`; what is missing here is the classes' own default. And what its
-authors, and with them ComfyUI and kohya's tools, call the layers."""
+"""The published architectures of Wan, for `from_config`; what is missing here is the classes' own default. And the
+names that its authors, and likewise ComfyUI and kohya's tools, use for the layers."""
 
 T5 = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 256384}
 T5 |= {"is_encoder_decoder": False}

@@ -1,7 +1,7 @@
-"""The image that a video of Wan continues, and Wan 2.2 5B's way to continue it, which is beside text to video.
+"""The image that a Wan video continues, and how Wan 2.2 5B, which also does text to video, continues it.
 
-Its transformer is told a timestep for each token. With an image in the prompts the first latent is the encoded image in
-every call, whose tokens are told t = 0, and once more at the end.
+Its transformer is given a timestep for each token. If the prompts have images, the encoded image replaces the first
+latent in every call, with t = 0 for its tokens, and once more at the end.
 """
 
 from dataclasses import replace

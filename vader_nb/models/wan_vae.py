@@ -70,9 +70,9 @@ def decode_chunk(vae: Any, latent: torch.Tensor, state: list) -> tuple[torch.Ten
 
 @contextlib.contextmanager
 def recomputed(decoder: nn.Module) -> Iterator[None]:
-    """Inside, the decoder's blocks keep their inputs only where there is a graph, and compute the rest again backwards.
+    """Inside, where there is a graph, the decoder's blocks keep only their inputs and recompute the rest in backward.
 
-    A latent's graph takes 8 GB for 480 x 832 pixels in half precision, and 19 GB without. diffusers' class has no
+    A latent's graph takes 8 GB for 480 x 832 pixels in half precision, and 19 GB without this. diffusers' class has no
     checkpointing: its blocks write into the list of caches that they are given.
     """
     blocks = [block for block in decoder.modules() if isinstance(block, RECOMPUTED)]
@@ -116,7 +116,7 @@ def encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean, and one by the deviation, of the autoencoder's latents (1, C, 1, 1, 1)."""
+    """Mean, and 1 / standard deviation, of the autoencoder's latents (1, C, 1, 1, 1)."""
     names = ("latents_mean", "latents_std")
     mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1).to(like) for name in names)
     return mean, 1 / std

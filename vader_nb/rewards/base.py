@@ -74,7 +74,7 @@ class Reward:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Which reward this is exactly, also in another process: weights, checkpoint, arguments."""
+        """Identifies this exact reward, in other processes too: weights, checkpoint, arguments."""
         options = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str)}
         return f"{type(self).__module__}.{type(self).__qualname__}{options or ''}"
 
@@ -196,7 +196,7 @@ class Reward:
 class Combined(Reward):
     """A function of the scores of rewards; frame scores broadcast over clip scores.
 
-    `template` makes the name of the operands: rewards, and numbers that the function holds.
+    `template` makes the name from the operands: rewards, and numbers that the function holds.
     """
 
     def __init__(self, function: Callable, template: str, *operands: Reward | float):

@@ -50,8 +50,8 @@ IGNORED = (  # a constant, and the projections of BLIP's contrastive training: n
 class ImageReward(NetworkReward):
     """Preference score of each frame for its clip's prompt, in published standard deviations.
 
-    The prompt's tokens look at the picture in every layer of the text encoder, so that only the
-    tokens can be computed ahead.
+    The prompt's tokens look at the picture in every layer of the text encoder, so only the
+    tokens can be computed in advance.
     """
 
     name, unit = "image reward", "standard deviations"

@@ -109,7 +109,7 @@ def _check_gradient(report, reward, value, leaf, prompts) -> bool:
     report.add("gradient reaches pixels", silent < 0.9, f"{silent:.0%} of pixels get none")
     with torch.no_grad():
         direction = gradient / norm.clamp(min=1e-20)
-        # As small as float32 allows: a network is straight only over a short way. No pixel moves
+        # As small as float32 allows: a network is linear only over a short distance. No pixel moves
         # by more than 0.01.
         small = 2e-3 * max(value.abs().sum().item(), 1e-2) / norm.clamp(min=1e-20)
         size = min(small.item(), 0.01 / direction.abs().max().clamp(min=1e-20).item())

@@ -21,8 +21,8 @@ FILE = "efficientnet-lite0-57934424.pth"
 
 
 class ClassProbability(NetworkReward):
-    """The softmax probability of one class in each frame, whose shorter side is resized to 256 and whose center of
-    224 x 224 is seen."""
+    """The softmax probability of one class in each frame, resized to a shorter side of 256 and cropped to the
+    central 224 x 224."""
 
     unit, range, per_frame = "probability", (0.0, 1.0), True
 

@@ -50,7 +50,7 @@ class CLIP(FrozenNetworks):
         self.preprocessing = {"size": size, "mean": mean, "std": std, "resize": resize}
         self.preprocessing["interpolation"] = interpolation
         preprocess(torch.zeros(1, 3, 8, 8), **self.preprocessing)  # raises for an unknown resize
-        # exp() would turn the rounding of half precision into a percent of every score.
+        # exp() would turn the rounding of half precision into an error of a percent in every score.
         if encode_text:
             self.logit_scale = at_least_float32(network.logit_scale.detach().clone())
 
@@ -187,8 +187,8 @@ def hps(
 ) -> Reward:
     """Human preference score of (frame, prompt) (arXiv 2306.09341).
 
-    The cosine, not times CLIP's temperature, as HPSv2 and VADER report it; 0.2 to 0.35 is usual.
-    Scores compare only for one prompt and one version.
+    The cosine, not multiplied by CLIP's temperature, as in HPSv2 and VADER; 0.2 to 0.35 is usual.
+    Scores are comparable only for the same prompt and version.
 
     Args:
         checkpoint: "v2.1" (the same as "published") or "v2.0", through open_clip's ViT-H-14 and

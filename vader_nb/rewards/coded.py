@@ -72,7 +72,7 @@ def jpeg_bytes(quality: int = 75) -> Reward:
 def h264_bytes(crf: int = 23) -> Reward:
     """Minus the size of each clip as an mp4 file, in bits per pixel, for evaluation: no gradient.
 
-    It sees time, as no JPEG does: what moves, flickers or changes has to be coded. Files as
+    Unlike JPEG, it sees time: what moves, flickers or changes has to be coded. Files as
     `Video.save` writes them (x264 in one thread, so that they are the same everywhere; frames are
     4:2:0; container included). Encoded at the frame rate of the model that is evaluated.
 

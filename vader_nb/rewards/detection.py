@@ -172,8 +172,8 @@ def object_removal(
 
     VADER's reward (arXiv 2407.08737), but smooth: VADER counts only boxes above a threshold, with
     no gradient below it. Pictures are scaled to a height of 512, the width in proportion.
-    Grounding DINO's gradient leaves out, as in its training, what a pixel does to the choice and
-    the place of its queries.
+    As in its training, Grounding DINO's gradient leaves out a pixel's effect on the choice and the
+    position of its queries.
 
     Args:
         target: for YOLOS one of its labels (COCO's 80 objects), for Grounding DINO any one phrase.

@@ -19,10 +19,10 @@ class SubjectConsistency(NetworkReward):
     """The mean cosine between DINOv2's vectors of a clip's frames, with a floor under its motion.
 
     Without `distance` each frame is compared with the one before it and with the first, as VBench's
-    subject consistency does (with DINO, whose numbers differ); with it, frames so far apart.
+    subject consistency does (with DINO, whose numbers differ); with it, frames that far apart are.
 
     The floor is a mean change |f[t+1] - f[t]| of the pixels. A clip that moves less loses the share
-    that it lacks: a frozen one, whose cosine is 1, scores 0, like one of unrelated pictures.
+    by which it falls short: a frozen one, whose cosine is 1, scores 0, like one of unrelated pictures.
     """
 
     unit, per_frame = "cosine", False
@@ -82,9 +82,9 @@ def subject_consistency(
     dtype=torch.float32,
     from_config=False,
 ) -> Reward:
-    """How alike a clip's frames stay to DINOv2, 1 at most. Prompts are ignored.
+    """How alike a clip's frames look to DINOv2, at most 1. Prompts are ignored.
 
-    Of each frame the central square is seen. As a held-out metric of long clips, say
+    It sees the central square of each frame. As a held-out metric for long clips, use
     `subject_consistency(distance=16, floor=0)`: near pairs hide what far ones show. `.curve(frames)`
     gives all distances at once.
 

@@ -60,7 +60,7 @@ def parse(expression: str, tiny: bool = False, from_config: bool = False) -> Rew
 
     Raises:
         ValueError: points at what was not understood.
-        FileNotFoundError: weights, or a file of functions, cannot be had.
+        FileNotFoundError: weights, or a file of functions, cannot be found.
     """
     result = _Parser(expression, tiny, from_config).parse()
     if not isinstance(result, Reward):
@@ -149,7 +149,7 @@ class _Parser:
 
 
 def load_function(path: str, name: str) -> Callable:
-    """What `name` is in the Python file at `path`, which is run.
+    """The function `name` of the Python file at `path`, which is run.
 
     Raises:
         FileNotFoundError: there is no such file.

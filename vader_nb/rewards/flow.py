@@ -19,7 +19,7 @@ UPDATES = 12  # of the flow, as torchvision's default
 class FlowSmoothness(NetworkReward):
     """Minus the mean change of the optical flow between pairs of frames, with a floor under it.
 
-    What the mean flow falls short of `floor` is subtracted: otherwise a frozen clip is perfect.
+    If the mean flow is below `floor`, the shortfall is subtracted: otherwise a frozen clip is perfect.
     Flows are in fractions of the picture's diagonal per frame, so that the size of the frames does
     not matter, and are compared at the same place of the picture (not along the path of what moves
     there, so that an object's edge counts as change).
@@ -27,7 +27,7 @@ class FlowSmoothness(NetworkReward):
 
     name, range, unit, per_frame = "flow smoothness", (-float("inf"), 0.0), "diagonals/frame", False
     min_frames = 3
-    frames_at_once = 1  # pairs: what RAFT compares is the square of a picture's area
+    frames_at_once = 1  # pairs: RAFT's comparisons grow with the square of a picture's area
 
     def __init__(self, raft: RAFT, floor: float = 0.0):
         super().__init__([raft])
@@ -62,7 +62,7 @@ class FlowSmoothness(NetworkReward):
         return -(change + missing).unsqueeze(1)
 
     def to(self, *args, **kwargs):
-        # Pixels are looked up at fractions of their places, which half precision cannot count.
+        # Pixels are looked up at fractional positions, which half precision cannot represent.
         wanted = torch.empty(0, dtype=self.dtype).to(*args, **kwargs)
         return super().to(wanted.device, torch.promote_types(wanted.dtype, torch.float32))
 

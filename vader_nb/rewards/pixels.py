@@ -84,8 +84,8 @@ class Compressibility(Reward):
 class MotionSmoothness(Reward):
     """Minus the mean acceleration |f[t-1] - 2 f[t] + f[t+1]| of the pixels.
 
-    What the mean change |f[t+1] - f[t]| falls short of `floor` is subtracted: otherwise a frozen
-    clip is perfect.
+    If the mean change |f[t+1] - f[t]| is below `floor`, the shortfall is subtracted: otherwise a
+    frozen clip is perfect.
     """
 
     name, range, per_frame = "motion smoothness", (-4.0, 0.0), False

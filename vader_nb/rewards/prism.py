@@ -28,8 +28,8 @@ class VideoPrism(NetworkReward):
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """The model's input (B, N, 3, size, size), for the N frames that it takes.
 
-        They begin N equal stretches of the clip, as in its authors' code; of fewer frames some are
-        repeated. Pixels stay in [0, 1].
+        Each is the first frame of one of N equal stretches of the clip, as in its authors' code; if there
+        are fewer, some are repeated. Pixels stay in [0, 1].
         """
         config = self.model.config.vision_config
         place = torch.arange(config.num_frames) * frames.shape[1] // config.num_frames
@@ -56,8 +56,8 @@ def videoprism(
 ) -> Reward:
     """How well a clip fits its prompt, -1 to 1, in VideoPrism LvT: what happens and how it looks.
 
-    Of any number of frames 16 are seen, evenly spread and squashed to 288 x 288; of a prompt 64
-    tokens. Its attention looks at all 4,096 patches of a clip at once and keeps the comparisons of
+    From a clip of any length, 16 frames are seen, evenly spread and squashed to 288 x 288; from a
+    prompt, 64 tokens. Its attention looks at all 4,096 patches of a clip at once and keeps the comparisons of
     one layer at a time, which takes gigabytes a clip: see `vader_nb.rewards.table()`.
 
     Args:

@@ -3,8 +3,8 @@
     vader-nb evaluate runs/mine held_out_reward=http://localhost:8000/score
 
 The protocol: a POST of JSON, `{"prompts": [text, …], "fps": 8, "frames": "…"}`, where `frames` is a
-.npy file in base64 that holds uint8 (B, F, H, W, 3), the clips rounded to 8 bits as a video has
-them; `fps` is null where nobody said it. The answer: `{"scores": [number, …]}`, one finite number
+.npy file in base64 that holds uint8 (B, F, H, W, 3), the clips rounded to 8 bits as in a video
+file; `fps` is null if it is not known. The answer: `{"scores": [number, …]}`, one finite number
 per clip, higher is better. A whole server:
 
     import base64, io, json
@@ -30,9 +30,9 @@ per clip, higher is better. A whole server:
     ThreadingHTTPServer(("127.0.0.1", 8000), Judge).serve_forever()
 
 It is asked again, after 1, 2, 4 and 8 seconds, when it does not answer or is busy (429, 502, 503,
-504). A server that is away when the work would start, or fails on the first clips, stops it. One
-that goes away later costs its own column of an evaluation, or the validation of that moment; all
-else goes on, with a warning.
+504). If a server is away at the start, or fails on the first clips, the run stops. If it goes
+away later, only its own column of an evaluation, or that one validation, is lost; everything else
+continues, with a warning.
 """
 
 import base64
@@ -72,7 +72,7 @@ class ServerReward(Reward):
         self.fps = fps
 
     def check_ready(self):
-        """A GET: whatever answers is there, but for 404, by which the address is wrong."""
+        """A GET: any answer means that it is there, except 404: then the address is wrong."""
         try:
             self.ask(self.url)
         except urllib.error.HTTPError as error:
@@ -135,9 +135,9 @@ class ServerReward(Reward):
 def server(
     url: str, *, batch_size: int = 8, timeout: float = 120, tries: int = 5, backoff: float = 1.0
 ) -> Reward:
-    """What a server says of clips; `reward="http://host:port/score"` means it, too.
+    """Scores from a server; `reward="http://host:port/score"` means the same.
 
-    The protocol, and a server to start from, are in the text of the module `vader_nb.rewards.remote`.
+    The protocol, and a server to start from, are in the docstring of the module `vader_nb.rewards.remote`.
 
     Args:
         url: where to POST.

@@ -87,7 +87,7 @@ class VideoReward(NetworkReward):
         return twin
 
     def chosen(self, count: int) -> torch.Tensor:
-        """Indices of the frames that are seen of `count`: an even number, evenly spread."""
+        """Indices of the frames seen, out of `count`: an even number, evenly spread."""
         most = min(MOST_FRAMES, count // 2 * 2)
         number = min(max(count / self.fps * self.rate, LEAST_FRAMES), most)
         return torch.linspace(0, count - 1, round(number / 2) * 2).round().long()
@@ -130,7 +130,7 @@ class VideoReward(NetworkReward):
             tokens = self.tokenizer(text, return_tensors="pt", **options)["input_ids"]
             rows += [embed(tokens[0].to(video.device)), last]
             ends.append(sum(map(len, rows)) - 1)
-        # Plain positions, not Qwen2-VL's of three axes: it was trained by a forward without them.
+        # Plain positions, not Qwen2-VL's three-axis ones: it was trained with a forward pass without them.
         states = self.reader(inputs_embeds=torch.cat(rows)[None], use_cache=False).last_hidden_state
         scores = F.linear(*map(at_least_float32, (states[0, ends[1:]], self.head.weight)))
         return scores.diagonal() if scores.shape[1] == 3 else scores.squeeze(1)
@@ -225,7 +225,7 @@ def video_reward(
     dtype=torch.float32,
     from_config=False,
 ) -> Reward:
-    """How people would like a generated video: visual and motion quality, fit to the prompt.
+    """How much people would like a generated video: visual and motion quality, fit to the prompt.
 
     Each dimension is in standard deviations from the mean of its authors' videos, so bad clips are
     negative; `.parts()` has them apart. Two frames per second are seen and get a gradient (four at

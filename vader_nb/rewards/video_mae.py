@@ -17,7 +17,7 @@ from .gallery import find
 from .networks import NetworkReward, preprocess
 
 # In the published files queries and values have a bias under their own names, and keys have none.
-# transformers 5.15, for one, looks for query.bias, key.bias and value.bias: random ones otherwise.
+# transformers 5.15, for one, looks for query.bias, key.bias and value.bias; if missing, they are random.
 PUBLISHED_KEYS = {
     r"attention\.q_bias$": "attention.query.bias",
     r"attention\.v_bias$": "attention.value.bias",
@@ -119,7 +119,7 @@ def action(
 ) -> Reward:
     """Recognition of the action in the prompt: its log-probability, 0 is certainty.
 
-    Any number of frames from 2; an odd one is made even by repeating the last. Frames are squashed
+    Takes 2 or more frames; an odd number is made even by repeating the last. Frames are squashed
     to a square, as in VADER.
 
     Args:

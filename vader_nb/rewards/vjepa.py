@@ -1,4 +1,4 @@
-"""Temporal consistency as VADER's paper describes it, without a release: minus V-JEPA's loss."""
+"""Temporal consistency as in VADER's paper, which released no code for it: minus V-JEPA's loss."""
 
 import math
 from typing import Any
@@ -135,7 +135,7 @@ def temporal_consistency(
     """How well V-JEPA 2 (arXiv 2506.09985) predicts hidden parts of a clip from the rest of it.
 
     Minus its own training loss, as VADER's paper rewards image-to-video models (arXiv 2407.08737).
-    Prompts are ignored, and the central square is seen of an even number of frames. It was trained
+    Prompts are ignored. It sees the central square of an even number of frames. It was trained
     on 16 and 64 frames at 4 per second.
 
     The paper names neither masks nor checkpoint nor what the gradient goes through. Here the masks

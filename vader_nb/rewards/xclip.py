@@ -18,7 +18,7 @@ class TextVideo(NetworkReward):
 
     Frames exchange messages in the vision tower; their projected class tokens, mixed over time,
     are the clip's vector. The prompt's vector is shifted by what its words find in the clip's
-    patches (X-CLIP's video-specific prompts): it depends on the clip, the cached one does not.
+    patches (X-CLIP's video-specific prompts): it depends on the clip; the cached one does not.
     """
 
     name, range, unit, per_frame = "text video", (-1.0, 1.0), "cosine", False
@@ -36,8 +36,8 @@ class TextVideo(NetworkReward):
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """The model's input (B, N, 3, size, size), for the N frames that it takes.
 
-        They are the middles of N equal stretches of the clip, as in X-CLIP's evaluation; of fewer
-        frames some are repeated.
+        They are the middles of N equal stretches of the clip, as in X-CLIP's evaluation; if there are
+        fewer, some are repeated.
         """
         config = self.config.vision_config
         place = (torch.arange(config.num_frames) + 0.5) * frames.shape[1] / config.num_frames
@@ -74,7 +74,7 @@ def text_video(
 ) -> Reward:
     """How well a clip fits its prompt, -1 to 1, in X-CLIP: motion counts, not just single frames.
 
-    Of any number of frames 8 are seen, evenly spread, and of them the central square. (VADER's site
+    From a clip of any length, 8 frames are seen, evenly spread, and of each the central square. (VADER's site
     shows ViCLIP here, whose published files need remote code and have a disputed license.) This
     checkpoint learned from the names of Kinetics-400's actions, so it knows what people do better
     than how things look; microsoft/xclip-base-patch16-zero-shot loads the same way.
