@@ -1,4 +1,4 @@
-"""Frozen weights cut up over processes (two, on the CPU, over gloo): the same numbers, in less memory, on any number."""
+"""Frozen weights sharded over processes (two, on the CPU, over gloo): the same numbers, in less memory, on any number."""
 
 import shutil
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# Where it is installed, peft and diffusers import it, and it advises to install a kernel that nothing here calls.
+# If it is installed, peft and diffusers import it, and it advises installing a kernel that nothing here calls.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:

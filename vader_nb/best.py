@@ -158,7 +158,7 @@ def choose(
     means = scores.mean(1)
     candidates = means[1:]  # the base is no checkpoint
     place = 1 + int(candidates.nan_to_num(nan=-math.inf).argmax())  # of equals the earliest
-    # Training rewards since the checkpoint before.
+    # Training rewards since the previous checkpoint.
     spans = zip([steps[0], *steps], steps)
     since = [[r for step, r in trained.items() if a < step <= b] for a, b in spans]
     rewards = [sum(found) / len(found) if found else None for found in since]

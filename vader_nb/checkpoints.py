@@ -1,4 +1,4 @@
-"""A run's folder: readable at any moment, and never the worse for a crash.
+"""A run's folder: readable at any time, and intact after a crash.
 
     config.json                      what the run was asked to do
     metrics.jsonl                    one line per step
@@ -7,8 +7,8 @@
     stop                             written to request that the run ends after its current step
     .lock                            held by the process that writes
 
-Files are written beside their place, forced to the disk and renamed: a kill, a power cut or a full disk
-leaves the last whole one. A checkpoint that cannot be written is a warning: there may be room for the next.
+Files are written under a temporary name, flushed to disk and renamed: a kill, a power cut or a full disk
+leaves the last complete one. A checkpoint that cannot be written is a warning: there may be room for the next.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def run_folder(checkpoint: Path) -> Path:
     )
 
 
-# Settings whose product must stay when a run goes on: the clips of one optimizer step.
+# Settings whose product must not change when a run resumes: the clips of one optimizer step.
 CLIPS = ("num_processes", "batch_size", "gradient_accumulation_steps")
 
 
@@ -150,7 +150,7 @@ def begin(folder: Path, config: dict, step: int) -> None:
     (folder / STOP).unlink(missing_ok=True)  # meant for another run
     for leftover in (folder / "checkpoints").glob("step-*.part"):  # of a kill while writing one
         shutil.rmtree(leftover, ignore_errors=True)
-    # The newest first, so that a kill in between leaves a run that goes on from a whole checkpoint.
+    # The newest first, so that after a kill in between the run can still resume from a complete checkpoint.
     for later, path in sorted(list_checkpoints(folder).items(), reverse=True):
         if later > step:
             discard(path)
@@ -183,7 +183,7 @@ def to_json(value: Any, **options) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Wait until the disk has it: a rename may otherwise reach the disk before what it names."""
+    """Wait until it is on disk: otherwise a rename may get there before the contents."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -222,7 +222,7 @@ class Journal:
                     file.write("".join(to_json(row) + "\n" for row in self.rows[self.saved :]))
             self.saved = len(self.rows)
         except OSError as error:
-            self.saved = None  # a line may be torn: all of it again, next time
+            self.saved = None  # a line may be cut off: rewrite everything next time
             warnings.warn(
                 f"{self.path} cannot be written ({error.strerror or error}); its rows are kept",
                 stacklevel=2,
@@ -257,7 +257,7 @@ def set_random_states(states: dict) -> None:
 
 @contextlib.contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Inside, what is drawn changes nothing outside."""
+    """Inside, random draws do not affect those outside."""
     states = random_states()
     try:
         yield

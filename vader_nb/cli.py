@@ -39,7 +39,7 @@ def sampling_of(arguments):
 
 
 def say(text: str) -> None:
-    """Print a remark beside a command's output, once for all processes."""
+    """Print a remark in addition to a command's output, once for all processes."""
     if vader_nb.distributed.is_main_process():
         print(f"vader-nb: {text}", file=sys.stderr)
 
@@ -103,7 +103,7 @@ def in_vocabulary(arguments, reward, prompts: list) -> list:
 
 
 def run_folder(arguments) -> Path:
-    """The run's folder. A name made of the time could not be found again by a resumed run."""
+    """The run's folder. A resumed run could not find one that is named after the time."""
     from . import checkpoints
 
     resume, name = resume_of(arguments), arguments.name
@@ -132,7 +132,7 @@ def run_align(arguments):
     from .estimators import RewardGradient, parse_estimator
     from .metrics import unique_metrics
 
-    # Everything that can be wrong with the words is found before anything is loaded.
+    # Any mistake in the arguments is found before anything is loaded.
     vader_nb.speed.read(arguments.speed or "")
     decoder = vader_nb.models.decoder_settings(arguments.model, vars(arguments))
     settings = settings_of(arguments, vader_nb.TrainConfig.flat_fields())

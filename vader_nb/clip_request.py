@@ -111,7 +111,7 @@ class Request:
         call = f"{prompt}, seeds={self.seed}, sampling=sampling"
         for name, weight in self.weights.items():
             path = adapters[name]
-            # Of a shipped adapter, what holds on other machines too.
+            # For a shipped adapter, code that works on other machines too.
             known = path == shipped.get(name)
             file = f"zoo.adapters()[{name!r}]" if known else repr(str(path))
             files.append(f"{file}: {weight:g}")

@@ -23,7 +23,7 @@ from .stepwise import Job, remember
 MEMORY = 2e9  # bytes of the clips that are kept; scores are small, and stay for all prompts
 MAX_PROMPTS = 200  # each costs a clip per contestant
 ALL, STEPS = "contestants", "checkpoints by step"
-SCALES = (0.5, 1.0, 1.5)  # of an adapter, beside 0, the base
+SCALES = (0.5, 1.0, 1.5)  # of an adapter, besides 0, the base
 ROWS = 4  # prompts of a grid
 
 
@@ -59,7 +59,7 @@ class View:
         return sorted({int(place) for place in places}) if self.axis == "step" else []
 
     def shown(self, step: int) -> list[str]:
-        """Who is in sight; of each run, the checkpoint next to the step."""
+        """Who is shown; for each run, the checkpoint nearest to the step."""
         if not self.steps:
             return self.names
         runs = self.curves.values()
@@ -183,7 +183,7 @@ class Comparison:
     def to_do(
         self, prompts: Iterable[str], names: Iterable[str], keep: bool = False
     ) -> list[tuple[str, str]]:
-        """Whose clips are to be made for their scores, or with `keep` to be there."""
+        """The clips to make: those without scores or, with `keep`, those not in memory."""
         asked = [(prompt, name) for prompt in prompts for name in names]
         return [
             (p, n) for p, n in asked if n not in self.scores[p] or keep and (p, n) not in self.clips

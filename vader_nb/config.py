@@ -29,7 +29,7 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass
 class Common:
-    """The keys of every command. `settings` names the fields of TrainConfig that a command has beside
+    """The keys of every command. `settings` names the fields of TrainConfig that a command has besides
     its own ("training", "memory", "sampling" or none), `positional` the key of words without one, `example` a
     command that works."""
 
@@ -216,7 +216,7 @@ class Check(Common):
 
 @dataclass
 class Selfcheck(Modeled):
-    """Does a model do on this machine what it promises? Ten minutes on a GPU; a table for an issue."""
+    """Does a model do what it promises on this machine? Ten minutes on a GPU; a table for an issue."""
 
     example = "vader-nb selfcheck model=wan"
     reward: str | None = option(
@@ -270,7 +270,7 @@ class TranslateConfig(Common):
     output: str | None = option(None, "the YAML file to write; default: printed")
 
 
-# Of TrainConfig's fields, beside Sampling's, those on which memory depends.
+# The fields of TrainConfig, besides Sampling's, on which memory depends.
 MEMORY = {"rank", "alpha", "targets", "strategy", "frames", "decode_chunk_size"}
 MEMORY |= {"activation_offload", "mixed_precision"}
 
@@ -399,7 +399,7 @@ def texts_of(value: str) -> list:
 
 
 def is_text(key: str, known: dict) -> bool:
-    """In a prompt such as "E=mc2 on a blackboard", what stands before = is no key, nor close to one."""
+    """In a prompt such as "E=mc2 on a blackboard", what comes before = is neither a key nor close to one."""
     return not difflib.get_close_matches(key, all_keys(known), 1, cutoff=0.75)
 
 
@@ -430,8 +430,8 @@ def parsed(key: str, text: str, kind: Any) -> Any:
 
 
 def literal(value: Any, keys: Collection[str] = ()) -> Any:
-    """A value in whose texts ${…} is no reference, unless to one of these keys: ${oc.env:…} would read
-    environment variables into a run that a stranger's file describes."""
+    """A value whose texts keep ${…} as it is, except a reference to one of these keys: ${oc.env:…} would
+    read environment variables into a run that a stranger's file describes."""
     if isinstance(value, str):
         known = "|".join(map(re.escape, keys)) or "(?!)"
         return re.sub(rf"(\\*)\$\{{(?!({known})\}})", r"\1\1\\${", value)

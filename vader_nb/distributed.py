@@ -134,7 +134,7 @@ def gather(value, accelerator: Accelerator) -> list:
 
 
 def broadcast_from_main(make: Callable, accelerator: Accelerator | PartialState | None = None):
-    """In every process, what `make()` returns in the main one; or raises there. Files need not be shared."""
+    """In every process, what `make()` returns or raises in the main process. Files need not be shared."""
     accelerator = accelerator or PartialState(cpu=not torch.cuda.is_available())
     if accelerator.num_processes == 1:
         return make()
@@ -219,7 +219,7 @@ def launch(function: Callable, *args, num_processes: int = 2) -> None:
     processes are forked, and what they change in memory is lost with them.
 
     Raises:
-        RuntimeError: if CUDA is in use in this process already, which no forked process could then use.
+        RuntimeError: if this process already uses CUDA, which forked processes then could not use.
         Exception: what a process raised; the others end with it.
     """
     from accelerate import debug_launcher, notebook_launcher

@@ -24,7 +24,7 @@ def note(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Code of which one click selects all."""
+    """Code that one click selects."""
     return f"<div class=vader-code>{escape(text)}</div>"
 
 
@@ -263,7 +263,7 @@ def chain(
     stream: bool,
     label: str,
 ) -> str:
-    """The way of a gradient from the reward up to the adapter in red arrows, as an <svg>.
+    """The path of a gradient from the reward up to the adapter in red arrows, as an <svg>.
 
     The last `window` of the steps, and the scored frames (indices), are of the class "marked".
     """
@@ -291,7 +291,7 @@ def wide_box(y: float, text: str) -> tuple[str, str]:
 def boxes(
     y: float, numbers: Sequence[int], marked: Collection[int], entered: Collection[int], kind: str
 ) -> list[str]:
-    """A row of numbered boxes. Of the marked ones arrows go up; into those entered, from below."""
+    """A row of numbered boxes. Arrows lead up from the marked ones, and from below into those entered."""
     parts, width, roomy = [], (RIGHT - LEFT) / len(numbers), len(numbers) <= 15
     up = {"size": 16, "anchor": "middle", "fill": RED}
     for i, number in enumerate(numbers):

@@ -310,7 +310,7 @@ class Evaluator:
             seeds = [self.seed + i for i in batch]
             options = {"seeds": seeds, "sampling": self.sampling, "adapter": adapter}
             frames = sampler(self.model, chosen, **options)
-            if spare:  # sampled only because sharded processes call the denoiser equally often
+            if spare:  # sampled because sharded processes must call the denoiser equally often
                 break
             self.model.onload(*(module for metric in self.metrics for module in metric.networks))
             texts = [str(prompt) for prompt in chosen]

@@ -1,8 +1,8 @@
 """Models with several denoisers, each for a part of the chain: which of them a strategy's steps reach.
 
 Wan 2.2 A14B has an expert for high noise (`transformer`) and one for low noise (`transformer_2`). Of 40 steps with
-flow_shift=3 the last 27 are the latter's, so `Last(1)` teaches it alone. An adapter in the other one would be kept in
-memory and in files for nothing: it gets none, and a warning says so.
+flow_shift=3 the latter takes the last 27, so `Last(1)` teaches it alone. An adapter on the other one would only waste
+memory and disk space: it gets none, and a warning says so.
 
 Steps are counted from the end: step 1 is the last one.
 """
@@ -28,7 +28,7 @@ def by_step(model: VideoModel, sampling) -> list[str]:
 
 
 def draw_plan(model: VideoModel, adapter: Adapter, sampling, strategy: Strategy, generator) -> Plan:
-    """A plan, of whose steps those remain whose denoiser has a part of the adapter.
+    """A plan, restricted to the steps whose denoiser has a part of the adapter.
 
     Raises:
         ValueError: if there is none, or the strategy does not fit the chain.

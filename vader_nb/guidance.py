@@ -29,9 +29,9 @@ class RewardGuidance:
 
     Attributes:
         reward: differentiable in the frames.
-        strength: how far predicted clean latents are moved at each step, as a part of their norm. On "tiny" 0.03 raised the
-            reward most; with 0.1 motion broke, with 0.3 half of all colors and shapes, while the reward's smaller part
-            still rose.
+        strength: how far predicted clean latents are moved at each step, as a fraction of their norm. On "tiny" 0.03
+            raised the reward most; with 0.1 motion broke, with 0.3 half of all colors and shapes, while the reward's
+            smaller part still rose.
         last: how many of the last steps are guided; default: all.
         decode_chunk_size: frames decoded at once.
         adapter: to sample with, as for `sampling.sample`; None: the base model.

@@ -142,7 +142,7 @@ def network(
 
     Args:
         from_config: make it from its configuration, in torch's default dtype, without weights.
-        zero: the end of the names of tensors that may be absent, and are 0 then.
+        zero: suffix of the names of tensors that may be missing, and are then 0.
 
     Raises:
         FileNotFoundError: as `pretrained`.
@@ -192,8 +192,8 @@ def single_file(place: Source | Path) -> Path:
     """The path of a source's file, downloaded once and with the known SHA-256, or the local file.
 
     Raises:
-        FileNotFoundError: it cannot be had.
-        ValueError: it has another hash.
+        FileNotFoundError: it is not available.
+        ValueError: it has a different hash.
     """
     if isinstance(place, Path):
         if not place.is_file():

@@ -4,8 +4,8 @@
     run = align(model, reward, prompts, extend=3, segments="2,3")        trained on such clips
 
 The reward sees the whole clip, its seams included. Its gradient goes through the segments that are named, each
-through its own last denoising steps; at a seam it ends: the image that a segment continues counts as given, as it is
-when the clip is made.
+through its own last denoising steps; it stops at a seam: the image that a segment continues counts as given, as it
+does when the clip is made.
 """
 
 from collections.abc import Iterator, Sequence

@@ -420,7 +420,7 @@ def use_adapter(model: VideoModel, which) -> Iterator[Adapter | None]:
             "was removed" if which.model is model else f"belongs to another {which.model.name!r}"
         )
         raise ValueError(f"the adapter {state}; give its file instead")
-    with MODEL_LOCK:  # another thread would take the adapter inside for the model's own
+    with MODEL_LOCK:  # another thread would mistake the adapter inside for the model's own
         if isinstance(which, Adapter) and which.attached:
             yield which
             return

@@ -33,7 +33,7 @@ def write_vader(path: Path, state: State) -> Path:
 
 
 def with_sorted_header(data: bytes) -> bytes:
-    """A safetensors file with its header sorted: equal adapters shall be equal files, and the library
+    """A safetensors file with its header sorted, so that equal adapters give equal files: the library
     writes metadata in an order that changes from process to process."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -42,8 +42,8 @@ def with_sorted_header(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
-# (what stands before a layer's name, what between its parts, the names of A and B, whether layers have the names of
-# the model's authors, where a family knows them)
+# (prefix of a layer's name, separator of its parts, names of A and B, whether layers have the names of the model's
+# authors, where a family knows them)
 LAYOUTS = {
     "diffusers": ("{key}.", ".", "lora_A", "lora_B", False),
     "peft": ("base_model.model.", ".", "lora_A", "lora_B", False),
@@ -91,8 +91,8 @@ def export(
 ) -> Path:
     """Write an adapter for another tool.
 
-    "diffusers" has all denoisers in one file. In other formats each of a model's several has its own, as ComfyUI's
-    and kohya's loaders expect, whose name ends in the denoiser's key.
+    "diffusers" has all denoisers in one file. In other formats each of several denoisers has its own, whose name
+    ends in the denoiser's key, as ComfyUI's and kohya's loaders expect.
 
     Args:
         state: under our own names.
@@ -123,7 +123,7 @@ def export(
 
 
 def write_part(tensors: State, key: str, config: dict[str, Any], path: Path, format: str) -> Path:
-    """The file of one denoiser, which notes its key, with its rank and alpha as the format has them."""
+    """The file of one denoiser: it records the denoiser's key, and rank and alpha in the format's own way."""
     if format == "vader":
         return write_vader(path, tensors)
     metadata = {"format": "pt", "denoiser": key}

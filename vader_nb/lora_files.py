@@ -1,7 +1,7 @@
 """Adapter files of this and of other tools, read without running any code; written in `lora_export`.
 
 Our own layout is diffusers': `unet.<layer>.lora_A.weight` (rank, in) and `unet.<layer>.lora_B.weight`
-(out, rank). Read as well: diffusers' old attention processors, kohya, ComfyUI, peft, keys without a prefix, the names of
+(out, rank). Also read: diffusers' old attention processors, kohya, ComfyUI, peft, keys without a prefix, the names of
 a model's authors, and VADER's own files for VideoCrafter2.
 """
 
@@ -137,7 +137,7 @@ def read_peft_config(path: Path) -> dict:
 
 
 def check_kind(state: State, metadata: dict, path: Path) -> None:
-    """Raise ValueError for what is no plain LoRA."""
+    """Raise ValueError for anything but plain LoRA."""
     for name, value in state.items():
         for mark, kind in OTHER_KINDS.items():
             if re.search(mark, name):
@@ -160,9 +160,9 @@ def match(
     path: str | Path,
     denoiser: str | None = None,
 ) -> LoRA:
-    """A file's tensors as an adapter of the model, which acts exactly as where they come from.
+    """A file's tensors as an adapter of the model, with exactly the effect that they have in their own tool.
 
-    Layers may differ in rank and alpha: the smaller are filled up with zeros, and differing factors
+    Layers may differ in rank and alpha: smaller ranks are padded with zeros, and differing factors
     alpha / rank are multiplied into B.
 
     Args:
@@ -170,7 +170,7 @@ def match(
 
     Raises:
         ValueError: for a layer or denoiser that the model lacks, tensors of wrong shapes, or an alpha that is
-            no positive number.
+            not a positive number.
     """
     denoiser = denoiser or metadata.get("denoiser")
     if denoiser not in (None, *model.denoisers):
@@ -287,7 +287,7 @@ def check_shapes(model: VideoModel, layer: str, parts: State, path: str | Path) 
 
 
 def alpha_of(layer: str, parts: State, metadata: dict, path: str | Path) -> float:
-    """The layer's alpha, whose product with 1 / rank is what B A is multiplied by."""
+    """The layer's alpha: B A is multiplied by alpha / rank."""
     key, _, name = layer.partition(".")
     # Ours and peft's have no prefix, diffusers' the denoiser's.
     settings = metadata | {

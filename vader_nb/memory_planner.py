@@ -85,8 +85,8 @@ METHODS = {  # of a model, and the stages that they begin; `predict` begins the 
 class MemoryTracker(TorchDispatchMode):
     """Context that counts the memory of the tensors made inside, forward and backward.
 
-    Every storage made inside counts once, until its last tensor is gone; not what was there before, nor
-    what a kernel needs for itself. (torch's `MemTracker` is private and groups by module, not by stage.)
+    Every storage made inside counts once, until its last tensor is gone; what existed before does not
+    count, nor does a kernel's workspace. (torch's `MemTracker` is private and groups by module, not by stage.)
 
     Args:
         device: the type of the devices whose tensors count; None: all.
@@ -102,7 +102,7 @@ class MemoryTracker(TorchDispatchMode):
         self._known: dict[int, int] = {}  # bytes by storage
 
     def __enter__(self):
-        # Of torch, since dispatch does not see it: FSDP frees gathered weights so, and takes them back.
+        # Patched, since dispatch does not see it: this is how FSDP frees gathered weights and gets them back.
         storages: Any = torch.UntypedStorage
         self._resize = resize = storages.resize_
 
@@ -281,7 +281,7 @@ class Step:
         half = HALF.get(config.mixed_precision or "")
         with torch.autocast(model.device.type, half, enabled=half is not None):
             self.gradient(model, adapter, ReportingReward(reward, tracker.enter), tracker)
-        gc.collect()  # what waits for Python's collector would count, or not, by chance
+        gc.collect()  # uncollected garbage would count or not by chance
         tracker.enter("optimizer")
         if self.num_gpus > 1:
             one_of = SimpleNamespace(num_processes=self.num_gpus, reduce=lambda x, how: x.clone())
@@ -292,7 +292,7 @@ class Step:
         return {stage: tracker.stages[stage] for stage in STAGES}
 
     def gradient(self, model: VideoModel, adapter, reward: Reward, tracker) -> None:
-        """As training takes it, with the stages reported. Before the window, only one of the equal steps is taken."""
+        """As in training, with the stages reported. Before the window, only one of the identical steps is taken."""
         config, generator = self.config, torch.Generator().manual_seed(0)
         sampling = config.sampling.resolve(model)
         with unset_fake_temporarily():
@@ -321,8 +321,8 @@ class Step:
         accumulate(model, adapter, reward, rollout, plan, chosen, backward=backward, **settings)
 
     def scored_frames(self, model: VideoModel, reward: Reward, num_frames: int) -> list[int]:
-        """Indices; in the place of random ones those that take the most: the last ones of a causal decoder, which
-        decodes all before them, and else some in the middle, where chunks are whole."""
+        """Indices; in place of random ones, those that take the most memory: the last ones of a causal decoder, which
+        decodes all before them, or else some in the middle, where chunks are whole."""
         default = Frames.random(1) if reward.per_frame else Frames.all()
         frames = parse_frames(self.config.frames or default)
         chosen = frames.choose(num_frames, torch.Generator().manual_seed(0))
@@ -386,7 +386,7 @@ class ReportingReward(Reward):
 
 
 def _convert_parts(model: VideoModel, dtypes: dict[str, torch.dtype]) -> None:
-    """Give the parts that these types name theirs: fake weights are replaced, since they cannot change."""
+    """Convert the parts named by `dtypes`: fake weights are replaced, since they cannot change."""
     for part, dtype in dtypes.items():
         if part != "default":
             network = model.denoisers.get(part) or getattr(model, part)
@@ -407,7 +407,7 @@ def _report_stages(model: VideoModel, on_stage: Callable[[str], None]) -> None:
         with unset_fake_temporarily():
             scheduler: Any = original(sampling)
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)  # or it would search its place among the timesteps
+            scheduler.set_begin_index(0)  # or it would search for its place among the timesteps
         return _with_fake_deepcopy(scheduler)
 
     model.new_scheduler = new_scheduler
@@ -599,7 +599,7 @@ def memory(
 
     Weights have `dtype`, by default what `models.load` gives them on a GPU; the reward's have that of most of the
     model's; the adapter and its optimizer are float32. A simulation takes
-    some seconds to half a minute on a CPU, and a search for what to change several of them.
+    some seconds to half a minute on a CPU; a search for what to change takes several simulations.
 
     Args:
         model: a name of `models.CHECKPOINTS`, or a pipeline directory.

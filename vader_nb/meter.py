@@ -15,7 +15,7 @@ COSTS = ("reward_queries", "denoiser_calls", "denoiser_backwards", "seconds", "b
 
 
 class Held:
-    """A tensor that autograd keeps; tells when it is let go."""
+    """A tensor that autograd keeps; reports when it is released."""
 
     def __init__(self, tensor: torch.Tensor, release: Callable[[], None]):
         self.tensor, self.release = tensor, release
@@ -33,7 +33,7 @@ class Meter:
     """
 
     def __init__(self, model: VideoModel, networks: Iterable[torch.nn.Module] = ()):
-        """networks: whose weights are not what is kept, beside the model's."""
+        """networks: their weights, like the model's, do not count as kept."""
         self.model, self.networks = model, [*model.modules(), *networks]
         self.calls = self.backwards = 0
         self.rollouts = self.saved = self.most = 0
@@ -110,7 +110,7 @@ class Meter:
 
 
 class MeteredTrainer(Trainer):
-    """A run that counts what it costs, and ends when a budget of one of these is spent. See `race`.
+    """A run that counts its costs, and ends when the budget for one of them is spent. See `race`.
 
     Args:
         budget: name of a cost, and how much.
@@ -124,12 +124,12 @@ class MeteredTrainer(Trainer):
         self.parts, self.reached, self.queries = parts, reached, 0
 
     def spent(self, name: str, rows: list[dict] | None = None) -> float:
-        """Until now, or in these rows of metrics.jsonl."""
+        """How much was spent until now, or in these rows of metrics.jsonl."""
         values = [row[name] for row in (self.state.metrics if rows is None else rows)]
         return max(values, default=0) if name == "bytes_kept" else sum(values)
 
     def part(self, rows: list[dict] | None = None) -> int:
-        """How many parts of the budget are spent. Of n, k end at (k / n)²: at first a curve is steepest."""
+        """How many parts of the budget are spent. Part k of n ends at (k / n)²: a curve is steepest at first."""
         share = max(0.0, self.spent(self.unit, rows) / self.limit)
         return min(self.parts, int(share**0.5 * self.parts + 1e-9))
 

@@ -74,7 +74,7 @@ def seam_consistency(frames: torch.Tensor, segment: int) -> torch.Tensor:
 
 
 def palette_kept(frames: torch.Tensor, segment: int) -> torch.Tensor:
-    """1 less the distance of mean and spread of the colors, first segment against last; 1: no drift."""
+    """1 minus the distance in mean and spread of the colors, first segment against last; 1: no drift."""
     ends = [frames[:, :segment], frames[:, -segment:]]
     colors = [clip.transpose(1, 2).flatten(2) for clip in ends]  # (B, 3, pixels)
     first, last = (torch.stack([c.mean(-1), c.std(-1)]) for c in colors)

@@ -1,7 +1,7 @@
-"""Staying near the base: a pull of the outputs towards the base's, and a moving average of the weights.
+"""Staying near the base: a pull of the outputs toward the base's, and a moving average of the weights.
 
-A reward that is only climbed takes a model away from what videos look like. What holds it back is the distance between
-the adapter's and the base's outputs at the same latents (DPOK, arXiv 2305.16381; Flow-GRPO, arXiv 2505.05470). The
+Maximizing a reward alone takes a model away from what videos look like. What holds it back is a penalty on the distance
+of the adapter's outputs from the base's at the same latents (DPOK, arXiv 2305.16381; Flow-GRPO, arXiv 2505.05470). The
 base is the adapter switched off: nothing more is loaded.
 """
 
@@ -33,9 +33,9 @@ def pull_to_base(
 ) -> torch.Tensor:
     """Add the gradient of  weight * mean(distance)  to `.grad` of the adapter's parameters.
 
-    The distance is that of the adapter's and the base's guided outputs at each step that learns, whose latents count
-    as given: the mean squared difference or, where the sampler adds noise, the KL divergence of the two steps; both
-    as mean over the latents' entries and over the steps.
+    The distance is that between the adapter's and the base's guided outputs at each step that learns, whose latents
+    count as given: the mean squared difference or, where the sampler adds noise, the KL divergence of the two steps;
+    both are means over the latents' entries and over the steps.
 
     Args:
         model, adapter, rollout, plan: as for `gradient.accumulate`.
@@ -86,9 +86,9 @@ def predicted(model: VideoModel, step: Rollout) -> torch.Tensor:
 
 
 def distance_factor(model: VideoModel, step: Rollout) -> float:
-    """What makes a squared difference of predicted clean latents one of outputs, or of a noisy step its KL divergence.
+    """Factor from squared differences of predicted clean latents to those of outputs, or a noisy step's KL divergence.
 
-    Found by taking the step with other outputs and other noise, since each scheduler has a formula of its own.
+    Found by taking the step with different outputs and noise, since each scheduler has its own formula.
     """
     scheduler, t = step.at_window()[0], step.timesteps[0]
     zeros = torch.zeros(1, 1, 1, 1, 1, device=model.device, dtype=torch.float64)

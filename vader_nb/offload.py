@@ -79,8 +79,8 @@ def moved(tensor: torch.Tensor, to: torch.device | torch.dtype) -> torch.Tensor:
 class Offloaded:
     """A tensor that autograd saved, which waits on another device.
 
-    From a CUDA device it is copied to pinned memory while the device computes on; the copy back begins when the
-    backward pass takes the one that was saved next, so that it is there, or nearly, when its own turn comes.
+    From a CUDA device it is copied to pinned memory while the device goes on computing; the copy back begins when
+    the backward pass takes the one saved after it, so that it is there, or nearly, when it is needed.
 
     Args:
         before: weak reference to the one that was saved before it, or None.
@@ -98,17 +98,17 @@ class Offloaded:
         self.stream.wait_stream(torch.cuda.current_stream(self.home))
         with torch.cuda.stream(self.stream):
             self.kept.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self.stream)  # its memory is not given away before
+        tensor.record_stream(self.stream)  # keeps its memory until it is copied
 
     def fetch(self) -> torch.Tensor:
-        """Let it come, if it does not already."""
+        """Start copying it back, unless that has begun."""
         if self.coming is None:
             with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
                 self.coming = self.kept.to(self.home, non_blocking=True)
         return self.coming
 
     def take(self) -> torch.Tensor:
-        """The tensor on its own device; the one before it comes next."""
+        """The tensor on its own device. Starts fetching the one before it."""
         tensor, self.coming = self.fetch(), None
         if self.stream is not None:
             current = torch.cuda.current_stream(self.home)
@@ -121,7 +121,7 @@ class Offloaded:
 
 @functools.cache
 def copies(device: torch.device) -> torch.cuda.Stream:
-    """The stream of a device's copies; one, since the allocator keeps memory apart for each."""
+    """The stream for a device's copies; only one, since the allocator keeps separate memory for each."""
     return torch.cuda.Stream(device)
 
 
@@ -150,7 +150,7 @@ def offload_saved_tensors(device: torch.device, network: nn.Module) -> saved_ten
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Each process holds a part of the weights: all must then call the network equally often."""
+    """Whether each process holds only a part of the weights: all must then call the network equally often."""
     # FSDP's are DTensors, ZeRO-3's have an attribute of DeepSpeed.
     return any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in network.parameters())
 
@@ -182,8 +182,8 @@ def recomputation(
 ) -> Callable[[], contextlib.AbstractContextManager]:
     """The context in which a denoiser call is computed again, in a backward pass.
 
-    Under autocast as it is now, which autograd's own threads do not inherit; with its blocks
-    checkpointed, and what it saves offloaded, as asked for.
+    It has the current autocast state, which autograd's own threads do not inherit; as requested, blocks
+    are checkpointed and saved tensors offloaded.
     """
     device = model.device.type
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
@@ -212,10 +212,10 @@ def kept_call(
     decode_chunk_size: int = 1,
     **settings,
 ) -> Callable[[], contextlib.AbstractContextManager] | None:
-    """The context in which the last denoiser call of a roll-out keeps its graph, to be computed once less.
+    """The context in which the last denoiser call of a roll-out keeps its graph, which saves computing it again.
 
-    None where that would be another computation, or cost memory: while frames are decoded and scored one by
-    one, with less than the replay takes, the inputs of checkpointed blocks may stay.
+    None where that would change the computation or cost memory. The inputs of checkpointed blocks may stay
+    while frames are decoded and scored one by one, since this takes less memory than the replay.
     """
     one_batch = model.branches(sampling) == model.learning_branches(sampling)
     one_batch = one_batch and not sampling.sequential_guidance

@@ -1,4 +1,4 @@
-"""The way out for a trained adapter: a folder for another tool with a model card, and the Hub.
+"""Export a trained adapter: as a folder for another tool with a model card, and to the Hub.
 
     publish.export("runs/mine", "mine-for-diffusers", push_to_hub="me/mine")
 
@@ -16,7 +16,7 @@ from . import lora, lora_export, lora_files
 from .models import Checkpoint, checkpoint_of, from_config, load
 
 MERGED = "merged"  # beside the layouts of `lora_export`: a whole pipeline
-# The file that a format is; other formats are folders.
+# Formats that are a single file; the others are folders.
 FILES = {"kohya": "adapter.safetensors", "comfyui": "adapter.safetensors", "vader": "adapter.pt"}
 FORMATS = (*lora_export.LAYOUTS, MERGED)
 
@@ -38,10 +38,10 @@ def export(
         output: the folder to make; by default `FORMAT` in the run's folder.
         format: "diffusers", "peft", "kohya", "comfyui"; "vader" for VideoCrafter2 in VADER's own code; or
             "merged" for the model's whole pipeline with the adapter folded in. A format that has no names for
-            the model's layers is an error; of two experts each has its own file, but for "diffusers".
+            the model's layers is an error; each of two experts has its own file, except in "diffusers".
         model: that the adapter is for, as for `load`. Its weights are read for "merged" only.
         scale: of the adapter, for "merged".
-        push_to_hub: upload the folder as this repository, "user/name", which is made.
+        push_to_hub: upload the folder to this repository, "user/name", which is created.
         private: whether that repository is.
 
     Returns:

@@ -83,7 +83,7 @@ def dequantized(codes, scale, shape: list[int], dtype: torch.dtype) -> torch.Ten
 
 
 class Dequantizing(torch.autograd.Function):
-    """A quantized layer; for the backward pass its codes are dequantized once more, and no weight waits."""
+    """A quantized layer; for the backward pass its codes are dequantized once more, so no float weight is kept."""
 
     @staticmethod
     def forward(ctx, input, bias, codes, scale, shape):
@@ -104,10 +104,10 @@ def is_installed() -> bool:
 
 
 def config(quantize: str | None, device: torch.device | None = None) -> "Config | None":
-    """What `apply` and diffusers' `from_pretrained` take, for `quantize` as of `models.load`.
+    """The configuration for `apply` and diffusers' `from_pretrained`; `quantize` as for `models.load`.
 
     Raises:
-        ValueError: for what `quantize` cannot be, or if the library for it is not installed.
+        ValueError: for an invalid `quantize`, or if the library for it is not installed.
     """
     if quantize is None:
         return None
@@ -138,7 +138,7 @@ def eligible(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def apply(model: Any, config: "Config | None") -> None:
-    """Quantize what is not yet of a model's denoisers, one layer after the other.
+    """Quantize the layers of a model's denoisers that are not quantized yet, one by one.
 
     Raises:
         ValueError: if there is nothing to quantize.
@@ -186,14 +186,14 @@ class Config:
         return dict(vars(self))
 
     def quantize(self, network: nn.Module, name: str, weight: torch.Tensor) -> None:
-        """Put the quantized layer of this weight in the place of the network's."""
+        """Replace the network's layer with the quantized one of this weight."""
         bias: Any = network.get_submodule(name).bias  # may be read later, under the same name
         weight = weight.to(self.device or weight.device)
         network.set_submodule(name, QuantizedLinear.of(weight, bias, self.bits))
 
 
 class Reader(DiffusersQuantizer):
-    """Quantizes each weight when diffusers has read it: the float weights are never in memory together."""
+    """Quantizes each weight as soon as diffusers has read it: the float weights are never all in memory."""
 
     use_keep_in_fp32_modules = True
 

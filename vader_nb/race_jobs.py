@@ -11,12 +11,12 @@ from .evaluation import BASE
 from .meter import COSTS
 from .train_config import TrainConfig
 
-# What the race decides, and no contestant.
+# What the race decides, not a contestant.
 DECIDED = {"steps", "learning_rate", "seed", "output_dir", "resume", "validation_steps"}
 DECIDED |= {"early_stopping", "extend", "segments", "log_with", "progress"}
 DECIDED |= {"checkpoints_total_limit"}
 SETTINGS = {f.name for f in TrainConfig.flat_fields()} - DECIDED
-# Of a contestant, beside SETTINGS.
+# A contestant's own settings, besides SETTINGS.
 OWN = {"estimator", "reward", "learning_rates", "best_of", "guidance"}
 
 
@@ -36,7 +36,7 @@ class Job:
 
 
 def plan_jobs(contestants, settings, learning_rates, seeds) -> list[Job]:
-    """All jobs of a race, in order. Raises ValueError for what no contestant can be, by its name."""
+    """All jobs of a race, in order. Raises ValueError, with the name, for an invalid contestant."""
     jobs, grids = [Job(BASE, settings)], {}
     check_names(settings, SETTINGS, "")
     for name, own in contestants.items():

@@ -114,7 +114,7 @@ def race(
 
 
 def described(runner: "Runner", judged: Sequence[Reward], prompts: Sequence[str | Prompt]) -> dict:
-    """What a race is run on, so that another one is not taken for it."""
+    """What a race is run on, so that another one is not mistaken for it."""
     evaluator, listed = runner.evaluator, "\n".join(map(str, prompts))
     return {
         "model": runner.model.name,
@@ -195,7 +195,7 @@ class Runner:
 
         def reached(trainer: MeteredTrainer, part: int) -> None:
             file = self.output_dir / job.folder / LINES
-            if all(line["part"] < part for line in read_lines(file)):  # else a kill came after it
+            if all(line["part"] < part for line in read_lines(file)):  # else written before a kill
                 spent = {name: trainer.spent(name) for name in COSTS}
                 trainer.adapter.save(file.with_name(EVALUATED.format(part)))
                 line = {"part": part, "step": trainer.state.step} | spent

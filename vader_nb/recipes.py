@@ -54,7 +54,7 @@ class Card:
         gpus: how many.
         run_by: who trained with these settings, with their figures.
         source: where they say so.
-        differs: from what they did.
+        differs: how this differs from what they did.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Card:
 
     @property
     def memory_words(self) -> list[str]:
-        """Of `vader-nb memory`, for a step of this recipe."""
+        """Arguments of `vader-nb memory` for a step of this recipe."""
         on_cpu = ["dtype=float32", "gradient_checkpointing=false"]  # its defaults
         return [f"config={self.name}", *(on_cpu if self.gpu == "CPU" else [])]
 
@@ -88,10 +88,10 @@ class Card:
 
     @property
     def calls(self) -> int:
-        """Forward passes of the denoiser for an optimizer step, one per clip and guidance branch.
+        """Forward passes of the denoiser per optimizer step, one per clip and guidance branch.
 
-        All steps are taken without a graph, and those that learn once more, with one; of the last one the
-        graph may be kept (`offload.kept_call`). Blocks that are computed again are not counted.
+        All steps are taken without a graph, and those that learn are taken again with one; the last one's
+        graph may be kept (`offload.kept_call`). Recomputed blocks are not counted.
         """
         given = self.settings
         family: Any = models.family_of(models.checkpoint_of(given["model"]))

@@ -16,7 +16,7 @@ from .race_results import EVALUATED, Race, Runs
 from .sampling import Sampling
 
 AXES = (*COSTS, "step")
-DESCRIPTIONS = ("diversity", "motion")  # they describe the clips, and are no rewards
+DESCRIPTIONS = ("diversity", "motion")  # they describe the clips, and are not rewards
 NAMED = ("reward", "held-out reward", "oracle accuracy")  # a race's names for metrics
 PRUNED = "{label}: its adapter was not kept."
 UNTRAINED = "{label} has no adapter: its clips are chosen, or steered, while they are sampled."
@@ -64,7 +64,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A contestant of a race at its best learning rate, or a run; `trained` unless it has no curve but a level."""
+    """A contestant of a race at its best learning rate, or a run; `trained` if it has a curve, not a level."""
 
     name: str
     remark: str
@@ -160,7 +160,7 @@ def read_run(folder: Path, name: str = "run") -> Contestant:
 
 
 def run_titles(rows: list[dict]) -> dict[str, str]:
-    """What is drawn of a run's rows, and how it is called."""
+    """What is drawn from a run's rows, and its title."""
     titles = {"reward": "reward, trained on"}
     for key in (key for row in rows for key in row if key.startswith("validation/")):
         name = key.removeprefix("validation/")
@@ -169,7 +169,7 @@ def run_titles(rows: list[dict]) -> dict[str, str]:
 
 
 def ended(folder: Path) -> Path | None:
-    """The adapter of a run's end, if it is one of after the last step."""
+    """A run's final adapter, if it was written after the last step."""
     adapter, rows = folder / "adapter.safetensors", folder / "metrics.jsonl"
     last = rows.stat().st_mtime if rows.is_file() else 0.0
     return adapter if adapter.is_file() and adapter.stat().st_mtime >= last else None

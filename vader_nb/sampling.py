@@ -518,5 +518,5 @@ def continued(prompts: Sequence[str | Prompt], clips: torch.Tensor) -> list[Prom
 
 
 def join(clips: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One clip of several (B, F, 3, H, W), whose first frames repeat the last ones before."""
+    """Several clips (B, F, 3, H, W) as one; the first frame of a later one repeats the last one before it."""
     return torch.cat([clips[0], *(clip[:, 1:] for clip in clips[1:])], dim=1)

@@ -1,8 +1,8 @@
-"""Does a model do on this machine what it promises? `vader-nb selfcheck model=wan`, a table to paste into an issue.
+"""Does a model do what it promises on this machine? `vader-nb selfcheck model=wan`, a table to paste into an issue.
 
-One family end to end, in about ten minutes on a GPU, of which the largest part is reading weights: its gradient, an
+One family end to end, in about ten minutes on a GPU, the largest part of which is reading weights: its gradient, an
 interrupted run against an uninterrupted one, memory against the planner's, both half precisions, two GPUs if there
-are. A check that fails leaves the others; what needs a GPU that is not there is not run, and says so.
+are two. A failed check does not stop the others; a check that needs a missing GPU is not run, and says so.
 """
 
 import contextlib
@@ -65,10 +65,10 @@ def at_least(check: str, measured: str, value: float, limit: float) -> Row:
 
 
 class Subject:
-    """The model that is checked, loaded as each check wants it, and one at a time.
+    """The model that is checked, loaded as each check needs it, one at a time.
 
     Attributes:
-        sampling: two steps of a clip as small as it makes.
+        sampling: two steps of the smallest clip that it makes.
         dtype: the type that the denoiser is loaded in by default.
         reference: noise, and the gradient that it leads to in float32, once it is known.
     """
@@ -93,7 +93,7 @@ class Subject:
         return self.loaded[1]
 
     def load_in(self, dtype: torch.dtype) -> VideoModel:
-        """With those parts in this type that are in half precision by default, but for a text encoder on disk."""
+        """With the parts that default to half precision in this dtype, except for a text encoder on disk."""
         half = {part: dtype for part, own in self.made_for.items() if own in HALF.values()}
         own = self.made_for.get("text_encoder", self.made_for.get("default", torch.float16))
         text = {"text_encoder": own} if self.keeps_texts else {}
@@ -108,7 +108,7 @@ class Subject:
         return parse(self.expression, tiny=self.tiny)
 
     def setup(self, model: VideoModel, reward: Reward | None = None) -> tuple:
-        """What one gradient is of, for `testing.staged`: of this reward or the subject's, the last step, one frame."""
+        """Arguments of `testing.staged` for one gradient: this reward or the subject's, the last step, one frame."""
         prompts = testing.example_prompts(model, self.sampling)[:1]
         reward = reward or self.reward().to(model.device)
         return reward, prompts, testing.SEEDS[:1], self.sampling, Last(1), Frames.at(0)
@@ -146,7 +146,7 @@ def resume(subject: Subject) -> Iterator[Row]:
 
 
 def peak_memory(subject: Subject) -> Iterator[Row]:
-    """Of a step at the model's own size on CUDA, with what the planner says that it takes to fit there."""
+    """Of a step at the model's own size on CUDA, with the changes that the planner says it needs to fit there."""
     subject.drop()
     settings = {} if subject.text_cache is None else {"text_cache": subject.text_cache}
     if on_cuda := torch.cuda.is_available():
@@ -214,7 +214,7 @@ def float32_bytes(subject: Subject) -> int:
 
 
 def half_precision(subject: Subject) -> Iterator[Row]:
-    """A gradient and training steps. Another type than the model's own may overflow: that is no failure."""
+    """A gradient and training steps. A dtype other than the model's own may overflow: that is not a failure."""
     for name, dtype in HALF.items():
         model = subject.load_in(dtype)
         noise, expected = subject.reference or (None, None)
@@ -262,7 +262,7 @@ def two_processes(subject: Subject) -> Iterator[Row]:
 
 
 def speeds(subject: Subject) -> Iterator[Row]:
-    """Seconds per step with each switch for speed; one that cannot help is no failure."""
+    """Seconds per step with each switch for speed; one that cannot help is not a failure."""
     model = subject.load()
     adapter = testing.adapted(model, spread=0.03)
     reward, prompts, seeds, *others = subject.setup(model)

@@ -1,4 +1,4 @@
-"""The frozen denoisers cut up over processes, by FSDP2 or DeepSpeed's ZeRO-3; the adapter is whole in each.
+"""The frozen denoisers sharded over processes, by FSDP2 or DeepSpeed's ZeRO-3; each process has the whole adapter.
 
 Each process rolls out, decodes and scores its own clips. The blocks of a denoiser are gathered one by one as they
 are called, and nothing of them is sent back, since they have no gradient.
@@ -21,7 +21,7 @@ SHARDING = ("none", "full")  # what `memory` simulates
 
 
 def check(num_gpus: int, sharding: str) -> tuple[int, str]:
-    """Both. Raises ValueError for what they cannot be."""
+    """Returns both. Raises ValueError for invalid values."""
     if num_gpus < 1:
         raise ValueError(f"num_gpus must be at least 1, got {num_gpus}")
     if sharding not in SHARDING:
@@ -32,7 +32,7 @@ def check(num_gpus: int, sharding: str) -> tuple[int, str]:
 
 
 def check_quantize(quantize: str | None, sharded: bool) -> None:
-    """Raises ValueError for a quantized model that is to be cut up."""
+    """Raises ValueError for a quantized model that is to be sharded."""
     if quantize and sharded:
         raise ValueError(
             f"quantize={quantize} with FSDP has no use: quantized weights are buffers, whole in each process; "
@@ -66,7 +66,7 @@ def shard(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
-    """Cut a model's denoisers up over all processes (FSDP2), before it gets an adapter.
+    """Shard a model's denoisers over all processes (FSDP2), before it gets an adapter.
 
     Args:
         model: a `VideoModel`, the same in each process.
@@ -107,13 +107,13 @@ def shard(
             module, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy
         )
         if reshard_after_forward:
-            # FSDP takes a replay, inside of a backward pass, for a recomputation whose backward comes at once, and
+            # FSDP mistakes a replay inside a backward pass for a recomputation whose backward comes right away, and
             # would keep every block.
             module.register_forward_hook(lambda module, *_: module.reshard())
 
 
 def uses_engine(accelerator: Accelerator) -> bool:
-    """Launched for FSDP or DeepSpeed, which get the frozen model at most; the adapter stays here."""
+    """Whether launched for FSDP or DeepSpeed, which get the frozen model at most; the adapter stays here."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -134,7 +134,7 @@ def shard_as_launched(model, accelerator: Accelerator) -> None:
 
 @contextlib.contextmanager
 def simulated(num_gpus: int) -> Iterator[None]:
-    """Inside, this process is one of so many, and their collectives send nothing: for fake tensors.
+    """Inside, this process is one of `num_gpus`, whose collectives send nothing: for fake tensors.
 
     Raises:
         RuntimeError: in one of several real processes.

@@ -3,8 +3,8 @@
     speed.apply(model, "channels_last,compile")     # from now on
     with speed.apply(model, "channels_last"):       # only inside
 
-`vader-nb selfcheck speed=true` measures them on a machine. None changes the result, beyond rounding, nor
-the names of weights and of the adapter's tensors.
+`vader-nb selfcheck speed=true` measures them on a machine. None changes the result, beyond rounding,
+or the names of weights and of the adapter's tensors.
 
 A switch is a function of the model and an `ExitStack`, on which it puts what turns it off again. It
 raises `Unavailable` where it cannot help.
@@ -135,7 +135,7 @@ def read(names: str | Sequence[str]) -> list[str]:
 
 
 def apply(model: VideoModel, names: str | Sequence[str]) -> ExitStack:
-    """Turn switches on, before an offload, before or after an adapter.
+    """Turn switches on: before offloading, and before or after adding an adapter.
 
     A switch that cannot help on this device stays off, with a warning that says why. `tf32` and the
     kernels of attention are torch's own settings, and so hold for the whole process.
@@ -160,7 +160,7 @@ def apply(model: VideoModel, names: str | Sequence[str]) -> ExitStack:
 
 
 class Speed(NamedTuple):
-    """Median seconds of a step, how many times as fast that is, and what that must exceed to be no chance."""
+    """Median seconds of a step, how many times as fast that is, and what this must exceed not to be chance."""
 
     seconds: float
     ratio: float
@@ -172,8 +172,8 @@ def compare(
 ) -> dict[str, Speed | str]:
     """Measure each switch by itself; for one that cannot be used here, the reason.
 
-    Each round runs all of them, and the median of the rounds' ratios counts, so that a machine whose
-    speed drifts does not decide; "none, again" shows how far chance goes.
+    Each round runs all of them, and the median of the rounds' ratios counts, so that drift in the
+    machine's speed does not decide the result; "none, again" shows what chance alone does.
 
     Args:
         gradient: takes a step with this model, and returns its gradient.

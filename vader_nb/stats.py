@@ -1,6 +1,6 @@
-"""Rows of paired differences with interval and test, over prompts: one prompt's clips have it in common.
+"""Rows of paired differences with interval and test, over prompts: one prompt's clips are not independent.
 
-Share of samples, of 4000, whose 95 % interval holds the truth (`paired_interval`, n prompts):
+Share of 4000 samples whose 95 % interval contains the truth (`paired_interval`, n prompts):
 
     differences                        n = 6     8    16    32
     normal                              0.97  0.96  0.96  0.96
@@ -96,7 +96,7 @@ def paired_row(
     held_out: bool,
     unit: str = "",
 ) -> Row:
-    """Make a row of scores `(seeds, prompts)`; prompts are the independent draws, seeds are not."""
+    """Make a row from scores `(seeds, prompts)`; prompts, not seeds, are the independent draws."""
     before = base.mean(0).double()
     mean, prompts, unknown = before.mean().item(), len(before), (None, None)
     if after is None:
@@ -118,10 +118,10 @@ def paired_row(
 
 
 def paired_interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of a mean difference: Student's t, or the bootstrap-t beyond it.
+    """Return the 95 % interval of a mean difference: Student's t, or the bootstrap-t where it reaches further.
 
-    Student's t misses the long tail of skewed differences and the bootstrap-t (Efron and
-    Tibshirani 1993, section 12.5), which sees it, is too short for heavy tails of both sides.
+    Student's t misses the long tail of skewed differences; the bootstrap-t (Efron and
+    Tibshirani 1993, section 12.5), which sees it, is too short for heavy tails on both sides.
 
     Args:
         differences: One paired difference per prompt, shape `(N,)`, at least two.
@@ -133,7 +133,7 @@ def paired_interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, fl
     values = differences.double()
     mean, std = values.mean(), values.std()
     draws = values[resamples(len(values), seed)]
-    # A resample of a few values over and over has a spread near zero, and would reach anywhere.
+    # A resample that repeats a few values has a spread near zero, and could give any interval.
     spread = draws.std(1).clamp(min=0.2 * std.item() + 1e-300)
     levels = torch.tensor([0.975, 0.025], dtype=torch.float64)
     reach = ((draws.mean(1) - mean) / spread).quantile(levels)  # of the truth, as seen from here
@@ -171,7 +171,7 @@ def proportions_interval(gained: float, lost: float, count: int) -> tuple[float,
 
 
 def sign_flip_p(differences: torch.Tensor) -> float:
-    """Return how often a mean so far from zero comes about if each difference's sign is chance.
+    """Return how often a mean this far from zero occurs if each difference's sign is chance.
 
     Two-sided and, up to 13 differences other than zero, exact; for differences of -1, 0 and 1 it
     is McNemar's exact test.
@@ -191,11 +191,11 @@ def sign_flip_p(differences: torch.Tensor) -> float:
 def simultaneous_intervals(
     scores: torch.Tensor, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bootstrap intervals of all pairwise differences that hold together with 95 %.
+    """Bootstrap intervals of all pairwise differences that hold jointly at 95 %.
 
     The best of many is partly the luckiest of many. Intervals for a single pair would therefore
     find that a reward "fell since" in runs in which nothing happened. These reach as far as the
-    largest t statistic of all pairs, resampled over prompts. With 9 rows they hold together in
+    largest t statistic of all pairs, resampled over prompts. With 9 rows they hold jointly in
     94 % of cases for 32 prompts, 91 % for 16 and 77 % for 6.
 
     Args:

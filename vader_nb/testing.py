@@ -3,7 +3,7 @@
     from vader_nb.testing import check_model
     print(check_model(load("my/directory", dtype=torch.float64), Sampling(num_frames=3, height=16, width=16)))
 
-`plain_autograd` is what the staged gradient is held against: the whole chain in one graph.
+`plain_autograd` is what the staged gradient is compared with: the whole chain in one graph.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ class Approximation(NamedTuple):
         reward: what the gradient is of.
         error: the relative distance of the latents' gradient to the exact one.
         cosine: of both.
-        cost: floating point operations of `decode` and `decode_vjp`, as a part of the exact one's.
+        cost: floating point operations of `decode` and `decode_vjp`, as a fraction of the exact one's.
     """
 
     name: str
@@ -119,12 +119,12 @@ def check_model(
     prompts: Sequence[str | Prompt] | None = None,
     strategies: Sequence[Strategy] = STRATEGIES,
 ) -> Report:
-    """Hold a model against everything that training expects of it.
+    """Check a model against everything that training expects of it.
 
     The gradient of each strategy against plain autograd; the replay; `decode` of some frames and `decode_vjp`;
     batches; adapters there and back; half precision; a resumed run against an uninterrupted one; the memory
-    that the planner foresees, for a directory that the model was saved to, against what a step takes. Of a causal
-    decoder, the report also says how far each approximation of its gradient is off, which is no promise.
+    that the planner predicts, for a directory that the model was saved to, against what a step takes. For a causal
+    decoder, the report also says how far off each approximation of its gradient is, which is not a promise.
 
     Args:
         model: small, in float64 on the CPU, with weights that act (random ones are fine).
@@ -175,13 +175,13 @@ def example_prompts(model: VideoModel, sampling: Sampling) -> list[str | Prompt]
 
 
 def quick_check(model: VideoModel) -> Report:
-    """The few seconds' check of `load(..., check=True)`: a wrong gradient is silent, and some decoders have one.
+    """The check of `load(..., check=True)`, in a few seconds: a wrong gradient is silent, and some decoders have one.
 
-    On a clip as small as the model makes, through two whole steps: the gradient against a finite difference
+    On the smallest clip that the model makes, through two whole steps: the gradient against a finite difference
     along it, with and without gradient checkpointing, and `decode` of some frames against all.
 
     Args:
-        model: of any size, where it is to work. In half precision, whose finite differences are noise, only the
+        model: of any size, where it will run. In half precision, whose finite differences are noise, only the
             other checks are made. Limits are wide, for TF32: errors of the kind looked for are tens of per cent.
 
     Raises:
@@ -318,7 +318,7 @@ def plain_autograd(
             with torch.set_grad_enabled(n <= max(plan.active)):
                 output = denoise(scaled, t)
         elif isinstance(strategy, Step):
-            # Later steps pass the gradient on, their own parameters' part does not count.
+            # Later steps pass the gradient on; their own parameters' part does not count.
             for p in weights:
                 p.requires_grad_(n == strategy.i)
             with torch.set_grad_enabled(n <= strategy.i):
@@ -449,7 +449,7 @@ def decodings(model, sampling, prompts, strategies) -> Iterator[Row]:
     latents = roll_out(model, prompts, SEEDS, sampling).latents
     bounds = model.decode(latents)
     yield Row("frames beyond 0 to 1", max(-bounds.min().item(), bounds.max().item() - 1), 0.0)
-    if not model.exact:  # it says that parts are not the whole, and claims nothing to be checked
+    if not model.exact:  # it declares that parts differ from the whole: nothing to check
         return
     frames = [0, sampling.num_frames // 2, sampling.num_frames - 1]
     leaf = latents.clone().requires_grad_()

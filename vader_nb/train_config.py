@@ -166,7 +166,7 @@ class TrainConfig:
 
 
 def check_half(mixed_precision: str | None, dtypes: Iterable[torch.dtype]) -> None:
-    """Raises ValueError for autocast to one half type over weights in the other: torch joins no tensors of both."""
+    """Raises ValueError for autocast to one half type over weights in the other: torch cannot mix the two."""
     half = HALF.get(mixed_precision or "")
     for dtype in dtypes:
         if half and dtype in HALF.values() and dtype != half:

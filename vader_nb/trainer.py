@@ -217,7 +217,7 @@ class Trainer:
                 (config.output_dir / checkpoints.STOP).unlink(missing_ok=True)
             except BaseException:
                 if self.accelerator.num_processes == 1 or state.non_finite >= self.max_non_finite:
-                    self.finish()  # else other processes may not come, and saving is a collective
+                    self.finish()  # else others may never get here, and saving is a collective
                 if self.adapter is not self.start_adapter:
                     self.adapter.remove()
                 raise
@@ -334,7 +334,7 @@ class Trainer:
         return tensors, contents, checkpoints.read_metrics(config.output_dir, contents["step"])
 
     def encode_texts(self, step: int) -> None:
-        """Load a text encoder that is kept out of memory just once: for all prompts drawn from this step on."""
+        """Load just once a text encoder that is kept out of memory: for all prompts drawn from this step on."""
         if not self.model.keeps_texts:
             return
         steps = range(step, min(self.config.steps, step + KNOWN_STEPS))
@@ -491,7 +491,7 @@ class Trainer:
         if synced.stop:
             raise KeyboardInterrupt
         if synced.non_finite:
-            self.optimizer.zero_grad()  # some of the micro-batches are no gradient
+            self.optimizer.zero_grad()  # some of the micro-batches make no gradient
             raise NonFiniteError(problem or "the numbers of another process were not finite")
         return {
             "step": self.state.step + 1,
@@ -612,7 +612,7 @@ class Trainer:
         return saved
 
     def adapter_metadata(self) -> dict:
-        """What the adapter's file says beside rank and alpha."""
+        """What the adapter's file says besides rank and alpha."""
         return {
             "reward": self.reward.name,
             "reward_fingerprint": self.reward.fingerprint,
@@ -757,7 +757,7 @@ def is_validated(row: dict) -> bool:
 def best_step(metrics: list[dict]) -> int | None:
     """The step with the highest validation score (the first one that `validate` names), if any.
 
-    If a resumed run validates by another score, steps before that do not count.
+    If a resumed run validates with a different score, steps before that do not count.
     """
     scored = [row for row in metrics if is_validated(row)]
     if not scored:

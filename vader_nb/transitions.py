@@ -25,7 +25,7 @@ class Transition:
     """One step of a chain.
 
     Attributes:
-        model, scheduler, t: whose, and at which of the scheduler's timesteps; it has taken no step.
+        model, scheduler, t: whose step, and at which timestep of the scheduler, which has taken no step.
         alpha, sigma: before it.
         alpha_next, direction, std: see above; std 0: it is deterministic.
     """
@@ -40,7 +40,7 @@ class Transition:
     std: float
 
     def mean(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Where the step goes on average, (B, C, F, H, W) in float32 at least, by the guided output at these latents."""
+        """The step's mean (B, C, F, H, W), in float32 at least, given the guided output at these latents."""
         output, latents = widened(output), widened(latents)
         clean = self.model.x0(self.scheduler, output, self.t, latents)
         noise = (latents - self.alpha * clean) / self.sigma
@@ -57,14 +57,14 @@ class Transition:
         return mean.to(latents.dtype)
 
     def log_prob(self, mean: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-        """Log-density (B,) of the next latents, as mean over their entries: the convention of DDPO's code, by which
-        its clip range is published."""
+        """Log-density (B,) of the next latents, as the mean over their entries: the convention of DDPO's code, to
+        which its published clip range applies."""
         distance = (widened(following) - mean) / self.std
         density = -(distance**2) / 2 - math.log(self.std * math.sqrt(2 * math.pi))
         return density.mean(dim=tuple(range(1, mean.ndim)))
 
     def divergence(self, mean: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """KL (B,) between two such steps with these means, as mean over entries."""
+        """KL (B,) between two such steps with these means, as the mean over entries."""
         return ((mean - other) ** 2 / (2 * self.std**2)).mean(dim=tuple(range(1, mean.ndim)))
 
 
@@ -80,7 +80,7 @@ def transition(model: VideoModel, sampling, i: int, noise_level: float | None = 
         noise_level: see `default_noise_level`.
 
     Raises:
-        ValueError: for a scheduler whose steps are no such Gaussians.
+        ValueError: for a scheduler whose steps are not such Gaussians.
     """
     scheduler = model.new_scheduler(sampling)
     name = type(scheduler).__name__

@@ -23,7 +23,7 @@ ATOMIC = "one gradient cannot be stopped midway"
 
 @dataclass(frozen=True)
 class Truncation:
-    """A truncated gradient: K denoising steps learn, the last ones, and some frames are scored."""
+    """A truncated gradient: the last K denoising steps learn, and some frames are scored."""
 
     K: int = 1
     frames: str = "random:1"  # as for `strategies.parse_frames`
@@ -43,7 +43,7 @@ class Measured:
 
 @dataclass
 class TruncationStudy:
-    """Gradients of a reward on one clip, by the parameters of a new adapter, measured against the exact one.
+    """Gradients of a reward on one clip with respect to a new adapter's parameters, measured against the exact one.
 
     The adapter has a random B, since A has no gradient where B is zero. The exact gradient goes through all steps and
     all frames, at the same seed.
@@ -112,7 +112,7 @@ class TruncationStudy:
         tracker = MemoryTracker(self.model.device.type)
         gradient = self.gradient(setting, tracker)
         say(f"Measuring time {where}")
-        yield 0.7  # time is measured apart, since the memory tracker takes time
+        yield 0.7  # time is measured separately, since the memory tracker takes time
         began = time.perf_counter()
         self.gradient(setting, nullcontext())
         seconds = time.perf_counter() - began

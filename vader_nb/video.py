@@ -20,7 +20,7 @@ SMALL = 500_000  # pixels of a clip that is a gif in a page; larger ones are H.2
 
 NARROW = 72  # pixels of a gallery's column on a phone, whose page then scrolls sideways
 GAP = 4  # pixels between clips side by side
-WIDEST = 1920  # pixels of them all: players of H.264 take no more than some 4000
+WIDEST = 1920  # pixels in all: H.264 players take no more than about 4000
 BACKGROUND = 0.25  # their gray, which is seen beside white, gray and black clips
 
 
@@ -40,7 +40,7 @@ def durations(count: int, fps: float, unit: int) -> list[int]:
 def h264(images: list[Image.Image], fps: float, crf: int | None = None) -> bytes:
     """An mp4 that browsers play; the last row or column is doubled where a size is odd.
 
-    crf: the quality, with which one thread encodes: x264's bytes depend on their number.
+    crf: the quality. With it, one thread encodes: x264's bytes depend on the number of threads.
     """
     import imageio_ffmpeg
     import mediapy
@@ -92,7 +92,7 @@ class Video:
         return [Image.fromarray(frame.repeat(factor, 0).repeat(factor, 1)) for frame in pixels]
 
     def encoded(self, suffix: str = ".gif", width: int | None = None) -> bytes:
-        """Encode the clip as an endless gif, a lossless webp, or an mp4 (H.264)."""
+        """Encode the clip as a looping gif, a lossless webp, or an mp4 (H.264)."""
         images = self.images(width)
         if suffix == ".mp4":
             return h264(images, self.fps)
@@ -117,7 +117,7 @@ class Video:
         return buffer.getvalue()
 
     def save(self, path: str | Path, width: int | None = None) -> Path:
-        """Write a .gif, .webp or .mp4, as the file's name ends; `width` as in `images`."""
+        """Write a .gif, .webp or .mp4, by the file's suffix; `width` as in `images`."""
         path = Path(path).expanduser()
         check_suffix(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ class Gallery:
     row head the columns.
 
     Args:
-        rows: The clips by label, equally many in each row.
+        rows: The clips by label, the same number in each row.
         width: Width of a column in pixels.
     """
 

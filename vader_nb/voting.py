@@ -101,7 +101,7 @@ class Tally:
 
 
 def read(*paths: str | Path) -> list[Vote]:
-    """The votes of files, in their order. Raises ValueError for a line that is none."""
+    """The votes of files, in their order. Raises ValueError for a line that is not a vote."""
     votes = []
     for path in paths:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
@@ -170,9 +170,9 @@ class Votes:
         return vote
 
     def next(self, one: str, other: str, prompts: list[str], seed: int) -> Pair:
-        """The pair after this voter's last on these two; of a new seed, as `seed` is seen by name."""
+        """The pair after this voter's last on these two; with a new seed, since clips of `seed` are shown by name."""
         mine = [vote for vote in between(self.read(), one, other) if vote.voter == self.voter]
-        # The same clips for all voters, each on a side of its own.
+        # The same clips for all voters; which side a clip is on is drawn for each voter.
         chance = random.Random(f"{seed} {self.voter} {sorted((one, other))} {len(mine)}")
         left, right = chance.sample(sorted((one, other)), 2)
         return Pair(prompts[len(mine) % len(prompts)], seed + 1 + len(mine), left, right)

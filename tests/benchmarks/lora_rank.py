@@ -3,8 +3,8 @@
 Trains `tiny` to its `hps` reward for STEPS optimizer steps, each way from the same captions and noise: all weights of the
 attention layers, and adapters of the ranks RANKS on the same layers. Prints, for `measured.rank` of vader_nb/course.yaml,
 what each adds on held-out captions (each clip and its twin of the base model from the same noise), with half of the
-95 % interval over captions. Every way has the best of its learning rates RATES, by the same captions as the others (so
-all are flattered a little, and alike). "cut to rank r" is what is left of the trained weights' gain when each layer's
+95 % interval over captions. Each way has the best of its learning rates RATES, by the same captions as the others (so
+all are flattered a little, equally). "cut to rank r" is what is left of the trained weights' gain when each layer's
 change is replaced by its best approximation of that rank.
 """
 
@@ -67,7 +67,7 @@ def train(model, learner, reward, rate: float, seed: int) -> None:
         adapter = learner if isinstance(learner, lora.Adapter) else None
         rollout = roll_out(model, texts, seeds, settings, adapter=adapter, window=1)
         optimizer.zero_grad()
-        # No step but active ones: the adapter is asked for nothing but to carry the gradient's scale.
+        # There are only active steps, so the adapter is needed only to carry the gradient's scale.
         carrier = adapter or lora.Adapter(model, 1, 1.0, ())
         accumulate(model, carrier, reward, rollout, plan, frames, gradient_checkpointing=False)
         optimizer.step()

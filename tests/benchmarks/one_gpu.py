@@ -1,9 +1,9 @@
-"""Memory of one training step on one GPU, with one saving after the other: `measured.one_gpu` of vader_nb/course.yaml.
+"""Memory of one training step on one GPU, adding one saving after another: `measured.one_gpu` of vader_nb/course.yaml.
 
     python -m tests.benchmarks.one_gpu modelscope
     python -m tests.benchmarks.one_gpu wan 3
 
-The second word leaves out so many savings before it simulates, since one of Wan takes a minute on a CPU.
+The second word skips that many savings before simulating, since one simulation of Wan takes a minute on a CPU.
 
 Simulated by `vader_nb.memory` with the recipe's settings; no GPU is needed. Prints YAML.
 """

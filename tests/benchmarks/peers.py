@@ -1,6 +1,6 @@
 """A training step here against the same step in its peers' sequences: `python tests/benchmarks/peers.py`
 
-The peers' loops are written anew on the same model, adapter, noise and reward, so that only the sequence differs:
+The peers' loops are rewritten for the same model, adapter, noise and reward, so that only the sequence differs:
 
 - VADER (its train_t2v_lora.py): steps before the window without a graph, the adapter beside the weights in
   all of them; the window, the decoder and the reward in one graph.
@@ -8,7 +8,7 @@ The peers' loops are written anew on the same model, adapter, noise and reward, 
 
 Both with the denoiser's blocks checkpointed, as they do. Each case prints seconds and peak memory (bytes of
 tensors, as `MemoryTracker` counts them) as ratios to ours: above 1 is better here. The sequences take turns, so that
-a machine whose speed drifts does not decide; a ratio is the median over rounds. Before that, all three must give
+drift in the machine's speed does not decide; a ratio is the median over rounds. Before that, all three must give
 the same gradient. Their other costs, such as adapters on more layers or a checkpoint every step, are not counted.
 """
 

@@ -2,7 +2,7 @@
 
 The full-size network of each is built from its published configuration as fake tensors (shapes without numbers: no
 download, no memory), and scores one clip of 16 frames of 256 x 256 pixels, forwards and backwards, as the package
-does it. Counted are the weights, and the most that lives beside them at one moment (`MemoryTracker`), against
+does it. It counts the weights, and the most that is alive besides them at one moment (`MemoryTracker`), against
 the same without checkpointing and chunks.
 """
 

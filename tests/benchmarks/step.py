@@ -7,8 +7,8 @@ should cost at most 1.06 times their sum.
 
     python tests/benchmarks/step.py --against ../other        compares with another checkout
 
-Each checkout runs in a process of its own, and rounds alternate between them, so that a machine whose speed
-drifts does not decide: the ratio is the median over rounds.
+Each checkout runs in a process of its own, and rounds alternate between them, so that drift in the machine's
+speed does not decide: the ratio is the median over rounds.
 """
 
 import argparse

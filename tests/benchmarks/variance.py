@@ -1,6 +1,6 @@
 """Where a reward gradient's variance comes from: python -m tests.benchmarks.variance [tiny] ["Last(1)" …]
 
-One clip's gradient is a random vector: of the prompt, of the seed, of the frame that is scored, and of what the strategy
+One clip's gradient is a random vector: it depends on the prompt, the seed, the scored frame, and what the strategy
 draws (steps, noise). For each strategy prints, as a Markdown table, the share of each source in the variance, each
 source within those before it (a nested analysis of variance, summed over the adapter's entries), and how many clips a
 batch needs until the mean gradient is as long as its noise: variance / squared length of the mean gradient.

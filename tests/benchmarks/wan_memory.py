@@ -8,7 +8,7 @@ VideoX-Fun with `--low_vram`, and "bfloat16" means all networks; by default our 
   (1 frame), in one graph with the last step. Its image encoder, which stays on the device, is left out.
 - The naive way: the same with all latents, so that all frames can be scored.
 
-Prints GiB, which GPUs' worth that is (24 or 80 GB, with a margin for what is not a tensor), and the ratio to ours with
+Prints GiB, which GPU that takes (24 or 80 GB, with a margin for what is not a tensor), and the ratio to ours with
 the same frames.
 """
 

@@ -51,7 +51,7 @@ class RewardGradient(Estimator):
         return Collected(rollout, plan, frames, batch.generator)
 
     def chosen_frames(self, prompts, generator: torch.Generator | None) -> list[int]:
-        """Of the frames that are not given."""
+        """Indices; given frames are not drawn."""
         count = self.sampling.num_frames
         return self.frames.choose(count, generator, self.model.given_frames(prompts))
 

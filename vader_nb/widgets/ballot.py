@@ -77,7 +77,7 @@ class BlindVote(Panel):
         """Show the open view again."""
 
     def _next_pair(self) -> Job:
-        """Make the next pair. The order in which they are made would tell which side is whose."""
+        """Make the next pair, in an order that does not tell which side is whose."""
         self.pair, data, made = None, self.data, {}
         pair = self.votes.next(self.one.value, self.other.value, data.prompts, data.seed)
         self.changed()

@@ -47,8 +47,8 @@ class RewardComparison(BlindVote):
         rewards: Default: those of the tiny world.
         prompts: A list, a set's name or a file, up to 200; default: six.
         seed: Of the noise.
-        folder: Where votes and exports are saved. All files of votes that lie there count.
-        voter: The name to vote by, if several people do.
+        folder: Where votes and exports are saved. All vote files in it count.
+        voter: The name to vote under, if several people vote.
 
     Raises:
         FileNotFoundError: An adapter's file does not exist.
@@ -237,7 +237,7 @@ class RewardComparison(BlindVote):
             self.prompt.value = chosen
 
     def _show(self) -> None:
-        """Show what is there of what is in sight."""
+        """Show the clips of the current view that exist."""
         drawn = self._draw()
         if self.blind.value or not drawn:
             return
@@ -264,7 +264,7 @@ class RewardComparison(BlindVote):
         return sections(self.data, elements, self._seen()[1], rewards)
 
     def _draw(self) -> dict[str, tuple[Video, list[str]]]:
-        """What is in sight, by prompt: the clips that are there, side by side."""
+        """The current view, by prompt: the clips that exist, side by side."""
         (rows, names), reward, drawn = self._seen(), self.reward.value, {}
         for prompt in rows:
             if not (made := self.data.clips_of(prompt, names)):

@@ -28,7 +28,7 @@ CLIPS = 4
 NEUTRAL = 0.05  # smaller cosines happen by chance
 UNKNOWN = "not measured yet"
 NO_WEIGHT = "All weights are 0: nothing is asked for. Move a slider."
-PLAIN = str.maketrans("<>&", "‹›+")  # labels are HTML in ipywidgets 7, and texts in 8
+PLAIN = str.maketrans("<>&", "‹›+")  # labels are HTML in ipywidgets 7, plain text in 8
 COSINE = (
     "Mean over the clips of the cosine between two rewards’ gradients on the pixels: 1 the same "
     "way, 0 at right angles, −1 what one gains the other loses."
@@ -45,7 +45,7 @@ class RewardComposer(Panel):
     Args:
         model: Makes the clips.
         rewards: Expressions for `rewards.parse`, or rewards and expressions by name. A reward that
-            is not an expression needs a Python name, under which it stands in `expression`.
+            is not an expression needs a Python name, under which it appears in `expression`.
         prompts: Of the clips, two or more; `Prompt`s where the model starts from images.
         seed: Of the first clip; those of the others follow.
 
@@ -83,7 +83,7 @@ class RewardComposer(Panel):
         self.rewards = {
             n: stepwise.usable(value, model, self.prompts) for n, value in named.items()
         }
-        # How they stand in the expression; those that are no expressions by their names.
+        # How they appear in the expression; those that are not expressions, by their names.
         self.sources = {n: v.strip() if isinstance(v, str) else n for n, v in named.items()}
         self.own = [name for name, value in named.items() if not isinstance(value, str)]
         self._pairs = [*itertools.combinations(self.rewards, 2)]

@@ -32,7 +32,7 @@ FRAMES = {  # choices of the frames that are scored
 
 
 def text(description: str, value: str, **options) -> Text:
-    """A line of text, heard when it is finished."""
+    """A line of text; its handler is called when it is finished."""
     return Text(value, description=description, continuous_update=False, **LINE, **options)
 
 
@@ -61,12 +61,12 @@ def row(*children: Widget, align: str = "center") -> HBox:
 
 
 def column(*children: Widget, flex: str = "1 1 300px", max_width: str = "560px") -> VBox:
-    """Widgets below each other, for `beside`."""
+    """Widgets one below the other, for `beside`."""
     return VBox(children, layout={"flex": flex, "max_width": max_width, "min_width": "0"})
 
 
 def beside(*columns: Widget) -> HBox:
-    """Columns beside each other; on a phone they are below each other."""
+    """Columns side by side; on a phone, one below the other."""
     look = {"flex_flow": "row wrap", "align_items": "flex-start", "grid_gap": "4px 16px"}
     return HBox(columns, layout=FULL | look)
 

@@ -1,4 +1,4 @@
-"""What a model's family has beside prompt, seed, steps and guidance, and what a model of the tiny world knows."""
+"""What a model's family has besides prompt, seed, steps and guidance, and what a model of the tiny world knows."""
 
 from itertools import groupby
 from typing import Any

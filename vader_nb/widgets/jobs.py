@@ -1,7 +1,7 @@
 """What a control starts: one job at a time, the newest.
 
 A job is a generator, which yields after each denoising step or work of that size. In between, the
-page is heard, and a newer request takes over. Not a thread: Colab loses a page's updates from them.
+page's messages are handled, and a newer request takes over. Not a thread: Colab loses a page's updates from them.
 """
 
 import asyncio

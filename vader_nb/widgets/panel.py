@@ -16,8 +16,8 @@ from .jobs import Jobs
 
 STYLE = Path(__file__).with_name("panel.css.j2").read_text(encoding="utf-8")
 VIEW = "application/vnd.jupyter.widget-view+json"
-# ipywidgets gives the handle of a slider no accessible name: that of its label. A page that runs no
-# such code has all but these names.
+# ipywidgets gives the handle of a slider no accessible name; this gives it that of its label. A page
+# that does not run such code lacks only these names.
 NAMES = """
 const root = this.closest('.vader'), name = () => root.querySelectorAll(
   '.noUi-handle, .ui-slider-handle').forEach(handle => {
@@ -26,8 +26,8 @@ const root = this.closest('.vader'), name = () => root.querySelectorAll(
   })
 new MutationObserver(name).observe(root, {childList: true, subtree: true}), name()
 """
-# The picture of a panel stands under the widget, which hides it. Where there is no widget, because
-# its kernel is gone, the picture is seen, and Jupyter's remark that it finds no widget is not.
+# The picture of a panel is under the widget, which hides it. Where there is no widget, because its
+# kernel is gone, the picture is visible, and Jupyter's remark that it finds no widget is hidden.
 STILL = (
     "<style>:has(+ * .vader-still) > .jp-OutputArea-output.jupyter-widgets:not(:has(*)) {{ display: none }}</style>"
     "<div class='vader-still vader-still-{id}'>"
@@ -71,7 +71,7 @@ class Panel:
         head.value = f'<style onload="{escape(NAMES)}">{style}</style>{title}'
 
     def button(self, description: str, icon: str, width: int, press: Callable, style="") -> Button:
-        """A button that calls press(), or starts the job that it is."""
+        """A button that calls press(), or starts it if it is a job."""
         layout = {"width": f"{width}px"}
         made = Button(description=description, icon=icon, button_style=style, layout=layout)
         self.on(press, made)

@@ -15,7 +15,7 @@ from ..stepwise import Job, remember
 from .controls import FRAMES, beside, choice, column, disable, fold, row, slider, switch, text
 from .panel import Panel
 
-ASKED = ("model", "reward", "gpu_memory")  # the controls that are no settings of the step
+ASKED = ("model", "reward", "gpu_memory")  # the controls that are not settings of the step
 DEFAULT = {0: "default of the model"}  # of a size
 PIXELS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 768, 1024)
 LENGTHS = (1, 4, 8, 12, 16, 24, 32, 48, 64)

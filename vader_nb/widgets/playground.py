@@ -99,7 +99,7 @@ class Playground(Panel):
         self.place.children = [self.panels[key].box]
 
     def open(self, tab: str, model: str | None = None) -> Panel:
-        """Open a tab, and return its panel. Raises ValueError for one of `TABS` or models that there is not."""
+        """Open a tab, and return its panel. Raises ValueError for a tab or model that does not exist."""
         self.set(tab=tab, model=model or self.model.value)
         self.prepare()
         return self.panels[self.key]

@@ -1,4 +1,4 @@
-"""A race, or runs beside each other, also while they train: curves, Pareto plots, and the clips behind each point.
+"""A race, or runs side by side, even while they train: curves, Pareto plots, and the clips behind each point.
 
 viewer = RunViewer("runs/race", model)                    in a notebook; or RunViewer(["runs/a", "runs/b"])
 viewer.set(x="seconds", point="VADER · evaluation 3")     the same from Python; viewer.player has the clips
@@ -133,7 +133,8 @@ class RunViewer(Watcher):
         return drawn
 
     def _series(self, contestant: Contestant, color: str, x: str, y: str) -> Series:
-        """Over what was spent: means and a band, or a level without training. Over another metric: the way from the base on."""
+        """Over what was spent: means and a band, or a level without training. Over another metric: the path from the
+        base."""
         points, start = contestant.where(x, y), []
         values = [(p.mean(x), p.mean(y)) for p in points]
         labels = [p.label if p.listed else "" for p in points]

@@ -230,7 +230,7 @@ class Sampler(Panel):
         return Video(frames[0], self._fps(request), request.prompt)
 
     def _fps(self, request: Request) -> float:
-        """Of the clip: what the model was told, as far as it is not its default."""
+        """Of the clip: the default, scaled if the model was told a different one."""
         told = self.model.sampling_options.get("fps", 1)
         return self.model.defaults["fps"] * dict(request.options).get("fps", told) / told
 

@@ -43,7 +43,7 @@ class StartImage:
         """Set it to the bytes of a file, a path, a tensor (3, H, W) in [0, 1], or none.
 
         Raises:
-            ValueError: This is no image, or the model starts from none.
+            ValueError: This is not an image, or the model does not start from one.
         """
         if image is not None and not self.model.takes_image:
             raise ValueError(f"{self.model.name!r} makes clips of text alone: it takes no image")

@@ -1,4 +1,4 @@
-"""What panels over folders that are being written share: a look each second, charts, clips of what is chosen."""
+"""What panels that follow folders being written share: a look every second, charts, clips of what is chosen."""
 
 import asyncio
 import json

@@ -90,7 +90,7 @@ def _turned(overlap: torch.Tensor, shape: str) -> float:
     if symmetry is None:
         return 0.0
     angle = overlap.argmax(dim=1) * (symmetry / ANGLES)
-    step = (angle.diff() + symmetry / 2) % symmetry - symmetry / 2  # the shortest way round
+    step = (angle.diff() + symmetry / 2) % symmetry - symmetry / 2  # the shortest way around
     return step.sum().item()
 
 

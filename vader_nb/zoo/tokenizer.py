@@ -1,6 +1,6 @@
 """The tiny models' tokenizer: CLIP's byte-pair encoding, with merges for the words of the tiny world only.
 
-A word of the world is one token; any other text falls apart into its bytes, so every prompt can be
+A word of the world is one token; any other text is split into its bytes, so every prompt can be
 encoded, as with the big vocabulary (49,408 tokens there, a few hundred here).
 """
 

@@ -1,7 +1,7 @@
 """Align the tiny model to three rewards; the adapters are shipped, so that comparisons have something to show at once.
 `python -m vader_nb.zoo.scripts.train_adapters [name …]` (four minutes each on two cores)
 
-Short runs of few parameters: rank 4, 217 kB a file. Each goes on from its checkpoint if it was interrupted.
+Short runs with few parameters: rank 4, 217 kB per file. Each resumes from its checkpoint if it was interrupted.
 """
 
 import sys

@@ -100,8 +100,8 @@ def beauty(frames: torch.Tensor) -> torch.Tensor:
 
 
 def vary(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Frames paler, fainter and off center, so that the rating is fitted on all that it speaks of; the world
-    itself knows seven colors and hardly leaves the middle."""
+    """Frames paler, fainter and off center, so that the rating is fitted on everything it covers; the world
+    itself has seven colors, and its objects hardly leave the middle."""
     gray, background = frames.mean(dim=1, keepdim=True), frames[:, :, :1, :1]
     pale, faint = torch.rand(2, len(frames), 1, 1, 1, generator=generator)
     frames = background + (frames + 0.8 * pale * (gray - frames) - background) * (1 - 0.6 * faint)
@@ -137,7 +137,7 @@ def main() -> None:
     tokens = tokenizer(
         [spec.caption for spec in specs], padding="max_length", return_tensors="pt"
     ).input_ids
-    # Identical up to the motion, which no frame shows: such a pair is no mistake, so it is no negative either.
+    # Identical up to the motion, which no frame shows: such a pair is not a mistake, so it is not a negative either.
     sight = {}
     looks = torch.tensor(
         [sight.setdefault((s.color, s.shape, s.background), len(sight)) for s in specs]

@@ -21,7 +21,7 @@ from ..tokenizer import save as save_tokenizer
 from .training import rank_and_world, save_atomically, save_half, save_index, share, train
 
 STEPS, BATCH, CLIPS, SEED = 1600, 12, 3000, 2
-SCHEDULE = 5500  # stopped before it is perfect, on purpose: alignment shall have something to mend
+SCHEDULE = 5500  # stopped before it is perfect, on purpose: alignment should have something to fix
 NOISY_STEPS = 700  # the first ones see nearly pure noise only, where the text alone decides
 TEXT_STEPS, CODE_SCALE = 200, 4.0
 EMPTY = (

@@ -2,9 +2,9 @@
 
     python -m vader_nb.zoo.scripts.train_i2v data | image_encoder | vae | decoder | generator | generator_again
 
-in this order; `generator` may run beside `vae` and `decoder`, and each goes on where it was stopped. Its latents are
+in this order; `generator` may run alongside `vae` and `decoder`, and each resumes where it stopped. The latents are
 those of the `tiny` model's autoencoder, which the encoder learns to repeat, so that the generator need not wait for it.
-`decoder` and `generator_again` go on from the weights that are there, with a learning rate that falls once more.
+`decoder` and `generator_again` continue from the existing weights, with a learning rate that falls once more.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Train the tiny autoencoder: 64x64 frames to 4x8x8 latents. `python -m vader_nb.zoo.scripts.train_vae`
 
 Why the loss is weighted. The shapes cover a tenth of the pixels, so with a plain mean the backgrounds
-dominate: such a model reached a fine whole-frame PSNR and had lost every color and shape. Here the
+dominate: such a model reached a good whole-frame PSNR but had lost every color and shape. Here the
 object (what differs from the corner pixel, and a margin around it) and the background weigh the same.
 """
 

@@ -53,7 +53,7 @@ def main() -> None:
         amount = 0.08 * torch.rand(len(chosen), 1, 1, 1, 1, generator=generator)
         shift = torch.randint(
             -4, 5, (2,), generator=generator
-        ).tolist()  # where it happens is not what happens
+        ).tolist()  # the label does not depend on the position
         moved = clips[chosen].roll(shift, dims=(-2, -1)) / 255 + amount * noise
         return F.cross_entropy(logits(classifier, moved), motions[chosen])
 

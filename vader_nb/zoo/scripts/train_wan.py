@@ -2,8 +2,9 @@
 
     python -m vader_nb.zoo.scripts.train_wan frames | clips | generator | colors
 
-in this order; each goes on where it was stopped. The autoencoder learns single frames first, as Wan's did. As with `tiny`, the text encoder is first taught to spell
-the caption's attributes and then frozen, and the transformer sees much noise at first.
+in this order; each resumes where it stopped. The autoencoder learns single frames first, as Wan's did. As with `tiny`,
+the text encoder is first taught to spell out the caption's attributes and then frozen, and the transformer sees much
+noise at first.
 """
 
 import sys
@@ -167,8 +168,8 @@ def reconstruction_loss(vae: AutoencoderKLWan, clips: torch.Tensor, generator) -
 def initialize(vae: AutoencoderKLWan) -> None:
     """Signals keep their size from layer to layer, and every frame is at first treated alone.
 
-    With torch's own initialization signals shrink to the size of the biases; normalization, which here does not take
-    the mean away, then hands on the biases alone, and all reconstructions are the same gray for 500 steps. Residual
+    With torch's own initialization signals shrink to the size of the biases; normalization, which here does not
+    subtract the mean, then passes on the biases only, and all reconstructions are the same gray for 500 steps. Residual
     blocks start as identities. Convolutions over time start with the present frame, so that what is learned on
     frames holds for clips: an encoder that keeps the last of four frames, a decoder that repeats it.
     """
@@ -308,9 +309,9 @@ def train_generator() -> None:
 
 
 def train_colors() -> None:
-    """The transformer goes on with captions of which some name a wrong color, as captions from the web would.
+    """The transformer trains on with captions of which some name a wrong color, as captions from the web would.
 
-    Without them it gets every color right: a reward could mend nothing. It draws wrong colors as often as it was told.
+    Without them it gets every color right: a reward could fix nothing. It draws wrong colors as often as it was told.
     """
     parts = (
         WanTransformer3DModel.from_pretrained(FOLDER / "transformer", torch_dtype=torch.float32),
@@ -336,7 +337,7 @@ def train_transformer(
     with torch.no_grad():
         states = text_states(text_encoder, tokenizer, captions)
     place = {caption: i for i, caption in enumerate(captions)}
-    said = torch.tensor(  # a caption that training must not see is not a mistake either
+    said = torch.tensor(  # a wrong caption that training must not see becomes the right one
         [
             [
                 place.get(spec._replace(color=color).caption, place[spec.caption])

@@ -38,7 +38,7 @@ def save_atomically(state: dict, path: Path) -> None:
 
 def save_half(model: nn.Module, folder: Path) -> None:
     """Write a diffusers or transformers model in half precision, without changing it in memory. Its
-    configuration asks for float32, since transformers would otherwise compute as it stores, and does not name
+    configuration asks for float32, since transformers would otherwise compute in the stored type, and does not name
     the folder that a model was loaded from."""
     deepcopy(model).half().save_pretrained(folder)
     path = folder / "config.json"
@@ -77,7 +77,7 @@ def train(
     loss(generator, step) -> scalar of this process's share of one batch. AdamW (0.9, 0.99), gradient norm
     clipped at 1, learning rate warmed up over 50 steps and then falling linearly to zero at step `schedule`
     (default: the last one; more means to stop early). `average` is the decay of the exponential moving
-    average of the weights (0: none). The state is kept in `folder/name.pt`; calling again goes on from
+    average of the weights (0: none). The state is kept in `folder/name.pt`; calling again resumes from
     there. on_save(step) runs with the averaged weights.
     """
     rank, world = rank_and_world()
