@@ -21,9 +21,7 @@ def controls(model: VideoModel) -> dict[str, Widget]:
     """Controls of what only some families have, by their names in `Sampling` or its `options`."""
     late: dict[str, Any] = {"continuous_update": False}
     made: dict[str, Widget] = {}
-    if hasattr(
-        model, "text_encoder"
-    ):  # without one, guidance has no text to be off, and mixes by frame
+    if hasattr(model, "text_encoder"):  # SVD has none: its guidance is a scale for each frame
         made["negative_prompt"] = text("negative", "")
         made["guidance_rescale"] = slider("rescale", 0.0, 0, 1, step=0.05, **late)
     if model.takes_image:

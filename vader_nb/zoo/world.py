@@ -50,7 +50,7 @@ SPIN = (
     16.0  # degrees a frame: less than half the 72 degrees after which a star looks the same again
 )
 
-# Circumradius of a polygon with area 1, and how many turns of it look alike.
+# Circumradius of a polygon with area 1, and the degrees of rotation after which it looks the same.
 STAR_INNER = 0.42
 CIRCUMRADIUS = {
     "square": math.sqrt(1 / 2),

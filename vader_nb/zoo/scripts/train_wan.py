@@ -311,7 +311,7 @@ def train_generator() -> None:
 def train_colors() -> None:
     """The transformer trains on with captions of which some name a wrong color, as captions from the web would.
 
-    Without them it gets every color right: a reward could fix nothing. It draws wrong colors as often as it was told.
+    Without them it gets every color right: a reward could fix nothing. It draws wrong colors as often as its captions named them.
     """
     parts = (
         WanTransformer3DModel.from_pretrained(FOLDER / "transformer", torch_dtype=torch.float32),
