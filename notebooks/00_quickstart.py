@@ -183,7 +183,8 @@ Gallery(
 )
 
 # %% [markdown]
-# Most colors are now closer to what the prompt asks for. Not all: the green square still ends up half purple.
+# Most colors are now closer to what the prompt asks for. Not all the way: the green square still ends up half purple. And not all: where the
+# yellow triangle was yellow, it is now more orange.
 #
 # ## 4 · Better, or only higher-scored?
 #
@@ -240,8 +241,8 @@ run.adapter.scale = 1.0
 Gallery(rows, width=96)
 
 # %% [markdown]
-# From the first row to the last, the colors move toward what the prompts ask for. But look at the last frames of the
-# green star: what was purple has turned dark, and no prompt asked for that. A higher reward is not always a better picture;
+# From the first row to the last, most colors move toward what the prompts ask for. But look at the triangle: where it was yellow, it turns orange.
+# And look at the last frames of the green star: its middle turns dark, and no prompt asked for that. A higher reward is not always a better picture;
 # chapter 7 is about that.
 #
 # ## Recap

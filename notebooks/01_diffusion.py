@@ -618,7 +618,7 @@ course.predict(guess, "01-gradient", letter=letter, whole=whole, cosine=cosines[
 
 # %% [markdown]
 # On points, the two terms cancel only in part. So the gradient grows roughly in proportion to $w$, and the second term *turns* it.
-# Leaving that term out saves half of the work (in the package: `unconditional_gradient=False`), and the right-hand picture shows
+# Leaving that term out saves half of the backward pass and of its memory (in the package: `unconditional_gradient=False`), and the right-hand picture shows
 # the price: the prompt's term alone still goes uphill, since its cosine with the sum is above zero, but the larger $w$, the further
 # off it points. (Exercise 4 lets you find out how much the two cancel in a video model.)
 #

@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 0.5 minutes | 1.4 GB |
+# | no GPU, no download, no account | about 0.5 minutes | 1.3 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
@@ -131,8 +131,8 @@ figure.colorbar(shades, label="cosine")
 course.show(figure, "01-prompts")
 
 # %% [markdown]
-# Two blocks: prompts that differ in one word lie close together, prompts that share few words lie far apart. These vectors, one per
-# token, are all the denoiser ever knows about your prompt.
+# Two blocks: prompts that differ in one word lie close together, prompts that share few words lie far apart. Vectors like these, one for each token, are all
+# the denoiser ever knows about your prompt.
 #
 # ## Videos become small: latents and the decoder
 #
@@ -508,7 +508,7 @@ course.predict(guess, "01-decided", **first)
 # calls, and even then it may wander: look at the blue star's row. The later calls *polish*, you could say. (This is a small world,
 # with one object per clip. A large model lays out a scene over many more calls.)
 #
-# In the next chapters we send a gradient through *the last call only*. How can polishing teach a model to draw something else?
+# VADER sends a gradient through *the last call only*. How can polishing teach a model to draw something else?
 # Keep the question in mind; chapter 4 has the answer.
 #
 # (From the next chapter on we number the steps of a sampler from its *end*, as the formulas do: step 1 is the last call.)
@@ -545,7 +545,8 @@ half = 1.96 * added.std() / len(added) ** 0.5
 print(f"added by the model: {added.mean():.3f} ± {half:.3f} (95 % interval), {len(added)} clips")
 
 # %% [markdown]
-# The autoencoder is nearly innocent: in every clip, the color that comes out is close to the one that went in. The model's own
+# The autoencoder is nearly innocent: in every clip, the color that comes out is almost as close to the prompt's as the one that went in.
+# (Even frames drawn by code are not at 0: our mask takes in the blended pixels of the edge.) The model's own
 # clips are further off on average (the interval excludes zero), a few of them by a lot. So it is the *denoiser* that picks the
 # wrong color, and that is the part an adapter can change.
 #

@@ -481,7 +481,7 @@ course.show(figure, "02-gains")
 #
 # A large gain is no promise either. It says that the last step has something to decide, not that one step is enough. (Chapter 4
 # finds out why it often is.) Where the gain is tiny, do not bet on transfer: train the steps that form the content, with `Step(4)`,
-# `ReFL(0.4)` or `DRTune(3)`. (`align` warns you.)
+# `ReFL(0.4)` or `DRTune(3)`. (Chapter 4 explains these; `align` warns you.)
 #
 # **Exercise 4** (★★, 15 minutes). Every step has a gain, not only the last. Return the gain of step $i$, counted from the end, for any
 # scheduler, multistep ones too. It is the coefficient of that step's output in the final latents.

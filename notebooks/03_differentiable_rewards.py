@@ -18,19 +18,19 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 1.5 minutes | 1.7 GB |
+# | no GPU, no download, no account | about 1 minute | 1.9 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
 # A reward is a function: frames and prompts in, one number per clip out, higher is better. Nothing more. What makes it useful to
 # us is that it is *differentiable*: it says not only how good the clip is, but also how to change each pixel to make it
-# better. In this chapter you build three such rewards, train one of them on ratings yourself, look at what their gradients ask for,
+# better. In this chapter you meet three such rewards, write one and train another on ratings yourself, look at what their gradients ask for,
 # break them in the ways everybody breaks them once, and climb one until it is fooled.
 #
 # **You will be able to**
 #
-# - *build* an HPS-style, an aesthetic and an action reward;
+# - *build* an HPS-style and an aesthetic reward, and *use* an action reward;
 # - *train* a reward on ratings, and *test* whether it has learned the taste or the noise;
 # - *read* a gradient as a picture, with its sign, and *recognize* an adversarial image;
 # - *find out* why you cannot train on a reward, with `vader_nb.check`;
@@ -482,7 +482,7 @@ course.show(figure, "03-signed")
 course.predict(guess, "03-signed")
 
 # %% [markdown]
-# With pixels the reward gets what it wants, and we see a cyan star with noise on it: the gradient asks for a pattern that the
+# With pixels the reward gets what it wants, and we see a cyan star with noise on it, a patch or two of it really blue: the gradient asks for a pattern that the
 # network mistakes for blue. With latents, the same reward says something we can read: *less green*, on the star and nowhere
 # else, and the star turns blue. (Red is further away: for red, too, the star loses its green, but it is not red yet after 25 steps.)
 # The reward is the same. What differs is what the gradient passes through: a decoder can only draw what it has learned to draw.
@@ -546,8 +546,8 @@ for axis, (name, y) in zip(axes, curves.items()):
 course.show(figure, "03-slopes")
 
 # %% [markdown]
-# Red: no slope. For `round` and a threshold, the slope is zero everywhere; a clamp has one only in the middle. (PIL and
-# numpy are worse: they leave autograd's graph altogether.) A sigmoid is a threshold that you can climb.
+# Red: no slope. For `round` and a threshold, the slope is zero everywhere; a clamp has one only in the middle. (PIL, numpy and `.byte()`, as in
+# `rounded` above, are worse: they leave autograd's graph altogether.) A sigmoid is a threshold that you can climb.
 #
 # **Exercise 3** (★, 10 minutes). This reward asks for *few bright pixels* and counts them. Counting has no gradient. Make it
 # differentiable.
@@ -673,7 +673,8 @@ for name, reward in likes.items():
 # %% [markdown]
 # Why 0.02? Because a rating of 7 and a cosine of 0.7 have different units: without a weight, the rating would drown out the
 # cosine. There is a way to choose that does not depend on units: measure how much each reward *varies* over clips of the base
-# model, and use this standard deviation as its unit.
+# model, and use this standard deviation as its unit. By this
+# yardstick, equal weights would need about 0.1; 0.02 gives the rating a fifth of the say.
 
 # %%
 from vader_nb.rewards import statistics
@@ -685,12 +686,12 @@ for name in ("hps", "aesthetic"):
 # %% [markdown]
 # ## …and may conflict
 #
-# If two rewards pull in opposite directions, their sum goes nowhere. What do they pull at? Not at pixels, but at the weights of
-# an *adapter*, a small trainable addition to the model (how a reward's gradient gets there is the subject of chapter 4; here we only use it). So take the gradient of each reward on a fresh adapter, averaged over clips, and look at the cosine
-# between two of them: at +1 they agree, at −1 they fight. And when is it so close to 0 that it means nothing? A cosine needs a
-# yardstick. Two directions drawn at random in fifty thousand dimensions have a cosine of 0.00. But gradients are not drawn at
-# random: all of them come through the same decoder and the same last step. So draw *rewards* at random: each likes a meaningless
-# pattern of light and dark. Their cosines show what chance alone can do.
+# If two rewards pull in opposite directions, their sum goes nowhere. What do they pull at? Not at pixels, but at the weights of an *adapter*, a small
+# trainable addition to the model (how a reward's gradient gets there is the subject of chapter 4; here we only use it). So take the gradient of each
+# reward on a fresh adapter, averaged over clips, and look at the cosine between two of them: at +1 they agree, at −1 they fight. And when is it so
+# close to 0 that it means nothing? A cosine needs a yardstick. Two directions drawn at random in fifty thousand dimensions have a cosine of 0.00. But
+# gradients are not drawn at random: all of them come through the same decoder and the same last step. So draw *rewards* at random: each likes a
+# meaningless pattern of light and dark. Their cosines show what chance alone can do.
 
 # %%
 adapter = lora.add(model, rank=4, seed=SEED)

@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 2 minutes | 1.7 GB |
+# | no GPU, no download, no account | about 2 minutes | 1.6 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
@@ -28,7 +28,7 @@
 #
 # $$\theta \;\to\; \text{last } K \text{ steps} \;\to\; x_0 \;\to\; \text{frames} \;\to\; R$$
 #
-# $\theta$ are the weights that learn, $x_0$ the final latents, $R$ the reward. We want $\nabla_\theta R$, exactly and in little
+# $\theta$ are the weights that learn, $x_0$ the final latents, $R$ the reward. We want the gradient through these $K$ steps, exactly and in little
 # memory. You will write it yourself, in a dozen lines, and check it against autograd. Then come the two questions on which
 # VADER stands or falls: why can a gradient through *one* step teach a model that takes ten? And where does it fail?
 #
@@ -88,7 +88,7 @@ clips = vader_nb.sample(model, prompts, seeds=SEED, sampling=settings)
 Gallery({"the clip": [Video(clips[0], 8, prompts[0])]}, width=256)
 
 # %% [markdown]
-# It bounces, and it is pink. Keep that in mind: the gradient will notice.
+# It bounces, and it is mostly pink. Keep that in mind: the gradient will notice.
 #
 # ## The plain way
 #
@@ -198,10 +198,12 @@ course.attempt(check, pull_back)
 HTML(course_drawings.stages())
 
 # %% [markdown]
-# **Stage 1, roll out.** Sample without a graph. Keep the latents before each of the last $K$ steps.
+# **Stage 1, roll out.** Sample without a graph. Keep the latents before each step, or at least before each of the last $K$. (`denoising_step` is one
+# turn of chapter 1b's loop: `model.guided`, then `model.step`.)
 #
 # **Stage 2, score.** Only the decoder and the reward are left, and they treat every frame by itself. Decode *one* frame, score
-# it, go backward to the latents, and its graph is gone before the next frame begins. With $n$ scored frames $D_f(x_0)$,
+# it, go backward to the latents, and its graph is gone before the next frame begins. (For that, the cut at the frames is not needed. A reward on
+# the whole clip will need it.) With $n$ scored frames $D_f(x_0)$,
 #
 # $$g \;=\; \frac{\partial R}{\partial x_0} \;=\; \frac1n \sum_{f} \Big(\frac{\partial D_f}{\partial x_0}\Big)^{\!\top} \frac{\partial r}{\partial D_f}$$
 #
@@ -209,13 +211,15 @@ HTML(course_drawings.stages())
 # step uses the same $\theta$, so the gradient is a sum with one term per step. Run step 1 once more, now with a graph, and pull
 # back $g_0 = g$: one VJP gives both the term of step 1 and $g_1$, which is where step 2 starts.
 #
-# $$\nabla_\theta R \;=\; \sum_{i=1}^{K} \Big(\frac{\partial x_0}{\partial \theta_i}\Big)^{\!\top} g \;=\; \sum_{i=1}^{K} \Big(\frac{\partial x_{i-1}}{\partial \theta}\Big)^{\!\top} g_{i-1},
+# $$\nabla_\theta^{(K)} R \;=\; \sum_{i=1}^{K} \Big(\frac{\partial x_0}{\partial \theta_i}\Big)^{\!\top} g \;=\; \sum_{i=1}^{K} \Big(\frac{\partial x_{i-1}}{\partial \theta}\Big)^{\!\top} g_{i-1},
 # \qquad g_i = \Big(\frac{\partial x_{i-1}}{\partial x_i}\Big)^{\!\top} g_{i-1}$$
 #
-# ($\theta_i$ is $\theta$ as step $i$ uses it.) With $K = 2$ these are two terms, $(\partial x_0/\partial\theta_1)^{\!\top} g + (\partial x_1/\partial\theta_2)^{\!\top} g_1$.
+# ($\theta_i$ is $\theta$ as step $i$ uses it.) With $K = 2$ these are two terms,
+# $(\partial x_0/\partial\theta_1)^{\!\top} g + (\partial x_1/\partial\theta_2)^{\!\top} g_1$.
 #
 # Is that exact? A step that is run again, from the same $x_i$ and with the same $\theta$, has the same activations: nothing in it is
-# random. And the sum *is* the chain rule, read from the right. Nothing was approximated.
+# random. And the sum *is* the chain rule, read from the right. The stages approximate nothing. (What $K$ leaves
+# out is another matter: $\nabla_\theta^{(K)} R$ is the whole gradient only if $K$ is the number of all steps. The lab below measures what is missing.)
 #
 # **Exercise 2** (★★★, 25 minutes). The core of this course. Complete `by_stages` so that it adds to the `.grad` of the adapter's
 # parameters what `plain(frames, K).backward()` adds. At any moment, only the graph of one frame, or of one step, may exist. (This
@@ -411,10 +415,11 @@ course.show(figure, "04-memory")
 
 # %% [markdown]
 # In stages, memory stays flat: stage 3 sets the height, and stage 2, below it, does not grow either. VADER's paper
-# ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)) scores *one random frame* to save memory; in stages, all frames
-# take no more of it than one. The price is time: each frame has to be decoded, and stage 3 computes the $K$ calls a second time.
+# ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)) scores *one random frame* to save memory; in stages, a reward on single frames takes no more of it
+# for all frames than for one. The price is time: each frame has to be decoded, and stage 3 computes the $K$ calls a second time.
 #
-# What is left is one call to the denoiser. The same trick works once more, *inside* it: keep only the inputs of its blocks, and
+# What is left is one step's call to the denoiser, with both branches of the guidance. (Chapter 2 counted 28 MB for a step. Here each number is
+# twice as wide, and there are two branches: about four times as much.) The same trick works once more, *inside* it: keep only the inputs of its blocks, and
 # compute each block again in the backward pass. This is **gradient checkpointing** ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)).
 # It is independent of the stages, and it is the package's default (the package then keeps those inputs of the last call from the roll-out,
 # so that call needs no second run):
@@ -454,8 +459,8 @@ for axis, label in zip(
 course.show(figure, "04-uphill")
 
 # %% [markdown]
-# Pink turns yellow: the difference says *more green, less blue*, on the circle and hardly anywhere else. No weight has changed, and the denoiser was
-# not called. This is what stage 2 hands to stage 3: a wish for the latents. Stage 3 finds the weights that fulfill it.
+# Most of the pink turns yellow: the difference says *more green, less blue*, on the circle and hardly anywhere else. No weight has changed, and the denoiser was
+# not called. This is what stage 2 hands to stage 3: a wish for the latents. Stage 3 finds how the weights must change to fulfill it.
 #
 # ## Why one step can teach ten
 #
@@ -524,12 +529,12 @@ Gallery({"star": row}, width=112)
 # This answers chapter 1b's riddle: polishing can teach a model to draw, because the polisher *is* the painter. The ten steps are one network, and
 # what it has learned to do with the features of "a green star" at the last step, it does with the same features at the steps before. A little in
 # each of them adds up to a lot. You also see the limit: what the first half adds cannot be told from zero. That is where the layout is
-# decided, from noise in which those features do not exist yet.
+# decided, while the input is still mostly noise; what was learned on a nearly finished picture carries over least there.
 
 # %% [markdown]
 # ## Where one step is not enough
 #
-# The explanation has a premise: all steps share $\theta$. Where they do not, $K = 1$ must fail. And there is such a model:
+# The explanation has a premise: all steps share $\theta$. Where they do not, $K = 1$ cannot reach all of them. And there is such a model:
 # [Wan 2.2 A14B](https://github.com/Wan-Video/Wan2.2) has *two* denoisers, one for the first, noisy steps, in which the layout is
 # decided, and one for the rest (in its authors' settings the last 14 of 40 steps). Do the same to the package's `tiny-wan`: use its
 # denoiser twice. Nothing else changes, not even the clips; but now the adapter has two parts, one for each denoiser.
@@ -580,13 +585,14 @@ axis.set(
 course.show(figure, "04-experts")
 
 # %% [markdown]
-# With one denoiser, $K = 1$ moves the shape. With two, it earns about half of that, and less for every seed: it can bend what the last three
-# steps do, but the layout was decided before. $K = 10$ reaches both denoisers. It wins most of that back with two seeds and hardly any
-# with the third (three seeds are few), at the price of ten backward passes instead of one. So before you choose $K$, ask: *do the steps
-# that must change share their weights with a step that learns?* (`align` warns where a denoiser is out of reach.)
+# With one denoiser, $K = 1$ earns 9 % of the width. With two, it earns about half of that, and less for every seed: only the last three steps can
+# change. $K = 10$ reaches both denoisers, at the price of ten backward passes instead of one. It wins most of the reward back with two seeds and
+# hardly any with the third (three seeds are few). So before you choose $K$, ask: *do the steps that must change share their weights with a step that
+# learns?* (`align` warns where a denoiser is out of reach.)
 #
-# And where the shape moved most, it is hardly a shape anymore: after twelve steps of such a crude reward, the oracles can name it in only
-# a few of the clips. That is reward hacking, and chapter 7 is about it.
+# But is it the layout that moved? Where $K = 10$ won most back, hardly a shape is left: the oracles can name it in 0 and 4 of 16 clips (in 14 of
+# them where it won little). That is reward hacking, and chapter 7 is about it. So this measures what each choice of $K$ can reach, not how well it
+# lays out a scene.
 
 # %% [markdown]
 # ## The estimator lab
@@ -602,7 +608,8 @@ course.show(figure, "04-experts")
 # | `ReFL()` | ImageReward ([Xu et al. 2023](https://arxiv.org/abs/2304.05977)) | stop at a late step, score its *predicted* clean video |
 # | `DRTune(K)` | DRTune ([Wu et al. 2024](https://arxiv.org/abs/2405.00760)) | K steps spread over the chain; the gradient skips the network in between |
 #
-# All of them stand in for the exact gradient, `Last(10)`. How well? Two draws tell us nothing: some strategies draw the same steps twice.
+# All of them stand in for the gradient through all ten steps, `Last(10)`; from
+# here on, that is what "exact" means. How well? Two draws tell us nothing: some strategies draw the same steps twice.
 # We take **eight draws on each of two clips**, and look at their mean *and* their range. Many draws give the same plan, which
 # is computed only once.
 
@@ -681,7 +688,7 @@ for axis, title, column in zip(axes, titles, range(3)):
     for y, draws in enumerate(measured.values()):
         values = [draw[column] for draw in draws]
         mean = sum(values) / len(values)
-        axis.plot([min(values), max(values)], [y, y], color="C0", linewidth=6, alpha=0.3)
+        axis.plot([min(values), max(values)], [y, y], "C0", lw=6, alpha=0.3, solid_capstyle="butt")
         axis.plot(mean, y, "o", color="C0")
         axis.annotate(
             f"{mean:.2f}", (mean, y), (0, 6), textcoords="offset points", ha="center", fontsize=8
@@ -699,13 +706,15 @@ letter = "c" if abs(late - spread_out) < 0.03 else "a" if late > spread_out else
 course.predict(guess, "04-closest", letter=letter, late=late, spread_out=spread_out)
 
 # %% [markdown]
-# Read it with care. *Direction*: every one of them points uphill. `Last(1)` lies some 20 degrees from the exact gradient, in half the time
-# of `Last(5)`. (Two clips are few: on a third one its mean fell from 0.94 to 0.87.) *Length* hardly matters, because AdamW divides it out.
-# *Range*: `Random()`, `ReFL()` and `DRTune(1)` train different steps in each draw, so their draws lie far apart. `Last(K)` draws nothing: its
-# range is just the gap between the two clips. So is `DRaFTLV`'s, whose fresh noise comes from the clip's own seed.
+# Read it with care. *Direction*: every one of them points uphill. `Last(1)` lies some 20 degrees from the exact gradient, in half the time of
+# `Last(5)`. (In chapter 2, with brightness and no guidance, the last step had only 0.71; and on a third clip the mean here fell from 0.94 to 0.87. It
+# depends on the reward and the clip.) `DRaFTLV(2)` is the poorest guide, and takes longer than `Last(1)`: it noises the finished video afresh,
+# so its latents are not those that the sampler passed through. *Length* hardly matters, because AdamW divides it out. *Range*: `Random()`, `ReFL()`
+# and `DRTune` train different steps from draw to draw. You see it in the length of all of them; in direction, only `DRTune(1)`'s draws lie far apart.
+# `Last(K)` draws nothing: its range is just the gap between the two clips. So is `DRaFTLV`'s, whose fresh noise comes from the clip's own seed.
 #
-# And one thing no average shows: what is left out is left out in every draw. Truncation is a *bias*, and more draws do not
-# remove it. The range is *variance*, and more draws do average it out.
+# And one thing no average shows: what `Last(K)` leaves out, it leaves out in every draw. That is a *bias*, and more draws do not
+# remove it. What differs from draw to draw, or from clip to clip, is *variance*: more draws, or more clips, average it out.
 #
 # ## Which frames?
 #
@@ -777,10 +786,10 @@ print(
 #
 # ## Where the variance comes from
 #
-# One frame is a noisy estimate, and so is one clip: another seed, another prompt give another gradient. Which of these matters most?
-# The variance of a gradient of one random frame of one random clip has three parts: between the frames of a clip, between the seeds of
-# a prompt, between prompts. They add up. For the `K of Random()` we use the draws from the lab above. All are shown as standard deviations, with the length
-# of the mean gradient as the unit.
+# One frame is a noisy estimate, and so is one clip: another seed, another prompt give another gradient. Which of these matters most? The variance of
+# a gradient of one random frame of one random clip has three parts: between the frames of a clip, between the seeds of a prompt, between prompts.
+# These add up. (The bars below are their square roots, which do not.) For the `K of Random()` we use the draws from the lab above. All are shown as
+# standard deviations, with the length of the mean gradient as the unit.
 
 # %%
 mean, of_clips = singles.mean((0, 1, 2)), singles.mean(2)
@@ -817,7 +826,7 @@ course.show(figure, "04-variance")
 # | stage | keeps in memory | why the gradient stays exact |
 # |---|---|---|
 # | 1 · roll out | the latents $x_K, \dots, x_0$, and no activations | no derivative is needed before $g$ is known |
-# | 2 · score | $x_0$, and $g$ as it adds up; the activations of decoder and reward for one frame | every frame has a term of its own in $g$ |
+# | 2 · score | $x_0$, and $g$ as it adds up; the activations of decoder and reward for one frame (a reward on the whole clip: its own for all frames, the decoder's for one) | every frame has a term of its own in $g$ |
 # | 3 · replay | the latents, $g_{i-1}$ and `.grad`; the activations of one step (with checkpointing: of one block) | run again from the same $x_i$ it is the same step, and of all that comes after its VJP needs $g_{i-1}$ alone |
 #
 # | symbol | name in the code | shape |
@@ -828,8 +837,12 @@ course.show(figure, "04-variance")
 # | scored frames | `Frames.random(1)`, `.all()`, `.every(2)`, `.at(0, 4)` | indices |
 # | $\nabla_\theta$ | `.grad` of `adapter.parameters()` | as each parameter |
 #
-# **Without looking:** what does each stage keep? Why is $g$ all that stage 3 has to know about the decoder and the reward? What would
-# change in `by_stages` if the reward looked at the whole clip?
+# **Why $K = 1$ can work:** the steps share $\theta$, and on these clips the last step's term points within 20 to 30 degrees of the whole gradient.
+# **Where it falls short:** the steps that must change have other weights (Wan 2.2), or lie in the first, noisy half (layout), or the last step has
+# next to no gain (SVD, chapter 2).
+#
+# **Without looking:** what does each stage keep, and which is the largest? Why is $g$ all that stage 3 has to know about the decoder and the reward?
+# What would change in `by_stages` if the reward looked at the whole clip? Why can $K = 1$ teach ten steps, and when can it not?
 #
 # ## Exercises
 #
@@ -874,8 +887,9 @@ course.attempt(check, EveryOther)
 #
 # **Exercise 4** (★★★, open, an hour). Bring a plot: the cosine of `Last(K)` with the exact gradient, against $K$, with its range over clips, for one
 # of these. (i) `rewards.action("tiny")`, which judges the motion of the whole clip, or a reward of your own (`vader_nb.check` first). (ii) `tiny`
-# with a last step as small as SVD's: `diffusers.DDIMScheduler.from_config(model.scheduler.config, timestep_spacing="leading")` ends at
-# timestep 0 instead of 99. How far does `Last(1)` fall? Its gradient gets short, but that is not the problem (why not?). What is?
+# with a last step a tenth as large: after `import diffusers`, `small.scheduler = diffusers.DDIMScheduler.from_config(small.scheduler.config,
+# timestep_spacing="leading")` ends at timestep 0 instead of 99 (gain 0.03 instead of 0.33; SVD's is 0.002). How far does `Last(1)` fall? Its gradient
+# gets short, but that is not the problem (why not?). What is?
 
 # %% [markdown] tags=["next"]
 # **Next:** [5 · LoRA](05_lora.ipynb): which weights should the gradient change? Fewer than you think.

@@ -195,7 +195,8 @@ names = [name for name, _ in model.denoiser.named_modules() if name.endswith(END
 print(len(names), "layers:", *names[:5], "…", sep="\n")
 
 # %% [markdown]
-# `attn1` looks from cell to cell within a frame, `attn2` from cells to words, and those of the temporal transformers from frame to frame.
+# In the spatial transformers (`attentions`), `attn1` looks from cell to cell within a frame and `attn2` from cells to words. In the temporal
+# ones (`temp_attentions`, and `transformer_in` above), both look from frame to frame.
 #
 # To put a bypass around a layer, replace the layer, in its parent module, with a `LoRA` that holds it. `nn.Module` makes this easy:
 # `block.to_q(x)` calls whatever is there *now*.
@@ -447,7 +448,7 @@ course.attempt(check, best)
 # </details>
 #
 # Now ask what *full* training would change. Make all weights of the attention layers trainable, with no adapter at all, and train them
-# for twenty steps. Each step is the one from chapter 4, written out:
+# for twenty steps. Each step is chapter 4's with $K = 1$ and one frame; for so little, one graph through step, decoder and reward will do:
 
 # %%
 hps = rewards.hps("tiny").to(model.device)
@@ -598,10 +599,11 @@ Gallery(rows, width=112)
 # %% [markdown]
 # Turning the knob is free: no training, no second file. Above 1 the adapter exaggerates; it was never trained there.
 #
-# Now look at what you asked for, and at what you got. White backgrounds turn to sand, to gray and to black, whatever the prompt says; the red square becomes
-# a yellow lump; and an arc that nobody asked for grows at the edge of the purple circle. You asked for *darker*, and the reward looks at nothing else. This is
-# **reward hacking**, on a small scale; [chapter 7](07_evaluate_and_reward_hacking.ipynb) shows it on a large one. Before you throw such an
-# adapter away, try a smaller `scale`: it costs nothing. (But look again: at 0.5 the white background is already sand.)
+# Now look at what you asked for, and at what you got. White backgrounds turn to sand, to gray and to black, whatever the prompt says; the red square
+# becomes a lump, pink at 1 and yellow at 1.5; and an arc that nobody asked for appears at the edge of the purple circle. You asked for *darker*, and
+# the reward looks at nothing else. This is **reward hacking**, on a small scale; [chapter 7](07_evaluate_and_reward_hacking.ipynb) shows it on a
+# large one. Before you throw such an adapter away, try a smaller `scale`: it costs nothing. (But look again: at 0.5 the white background is already
+# sand, and the arc is at its brightest.)
 #
 # ## Fuse it
 #
@@ -680,15 +682,16 @@ course.predict(guess, "05-both", letter=letter, darker=-mixed[0], colorful=mixed
 # | $W + \frac{\alpha}{r}BA$ | `with adapter.fused():` | |
 # | $W + s_1B_1A_1 + s_2B_2A_2$ | `sample(model, ask, adapter={path: s1, other: s2})` | |
 #
-# **Without looking:** why must exactly one of $A$ and $B$ start at zero? Why do the spectrum of one gradient and that of a long training run not tell you
-# which rank you need? What would?
+# **Without looking:** why must exactly one of $A$ and $B$ start at zero? Why do the spectrum of one gradient and that of twenty steps of training
+# not tell you which rank you need? What would?
 #
 # ## Exercises
 #
-# You have met three of them above. **Exercise 4** (★★★, open, an hour). Where should the bypass go? Bring a plot: what three places (values only; words only,
-# `attn2`; the feed-forward layers; anything you like) add to a reward on *held-out* prompts, for equal training time, two seeds each, each
-# place with the better of two learning rates. (Why would one learning rate for all be unfair? Why would scores on training prompts?)
-# `vader_nb.align` takes `targets=`, and `vader_nb.evaluate` gives intervals.
+# You have met three of them above. **Exercise 4** (★★★, open, an hour). Where should the bypass go? Bring a plot: what three places (values only;
+# words only: the names with `.attn2.` outside the temporal transformers, `temp_attentions` and `transformer_in`; the feed-forward layers; anything
+# you like) add to a reward on *held-out* prompts, for equal training time, two seeds each, each place with the better of two learning rates. (Why
+# would one learning rate for all be unfair? Why would scores on training prompts?) `vader_nb.align` takes `targets=`, and `vader_nb.evaluate` gives
+# intervals.
 
 # %% [markdown] tags=["next"]
 # **Next:** [6 · Align](06_align.ipynb): you have all the parts. Put them together, and train.

@@ -401,11 +401,11 @@ rows = {
 Gallery(rows, width=112)
 
 # %% [markdown]
-# Six clips prove nothing, even if nobody picked them. So we measure on prompts that training has never seen, with two seeds each, and give
-# every difference its 95 % interval. The *oracles* are plain code that reads color, shape, motion and background off the pixels; nothing was
-# ever trained on them (†). `wins` is the share of pairs in which the clip after training scores higher. `motion` is the mean change from one frame to
-# the next (movement or flicker). `diversity` is the variance between the two seeds of a prompt, after shrinking the frames to 8 × 8 pixels with values
-# from 0 to 255. (Chapter 7 measures it in the space of a video network. You cannot compare the two numbers.)
+# Six clips prove nothing, even if nobody picked them. So we measure on prompts that training has never seen, with two seeds each, and give every
+# difference its 95 % interval. The *oracles* are plain code that reads color, shape, motion and background off the pixels; nothing was ever trained
+# on them (†). `wins` is the share of pairs in which the clip after training scores higher (ties count half). `motion` is the mean change from one
+# frame to the next (movement or flicker). `diversity` is the variance between the two seeds of a prompt, after shrinking the frames to 8 × 8 pixels
+# with values from 0 to 255. (Exercise 4 of chapter 7 measures it in the space of a video network. You cannot compare the two numbers.)
 #
 # > **Predict.** After the same time, which one has added more to `hps`? **(a)** `Last(1)`, with twice the steps · **(b)** `Last(5)`, with the better
 # > gradient · **(c)** with so few clips we cannot tell them apart
@@ -442,10 +442,10 @@ values = {"one": one.difference, "five": five.difference}
 course.predict(guess, "06-minute", letter=letter, **values)
 
 # %% [markdown]
-# Look at the intervals before the dots. Both runs raised `hps`: their intervals lie above zero. We cannot tell which one raised it more: each
-# dot lies within the other's interval. So nothing here says that the better direction is worth its longer steps, and nothing says that it
-# is not: this is one seed, one reward, a minute at most. If you train for an hour, ask the same question: how much, *after the same time*,
-# with what interval?
+# Look at the intervals before the dots. Both runs raised `hps`: their intervals lie above zero. We cannot tell which one raised it more: each dot
+# lies within the other's interval. (Better: pair the two, as in exercise 3, and take the interval of *that* difference.) So nothing here says that
+# the better direction is worth its longer steps, and nothing says that it is not: this is one seed, one reward, a minute at most. If you train for an
+# hour, ask the same question: how much, *after the same time*, with what interval?
 #
 # Now `oracle: color`, the row that we would love to believe. It has the dot farthest to the right, but its interval reaches below zero. By our
 # own rule we cannot tell, whatever the pictures suggest: 32 yes-or-no answers are not many. (`hps` is a number with decimals, so the
@@ -475,8 +475,8 @@ evaluation
 # the next (`motion`). Is that less flicker, or less movement? `oracle: motion` finds the right kind of movement as often as before (give or
 # take a fifth), but it does not say how far things move. Look at the clips.
 #
-# An interval that contains zero means: *with this many clips we cannot tell.* It does not mean that there is no effect. The interval gets
-# narrower with the square root of the number of clips.
+# An interval that contains zero means: *with this many clips we cannot tell.* It does not mean that there is no effect. The interval gets narrower
+# with the square root of the number of prompts.
 #
 # **Exercise 3** (★, 10 minutes). Why pairs? Given the rewards of the same prompts and seeds before and after, return the mean difference and
 # *its* standard error.

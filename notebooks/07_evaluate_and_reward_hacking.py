@@ -93,7 +93,7 @@ Gallery({"base": [Video(clip, 8, prompt) for clip, prompt in zip(clips, ask)]}, 
 guess = None  # "a", "b" or "c"
 
 # %%
-smooth = rewards.motion_smoothness(floor=0)
+smooth = rewards.motion_smoothness(floor=0)  # without the remedy that comes at the end
 frozen = clips[:, 3:4].expand_as(clips)
 for label, some in {"sampled": clips, "frozen": frozen}.items():
     print(f"{label:8}", [f"{value:.3f}" for value in smooth(some, ask)])
@@ -212,8 +212,9 @@ values = ", ".join(f"{step}: {p:.2f}" for step, p in zip(at, held_out))
 course.predict(guess, "07-held-out", letter=letter, values=values)
 
 # %% [markdown]
-# On the same eight prompts, smoothness climbs steadily. For more than half of the run this is what we wanted: less flicker, and p(motion) stays high. Then smoothness makes its largest jump, and
-# p(motion) collapses. **The training curve alone looks like a success.** Nothing in it says where to stop.
+# On the same eight prompts, smoothness climbs steadily. For more than half of the run this is what we wanted: less flicker, and p(motion) stays high.
+# Then smoothness makes its largest jump, and p(motion) collapses. **The training curve alone looks like a success.** Nothing in it says where to
+# stop.
 #
 # ## How sure are you?
 #
@@ -525,7 +526,7 @@ for other in ("base", "no floor"):
 # %% [markdown]
 # After as many steps at the same reckless learning rate, things move again: the oracle finds seven of eight motions right; before, none. Cured?
 # p(motion) is higher than without the floor, with an interval that excludes zero; eight prompts cannot tell whether it is back to the base's.
-# And look at the red star, which is yellow at both ends, and at the corners of the squares.
+# And look at the red star, which is yellow at both ends, at the cyan square, which is blue, and at the corners of both squares.
 #
 # A floor is one more number that can be wrong. In trials with 0.016, the value that drawn clips have, one motion in sixteen was right; with 0.03,
 # shapes and motions broke, too. After you fix a reward, measure everything again.
@@ -546,11 +547,10 @@ for other in ("base", "no floor"):
 # *One frame from each of six clips: base model on top, after 42 steps below, same prompts and noise
 # (`python -m tests.benchmarks.daisy FOLDER`, twelve held-out prompts).*
 #
-# The probability rises from 0.00023 to 0.00029, and the interval of the difference excludes zero: a success, by the only number we asked for.
-# But there is no daisy, the cyan circle on the right has become a blue block, and the oracle finds the right background in five of twelve
-# clips, instead of all. A classifier says which of its
-# classes fits best, never whether any of them fits.
-# ([Gao et al. 2022](https://arxiv.org/abs/2210.10760) measured how far language models can climb before it hurts.)
+# The probability rises from 0.00023 to 0.00029, and the interval of the difference excludes zero: a success, by the only number we asked for. But
+# there is no daisy, the cyan circle on the right has become a blue block, and the oracle finds the right background in five of twelve clips, instead
+# of all. A classifier says which of its classes fits best, never whether any of them fits. ([Gao et al. 2022](https://arxiv.org/abs/2210.10760)
+# measured how far language models can climb before it hurts.)
 #
 # ## Recap
 #
@@ -561,20 +561,21 @@ for other in ("base", "no floor"):
 # | better than the base? | `evaluate(model, {"in time": path}, reward, prompts, held_out=[…])` |
 # | is it a difference? | `row.low`, `row.high`, `row.significant` |
 # | all of it, to share | `evaluation.report("report.html", run, choice)` |
-# | what to do | `choice.path`, `adapter.scale`, `floor`, `capped`, `towards` |
+# | what to do | `choice.path`, `adapter.scale`, `floor`, `capped` |
 #
-# **Without looking:** why must the prompts that you choose with differ from those that you report on? What would a held-out reward have to see, to protect what you would hate to lose?
+# **Without looking:** why must the prompts that you choose with differ from those that you report on? What would a held-out reward have to see, to
+# protect what you would hate to lose?
 #
 # ## Exercises
 #
-# The first three are above. **Exercise 4** (★★★, open, an hour). A measure out of its depth. `diversity` is the variance between the seeds
-# of a prompt; in the table above, it is computed on frames shrunk to 8 × 8 pixels. Evaluate both adapters with
-# `features=videomae_features("tiny")` (from `vader_nb.evaluation`): now it is measured in the space of a video network,
-# as in VADER's paper. *Too late*, its mean *rises* to several times the base's. Is the model creative now? Bring a plot with a dot per prompt, in both spaces,
-# and a tested
-# explanation: what do the network's features do on noise, or on a gray screen?
+# The first three are above. **Exercise 4** (★★★, open, an hour). A measure out of its depth. `diversity` is the variance between the seeds of a
+# prompt; in the table above, it is computed on frames shrunk to 8 × 8 pixels. Evaluate both adapters with `features=videomae_features("tiny")` (from
+# `vader_nb.evaluation`): now it is measured in the space of a video network, as in VADER's paper. *Too late*, its mean *rises* to several times the
+# base's. Is the model creative now? Bring a plot with a dot per prompt, in both spaces, and a tested explanation: what do the network's features do
+# on noise, or on a gray screen?
 
 # %% [markdown] tags=["next"]
-# **Next:** several GPUs, [8 · Many GPUs](08_many_gpus.ipynb). Or a reward of your own, and one to hold out: [3 · Rewards](03_differentiable_rewards.ipynb) says how each one fails.
+# **Next:** several GPUs, [8 · Many GPUs](08_many_gpus.ipynb). Or a reward of your own, and one to hold out: [3 ·
+# Rewards](03_differentiable_rewards.ipynb) says how each one fails.
 #
 # *The same links for Colab: [chapter 3](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/03_differentiable_rewards.ipynb), [chapter 8](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/08_many_gpus.ipynb).*

@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 2 minutes | 1.7 GB |
+# | no GPU, no download, no account | about 1 minute | 1.5 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
@@ -254,16 +254,17 @@ course.predict(
 # Why 1.39? Two first steps of the same length, at a right angle, end up $\sqrt 2 \approx 1.41$ apart, like opposite corners
 # of a square. (If they had pulled against each other, it would be up to 2.)
 #
-# Two GPUs, two adapters, and the second one is thrown away at the end: twice the electricity for one GPU's batch. You will find this in
-# VADER's scripts for VideoCrafter
-# ([line 892](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-VideoCrafter/scripts/main/train_t2v_lora.py#L892)) and Open-Sora
-# ([line 772](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-Open-Sora/scripts/train_t2v_lora.py#L772)), which sample
-# with `.module`, and in the one for ModelScope
-# ([line 686](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-ModelScope/train_t2v_lora.py#L686)), whose
-# pipeline never sees the wrapper. AlignProp wraps the UNet in
-# [line 272](https://github.com/mihirp1998/AlignProp/blob/b22918afd53f254f2ba66eb1233d94121aade5fc/alignprop_trainer.py#L272)
-# and samples from a pipeline that has the bare one in
-# [line 439](https://github.com/mihirp1998/AlignProp/blob/b22918afd53f254f2ba66eb1233d94121aade5fc/alignprop_trainer.py#L439); TRL's
+# Two GPUs, two adapters, and the second one is thrown away at the end: twice the electricity for one GPU's batch. You will find this in VADER's
+# scripts for VideoCrafter ([line
+# 892](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-VideoCrafter/scripts/main/train_t2v_lora.py#L892)) and
+# Open-Sora ([line
+# 772](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-Open-Sora/scripts/train_t2v_lora.py#L772)), which
+# sample with `.module`, and in the one for ModelScope ([line
+# 686](https://github.com/mihirp1998/VADER/blob/adaf2ef74763bd84dafaafe1eed98e209fae1843/VADER-ModelScope/train_t2v_lora.py#L686)), whose pipeline
+# never sees the wrapper. AlignProp wraps the UNet in [line
+# 272](https://github.com/mihirp1998/AlignProp/blob/b22918afd53f254f2ba66eb1233d94121aade5fc/alignprop_trainer.py#L272) and samples from a pipeline
+# that has the bare one in [line
+# 439](https://github.com/mihirp1998/AlignProp/blob/b22918afd53f254f2ba66eb1233d94121aade5fc/alignprop_trainer.py#L439); TRL's
 # [`AlignPropTrainer`](https://github.com/huggingface/trl/blob/4d01f84f524d54e5dae181dac597cefc1c420bc3/trl/trainer/alignprop_trainer.py) did the same
 # with LoRA. (We read the code in these versions; we have not run it on several GPUs.)
 #
@@ -327,7 +328,7 @@ course.attempt(check, orders)
 # **Exercise 2** (★★★, 30 minutes). The core of this notebook. Write `average`. Four things make it more than two lines:
 #
 # 1. After it, `.grad` of every parameter is the mean over all processes, *in every process*.
-# 2. It sends **one** message, not one per parameter: every message has a fixed cost, and an adapter of `tiny` has 240 parameters.
+# 2. It sends **one** message, not one per parameter: every message has a fixed cost, and an adapter of `tiny` has 240 parameter tensors.
 # 3. A process may have no gradient for some parameter (`None`). It counts as zero. A process that leaves it out sends a message of a
 #    different length, and they all wait forever.
 # 4. A process may be in trouble: `bad=True`, its gradient is not finite. Then *no* process may step, and the one in trouble must not simply
@@ -554,7 +555,7 @@ print(f"the adapter moved by up to {moved:.1e}; two processes and one differ by 
 # %% tags=["exercise"]
 def my_seeds(seed, step, rank, processes, clips=8):
     """-> list of clips / processes seeds."""
-    generator = torch.Generator().manual_seed(seed * 1000 + step + rank)
+    generator = torch.Generator().manual_seed(seed * 10**6 + step + rank)
     return torch.randint(2**31, (clips // processes,), generator=generator).tolist()  # fix this
 
 
@@ -586,7 +587,7 @@ course.attempt(check, my_seeds)
 #
 # ```python
 # def my_seeds(seed, step, rank, processes, clips=8):
-#     generator = torch.Generator().manual_seed(seed * 1000 + step)
+#     generator = torch.Generator().manual_seed(seed * 10**6 + step)
 #     everything = torch.randint(2**31, (clips,), generator=generator)
 #     return everything[rank::processes].tolist()
 # ```

@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 3.5 minutes | 1.9 GB |
+# | no GPU, no download, no account | about 3 minutes | 1.9 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
@@ -96,7 +96,7 @@ image = world.render([world.parse(ask)], torch.Generator().manual_seed(SEED))[0,
 for name, model in small.items():
     prompt = Prompt(ask, image=image) if model.takes_image else ask
     small[name] = model, prompt, vader_nb.sample(model, [prompt], seeds=5)[0]
-Gallery({"one code": [Video(clip[:8], 8, name) for name, (_, _, clip) in small.items()]}, width=176)
+Gallery({ask: [Video(clip[:8], 8, name) for name, (_, _, clip) in small.items()]}, width=176)
 
 # %% [markdown]
 # Three models, one loop, the same call. `tiny` has ModelScope's layout: a UNet and noise. `tiny-wan` has Wan's: a transformer, a flow, a
@@ -147,16 +147,15 @@ rows += [facts(name, model) for name, (model, _, _) in small.items()]
 HTML(vader_nb.drawing.table(rows[0], [row.values() for row in rows]))
 
 # %% [markdown]
-# Read it column by column. *Denoiser*: UNets were inflated from image models; transformers cut the video into patches and let each one
-# look at all the others. To VADER they are the same thing, a function with parameters, and an adapter goes on the queries, keys and
-# values of both. *Parameters*:
+# Read it column by column. *Denoiser*: UNets were inflated from image models; transformers cut the video into patches and let each one look at all
+# the others. To VADER they are the same thing, a function with parameters, and an adapter goes on the queries, keys and values of both. *Parameters*:
 # about the same, 1.2 to 1.5 billion. *Latents* (channels × frames × height × width): here is the first real difference. Wan makes 81 frames from 21
-# latents, ModelScope 16 from 16. The *decoder* has to turn 21 into 81. Some decoders take each frame by itself, some a *chunk* of frames at
-# once, and some take one chunk after another, with a memory (*causal*; more below).
+# latents, ModelScope 16 from 16. The *decoder* has to turn 21 into 81. Some decoders take each frame by itself, some a *chunk* of frames at once, and
+# some take one chunk after another, with a memory (*causal*; more below).
 #
-# VADER's paper tunes the first four; Wan did not exist yet
-# ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)). Their own papers: [VideoCrafter2](https://arxiv.org/abs/2401.09047),
-# [Stable Video Diffusion](https://arxiv.org/abs/2311.15127), [Open-Sora](https://arxiv.org/abs/2412.20404), [Wan](https://arxiv.org/abs/2503.20314).
+# VADER's paper tunes the first four; Wan did not exist yet ([Prabhudesai et al. 2024](https://arxiv.org/abs/2407.08737)). Their own papers:
+# [VideoCrafter2](https://arxiv.org/abs/2401.09047), [Stable Video Diffusion](https://arxiv.org/abs/2311.15127),
+# [Open-Sora](https://arxiv.org/abs/2412.20404), [Wan](https://arxiv.org/abs/2503.20314).
 #
 # ## The same gradient
 #
@@ -325,7 +324,7 @@ course.show(figure, "10-noise")
 # %% [markdown]
 # On this logarithmic axis, look at the ends. ModelScope's last step still finds 17 % noise, the flows 6 to 8 %, VideoCrafter2 4 %, and SVD
 # 0.2 %: by the time its last step begins, the video is finished. (The embedded models take few, wide steps, so their last one has more to
-# do.) What follows from this is the *reach* of the last step (chapter 2). The package calls it `last_step_gain`, and the gradient of
+# do.) What follows from this is the *gain* of the last step (chapter 2). The package calls it `last_step_gain`, and the gradient of
 # $K = 1$ is multiplied by it. [Models](models.md) uses it to recommend a $K$.
 #
 # ## What K costs, and what it loses
@@ -456,18 +455,17 @@ seen = (depends["tiny-wan"][4] > 0).tolist()
 course.predict(guess, "10-reach", letter={1: "a", 2: "b", 3: "c"}[sum(seen)])
 
 # %% [markdown]
-# Three decoders, three shapes. `tiny`: a diagonal, one latent per frame. `tiny-i2v`, like SVD: a diagonal, plus a little of everything; its decoder lets
-# all frames of a chunk look at each other, earlier and later. `tiny-wan`, like Wan: a staircase. It is **causal**: frames depend on
-# their own latent and on those before it, never on a later one.
-# Its convolutions over time keep the last frames they have seen, and pass them on as a *state*.
+# Three decoders, three shapes. `tiny`: a diagonal, one latent per frame. `tiny-i2v`, like SVD: a diagonal, plus a little of everything; its decoder
+# lets all frames of a chunk look at each other, earlier and later. `tiny-wan`, like Wan: a staircase. It is **causal**: frames depend on their own
+# latent and on those before it, never on a later one. Its convolutions over time keep the last frames they have seen, and pass them on as a *state*.
 
 # %%
 HTML(course_drawings.causal())
 
 # %% [markdown]
-# Stage 2 decoded one frame and threw its graph away. Now a frame's gradient has to reach latents that were decoded long before. Plain autograd would keep the graph of
-# the whole clip; for Wan's 81 frames of 480 × 832 the states alone take 40 GB, and their graph many
-# times that. What helped in stage 3 helps here, too, because a recurrence is a loop over steps:
+# Stage 2 decoded one frame and threw its graph away. Now a frame's gradient has to reach latents that were decoded long before. Plain autograd would
+# keep the graph of the whole clip; for Wan's 81 frames of 480 × 832 the states alone take 40 GB, and their graph many times that. What helped in
+# stage 3 helps here, too, because a recurrence is a loop over steps:
 #
 # $$(y_k,\, h_{k+1}) = D(z_k,\, h_k)$$
 #
@@ -622,7 +620,9 @@ def three_times(prompts):
 
 # %%
 figure, axes = plt.subplots(3, 7, figsize=(9, 4), layout="constrained")
-for row, clip in zip(axes, three_times(held_out[40:43])):
+rows = held_out[40:43]
+print(*rows, sep="\n")
+for row, clip in zip(axes, three_times(rows)):
     for axis, frame in zip(row, (0, 3, 7, 11, 14, 18, 21)):
         axis.imshow(course.picture(clip[frame]))
         axis.set_title(f"{frame}", fontsize=9, color="C3" if frame % 7 == 0 else "gray")
@@ -659,9 +659,10 @@ told = ", ".join(f"{name} {value:+.2f}" for name, value in second.items())
 course.predict(guess, "10-drift", letter=letter, told=told)
 
 # %% [markdown]
-# No training clip begins where such a motion ends. So in the second segment the shapes turn back; from the third on, they can keep going.
-# That fault is clear: its interval is far from zero. Colors and shapes *drift*: an error in a seam becomes the next segment's truth, and in
-# the pictures a circle becomes a square, a cyan triangle a blue one. Sixteen clips cannot tell how often: these intervals contain zero.
+# Training clips that begin where such a motion ends move the other way. So in the second segment the shapes turn back; the third begins where the
+# first did, and is right again. That fault is clear: its interval is far from zero. Colors and shapes *drift*: an error in a seam becomes the next
+# segment's truth, and in the pictures a circle becomes a square, a cyan triangle a blue one. Sixteen clips cannot tell how often: these intervals
+# contain zero.
 #
 # Here alignment can do something that nothing else does: use a reward that sees the *whole* long clip, including its seams. This is the
 # third claim of VADER's paper, and it takes one setting: `align(..., extend=3, segments="2,3")`. The gradient goes through the last steps
@@ -713,7 +714,8 @@ Gallery(
 # %% [markdown]
 # (Chosen by the reward: the three prompts that gained most, and the one that lost most.) The reward rises, and so does the share of right
 # colors: both intervals exclude zero. Those for shape and motion contain it, so there we cannot tell. In `tiny`, too, it was the colors that
-# alignment fixed. And the last clip warns that a mean is no promise: its star should be red, but went from magenta to purple.
+# alignment fixed (on the clips of `make align`). And the last clip warns that a mean is no promise: its star should be red, but went from magenta
+# to purple.
 #
 # The recipe's 40 steps at half this learning rate end up in the same place, +0.060 with an interval of +0.028 to +0.101, on 100 prompts.
 # Nothing in the call knows that this is a transformer, a flow, or a causal decoder.
@@ -722,13 +724,14 @@ Gallery(
 #
 # | question | ask | what it decides |
 # |---|---|---|
-# | how far does the last step reach? | `model.last_step_gain(sampling)` | $K$, or a strategy that trains earlier steps |
+# | how large is the last step's gain? | `model.last_step_gain(sampling)` | $K$, or a strategy that trains earlier steps |
 # | does the decoder know time? | `model.independent_frames`, `CausalDecoder` | memory and time of stage 2 |
 # | which weights learn? | `model.targets` | what an adapter goes onto |
 # | are there two denoisers? | `model.denoisers` | whether $K$ reaches both (chapter 4) |
 # | is a family's gradient exact? | `testing.check_model(model)` | whether to trust a run |
 #
-# **Without looking:** why does SVD need more than $K = 1$? What does a causal decoder's sweep keep in memory, and what does it compute twice? Why may a gradient end at a seam, and what does it lose there?
+# **Without looking:** why does SVD need more than $K = 1$? What does a causal decoder's sweep keep in memory, and what does it compute twice? Why
+# may a gradient end at a seam, and what does it lose there?
 #
 # ## Exercises
 #

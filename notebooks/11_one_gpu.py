@@ -23,15 +23,15 @@
 # *In Colab, a runtime with a GPU runs the full-size model; one without runs its small twin. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# So far the course has run on `tiny`. This chapter is the bridge to a real model: its own prompts, learning rate, precision, batch, and above all
-# its memory, which on one card decides everything else. Choose a model in the second cell and run the notebook on a machine with a GPU, and every cell runs that model.
-# Without a GPU, every cell runs its small twin: same family, same classes, same files, same code.
+# So far the course has run on `tiny`. This chapter is the bridge to a real model: its own prompts, learning rate, precision, batch, and above all its
+# memory, which on one card decides everything else. Choose a model in the second cell and run the notebook on a machine with a GPU, and every cell
+# runs that model. Without a GPU, every cell runs its small twin: same family, same classes, same files, same code.
 #
-# **What was never run.** Nobody has yet run ModelScope's or Wan's published weights with this package, on any GPU. What *was* done: both families are compared
-# with diffusers' own pipelines and with plain autograd, at reduced width; their memory at full size is simulated by running the training step's own code on
-# tensors that have shapes but no numbers. So every gigabyte below is simulated, every second was measured on a CPU with the twin,
-# and no clip or reward in this chapter comes from a real model. The section
-# *Check before you train* says how you can change that.
+# **What was never run.** Nobody has yet run ModelScope's or Wan's published weights with this package, on any GPU. What *was* done: both families are
+# compared with diffusers' own pipelines and with plain autograd, at reduced width; their memory at full size is simulated by running the training
+# step's own code on tensors that have shapes but no numbers. So every gigabyte of a full-size model below is simulated, every measured second is a
+# CPU's with the twin, and no clip or reward in this chapter comes from a real model. The section *Check before you train* says how you can change
+# that.
 #
 # **You will be able to**
 #
@@ -105,15 +105,14 @@ HTML(
 )
 
 # %% [markdown]
-# (An empty cell means the model's default.) Read three rows. *Prompts*: `hps_custom` has animals and people, which a published model has
-# seen; the twin knows one colored shape. *Learning rate*: the twin's is
-# larger, because it is trained for 40 steps, not for hundreds or thousands. *Batch*: one clip at a time, accumulated, since only one fits.
-# Or does it?
+# (An empty cell means the model's default.) Read three rows. *Prompts*: `hps_custom` has animals and people, which a published model has seen; the
+# twin knows one colored shape. *Learning rate*: the twin's is larger, because it is trained for 40 steps, not for hundreds or thousands. *Batch*: one
+# clip at a time, accumulated, since only one fits. Or would two?
 #
 # ## Will it fit?
 #
-# A training step has stages, and its peak memory is that of the largest stage (chapter 4). `vader_nb.memory` runs the step of *this* recipe
-# at full size, on fake tensors, and counts the bytes. It takes seconds for ModelScope and a minute for Wan.
+# A training step has stages, and its peak memory is that of the largest stage (chapter 4). `vader_nb.memory` runs the step of *this* recipe, with
+# hps as the reward, at full size, on fake tensors, and counts the bytes. It takes seconds for ModelScope and a minute for Wan.
 #
 # > **Predict.** Half precision, gradient checkpointing, one clip. Which stage is the largest? **(a)** reading the prompt, with the text encoder · **(b)** replaying a step
 # > with its graph · **(c)** decoding and scoring a frame
@@ -156,7 +155,7 @@ course.predict(
 # The dotted line marks the weights: model, reward, adapter. To the right of it is what the stage itself needs. (The planner adds 1 GiB to the
 # largest, for everything that is not a tensor, before it says that a card is large enough.)
 #
-# **Exercise 1** (★, 10 minutes). Check the first bar by hand. Frozen weights take 2 bytes each in half precision. A weight
+# **Exercise 1** (★, 10 minutes). How wide is the part to the left of the dotted line? Frozen weights take 2 bytes each in half precision. A weight
 # that *learns* is kept in float32, together with its gradient and AdamW's two moments, all in float32. How many GiB is that in total,
 # in the middle of training?
 
@@ -278,8 +277,8 @@ figure, axis = plt.subplots(figsize=(7.5, 2.8), layout="constrained")
 bins = torch.arange(-36, 1).tolist()
 axis.hist(g.tolist(), bins=bins, color="C0", alpha=0.6, label="the gradient on one clip's pixels")
 axis.hist((g + 16).tolist(), bins=bins, color="C1", alpha=0.6, label="times 65,536")
-axis.axvspan(-36, -24, color="gray", alpha=0.35, label="0 in float16")
-axis.axvspan(-24, -14, color="gray", alpha=0.15, label="float16, with fewer places")
+axis.axvspan(-36, -25, color="gray", alpha=0.35, label="0 in float16")
+axis.axvspan(-25, -14, color="gray", alpha=0.15, label="float16, with fewer digits")
 axis.set(xlabel="power of two", ylabel="pixels")
 axis.legend(frameon=False, fontsize=8)
 course.show(figure, "11-half")
@@ -288,11 +287,11 @@ print(
 )
 
 # %% [markdown]
-# Anything below $2^{-24}$ is zero in float16, and anything close to it has lost its digits. The remedy is as old as mixed precision
-# ([Micikevicius et al. 2017](https://arxiv.org/abs/1710.03740)): **loss scaling**. A gradient is linear in the loss, so multiply the
-# loss by a large number, run the backward pass, and divide the gradient of the weights (which are in float32) by the same number. How large? As large
-# as possible without overflow, and nobody knows that in advance. So try: start high; if a gradient is not finite,
-# skip the step and halve the scale; after a few good steps in a row, double it.
+# Anything below $2^{-25}$ becomes zero in float16 (its smallest number is $2^{-24}$): here about 1 %. Nearly all the rest lies in the light band,
+# where float16 has lost digits. The remedy is as old as mixed precision ([Micikevicius et al. 2017](https://arxiv.org/abs/1710.03740)): **loss
+# scaling**. A gradient is linear in the loss, so multiply the loss by a large number, run the backward pass, and divide the gradient of the weights
+# (which are in float32) by the same number. How large? As large as possible without overflow, and nobody knows that in advance. So try: start high;
+# if a gradient is not finite, skip the step and halve the scale; after a few good steps in a row, double it.
 #
 # **Exercise 2** (★★★, 25 minutes). The core of this notebook. Write that scaler.
 
@@ -563,7 +562,7 @@ course.attempt(check, calls_per_clip)
 # For each setting that you changed, say which stage was the largest before and after.
 
 # %% [markdown] tags=["next"]
-# **Next:** now that the model runs, what does it learn? [7 · Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb). If one card is too
-# slow: [8 · Many GPUs](08_many_gpus.ipynb).
+# **Next:** is a gradient worth it? [12 · The fair race](12_fair_race.ipynb). And before a long run: now that the model runs, what does it learn? [7 ·
+# Evaluate, and reward hacking](07_evaluate_and_reward_hacking.ipynb). If one card is too slow: [8 · Many GPUs](08_many_gpus.ipynb).
 #
-# *The same links for Colab: [chapter 7](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb), [chapter 8](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/08_many_gpus.ipynb), [Recipes](https://github.com/vader-nb/vader_nb/blob/main/notebooks/recipes.md).*
+# *The same links for Colab: [chapter 7](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/07_evaluate_and_reward_hacking.ipynb), [chapter 8](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/08_many_gpus.ipynb), [chapter 12](https://colab.research.google.com/github/vader-nb/vader_nb/blob/main/notebooks/12_fair_race.ipynb), [Recipes](https://github.com/vader-nb/vader_nb/blob/main/notebooks/recipes.md).*

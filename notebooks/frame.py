@@ -42,9 +42,16 @@ def tagged(cell: dict, tag: str) -> bool:
 
 
 def digest(notebook: dict) -> str:
-    """A fingerprint of the code: outputs stored under another one are stale."""
+    """A fingerprint of the code, and of the answers and alternative texts that it shows: outputs stored under another one
+    are stale."""
     code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
+    shown = [
+        (key, text)
+        for part in ("answers", "alternatives")
+        for key, text in course.texts()[part].items()
+        if f'"{key}"' in code
+    ]
+    return hashlib.sha256(f"{code}{shown}".encode()).hexdigest()[:16]
 
 
 def repository(root: Path = HERE.parent) -> str:

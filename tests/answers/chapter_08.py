@@ -59,7 +59,7 @@ def my_seeds(seed, step, rank, processes, clips=8):
     {}
 """
 SHARED = SEEDS.format(
-    "generator = torch.Generator().manual_seed(seed * 1000 + step)\n"
+    "generator = torch.Generator().manual_seed(seed * 10**6 + step)\n"
     "    return torch.randint(2**31, (clips,), generator=generator)[rank::processes].tolist()"
 )
 
@@ -118,13 +118,13 @@ ANSWERS = {
         ],
         {
             SEEDS.format(
-                "generator = torch.Generator().manual_seed(seed * 1000 + step + rank)\n"
+                "generator = torch.Generator().manual_seed(seed * 10**6 + step + rank)\n"
                 "    return torch.randint(2**31, (clips // processes,), generator=generator).tolist()"
             ): "other clips than one",
             SHARED.replace("[rank::processes]", ""): "clips",
             SHARED.replace("[rank::processes]", "[: clips // processes]"): "the same clip",
-            SHARED.replace("seed * 1000 + step", "seed"): "clips of its own",
-            SHARED.replace("seed * 1000 + step", "step"): "clips of its own",
+            SHARED.replace("seed * 10**6 + step", "seed"): "clips of its own",
+            SHARED.replace("seed * 10**6 + step", "step"): "clips of its own",
             SHARED.replace(", generator=generator", ""): "clip",
             SEEDS.format("return list(range(rank, clips, processes))"): "clips of its own",
         },
