@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 3 minutes | 1.9 GB |
+# | no GPU, no download, no account | about 3 minutes | 1.8 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
@@ -620,9 +620,8 @@ def three_times(prompts):
 
 # %%
 figure, axes = plt.subplots(3, 7, figsize=(9, 4), layout="constrained")
-rows = held_out[40:43]
-print(*rows, sep="\n")
-for row, clip in zip(axes, three_times(rows)):
+print(*held_out[40:43], sep="\n")
+for row, clip in zip(axes, three_times(held_out[40:43])):
     for axis, frame in zip(row, (0, 3, 7, 11, 14, 18, 21)):
         axis.imshow(course.picture(clip[frame]))
         axis.set_title(f"{frame}", fontsize=9, color="C3" if frame % 7 == 0 else "gray")
