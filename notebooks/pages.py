@@ -1,6 +1,7 @@
 """The pages that are generated from what the package says of itself: `python notebooks/pages.py`."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -227,9 +228,20 @@ Three new seeds for each method's two best rates from below. The chosen rates, a
 
 `races/full-wan` is the same race on the flow model; it has not been run to its end yet.
 """
-SECTIONS = {  # of the page of races: heading, and what was found
-    "full": ("The race, on the diffusion model", FULL),
-    "rates": ("How the learning rates were found", RATES),
+
+
+class Section(NamedTuple):
+    """Of the page of races: heading, arguments of `vader-nb race`, what the contestants spend, and what was found."""
+
+    heading: str
+    arguments: str
+    x: str
+    found: str
+
+
+SECTIONS = {  # by the names of the published races
+    "full": Section("The race, on the diffusion model", "races/full", "reward_queries", FULL),
+    "rates": Section("How the learning rates were found", "races/rates", "reward_queries", RATES),
 }
 SHOWN = (
     "contestant",
@@ -239,12 +251,12 @@ SHOWN = (
 )  # of a race's table, and all metrics
 
 
-def race_figure(race: Race) -> Figure:
-    """The reward and what it buys over queries, and the reward against diversity and motion."""
+def race_figure(race: Race, x: str) -> Figure:
+    """The reward and what it buys over what was spent, and the reward against diversity and motion."""
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     axes = figure.subplots(2, 2)
-    race.plot("reward_queries", "reward", axes=axes[0, 0])
-    race.plot("reward_queries", "oracle accuracy", axes=axes[0, 1])
+    race.plot(x, "reward", axes=axes[0, 0])
+    race.plot(x, "oracle accuracy", axes=axes[0, 1])
     race.pareto(y="reward", axes=axes[1])
     shown = axes[1, 1].get_legend_handles_labels()
     for each in axes.flat:
@@ -266,9 +278,9 @@ def ends(race: Race) -> str:
 
 def races_page() -> str:
     lines = [RACES]
-    for name, (heading, found) in SECTIONS.items():
+    for name, (heading, arguments, _, found) in SECTIONS.items():
         race = Race(zoo.races()[name])
-        lines += [f"## {heading}", "", f"`vader-nb race races/{name}`", "", race.rates().markdown()]
+        lines += [f"## {heading}", "", f"`vader-nb race {arguments}`", "", race.rates().markdown()]
         lines += ["", f"![{heading}](images/race_{name}.png)", "", found.format(ends=ends(race))]
     return "\n".join(lines)
 
@@ -289,8 +301,9 @@ def write(folder: Path) -> None:
 
 def draw(folder: Path) -> None:
     """The figures of the races."""
-    for name in SECTIONS:
-        race_figure(Race(zoo.races()[name])).savefig(folder / f"race_{name}.png", dpi=100)
+    for name, section in SECTIONS.items():
+        figure = race_figure(Race(zoo.races()[name]), section.x)
+        figure.savefig(folder / f"race_{name}.png", dpi=100)
 
 
 if __name__ == "__main__":

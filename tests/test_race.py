@@ -4,6 +4,8 @@ import json
 import math
 import multiprocessing
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,9 @@ from vader_nb.rewards import brightness, colorfulness
 from vader_nb.train_config import TrainConfig
 
 from .test_parallel import build
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
+import pages  # noqa: E402
 
 CAPTIONS = ["a red star", "a blue circle", "a green square growing"]
 CONTESTANTS = {
@@ -305,8 +310,8 @@ def test_plots(tmp_path):
 @pytest.mark.parametrize("name", zoo.races())
 def test_published_races_can_be_read(name):
     made = Race(zoo.races()[name])
-    settings = config.read(config.Race, [f"races/{name}"])
-    assert made.settings["budget"] == settings.budget
+    settings = config.read(config.Race, pages.SECTIONS[name].arguments.split())
+    assert made.settings["budget"] == settings.budget and made.settings["model"] == settings.model
     assert set(made.best()) == {"base", *settings.contestants}
     for runs in made.best().values():
         assert runs.rate is None or len(runs.ends) == len(settings.seeds)
