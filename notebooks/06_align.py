@@ -363,7 +363,7 @@ print(f"gradient norm: {min(norms):.3f} to {max(norms):.3f}, and max_grad_norm i
 # | the norm grows step by step, as if it added up | `zero_grad` |
 # | the reward falls, steadily | the sign |
 # | the reward is flat, the norm is not | pairs, as above, before you change anything; then the learning rate |
-# | `nan` | half precision; a root or a division at zero in the reward |
+# | `nan` | half precision; a square root at zero or a division by zero in the reward |
 # | the reward rises, and the clips get strange | chapter 7 |
 #
 # ## What a minute buys

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
-from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 from playwright.sync_api import expect as expect_of_page
 
 SECONDS = 90  # that a test waits for what it expects: two cores, and another test beside it
@@ -146,6 +146,11 @@ def notebook(path: Path, *cells: str) -> Path:
 def open_notebook(page: Page, address: str, name: str) -> None:
     page.goto(f"{address}/lab/tree/{name}?reset")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    wait_for_kernel(page)
+
+
+def wait_for_kernel(page: Page) -> None:
+    """Until the page is connected to one that has nothing to do: a cell that is run before may never be."""
     page.locator(".jp-StatusBar-TextItem, .jp-StatusBar-Item", has_text="| Idle").first.wait_for()
 
 
@@ -156,11 +161,14 @@ def menu(page: Page, first: str, entry: str) -> None:
 
 def run_all(page: Page) -> None:
     """Lab shows a kernel as idle a little before it takes what is sent to it."""
+    prompts = page.locator(
+        ".jp-InputPrompt"
+    )  # [ ], [*], [1]; numbers of an earlier run may be there
+    before = prompts.all_inner_texts()
     for _ in range(10):
         menu(page, "Run", "^Run All Cells$")
-        with contextlib.suppress(TimeoutError):
-            page.locator(".jp-InputPrompt", has_text=re.compile(r"\[[*0-9]")).first.wait_for(
-                timeout=3000
-            )
-            return
+        for _ in range(60):
+            if prompts.all_inner_texts() != before:
+                return
+            page.wait_for_timeout(50)
     raise AssertionError("the notebook does not run")

@@ -331,7 +331,7 @@ def test_a_disk_that_fills_up_costs_no_finished_checkpoint_and_no_training(
     monkeypatch.setattr(torch, "save", full)
     with pytest.warns(
         UserWarning,
-        match="checkpoint of step 4 could not be written .*No space.*the last is of step 2",
+        match="checkpoint of step 4 could not be written .*No space.*the last one is from step 2",
     ):
         run = align(fresh(), brightness(), PROMPTS, steps=6, output_dir=tmp_path / "run", **FAST)
     assert [path.name for path in sorted((run.folder / "checkpoints").iterdir())] == [
@@ -437,7 +437,7 @@ def test_latest_serves_the_first_start_and_every_later_one(fresh, tmp_path):
     older = align(fresh(), brightness(), PROMPTS, steps=5, **options)
     assert untimed(older.metrics) == untimed(again.metrics)
     options["resume"] = tmp_path / "nowhere"
-    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         align(fresh(), brightness(), PROMPTS, steps=5, **options)
 
 
@@ -446,7 +446,9 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(fresh, tmp_path):
     align(fresh(), brightness(), PROMPTS, steps=4, **options)
     (tmp_path / "run" / "checkpoints" / "step-000004" / "state.pt").write_bytes(b"not what it was")
     model = fresh()
-    with pytest.raises(ValueError, match="step-000004.* is damaged.*resume from an older one"):
+    with pytest.raises(
+        ValueError, match="step-000004.* is damaged.*resume from an older checkpoint"
+    ):
         align(model, brightness(), PROMPTS, steps=5, resume=True, **options)
     older = tmp_path / "run" / "checkpoints" / "step-000002"
     assert len(align(model, brightness(), PROMPTS, steps=5, resume=older, **options).metrics) == 5
@@ -507,7 +509,7 @@ def test_a_checkpoint_is_known_by_what_it_holds_not_by_its_name(fresh, tmp_path)
     again = align(fresh(), brightness(), PROMPTS, steps=4, resume=kept, **options)
     assert untimed(again.metrics) == untimed(whole.metrics)
     with pytest.raises(
-        ValueError, match="holds no run: a checkpoint goes on in its own run's folder"
+        ValueError, match="holds no run: a checkpoint can only be resumed in its own run's folder"
     ):
         align(
             fresh(),
@@ -517,6 +519,24 @@ def test_a_checkpoint_is_known_by_what_it_holds_not_by_its_name(fresh, tmp_path)
             resume=kept,
             **options | {"output_dir": tmp_path / "other"},
         )
+
+
+def test_a_run_does_not_go_on_from_another_ones_checkpoint(fresh, tmp_path):
+    """Equal settings hide it: the weights would be one run's, the rows of its metrics the other's."""
+    for name in ("one", "other"):
+        align(fresh(), brightness(), PROMPTS, steps=4, output_dir=tmp_path / name, **FAST)
+    theirs = tmp_path / "other" / "checkpoints" / "step-000002"
+    with pytest.raises(ValueError, match=r"belongs to the run in .*other; .* adapter="):
+        align(
+            fresh(),
+            brightness(),
+            PROMPTS,
+            steps=6,
+            output_dir=tmp_path / "one",
+            resume=theirs,
+            **FAST,
+        )
+    assert list(list_checkpoints(tmp_path / "one")) == [2, 4]  # nothing is discarded
 
 
 def test_random_states_come_back_from_a_file_numpys_too(tmp_path):
@@ -1111,7 +1131,7 @@ def test_rollouts_that_cannot_serve_again_are_refused(fresh, tmp_path):
         collect = accumulate = None
 
     options = FAST | {"rollout_reuse": 2, "output_dir": tmp_path / "run"}
-    with pytest.raises(ValueError, match="rollout_reuse=2 is for the reward's gradient"):
+    with pytest.raises(ValueError, match="rollout_reuse=2 works only with the reward's gradient"):
         align(fresh(), brightness(), PROMPTS, estimator=Other(), **options)
     with pytest.raises(ValueError, match="rollout_reuse must be at least 1"):
         align(fresh(), brightness(), PROMPTS, **options | {"rollout_reuse": 0})
@@ -1159,19 +1179,21 @@ def test_a_resumed_run_may_validate_by_another_score(fresh, tmp_path):
 
 @pytest.mark.parametrize(
     "contents",
-    [[], {}, 3, {"step": 4}, {"step": 4, "random": []}, {"step": -1}, object],
-    ids=["list", "empty", "int", "keys", "no generators", "negative", "code"],
+    [[], {}, 3, {"step": 4}, {"random": []}, {"random": [{"torch": 3}]}, {"step": -1}, object],
+    ids=["list", "empty", "int", "keys", "no generators", "half of them", "negative", "code"],
 )
 def test_an_odd_state_is_named_and_nothing_of_torchs_advice_is_repeated(fresh, tmp_path, contents):
     options = FAST | {"output_dir": tmp_path / "run"}
     align(fresh(), brightness(), PROMPTS, steps=2, **options)
     path = tmp_path / "run" / "checkpoints" / "step-000002" / "state.pt"
-    if isinstance(contents, dict) and "step" in contents:
+    if isinstance(contents, dict) and contents:
         contents = torch.load(path, weights_only=True) | contents
-        if len(contents) > 1 and contents["step"] == 4 and contents["random"]:
+        if contents["step"] == 4:
             del contents["optimizer"]
     torch.save(contents, path)
-    with pytest.raises(ValueError, match=r"state\.pt is .*resume from an older one") as raised:
+    with pytest.raises(
+        ValueError, match=r"state\.pt is .*resume from an older checkpoint"
+    ) as raised:
         align(fresh(), brightness(), PROMPTS, steps=4, resume=True, **options)
     assert "weights_only" not in str(raised.value)
 
@@ -1197,7 +1219,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 
 def test_a_first_batch_above_the_cap_trains_on(fresh, tmp_path):
     """The next batch may lie below it."""
-    with pytest.warns(UserWarning, match="the first batch is at the reward's upper end"):
+    with pytest.warns(UserWarning, match="the first batch is at the reward's upper bound"):
         run = align(
             fresh(),
             brightness().capped(0.001),

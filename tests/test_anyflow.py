@@ -138,7 +138,7 @@ def test_bad_settings(directory):
     model = load(directory)
     with pytest.raises(ValueError, match="height=40 must be a positive multiple of 16 pixels"):
         sample(model, "a star", sampling=Sampling(**SETTINGS | {"height": 40}))
-    with pytest.raises(ValueError, match="num_frames=8 must be a multiple of 4, plus 1"):
+    with pytest.raises(ValueError, match="num_frames=8 must be 1 more than a multiple of 4"):
         sample(model, "a star", sampling=Sampling(**SETTINGS | {"num_frames": 8}))
     with pytest.raises(ImportError, match="has no AnyFlow: pip install -U diffusers"):
         type(model).present({"transformer": None}, {})

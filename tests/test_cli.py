@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import vader_nb
 from vader_nb import cli, config
 from vader_nb.rewards import brightness
 
@@ -153,6 +155,8 @@ def test_a_stop_before_the_first_step_is_said_as_it_is(shell, monkeypatch):
     "words, message",
     [
         (["sample"], "which prompt\\?"),
+        (["sample", ""], "which prompt\\?"),
+        (["sample", "a cat", "steps=3"], "'steps'; did you mean num_inference_steps"),
         (["sample", "caf\udce9"], "not UTF-8"),
         (["sample", "a cat", f"seed={10**30}"], "seed must be at most"),
         (["sample", "a cat", "threads=0"], "threads must be at least 1, got 0"),
@@ -168,7 +172,7 @@ def test_a_stop_before_the_first_step_is_said_as_it_is(shell, monkeypatch):
         ),
         (["align", "validation_steps=0"], "validation_steps must be at least 1, got 0"),
         (["align", "max_grad_norm=nan"], "max_grad_norm must be at least 0, got nan"),
-        (["check", "hps + 'a'"], "computes with a text"),
+        (["check", "hps + 'a'"], "does arithmetic with a string"),
         (["translate-config"], "which file\\?"),
         (["export"], "which adapter\\?"),
         (["export", "nothing"], "no adapter file at nothing"),
@@ -187,7 +191,7 @@ def test_what_is_wrong_is_one_line_before_the_work(shell, tmp_path, words, messa
         ("1: 3", "unknown key '1'"),
         ("yes: 3", "unknown key 'True'"),
         ("null: 3", "odd.yaml is not YAML"),
-        ("prompts: [[a]]", "prompts must be a list of texts"),
+        ("prompts: [[a]]", "prompts must be a list of strings"),
     ],
 )
 def test_odd_files_are_one_line(shell, tmp_path, text, message):
@@ -271,7 +275,7 @@ def test_a_report_escapes_what_users_wrote(tmp_path):
         (["prompts=binary.txt"], "not UTF-8"),
         (["strategy=lst"], "cannot read strategy 'lst'"),
         (["strategy=Last(99)"], "K=99 must lie in 1..10"),
-        (["--steps", "2"], "settings are key=value: steps="),
+        (["--steps", "2"], "write settings as key=value: steps="),
         (["frames=random:0"], "cannot choose 0"),
         (["frames=0,99"], "index 99 is out of range"),
         (["frames=some"], "cannot read frames"),
@@ -279,7 +283,7 @@ def test_a_report_escapes_what_users_wrote(tmp_path):
         (["reward=hsp"], "known rewards"),
         (["model=modelscope", "reward=brightness"], "ali-vilab/text-to-video-ms-1.7b"),
         (["model=modelscope"], "xswu/HPSv2"),
-        (["name=../escape"], "one folder's name"),
+        (["name=../escape"], "must be a single folder name"),
         (["output_dir=empty.txt"], "cannot write to"),
         (["steps=0"], "steps must be at least 1"),
     ],
@@ -307,26 +311,46 @@ def test_a_mistake_is_a_failed_process(tmp_path):
     [
         (
             "align resume=latest",
-            "resume=latest continues the run of a name, and there is none: write name=",
+            "resume=latest continues a run by its name, but none is given: write name=",
         ),
-        ("align resume=true", "resume=true continues the run of a name"),
-        ("align resume=nowhere", "nowhere is no checkpoint"),
+        ("align resume=true", "resume=true continues a run by its name"),
+        ("align resume=nowhere", "nowhere is not a checkpoint"),
         ("align seeds_per_prompt=0", "seeds_per_prompt must be at least 1, got 0"),
         (
             "align validation_steps=1 eval_training_prompts=0 prompts=hps_custom",
-            "no prompts to evaluate: .*held_out=",
+            "no prompts to evaluate on: .*held_out=",
         ),
         ("evaluate eval_training_prompts=0 prompts=animals", "no prompts to evaluate"),
         ("evaluate clips=-1", "clips must be at least 1, got -1"),
         ("evaluate clips=0", "clips must be at least 1, got 0"),
         ("evaluate eval_batch_size=0", "eval_batch_size must be at least 1"),
+        ("align held_out_reward=action held_out=cats.txt", "no action .* 'a cat asleep'"),
     ],
 )
-def test_more_mistakes_found_before_anything_is_loaded(shell, monkeypatch, words, message):
+def test_more_mistakes_found_before_anything_is_loaded(
+    shell, tmp_path, monkeypatch, words, message
+):
+    (tmp_path / "cats.txt").write_text("a cat asleep\n")
     monkeypatch.setattr("vader_nb.models.load", lambda *arguments, **options: pytest.fail("loaded"))
     done = shell(*words.split(), "reward=brightness")
     assert done.returncode == 2
     assert re.search(message, done.stderr)
+
+
+def test_a_judge_that_needs_more_frames_is_a_mistake_before_training(shell, tmp_path):
+    words = ["reward=brightness", "held_out_reward=action", "held_out=tiny_held_out", *FEW]
+    done = shell("align", *words, "steps=1", "num_frames=1", "name=x")
+    assert done.returncode == 2 and "needs at least 2 frames, got 1" in done.stderr
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_warning_is_one_line(shell, monkeypatch):
+    def shown():
+        return warnings.formatwarning("mind the gap", UserWarning, "trainer.py", 1)
+
+    monkeypatch.setattr(vader_nb.models, "table", shown)
+    assert shell("models").stdout == "vader-nb: mind the gap\n\n"
+    assert "trainer.py" in shown()  # elsewhere as ever
 
 
 def test_what_a_validation_looked_at_is_said(capsys, tiny):
@@ -336,7 +360,7 @@ def test_what_a_validation_looked_at_is_said(capsys, tiny):
         groups = cli.evaluation_prompts(arguments, cli.training_prompts(arguments))
         cli.validation(arguments, tiny, brightness(), groups)
         err = capsys.readouterr().err
-        assert ("validation_steps measures training prompts" in err) == told and bool(err) == told
+        assert ("validation uses training prompts" in err) == told and bool(err) == told
 
 
 @pytest.mark.parametrize("words", [[], ["frames=ends"]], ids=str)

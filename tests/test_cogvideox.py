@@ -340,5 +340,5 @@ def test_a_directory_with_the_dpm_scheduler_is_sampled_by_ddim(directories, tmp_
 
 
 def test_an_image_is_refused(directories):
-    with pytest.raises(ValueError, match="makes videos of text alone"):
+    with pytest.raises(ValueError, match="makes videos from text alone"):
         load(directories["2b"]).encode([Prompt("a star", image=torch.zeros(3, 8, 8))])

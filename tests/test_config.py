@@ -35,11 +35,11 @@ def test_defaults_then_file_then_words(tmp_path):
 @pytest.mark.parametrize(
     ("command", "words", "message"),
     [
-        (Align, ["--steps", "3"], "'--steps': settings are key=value: steps="),
-        (Align, ["--learning-rate=2e-4"], "settings are key=value: learning_rate=2e-4"),
-        (Align, ["steps=3", "-o", "x"], "'-o': settings are key=value"),
-        (Sample, ["a star", "-o", "x"], "'-o': settings are key=value"),
-        (Sample, ["--sequential-guidance", "a star"], "are key=value: sequential_guidance="),
+        (Align, ["--steps", "3"], "'--steps': write settings as key=value: steps="),
+        (Align, ["--learning-rate=2e-4"], "write settings as key=value: learning_rate=2e-4"),
+        (Align, ["steps=3", "-o", "x"], "'-o': write settings as key=value"),
+        (Sample, ["a star", "-o", "x"], "'-o': write settings as key=value"),
+        (Sample, ["--sequential-guidance", "a star"], "as key=value: sequential_guidance="),
         (Evaluate, ["runs/a", "runs/b"], "'runs/b': there is one adapter already"),
     ],
     ids=str,
@@ -563,7 +563,7 @@ def test_a_file_of_prompts_is_its_prompts(tmp_path):
     "word", ["adam_beta1=0.5", "lora_unet_dropout=0.1", "load_videodataset=True"]
 )
 def test_an_argument_that_would_change_what_is_trained_is_an_error(word):
-    with pytest.raises(ValueError, match=f"{word} cannot be met: "):
+    with pytest.raises(ValueError, match=f"{word} is not supported: "):
         read(Align, [word])
     read(Align, ["adam_beta1=0.9", "lora_unet_dropout=0", "load_videodataset=False"])
     assert read(Align, ["lora_path=runs/mine"]).adapter == "runs/mine"

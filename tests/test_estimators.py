@@ -292,7 +292,9 @@ def test_schedulers_without_a_density_are_refused():
     from diffusers import HeunDiscreteScheduler
 
     model = Toy(HeunDiscreteScheduler(), 3)
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler takes no steps whose probability"):
+    with pytest.raises(
+        ValueError, match="the steps of HeunDiscreteScheduler have no known probability"
+    ):
         transition(model, Sampling().resolve(model), 0)
 
 
@@ -502,7 +504,7 @@ def test_what_cannot_be_met_is_said_before_the_work(micro_directory, tmp_path):
     )
     refused("'first' is not differentiable.*estimator=GRPO", None)
     refused("cannot read estimator 'gpro'", "gpro")
-    refused("none of 1 steps has noise", "ddpo", num_inference_steps=1, batch_size=2)
+    refused("none of the 1 steps has both noise", "ddpo", num_inference_steps=1, batch_size=2)
 
 
 def test_a_number_that_is_not_finite_skips_the_step_and_is_forgotten(micro_directory, tmp_path):

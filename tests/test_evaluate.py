@@ -43,11 +43,27 @@ from vader_nb.stats import (
     sign_flip_p,
 )
 from vader_nb.trainer import Run
+from vader_nb.widgets import Sampler
 
 from .test_gradient import adapted
 
 QUICK = Sampling(num_inference_steps=2)
 GROUPS = {"training": ["a red star", "a blue circle"], "held-out": ["a green square growing"] * 3}
+
+
+def test_prompts_that_a_judge_cannot_read_are_found_before_the_work(micro):
+    judge, unreadable = rewards.action("tiny"), {"held-out": ["a cat asleep"]}
+    with pytest.raises(ValueError, match="no action .*'a cat asleep'"):
+        evaluate(micro, None, rewards.brightness(), unreadable, held_out=[judge])
+    with pytest.raises(ValueError, match="no action .*'a cat asleep'"):
+        Validation(micro, judge, ["a cat asleep"])
+
+
+@pytest.mark.parametrize("start", [evaluate, sample, Sampler], ids=lambda f: f.__name__)
+def test_a_models_name_is_no_model(start):
+    given = {evaluate: (None, rewards.brightness(), ["a"]), sample: ("a",)}.get(start, ())
+    with pytest.raises(TypeError, match=r"'tiny' is only a name: pass vader_nb.load\('tiny'\)"):
+        start("tiny", *given)
 
 
 def test_an_adapter_that_does_nothing_makes_no_difference(micro):
@@ -170,7 +186,8 @@ def test_several_adapters_are_each_what_it_is_alone(micro, weaker, tmp_path):
     assert (
         nothing.row("training", "brightness").base == weak.base
     )  # the adapter on the model has no part in it
-    assert nothing.row("training", "brightness").difference is None and "brightness" in str(nothing)
+    assert nothing.row("training", "brightness").difference is None
+    assert "brightness" in str(nothing) and "difference" not in str(nothing)  # one column, no notes
 
     after = micro.denoiser.state_dict()
     assert before.keys() == after.keys() and all(
@@ -317,7 +334,7 @@ def test_names_and_rewards_in_conflict_are_found_before_the_work(micro):
 
     one = rewards.reward(never, "one")
     for name in ("motion", "diversity", "oracle: color"):
-        refused(f"is named '{name}', as the metric that evaluate adds", one.renamed(name))
+        refused(f"is named '{name}', like a metric that evaluate adds", one.renamed(name))
         refused(f"is named '{name}'", [], one.renamed(name))
     both = one + rewards.brightness()
     refused("brightness is trained on", both, rewards.brightness())
@@ -486,7 +503,8 @@ def test_a_checkpoint_without_a_score_is_not_the_best_and_hides_no_difference():
     choice = choose(STEPS, means, RISING, "pick")
     assert (
         choice.step == 40
-        and choice.verdict == "the reward still rises, the held-out one fell since step 40"
+        and choice.verdict
+        == "the training reward still rises; the held-out reward has fallen since step 40"
     )
 
 
@@ -580,21 +598,26 @@ def judged(*means, prompts=16, noise=0.1):
             [0, 1, 2, 1.5, 1],
             RISING,
             40,
-            "the reward still rises, the held-out one fell since step 40",
+            "the training reward still rises; the held-out reward has fallen since step 40",
         ),
         (
             [0, 1, 2, 1.5, 1],
             FLAT,
             40,
-            "the reward stays about where it was, the held-out one fell since step 40",
+            "the training reward stays about where it was; the held-out reward has fallen since step 40",
         ),
         (
             [0, 1, 2, 1.5, 1],
             {s: -r for s, r in RISING.items()},
             40,
-            "the reward falls too, the held-out one fell since",
+            "the training reward falls too; the held-out reward has fallen since",
         ),
-        ([0, 1, 2, 1.5, 1], {}, 40, "whatever the reward did, the held-out one fell since step 40"),
+        (
+            [0, 1, 2, 1.5, 1],
+            {},
+            40,
+            "too few steps to tell what the training reward did; the held-out reward has fallen since step 40",
+        ),
         (
             [0, 1, 2, 3, 4],
             RISING,
@@ -607,7 +630,7 @@ def judged(*means, prompts=16, noise=0.1):
             [3, 0, 2, 1.5, 1],
             RISING,
             40,
-            "fell since step 40; even there it is below the base model's",
+            "fallen since step 40; even there it is below the base model's",
         ),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_gradient_that_nothing_takes_is_an_error_before_the_work(model, monkey
     adapter = spread(model, "transformer.attention")
     monkeypatch.setattr(model, "predict", None)
     message = (
-        "some draws teach nothing, with an adapter in transformer alone: .* transformer_2 has "
+        "some draws train nothing, with an adapter in transformer alone: .* transformer_2 has "
     )
     with pytest.raises(
         ValueError, match=message + r"steps 1 to 3 and transformer has steps 4 to 5"
@@ -131,7 +131,7 @@ def test_a_gradient_that_nothing_takes_is_an_error_before_the_work(model, monkey
 def test_the_expert_that_is_not_reached_gets_no_adapter_and_a_warning(model, tmp_path):
     message = (
         r"gets an adapter in transformer_2 alone: counted from the end, transformer_2 has steps 1 to 3 and "
-        r"transformer has steps 4 to 5; Last\(K=1\) reaches transformer_2 alone. strategy=Step\(4\) teaches "
+        r"transformer has steps 4 to 5; Last\(K=1\) reaches transformer_2 alone. strategy=Step\(4\) trains "
         r"the other, DRTune\(3\) both"
     )
     with pytest.warns(UserWarning, match=message):
@@ -177,12 +177,12 @@ def test_adapters_where_the_strategy_or_the_user_says(model, tmp_path, strategy,
         (
             Random(),
             ["transformer.attention"],
-            r"some draws teach nothing.*Random\(max_K=None\) reach",
+            r"some draws train nothing.*Random\(max_K=None\) reach",
         ),
         (
             ReFL(1.0),
             ["transformer.attention"],
-            "some draws teach nothing, with an adapter in transf",
+            "some draws train nothing, with an adapter in transf",
         ),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_part_that_is_not_reached_stays_as_it_is(model, tmp_path):
     adapter.remove()
     only = spread(model, "transformer.attention")
     with pytest.raises(
-        ValueError, match="some draws teach nothing, with an adapter in transformer a"
+        ValueError, match="some draws train nothing, with an adapter in transformer a"
     ):
         train(model, tmp_path, adapter=only, output_dir=tmp_path / "other")
 

@@ -78,7 +78,7 @@ def test_a_family_is_found_by_its_pipeline_class(micro_directory, tmp_path, monk
     folder = shutil.copytree(micro_directory, tmp_path / "copy")
     change_index(folder, _class_name="MyPipeline")
     with pytest.raises(
-        ValueError, match="a MyPipeline, which no family here runs; known: TextToVideo"
+        ValueError, match="a MyPipeline, which no family here can run; known: TextToVideo"
     ):
         load(folder)
 

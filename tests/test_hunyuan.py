@@ -278,7 +278,9 @@ def test_bad_prompts_and_schedulers(directory):
     model, sampling = load(directory), Sampling(**SETTINGS)
     with pytest.raises(ValueError, match="its prompts take no image"):
         sample(model, Prompt("a star", image=torch.zeros(3, 16, 32)), sampling=sampling)
-    with pytest.warns(UserWarning, match="the text encoder reads 256 tokens, the prompt has 300"):
+    with pytest.warns(
+        UserWarning, match="the text encoder reads 256 tokens, but the prompt has 300"
+    ):
         sample(model, " ".join(["star"] * 300), sampling=sampling)
     model.scheduler = diffusers.UniPCMultistepScheduler()
     with pytest.raises(ValueError, match="UniPCMultistepScheduler cannot sample it"):

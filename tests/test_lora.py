@@ -376,7 +376,7 @@ def test_diffusers_own_file_acts_at_its_own_strength(micro, tmp_path, trained):
         ({"X.boft_blocks": (2, 2)}, "a BOFT adapter"),
         ({"X.on_input": ()}, "an IA3 adapter"),
         ({"X.lora_B.bias": (4,)}, "biases"),
-        ({"Y.weight": (4,)}, "Y.weight is no tensor of a LoRA"),
+        ({"Y.weight": (4,)}, "Y.weight is not a LoRA tensor"),
         ({"X.alpha": ()}, r"alpha of unet.*must lie in \(0, 1e6\], got 0"),
         ({"X.lora_A.weight": (8000, 8)}, "shape|rank"),
         ({"X.lora_A.weight": ()}, r"has shape \(\)"),

@@ -260,7 +260,9 @@ def test_bad_prompts_and_schedulers(directories):
     model, sampling = load(directories["plain"]), Sampling(**SETTINGS)
     with pytest.raises(ValueError, match="its prompts take no image"):
         sample(model, Prompt("a star", image=torch.zeros(3, 32, 64)), sampling=sampling)
-    with pytest.warns(UserWarning, match="the text encoder reads 128 tokens, the prompt has 132"):
+    with pytest.warns(
+        UserWarning, match="the text encoder reads 128 tokens, but the prompt has 132"
+    ):
         sample(model, " ".join(["star"] * 130), sampling=sampling)
     model.scheduler = diffusers.DDIMScheduler()
     with pytest.raises(ValueError, match="DDIMScheduler cannot sample it"):

@@ -397,9 +397,12 @@ def test_a_gpu_is_named_or_a_number_of_gib(given, found):
         ({"hight": 64}, "unknown setting 'hight'; memory depends on .*height"),
         ({"dtype": "float17"}, "unknown dtype 'float17'"),
         ({"num_gpus": 0}, "num_gpus must be at least 1, got 0"),
-        ({"sharding": "full"}, "sharding=full has no effect on one GPU: say how many, num_gpus=8"),
+        (
+            {"sharding": "full"},
+            "sharding=full has no effect on one GPU: give their number, such as num_gpus=8",
+        ),
         ({"num_gpus": 8, "sharding": "half"}, "unknown sharding 'half'; choose one of none, full"),
-        ({"num_gpus": 8, "measured": True}, "measured takes one GPU, and num_gpus=8"),
+        ({"num_gpus": 8, "measured": True}, "measured works on one GPU only, and num_gpus=8"),
         ({"model": "tiny", "strategy": Last(100)}, "K=100"),
         (
             {"model": "tiny-i2v", "extend": 3},

@@ -147,7 +147,9 @@ def test_options_that_could_not_act_are_refused(fresh, tmp_path, name):
     class Other(Estimator):
         collect = accumulate = None
 
-    with pytest.raises(ValueError, match=f"{name}=2 is for the reward's gradient: set it to"):
+    with pytest.raises(
+        ValueError, match=f"{name}=2 works only with the reward's gradient: set it to"
+    ):
         run(fresh(), tmp_path / "run", estimator=Other(), **{name: 2})
     with pytest.raises(ValueError, match="early_stopping=3 needs a validation: validate="):
         run(fresh(), tmp_path / "run", early_stopping=3)

@@ -213,7 +213,7 @@ def test_a_notebook_belongs_to_a_version(capsys):
     assert said.startswith(f"vader_nb {vader_nb.__version__}, torch ")
     assert "GPU" in said and said.count("\n") == 1
     course.environment(stored_with="0.0.9")
-    assert "stored with vader_nb 0.0.9" in capsys.readouterr().out
+    assert "saved with vader_nb 0.0.9" in capsys.readouterr().out
 
 
 def test_minutes_are_rounded_up_to_halves():

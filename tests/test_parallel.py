@@ -227,7 +227,7 @@ def test_a_run_whose_process_was_killed_goes_on_as_if_nothing_had_been(
         assert_same(left(tmp_path / "run", process), left(whole, process))
     assert untimed(recorded(tmp_path / "run")) == untimed(recorded(whole))
     # on one process, with the same number of clips a step: said to be equal in distribution only; here nearly equal
-    with pytest.warns(UserWarning, match="the 4 clips of a step are divided in another way"):
+    with pytest.warns(UserWarning, match="the 4 clips of a step are divided differently"):
         train(
             micro_directory,
             tmp_path / "run",

@@ -170,10 +170,10 @@ def test_files_of_other_forms(tmp_path, name, text):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.csv", "a red star\na cat\n", "none of its columns is named prompt, caption, text"),
+        ("a.csv", "a red star\na cat\n", "it has none of the columns prompt, caption, text"),
         ("a.jsonl", '{"id": 1}\n', "cannot be read: 'prompt'"),
         ("a.jsonl", "a red star\n", "cannot be read: Expecting value"),
-        ("a.jsonl", "[1]\n", r"\[1\] is no prompt"),
+        ("a.jsonl", "[1]\n", r"\[1\] is not a prompt"),
         ("a.txt", "# nothing yet\n", "holds no prompt"),
     ],
 )

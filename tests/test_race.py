@@ -153,11 +153,11 @@ def test_processes_share_the_jobs(micro_directory, whole, tmp_path):
         ({"A": {"strategy": "Lost(1)"}}, {}, "contestant 'A': cannot read strategy 'Lost"),
         ({"A": {"estimator": "GRPO(group_size=3)"}}, {}, "contestant 'A'.*group"),
         ({"A": {"best_of": 0}}, {}, "contestant 'A': n must be at least 1"),
-        ({"A": {"best_of": 2, "rank": 4}}, {}, "rank of contestant 'A' cannot act"),
+        ({"A": {"best_of": 2, "rank": 4}}, {}, "rank of contestant 'A' has no effect"),
         ({"A": {"lr_scheduler": "cosine"}}, {}, "contestant 'A': lr_scheduler=cosine"),
-        ({"A": {"learning_rates": [1e-3]}, "B": {}}, {}, "as many rates, got A 1, B 2"),
+        ({"A": {"learning_rates": [1e-3]}, "B": {}}, {}, "the same number of rates, got A 1, B 2"),
         ({"A": {"learning_rates": 1e-3}}, {}, "learning_rates of contestant 'A'"),
-        ({"A": {}, "a": {}}, {}, "two jobs are called 'a-0.01-0'"),
+        ({"A": {}, "a": {}}, {}, "two jobs are named 'a-0.01-0'"),
         ({"A": "VADER"}, {}, "contestants.A must be a mapping"),
         ({"A": {}}, {"budget": {"hours": 3}}, "budget must be one of reward_queries"),
         ({"A": {}}, {"budget": {"seconds": 0}}, "budget.seconds must be a number above 0"),
@@ -273,7 +273,7 @@ def test_a_table_against_another_contestant(tmp_path):
     table = made.table(against="B").markdown()
     assert f"0.5000: +0.3000 [{low:+.4f}, {high:+.4f}]" in table
     assert "| 0.2000 |" in table  # B's own
-    with pytest.raises(KeyError, match="no contestant 'C'; there are 'base', 'A', 'B'"):
+    with pytest.raises(KeyError, match="no contestant 'C'; choose one of 'base', 'A', 'B'"):
         made.table(against="C")
 
 
@@ -303,7 +303,7 @@ def test_plots(tmp_path):
     first, second = both = made.pareto().axes
     assert (first.get_xlabel(), second.get_xlabel()) == ("diversity", "motion")
     assert made.plot(axes=first) is made.pareto(axes=both) is first.figure  # into what there is
-    with pytest.raises(KeyError, match="no metric 'speed'; there are 'r', 'h'"):
+    with pytest.raises(KeyError, match="no metric 'speed'; choose one of 'r', 'h'"):
         made.plot(y="speed")
 
 

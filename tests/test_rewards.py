@@ -344,11 +344,12 @@ def test_the_sum_of_a_list():
     "text, message",
     [
         ("brightness * brightness", "a reward is multiplied by a number"),
-        ("brightness + 'a'", "computes with a text"),
-        ("-'a'", "computes with a text"),
-        ("'a' * 99999999999999", "computes with a text"),
+        ("brightness + 'a'", "does arithmetic with a string"),
+        ("-'a'", "does arithmetic with a string"),
+        ("'a' * 99999999999999", "does arithmetic with a string"),
         ("brightness / 0", "divided by a number that is not zero"),
         ("1 / brightness", "unsupported operand"),
+        ("brightness.capped('a')", "'a' is neither a reward nor a number"),
         ("9 ** 9", "cannot read"),
     ],
 )

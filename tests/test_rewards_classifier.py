@@ -80,7 +80,7 @@ def test_groups_and_checkpointing_change_no_gradient(daisy):
 
 
 def test_what_does_not_fit_is_named(daisy, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"'dasy' is no class of ImageNet; did you mean 'daisy'"):
+    with pytest.raises(ValueError, match=r"'dasy' is not an ImageNet class; did you mean 'daisy'"):
         rewards.class_probability("dasy")
     weights = hub.state_dict(classifier.package_file())
     torch.save(dict(list(weights.items())[:-1]), tmp_path / "part.pth")

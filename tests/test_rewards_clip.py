@@ -172,7 +172,7 @@ def test_the_published_files_fit_key_for_key_and_shape_for_shape(hpsv2, monkeypa
 
 
 def test_a_file_of_another_version_or_layout_is_refused(hps_file, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="SHA-256 of no published HPS file"):
+    with pytest.raises(ValueError, match="is not that of a published HPS file"):
         rewards.hps(hps_file)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: hps_file)
     with pytest.raises(ValueError, match="is not xswu/HPSv2.*SHA-256"):

@@ -312,7 +312,9 @@ def test_videoprism_is_the_models_own_similarity(build, directories, count, chos
 
 def test_an_old_transformers_is_named(monkeypatch):
     monkeypatch.setattr(prism, "transformers", SimpleNamespace(__version__="5.12.0"))
-    with pytest.raises(ImportError, match=r"transformers 5.24 has and 5.12.0 here has not.*>=5.24"):
+    with pytest.raises(
+        ImportError, match=r"transformers 5.24 has but 5.12.0, installed here, does not.*>=5.24"
+    ):
         videoprism()
 
 

@@ -190,11 +190,11 @@ def answering():
     [
         (500, b"CUDA out of memory", "status 500: CUDA out of memory"),
         (404, b"", "status 404"),
-        (200, b"<html>hello</html>", "no JSON .* but: <html>hello"),
-        (200, b'{"score": 1}', 'but: {"score": 1}'),
+        (200, b"<html>hello</html>", "not answer with JSON .* but with: <html>hello"),
+        (200, b'{"score": 1}', 'but with: {"score": 1}'),
         (200, b'{"scores": [1]}', r"answered 3 clips with the scores \[1.0\]"),
         (200, b'{"scores": [1, 2, NaN]}', "1.0, 2.0, nan"),
-        (200, b'{"scores": "abc"}', "but: .*abc"),
+        (200, b'{"scores": "abc"}', "but with: .*abc"),
     ],
 )
 def test_an_answer_that_is_none_is_shown_with_the_address(answering, clips, status, body, told):
@@ -274,8 +274,8 @@ def test_a_server_that_is_killed_costs_its_own_column(tiny, example, tmp_path):
     assert found.row("prompts", "brightness").base > 0
     with pytest.raises(KeyError):
         found.row("prompts", url)
-    assert f"not measured to the end: {url}" in str(found)
-    assert f"Not measured to the end: {url}" in found.report(tmp_path / "report.html").read_text()
+    assert f"measured only in part: {url}" in str(found)
+    assert f"Measured only in part: {url}" in found.report(tmp_path / "report.html").read_text()
 
 
 def test_one_that_goes_while_an_adapter_is_measured_leaves_the_base(tiny, answering):
@@ -433,7 +433,7 @@ def test_what_is_no_such_judge_is_named(llava, tmp_path):
     for file in llava.iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match="has no chat template: take an instruction-tuned"):
+    with pytest.raises(ValueError, match="has no chat template: use an instruction-tuned"):
         rewards.vlm_yes(tmp_path)
     with pytest.raises(ValueError, match="begins yes and no with the same token"):
         from vader_nb.rewards.vlm import first_tokens

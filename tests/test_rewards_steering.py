@@ -394,9 +394,9 @@ def test_unknown_names(yolos, dino, tmp_path):
         ValueError, match="'yolo-tiny': choose one of yolos-tiny, yolos-base, grounding-dino-tiny"
     ):
         rewards.object_removal("book", "yolo-tiny")
-    with pytest.raises(ValueError, match="no 'bok'; the nearest of its labels are book"):
+    with pytest.raises(ValueError, match="does not know 'bok'; the nearest of its labels are book"):
         rewards.object_removal("bok", yolos)
-    with pytest.raises(ValueError, match="no 'n/a'"):
+    with pytest.raises(ValueError, match="does not know 'n/a'"):
         rewards.object_presence("N/A", yolos)
     for detector in (yolos, dino):
         with pytest.raises(ValueError, match="must name an object"):

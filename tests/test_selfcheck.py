@@ -393,7 +393,7 @@ def test_a_mistake_is_an_error_before_any_check(run, no_gpu, capsys):
     for words, message in (
         (
             ["model=wan"],
-            "model=wan needs a GPU, and there is none; on a CPU take tiny, tiny-wan, tiny-i2v",
+            "model=wan needs a GPU, and there is none; on a CPU use tiny, tiny-wan, tiny-i2v",
         ),
         (["reward=beauty"], "unknown reward 'beauty'"),
         (["model=none"], "none"),

@@ -179,11 +179,11 @@ def late(directory, folder):
 
 
 def test_a_quantized_model_is_not_cut_up(micro_directory, monkeypatch):
-    with pytest.raises(ValueError, match="quantize=4bit with FSDP has no use"):
+    with pytest.raises(ValueError, match="quantize=4bit is of no use with FSDP"):
         simulate(str(micro_directory), "brightness", **MEMORY | {"quantize": "4bit"})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ValueError, match="quantize=8bit with FSDP has no use"):
+    with pytest.raises(ValueError, match="quantize=8bit is of no use with FSDP"):
         load(micro_directory, quantize="8bit")
 
 
@@ -287,7 +287,7 @@ def test_the_number_of_processes_changes_nothing(two, name, sharded):
         torch.cat(clips).sort().values, left(f"{one}-scored").sort().values, rtol=1e-10, atol=0
     )
     new = two / f"{name}-{sharded}-from-two"
-    with pytest.warns(UserWarning, match="the 4 clips of a step are divided in another way"):
+    with pytest.warns(UserWarning, match="the 4 clips of a step are divided differently"):
         scored(name, new, {"batch_size": 4} | again_from(both, new))
     for run in (both, two / f"{name}-{sharded}-from-one", new):
         assert_same(left(run), left(one), rtol=1e-10, atol=1e-10)

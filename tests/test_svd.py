@@ -195,7 +195,7 @@ def test_a_long_clip_continues_its_last_frames(directory):
         extend(model, "clip.mp4")
     with pytest.raises(ValueError, match="a roll-out is one segment, and extend=2 takes several"):
         roll_out(model, PROMPTS, [5, 9], Sampling(**SETTINGS, extend=2).resolve(model))
-    with pytest.raises(ValueError, match="makes videos of text alone and cannot continue"):
+    with pytest.raises(ValueError, match="makes videos from text alone and cannot continue"):
         sample(load("tiny"), "a red star", sampling=Sampling(extend=2))
 
 

@@ -379,9 +379,9 @@ def test_all_frames_are_learned_from_where_the_image_is_a_condition(of_images):
 
 def test_a_batch_has_images_or_none(expanded, directory):
     model = load(expanded)
-    with pytest.raises(ValueError, match="1 of 2 prompts have an image: all clips of a batch"):
+    with pytest.raises(ValueError, match="1 of 2 prompts have an image: in a batch, all clips"):
         sample(model, [with_images()[0], "a star"], sampling=Sampling(**SMALL))
-    with pytest.raises(ValueError, match="makes videos of text alone; its prompts take no image"):
+    with pytest.raises(ValueError, match="makes videos from text alone; its prompts take no image"):
         sample(load(directory), with_images(), sampling=Sampling(**SMALL))
 
 
@@ -776,7 +776,7 @@ def test_the_published_sizes():
     [
         ({"height": 40}, "height=40 must be a positive multiple of 16 pixels"),
         ({"width": 8}, "width=8 must be a positive multiple of 16 pixels"),
-        ({"num_frames": 8}, "num_frames=8 must be a multiple of 4, plus 1, for .*: 5 or 9"),
+        ({"num_frames": 8}, "num_frames=8 must be 1 more than a multiple of 4 for .*: use 5 or 9"),
         ({"options": {"flow_shift": 0}}, "flow_shift must be at least 0.01, got 0"),
         ({"options": {"fps": 8}}, "has no sampling option 'fps'; it has: flow_shift"),
     ],
@@ -790,7 +790,7 @@ def test_what_cannot_be_sampled(directory):
     model = load(directory)
     with pytest.raises(ValueError, match="its prompts take no image"):
         sample(model, Prompt("a", image=torch.zeros(3, 32, 32)), sampling=Sampling(**SETTINGS))
-    with pytest.warns(UserWarning, match="reads 16 tokens, the prompt has 21; not seen: "):
+    with pytest.warns(UserWarning, match="reads 16 tokens, but the prompt has 21; not seen: "):
         model.encode(["star " * 20])
     model.scheduler = diffusers.DDIMScheduler()
     with pytest.raises(ValueError, match="is a rectified flow: DDIMScheduler cannot sample it"):

@@ -467,7 +467,7 @@ def test_an_empty_prompt_is_shown_as_the_error_it_is(sampler):
     [
         ({"scale": 2.0}, r"scale must lie in 0\.\.1\.5, got 2"),
         ({"adapter": "nobody"}, r"adapter must be one of none \(base model\), .*; got 'nobody'"),
-        ({"sed": 1}, "unknown setting 'sed'; there are prompt, seed"),
+        ({"sed": 1}, "unknown setting 'sed'; choose one of prompt, seed"),
     ],
 )
 def test_settings_that_do_not_exist_are_errors(sampler, change, said):

@@ -504,7 +504,7 @@ def test_clips_of_another_size_are_told(tiny, tmp_path):
             return super().sample(*args, **options)[..., :32]
 
     comparison = make(tiny, tmp_path, contestants={"small": Small(0.5)})
-    with pytest.raises(ValueError, match="'small' made frames of shape .*32.*, where all clips"):
+    with pytest.raises(ValueError, match="'small' made frames of shape .*32.*, but all clips"):
         comparison.run()
 
 
@@ -735,7 +735,7 @@ def test_leaving_blind_mode_shows_the_tally_and_the_comparison_again(comparison)
     assert comparison.pair is not None
     comparison.blind.value = False
     assert pages(comparison) == before
-    assert "1 without difference" in comparison.counts.value
+    assert "1 with no difference" in comparison.counts.value
     assert comparison.pair is None
     assert comparison.ballot_box.layout.display == "none"
     assert not comparison.prompt.disabled

@@ -122,14 +122,14 @@ def test_a_clip_starts_from_an_image_and_goes_on_from_its_last_frame(sampler, i2
 def test_what_is_no_image_is_said(sampler, tiny):
     sampler.first._uploaded()  # nothing was chosen
     assert sampler.error is None
-    with pytest.raises(ValueError, match="no image that can be read"):
+    with pytest.raises(ValueError, match="this image cannot be read"):
         sampler.run(image=b"text")
-    with pytest.raises(ValueError, match="'tiny' makes clips of text alone"):
+    with pytest.raises(ValueError, match="'tiny' makes clips from text alone"):
         Sampler(tiny, adapters={}).run(image=torch.zeros(3, 64, 64))
     assert sampler.first.data is None
     fresh = Sampler(sampler.model)
     fresh.first.again.click()
-    assert "no clip yet to go on from" in fresh.remark.value
+    assert "no clip yet to continue from" in fresh.remark.value
 
 
 def test_a_long_clip_is_that_of_extend_and_its_seams_are_marked(sampler, i2v):

@@ -117,7 +117,7 @@ def test_what_is_missing_is_said(race, tiny):
     assert "config.json" in viewer.remark.value
     with pytest.raises(ValueError, match="point must be one of base, .*; got 'C'"):
         viewer.set(point="C")
-    with pytest.raises(ValueError, match="prompts of clips need a model"):
+    with pytest.raises(ValueError, match="prompts need a model"):
         RunViewer(race, prompts=["a"])
 
 
@@ -208,7 +208,7 @@ def test_a_contestant_that_was_not_finite_is_told(race):
         line = {"contestant": "B", "learning_rate": 1e-3, "seed": 0, "part": 2, "failed": "nan"}
         file.write(json.dumps(line | dict.fromkeys(run_data.COSTS, 0)) + "\n")
     viewer = RunViewer(race)
-    assert viewer.error is None and "not finite at any rate" in viewer.state.value
+    assert viewer.error is None and "not finite at any learning rate" in viewer.state.value
     assert not any("B" in label for label in viewer.points)
 
 
@@ -222,7 +222,7 @@ def test_names_are_texts(tmp_path):
 
 def test_two_contestants_of_one_name_are_an_error(race):
     viewer = RunViewer({"a": race, "b": race})
-    assert "have one name" in viewer.remark.value
+    assert "have the same name" in viewer.remark.value
 
 
 def test_an_odd_folder_makes_a_viewer_that_says_so(tmp_path):

@@ -258,7 +258,7 @@ def test_a_reward_with_one_score_for_all_clips_cannot_be_standardized(tiny, cann
     panel._sample()
     assert panel.standardized.disabled
     assert panel.standardized.value is False
-    assert "blue gives all clips one score" in panel.why.value
+    assert "blue gives all clips the same score" in panel.why.value
     assert panel.expression == "red + blue"
     assert panel.order == [1, 0]
 
@@ -309,7 +309,7 @@ def test_names_and_prompts_are_texts_in_the_composer(tiny, canned):
     ("arguments", "message"),
     [
         ({"rewards": []}, "no rewards to compose"),
-        ({"rewards": ["hps", "hps"]}, "each reward once"),
+        ({"rewards": ["hps", "hps"]}, "name each reward only once"),
         ({"rewards": ["hpss"]}, "unknown reward 'hpss'"),
         ({"rewards": {"my own": color(0)}}, "needs a Python name"),
         ({"prompts": ["only one"]}, "2 or more clips"),
@@ -620,7 +620,7 @@ def test_nothing_is_simulated_before_it_is_asked_for(quick):
     assert "Press “simulate”" in panel.verdict.value
     assert "not simulated yet" in panel.drawing.value
     assert "14.6 GiB" in panel.drawing.value
-    assert "to spare" not in panel.drawing.value
+    assert "a margin of" not in panel.drawing.value
     assert not any(f"{number}.00" in panel.drawing.value for number in (5, 20))
 
 
@@ -629,7 +629,7 @@ def test_what_does_not_fit_is_told_with_the_way_out(quick):
     answer = panel.simulate()
     assert answer.bytes == 20 * GIB
     assert answer.suggestions == {"T4": {"sequential_guidance": True}}
-    assert "<b>Too small:</b> 20.00 GiB" in panel.verdict.value
+    assert "<b>Does not fit:</b> 20.00 GiB" in panel.verdict.value
     assert "It fits with sequential_guidance=True" in panel.verdict.value
     assert Tags(panel.drawing.value).kinds.count("bar") == len(STAGES)
     assert panel.fit_button.layout.display == ""
@@ -675,7 +675,7 @@ def test_another_gpu_needs_no_new_simulation(quick):
     panel.batch_size.value = 2
     assert "Press “simulate”" in panel.verdict.value
     panel.batch_size.value = 1
-    assert "<b>Too small:</b>" in panel.verdict.value
+    assert "<b>Does not fit:</b>" in panel.verdict.value
 
 
 def test_pressing_simulate_in_a_page(quick):
@@ -833,7 +833,7 @@ def test_what_cannot_be_planned(arguments, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hight": 64}, "unknown setting 'hight'; there are model"),
+        ({"hight": 64}, "unknown setting 'hight'; choose one of model"),
         ({"height": 65}, "height must be one of 0, 64"),
         ({"K": 26}, "K must lie in 1..25"),
         ({"gpu_memory": "T5"}, "gpu_memory must be one of"),

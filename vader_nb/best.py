@@ -1,7 +1,7 @@
 """Choose a checkpoint: the one that scores highest on a reward that was not trained on.
 
 choice = best_checkpoint("runs/mine", model, pick(), prompts.get("tiny_held_out")[::8])
-print(choice.verdict)          the reward still rises, the held-out one fell since step 120
+print(choice.verdict)          the training reward still rises; the held-out reward has fallen since step 120
 adapter = lora.load(model, choice.path)
 """
 
@@ -34,7 +34,7 @@ class Point:
     # since the checkpoint before, if recorded.
     reward: float | None
     held_out: float  # mean over prompts and seeds
-    difference: float  # mean paired difference to the best checkpoint
+    difference: float  # mean paired difference from the best checkpoint
     low: float  # its 95 % interval, for all checkpoints together
     high: float
 
@@ -59,7 +59,7 @@ class Choice:
         return self.best.path
 
     def __str__(self) -> str:
-        head = f"difference to step {self.step} [95 % interval]"
+        head = f"difference from step {self.step} [95 % interval]"
         lines = [f"{'step':>6} {'training':>9} {'held-out':>9}  {head}"]
         for point in self.points:
             training = "" if point.reward is None else f"{point.reward:.4f}"
@@ -84,14 +84,14 @@ class Choice:
         figure = Figure(figsize=(6, 4.5), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         above.plot(steps, rewards.astype(float), "o-", color="#3b82c4", markersize=4)
-        above.set(ylabel="trained on\n(" + ("same prompts" if self.same else "batches") + ")")
+        above.set(ylabel="training reward\n(" + ("same prompts" if self.same else "batches") + ")")
         below.axhline(0, color="gray", linestyle=":", linewidth=1)
         others = steps != best.step
         reach = (difference - low)[others], (high - difference)[others]
         bars = {"fmt": "o", "markersize": 4, "capsize": 3, "color": ORANGE}
         below.errorbar(steps[others], difference[others], reach, **bars)
         below.plot(best.step, 0, "*", color=ORANGE, markersize=15, label=f"best: step {best.step}")
-        below.set(ylabel=f"held out: {self.reward},\ndifference to the best", xlabel="step")
+        below.set(ylabel=f"held out: {self.reward},\ndifference from the best", xlabel="step")
         below.legend()
         return figure
 
@@ -176,12 +176,12 @@ def _verdict(points: list[Point], best: Point, trend: str, prompts: int) -> str:
     if prompts < MIN_PROMPTS:
         return (
             f"step {best.step} scores highest, but {prompts} prompts are too few to tell; "
-            f"take at least {MIN_PROMPTS}"
+            f"use at least {MIN_PROMPTS}"
         )
     if last is best:
         verdict = f"the held-out reward is highest at the last checkpoint, step {best.step}"
     elif last.high < 0:
-        verdict = f"{trend}, the held-out one fell since step {best.step}"
+        verdict = f"{trend}; the held-out reward has fallen since step {best.step}"
     else:
         verdict = (
             f"no clear difference between step {best.step}, where the held-out reward is highest, "
@@ -197,9 +197,9 @@ def _verdict(points: list[Point], best: Point, trend: str, prompts: int) -> str:
 def trend(before: list[float], after: list[float]) -> str:
     """What the training reward did between two stretches of steps, unpaired: their prompts differ."""
     if min(len(before), len(after)) < 2:
-        return "whatever the reward did"
+        return "too few steps to tell what the training reward did"
     welch: Any = scipy.stats.ttest_ind(after, before, equal_var=False)
     t = welch.statistic
     if not abs(t) > 2:
-        return "the reward stays about where it was"
-    return "the reward still rises" if t > 0 else "the reward falls too"
+        return "the training reward stays about where it was"
+    return "the training reward still rises" if t > 0 else "the training reward falls too"

@@ -7,8 +7,8 @@
     stop                             written to request that the run ends after its current step
     .lock                            held by the process that writes
 
-Files are written under a temporary name, flushed to disk and renamed: a kill, a power cut or a full disk
-leaves the last complete one. A checkpoint that cannot be written is a warning: there may be room for the next.
+Files are written under a temporary name, flushed to disk and renamed (rows of metrics.jsonl are appended): a kill, a
+power cut or a full disk leaves the last complete one. A checkpoint that cannot be written is a warning: there may be room for the next.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from . import lora
+from .lora_export import fsync
 
 STOP = "stop"
 MIN_FREE_SPACE = 50e6  # bytes, before a run starts
@@ -48,7 +49,14 @@ def find_checkpoint(folder: Path, resume: bool | str | Path) -> Path | None:
             raise FileExistsError(f"{folder} holds another run; choose another name, or resume it")
         return None
     if resume is not True and resume != "latest":
-        return checkpoint_at(resume)
+        found = checkpoint_at(resume)
+        run = run_folder(found)
+        if (folder / "config.json").is_file() and run.resolve() != folder.resolve():
+            raise ValueError(
+                f"cannot resume in {folder}: {found} belongs to the run in {run}; resume it there, or start a "
+                f"new run from its adapter: adapter={found}"
+            )
+        return found
     newest = max(list_checkpoints(folder).items(), default=(0, None))[1]
     if newest is None and resume is True:
         raise FileNotFoundError(f"cannot resume: {folder} holds no checkpoint")
@@ -59,7 +67,7 @@ def checkpoint_at(path: str | Path) -> Path:
     """The path, if a checkpoint is there."""
     if not (Path(path) / "state.pt").is_file():
         raise FileNotFoundError(
-            f"cannot resume: {path} is no checkpoint; write resume=latest or …/step-000020"
+            f"cannot resume: {path} is not a checkpoint; write resume=latest or resume=…/step-000020"
         )
     return Path(path)
 
@@ -70,7 +78,7 @@ def run_folder(checkpoint: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise ValueError(
-        f"{checkpoint} lies in no run's folder: copy it to …/checkpoints of the run that it belongs to"
+        f"{checkpoint} is not in a run's folder: copy it to …/checkpoints of the run that it belongs to"
     )
 
 
@@ -82,7 +90,7 @@ def check_same_run(folder: Path, config: dict, may_change: set[str]) -> None:
     """Raise ValueError if `config`, what config.json would hold now, is that of another run."""
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"cannot resume in {folder}, which holds no run: a checkpoint goes on in its own run's folder"
+            f"cannot resume in {folder}, which holds no run: a checkpoint can only be resumed in its own run's folder"
         )
     try:
         before = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -100,13 +108,13 @@ def check_same_run(folder: Path, config: dict, may_change: set[str]) -> None:
         (a, b, c), (x, y, z) = old, new
         raise ValueError(
             f"cannot resume {folder}: a step had {a * b * c} clips ({a} processes x batch_size {b} x "
-            f"gradient_accumulation_steps {c}), now {x * y * z} ({x} x {y} x {z}); keep the product"
+            f"gradient_accumulation_steps {c}), now {x * y * z} ({x} x {y} x {z}); keep the product unchanged"
         )
     if old != new:
         warnings.warn(
-            f"the {math.prod(old)} clips of a step are divided in another way than before: the run goes on "
-            f"with the same prompts and seeds, and is equal to an uninterrupted one in distribution, not "
-            f"bit by bit",
+            f"the {math.prod(old)} clips of a step are divided differently than before: the run continues "
+            f"with the same prompts and seeds, and equals an uninterrupted one in distribution, not "
+            f"bit for bit",
             stacklevel=2,
         )
 
@@ -123,7 +131,7 @@ def check_writable(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < MIN_FREE_SPACE:
         raise OSError(
-            f"only {free / 1e6:.0f} MB free where {folder} lies; a run needs at least "
+            f"only {free / 1e6:.0f} MB free on the disk of {folder}; a run needs at least "
             f"{MIN_FREE_SPACE / 1e6:.0f} MB"
         )
 
@@ -139,7 +147,7 @@ def claim(folder: Path) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise FileExistsError(
-            f"{folder} is being written by another run; wait for its end, or choose another name"
+            f"{folder} is being written by another run; wait until it ends, or choose another name"
         ) from None
     return lock
 
@@ -182,15 +190,6 @@ def to_json(value: Any, **options) -> str:
     return json.dumps(finite(value), allow_nan=False, **options)
 
 
-def fsync(path: Path) -> None:
-    """Wait until it is on disk: otherwise a rename may get there before the contents."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class Journal:
     """metrics.jsonl. Rows that did not fit on a full disk are kept, and written when there is room.
 
@@ -220,11 +219,13 @@ class Journal:
             else:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write("".join(to_json(row) + "\n" for row in self.rows[self.saved :]))
+                    file.flush()
+                    os.fsync(file.fileno())
             self.saved = len(self.rows)
         except OSError as error:
             self.saved = None  # a line may be cut off: rewrite everything next time
             warnings.warn(
-                f"{self.path} cannot be written ({error.strerror or error}); its rows are kept",
+                f"{self.path} cannot be written ({error.strerror or error}); its rows are kept in memory",
                 stacklevel=2,
             )
 
@@ -284,7 +285,7 @@ def save(folder: Path, step: int, adapter: lora.Adapter, contents: dict, **metad
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
         newest = max(list_checkpoints(folder), default=None)
-        kept = "there is none yet" if newest is None else f"the last is of step {newest}"
+        kept = "there is none yet" if newest is None else f"the last one is from step {newest}"
         warnings.warn(
             f"the checkpoint of step {step} could not be written ({error}); {kept}", stacklevel=2
         )
@@ -313,7 +314,7 @@ CONTENTS = {"step": int, "non_finite": int, "optimizer": dict, "schedule": dict,
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The adapter's tensors and the state of a checkpoint, on the CPU. Raises ValueError if damaged."""
-    advice = f"resume from an older one: resume={path.parent}/step-…"
+    advice = f"resume from an older checkpoint: resume={path.parent}/step-…"
     try:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         tensors = lora.read(path / "adapter.safetensors")[0]
@@ -326,9 +327,15 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     fits = isinstance(state, dict) and all(
         isinstance(state.get(name), kind) for name, kind in CONTENTS.items()
     )
-    if not fits or state["step"] < 1 or not state["random"]:
+    if not fits or state["step"] < 1 or not all_random_states(state["random"]):
         raise ValueError(f"{path / 'state.pt'} is not the state of a run; {advice}")
     return tensors, state
+
+
+def all_random_states(states: list) -> bool:
+    """Whether there is one for each process, as `random_states` makes them."""
+    needed = {"torch", "cuda", "python"}
+    return bool(states) and all(isinstance(s, dict) and needed <= s.keys() for s in states)
 
 
 def not_finite(values: dict) -> dict:
@@ -349,5 +356,7 @@ def read_metrics(folder: str | Path, step: float = math.inf) -> list[dict]:
             if row["step"] <= step:
                 rows.append(row)
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged: line {number} is no row of a step") from error
+            raise ValueError(
+                f"{path} is damaged: line {number} is not the row of a step"
+            ) from error
     return rows

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import Field, fields
 from pathlib import Path
@@ -49,7 +50,9 @@ def training_prompts(arguments) -> list:
     files = {name: path for name, path in paths.items() if path}
     if files and arguments.prompts != "nouns_activities":
         names = " and ".join(files)
-        raise ValueError(f"{names} go with prompts=nouns_activities, not {arguments.prompts!r}")
+        raise ValueError(
+            f"{names} can only be used with prompts=nouns_activities, not {arguments.prompts!r}"
+        )
     if files:
         return vader_nb.prompts.nouns_activities(**files)
     return vader_nb.prompts.get(arguments.prompts)
@@ -79,7 +82,7 @@ def evaluation_prompts(arguments, prompts: list) -> dict[str, list]:
     groups = {name: texts for name, texts in groups.items() if texts}
     if not groups:
         hint = "set eval_training_prompts to 1 or more, or name some: held_out=my_prompts.txt"
-        raise ValueError(f"no prompts to evaluate: {hint}")
+        raise ValueError(f"no prompts to evaluate on: {hint}")
     return groups
 
 
@@ -91,10 +94,10 @@ def in_vocabulary(arguments, reward, prompts: list) -> list:
         reward.check_prompts(prompts[:1000])
     except ValueError as error:
         say(str(error))
-        say("the embedded model knows one world only; its captions are used: prompts=tiny")
+        say("the embedded model knows only the tiny world, so its captions are used: prompts=tiny")
         return vader_nb.prompts.get("tiny")
     say(
-        f"the embedded model does not know the words of {arguments.prompts}, and will not show them"
+        f"the embedded model does not know the words in prompts={arguments.prompts} and cannot show them"
     )
     return prompts
 
@@ -110,8 +113,8 @@ def run_folder(arguments) -> Path:
     folder = Path(arguments.output_dir).expanduser()
     if name is None and resume in (True, "latest"):
         raise ValueError(
-            f"resume={arguments.resume} continues the run of a name, and there is none: write name=…, "
-            f"the same at every start, or resume={folder}/NAME/checkpoints/step-000020"
+            f"resume={arguments.resume} continues a run by its name, but none is given: write name=…, "
+            f"the same each time, or resume={folder}/NAME/checkpoints/step-000020"
         )
     if name is None and resume:
         return checkpoints.run_folder(checkpoints.checkpoint_at(str(resume)))
@@ -119,7 +122,9 @@ def run_folder(arguments) -> Path:
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         name = f"{Path(arguments.model).name}-{vader_nb.distributed.broadcast_from_main(lambda: stamp)}"
     if name != Path(name).name or name in ("", ".", ".."):
-        raise ValueError(f"a run's name is one folder's name, not {name!r}; see output_dir")
+        raise ValueError(
+            f"a run's name must be a single folder name, not {name!r}; output_dir sets its place"
+        )
     return folder / name
 
 
@@ -147,13 +152,19 @@ def run_align(arguments):
         groups = evaluation_prompts(arguments, prompts)
     reward, *others = parse_rewards(arguments)
     (estimator or RewardGradient()).check_reward(reward)
-    for judge in (reward, *others):
-        judge.check_ready()  # now, and not only when it is asked after hours of training
     unique_metrics(reward, others)  # a held-out reward that is trained on is an error now
     if in_tiny_world(arguments):
         prompts = in_vocabulary(arguments, reward, prompts)
         groups = groups and evaluation_prompts(arguments, prompts)
+    evaluated = [str(prompt) for texts in groups.values() for prompt in texts]
+    for judge in (reward, *others):  # now, and not only when it is asked after hours of training
+        judge.check_ready()
+        judge.check_prompts(evaluated)
     model = load(arguments)
+    if groups:
+        total_frames = sampling_of(arguments).resolve(model).total_frames
+        for judge in (reward, *others):
+            judge.check_frames(total_frames)
     for name, value in decoder.items():
         setattr(model, name, value)
     vader_nb.speed.apply(model, arguments.speed or "")
@@ -184,7 +195,7 @@ def report_run(run, groups: dict, seconds: float) -> None:
         raise OSError(f"the adapter could not be written to {run.folder}: see the warning above")
     print(f"trained {len(run.metrics)} steps in {seconds:.0f} s: {file}")
     if run.best:
-        print(f"best by the validation, on {validation_group(groups)} prompts: {run.best}")
+        print(f"best checkpoint by validation on {validation_group(groups)} prompts: {run.best}")
     if run.stopped:
         place = f"name={run.folder.name} output_dir={run.folder.parent}"
         print(f"stopped; continue with: vader-nb align resume=true {place} …")
@@ -197,7 +208,7 @@ def validation_group(groups: dict) -> str:
 def validation(arguments, model, reward, groups: dict):
     name, size = validation_group(groups), arguments.eval_batch_size
     if name == "training":
-        say("no held_out prompts are given: validation_steps measures training prompts")
+        say("no held_out prompts are given: validation uses training prompts")
     options = {"sampling": sampling_of(arguments), "batch_size": size}
     return vader_nb.Validation(model, reward, groups[name], **options)
 
@@ -300,7 +311,7 @@ def run_race(arguments):
 
 
 def run_sample(arguments):
-    if not arguments.prompts:
+    if not arguments.prompts or not all(text.strip() for text in arguments.prompts):
         raise ValueError('which prompt? vader-nb sample "a red star growing on a black background"')
     vader_nb.video.check_suffix(f"clip.{arguments.format}")
     folder = Path(arguments.output_dir).expanduser()
@@ -426,6 +437,7 @@ def main(argv: list[str] | None = None) -> None:
         print(config.usage(kind))
         return
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.formatwarning, formatted = short_warning, warnings.formatwarning
     before = signal.getsignal(signal.SIGINT)
     at_once = before is signal.default_int_handler and in_main_thread()
     if at_once:
@@ -450,9 +462,17 @@ def main(argv: list[str] | None = None) -> None:
             raise
         sys.exit(failed(error))
     finally:
+        warnings.formatwarning = formatted
         if at_once:
             signal.signal(signal.SIGINT, before)
         leave_process_group()
+
+
+def short_warning(message, category, filename, lineno, line=None) -> str:
+    """Without the place in the code, which means nothing in a shell."""
+    return (
+        f"vader-nb: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
+    )
 
 
 def in_main_thread() -> bool:

@@ -138,7 +138,7 @@ class Comparison:
                 frames = which.sample(self.model, given, **options)
             wanted = (1, s.total_frames, 3, s.height, s.width)
             if frames.shape != wanted:
-                got = f"{tuple(frames.shape)}, where all clips are {wanted}"
+                got = f"{tuple(frames.shape)}, but all clips must have shape {wanted}"
                 raise ValueError(f"contestant {name!r} made frames of shape {got}")
             return frames[0]
         if name not in self.merged:

@@ -1,6 +1,6 @@
 """The comparison as HTML: clips in columns, scores, curves, heat maps, and the page of an export.
 
-Clips of a prompt are one picture, so that they play in step.
+Clips of a prompt are one picture, so that they play in sync.
 """
 
 import json
@@ -39,7 +39,7 @@ def heat_legend(reward: str) -> str:
     return (
         f"<div class=vader-note>Heat map: <span style='{bar}'></span> weak to strong: how much "
         f"{escape(reward)} changes with the pixel, |∂ reward / ∂ pixel|, relative to each clip's "
-        "largest. It shows where the reward looks, not what it prefers.</div>"
+        "largest value. It shows where the reward looks, not what it prefers.</div>"
     )
 
 
@@ -54,7 +54,7 @@ def signed(difference: float) -> Markup:
 def score_rows(
     comparison: Comparison, prompt: str, names: Sequence[str], rewards: Sequence[str]
 ) -> list[list[Markup]]:
-    """A row per reward: scores and differences to the base; "…" for clips not made yet."""
+    """A row per reward: scores and differences from the base; "…" for clips not made yet."""
     rows = []
     for reward in rewards:
         rows.append([])
@@ -180,14 +180,14 @@ def export(comparison: Comparison, votes: Sequence[Vote]) -> str:
 
 def _playing(comparison: Comparison, prompt: str, names: Sequence[str]) -> str:
     if any((prompt, name) not in comparison.clips for name in names):
-        return note("Its clips were not kept: too many came after them.")
+        return note("The clips of this prompt were not kept: too many newer ones were made.")
     frames = [comparison.clips[prompt, name].pixels() for name in names]
     # No Markup, which would escape the table that is put below it.
     return str(report.picture(prompt, frames, names, comparison.model.defaults["fps"]))
 
 
 def _differences(comparison: Comparison) -> str:
-    """The table of mean differences to the base over prompts, as `evaluate` gives them."""
+    """The table of mean differences from the base over prompts, as `evaluate` gives them."""
     c, rows = comparison, []
     for reward in c.rewards:
         for name in c.contestants:

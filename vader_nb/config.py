@@ -49,16 +49,17 @@ class Modeled(Common):
     )
     text_cache: bool | None = option(
         None,
-        "large text encoders out of memory, their states on disk; default: beyond 1e9 parameters",
+        "keep large text encoders out of memory, and their states on disk; default: above 1e9 parameters",
     )
     quantize: str | None = option(
-        None, "8bit or 4bit: the frozen denoiser's weights, by bitsandbytes; default: as loaded"
+        None,
+        "8bit or 4bit: quantize the frozen denoiser's weights with bitsandbytes; default: as loaded",
     )
 
 
 @dataclass
 class Judged(Modeled):
-    reward: str = option("hps + 0.02 * aesthetic", "an expression of rewards, or file.py:function")
+    reward: str = option("hps + 0.02 * aesthetic", "a reward expression, or file.py:function")
     prompts: str = option("tiny", "training prompts: a named set, or a file with one per line")
     nouns_file: str | None = option(None, "with prompts=nouns_activities: your own nouns")
     activities_file: str | None = option(None, "with prompts=nouns_activities: your own activities")
@@ -66,7 +67,7 @@ class Judged(Modeled):
         None, "prompts that training does not see; for tiny: tiny_held_out"
     )
     held_out_reward: str | None = option(
-        None, "a reward that training does not see; http://host:port/path: a server's"
+        None, "a reward that training does not see; http://host:port/path for a reward server"
     )
     eval_prompts: int = option(32, "how many of the held-out prompts are evaluated")
     eval_training_prompts: int = option(8, "how many of the training prompts are evaluated")
@@ -82,19 +83,26 @@ class Align(Judged):
     settings = "training"
     estimator: str | None = option(
         None,
-        "RewardGradient, the default, or for any reward: DDPO, GRPO(group_size=16), DPO(beta=2000)",
+        "RewardGradient (the default); for any reward: DDPO, GRPO(group_size=16), DPO(beta=2000)",
     )
     adapter: str | None = option(None, "an adapter file, or a run's folder, to start from")
-    name: str | None = option(None, "the run's name; default: the model's and the time")
-    output_dir: str = option("runs", "the folder of runs")
-    validation_steps: int | None = option(None, "steps between validations, which find the best")
-    resume: str = option("false", "true: from the newest checkpoint; latest: or anew; or a path")
-    model_cpu_offload: bool = option(False, "only the networks of the current stage on the GPU")
+    name: str | None = option(None, "the run's name; default: the model's name and the time")
+    output_dir: str = option("runs", "the folder where runs are saved")
+    validation_steps: int | None = option(
+        None, "steps between validations, which find the best checkpoint"
+    )
+    resume: str = option(
+        "false", "true: from the newest checkpoint; latest: the same, or a new run; or a path"
+    )
+    model_cpu_offload: bool = option(
+        False, "keep only the networks of the current stage on the GPU"
+    )
     decoder_states: str | None = option(
-        None, "where a causal decoder's states wait: device, cpu, or a number m for every m-th"
+        None,
+        "where to keep a causal decoder's states: device, cpu, or a number m to keep every m-th",
     )
     decoder_gradient: str | None = option(
-        None, "of a causal decoder: exact, or to save time last_chunk or window:w"
+        None, "of a causal decoder: exact, or, to save time, last_chunk or window:w"
     )
     speed: str | None = option(None, "switches, such as channels_last,compile (see selfcheck)")
     evaluation: bool = option(True, "compare base and adapter at the end")
@@ -109,18 +117,22 @@ class Race(Judged):
     contestants: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "by name: settings, estimator, own learning_rates; or instead best_of: 8, guidance: 0.1"
+            "help": "by name: settings, an estimator, its own learning_rates; or only best_of: 8 or guidance: 0.1"
         },
     )
     budget: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "of each run: reward_queries, denoiser_calls or seconds: how many"},
+        metadata={
+            "help": "of each run: one of reward_queries, denoiser_calls or seconds, and how many"
+        },
     )
     learning_rates: list[Any] = field(
         default_factory=list, metadata={"help": "the grid on which every contestant is tuned"}
     )
     seeds: list[Any] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of the runs"})
-    evaluations: int = option(4, "for each run; of n, the k-th at (k / n)² of its budget")
+    evaluations: int = option(
+        4, "evaluations of each run; the k-th of n is made at (k / n)² of its budget"
+    )
     output_dir: str = option("runs/race", "the race's folder")
 
 
@@ -145,7 +157,7 @@ class Sample(Modeled):
     prompts: list[str] = field(default_factory=list, metadata={"help": "one clip each"})
     adapter: str | None = option(None, "an adapter file, or a run's folder")
     scale: float = option(1.0, "of the adapter, 0 to 1.5")
-    seed: int = option(0, "of the first clip; each next clip has the next seed")
+    seed: int = option(0, "of the first clip; each later clip has the next seed")
     output_dir: str = option("runs/samples", "where the clips go")
     format: str = option("gif", "gif, mp4, webp")
 
@@ -160,25 +172,31 @@ class Memory(Common):
         "modelscope",
         "tiny, tiny-wan, tiny-i2v, modelscope, zeroscope, videocrafter2, opensora, svd, svd-xt, or a directory",
     )
-    reward: str = option("hps", "an expression of rewards")
+    reward: str = option("hps", "a reward expression")
     batch_size: int = option(1, "clips at once")
-    gradient_checkpointing: bool = option(True, "recompute the denoiser's blocks in backward")
-    model_cpu_offload: bool = option(False, "only the networks of the current stage on the GPU")
+    gradient_checkpointing: bool = option(
+        True, "recompute the denoiser's blocks in the backward pass"
+    )
+    model_cpu_offload: bool = option(
+        False, "keep only the networks of the current stage on the GPU"
+    )
     text_cache: bool | None = option(
         None,
-        "large text encoders out of memory, their states on disk; default: beyond 1e9 parameters",
+        "keep large text encoders out of memory, and their states on disk; default: above 1e9 parameters",
     )
     quantize: str | None = option(
-        None, "8bit or 4bit: the frozen denoiser's weights, by bitsandbytes; default: as loaded"
+        None,
+        "8bit or 4bit: quantize the frozen denoiser's weights with bitsandbytes; default: as loaded",
     )
     decoder_states: str | None = option(
-        None, "where a causal decoder's states wait: device, cpu, or a number m for every m-th"
+        None,
+        "where to keep a causal decoder's states: device, cpu, or a number m to keep every m-th",
     )
     decoder_gradient: str | None = option(
-        None, "of a causal decoder: exact, or to save time last_chunk or window:w"
+        None, "of a causal decoder: exact, or, to save time, last_chunk or window:w"
     )
     dtype: str | None = option(
-        None, "of weights: float16, bfloat16, float32; default: what training takes on a GPU"
+        None, "of the weights: float16, bfloat16, float32; default: what training uses on a GPU"
     )
     num_gpus: int = option(1, "processes, one on each GPU")
     sharding: str = option("none", "none, or full: denoisers sharded over the GPUs (engine fsdp)")
@@ -192,14 +210,14 @@ class Export(Common):
 
     example = "vader-nb export runs/mine format=diffusers"
     positional = "adapter"
-    adapter: str = option("", "a run's folder, or an adapter file of any tool")
+    adapter: str = option("", "a run's folder, or an adapter file from any tool")
     format: str = option(
         "diffusers", "diffusers, peft, kohya, comfyui, vader; merged: the whole pipeline"
     )
-    model: str = option("tiny", "that the adapter is for")
-    scale: float = option(1.0, "of the adapter, for merged")
+    model: str = option("tiny", "the model that the adapter is for")
+    scale: float = option(1.0, "of the adapter, with format=merged")
     output: str | None = option(
-        None, "the folder to make; default: named as the format, in the run's"
+        None, "the folder to create; default: one named after the format, in the run's folder"
     )
     push_to_hub: str | None = option(None, "user/name of the repository to upload it to")
     private: bool = option(False, "whether that repository is private")
@@ -222,7 +240,7 @@ class Selfcheck(Modeled):
     reward: str | None = option(
         None, "an expression; default: hps for embedded models, else brightness"
     )
-    speed: bool = option(False, "also measure the switches for speed: minutes more")
+    speed: bool = option(False, "also measure the switches for speed; takes minutes longer")
 
 
 @dataclass
@@ -265,8 +283,10 @@ class TranslateConfig(Common):
 
     example = "vader-nb translate-config train.sh output=mine.yaml"
     positional = "file"
-    file: str = option("", "its YAML file, or the shell script that starts it")
-    source: str | None = option(None, "vader, videox_fun or trl; default: guessed from its names")
+    file: str = option("", "the tool's YAML file, or the shell script that starts the tool")
+    source: str | None = option(
+        None, "vader, videox_fun or trl; default: guessed from the argument names"
+    )
     output: str | None = option(None, "the YAML file to write; default: printed")
 
 
@@ -358,7 +378,7 @@ def read(command: type[Common], words: Sequence[str]) -> Any:
     for key, kind in known.items():
         values = getattr(result, key) or [] if kind == list[str] else []
         if not all(isinstance(value, str) for value in values):
-            raise ValueError(f"{key} must be a list of texts, got {values}")
+            raise ValueError(f"{key} must be a list of strings, got {values}")
     if texts:
         setattr(result, positional, texts)
     return result
@@ -376,10 +396,12 @@ def pairs(words: Sequence[str], known: dict, positional: str) -> Iterator[tuple[
         key, equals, value = word.partition("=")
         if re.match(r"--|-[A-Za-z]", word):
             name = key.strip("-").replace("-", "_")
-            raise ValueError(f"cannot read {word!r}: settings are key=value: {name}={value or '…'}")
+            raise ValueError(
+                f"cannot read {word!r}: write settings as key=value: {name}={value or '…'}"
+            )
         if equals and key == positional and free_text:
             yield from ((key, str(text)) for text in texts_of(value))
-        elif equals and key.isidentifier() and not (free_text and is_text(key, known)):
+        elif equals and key.isidentifier() and not (free_text and is_text(key, value, known)):
             yield key, value
         elif not positional:
             raise ValueError(f"cannot read {word!r}: write key=value, as in steps=40")
@@ -398,9 +420,17 @@ def texts_of(value: str) -> list:
     return prompts.get(value) if is_source or Path(value).is_file() else [value]
 
 
-def is_text(key: str, known: dict) -> bool:
-    """In a prompt such as "E=mc2 on a blackboard", what comes before = is neither a key nor close to one."""
-    return not difflib.get_close_matches(key, all_keys(known), 1, cutoff=0.75)
+def is_text(key: str, value: str, known: dict) -> bool:
+    """In a prompt such as "E=mc2 on a blackboard", what comes before = is neither a key nor close to one.
+
+    Before a single word it is not a part of a key either (steps of num_inference_steps), nor a key of `align`.
+    """
+    keys = all_keys(known)
+    every = [*keys, *schema(Align).__dataclass_fields__]
+    parts = {part for name in every for part in (name, *name.split("_"))}
+    if len(value.split()) < 2 and key in parts:
+        return False
+    return not difflib.get_close_matches(key, keys, 1, cutoff=0.75)
 
 
 def all_keys(known: dict) -> list[str]:
@@ -411,7 +441,8 @@ def check_keys(given: dict, known: dict, where: str = "") -> None:
     keys = all_keys(known)
     for key in given:
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, 1)
+            parts = [name for name in keys if key in name.split("_")]
+            near = parts[:1] or difflib.get_close_matches(key, keys, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             shown = key if len(key) < 60 else f"{key[:50]}…"
             raise ValueError(f"unknown key {shown!r}{where}{hint} (--help lists all)")
@@ -445,7 +476,9 @@ def from_file(name: str, keys: Collection[str]) -> dict:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         shipped = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
-        raise FileNotFoundError(f"no configuration at {name}; give a YAML file, or: {shipped}")
+        raise FileNotFoundError(
+            f"no configuration at {name}; give a YAML file, or one of {shipped}"
+        )
     return literal(translate.read_yaml(path), keys)
 
 
@@ -457,7 +490,7 @@ def foreign(source: dict, known: dict, everything: dict) -> dict:
     table = translate.tool("vader")
     for key, value in theirs.items():
         if str(value) not in table.fixed.get(key, [str(value)]):
-            raise ValueError(f"{key}={value} cannot be met: {table.reasons[key]}")
+            raise ValueError(f"{key}={value} is not supported: {table.reasons[key]}")
     ours, notes = translate.translate("vader", theirs, known, everything)
     if os.environ.get("RANK", "0") == "0":
         meant = ", ".join(f"{key}={value}" for key, value in ours.items())

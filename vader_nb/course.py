@@ -40,8 +40,8 @@ def environment(stored_with: str) -> None:
     print(f"vader_nb {__version__}, torch {torch.__version__}; {place}")
     if __version__ != stored_with:
         print(
-            f"This notebook was stored with vader_nb {stored_with}: what you see may differ, and a cell may fail. "
-            f"Take the notebook that comes with {__version__}."
+            f"This notebook was saved with vader_nb {stored_with}: what you see may differ, and a cell may fail. "
+            f"Use the notebook that comes with {__version__}."
         )
 
 

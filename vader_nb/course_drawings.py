@@ -90,7 +90,7 @@ def notes() -> list[str]:
     for step, row in ((2, 0), (1, 0), (1, 3)):
         parts.append(words(STEPS[step] + 24, 34 + row * ROW + 74, "→ θ", 12, "middle", fill=RED))
     y = 4 * ROW + 40
-    for i, (look, text) in enumerate((*LEGEND, ("later", "its turn comes after"))):
+    for i, (look, text) in enumerate((*LEGEND, ("later", "its turn comes later"))):
         parts += box(4 + 205 * i, y, 22, 14, look, "")
         parts.append(words(32 + 205 * i, y + 12, text, 12))
     parts += arrow(668, 622, (y - 85) / ROW)
@@ -173,8 +173,8 @@ def processes() -> str:
 
 
 SETS_ALT = (
-    "Prompts in two boxes. Those of training are trained on. Those held out are cut into three parts that share "
-    "none: one to watch while training, one to choose a checkpoint, and one to report, which is looked at once."
+    "Prompts in two boxes. Training prompts are trained on. Held-out prompts are split into three parts that share "
+    "no prompt: one to watch while training, one to choose a checkpoint, and one to report, which is looked at once."
 )
 
 
@@ -190,7 +190,7 @@ def prompt_sets() -> str:
     ]
     uses = (
         ("watch", "every few steps,", "to see it break"),
-        ("choose", "a checkpoint: the", "best is flattered"),
+        ("choose", "a checkpoint: the", "best looks too good"),
         ("report", "opened only once,", "at the end"),
     )
     for i, (name, *remark) in enumerate(uses):
@@ -250,7 +250,7 @@ def sweep_back(y: float) -> list[str]:
     parts.append(words(x + 72, y + 66, "∂R/∂z₁", 12, fill=RED))
     parts.append(words(x + 142, y + 52, "∂R/∂h₂", 12, "middle", fill=RED))
     parts.append(words(x - 38, y + 52, "∂R/∂h₁", 12, "middle", fill=RED))
-    for i, (look, text) in enumerate((*LEGEND, ("later", "its turn comes after"))):
+    for i, (look, text) in enumerate((*LEGEND, ("later", "its turn comes later"))):
         parts += box(4 + 205 * i, y + 102, 22, 14, look, "")
         parts.append(words(32 + 205 * i, y + 114, text, 12))
     parts.append(element("circle", cx=640, cy=y + 109, r=5, fill=BLUE))

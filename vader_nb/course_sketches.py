@@ -134,7 +134,7 @@ def towers() -> str:
     parts += pointer((366, 84), (304, 84), RED) + pointer((166, 84), (104, 84), RED)
     parts.append(words(335, 104, "∂R/∂vector", 12, "middle", fill=RED))
     parts.append(words(135, 104, "∂R/∂pixels", 12, "middle", fill=RED))
-    parts.append(words(10, 206, "blue: activations are kept for the way back", 12, fill=BLUE))
+    parts.append(words(10, 206, "blue: activations are kept for the backward pass", 12, fill=BLUE))
     return image(svg(WIDTH, 220, parts, TOWERS_ALT, WIDTH), TOWERS_ALT, WIDTH)
 
 

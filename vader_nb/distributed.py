@@ -46,11 +46,11 @@ def accelerator_for(
     )
     if accelerator.device.type == device.type == "cuda" and accelerator.device != device:
         raise ValueError(
-            f"the model lies on {device}, but this process's GPU is {accelerator.device}: in several processes, leave "
-            f"load(device=…) out, or give it that one"
+            f"the model is on {device}, but this process's GPU is {accelerator.device}: with several processes, leave "
+            f"load(device=…) out, or give it that GPU"
         )
     if accelerator.mixed_precision == "fp16" and device.type == "cpu":
-        raise ValueError("mixed_precision=fp16 needs a GPU; on a CPU use bf16, or no")
+        raise ValueError("mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
     launched = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if launched and on_cpu and accelerator.num_processes == 1:
@@ -231,7 +231,7 @@ def launch(function: Callable, *args, num_processes: int = 2) -> None:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError(
-            "this notebook has used the GPU already, and processes forked from it cannot: restart the kernel "
+            "this notebook has used the GPU already, and processes forked from it cannot use it: restart the kernel "
             "and run this cell before any other that touches the GPU (load the model inside the function)"
         )
     notebook_launcher(_run_forked, (None, function, *args), num_processes=num_processes)

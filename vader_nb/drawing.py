@@ -267,7 +267,7 @@ def chain(
 
     The last `window` of the steps, and the scored frames (indices), are of the class "marked".
     """
-    kept = "their blocks computed again" if recompute else "all that they compute is kept"
+    kept = "their blocks recomputed" if recompute else "all that they compute is kept"
     decoded = f"{len(scored)} frames {'one by one' if stream else 'all at once'}"
     frames = [i + 1 for i in scored]
     parts = [

@@ -9,7 +9,7 @@ evaluate(model, {"K = 1": "runs/k1", "K = 5": "runs/k5"}, reward, "tiny_held_out
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Evaluation:
                 return row
         wanted = f"{group!r}, {metric!r}" + (f", {name!r}" if name else "")
         known = "; ".join(sorted({f"{row.group!r}, {row.metric!r}" for row in self.rows}))
-        raise KeyError(f"no row {wanted}; there are {known}")
+        raise KeyError(f"no row {wanted}; choose one of {known}")
 
     def to_pandas(self):
         """Return the rows as a pandas DataFrame, with the fields of `Row` and `significant`."""
@@ -76,22 +76,26 @@ class Evaluation:
             lines.append([*words, *row.texts(), "*" * row.significant])
         if not several:
             lines = [line[:2] + line[3:] for line in lines]
-        # Words to the left, and numbers, which are as many in every table, to the right.
-        sides = "<" * (len(lines[0]) - 7) + ">" * 7
+        if not self.adapters:  # the base alone
+            lines = [line[:3] for line in lines]
+        # Words to the left, numbers to the right.
+        words = 3 if several else 2
+        sides = "<" * words + ">" * (len(lines[0]) - words)
         widths = [max(map(len, column)) for column in zip(*lines)]
         table = []
         for line in lines:
             cells = [f"{cell:{side}{w}}" for cell, side, w in zip(line, sides, widths)]
             table.append("  ".join(cells).rstrip())
         held_out = ["† not trained on"] * any(row.held_out for row in self.rows)
-        return "\n".join([*table, f"* {NOTES[0]}", *NOTES[1:], *held_out, *self.remarks])
+        notes = [f"* {NOTES[0]}", *NOTES[1:]] if self.adapters else []
+        return "\n".join([*table, *notes, *held_out, *self.remarks])
 
     __repr__ = __str__
 
     @property
     def remarks(self) -> list[str]:
         """What was not measured, and why."""
-        return [f"not measured to the end: {metric} ({why})" for metric, why in self.failed.items()]
+        return [f"measured only in part: {metric} ({why})" for metric, why in self.failed.items()]
 
     def gallery(self, group: str, count: int = 6) -> Gallery:
         """Show the base over the adapters, on the same prompts and seeds."""
@@ -250,11 +254,18 @@ class Evaluator:
             state = PartialState(cpu=self.model.device.type == "cpu")
             self.rank, self.num_processes = state.process_index, state.num_processes
 
+    def check_prompts(self, prompts: Iterable[str | Prompt]) -> None:
+        """Raises ValueError for a prompt that one of the metrics cannot judge."""
+        texts = [str(prompt) for prompt in prompts]
+        for metric in self.metrics:
+            metric.check_prompts(texts)
+
     def compare(
         self, adapters: Mapping[str, Any], groups: Mapping[str, Sequence], progress: bool
     ) -> tuple[dict[str, tuple], dict[str, dict[str, Scores]]]:
         """Run the base and each adapter on all groups; clips and scores as in `Evaluation`."""
         texts = {group: [str(prompt) for prompt in prompts] for group, prompts in groups.items()}
+        self.check_prompts(sum(texts.values(), []))
         self.tell_what_is_left_out(sum(texts.values(), []))
         distributed.encode_texts(self.model, [p for prompts in groups.values() for p in prompts])
         scores = {group: {} for group in groups}
@@ -374,6 +385,7 @@ class Validation:
         self.rewards, _ = unique_metrics([], listed)
         numbers = (1, batch_size, seed, 1)
         self.evaluator = Evaluator(model, self.rewards, sampling, thumbnails, *numbers)
+        self.evaluator.check_prompts(self.prompts)
         self.evaluator.judged = True  # training goes on in any case
 
     def __call__(self, adapter: Adapter | None) -> dict[str, float]:

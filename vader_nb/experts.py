@@ -69,7 +69,7 @@ class Reach:
         text = f"counted from the end, {' and '.join(parts)}; {self.strategy} reaches {' and '.join(self.learning)}"
         ways = [f"Step({min(own)})" for key, own in places.items() if key not in self.learning]
         return (
-            f"{text} alone. strategy={' or '.join(ways)} teaches the other, DRTune(3) both"
+            f"{text} alone. strategy={' or '.join(ways)} trains the other, DRTune(3) both"
             if ways
             else text
         )
@@ -109,4 +109,4 @@ class Reach:
         """Raise ValueError if some draws have no step of these denoisers."""
         if not all(draw & set(keys) for draw in self.draws):
             names = " and ".join(dict.fromkeys(keys))
-            raise ValueError(f"some draws teach nothing, with an adapter in {names} alone: {self}")
+            raise ValueError(f"some draws train nothing, with an adapter in {names} alone: {self}")

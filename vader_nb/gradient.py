@@ -170,28 +170,28 @@ def score(
     streamed back through the decoder. In float16 the gradient is scaled to about 1.
     """
     model.onload(*model.decoders(), *reward.networks)
-    wide = torch.promote_types(latents.dtype, torch.float32)
+    dtype = torch.promote_types(latents.dtype, torch.float32)  # of a sum over frames
     size = decode_chunk_size if model.independent_frames else len(frames)
     chunks = [frames[i : i + size] for i in range(0, len(frames), size)]
     if reward.per_frame and model.independent_frames:
         leaf = latents.detach().requires_grad_()
         rewards = torch.zeros(len(latents), device=latents.device)
-        gradient = torch.zeros_like(latents, dtype=wide)
+        gradient = torch.zeros_like(latents, dtype=dtype)
         for chunk in chunks:
             with torch.enable_grad():
                 clip = decode(model, leaf, chunk)
             share, pixels = pixel_gradient(reward, clip, list(prompts), len(chunk) / len(frames))
             scale = scale_for(pixels, clip.dtype)
             (pulled,) = torch.autograd.grad(clip, leaf, (pixels * scale).to(clip.dtype))
-            rewards, gradient = rewards + share, gradient + pulled.to(wide) / scale
+            rewards, gradient = rewards + share, gradient + pulled.to(dtype) / scale
     else:
         with torch.no_grad():
             clip = torch.cat([decode(model, latents, chunk) for chunk in chunks], dim=1)
         rewards, pixels = pixel_gradient(reward, clip, list(prompts))
         scale = scale_for(pixels, clip.dtype)
         pixels = (pixels * scale).to(clip.dtype)
-        gradient = model.decode_vjp(latents, frames, pixels, decode_chunk_size).to(wide) / scale
-    cause = "the reward (see vader_nb.check): a root or a division at zero"
+        gradient = model.decode_vjp(latents, frames, pixels, decode_chunk_size).to(dtype) / scale
+    cause = "the reward (see vader_nb.check): a square root at zero or a division by zero"
     rewards = finite(rewards, f"rewards of {reward.name!r}", cause)
     return rewards, finite(gradient, f"gradients of {reward.name!r}", cause)
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import os
 import pickle
 import socket
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,15 +45,22 @@ def offline() -> bool:
 
 
 def reachable(timeout: float = 2.0) -> bool:
-    """Whether the hub answers within `timeout` seconds (its own client retries for minutes)."""
+    """Whether the hub answers within `timeout` seconds (its own client retries for minutes); asked once a minute."""
     if offline():
         return False
     address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     port = address.port or (443 if address.scheme == "https" else 80)
+    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    return answers(address.hostname, port, timeout, time.monotonic() // 60) or bool(proxy)
+
+
+@functools.lru_cache(maxsize=1)
+def answers(host: str, port: int, timeout: float, minute: float) -> bool:
+    """Whether something listens there, in this minute."""
     try:
-        socket.create_connection((address.hostname, port), timeout=timeout).close()
+        socket.create_connection((host, port), timeout=timeout).close()
     except OSError:
-        return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
+        return False
     return True
 
 
@@ -253,11 +262,11 @@ def state_dict(path: StrPath, mmap: bool = False) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"{path} is not a file of weights alone: {reason}") from error
+        raise ValueError(f"{path} cannot be read as a file of weights only: {reason}") from error
     if isinstance(content, dict):
         content = content.get("state_dict", content.get("module", content))
     if not isinstance(content, dict) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
     ):
-        raise ValueError(f"{path} does not hold tensors by name")
+        raise ValueError(f"{path} does not hold a state dict (tensors by name)")
     return content

@@ -82,7 +82,7 @@ def parse_segments(text: str, count: int) -> list[int]:
     except ValueError:
         raise ValueError(f"segments={text!r}: write all, last, or numbers such as 2,3") from None
     if not 1 <= min(chosen) <= max(chosen) <= count:
-        raise ValueError(f"segments={text!r} must lie in 1..{count}, the number of segments")
+        raise ValueError(f"segments={text!r} must lie in 1..{count}: the clip has {count} segments")
     return [number - 1 for number in chosen]
 
 

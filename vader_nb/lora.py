@@ -230,7 +230,9 @@ class Adapter:
     def check_attached(self, model: VideoModel) -> None:
         """Raise ValueError unless the adapter is on this model now."""
         if self.model is not model or not self.attached:
-            raise ValueError(f"the adapter is not on this {model.name!r}: lora.load its file first")
+            raise ValueError(
+                f"the adapter is not on this model {model.name!r}: load its file with lora.load first"
+            )
 
 
 def scale_for(gradient: torch.Tensor, dtype: torch.dtype) -> float:
@@ -243,7 +245,7 @@ def scale_for(gradient: torch.Tensor, dtype: torch.dtype) -> float:
 def validate_scale(value: float, what: str = "an adapter's scale") -> float:
     """Raises ValueError unless 0 <= value <= 10."""
     if not 0 <= value <= 10:
-        raise ValueError(f"{what} must lie in 0 (off) to 10 (1: as trained), got {value}")
+        raise ValueError(f"{what} must lie between 0 (off) and 10 (1: as trained), got {value}")
     return float(value)
 
 
@@ -417,7 +419,9 @@ def use_adapter(model: VideoModel, which) -> Iterator[Adapter | None]:
     which = getattr(which, "adapter", which)
     if isinstance(which, Adapter) and (which.model is not model or not which.layers):
         state = (
-            "was removed" if which.model is model else f"belongs to another {which.model.name!r}"
+            "was removed"
+            if which.model is model
+            else f"belongs to another model, {which.model.name!r}"
         )
         raise ValueError(f"the adapter {state}; give its file instead")
     with MODEL_LOCK:  # another thread would mistake the adapter inside for the model's own

@@ -1,6 +1,7 @@
 """Adapters written for this and for other tools: whole files or none, under the names that each tool reads."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def write(path: str | Path, state: State, metadata: dict[str, str]) -> Path:
     tensors = {name: value.contiguous().cpu() for name, value in state.items()}
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_bytes(with_sorted_header(serialize(tensors, metadata)))
+    fsync(unfinished)
     unfinished.replace(path)
     return path
 
@@ -28,8 +30,18 @@ def write_vader(path: Path, state: State) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     torch.save({name: value.contiguous().cpu() for name, value in state.items()}, unfinished)
+    fsync(unfinished)
     unfinished.replace(path)
     return path
+
+
+def fsync(path: Path) -> None:
+    """Wait until it is on disk: otherwise a rename may get there before the contents."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def with_sorted_header(data: bytes) -> bytes:

@@ -128,11 +128,13 @@ def parse_json(text: str, path: Path) -> dict:
 def read_peft_config(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(
-            f"no {path.name} beside the adapter in {path.parent}: it holds alpha"
+            f"no {path.name} beside the adapter in {path.parent}: it is needed, since it holds alpha"
         )
     config = parse_json(path.read_text(encoding="utf-8"), path)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} is of a {config.get('peft_type')} adapter; only LORA can be read")
+        raise ValueError(
+            f"{path} describes a {config.get('peft_type')} adapter; only LORA can be read"
+        )
     return config
 
 
@@ -209,7 +211,7 @@ def by_layer(
         matched = TENSOR.fullmatch(name)
         base = matched[1] if matched else name.removesuffix(".alpha")
         if not matched and base == name:
-            raise ValueError(f"{path}: {name} is no tensor of a LoRA")
+            raise ValueError(f"{path}: {name} is not a LoRA tensor")
         layer = names.get(plain_name(base))
         if layer is None:
             raise ValueError(

@@ -220,7 +220,7 @@ class Step:
         flat = DEFAULTS | settings
         if (flat.get("extend") or 1) > 1:
             raise ValueError(
-                f"extend={flat['extend']}: segments learn one after the other; plan for one, extend=1"
+                f"extend={flat['extend']}: segments learn one after the other; plan for one of them: extend=1"
             )
         shared = sharding.check(flat.pop("num_gpus", 1), flat.pop("sharding", "none"))
         sharding.check_quantize(flat.get("quantize"), shared[1] != "none")
@@ -368,7 +368,9 @@ class Step:
     def measure(self) -> dict[str, int]:
         """The same with real weights on a CUDA device."""
         if self.num_gpus > 1:
-            raise ValueError(f"measured takes one GPU, and num_gpus={self.num_gpus}: leave one out")
+            raise ValueError(
+                f"measured works on one GPU only, and num_gpus={self.num_gpus}: leave one of the two out"
+            )
         model = self.load("cuda")
         return self.run(model, self.make_reward().to("cuda", self.dtypes["default"]), CUDATracker())
 
@@ -461,7 +463,7 @@ def find_gpu(gpu_memory: float | str) -> tuple[str, float]:
 def describe(suggestion: dict | None) -> str:
     """A suggestion in words."""
     if suggestion is None:
-        return "no setting is enough; take fewer or smaller frames, or a larger GPU"
+        return "no setting is enough; use fewer or smaller frames, or a larger GPU"
     return "with " + ", ".join(f"{name}={value}" for name, value in suggestion.items())
 
 

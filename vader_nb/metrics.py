@@ -145,8 +145,8 @@ def unique_metrics(
         other = named.setdefault(reward.name, fingerprint)
         if reward.name in OWN or reward.name.startswith("oracle: "):
             raise ValueError(
-                f"the reward {fingerprint} is named {reward.name!r}, as the metric that evaluate "
-                "adds by itself; give it another name with reward.renamed('...')"
+                f"the reward {fingerprint} is named {reward.name!r}, like a metric that evaluate "
+                "adds itself; give the reward another name with reward.renamed('...')"
             )
         if other != fingerprint:
             raise ValueError(

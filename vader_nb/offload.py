@@ -87,15 +87,15 @@ class Offloaded:
     """
 
     def __init__(self, tensor: torch.Tensor, device: torch.device, before: ReferenceType | None):
-        self.home, self.before = tensor.device, before
+        self.source_device, self.before = tensor.device, before
         self.coming: torch.Tensor | None = None
-        overlaps = self.home.type == "cuda" and device.type == "cpu"
-        self.stream = copies(self.home) if overlaps else None
+        overlaps = self.source_device.type == "cuda" and device.type == "cpu"
+        self.stream = copies(self.source_device) if overlaps else None
         if self.stream is None:
             self.kept = tensor.to(device)
             return
         self.kept = torch.empty_like(tensor, device=device, pin_memory=True)
-        self.stream.wait_stream(torch.cuda.current_stream(self.home))
+        self.stream.wait_stream(torch.cuda.current_stream(self.source_device))
         with torch.cuda.stream(self.stream):
             self.kept.copy_(tensor, non_blocking=True)
         tensor.record_stream(self.stream)  # keeps its memory until it is copied
@@ -104,14 +104,14 @@ class Offloaded:
         """Start copying it back, unless that has begun."""
         if self.coming is None:
             with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
-                self.coming = self.kept.to(self.home, non_blocking=True)
+                self.coming = self.kept.to(self.source_device, non_blocking=True)
         return self.coming
 
     def take(self) -> torch.Tensor:
         """The tensor on its own device. Starts fetching the one before it."""
         tensor, self.coming = self.fetch(), None
         if self.stream is not None:
-            current = torch.cuda.current_stream(self.home)
+            current = torch.cuda.current_stream(self.source_device)
             current.wait_stream(self.stream)
             tensor.record_stream(current)
         if self.before is not None and (before := self.before()) is not None:

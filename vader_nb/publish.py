@@ -34,8 +34,8 @@ def export(
     """Write an adapter for another tool, with a model card beside it.
 
     Args:
-        adapter: a run's folder, or an adapter file of any tool.
-        output: the folder to make; by default `FORMAT` in the run's folder.
+        adapter: a run's folder, or an adapter file from any tool.
+        output: the folder to create; by default `FORMAT` in the run's folder.
         format: "diffusers", "peft", "kohya", "comfyui"; "vader" for VideoCrafter2 in VADER's own code; or
             "merged" for the model's whole pipeline with the adapter folded in. A format that has no names for
             the model's layers is an error; each of two experts has its own file, except in "diffusers".
@@ -91,7 +91,7 @@ def write_card(folder: Path, run: Path, model: str, base: Checkpoint, metadata: 
     lines = [f"# LoRA for {base.source if not base.directory else model}", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += [
-        f"- license: that of the model it was trained on ({base.license or 'look there'})",
+        f"- license: that of the model it was trained on ({base.license or 'see its page'})",
         "",
         "Trained by backpropagating the reward through the last denoising steps "
         "([VADER](https://arxiv.org/abs/2407.08737)), with vader_nb.",
@@ -101,9 +101,9 @@ def write_card(folder: Path, run: Path, model: str, base: Checkpoint, metadata: 
         shutil.copy(clips[-1], folder / "before_after.gif")
         lines += [
             "",
-            "![Clips at the same seeds. Above: the model. Below: with the adapter.](before_after.gif)",
+            "![Clips at the same seeds. Top: the base model. Bottom: with the adapter.](before_after.gif)",
         ]
-        lines += ["", "*Same prompts and seeds. Above: the model. Below: with the adapter.*"]
+        lines += ["", "*Same prompts and seeds. Top: the base model. Bottom: with the adapter.*"]
     if (run / "evaluation.json").is_file():
         lines += ["", *table(json.loads((run / "evaluation.json").read_text(encoding="utf-8")))]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(

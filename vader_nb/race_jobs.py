@@ -48,7 +48,7 @@ def plan_jobs(contestants, settings, learning_rates, seeds) -> list[Job]:
         untrained = {"best_of", "guidance"} & own.keys()
         if untrained and len(own) > 1:
             other = min(own.keys() - {min(untrained)})
-            raise ValueError(f"{other}{where} cannot act: {min(untrained)} trains nothing")
+            raise ValueError(f"{other}{where} has no effect: {min(untrained)} trains nothing")
         own = {key: value for key, value in own.items() if key != "learning_rates"}
         if untrained:
             jobs.append(Job(name, own))
@@ -60,18 +60,20 @@ def plan_jobs(contestants, settings, learning_rates, seeds) -> list[Job]:
     if len({len(rates) for rates in grids.values()}) > 1:
         counts = ", ".join(f"{name} {len(rates)}" for name, rates in grids.items())
         raise ValueError(
-            f"learning_rates: every contestant is tuned on as many rates, got {counts}"
+            f"learning_rates: every contestant must be tuned on the same number of rates, got {counts}"
         )
     twice = [name for name, count in Counter(job.folder for job in jobs).items() if count > 1]
     if twice:
-        raise ValueError(f"contestants, learning_rates or seeds: two jobs are called {twice[0]!r}")
+        raise ValueError(
+            f"contestants, learning_rates or seeds repeat: two jobs are named {twice[0]!r}"
+        )
     return jobs
 
 
 def check_names(given: Mapping, known: set[str], where: str) -> None:
     for key in given.keys() - known:
         near = difflib.get_close_matches(str(key), known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(sorted(known))}"
         hint = "the race decides it" if key in DECIDED else hint
         raise ValueError(f"unknown setting {key!r}{where}: {hint}")
 
@@ -79,7 +81,7 @@ def check_names(given: Mapping, known: set[str], where: str) -> None:
 def checked_budget(budget: Mapping[str, float], evaluations: int) -> tuple[str, float]:
     units = [name for name in COSTS if name not in ("denoiser_backwards", "bytes_kept")]
     if len(budget) != 1 or not budget.keys() <= set(units):
-        raise ValueError(f"budget must be one of {', '.join(units)} and a number, got {budget}")
+        raise ValueError(f"budget must be one of {', '.join(units)}, with a number, got {budget}")
     ((unit, limit),) = budget.items()
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
         raise ValueError(f"budget.{unit} must be a number above 0, got {limit!r}")

@@ -94,7 +94,7 @@ class Race:
         """
         best = self.best()
         if against not in best:
-            raise KeyError(f"no contestant {against!r}; there are {', '.join(map(repr, best))}")
+            raise KeyError(f"no contestant {against!r}; choose one of {', '.join(map(repr, best))}")
         shown = ("reward", "held-out reward", "oracle accuracy", "diversity", "motion")
         names = [name for name in shown if self.metric(name) in best[BASE].ends[0]["scores"]]
         costs = [cost.replace("_", " ") for cost in COSTS]
@@ -292,7 +292,7 @@ class Runs:
         """Of a metric: (seeds, evaluations, prompts), float64."""
         metric, known = self.race.metric(name), self.ends[0]["scores"]
         if metric not in known:
-            raise KeyError(f"no metric {name!r}; there are {', '.join(map(repr, known))}")
+            raise KeyError(f"no metric {name!r}; choose one of {', '.join(map(repr, known))}")
         unknown = {None: math.nan}  # as JSON has it
         values = [
             [[unknown.get(v, v) for v in line["scores"][metric]] for line in of_seed]
@@ -315,7 +315,7 @@ class Runs:
     def spent(self, cost: str, each: bool = False) -> list:
         """Costs at the evaluations: of each seed, or means."""
         if cost not in COSTS:
-            raise KeyError(f"no cost {cost!r}; there are {', '.join(COSTS)}")
+            raise KeyError(f"no cost {cost!r}; choose one of {', '.join(COSTS)}")
         values = [[float(line[cost]) for line in of_seed] for of_seed in self.lines]
         return values if each else torch.tensor(values).mean(0).tolist()
 

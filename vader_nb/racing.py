@@ -5,7 +5,7 @@
     race(model, contestants, hps(), "tiny", held_out="tiny_held_out", held_out_reward=action(), budget={"seconds": 300})
 
 Each contestant × learning rate × seed is one job: a run of the trainer that ends when its budget is spent. Jobs are
-evaluated n times, the k-th at (k / n)² of the budget; each evaluation appends one line to the job's
+evaluated n times, the k-th time at (k / n)² of the budget; each evaluation appends one line to the job's
 `evaluations.jsonl`. A race that was killed continues where it was when started again; `Race(folder)` reads it at any
 time. Costs:
 
@@ -103,6 +103,7 @@ def race(
     with alone(model) as (index, count):
         numbers = (seeds_per_prompt, eval_batch_size)
         evaluator = Evaluator(model, metrics, sampling, features, *numbers, keep=1)
+        evaluator.check_prompts(texts)
         of = model, judged[0], prompts, evaluator, texts
         runner = Runner(*of, unit, limit, evaluations, folder)
         for job in {job.contestant: job for job in jobs}.values():
@@ -215,7 +216,7 @@ class Runner:
             clips = config.batch_size * config.gradient_accumulation_steps
             if clips % group:
                 raise ValueError(
-                    f"{clips} clips of a step cannot be divided into groups of {group}"
+                    f"the {clips} clips of a step cannot be divided into groups of {group}"
                 )
         except ValueError as error:
             raise ValueError(f"contestant {job.contestant!r}: {error}") from error

@@ -80,7 +80,7 @@ def write_report(
 
 
 def picture(prompt: str, clips: Sequence[torch.Tensor], names: Sequence[str], fps: float) -> Markup:
-    """Return clips `(F, 3, H, W)` side by side, as one `<img>`, so that they play in step."""
+    """Return clips `(F, 3, H, W)` side by side, as one `<img>`, so that they play in sync."""
     video = joined(clips, fps, f"{', '.join(names)}: {prompt}")
     return Markup(video.to_html(width=256 * len(clips)))  # escapes its caption
 

@@ -115,7 +115,7 @@ def read_race(folder: Path) -> list[Contestant]:
         runs = max(of, key=Runs.rank)
         seeds = f"{len(runs.ends)} seed{'s' * (len(runs.ends) > 1)}"
         remark = f"learning rate {runs.rate:g}, {seeds}" if runs.rate else ""
-        remark = "not finite at any rate" if runs.failed else remark
+        remark = "not finite at any learning rate" if runs.failed else remark
         found.append(Contestant(runs.label, remark, race_points(race, runs), bool(runs.rate)))
     return found
 

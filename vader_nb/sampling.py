@@ -16,7 +16,7 @@ import torch
 
 from . import lora
 from .lora import Adapter
-from .models import Conditioning, VideoModel, exclusive
+from .models import Conditioning, VideoModel, check_loaded, exclusive
 from .prompts import Prompt
 
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class Sampling:
     )
     extend: int = setting(
         1,
-        "segments of a clip, each continuing the last frame before; for models that start from an image",
+        "segments of a clip, each continuing the last frame of the one before; for models that start from an image",
     )
     options: dict = setting({}, "settings that only the model's family has")
 
@@ -102,7 +102,9 @@ class Sampling:
         Raises:
             ValueError: for a number out of bounds, an eta that the scheduler does not have, or an option that
                 the model's family does not have.
+            TypeError: for a model's name in the place of the model.
         """
+        check_loaded(model)
         unknown = self.options.keys() - model.sampling_options.keys()
         if unknown:
             known = ", ".join(model.sampling_options) or "none"
@@ -126,7 +128,7 @@ class Sampling:
             )
         if settings.extend > 1 and not model.takes_image:
             raise ValueError(
-                f"extend={settings.extend}: {model.name!r} makes videos of text alone and cannot continue a frame"
+                f"extend={settings.extend}: {model.name!r} makes videos from text alone and cannot continue a frame"
             )
         return settings
 

@@ -156,7 +156,7 @@ def peak_memory(subject: Subject) -> Iterator[Row]:
         changes = next(iter(plan.suggestions.values()), {})
         if changes is None:
             needs = f"{plan.bytes / GIB:.1f} GiB planned, and no setting makes it fit"
-            yield Row("memory", needs, verdict=f"not run: {free:.1f} GiB")
+            yield Row("memory", needs, verdict=f"not run: {free:.1f} GiB free")
             return
     else:
         changes = {"dtype": torch.float32, "num_inference_steps": 3}
@@ -164,7 +164,7 @@ def peak_memory(subject: Subject) -> Iterator[Row]:
     real, planned = (allocated if on_cuda else Step.count)(step), step.simulate()
     # Without the text encoder's stage, which is empty where its states are on disk.
     peak, foreseen = (max(x[stage] for stage in x if stage != "text") for x in (real, planned))
-    text = f"peak {peak / GIB:.3g} GiB{'' if on_cuda else ', counted on the CPU'}; over the planned"
+    text = f"peak {peak / GIB:.3g} GiB{'' if on_cuda else ', counted on the CPU'}; as a ratio to the planned one"
     text += "".join(f", {key}={value}" for key, value in changes.items())
     verdict = OK if abs(peak / foreseen - 1) <= MEMORY_TOLERANCE else FAILED
     yield Row("memory", text, f"{peak / foreseen:.3f}", f"1 ± {MEMORY_TOLERANCE:g}", verdict)
@@ -235,7 +235,7 @@ def half_precision(subject: Subject) -> Iterator[Row]:
         if expected is not None:
             cosine = torch.cosine_similarity(found.double().cpu(), expected, dim=0)
             figure += f", cosine {cosine.item():.4f}"
-        yield Row("half precision", f"{name}: gradient, to float32's", figure, "finite", OK)
+        yield Row("half precision", f"{name}: gradient, against float32's", figure, "finite", OK)
         adapter.remove()
         vars(model).pop("initial_latents", None)
         with tempfile.TemporaryDirectory() as folder:
@@ -328,7 +328,7 @@ def report(
     """
     if not torch.cuda.is_available() and models.checkpoint_of(model).world != "tiny":
         embedded = ", ".join(name for name in models.CHECKPOINTS if name.startswith("tiny"))
-        raise ValueError(f"model={model} needs a GPU, and there is none; on a CPU take {embedded}")
+        raise ValueError(f"model={model} needs a GPU, and there is none; on a CPU use {embedded}")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `resume`
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # they would break the table

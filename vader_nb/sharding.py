@@ -27,7 +27,9 @@ def check(num_gpus: int, sharding: str) -> tuple[int, str]:
     if sharding not in SHARDING:
         raise ValueError(f"unknown sharding {sharding!r}; choose one of {', '.join(SHARDING)}")
     if num_gpus == 1 and sharding != "none":
-        raise ValueError(f"sharding={sharding} has no effect on one GPU: say how many, num_gpus=8")
+        raise ValueError(
+            f"sharding={sharding} has no effect on one GPU: give their number, such as num_gpus=8"
+        )
     return num_gpus, sharding
 
 
@@ -35,7 +37,7 @@ def check_quantize(quantize: str | None, sharded: bool) -> None:
     """Raises ValueError for a quantized model that is to be sharded."""
     if quantize and sharded:
         raise ValueError(
-            f"quantize={quantize} with FSDP has no use: quantized weights are buffers, whole in each process; "
+            f"quantize={quantize} is of no use with FSDP: quantized weights are buffers, whole in each process; "
             f"leave out one of the two"
         )
 
@@ -142,7 +144,9 @@ def simulated(num_gpus: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if torch.distributed.is_initialized():
-        raise RuntimeError("several processes are at work here: simulate others in a process apart")
+        raise RuntimeError(
+            "several processes are running here: simulate others in a separate process"
+        )
     drawn = random.getstate()  # from which these collectives draw, too
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_gpus)
     try:

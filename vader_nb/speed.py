@@ -53,7 +53,9 @@ def tf32(model: VideoModel, undo: ExitStack) -> None:
 def channels_last(model: VideoModel, undo: ExitStack) -> None:
     """Convolutions of denoiser and decoder on pixels with their channels adjacent in memory."""
     if model.offloader is not None:
-        raise Unavailable("weights that are offloaded keep their layout; switch before that")
+        raise Unavailable(
+            "weights that are offloaded keep their layout; turn this on before offloading"
+        )
     for network in (*model.denoisers.values(), *model.decoders()):
         for module in network.modules():
             # A convolution with a channels-last weight returns channels-last activations.
@@ -97,7 +99,7 @@ def attention(kernel: str, model: VideoModel, undo: ExitStack) -> None:
         raise Unavailable("the CPU has one fused kernel, and uses it already")
     if kernel in ("flash", "cudnn"):
         if torch.cuda.get_device_capability(model.device) < (8, 0):
-            raise Unavailable(f"{kernel} attention needs a GPU of the generation Ampere or newer")
+            raise Unavailable(f"{kernel} attention needs an Ampere or newer GPU")
         if model.dtype not in (torch.float16, torch.bfloat16):
             raise Unavailable(f"{kernel} attention does not support {model.dtype}")
     for name in KERNELS:
@@ -197,7 +199,9 @@ def compare(
         try:
             same = torch.cosine_similarity(timed(switch)[1], expected, dim=0).item()
             if not same >= SAME_GRADIENT:
-                raise RuntimeError(f"the gradient's cosine to the one without is {same:.4f}")
+                raise RuntimeError(
+                    f"the gradient's cosine to the one without the switch is {same:.4f}"
+                )
             ready[name] = switch
         except Exception as error:
             unfit[name] = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -24,9 +24,9 @@ Z = float(scipy.stats.norm.isf(0.025))
 MIN_PROMPTS = 6
 # What a table of `Row` says of its star, its intervals and p.
 NOTES = (
-    "the interval excludes zero and p < 0.05, row by row: of 20 rows without any effect, one may",
+    "the interval excludes zero and p < 0.05, row by row: of 20 rows without any effect, one may do so by chance",
     "interval: over prompts; Tango's for paired proportions where all scores are 0 or 1, else",
-    "Student's t or, beyond it, the bootstrap-t. p: exact test of signs (McNemar's for 0 and 1)",
+    "Student's t or, beyond it, the bootstrap-t. p: exact sign-flip test (McNemar's for 0 and 1)",
 )
 
 
@@ -46,9 +46,11 @@ class Row:
     high: float | None
     prompts: int
     name: str | None = "adapter"
-    win_rate: float | None = None  # share of clips on which the adapter is higher, ties half
+    win_rate: float | None = (
+        None  # share of clips on which the adapter scores higher; ties count half
+    )
     held_out: bool = False  # not trained on
-    p: float | None = None  # of the test of signs over prompts; see `sign_flip_p`
+    p: float | None = None  # of the sign-flip test over prompts; see `sign_flip_p`
     unit: str = ""  # of what is measured, where the metric's name does not say it
 
     @property
@@ -194,7 +196,7 @@ def simultaneous_intervals(
     """Bootstrap intervals of all pairwise differences that hold jointly at 95 %.
 
     The best of many is partly the luckiest of many. Intervals for a single pair would therefore
-    find that a reward "fell since" in runs in which nothing happened. These reach as far as the
+    find that a reward "has fallen since" in runs in which nothing happened. These reach as far as the
     largest t statistic of all pairs, resampled over prompts. With 9 rows they hold jointly in
     94 % of cases for 32 prompts, 91 % for 16 and 77 % for 6.
 

@@ -8,7 +8,7 @@ import torch
 
 from . import lora, prompts, zoo
 from .lora import Adapter
-from .models import VideoModel
+from .models import VideoModel, check_loaded
 from .models.modelscope import ModelScope
 from .prompts import Prompt
 from .rewards import Reward, as_reward, parse
@@ -71,6 +71,7 @@ def validate_adapters(
     model: VideoModel, adapters: Mapping[str, str | Path] | None
 ) -> dict[str, str | Path]:
     """The adapters by name, default: the shipped ones. Raises for one that does not fit."""
+    check_loaded(model)
     adapters = shipped(model) if adapters is None else adapters
     for path in adapters.values():
         lora.check_fits(model, path)
@@ -99,6 +100,7 @@ def usable(reward: Any, model: VideoModel, prompts: Sequence[str]) -> Reward:
 
 def examples(model: VideoModel, count: int) -> list[str]:
     """Prompts to begin with."""
+    check_loaded(model)
     name = "tiny_held_out" if model.world == "tiny" else "hps_custom"
     return [str(prompt) for prompt in prompts.get(name)[:count]]
 

@@ -90,7 +90,7 @@ class DRaFTLV:
     """DRaFT-LV (arXiv 2309.17400): K = 1 at a lower variance.
 
     The final latents are noised n times to the last step's level and denoised once each; the gradients
-    are averaged.
+    are averaged. The roll-out's own last step, from which `Last(1)` learns, is not among them.
     """
 
     n: int = 2
@@ -175,7 +175,7 @@ class LeapAlign:
         if not 0 <= self.discount <= 1:
             raise ValueError(f"LeapAlign's discount must lie in 0..1, got {self.discount}")
         if steps < 2:
-            raise ValueError(f"LeapAlign needs 2 steps, the sampler takes {steps}")
+            raise ValueError(f"LeapAlign needs at least 2 steps, the sampler takes {steps}")
         drawn = torch.randperm(steps, generator=generator)[:2] + 1
         return Plan(frozenset(drawn.tolist()), leap=float(self.discount))
 
@@ -290,7 +290,7 @@ class Frames:
             if not 1 <= self.count <= free:
                 image = f", of which the image gives {given}" if given else ""
                 raise ValueError(
-                    f"cannot choose {self.count} random frames: the clip has {num_frames}{image}, "
+                    f"cannot choose {self.count} random frames: the clip has {num_frames}{image}; "
                     f"choose 1..{free}"
                 )
             drawn = torch.randperm(free, generator=generator)[: self.count]
@@ -298,7 +298,7 @@ class Frames:
         chosen = self.named(num_frames)
         if max(chosen) < given:
             raise ValueError(
-                f"frames={self}: the prompts' images give them, and no training changes them; choose later ones"
+                f"frames={self}: these come from the prompts' images, which training cannot change; choose later ones"
             )
         return chosen
 

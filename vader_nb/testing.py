@@ -448,7 +448,7 @@ def replays(model, sampling, prompts, strategies) -> Iterator[Row]:
 def decodings(model, sampling, prompts, strategies) -> Iterator[Row]:
     latents = roll_out(model, prompts, SEEDS, sampling).latents
     bounds = model.decode(latents)
-    yield Row("frames beyond 0 to 1", max(-bounds.min().item(), bounds.max().item() - 1), 0.0)
+    yield Row("frames outside 0 to 1", max(-bounds.min().item(), bounds.max().item() - 1), 0.0)
     if not model.exact:  # it declares that parts differ from the whole: nothing to check
         return
     frames = [0, sampling.num_frames // 2, sampling.num_frames - 1]

@@ -41,7 +41,7 @@ class TrainConfig:
     Strategy, frames and output_dir may be given as text.
     """
 
-    steps: int = setting(40, "training steps: roll-outs, then an update of the adapter by them")
+    steps: int = setting(40, "training steps: roll-outs, then an update of the adapter from them")
     rollout_reuse: int = setting(
         1, "updates for each roll-out: only the steps that learn are repeated for each one"
     )
@@ -52,9 +52,7 @@ class TrainConfig:
         "constant", "constant_with_warmup, linear, cosine, … as in diffusers"
     )
     lr_warmup_steps: int = setting(0, "steps in which the learning rate rises")
-    weight_decay: float = setting(
-        0.0, "of AdamW: pulls the adapter towards zero, which is the base"
-    )
+    weight_decay: float = setting(0.0, "of AdamW: pulls the adapter toward zero, which is the base")
     base_penalty: float = setting(
         0.0,
         "weight of the outputs' distance to the base's at the steps that learn: KL divergence where the sampler adds "
@@ -65,12 +63,12 @@ class TrainConfig:
         "moving average of the adapter's weights over updates (0.99: some 100); 0: the last weights",
     )
     max_grad_norm: float = setting(1.0, "longer gradients are clipped to this norm; 0: none are")
-    use_8bit_adam: bool = setting(False, "optimizer state in 8 bits, by the package bitsandbytes")
+    use_8bit_adam: bool = setting(False, "optimizer state in 8 bits, with the package bitsandbytes")
     rank: int = setting(8, "of the adapter")
     alpha: float | None = setting(None, "the adapter is scaled by alpha / rank; default: its rank")
     targets: tuple[str, ...] | None = setting(
         None,
-        "layers that get an adapter: attention, attention+ffn, or names or their ends; default: attention",
+        "layers that get an adapter: attention, attention+ffn, or names or the ends of names; default: attention",
     )
     strategy: Strategy = setting(
         Last(1),
@@ -103,7 +101,7 @@ class TrainConfig:
     checkpointing_steps: int = setting(20, "steps between checkpoints", may_change=True)
     checkpoints_total_limit: int | None = setting(
         None,
-        "how many of the newest checkpoints are kept, beside the best; default: all",
+        "how many of the newest checkpoints are kept, in addition to the best; default: all",
         may_change=True,
     )
     validation_steps: int = setting(20, "steps between validations", may_change=True)
@@ -114,11 +112,11 @@ class TrainConfig:
     )
     resume: bool | str | Path = setting(
         False,
-        "true: go on from the newest checkpoint; latest: the same, or anew if there is none; or a checkpoint's path",
+        "true: continue from the newest checkpoint; latest: the same, or a new run if there is none; or a checkpoint's path",
         may_change=True,
     )
     log_with: str | None = setting(
-        None, "tensorboard or wandb, beside metrics.jsonl", may_change=True
+        None, "tensorboard or wandb, in addition to metrics.jsonl", may_change=True
     )
     progress: bool = setting(True, "show a progress bar", may_change=True)
 
@@ -145,7 +143,7 @@ class TrainConfig:
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise ValueError(
-                f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}"
+                f"unknown setting {unknown[0]!r}; choose one of {', '.join(sorted(known))}"
             )
         others = dict(settings)
         names = {f.name for f in fields(Sampling)} & settings.keys()

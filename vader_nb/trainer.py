@@ -181,7 +181,9 @@ class Trainer:
         for name, off in {"rollout_reuse": 1, "base_penalty": 0}.items():
             if getattr(config, name) != off and not (gradients and config.sampling.extend == 1):
                 what = "clips of one segment" if gradients else "the reward's gradient"
-                raise ValueError(f"{name}={getattr(config, name)} is for {what}: set it to {off}")
+                raise ValueError(
+                    f"{name}={getattr(config, name)} works only with {what}: set it to {off}"
+                )
         if config.early_stopping and self.validation is None:
             raise ValueError(
                 f"early_stopping={config.early_stopping} needs a validation: validate=Validation(…) in Python, "
@@ -235,9 +237,7 @@ class Trainer:
         ]
         if not patience or len(later) < patience:
             return False
-        bar.write(
-            f"stopped early after step {later[-1]}: the best validation is that of step {best}"
-        )
+        bar.write(f"stopped early after step {later[-1]}: the best validation was at step {best}")
         return True
 
     def train_step(self, bar: tqdm) -> None:
@@ -377,7 +377,7 @@ class Trainer:
             if adapter is not start:
                 adapter.remove()
             raise ValueError(
-                f"rank={config.rank} cannot be met: the adapter to start from has rank {adapter.rank}"
+                f"rank={config.rank} does not match the adapter to start from, which has rank {adapter.rank}"
             )
         config.rank, config.alpha, config.targets = adapter.rank, adapter.alpha, adapter.targets
         return adapter
@@ -417,7 +417,7 @@ class Trainer:
         # A process that was not there before takes the states of one that was.
         states = contents["random"]
         checkpoints.set_random_states(states[self.accelerator.process_index % len(states)])
-        if contents["scaler"] and self.accelerator.scaler is not None:
+        if contents.get("scaler") and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(contents["scaler"])
         self.estimator.restore(contents.get("estimator", {}))  # older checkpoints have none
         self.state = State(contents["step"], metrics, contents["non_finite"])
@@ -515,7 +515,7 @@ class Trainer:
             what = f"the gradient of {self.reward.name!r} that reaches the adapter is zero"
             if not at_cap:
                 raise ValueError(f"{what}: nothing to learn from")
-            warnings.warn(f"{what}: the first batch is at the reward's upper end", stacklevel=2)
+            warnings.warn(f"{what}: the first batch is at the reward's upper bound", stacklevel=2)
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient's norm is {norm}; a likely cause: the denoiser overflows in half precision"
@@ -633,8 +633,8 @@ class Trainer:
                         self.adapter.save(folder / "adapter.safetensors", **metadata)
                     except OSError as error:
                         warnings.warn(
-                            f"the adapter could not be written to {folder} ({error}); it is on the model "
-                            f"still: run.adapter.save('another/place.safetensors')",
+                            f"the adapter could not be written to {folder} ({error}); a notebook still has "
+                            f"it: run.adapter.save('another/place.safetensors')",
                             stacklevel=3,
                         )
         for tracker in self.accelerator.trackers if self.config.log_with else []:
@@ -706,7 +706,7 @@ def warn_of_small_step(model: VideoModel, sampling: Sampling) -> None:
     if gain < SMALL_GAIN:
         warnings.warn(
             f"the last of {sampling.num_inference_steps} steps of {model.name!r} moves the video by {gain:.1g} "
-            f"of the denoiser's output, and only it learns: next to nothing will be learned. Steps that form "
+            f"of the denoiser's output, and it is the only step that learns: next to nothing will be learned. Steps that form "
             f"the content learn with strategy={EARLIER_STEPS}",
             stacklevel=4,
         )

@@ -86,7 +86,7 @@ def transition(model: VideoModel, sampling, i: int, noise_level: float | None = 
     name = type(scheduler).__name__
     if getattr(scheduler, "order", 1) != 1 or "FlowMap" in name:
         raise ValueError(
-            f"{name} takes no steps whose probability is known; choose a scheduler of first order for {model.name!r}"
+            f"the steps of {name} have no known probability; choose a first-order scheduler for {model.name!r}"
         )
     level = default_noise_level(model, sampling) if noise_level is None else noise_level
     t = scheduler.timesteps[i]

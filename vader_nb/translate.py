@@ -99,7 +99,7 @@ def vader_model(given: dict) -> str | None:
 
 def vader_options(source: str, given: dict) -> Translated:
     if vader_model(given) is None:
-        return {}, ["fps: left out; the model's own"]
+        return {}, ["fps: left out; the model's own is used"]
     return {"options": {"fps": int(given["fps"])}}, []
 
 
@@ -136,11 +136,11 @@ def videox_strategy(source: str, given: dict) -> Translated:
         return {}, [f"backprop_step_list: {note}"]
     if how not in ("last", "tail"):
         note = (
-            f"backprop_strategy={how}: as DRTune's evenly spread steps; the path between them "
-            f"skips the denoiser, which is stop_latent_model_input_gradient"
+            f"backprop_strategy={how}: read as DRTune, with evenly spread steps; the path between them "
+            f"skips the denoiser, as with stop_latent_model_input_gradient"
         )
         return {"strategy": f"DRTune({count})"}, [note]
-    notes = ["stop_latent_model_input_gradient with it: see strategy=DRTune(K)"]
+    notes = ["for stop_latent_model_input_gradient, see strategy=DRTune(K)"]
     skips = given.get("stop_latent_model_input_gradient")
     return {"strategy": f"Last({1 if how == 'last' else count})"}, notes if skips else []
 
@@ -211,7 +211,7 @@ def translate(
     if str(given.get("use_wandb", "")).lower() == "false":
         ours["log_with"] = None
     for name in sorted(ours.keys() - set(ours if known is None else known)):
-        notes.append(f"{name}={ours.pop(name)}: not of this command, left out")
+        notes.append(f"{name}={ours.pop(name)}: not a setting of this command, left out")
     return ours, notes
 
 
@@ -236,7 +236,7 @@ def drop_unusable(ours: dict) -> Iterator[str]:
     if prompts and not (prompts in SETS or re.search(r"[/.]", prompts) or Path(prompts).is_file()):
         del ours["prompts"]
         sets = ", ".join(SETS)
-        yield f"no prompts are named {prompts!r} here, left out; give prompts=FILE, or a set: {sets}"
+        yield f"no prompts are named {prompts!r} here: left out; give prompts=FILE, or a set: {sets}"
 
 
 # ------------------------------------------------------------------------------- reading files

@@ -170,7 +170,7 @@ def load(path: Path) -> Video:
 class Gallery:
     """Labeled rows of clips that show themselves in a notebook.
 
-    The clips of a column become one picture, so that they play in step. The captions of the first
+    The clips of a column become one picture, so that they play in sync. The captions of the first
     row head the columns.
 
     Args:
@@ -182,7 +182,7 @@ class Gallery:
         lengths = {label: len(videos) for label, videos in rows.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(
-                f"a gallery's rows must hold equally many clips, at least one row; got {lengths}"
+                f"a gallery needs at least one row, and the same number of clips in each; got {lengths}"
             )
         self.rows, self.width = rows, width
 
@@ -191,7 +191,7 @@ class Gallery:
         shapes = {tuple(video.frames.shape) for video in videos}
         if len(shapes) > 1:
             raise ValueError(
-                f"clips under each other must have one shape (F, 3, H, W), got {sorted(shapes)}"
+                f"the clips of a column must have the same shape (F, 3, H, W), got {sorted(shapes)}"
             )
         first = videos[0]
         labels = ", below it ".join(self.rows)

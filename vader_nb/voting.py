@@ -47,7 +47,7 @@ class Vote(Pair):
 
     def __post_init__(self):
         if self.choice not in CHOICES:
-            raise ValueError(f"a vote is one of {', '.join(CHOICES)}, got {self.choice!r}")
+            raise ValueError(f"a vote must be one of {', '.join(CHOICES)}, got {self.choice!r}")
 
     def value(self, name: str) -> float:
         """1 if it is for the clip of this contestant, 0 if against, 0.5 for no difference."""
@@ -95,7 +95,7 @@ class Tally:
             return "no votes yet"
         verdict = "better" if self.low > 0.5 else "worse" if self.high < 0.5 else "not clear yet"
         return (
-            f"{self.wins} won, {self.losses} lost, {self.ties} without difference. "
+            f"{self.wins} won, {self.losses} lost, {self.ties} with no difference. "
             f"Win rate {self.rate:.0%}, 95 % interval {self.interval}: {verdict}"
         )
 

@@ -105,7 +105,7 @@ class Estimator(ABC):
         lacking = [part for part in reward.parts() if not part.differentiable] or [reward]
         instead = "; or train on " + lacking[0].instead if lacking[0].instead else ""
         raise ValueError(
-            f"reward {lacking[0].name!r} is not differentiable, which this estimator needs. Judge with it: "
+            f"reward {lacking[0].name!r} is not differentiable, but this estimator needs its gradient. Evaluate with it: "
             f"held_out_reward=… in a shell, evaluate(…, held_out=[…]) in Python{instead}; "
             f"or train without its gradient: estimator=GRPO"
         )

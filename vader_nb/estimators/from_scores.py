@@ -100,7 +100,7 @@ class FromScores(Estimator):
             raise ValueError(f"{name} learns from clips of one segment: leave extend out")
         if config.strategy != type(config)().strategy:
             raise ValueError(
-                f"strategy={config.strategy} chooses the steps of a reward's gradient, and {name} takes none"
+                f"strategy={config.strategy} chooses the steps of a reward's gradient; {name} uses none: leave it out"
             )
         if config.batch_size % self.minibatches:
             raise ValueError(

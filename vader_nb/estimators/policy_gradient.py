@@ -64,7 +64,7 @@ class PolicyGradient(FromScores):
         ]
         if not self.usable:
             raise ValueError(
-                f"none of {len(owners)} steps has noise and an adapter to learn: raise num_inference_steps"
+                f"none of the {len(owners)} steps has both noise and an adapter to train: raise num_inference_steps"
             )
 
     def take(self, i: int, output, latents, generators) -> torch.Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "Checkpoint",
     "Conditioning",
     "VideoModel",
+    "check_loaded",
     "checkpoint_of",
     "exclusive",
     "from_config",
@@ -48,6 +49,12 @@ FAMILIES: dict[str, type[VideoModel] | str] = {
     "AnyFlowPipeline": "vader_nb.models.anyflow:AnyFlow",
     "WanAnyFlowPipeline": "vader_nb.models.anyflow:AnyFlow",  # its authors' name of it
 }
+
+
+def check_loaded(model: object) -> None:
+    """Raise TypeError for a model's name or path in the place of the model."""
+    if isinstance(model, str | Path):
+        raise TypeError(f"{str(model)!r} is only a name: pass vader_nb.load({str(model)!r})")
 
 
 @dataclass(frozen=True)
@@ -500,7 +507,7 @@ def family_of(checkpoint: Checkpoint) -> type[VideoModel]:
     """The class that runs a checkpoint. Raises ValueError for a pipeline class that no family knows."""
     if checkpoint.family not in FAMILIES:
         raise ValueError(
-            f"{checkpoint.source} is a {checkpoint.family}, which no family here runs; "
+            f"{checkpoint.source} is a {checkpoint.family}, which no family here can run; "
             f"known: {', '.join(FAMILIES)}. Register yours in vader_nb.models.FAMILIES"
         )
     family = FAMILIES[checkpoint.family]

@@ -93,7 +93,7 @@ class AnimateDiff(ModelScope):
         if sampling.num_frames > most:
             raise ValueError(
                 f"num_frames={sampling.num_frames} must be at most {most} for {self.name}: its motion adapter "
-                "knows no more places in time"
+                "has no positions for more frames"
             )
         return super().latent_shape(sampling)
 

@@ -200,7 +200,9 @@ class VideoModel(ABC):
         """
         prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
         if not self.takes_image and any(prompt.image is not None for prompt in prompts):
-            raise ValueError(f"{self.name!r} makes videos of text alone; its prompts take no image")
+            raise ValueError(
+                f"{self.name!r} makes videos from text alone; its prompts take no image"
+            )
         return {
             "negative": [prompt.negative_prompt for prompt in prompts],
             "prompt": [prompt.text for prompt in prompts],
@@ -525,7 +527,7 @@ def warn_truncated(tokenizer, text: str, max_length: int | None = None) -> None:
         lost = tokenizer.decode(ids[limit - 1 : -1])  # the last one marks the end
         shown = repr(lost) if len(lost) <= 200 else f"{lost[:200]!r} and what follows"
         warnings.warn(
-            f"the text encoder reads {limit} tokens, the prompt has {len(ids)}; not seen: {shown}",
+            f"the text encoder reads {limit} tokens, but the prompt has {len(ids)}; not seen: {shown}",
             stacklevel=2,
         )
 

@@ -63,7 +63,7 @@ def window_of(gradient: str) -> int | None:
     kind, _, number = str(gradient).partition(":")
     if kind != "window" or not number.isdecimal() or int(number) < 1:
         raise ValueError(
-            f"decoder_gradient={gradient!r}: choose 'exact', or to save time 'last_chunk' (of a frame's gradient, the "
-            "part on the latents that it is decoded from) or 'window:w' (and on w chunks before them)"
+            f"decoder_gradient={gradient!r}: choose 'exact', or, to save time, 'last_chunk' (a frame's gradient "
+            "reaches only the latents that it is decoded from) or 'window:w' (also w chunks before them)"
         )
     return int(number)

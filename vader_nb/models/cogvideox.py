@@ -139,7 +139,7 @@ class CogVideoX(CausalDecoder, TextByT5):
         """As the base's. Raises ValueError for a scheduler with a different step, and for an eta without effect."""
         name = type(self.scheduler).__name__
         if name == "CogVideoXDPMScheduler":
-            raise ValueError(f"{name} cannot be replayed: take CogVideoXDDIMScheduler.from_config")
+            raise ValueError(f"{name} cannot be replayed: use CogVideoXDDIMScheduler.from_config")
         if sampling.eta and name == "CogVideoXDDIMScheduler":
             raise ValueError(f"eta={sampling.eta} has no effect with {name}: set it to 0")
         return super().new_scheduler(sampling)

@@ -34,9 +34,9 @@ class Card:
     def advice(self) -> str:
         """On K."""
         if self.gain < SMALL_GAIN:
-            return f"gain {self.gain:g}: K = 1 learns next to nothing, take {EARLIER_STEPS}"
+            return f"gain {self.gain:g}: K = 1 learns next to nothing, use {EARLIER_STEPS}"
         # For tiny-i2v, with 0.05, 40 steps at K = 1 raised nothing; at K = 5 they raised the reward and a held-out one.
-        return f"gain {self.gain:g}: {'K = 1 learns' if self.gain >= 0.1 else 'K = 1 learns little, take more'}"
+        return f"gain {self.gain:g}: {'K = 1 learns' if self.gain >= 0.1 else 'K = 1 learns little, use a larger K'}"
 
 
 HEADINGS = ("model", "takes", "clip", "denoiser", "download", "license", "training, GiB")

@@ -150,7 +150,7 @@ class HunyuanVideo(ModelOfParts):
         if rest:
             raise ValueError(
                 f"num_frames={sampling.num_frames} must be 1 more than a multiple of {time} for {self.name}: "
-                f"take {more * time + 1} or {(more + 1) * time + 1}"
+                f"use {more * time + 1} or {(more + 1) * time + 1}"
             )
         return config.in_channels, more + 1, sampling.height // space, sampling.width // space
 

@@ -108,7 +108,7 @@ class LTXVideo(TextByT5):
         if rest:
             raise ValueError(
                 f"num_frames={sampling.num_frames} must be 1 more than a multiple of {time} for {self.name}: "
-                f"take {more * time + 1} or {(more + 1) * time + 1}"
+                f"use {more * time + 1} or {(more + 1) * time + 1}"
             )
         channels = int(self.denoiser.get_parameter("proj_in.weight").shape[1])
         return channels, more + 1, sampling.height // space, sampling.width // space

@@ -145,7 +145,7 @@ class OpenSora(TextOnDisk):
     def pipeline(self):
         """Raises NotImplementedError: diffusers has none."""
         raise NotImplementedError(
-            f"diffusers has no pipeline for Open-Sora, which {self.name!r} is: sample with vader_nb.sample, "
+            f"{self.name!r} is Open-Sora, for which diffusers has no pipeline: sample with vader_nb.sample, "
             "and save with save_pretrained"
         )
 
@@ -346,7 +346,9 @@ def read_network(part: str, source: str, **hub) -> nn.Module:
     config = json.loads(Path(paths[0]).read_text(encoding="utf-8"))
     with torch.device("meta"):
         network = network_of(part, config)
-    weights.fill(network, weights.state_dict(paths[1]), f"{paths[1]} is no {part} of Open-Sora 1.2")
+    weights.fill(
+        network, weights.state_dict(paths[1]), f"{paths[1]} is not the {part} of Open-Sora 1.2"
+    )
     return network
 
 

@@ -141,7 +141,7 @@ class ModelOfParts(VideoModel):
         kind: Any = getattr(diffusers, self.family, None)
         if kind is None:
             raise NotImplementedError(
-                f"diffusers has no pipeline of {self.family}: sample with vader_nb.sample, and save with "
+                f"diffusers has no pipeline for {self.family}: sample with vader_nb.sample, and save with "
                 f"save_pretrained, which writes its parts one by one"
             )
         settings = {name: getattr(self, name) for name in self.settings}

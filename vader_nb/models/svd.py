@@ -273,7 +273,7 @@ def checked_image(name: str, prompt: str | Prompt) -> torch.Tensor:
     image = getattr(prompt, "image", None)
     if image is None:
         raise ValueError(
-            f"{name!r} continues an image: give Prompt({str(prompt)!r}, image=…), a tensor "
+            f"{name!r} continues an image: give Prompt({str(prompt)!r}, image=…) with a tensor "
             f"(3, H, W) in [0, 1]"
         )
     if not isinstance(image, torch.Tensor):  # PIL's

@@ -66,8 +66,8 @@ def save(path: Path, states: torch.Tensor) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         warnings.warn(
-            f"the text encoder's states could not be kept, and it will be read again ({error}): make room, or set "
-            f"VADER_NB_CACHE to a folder of another disk",
+            f"the text encoder's states could not be saved, so it will be loaded again ({error}): make room, or set "
+            f"VADER_NB_CACHE to a folder on another disk",
             stacklevel=2,
         )
 

@@ -132,8 +132,8 @@ class Wan(CausalDecoder, FromFirstFrame):
         if rest:
             before = sampling.num_frames - rest
             raise ValueError(
-                f"num_frames={sampling.num_frames} must be a multiple of {config.scale_factor_temporal}, plus 1, "
-                f"for {self.name}: {before} or {before + config.scale_factor_temporal}"
+                f"num_frames={sampling.num_frames} must be 1 more than a multiple of {config.scale_factor_temporal} "
+                f"for {self.name}: use {before} or {before + config.scale_factor_temporal}"
             )
         size = (n // config.scale_factor_spatial for n in (sampling.height, sampling.width))
         return config.z_dim, 1 + whole, *size

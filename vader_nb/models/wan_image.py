@@ -39,7 +39,7 @@ class FromFirstFrame(TextByUMT5):
             return super().encode(prompts, sampling, generators)
         if len(shown) < len(prompts):
             raise ValueError(
-                f"{len(shown)} of {len(prompts)} prompts have an image: all clips of a batch continue one, or none"
+                f"{len(shown)} of {len(prompts)} prompts have an image: in a batch, all clips start from one, or none"
             )
         assert sampling is not None
         sampling = sampling.resolve(self)

@@ -90,7 +90,7 @@ def table(text: str, delimiter: str = ",") -> list[str]:
     names = {(name or "").strip().lower(): name for name in rows.fieldnames or []}
     column = next((names[name] for name in COLUMNS if name in names), None)
     if column is None:
-        raise ValueError(f"none of its columns is named {', '.join(COLUMNS)}")
+        raise ValueError(f"it has none of the columns {', '.join(COLUMNS)}")
     return [row[column].strip() for row in rows if (row[column] or "").strip()]
 
 
@@ -105,7 +105,7 @@ def json_lines(text: str) -> list[str]:
     ]
     odd = [value for value in texts if not isinstance(value, str)]
     if odd:
-        raise ValueError(f"{odd[0]!r} is no prompt")
+        raise ValueError(f"{odd[0]!r} is not a prompt")
     return [value.strip() for value in texts if value.strip()]
 
 

@@ -143,7 +143,7 @@ def affine(layers: dict[str, torch.Tensor]) -> nn.Linear:
     pairs = [(layers[f"{n}.weight"].double(), layers[f"{n}.bias"].double()) for n in MLP_LAYERS]
     if len(layers) != 2 * len(pairs):
         found = ", ".join(sorted(layers))
-        raise ValueError(f"the head has other keys than those of the layers {MLP_LAYERS}: {found}")
+        raise ValueError(f"the head's keys are not those of the layers {MLP_LAYERS}: {found}")
     (weight, bias), *rest = pairs
     for matrix, shift in rest:
         weight, bias = matrix @ weight, matrix @ bias + shift

@@ -69,7 +69,7 @@ def class_probability(
     if label not in categories():
         near = difflib.get_close_matches(label, categories(), 3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"{label!r} is no class of ImageNet{hint}")
+        raise ValueError(f"{label!r} is not an ImageNet class{hint}")
     network = timm.create_model("tf_efficientnet_lite0")
     if from_config:
         return ClassProbability(network, label)

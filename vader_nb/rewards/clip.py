@@ -202,7 +202,7 @@ def hps(
     place = hub.find(checkpoint, known)
     if version is not None and not (isinstance(place, Path) and place.is_file()):
         raise ValueError(
-            f"version={version!r} is not used: it is of a file, and this is {checkpoint}"
+            f"version={version!r} is not used: it is for a checkpoint file, and this is {checkpoint}"
         )
     if isinstance(place, Path) and place.is_dir():
         clip = open_clip_directory(place, dtype, from_config, resize=resize)
@@ -228,7 +228,7 @@ def check_version(path: Path, version: str | None) -> None:
     found = [name for name, source in HPS_VERSIONS.items() if source.sha256 == digest]
     if not found:
         raise ValueError(
-            f"{path} has the SHA-256 of no published HPS file; if it is your own, say verify=False"
+            f"the SHA-256 of {path} is not that of a published HPS file; for a file of your own, set verify=False"
         )
     if version not in (None, *found):
         raise ValueError(f"{path} is HPS {found[0]}, not {version}")

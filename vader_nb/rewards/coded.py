@@ -36,7 +36,7 @@ class H264Bytes(Reward):
 
     def __init__(self, crf: int = 23):
         if not 0 <= crf <= 51:
-            raise ValueError(f"H.264's constant rate factor lies in 0..51, got {crf}")
+            raise ValueError(f"H.264's constant rate factor must lie in 0..51, got {crf}")
         self.crf, self.fps = crf, 8.0
         self.identified(crf=crf)
 

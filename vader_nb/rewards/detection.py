@@ -50,7 +50,7 @@ class Yolos:
         if target not in labels:
             near = get_close_matches(target, labels, n=3, cutoff=0)
             raise ValueError(
-                f"the detector knows no {target!r}; the nearest of its labels are {', '.join(near)}"
+                f"the detector does not know {target!r}; the nearest of its labels are {', '.join(near)}"
             )
         self.target = labels[target]
 

@@ -101,7 +101,7 @@ def subject_consistency(
     if distance is not None and distance < 1:
         raise ValueError(f"distance={distance} must be 1 frame or more, or None")
     if not floor >= 0:
-        raise ValueError(f"floor={floor} under the mean change of the pixels must be 0 or more")
+        raise ValueError(f"floor={floor}, for the mean change of the pixels, must be 0 or more")
     place = find(checkpoint, "dinov2-small")
     model = hub.network(Dinov2Model, place, dtype, from_config)
     reward = SubjectConsistency(model, distance, floor)

@@ -89,7 +89,9 @@ class _Parser:
             operands = [getattr(node, name, None) for name in ("left", "right", "operand")]
             texts = [part for part in operands if isinstance(getattr(part, "value", None), str)]
             if texts and isinstance(node, ast.expr):
-                raise ValueError(f"{self.text(node)!r} in {self.expression!r} computes with a text")
+                raise ValueError(
+                    f"{self.text(node)!r} in {self.expression!r} does arithmetic with a string"
+                )
         return self.build(tree)
 
     def placeholder(self, match: re.Match) -> str:

@@ -107,7 +107,7 @@ def flow_smoothness(
             0, standing still is no longer best.
     """
     if not floor >= 0:
-        raise ValueError(f"the floor under the mean flow must be 0 or more, got {floor}")
+        raise ValueError(f"the floor for the mean flow must be 0 or more, got {floor}")
     place = find(checkpoint, "raft-small")
     if from_config:
         with default_dtype(torch.float32):

@@ -70,8 +70,8 @@ def videoprism(
     """
     if not hasattr(transformers, "VideoPrismClipModel"):
         raise ImportError(
-            "videoprism needs VideoPrismClipModel, which transformers 5.24 has and "
-            f"{transformers.__version__} here has not: pip install 'transformers>=5.24'"
+            "videoprism needs VideoPrismClipModel, which transformers 5.24 has but "
+            f"{transformers.__version__}, installed here, does not: pip install 'transformers>=5.24'"
         )
     place = find(checkpoint, "videoprism-lvt-base")
     model = hub.network(transformers.VideoPrismClipModel, place, dtype, from_config)

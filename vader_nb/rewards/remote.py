@@ -106,7 +106,9 @@ class ServerReward(Reward):
             scores = [float(score) for score in scores]
         except (ValueError, KeyError, TypeError) as error:
             text = answer[:SHOWN].decode(errors="replace")
-            raise self.failed(f'answered no JSON {{"scores": [number, …]}} but: {text}') from error
+            raise self.failed(
+                f'did not answer with JSON {{"scores": [number, …]}} but with: {text}'
+            ) from error
         if len(scores) != len(prompts) or not all(map(math.isfinite, scores)):
             raise self.failed(f"answered {len(prompts)} clips with the scores {scores}"[:SHOWN])
         return scores

@@ -245,7 +245,9 @@ def video_reward(
         ValueError: fps is not positive, all weights are 0, or the files do not fit together.
     """
     if not 0 < fps < math.inf:
-        raise ValueError(f"fps={fps} must be a positive number: that of the clips, as 8 or 16")
+        raise ValueError(
+            f"fps={fps} must be a positive number: the frame rate of the clips, such as 8 or 16"
+        )
     used = {d: float(x) for d, x in zip(DIMENSIONS, (vq, mq, ta)) if x}
     if not used:
         raise ValueError("vq, mq and ta are all 0: give at least one dimension a weight")

@@ -57,7 +57,7 @@ class Action(NetworkReward):
             near = get_close_matches(text, self.labels, n=3, cutoff=0) or list(self.labels)[:3]
             raise ValueError(
                 f"no action of the classifier occurs in {prompt!r}; the nearest are "
-                f"{', '.join(near)}. For one action whatever the prompt, say action(label=…)"
+                f"{', '.join(near)}. To score one action for every prompt, write action(label=…)"
             )
         return self.labels[max(inside, key=len)]
 

@@ -100,7 +100,7 @@ def vlm_yes(
     place = path if path.exists() else Source(str(checkpoint), **told)
     processor = hub.pretrained(AutoProcessor.from_pretrained, place)
     if not getattr(processor, "chat_template", None):
-        raise ValueError(f"{checkpoint} has no chat template: take an instruction-tuned checkpoint")
+        raise ValueError(f"{checkpoint} has no chat template: use an instruction-tuned checkpoint")
     model = hub.network(AutoModelForImageTextToText, place, dtype)
     reward = VLMYes(model, processor, question, num_frames)
     return reward.identified(place, question=question, num_frames=num_frames)

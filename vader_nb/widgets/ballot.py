@@ -99,7 +99,9 @@ class BlindVote(Panel):
             ValueError: Another choice, or there is no pair.
         """
         if self.pair is None:
-            raise ValueError("no pair waits for a vote; comparison.blind.value = True shows one")
+            raise ValueError(
+                "no pair is waiting for a vote; comparison.blind.value = True shows one"
+            )
         vote = self.votes.add(self.pair, choice)
         self.pair, self.counts.value = None, ""
         self.changed()

@@ -58,7 +58,7 @@ class RewardComparison(BlindVote):
 
     title = "Reward comparison"
     hint = (
-        "Everyone starts from the same noise. Choose a prompt and whom to show; "
+        "All contestants start from the same noise. Choose a prompt and what to show; "
         "drag “frame” to look closely."
     )
 
@@ -126,7 +126,7 @@ class RewardComparison(BlindVote):
         one, other, data = self.one.value, self.other.value, self.data
         alone = unsorted = ""
         if len(data.contestants) == 1:
-            alone = "the base is alone: RewardComparison(model, {'name': 'runs/…'})"
+            alone = "there is only the base: RewardComparison(model, {'name': 'runs/…'})"
         same = alone or ("choose two that differ" if one == other else "")
         if missing := data.lacks([one, other]):
             total = len(self.prompts)
@@ -189,7 +189,9 @@ class RewardComparison(BlindVote):
         self.jobs.give_up()
         total = len(self.prompts)
         done = total - len(self.data.lacks(self._compared()))
-        self.say(f"stopped: {done} of {total} prompts are compared; the same button continues")
+        self.say(
+            f"stopped: {done} of {total} prompts are compared; “compare all prompts” continues"
+        )
 
     def run(self, prompt: str | None = None, **settings) -> dict[str, dict[str, float]]:
         """Compare on a prompt now, default: the chosen one; other settings by name, as for `set`.
@@ -285,7 +287,7 @@ class RewardComparison(BlindVote):
         Its default path is `comparison.html` in the folder.
 
         Raises:
-            ValueError: Nothing is compared yet.
+            ValueError: Nothing has been compared yet.
         """
         path = Path(path or self.folder / "comparison.html")
         page = export(self.data, self.votes.read())
@@ -306,4 +308,4 @@ class RewardComparison(BlindVote):
             return columns("AB", self.video.to_html(512)) if self.pair else note("no pair yet")
         width = 256 * len(self._seen()[1])
         drawn = {prompt: video.to_html(width) for prompt, (video, _) in self._draw().items()}
-        return self._sections(drawn) or "<p>nothing is compared yet</p>"
+        return self._sections(drawn) or "<p>nothing has been compared yet</p>"

@@ -178,7 +178,7 @@ class RewardComposer(Panel):
         constant = [n for n, (mean, std) in self.statistics.items() if not std > 1e-6 * abs(mean)]
         if constant:
             self.standardized.value = False
-            why = f"{', '.join(constant)} gives all clips one score: no standard deviation."
+            why = f"{', '.join(constant)} gives all clips the same score: no standard deviation."
             disable(why, self.standardized, remark=self.why)
         self._show()
 
@@ -210,7 +210,7 @@ class RewardComposer(Panel):
             self.captions[i].value = head + table(("", "score", "adds"), rows, "class=vader-note")
             self.slots[i].layout.order = str(rank)
         own = ", ".join(name for name in self.own if name in self.used)
-        remark = f"{own} stands for the reward that was given by this name." if own else ""
+        remark = f"{own} stands for the reward that was given under this name." if own else ""
         self.code.value = note(NO_WEIGHT)
         if self.used:
             self.code.value = note(CODE) + note(remark) + code(self.expression)
@@ -253,7 +253,7 @@ def by_name(rewards: Mapping | Sequence[str] | str) -> Mapping:
     if not named:
         raise ValueError("no rewards to compose: name at least one, such as 'hps'")
     if len(named) < len(listed):
-        raise ValueError(f"each reward once, got {', '.join(listed)}")
+        raise ValueError(f"name each reward only once, got {', '.join(listed)}")
     for name, value in named.items():
         if not isinstance(value, str) and not name.isidentifier():
             needed = "your own reward needs a Python name for the expression"

@@ -37,9 +37,9 @@ NO_STOP = {  # why there is nothing to stop
     "waiting": "There is nothing to stop yet.",
     "finished": "The run is over.",
     "stopped": "The run is over.",
-    "stopping": "It stops after the current step.",
+    "stopping": "The run stops after the current step.",
 }
-HERE = "This kernel trains and does not react to buttons: press ■ in the toolbar. The run is kept."
+HERE = "This kernel is training and does not react to buttons: press ■ in the toolbar. The run is kept."
 
 
 class TrainingMonitor(Watcher):
@@ -201,7 +201,7 @@ class TrainingMonitor(Watcher):
             lines[0] += f" · best held-out at step {best}"
         if self.shown == "silent":
             silence = round(time.time() - self._last_written())
-            lines.append(f"no step for {silence} s: it was killed, or a step takes long")
+            lines.append(f"no step for {silence} s: the run was killed, or a step takes long")
         kept = [*adapters(self.folder, self._step()).values()]
         if kept and self.shown in ("stopped", "finished", "silent"):
             more = "" if self.shown == "finished" else "; continue with align(…, resume=True)"

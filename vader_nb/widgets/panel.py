@@ -121,7 +121,9 @@ class Panel:
         """
         for name in changes:
             if name not in self.settings:
-                raise ValueError(f"unknown setting {name!r}; there are {', '.join(self.settings)}")
+                raise ValueError(
+                    f"unknown setting {name!r}; choose one of {', '.join(self.settings)}"
+                )
         self.say("")
         try:
             with self.quiet():

@@ -67,10 +67,10 @@ class MemoryPlanner(Panel):
             frames=choice("frames", FRAMES),
             dtype=choice("dtype", ("float16", "bfloat16", "float32")),
             gradient_checkpointing=switch("gradient_checkpointing: recompute blocks", True),
-            sequential_guidance=switch("sequential_guidance: its halves one by one", False),
-            model_cpu_offload=switch("model_cpu_offload: idle networks wait", False),
-            activation_offload=switch("activation_offload: what blocks keep waits, too", False),
-            decoder_states=choice("decoder states", {0: "on the GPU", "cpu": "wait on the CPU"}),
+            sequential_guidance=switch("sequential_guidance: its branches one by one", False),
+            model_cpu_offload=switch("model_cpu_offload: idle networks on the CPU", False),
+            activation_offload=switch("activation_offload: kept activations on the CPU", False),
+            decoder_states=choice("decoder states", {0: "on the GPU", "cpu": "on the CPU"}),
             quantize=choice("quantize", {0: "no", "8bit": "8bit", "4bit": "4bit"}),
         )
         self.answers: dict[tuple, Memory] = {}
@@ -144,7 +144,7 @@ class MemoryPlanner(Panel):
         self._show()
         if not answer.fits[gpu]:
             for tried, _ in enumerate(answer.search(gpu), 1):
-                self.say(f"Too small for a {gpu}. Searching, simulation {tried}. {ATOMIC}")
+                self.say(f"A {gpu} is too small. Searching, simulation {tried}. {ATOMIC}")
                 yield min(0.95, 0.3 + 0.1 * tried)
         self.say("")
         self._show()
@@ -162,7 +162,7 @@ class MemoryPlanner(Panel):
         gpu, size = self.gpu_memory.value, GPUS[self.gpu_memory.value]
         disable(unreadable, self.simulate_button)
         causal = is_causal(self.model.value)
-        disable("" if causal else "this model's decoder keeps none", self.decoder_states)
+        disable("" if causal else "this model's decoder keeps no states", self.decoder_states)
         disable("" if suggestion else "no settings that fit are known", self.fit_button)
         self.fit_button.layout.display = "" if suggestion else "none"
         self.why.value = note(unreadable)
@@ -173,24 +173,24 @@ class MemoryPlanner(Panel):
             values |= {stage: peak / GIB for stage, peak in memory.stages.items()}
             peaks = ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
             label = f"Peak memory by stage in GiB: {peaks}; a {gpu} has {size:g}."
-            remark = f"light: {MARGIN:g} GiB to spare"
+            remark = f"light: a margin of {MARGIN:g} GiB"
             verdict = self._verdict(memory, gpu)
         drawn = bars(values, size, MARGIN, f"{gpu}: {size:g} GiB", label)
         self.drawing.value, self.verdict.value = drawn + note(remark), verdict
-        asking = note("The same question from Python, and from a shell:")
+        asking = note("The same question in Python, and in a shell:")
         self.code.value = "" if unreadable else asking + code(self.python) + code(self.shell)
 
     def _verdict(self, memory: Memory, gpu: str) -> str:
         """Whether it fits, and what would help."""
-        answer, advice = "Fits" if memory.fits[gpu] else "Too small", ""
+        answer, advice = "Fits" if memory.fits[gpu] else "Does not fit", ""
         if gpu in memory.suggestions:
             found = memory.suggestions[gpu]
             advice = f"{'It fits' if found else 'Nothing helps:'} {describe(found)}."
         elif not memory.fits[gpu]:
             advice = "Press “simulate” to search for settings that fit."
         return (
-            f"<div role=status><b>{answer}:</b> {memory.bytes / GIB:.2f} GiB and {MARGIN:g} GiB to "
-            f"spare, of {GPUS[gpu]:g} GiB on a {gpu}. {advice}</div>"
+            f"<div role=status><b>{answer}:</b> {memory.bytes / GIB:.2f} GiB and a margin of {MARGIN:g} GiB, "
+            f"of {GPUS[gpu]:g} GiB on a {gpu}. {advice}</div>"
         )
 
     @property

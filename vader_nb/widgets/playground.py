@@ -91,7 +91,7 @@ class Playground(Panel):
         self.question.value = note(TABS[tab])
         if key not in self.panels:
             self.place.children = []
-            self.say("One moment: the models load, and the first clips are made.")
+            self.say("One moment: the models are loading, and the first clips are being made.")
             yield 0.1
             self.panels[key] = self._make(tab, name)
             self.panels[key].bundles()  # its first picture

@@ -57,7 +57,9 @@ class RunViewer(Watcher):
         seed: int = 10_000,
     ):
         if prompts and not model:
-            raise ValueError("prompts of clips need a model: RunViewer(folders, model, prompts)")
+            raise ValueError(
+                "prompts need a model that makes clips of them: RunViewer(folders, model, prompts)"
+            )
         self.folders, self.model, self.seed = by_name(folders), model, seed
         examples = stepwise.examples(model, 2) if model else []
         self.prompts = prompt_sets.get(prompts) if prompts else examples
@@ -69,7 +71,7 @@ class RunViewer(Watcher):
         super().__init__(
             model,
             "point",
-            x=choice("over", [NONE], width="280px"),
+            x=choice("x axis", [NONE], width="280px"),
             y=choice("metric", [NONE], width="280px"),
             point=choice("clips of", [NONE]),
         )
@@ -89,7 +91,7 @@ class RunViewer(Watcher):
         points = [point for contestant in self.contestants for point in contestant.points]
         self.points = {point.label: point for point in points}
         if len(self.points) < len(points):
-            raise ValueError("two contestants or runs have one name: show them in two viewers")
+            raise ValueError("two contestants or runs have the same name: show them in two viewers")
         names = dict.fromkeys(name for point in points for name in point.values)
         ends = [p.label for c in self.contestants if c.trained for p in c.points[-1:] if p.listed]
         with self.quiet():

@@ -33,7 +33,7 @@ from .start_image import StartImage
 HISTORY = 8  # clips that are kept to go back to, fewer if they are large
 MEMORY = 2e9  # bytes that these clips take at most, and those of the base model beside them
 SEEDS = 2**31 - 1  # the largest
-SAME = "Left, the base model; right, the same noise with an adapter that a reward has trained."
+SAME = "Left, the base model; right, the same noise with an adapter that was trained with a reward."
 
 
 class Sampler(Panel):
@@ -186,7 +186,7 @@ class Sampler(Panel):
 
     def _last_frame(self) -> torch.Tensor:
         if self.video is None:
-            raise ValueError("there is no clip yet to go on from")
+            raise ValueError("there is no clip yet to continue from")
         return self.video.frames[-1]
 
     def _sample(self) -> None:
@@ -218,7 +218,7 @@ class Sampler(Panel):
         self.words.value = remark + note(families.vocabulary(self.model))
         guided = families.guides(self.model, self.request.sampling)
         acting = [self.settings[n] for n in families.GUIDED if n in self.settings]
-        disable("" if guided else "guidance is off: nothing is pushed away", *acting)
+        disable("" if guided else "guidance is off: this has no effect", *acting)
 
     def _made(self, request: Request) -> Generator[float, None, Video]:
         """Sample a clip."""

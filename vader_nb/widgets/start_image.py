@@ -13,8 +13,8 @@ from ..video import Video, image_bytes
 from .controls import disable, row
 from .panel import Panel
 
-WITHOUT = "It starts from an image: upload one."
-DRAWN = "It starts from an image. Without one, the prompt's first frame is drawn for it."
+WITHOUT = "The clip starts from an image: upload one."
+DRAWN = "The clip starts from an image. Without one, the prompt's first frame is drawn for it."
 
 
 class StartImage:
@@ -29,7 +29,7 @@ class StartImage:
         self.again = panel.button(
             "from the last frame", "step-forward", 180, lambda: self.choose(last())
         )
-        self.forget = panel.button("without", "times", 100, lambda: self.choose(None))
+        self.forget = panel.button("no image", "times", 100, lambda: self.choose(None))
         self.shown = HTML()
         self.box = row(self.upload, self.again, self.forget, self.shown)
         self.box.layout.display = "flex" if model.takes_image else "none"
@@ -46,14 +46,14 @@ class StartImage:
             ValueError: This is not an image, or the model does not start from one.
         """
         if image is not None and not self.model.takes_image:
-            raise ValueError(f"{self.model.name!r} makes clips of text alone: it takes no image")
+            raise ValueError(f"{self.model.name!r} makes clips from text alone: it takes no image")
         if isinstance(image, torch.Tensor):
             image = image_bytes(Video(image[None]).images()[0])
         data = Path(image).read_bytes() if isinstance(image, str | Path) else image
         try:
             small = data and as_image(data)
         except (OSError, SyntaxError) as error:
-            raise ValueError("this is no image that can be read: try a PNG or a JPEG") from error
+            raise ValueError("this image cannot be read: try a PNG or a JPEG") from error
         self.data = data
         self.show(small)
 
@@ -62,7 +62,7 @@ class StartImage:
         self.shown.value = note(DRAWN if self.model.world else WITHOUT)
         if image:
             image.thumbnail((112, 112))
-            look = 'alt="the image that it starts from" style="height:56px"'
+            look = 'alt="the image that the clip starts from" style="height:56px"'
             self.shown.value = f'<img src="{data_url(image_bytes(image), "image/png")}" {look}>'
 
     def _uploaded(self) -> None:

@@ -114,7 +114,7 @@ class TruncationExplorer(Panel):
         frames = ", ".join(str(i + 1) for i in chosen)
         order = "one by one" if setting.streaming else "all at once"
         window = f"all {steps}" if steps == setting.K else f"the last {setting.K} of {steps}"
-        recomputed = "only inputs of blocks are kept, the rest is computed again"
+        recomputed = "only the inputs of blocks are kept, the rest is recomputed"
         inside = recomputed if setting.gradient_checkpointing else "everything is kept"
         self.description = (
             f"The gradient goes back from the reward through {len(chosen)} of "

@@ -2,7 +2,7 @@
 # A recipe on the GPUs of one node, in jobs that are started again until it is done:
 #   vader-nb recipes slurm > train.sh
 #   sbatch --job-name=mine train.sh modelscope steps=300      the recipe, and settings to change
-# The job's name is the run's: what lies in runs/NAME is continued.
+# The job's name is the run's: a run in runs/NAME is continued.
 #SBATCH --job-name=vader
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -18,7 +18,7 @@ WORLD = f"""## Data
 Synthetic clips of one colored shape on a plain background, rendered by `vader_nb/zoo/world.py`:
 {len(world.COLORS)} colors × {len(world.SHAPES)} shapes × {len(world.MOTIONS)} motions × {len(world.BACKGROUNDS)} backgrounds
 ({len(world.specs())} captions, since a circle cannot be seen to spin), {world.NUM_FRAMES} frames of {world.SIZE}×{world.SIZE}.
-200 captions, drawn with a fixed seed, are held out of every training.
+200 captions, drawn with a fixed seed, are held out from all training.
 """
 
 
@@ -91,7 +91,7 @@ def tiny() -> None:
             quality,
             "Accuracies on the 200 held-out captions, read by the oracles of `vader_nb/zoo/oracles.py`. Training stops before\n"
             "the model is perfect, on purpose: it mixes up some colors, above all at a higher guidance,\n"
-            "so that alignment has something to mend. The shipped autoencoder saw an eighth color, orange, in\n"
+            "so that alignment has something to improve. The shipped autoencoder saw an eighth color, orange, in\n"
             "its first 1,700 steps; it was then dropped from the world.",
         ),
     )
@@ -192,7 +192,7 @@ def tiny_i2v() -> None:
             f"{train_i2v.MORE_STEPS} steps of {train_i2v.BATCH} clips of the UNet.",
             train_i2v.SEED,
             continued_quality(load("tiny-i2v")),
-            "First frames of the 200 held-out captions, default settings. What drifts over three segments is there for alignment to mend.",
+            "First frames of the 200 held-out captions, default settings. What drifts over three segments is there for alignment to improve.",
         ),
     )
 
@@ -219,7 +219,7 @@ def tiny_wan() -> None:
             train_wan.SEED,
             quality,
             "Accuracies on the 200 held-out captions, read by the oracles of `vader_nb/zoo/oracles.py`. The mistaken captions\n"
-            "are there so that alignment has something to mend: without them every color is right.",
+            "are there so that alignment has something to improve: without them every color is right.",
         ),
     )
 

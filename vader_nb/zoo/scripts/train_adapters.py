@@ -41,7 +41,7 @@ def train(name: str) -> None:
 
 
 def quality() -> dict[str, float]:
-    """Mean differences to the base on held-out captions, same seeds: every reward, the oracles, motion."""
+    """Mean differences from the base on held-out captions, same seeds: every reward, the oracles, motion."""
     metrics = [make("tiny") for make in REWARDS.values()]
     captions = {"held-out": prompts.get("tiny_held_out")[:GRADED]}
     result = evaluate(load("tiny"), adapters(), metrics, captions, seeds_per_prompt=1)
@@ -63,11 +63,11 @@ def main(names: list[str]) -> None:
             "`aesthetic`, `hps`, `action` are named after the one reward that each was aligned to, alone.",
             f"`vader_nb/zoo/scripts/train_adapters.py`: `align`, {STEPS} steps of 4 clips; learning rates\n"
             + ", ".join(f"{rate:g} ({name})" for name, rate in LEARNING_RATES.items())
-            + ". The aesthetic one went too far, for the others to compare with: look at what it costs.",
+            + ". The aesthetic adapter was trained too far, for comparison with the others: look at what it costs.",
             SEED,
             quality(),
-            f"Means over {GRADED} held-out captions, one clip each, of the base and of the paired difference to it. The base names\n"
-            "nearly all motions right already, so the action adapter has little to win: what it gains here is not sure.",
+            f"Means over {GRADED} held-out captions, one clip each, of the base and of the paired difference from it. The base names\n"
+            "nearly all motions right already, so the action adapter has little to win: what it gains here is uncertain.",
         ),
     )
 
