@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vader_nb import load, lora, models
+from vader_nb.models import wan_vae
 from vader_nb.sampling import Sampling, roll_out, sample
 from vader_nb.strategies import DRaFTLV, DRTune, Frames, Last
 from vader_nb.testing import REWARDS, adapted, apart, check_model, plain_autograd, staged
@@ -54,8 +55,16 @@ def diffusers_call(folder, adapter=None, **settings):
     ).frames
 
 
+@pytest.fixture
+def same_norms(monkeypatch):
+    """diffusers' norms in the decoder: this one's random weights make 1.3e-5 of the last digit of ours (see test_wan)."""
+    monkeypatch.setattr(wan_vae, "use_quick_norms", lambda vae: None)
+
+
 @pytest.mark.parametrize("guidance_scale, steps", [(1.0, 3), (4.0, 3), (1.0, 1)])
-def test_latents_and_frames_are_those_of_diffusers_pipeline(directory, guidance_scale, steps):
+def test_latents_and_frames_are_those_of_diffusers_pipeline(
+    directory, same_norms, guidance_scale, steps
+):
     model = load(directory)
     settings = SETTINGS | {"guidance_scale": guidance_scale, "num_inference_steps": steps}
     sampling = Sampling(**settings).resolve(model)
@@ -110,7 +119,7 @@ def test_a_directory_with_its_authors_index_is_loaded_by_class(directory, tmp_pa
     assert type(models.from_config(folder)) is type(model)
 
 
-def test_it_is_saved_and_its_adapter_is_read_by_diffusers_pipeline(directory, tmp_path):
+def test_it_is_saved_and_its_adapter_is_read_by_diffusers_pipeline(directory, same_norms, tmp_path):
     model = load(directory)
     adapter = adapted(model)
     options = {"seeds": [5, 9], "sampling": Sampling(**SETTINGS)}

@@ -6,6 +6,7 @@ import shutil
 import diffusers
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
@@ -439,6 +440,28 @@ def decoders(tmp_path_factory):
     return made
 
 
+@pytest.mark.parametrize("channel_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_quick_norm_is_diffusers(channel_first, bias):
+    norm = WanRMS_norm(6, channel_first, images=False, bias=bias).double()
+    with torch.no_grad():
+        norm.gamma.copy_(normals(*norm.gamma.shape))
+    x = normals(2, 6, 3, 4, 6)
+    x[0, :, 0, 0], x[1, 0, 0, 0] = 0, 0  # of length zero, on whichever axis
+    x.requires_grad_()
+    expected = norm(x)
+    pulled = torch.autograd.grad(expected.square().sum(), x)[0]
+    wan_vae.use_quick_norms(norm)
+    found = norm(x)
+    assert type(norm) is wan_vae.RMSNorm and torch.equal(
+        norm(x.half()), type(norm).__base__.forward(norm, x.half())
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.square().sum(), x)[0], pulled, rtol=0, atol=1e-12
+    )
+
+
 @pytest.mark.parametrize("count, exactly", [(3, True), (6, True), (3, False)])
 @pytest.mark.parametrize("version", VAES)
 def test_the_streamed_gradient_is_autograd_through_diffusers_decode(
@@ -541,7 +564,7 @@ def test_an_approximation_is_autograd_with_detached_states(
 def test_an_approximation_must_have_a_name(decoders, name, tmp_path):
     """Also in the settings of a directory, where it is found at load."""
     model = decoders["2.1"]
-    with pytest.raises(ValueError, match=f"decoder_gradient={name!r}: choose 'exact', or to save"):
+    with pytest.raises(ValueError, match=f"decoder_gradient={name!r}: choose 'exact', or, to save"):
         model.decoder_gradient = name
     assert model.decoder_gradient == "exact"
 

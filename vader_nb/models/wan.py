@@ -63,6 +63,7 @@ class Wan(CausalDecoder, FromFirstFrame):
         self.name, self.world = name, world
         self.denoisers = {key: parts[key] for key in self.targets if key in parts}
         self.vae, self.scheduler = parts["vae"], parts["scheduler"]
+        wan_vae.use_quick_norms(self.vae)
         self.original_names = original_names(parts["transformer"].config.num_layers)
         self.set_text_encoder(parts["text_encoder"], parts["tokenizer"])
         self.defaults = DEFAULTS | defaults
