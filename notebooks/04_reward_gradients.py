@@ -356,6 +356,7 @@ def megabytes(run):
 
 
 # %%
+# window: for how many last steps the roll-out keeps the latents, to replay them
 rollout = roll_out(model, prompts, [SEED], settings, adapter=adapter, window=1)
 plan, every = Last(1).plan(STEPS, None), list(range(FRAMES))
 _, g = gradient.score(model, rollout.latents, reward, prompts, every)

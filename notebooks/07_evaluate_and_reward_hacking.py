@@ -421,9 +421,9 @@ course.attempt(check, stop)
 
 # %%
 adapters = {"in time": choice.path, "too late": f"{folder}/run"}
-metrics = {"held_out": [p_motion, rewards.hps("tiny")], "sampling": quick, "progress": False}
+options = {"held_out": [p_motion, rewards.hps("tiny")], "sampling": quick, "progress": False}
 fresh = {"held-out": unseen[9::16][:PROMPTS]}
-evaluation = vader_nb.evaluate(model, adapters, smooth, fresh, **metrics)
+evaluation = vader_nb.evaluate(model, adapters, smooth, fresh, **options)
 evaluation.gallery("held-out", 6)
 
 # %% [markdown]
@@ -508,7 +508,7 @@ second.adapter.remove()
 
 # %%
 both = {"no floor": f"{folder}/run", "floor": f"{folder}/floor"}
-after = vader_nb.evaluate(model, both, floored, {"held-out": unseen[11::16][:PROMPTS]}, **metrics)
+after = vader_nb.evaluate(model, both, floored, {"held-out": unseen[11::16][:PROMPTS]}, **options)
 after.gallery("held-out", 6)
 
 # %%

@@ -252,7 +252,7 @@ def test_the_table_has_the_intervals_of_stats(tmp_path):
     low, high = stats.paired_interval(ends - best["base"].scores("held-out reward")[0, -1])
     table = made.table().markdown()
     assert f"0.5000: +0.5000 [{low:+.4f}, {high:+.4f}]; seeds 0.4000 to 0.6000" in table
-    assert "best of 8 (8 queries a clip)" in table and "oracle" not in table
+    assert "best of 8 (8 queries per clip)" in table and "oracle" not in table
     chosen, other = "0.5000 (0.4000 to 0.6000)", "0.2000 (0.2000 to 0.2000)"
     rates = made.rates().markdown()
     assert f"| A | 0.001 | 2 | {chosen} | {chosen} | chosen |" in rates
@@ -298,7 +298,7 @@ def test_plots(tmp_path):
             "base",
             "A",
             "B",
-            "best of 8 (8 queries a clip)",
+            "best of 8 (8 queries per clip)",
         ]
     first, second = both = made.pareto().axes
     assert (first.get_xlabel(), second.get_xlabel()) == ("diversity", "motion")

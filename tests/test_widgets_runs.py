@@ -48,12 +48,12 @@ def test_a_race_s_curves_are_means_over_seeds_with_a_band(race):
     assert viewer.x.options[0][0] == "reward queries"
     assert list(viewer.y.options) == ["reward", "held-out reward", "diversity", "motion"]
     named = {c.name: c for c in viewer.contestants}
-    assert list(named) == ["base", "A", "B", "best of 8 (8 queries a clip)"]
+    assert list(named) == ["base", "A", "B", "best of 8 (8 queries per clip)"]
     assert "learning rate 0.001, 2 seeds" in named["A"].remark  # that of the best reward
     curve = viewer._series(named["A"], "red", "seconds", "held-out reward")
     assert curve.points == [(100, pytest.approx(0.3)), (200, pytest.approx(0.5))]
     assert curve.lows == pytest.approx([0.2, 0.4]) and curve.highs == pytest.approx([0.4, 0.6])
-    level = viewer._series(named["best of 8 (8 queries a clip)"], "red", "seconds", "reward")
+    level = viewer._series(named["best of 8 (8 queries per clip)"], "red", "seconds", "reward")
     assert level.points == [(0.0, pytest.approx(0.3)), (200, pytest.approx(0.3))] and level.dashes
     viewer.set(x="seconds", y="held-out reward")
     assert list(viewer._charts()) == [

@@ -16,7 +16,9 @@ from .tables import Table
 LINES = "evaluations.jsonl"
 EVALUATED = "evaluation-{}.safetensors"  # the adapter of an evaluation, by its part
 GRAY = "#7d8590"  # of the base
-COLORS = ("#3b82c4", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04")
+COLORS = ("#3b82c4", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#db2777")
+COLORS += ("#65a30d", "#6366f1", "#a16207")
+MOST_BANDS = 6  # that can be told apart in a plot
 
 
 def colors(names: Iterable[str]) -> dict[str, str]:
@@ -189,7 +191,9 @@ class Race:
         log: bool = True,
         axes: Any = None,
     ) -> Any:
-        """Draw a metric over what was spent, means of seeds with the lowest and the highest, as a matplotlib Figure.
+        """Draw a metric over what was spent, means of seeds, as a matplotlib Figure.
+
+        Of up to six contestants, the range from the lowest to the highest seed is shown, too.
 
         Contestants without training are horizontal lines: their costs are per clip.
 
@@ -203,6 +207,7 @@ class Race:
         if axes is None:
             axes = Figure(figsize=(6.5, 4), layout="constrained").subplots()
         best = self.best()
+        bands = sum(runs.rate is not None for runs in best.values()) <= MOST_BANDS
         for name, color in colors(best).items():
             runs = best[name]
             if runs.failed:
@@ -215,9 +220,9 @@ class Race:
                 start = means.new_full((len(means), 1), best[BASE].end(y))
                 means, spent = torch.cat([start, means], dim=1), [0.0, *spent]
             axes.plot(spent, means.mean(0), "o-", color=color, markersize=4, label=runs.label)
-            axes.fill_between(
-                spent, means.amin(0), means.amax(0), color=color, alpha=0.2, linewidth=0
-            )
+            if bands:
+                ends = means.amin(0), means.amax(0)
+                axes.fill_between(spent, *ends, color=color, alpha=0.2, linewidth=0)
         axes.set(xlabel=x.replace("_", " "), ylabel=y, xscale="log" if log else "linear")
         axes.legend(fontsize="small")
         return axes.figure
@@ -286,7 +291,7 @@ class Runs:
     def label(self) -> str:
         """The name, and what a clip costs beyond sampling alone."""
         queries = self.ends[0].get("per_clip", {}).get("reward_queries")
-        return f"{self.name} ({queries} queries a clip)" if queries else self.name
+        return f"{self.name} ({queries} queries per clip)" if queries else self.name
 
     def scores(self, name: str) -> torch.Tensor:
         """Of a metric: (seeds, evaluations, prompts), float64."""

@@ -17,12 +17,8 @@ from vader_nb.gradient import accumulate, rolled_out
 from vader_nb.strategies import parse_strategy
 from vader_nb.testing import take_gradient
 
-SOURCES = {
-    "prompt": 5,
-    "seed": 3,
-    "frame": 2,
-    "strategy": 2,
-}  # draws of each, within those before it
+# Draws of each, within those before it; of the strategy one if it draws nothing.
+SOURCES = {"prompt": 12, "seed": 2, "frame": 2, "strategy": 2}
 STRATEGIES = (
     "Last(1)",
     "Last(3)",
@@ -51,10 +47,13 @@ def components(values: torch.Tensor) -> tuple[list[float], float]:
 
 def gradients(model, adapter, reward, strategy) -> torch.Tensor:
     """One clip's gradient for every draw of every source."""
-    sampling = Sampling().resolve(model)
+    sampling = Sampling(num_inference_steps=5).resolve(model)  # as in the races
     captions, steps = prompt_sets.get("tiny"), model.num_steps(sampling)
     generator, found = torch.Generator().manual_seed(0), []
-    for places in itertools.product(*map(range, SOURCES.values())):
+    plans = [strategy.plan(steps, torch.Generator().manual_seed(i)) for i in range(20)]
+    draws = any(plan != plans[0] or plan.renoise for plan in plans)
+    counts = [*SOURCES.values()][:-1] + [SOURCES["strategy"] if draws else 1]
+    for places in itertools.product(*map(range, counts)):
         if not any(places[1:]):
             prompt = captions[int(torch.randint(len(captions), (), generator=generator))]
         if not any(places[2:]):
@@ -68,7 +67,7 @@ def gradients(model, adapter, reward, strategy) -> torch.Tensor:
         )  # else a seed's fresh noise is always the same
         accumulate(model, adapter, reward, rollout, plan, [frame])
         found.append(take_gradient(adapter))
-    return torch.stack(found).double().unflatten(0, tuple(SOURCES.values()))
+    return torch.stack(found).double().unflatten(0, counts)
 
 
 def main(name: str = "tiny", *strategies: str) -> None:
