@@ -559,9 +559,9 @@ course.predict(guess, "07-near", accuracy=kept.end("oracle accuracy"), gain=gain
 
 # %% [markdown]
 # Each path begins at the star, the base, and has three points; up is more reward, and you want to stay above the star. Most paths lead away from it: colors and
-# shapes get lost, and what looks like more motion is flicker. The green path with the penalty goes up and ends above the star. (At a tenth of that
-# weight it does not: the orange one.) Weight decay reaches the most reward, and keeps little more than half of the colors and shapes. Each path is a mean of
-# three seeds that differ a lot, and [Races](races.md) has the intervals. One more rope is in the picture: stopping early is choosing an earlier point.
+# shapes get lost, and what looks like more motion is broken clips. The dark green path, with the penalty, ends straight above the star. (At a tenth of that
+# weight, orange, it drifts to the left.) Weight decay, light green, reaches the most reward, and keeps little more than half of the colors and shapes. Only the penalty
+# was tried at two strengths; each path is a mean of three seeds that differ a lot, and [Races](races.md) has the intervals. One more rope is in the picture: stopping early is choosing an earlier point.
 #
 # ## It happens with real networks
 #

@@ -558,7 +558,7 @@ course.show(figure, "12-race")
 #
 # And look at the dotted lines on the left. In reward, best of 8 cannot be told from DDPO, GRPO and DPO after training. And nobody beats the other rival
 # that trains nothing, **reward guidance**: at each step it moves the clean latents that the denoiser predicts a little along the reward's gradient. You
-# pay for five reward gradients per clip, every time. (Its strength was tuned on this model.) Here it is, on the prompts from the beginning:
+# pay for five reward gradients per clip, every time. (Its strength was tuned on this model.) Here it is with `hps` alone, on the prompts from the beginning:
 
 # %%
 guided = vader_nb.RewardGuidance(reward, strength=0.03)
@@ -572,10 +572,10 @@ Gallery(rows, width=96)
 # %%
 with torch.no_grad():
     better = reward(moved, held_out)
-print(f"reward: base {scores[:, 0].mean():.3f}, guided {better.mean():.3f}")
+print(f"hps: base {scores[:, 0].mean():.3f}, guided {better.mean():.3f}")
 
 # %% [markdown]
-# The scores rise, and you hardly see why: the clips are the same ones, a little cleaner (look at the yellow triangle's lower edge). The circle that cannot
+# The score rises, and you hardly see why: the clips are the same ones, a little cleaner (look at the yellow triangle's lower edge). The circle that cannot
 # decide between green and purple still cannot (though on the race's 40 prompts, guidance set every color and shape right, see the right panel).
 #
 # ## When there is no gradient

@@ -185,7 +185,7 @@ RACES = """\
 Methods with and without the gradient of a reward: the same model, prompts, seeds, adapters and optimizer, equal budgets, of denoiser
 calls unless seconds are named. Each is set up as its paper or its authors' code says, where they do (the configurations in `vader_nb/configs/races` cite the source),
 with its own learning rates, but scaled to the budget: five denoising steps, 32 clips per step (DDPO: 256), 4 pairs (DPO: 2,048). DPO is *online*: it
-prefers the best of four clips to the worst, where its paper has pairs chosen by people. Trained on hps + 0.02 × aesthetic; all numbers are for held-out prompts.
+prefers the best of four clips to the worst, where its paper has pairs chosen by people. Trained on hps + 0.02 × aesthetic unless a section says otherwise; all numbers are for held-out prompts.
 
 - *reward queries*: clips scored in training; *denoiser calls*: latents through the denoiser, once for each branch of the guidance;
   *seconds*: of one CPU thread, without evaluations.
@@ -194,7 +194,8 @@ prefers the best of four clips to the worst, where its paper has pairs chosen by
 - *oracle accuracy*: the share of clips whose color and shape are right; *diversity*: of the clips of one prompt; *motion*: how much
   consecutive frames differ. In the lower panels each path begins at the base, the star.
 
-The lines behind all of it come with the package: `vader_nb.Race(vader_nb.zoo.races()["full"])`. This page is generated.
+The lines behind all of it come with the package: `vader_nb.Race(vader_nb.zoo.races()["full"])`. Numbers that are in no table (single seeds, earlier
+evaluations, `reach`) were computed from the same lines. This page is generated.
 """
 RATES = """\
 One seed, which may be a lucky one: no verdict. But at 3e-4 VADER's gain is 2.6 times the next best, and with each at its own best
@@ -215,7 +216,7 @@ Three new seeds for each method's two best rates from below. The chosen rates, a
   denoiser calls and 40 times fewer seconds. GRPO needed 835 queries and DPO 1,143, neither told apart from DDPO.
 - **What they bought.** After 56 queries and 18 seconds, VADER had the right color and shape in 99.6 % of clips, more than any other trained
   contestant's mean at any time. DPO had 98.8 % after 192 queries, and DDPO and GRPO at their end (the differences of 0.008 have intervals that contain
-  zero). Then VADER's reward wavers and rises, and accuracy ends at 95 % (0.05 below its start [-0.02, 0.28]). Between 856 and 1,336 queries
+  zero). Then VADER's reward wavers and rises, and accuracy ends at 95 % (0.05 below what it was after 56 queries [-0.02, 0.28]). Between 856 and 1,336 queries
   the action judge falls in two of three seeds, by 0.62 and 0.75 (mean of three 0.46 [0.15, 0.90], over prompts); 4, 25 and 9 % of the motions end wrong. At
   1e-3 all motions stayed right (accuracy ends at 96 %), and the judge's loss of 0.02 [-0.03, 0.12] cannot be told from zero. The others' mean rewards were
   still rising; at their chosen rates no judge shows a clear loss, and motion fell a little, as for best of 8.
@@ -234,10 +235,10 @@ The same on the flow model, where a step scores all frames of eight clips, and t
 
 {ends}
 
-Here the roll-out is a twentieth of a step, so reuse saves almost nothing: in 60 seconds n = 1, 2 and 4 make 16 updates each (a step of n = 8 takes 30 seconds,
+Here the roll-out is a twentieth of a step, so reuse saves almost nothing: in 60 seconds n = 1, 2 and 4 make 15 or 16 updates (a step of n = 8 takes 30 seconds,
 and the last one began in time). No difference between
 n = 1 and the others is clear, neither in the reward (n = 4: +0.001 [-0.021, +0.032]) nor in the held-out reward (-0.058 [-0.374, +0.035]), and the gain of
-n = 1 over the base barely is. With this, n stays 1. (Run before the decoder became faster: 60 seconds now hold some 20 updates, here and in the next race on this model.)
+n = 1 over the base just is not. With this, n stays 1. (Run before the decoder became faster: 60 seconds now hold some 20 updates, here and in the next race on this model.)
 """
 STRATEGIES = """\
 Which steps learn, and along which path the gradient reaches them, each as its paper has it. Every contestant has 60 seconds, one learning rate for
@@ -245,21 +246,21 @@ all (their gradients differ in length, which AdamW divides out; no rate was tune
 
 {ends}
 
-- **Nobody is far ahead.** All gain over the base, and all reach 98 to 100 % of colors and shapes. ReFL ends 0.006 above K = 1 [0.001, 0.013], DRTune
+- **Nobody is far ahead.** All gain over the base, and all reach 99 to 100 % of colors and shapes. ReFL ends 0.006 above K = 1 [0.001, 0.013], DRTune
   and LeapAlign 0.004 (intervals from 0.0002 on); of eight comparisons one may be luck.
 - **All five steps cost too much here:** 21 updates instead of K = 1's 51, and 0.008 less reward [0.002, 0.021]. K = 2 is a little behind, too.
 - **More reward, less motion:** in the last panel the contestants lie on one line, whichever steps they train. No judge tells them apart.
 """
 STRATEGIES_WAN = """\
 The same on the flow model, with all frames of eight clips. There the decoder costs so much more than the denoiser that all strategies make about as many
-updates in 60 seconds (14 to 16). Differences are from K = 1:
+updates in 60 seconds (13 to 16; DRaFT-LV, which scores each clip twice, 8). Differences are from K = 1:
 
 {ends}
 
-- **Here the last step alone learns least,** it and `DRaFTLV`, which is made of last steps. K = 2, K = 5, LeapAlign and Direct-Align end 0.009 to 0.015 higher, and each one's
-  worst seed ends above K = 1's best. But all these intervals, over 48 prompts, contain zero.
+- **Here K = 1 ends lowest, but for DRaFT-LV.** K = 2, K = 5, LeapAlign and Direct-Align end 0.009 to 0.015 higher, and each one's worst seed is above K = 1's best.
+  But the intervals over 48 prompts all contain zero: two thirds of the lead of K = 2 and K = 5 come from a single prompt.
 - **No judge tells them apart:** oracle accuracy 0.62 to 0.64, and the held-out reward's intervals contain zero.
-- So K = 1, which is VADER's setting for long chains in big UNets, is not a law: where the decoder dominates, more steps cost nothing. Try K = 2.
+- So K = 1, VADER's setting for long chains in big UNets, is not a law: where the decoder dominates, more steps cost little, and are worth trying.
 """
 NEAR = """\
 A reckless run, on purpose: the aesthetic reward alone at a learning rate of 1e-2 ruins the clips within a minute. Each contestant adds one thing that might hold it
@@ -267,14 +268,15 @@ back. (Early stopping is in the picture, too: the points of a path are what one 
 
 {ends}
 
-- **The distance to the base does it.** With `base_penalty=10` the reward rises by 0.073 [0.010, 0.132], as much as with nothing (0.083 [-0.152, 0.301]), and no
-  judge finds a loss: accuracy -0.02 [-0.10, 0.07], motion +0.001 [-0.0001, 0.002], diversity +0.03 [-0.04, 0.15]. With nothing, four of ten clips lose their color or shape, and
-  what looks like more motion and diversity is flicker. The penalty costs a quarter of the updates, for the base's denoiser calls. At 1 it is too weak.
-- **Weight decay, a moving average and a cap do not.** All end with higher rewards than nothing does, and with 0.30 to 0.50 less accuracy than the base.
-  (Frames that are still below the cap go on pulling.)
-- **A slower run** (a third of the rate) loses less, and gains no reward either. **A second reward** that reads the prompt (`50 * hps + aesthetic`) costs no
+- **The distance to the base does it.** With `base_penalty=10` (in units of the reward) the reward rises by 0.073 [0.010, 0.132], about as much as with nothing (0.083 [-0.152, 0.301]), and no
+  judge finds a clear loss: accuracy -0.02 [-0.10, 0.07], held-out reward +0.03 [-0.09, 0.36], motion +0.001 [-0.0001, 0.002], diversity +0.03 [-0.04, 0.15]. With
+  nothing, four of ten clips have the wrong color or shape (base: 6 %), and what looks like more motion and diversity is broken clips. The penalty costs a quarter of
+  the updates, for the base's denoiser calls. At 1 it is too weak.
+- **Weight decay, a moving average and a cap do not,** at the one strength that was tried of each (the cap is the base's mean). Their mean rewards end higher than with nothing, their
+  accuracy 0.30 to 0.50 below the base's.
+- **A slower run** (a third of the rate) loses less, but gains no reward. **A second reward** that reads the prompt (`50 * hps + aesthetic`) costs no
   clear accuracy, and gains no clear aesthetic.
-- Seeds differ widely: with nothing, accuracy ends between 0.15 and 0.98.
+- Seeds differ widely: accuracy ends at 0.15, 0.65 and 0.98 with nothing, and at 0.75, 1.00 and 1.00 with the penalty. The intervals are over prompts.
 """
 REUSE = """\
 One roll-out serves n updates (`rollout_reuse`), each with the current adapter and other frames. Every contestant has 60 seconds; n = 1 is the default.
@@ -282,7 +284,7 @@ One roll-out serves n updates (`rollout_reuse`), each with the current adapter a
 {ends}
 
 n = 4 reaches the final reward of n = 1 after 27 seconds instead of 61 (interval 11 to 59), and n = 2 after 31 (15 to never). At
-equal seconds the differences are not clear: the reward +0.005 [-0.001, +0.012], the held-out reward -0.017 [-0.086, +0.010], and motion -0.0005 [-0.001, +0.0001].
+equal seconds the differences of n = 4 from n = 1 are not clear: the reward +0.005 [-0.001, +0.012], the held-out reward -0.017 [-0.086, +0.010], and motion -0.0005 [-0.001, +0.0001].
 So reuse may save time, and gains nothing that a judge notices. A default would have to win on the held-out reward, on both embedded models: n stays 1.
 """
 

@@ -537,6 +537,9 @@ def test_a_run_does_not_go_on_from_another_ones_checkpoint(fresh, tmp_path):
             **FAST,
         )
     assert list(list_checkpoints(tmp_path / "one")) == [2, 4]  # nothing is discarded
+    backup = shutil.copytree(theirs, tmp_path / "backup")  # nobody knows whose it was
+    options = FAST | {"output_dir": tmp_path / "other", "resume": backup}
+    assert len(align(fresh(), brightness(), PROMPTS, steps=6, **options).metrics) == 6
 
 
 def test_random_states_come_back_from_a_file_numpys_too(tmp_path):

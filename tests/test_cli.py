@@ -325,6 +325,10 @@ def test_a_mistake_is_a_failed_process(tmp_path):
         ("evaluate clips=0", "clips must be at least 1, got 0"),
         ("evaluate eval_batch_size=0", "eval_batch_size must be at least 1"),
         ("align held_out_reward=action held_out=cats.txt", "no action .* 'a cat asleep'"),
+        (
+            "align held_out_reward=action held_out=cats.txt validation_steps=1 evaluation=false",
+            "no action .* 'a cat asleep'",
+        ),
     ],
 )
 def test_more_mistakes_found_before_anything_is_loaded(
@@ -346,11 +350,14 @@ def test_a_judge_that_needs_more_frames_is_a_mistake_before_training(shell, tmp_
 
 def test_a_warning_is_one_line(shell, monkeypatch):
     def shown():
-        return warnings.formatwarning("mind the gap", UserWarning, "trainer.py", 1)
+        return warnings.formatwarning("mind the gap", UserWarning, warnings_of, 1)
 
     monkeypatch.setattr(vader_nb.models, "table", shown)
+    warnings_of = "vader_nb/trainer.py"
     assert shell("models").stdout == "vader-nb: mind the gap\n\n"
-    assert "trainer.py" in shown()  # elsewhere as ever
+    assert "trainer.py" in shown()  # outside of a command as ever
+    warnings_of = "torch/nn.py"
+    assert "torch/nn.py" in shell("models").stdout
 
 
 def test_what_a_validation_looked_at_is_said(capsys, tiny):

@@ -63,6 +63,13 @@ def test_a_misspelled_key_is_no_prompt():
         read(Sample, ["a star", "adaptor=runs/first"])
     with pytest.raises(ValueError, match="unknown key 'sclae'; did you mean scale?"):
         read(Sample, ["a star", "sclae=0.5"])
+    with pytest.raises(ValueError, match="unknown key 'steps'; did you mean num_inference_steps?"):
+        read(Sample, ["a star", "steps=3"])
+    with pytest.raises(ValueError, match="unknown key 'rank'"):  # of align
+        read(Sample, ["a star", "rank=4"])
+    with pytest.raises(ValueError, match="unknown key 'batch'; did you mean batch_size?"):
+        read(Align, ["batch=4"])
+    assert read(Sample, ["steps=down the stairs"]).prompts == ["steps=down the stairs"]
 
 
 def test_the_shell_reaches_what_python_reaches():
@@ -467,7 +474,7 @@ def test_lengths_and_sizes_that_have_no_number(tmp_path):
     notes = config.translated(tmp_path / "train.sh", "vader")[1]
     assert {
         "image_size: left out; give height and width in pixels",
-        "fps: left out; the model's own",
+        "fps: left out; the model's own is used",
     } < {*notes}
 
 

@@ -50,8 +50,8 @@ def find_checkpoint(folder: Path, resume: bool | str | Path) -> Path | None:
         return None
     if resume is not True and resume != "latest":
         found = checkpoint_at(resume)
-        run = run_folder(found)
-        if (folder / "config.json").is_file() and run.resolve() != folder.resolve():
+        run = owner(found)  # a copy kept elsewhere has none
+        if run and (folder / "config.json").is_file() and run.resolve() != folder.resolve():
             raise ValueError(
                 f"cannot resume in {folder}: {found} belongs to the run in {run}; resume it there, or start a "
                 f"new run from its adapter: adapter={found}"
@@ -72,11 +72,16 @@ def checkpoint_at(path: str | Path) -> Path:
     return Path(path)
 
 
+def owner(checkpoint: Path) -> Path | None:
+    """The folder of the run in which a checkpoint lies, if it lies in one."""
+    folders = Path(os.path.abspath(checkpoint)).parents[:2]
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
 def run_folder(checkpoint: Path) -> Path:
     """The folder of the run that made a checkpoint."""
-    for folder in Path(os.path.abspath(checkpoint)).parents[:2]:
-        if (folder / "config.json").is_file():
-            return folder
+    if folder := owner(checkpoint):
+        return folder
     raise ValueError(
         f"{checkpoint} is not in a run's folder: copy it to …/checkpoints of the run that it belongs to"
     )

@@ -22,6 +22,7 @@ import vader_nb  # whose names are imported when they are used: help and mistake
 from . import config
 
 EPILOG = "Errors you can fix print one line and exit with 2; others are bugs, with a traceback."
+FORMAT_WARNING = warnings.formatwarning
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
 # The least that a number of prompts or clips may be.
@@ -156,14 +157,17 @@ def run_align(arguments):
     if in_tiny_world(arguments):
         prompts = in_vocabulary(arguments, reward, prompts)
         groups = groups and evaluation_prompts(arguments, prompts)
-    evaluated = [str(prompt) for texts in groups.values() for prompt in texts]
+    judges, evaluated = [reward, *others], [*groups]
+    if not arguments.evaluation:  # but a validation, or none
+        judges, evaluated = judges[-1:], [validation_group(groups)][: len(groups)]
     for judge in (reward, *others):  # now, and not only when it is asked after hours of training
         judge.check_ready()
-        judge.check_prompts(evaluated)
+    for judge in judges:
+        judge.check_prompts([str(prompt) for group in evaluated for prompt in groups[group]])
     model = load(arguments)
     if groups:
         total_frames = sampling_of(arguments).resolve(model).total_frames
-        for judge in (reward, *others):
+        for judge in judges:
             judge.check_frames(total_frames)
     for name, value in decoder.items():
         setattr(model, name, value)
@@ -437,7 +441,8 @@ def main(argv: list[str] | None = None) -> None:
         print(config.usage(kind))
         return
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    warnings.formatwarning, formatted = short_warning, warnings.formatwarning
+    if not os.environ.get("VADER_NB_DEBUG"):
+        warnings.formatwarning = short_warning
     before = signal.getsignal(signal.SIGINT)
     at_once = before is signal.default_int_handler and in_main_thread()
     if at_once:
@@ -462,17 +467,17 @@ def main(argv: list[str] | None = None) -> None:
             raise
         sys.exit(failed(error))
     finally:
-        warnings.formatwarning = formatted
+        warnings.formatwarning = FORMAT_WARNING
         if at_once:
             signal.signal(signal.SIGINT, before)
         leave_process_group()
 
 
 def short_warning(message, category, filename, lineno, line=None) -> str:
-    """Without the place in the code, which means nothing in a shell."""
-    return (
-        f"vader-nb: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
-    )
+    """This package's own warnings without their place in the code, which means nothing in a shell."""
+    if any(place in filename for place in ("vader_nb", "vader-nb", "runpy")):
+        return f"vader-nb: {message}\n"
+    return FORMAT_WARNING(message, category, filename, lineno, line)
 
 
 def in_main_thread() -> bool:

@@ -441,8 +441,12 @@ def check_keys(given: dict, known: dict, where: str = "") -> None:
     keys = all_keys(known)
     for key in given:
         if key not in keys:
-            parts = [name for name in keys if key in name.split("_")]
-            near = parts[:1] or difflib.get_close_matches(key, keys, 1)
+            parts = [name for name in known if key in name.split("_")]
+            near = (
+                difflib.get_close_matches(key, keys, 1, cutoff=0.75)
+                or difflib.get_close_matches(key, parts, 1, cutoff=0)
+                or difflib.get_close_matches(key, keys, 1)
+            )
             hint = f"; did you mean {near[0]}?" if near else ""
             shown = key if len(key) < 60 else f"{key[:50]}…"
             raise ValueError(f"unknown key {shown!r}{where}{hint} (--help lists all)")

@@ -2,8 +2,9 @@
 
 One clip's gradient is a random vector: it depends on the prompt, the seed, the scored frame, and what the strategy
 draws (steps, noise). For each strategy prints, as a Markdown table, the share of each source in the variance, each
-source within those before it (a nested analysis of variance, summed over the adapter's entries), and how many clips a
-batch needs until the mean gradient is as long as its noise: variance / squared length of the mean gradient.
+source within those before it (a nested analysis of variance, summed over the adapter's entries; one near zero may come out
+below it), and how many clips a batch needs until the mean gradient is as long as its noise: variance / squared length
+of the mean gradient, with two standard errors of that length (jackknife over prompts).
 """
 
 import itertools
@@ -45,6 +46,18 @@ def components(values: torch.Tensor) -> tuple[list[float], float]:
     return found[::-1], values.square().sum().item() - below
 
 
+def clips_needed(values: torch.Tensor) -> str:
+    """Variance / squared length of the mean, and its range; "more than …" where the length may be zero."""
+    parts, signal = components(values)
+    without = [torch.cat([values[:i], values[i + 1 :]]) for i in range(len(values))]
+    signals = torch.tensor([components(rest)[1] for rest in without])
+    error = 2 * ((len(values) - 1) * signals.var(correction=0)).sqrt().item()
+    low = sum(parts) / max(signal + error, 1e-300)
+    if signal <= error:
+        return f"more than {low:.0f}"
+    return f"{sum(parts) / signal:.0f} ({low:.0f} to {sum(parts) / (signal - error):.0f})"
+
+
 def gradients(model, adapter, reward, strategy) -> torch.Tensor:
     """One clip's gradient for every draw of every source."""
     sampling = Sampling(num_inference_steps=5).resolve(model)  # as in the races
@@ -80,10 +93,10 @@ def main(name: str = "tiny", *strategies: str) -> None:
     print(f"| `{name}` | {' | '.join(SOURCES)} | clips |")
     print("|---" * (len(SOURCES) + 2) + "|")
     for text in strategies or STRATEGIES:
-        parts, signal = components(gradients(model, adapter, reward, parse_strategy(text)))
-        total = sum(parts)
-        shares = " | ".join(f"{part / total:.0%}" for part in parts)
-        print(f"| {text} | {shares} | {total / signal:.0f} |", flush=True)
+        values = gradients(model, adapter, reward, parse_strategy(text))
+        parts, _ = components(values)
+        shares = " | ".join(f"{part / sum(parts):.0%}" for part in parts)
+        print(f"| {text} | {shares} | {clips_needed(values)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -201,10 +201,9 @@ class Combined(Reward):
 
     def __init__(self, function: Callable, template: str, *operands: Reward | float):
         for x in operands:
-            if not isinstance(x, Reward | int | float):
-                raise TypeError(
-                    f"{template.format(*operands)}: {x!r} is neither a reward nor a number"
-                )
+            if not isinstance(x, Reward) and not hasattr(x, "__float__"):
+                shown = template.format(*operands)
+                raise TypeError(f"{shown}: {x!r} is neither a reward nor a number")
         self.function = function
         self.children = tuple(x for x in operands if isinstance(x, Reward))
         self.per_frame = all(child.per_frame for child in self.children)
