@@ -278,6 +278,17 @@ back. (Early stopping is in the picture, too: the points of a path are what one 
   clear accuracy, and gains no clear aesthetic.
 - Seeds differ widely: accuracy ends at 0.15, 0.65 and 0.98 with nothing, and at 0.75, 1.00 and 1.00 with the penalty. The intervals are over prompts.
 """
+NEAR_WAN = """\
+The same on the flow model, with all frames of eight clips, where the reckless run is faster still.
+
+{ends}
+
+- **With nothing, no clip is right at the end:** and the aesthetic network gives them twice the base's score. Weight decay and the moving average end there, too.
+- **The penalty of 10 holds again:** reward +0.16 [0.04, 0.48], the judge and motion as the base's, but accuracy falls by 0.10 [0.002, 0.21]. At 1 it slows the fall, as a lower rate does.
+- **And so does stopping early.** With nothing, after 4 of 32 steps, the reward is 0.24 higher [0.07, 0.46], accuracy 0.10 lower [0.02, 0.19], and the judge
+  sees no loss: nowhere is the penalty's end clearly better. It keeps you there; stopping needs someone who looks in time.
+- On both models, then: a penalty on the distance, or an early stop by a judge that is not trained on. Nothing else that was tried held.
+"""
 REUSE = """\
 One roll-out serves n updates (`rollout_reuse`), each with the current adapter and other frames. Every contestant has 60 seconds; n = 1 is the default.
 
@@ -321,6 +332,9 @@ SECTIONS = {  # by the names of the published races
         against="K = 1",
     ),
     "near": Section("Staying near the base", "races/near", "reward_queries", NEAR),
+    "near-wan": Section(
+        "Staying near the base: the flow model", f"races/near {FLOW}", "reward_queries", NEAR_WAN
+    ),
     "rates": Section("How the learning rates were found", "races/rates", "reward_queries", RATES),
 }
 SHOWN = (
