@@ -289,6 +289,29 @@ The same on the flow model, with all frames of eight clips, where the reckless r
   sees no loss: nowhere is the penalty's end clearly better. It keeps you there; stopping needs someone who looks in time.
 - On both models, then: a penalty on the distance, or an early stop by a judge that is not trained on. Nothing else that was tried held.
 """
+VARIANCE = """\
+## Where a gradient's noise comes from
+
+One clip's gradient depends on what was drawn for it: prompt, seed, the scored frame, and what the strategy draws (steps, noise). The share of each in the variance,
+within those before it; left `tiny`, right `tiny-wan`; five steps, an adapter with random weights, 12 prompts × 2 seeds × 2 frames × 2 draws
+(`python -m tests.benchmarks.variance tiny`). These are rough: a share of nothing comes out as low as -29 %.
+
+| strategy | prompt | seed | frame | strategy's draws | clips | prompt | seed | frame | strategy's draws | clips |
+|---|---|---|---|---|---|---|---|---|---|---|
+| `Last(1)` | 11% | -10% | 99% | 0% | more than 11 | 2% | 10% | 88% | 0% | more than 165 |
+| `Last(3)` | 11% | -9% | 98% | 0% | more than 11 | 0% | -12% | 112% | 0% | more than 180 |
+| `DRaFTLV(1)` | 3% | -29% | 72% | 55% | more than 42 | 2% | 18% | 11% | 69% | more than 77 |
+| `ReFL(0.4)` | 30% | -3% | 29% | 44% | more than 23 | 4% | 0% | 80% | 16% | more than 145 |
+| `DRTune(2)` | 46% | 1% | 42% | 11% | more than 20 | 2% | 12% | 77% | 10% | more than 108 |
+| `DirectAlign(1)` | 38% | -1% | 17% | 46% | more than 16 | 1% | -1% | 5% | 95% | more than 183 |
+| `LeapAlign` | 42% | -8% | 62% | 4% | more than 41 | 0% | 29% | 54% | 18% | more than 154 |
+
+- **The frame is most of it.** With K = 1, some nine tenths of the variance lie between two frames of the same clip. So score more frames before you sample more clips:
+  where frames are decoded one by one, another frame costs less than another clip.
+- **Random strategies add their own.** Their steps or noise are 4 to 69 % of the variance, and 95 % for Direct-Align on the flow.
+- ***Clips*** is how many a batch needs until its mean gradient is as long as its noise: more than these, as two standard errors of that length reach zero for all.
+  So the gradient of four or eight clips is mostly noise; AdamW's memory and many steps average it.
+"""
 REUSE = """\
 One roll-out serves n updates (`rollout_reuse`), each with the current adapter and other frames. Every contestant has 60 seconds; n = 1 is the default.
 
@@ -386,7 +409,7 @@ def races_page() -> str:
             "",
             found.format(ends=ends(race, against)),
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, VARIANCE])
 
 
 PAGES = {
