@@ -655,7 +655,7 @@ def test_an_adapter_that_cannot_be_written_is_on_the_model_still(fresh, tmp_path
         return save(self, path, **metadata)
 
     monkeypatch.setattr(lora.Adapter, "save", full)
-    with pytest.warns(UserWarning, match="it is on the model still"):
+    with pytest.warns(UserWarning, match="a notebook still has it"):
         run = align(fresh(), brightness(), PROMPTS, steps=2, output_dir=tmp_path / "run", **FAST)
     monkeypatch.undo()
     assert lora.read(run.adapter.save(tmp_path / "elsewhere.safetensors"))[0]

@@ -265,7 +265,7 @@ def test_it_is_saved_and_its_adapter_is_read_by_diffusers_pipeline(directory, tm
     [
         ({"height": 24}, "height=24 must be a positive multiple of 16 pixels"),
         ({"width": 8}, "width=8 must be a positive multiple of 16 pixels"),
-        ({"num_frames": 8}, "num_frames=8 must be 1 more than a multiple of 4 .*: take 5 or 9"),
+        ({"num_frames": 8}, "num_frames=8 must be 1 more than a multiple of 4 .*: use 5 or 9"),
         ({"options": {"true_cfg_scale": 0.5}}, "true_cfg_scale must be at least 1, got 0.5"),
     ],
 )

@@ -246,7 +246,7 @@ def test_a_saved_copy_and_diffusers_read_what_was_trained(directories, tmp_path)
     [
         ({"height": 40}, "height=40 must be a positive multiple of 16"),
         ({"width": 8}, "width=8 must be a positive multiple of 16"),
-        ({"num_frames": 8}, "num_frames=8 must be 1 more than a multiple of 4 .*: take 5 or 9"),
+        ({"num_frames": 8}, "num_frames=8 must be 1 more than a multiple of 4 .*: use 5 or 9"),
         ({"num_inference_steps": 1}, "num_inference_steps=1 must be at least 2"),
         ({"options": {"fps": 0}}, "fps must be at least 1"),
     ],

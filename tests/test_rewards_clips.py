@@ -271,7 +271,7 @@ def test_distances_are_named_and_checked(build):
         reward(clips(), [""])
     with pytest.raises(ValueError, match="distance=0 must be 1 frame or more"):
         build("dino", distance=0)
-    with pytest.raises(ValueError, match="floor=-1 "):
+    with pytest.raises(ValueError, match="floor=-1, "):
         build("dino", floor=-1)
 
 

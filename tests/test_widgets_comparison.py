@@ -716,7 +716,10 @@ def test_votes_are_counted_kept_and_come_back(comparison, tiny, tmp_path):
     assert tally.rate == pytest.approx((wins + 0.5) / 4)
     assert tally.low < tally.rate < tally.high
     comparison.tally_button.click()
-    assert f"hps against base: {wins} won, {losses} lost, 1 without" in comparison.counts.value
+    assert (
+        f"hps against base: {wins} won, {losses} lost, 1 with no difference"
+        in comparison.counts.value
+    )
     again = make(tiny, tmp_path)
     assert again.tally() == tally
     again.blind.value = True
