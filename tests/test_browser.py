@@ -589,17 +589,16 @@ def test_after_a_restart_a_panel_says_so_and_after_a_reload_its_picture_is_there
     page.locator(".jp-Notebook").click(position={"x": 5, "y": 5})
     page.keyboard.press("Control+s")
     wait_until(lambda: "vader-still" in (folder / "restart.ipynb").read_text(), page)
-    page.reload()  # which opens the notebooks of earlier tests, too, behind this one
-    notebook = page.locator(".jp-NotebookPanel:visible")
-    still = notebook.locator(".vader-still")
+    browser.open_notebook(
+        page, address, "restart.ipynb"
+    )  # reload() opens earlier tests' notebooks, too
     expect(still).to_be_visible()
     expect(still).to_contain_text("Run this cell again")
     expect(still.get_by_alt_text("a blue square shrinking on a gray background")).to_be_visible()
     assert still.locator("img").bounding_box()["width"] > 300  # enlarged without the panel's style
     expect(page.get_by_text("Error displaying widget")).to_be_hidden()
-    browser.wait_for_kernel(page)
     browser.run_all(page)
-    notebook.locator(".vader img.vader-frame").first.wait_for()
+    page.locator(".vader img.vader-frame").first.wait_for()
     expect(still).to_be_hidden()
 
 
