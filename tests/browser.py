@@ -146,11 +146,6 @@ def notebook(path: Path, *cells: str) -> Path:
 def open_notebook(page: Page, address: str, name: str) -> None:
     page.goto(f"{address}/lab/tree/{name}?reset")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-    wait_for_kernel(page)
-
-
-def wait_for_kernel(page: Page) -> None:
-    """Until the page is connected to one that has nothing to do: a cell that is run before may never be."""
     page.locator(".jp-StatusBar-TextItem, .jp-StatusBar-Item", has_text="| Idle").first.wait_for()
 
 
@@ -161,9 +156,8 @@ def menu(page: Page, first: str, entry: str) -> None:
 
 def run_all(page: Page) -> None:
     """Lab shows a kernel as idle a little before it takes what is sent to it."""
-    prompts = page.locator(
-        ".jp-InputPrompt"
-    )  # [ ], [*], [1]; numbers of an earlier run may be there
+    # [ ], [*] or [1]; numbers of an earlier run may be there.
+    prompts = page.locator(".jp-InputPrompt")
     before = prompts.all_inner_texts()
     for _ in range(10):
         menu(page, "Run", "^Run All Cells$")

@@ -589,9 +589,8 @@ def test_after_a_restart_a_panel_says_so_and_after_a_reload_its_picture_is_there
     page.locator(".jp-Notebook").click(position={"x": 5, "y": 5})
     page.keyboard.press("Control+s")
     wait_until(lambda: "vader-still" in (folder / "restart.ipynb").read_text(), page)
-    browser.open_notebook(
-        page, address, "restart.ipynb"
-    )  # reload() opens earlier tests' notebooks, too
+    # Not page.reload(), which brings back the notebooks of earlier tests, too.
+    browser.open_notebook(page, address, "restart.ipynb")
     expect(still).to_be_visible()
     expect(still).to_contain_text("Run this cell again")
     expect(still.get_by_alt_text("a blue square shrinking on a gray background")).to_be_visible()

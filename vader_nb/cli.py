@@ -159,7 +159,7 @@ def run_align(arguments):
         groups = groups and evaluation_prompts(arguments, prompts)
     judges, evaluated = [reward, *others], [*groups]
     if not arguments.evaluation:  # but a validation, or none
-        judges, evaluated = judges[-1:], [validation_group(groups)][: len(groups)]
+        judges, evaluated = judges[-1:], [validation_group(groups)] if groups else []
     for judge in (reward, *others):  # now, and not only when it is asked after hours of training
         judge.check_ready()
     for judge in judges:

@@ -101,8 +101,8 @@ def race(
     sampling = TrainConfig.from_flat(settings).sampling.resolve(model)
     texts, folder = prompt_sets.get(held_out), Path(output_dir).expanduser()
     with alone(model) as (index, count):
-        numbers = (seeds_per_prompt, eval_batch_size)
-        evaluator = Evaluator(model, metrics, sampling, features, *numbers, keep=1)
+        options = {"seeds_per_prompt": seeds_per_prompt, "batch_size": eval_batch_size, "keep": 1}
+        evaluator = Evaluator(model, metrics, sampling, features, **options)
         evaluator.check_prompts(texts)
         of = model, judged[0], prompts, evaluator, texts
         runner = Runner(*of, unit, limit, evaluations, folder)

@@ -37,6 +37,7 @@ class RMSNorm(WanRMS_norm):
 
 
 def use_quick_norms(vae: nn.Module) -> None:
+    """Make diffusers' norms in an autoencoder `RMSNorm`; parameters and their names stay."""
     for module in vae.modules():
         if type(module) is WanRMS_norm:
             module.__class__ = RMSNorm
