@@ -656,6 +656,25 @@ def test_nothing_fell_where_nothing_happened():
     assert false <= 5
 
 
+def killed_run(folder, adapter):
+    """A run's folder with three checkpoints, half a fourth, and half a line of metrics."""
+    adapter.scale = 1.0
+    for step, scale in ((20, 0.5), (40, 1.0), (60, 0.25)):
+        with torch.no_grad():
+            for b in adapter.parameters()[1::2]:
+                b.mul_(scale)
+        adapter.save(folder / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors")
+        with torch.no_grad():
+            for b in adapter.parameters()[1::2]:
+                b.div_(scale)
+    (folder / "checkpoints" / "step-000080.part").mkdir()
+    rows = [{"step": step, "reward": RISING[step], "grad_norm": 1.0} for step in range(1, 61)]
+    rows[10] = {"step": 11, "skipped": "not finite"}
+    lines = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 61, "rew'
+    (folder / "metrics.jsonl").write_text(lines)
+    return folder
+
+
 def test_the_best_checkpoint_of_a_run(micro, weaker, tmp_path):
     """Real adapters of a real model; the held-out reward is what one of them does most of."""
     folder, strong = weaker
@@ -674,22 +693,7 @@ def test_the_best_checkpoint_of_a_run(micro, weaker, tmp_path):
         > 0
     )
     held_out = rewards.brightness() * (1.0 if up else -1.0)
-    run = tmp_path / "run"
-    for step, scale in ((20, 0.5), (40, 1.0), (60, 0.25)):
-        strong.scale = 1.0
-        with torch.no_grad():
-            for b in strong.parameters()[1::2]:
-                b.mul_(scale)
-        strong.save(run / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors")
-        with torch.no_grad():
-            for b in strong.parameters()[1::2]:
-                b.div_(scale)
-    (run / "checkpoints" / "step-000080.part").mkdir()
-    rows = [{"step": step, "reward": RISING[step], "grad_norm": 1.0} for step in range(1, 61)]
-    rows[10] = {"step": 11, "skipped": "not finite"}
-    (run / "metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 61, "rew'
-    )
+    run = killed_run(tmp_path / "run", strong)
 
     choice = best_checkpoint(run, micro, held_out, groups["all"], **options)
     assert [point.step for point in choice.points] == [0, 20, 40, 60]

@@ -103,11 +103,9 @@ def race(
     with alone(model) as (index, count):
         options = {"seeds_per_prompt": seeds_per_prompt, "batch_size": eval_batch_size, "keep": 1}
         evaluator = Evaluator(model, metrics, sampling, features, **options)
-        evaluator.check_prompts(texts)
         of = model, judged[0], prompts, evaluator, texts
         runner = Runner(*of, unit, limit, evaluations, folder)
-        for job in {job.contestant: job for job in jobs}.values():
-            runner.check(job)
+        runner.check(jobs)
         about = described(runner, judged, [*prompt_sets.get(prompts), *texts])
         begin(folder, about, index)
         runner.run_all(jobs[index::count], disable=not progress, position=index)
@@ -206,20 +204,30 @@ class Runner:
         options |= {"reached": reached, "estimator": estimator}
         return MeteredTrainer(self.model, reward, self.prompts, config, **options)
 
-    def check(self, job: Job):
-        """Raises ValueError, with the contestant's name, for a job that cannot be run."""
-        try:
-            if job.seed is None:
-                return self.sampler(job)
-            trainer = self.trainer(job)
-            config, group = trainer.config, trainer.estimator.clips_per_prompt
-            clips = config.batch_size * config.gradient_accumulation_steps
-            if clips % group:
-                raise ValueError(
-                    f"the {clips} clips of a step cannot be divided into groups of {group}"
-                )
-        except ValueError as error:
-            raise ValueError(f"contestant {job.contestant!r}: {error}") from error
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Check the held-out prompts, and a job of each contestant.
+
+        Raises:
+            ValueError: for prompts that a judge cannot score; with the contestant's name, for a job that cannot be run.
+        """
+        self.evaluator.check_prompts(self.texts)
+        for job in {job.contestant: job for job in jobs}.values():
+            try:
+                self.check_job(job)
+            except ValueError as error:
+                raise ValueError(f"contestant {job.contestant!r}: {error}") from error
+
+    def check_job(self, job: Job) -> None:
+        if job.seed is None:
+            self.sampler(job)
+            return
+        trainer = self.trainer(job)
+        config, group = trainer.config, trainer.estimator.clips_per_prompt
+        clips = config.batch_size * config.gradient_accumulation_steps
+        if clips % group:
+            raise ValueError(
+                f"the {clips} clips of a step cannot be divided into groups of {group}"
+            )
 
     def sampler(self, job: Job) -> BestOf | RewardGuidance | None:
         """What samples the clips of a contestant that is not trained; None: sampling alone."""

@@ -8,7 +8,7 @@ Shapes: latents (B, C, F, H, W), frames (B, F, 3, H, W) in [0, 1].
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -327,20 +327,14 @@ def roll_out(
         step: takes the steps in place of the scheduler.
         callback: as for `sample`.
     """
-    scheduler, state = _beginning(model, prompts, seeds, sampling, start)
-    conditioning, latents, generators = state
-    rollout = Rollout(prompts, conditioning, sampling, latents, generators)
+    scheduler, rollout = _beginning(model, prompts, seeds, sampling, start)
+    conditioning, latents, generators = rollout.conditioning, rollout.latents, rollout.generators
     timesteps = list(scheduler.timesteps)
-    cut, end, mode = len(timesteps) - window, len(timesteps) - stop, ()
+    cut, end = len(timesteps) - window, len(timesteps) - stop
     rollout.finite += start.finite[: cut + 1] if start else [conditioning.all_finite()]
-    with contextlib.ExitStack() as adapter_mode:
+    with _adapter_modes(adapter, cut, len(timesteps), adapter_range) as enter_mode:
         for i, t in list(enumerate(timesteps[:end]))[cut if start else 0 :]:
-            where = i, cut, len(timesteps), adapter_range
-            wanted = _adapter_mode(model.denoiser_at(t), *where) if adapter else ()
-            if wanted != mode:
-                adapter_mode.close()
-                adapter_mode.enter_context(_acting(adapter, *wanted))
-                mode = wanted
+            enter_mode(i, model.denoiser_at(t))
             if i == cut:
                 rollout.begin_window(scheduler)
             # A scheduler that is not asked to step does not count the steps.
@@ -367,12 +361,14 @@ def roll_out(
 
 
 def _beginning(model, prompts, seeds, sampling: Sampling, start: Rollout | None) -> tuple:
-    """The scheduler, and (conditioning, latents, generators): from noise, or at a roll-out's window."""
+    """The scheduler and an empty roll-out: from noise, or at another's window."""
     if start is None:
-        state = initial_state(model, prompts, seeds, sampling)
-        return model.new_scheduler(sampling), state
-    state = start.conditioning, start.states[0], start.generators
-    return copy.deepcopy(start.scheduler), state
+        conditioning, *noise = initial_state(model, prompts, seeds, sampling)
+        scheduler = model.new_scheduler(sampling)
+    else:
+        conditioning, *noise = start.conditioning, start.states[0], start.generators
+        scheduler = copy.deepcopy(start.scheduler)
+    return scheduler, Rollout(prompts, conditioning, sampling, *noise)
 
 
 def _kept_outputs(model, rollout: Rollout, scaled, t, passes_on: bool, last_call) -> dict:
@@ -437,16 +433,30 @@ def next_latents(model, scheduler, output, t, latents, rollout, generators=None)
     )
 
 
-def _adapter_mode(denoiser, step: int, cut: int, steps: int, adapter_range) -> tuple:
-    """The adapter's context for a step, and its argument: "disabled", or "fused" into the step's denoiser; none in
-    the window, which is replayed."""
-    if not adapter_active(step, steps, *adapter_range):
-        return ("disabled",)
-    return ("fused", denoiser) if step < cut else ()
+@contextlib.contextmanager
+def _adapter_modes(
+    adapter: Adapter | None, cut: int, steps: int, adapter_range: tuple[float, float]
+) -> Iterator[Callable[[int, torch.nn.Module], None]]:
+    """A function that puts the adapter into the mode of a step: disabled outside its range, fused into the step's
+    denoiser before the window; as it is in the window, which is replayed."""
+    current = ()
 
+    with contextlib.ExitStack() as acting:
 
-def _acting(adapter, name: str = "", *denoiser) -> contextlib.AbstractContextManager:
-    return getattr(adapter, name)(*denoiser) if name else contextlib.nullcontext()
+        def enter(step: int, denoiser: torch.nn.Module) -> None:
+            nonlocal current
+            if not adapter_active(step, steps, *adapter_range):
+                mode = ("disabled",)
+            else:
+                mode = ("fused", denoiser) if step < cut else ()
+            if adapter is None or mode == current:
+                return
+            acting.close()
+            if mode:
+                acting.enter_context(getattr(adapter, mode[0])(*mode[1:]))
+            current = mode
+
+        yield enter
 
 
 @exclusive

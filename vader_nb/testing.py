@@ -345,8 +345,7 @@ def plain_autograd(
         finals = [two_leaps(model, sampling, denoise, [*states, latents], plan)]
     texts: Any = list(prompts)
     clips = [model.decode(model.with_given(final, conditioning), chosen) for final in finals]
-    values = [reward(clip, texts) for clip in clips]
-    value = torch.stack(values).mean(0)
+    value = torch.stack([reward(clip, texts) for clip in clips]).mean(0)
     (-value.mean()).backward()
     return value.detach(), take_gradient(adapter)
 
