@@ -43,7 +43,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 
@@ -208,7 +208,7 @@ for name in ("color", "shape", "motion", "background"):
     row = evaluation.row("held-out", f"oracle: {name}")
     gains[name] = row.difference
     print(
-        f"{name:<11}{row.base:5.0%} → {row.adapter:4.0%}, 95 % interval of the difference "
+        f"{name:<11}{row.base:5.0%} → {row.adapter:4.0%}, 95% interval of the difference "
         f"{row.low:+.0%} to {row.high:+.0%}"
     )
 
@@ -220,7 +220,7 @@ course.predict(guess, "00-most", letter=letter, most=most, gain=100 * gains[most
 # %% [markdown]
 # Look at the interval: with so few clips, a difference of one or two is chance. Where the interval excludes zero, the clips got
 # *better*, as measured by something that training never saw; where it contains zero, we cannot tell. Neither is guaranteed.
-# (On these clips the base model itself is right less often than on all 200 held-out prompts, where it scores 84 %. That is chance,
+# (On these clips the base model itself is right less often than on all 200 held-out prompts, where it scores 84%. That is chance,
 # too, and the reason to compare the *same* clips.) Where the reward rises but no oracle does, the adapter has found something the
 # network likes and the prompt did not mean.
 #

@@ -46,7 +46,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 
@@ -542,7 +542,7 @@ by_model, by_decoder = (
 )
 added = by_model - by_decoder
 half = 1.96 * added.std() / len(added) ** 0.5
-print(f"added by the model: {added.mean():.3f} ± {half:.3f} (95 % interval), {len(added)} clips")
+print(f"added by the model: {added.mean():.3f} ± {half:.3f} (95% interval), {len(added)} clips")
 
 # %% [markdown]
 # The autoencoder is nearly innocent: in every clip, the color that comes out is almost as close to the prompt's as the one that went in.

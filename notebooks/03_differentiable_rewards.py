@@ -45,7 +45,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 
@@ -59,6 +59,7 @@ CLIPS = course.quick(CLIPS, 4)  # fewer when tests run this notebook
 
 # %% tags=["for-checks"]
 import matplotlib.pyplot as plt
+import numpy
 import torch
 from IPython.display import HTML
 
@@ -98,7 +99,10 @@ print("pictures", tuple(picture_vectors.shape), " sentences", tuple(sentence_vec
 # %%
 figure, axis = plt.subplots(figsize=(4.4, 3.2), layout="constrained")
 cosines = (picture_vectors @ sentence_vectors.T).detach().cpu()
-table = axis.imshow(cosines, cmap="viridis", vmin=0, vmax=1)
+table = axis.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+for (i, j), value in numpy.ndenumerate(cosines.numpy()):
+    color = "white" if abs(value) > 0.6 else "black"
+    axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
 names = [" ".join(prompt.split()[1:3]) for prompt in prompts]
 axis.set_xticks(range(3), names, fontsize=8)
 axis.set_yticks(range(3), names, fontsize=8)
@@ -330,7 +334,7 @@ fitted = [error(head(vectors), ratings) for head in heads]
 axis.semilogx(penalties, fitted, color="C7", label="to the given ratings")
 off = [error(head(unseen), truth) for head in heads]
 axis.semilogx(penalties, off, label="to the taste, unseen pictures")
-axis.axhline(greedy["mean"], color="gray", linestyle=":", label="the mean, to everything")
+axis.axhline(greedy["mean"], color="gray", linestyle=":", label="always the mean, to the taste")
 axis.set(xlabel="λ", ylabel="distance", ylim=(0, None))
 axis.legend(frameon=False, fontsize=8, loc="lower right")
 course.show(figure, "03-ridge")
@@ -383,7 +387,7 @@ for y, (name, values) in enumerate(change.items()):
     axis.errorbar(mean, y, xerr=half, fmt="o", color="C3", capsize=4)
 axis.axvline(0, color="gray", linewidth=0.7)
 axis.set_yticks(range(2), change)
-axis.set(xlabel="frozen − moving: a dot per clip; mean, 95 % interval", ylim=(1.5, -0.5))
+axis.set(xlabel="frozen − moving: a dot per clip; mean, 95% interval", ylim=(1.5, -0.5))
 course.show(figure, "03-frozen")
 
 # %%
@@ -546,7 +550,7 @@ for axis, (name, y) in zip(axes, curves.items()):
 course.show(figure, "03-slopes")
 
 # %% [markdown]
-# Red: no slope. For `round` and a threshold, the slope is zero everywhere; a clamp has one only in the middle. (PIL, numpy and `.byte()`, as in
+# Red: no slope. For `round` and a threshold, the slope is zero everywhere but at the jumps, where there is none; a clamp has one only in the middle. (PIL, numpy and `.byte()`, as in
 # `rounded` above, are worse: they leave autograd's graph altogether.) A sigmoid is a threshold that you can climb.
 #
 # **Exercise 3** (★, 10 minutes). This reward asks for *few bright pixels* and counts them. Counting has no gradient. Make it
@@ -626,7 +630,7 @@ gray = torch.full((1, 1, 3, 64, 64), 0.5, device=model.device)
 dreamed, curve = ascend(hps, gray, prompts[0])
 
 # %% [markdown]
-# > **Predict.** The sampled clip above has a certain `hps`. The dreamed picture will reach **(a)** less: it is not a real picture
+# > **Predict.** Frame 4 of the sampled clip above has a certain `hps`. The dreamed picture will reach **(a)** less: it is not a real picture
 # > · **(b)** about the same, and look like a red star · **(c)** more, and look like nothing
 
 # %%
@@ -636,7 +640,7 @@ guess = None  # "a", "b" or "c"
 real = hps(frames[:1, 4:5], prompts[:1]).item()
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.9), layout="constrained")
 left.imshow(course.picture(frames[0, 4]))
-left.set_title(f"sampled: hps {real:.2f}", fontsize=9)
+left.set_title(f"sampled, frame 4: hps {real:.2f}", fontsize=9)
 middle.imshow(course.picture(dreamed[0, 0]))
 middle.set_title(f"dreamed: hps {curve[-1]:.2f}", fontsize=9)
 right.plot(curve, label="dreamed")
@@ -665,7 +669,7 @@ course.predict(guess, "03-dreamed", letter="c" if curve[-1] > real else "a")
 # %%
 likes = {"hps": hps, "aesthetic": rewards.aesthetic("tiny").to(model.device)}
 likes["both"] = likes["hps"] + 0.02 * likes["aesthetic"]
-likes["calm"] = likes["aesthetic"].towards(7.0)  # minus the distance to 7
+likes["calm"] = likes["aesthetic"].towards(7.0)  # minus the distance to 7, frame by frame
 for name, reward in likes.items():
     values = reward(frames, prompts)
     print(f"{name:10}", " ".join(f"{value:6.3f}" for value in values), " ", reward)
@@ -673,8 +677,8 @@ for name, reward in likes.items():
 # %% [markdown]
 # Why 0.02? Because a rating of 7 and a cosine of 0.7 have different units: without a weight, the rating would drown out the
 # cosine. There is a way to choose that does not depend on units: measure how much each reward *varies* over clips of the base
-# model, and use this standard deviation as its unit. By this
-# yardstick, equal weights would need about 0.1; 0.02 gives the rating a fifth of the say.
+# model, and use this standard deviation as its unit. Here is
+# this yardstick for both:
 
 # %%
 from vader_nb.rewards import statistics
@@ -682,6 +686,9 @@ from vader_nb.rewards import statistics
 for name in ("hps", "aesthetic"):
     mean, std = statistics(likes[name], watched, asked)
     print(f"{name:10} mean {mean:6.3f}, spread {std:5.3f}:", likes[name].normalized(mean, std))
+
+# %% [markdown]
+# The rating varies ten times as much as the cosine, so 0.1 would give both the same say; 0.02 gives the rating a fifth of it.
 
 # %% [markdown]
 # ## …and may conflict
@@ -727,9 +734,8 @@ def adapter_gradient(reward, rollout):
     seen = [1, 4, 6] if reward.per_frame else list(range(8))
     gradient.accumulate(model, adapter, reward, rollout, plan, seen, gradient_checkpointing=False)
     direction = -torch.cat([p.grad.flatten() for p in adapter.parameters()]).cpu()
-    return (
-        direction / direction.norm()
-    )  # each clip counts as much: some gradients are 200 times as long
+    # Each clip counts the same: some gradients are 200 times as long as others.
+    return direction / direction.norm()
 
 
 pulls = []
@@ -772,7 +778,7 @@ for y, pair in enumerate(pairs):
     axis.errorbar(cosine[pair], y, xerr=half[pair], fmt="o", color="C0", capsize=3)
 axis.set_yticks(range(len(pairs)), [f"{names[i]}, {names[j]}" for i, j in pairs], fontsize=8)
 axis.set(
-    xlabel=f"cosine of adapter gradients, mean of {count} clips, 95 % interval", xlim=(-1.05, 1.05)
+    xlabel=f"cosine of adapter gradients, mean of {count} clips, 95% interval", xlim=(-1.05, 1.05)
 )
 axis.legend(frameon=False, fontsize=8, loc="lower right")
 course.show(figure, "03-conflict")
@@ -788,15 +794,16 @@ course.predict(guess, "03-conflict", letter=letter, value=value, reach=reach, ch
 # doubt, `compress` and `detail`, and those are opposites by construction (so you know that the picture works). Some of
 # the other intervals exclude zero, but none of their means leaves the band: nothing special.
 #
-# In pixels you would meet the opposite illusion: there a random cosine is 0.002, so one of 0.04 looks like nothing but is twenty
-# times chance. (`rewards.conflict` gives it per clip.) Numbers like these are easy to compute and easy to overinterpret. To find
-# out whether two rewards get along in training, train on their sum and look at each (chapter 7).
+# In pixels you would meet the opposite illusion: there a random cosine is about 0.003, so one of 0.04 looks like nothing but is more than
+# ten times chance. (`rewards.conflict` gives it per clip.) Numbers like these are easy to compute and easy to overinterpret. To find
+# out whether two rewards get along in training, train on their sum and watch each of them (chapter 7 shows how to watch).
 #
 # ## Published rewards
 #
 # What you built from small networks also exists at full size. The same functions load it: `rewards.hps()` is HPS
 # v2.1, `rewards.aesthetic()` is the LAION predictor, and `rewards.action()` knows 400 actions. They need a download, and some licenses have
-# conditions (VideoMAE's forbids commercial use). Here is the whole gallery, with what each one costs and when it fails:
+# conditions (VideoMAE's forbids commercial use). Here is the whole gallery, with what each one costs and when it fails. (*Memory*: of the weights, and
+# of scoring a clip of 16 frames, backward pass included; *typical*: usual scores.)
 
 # %%
 rewards.table()
@@ -812,7 +819,7 @@ rewards.table()
 # | per-frame scores | `reward.scores(frames, prompts)` | (B, F), or (B, 1) for a whole clip |
 # | $\partial R/\partial x$ | `frames.grad` | (B, F, 3, H, W) |
 # | $R_1 + w R_2$ | `r1 + w * r2` | (B,) |
-# | $-\lvert R - r^*\rvert$ | `r.towards(target)` | (B,) |
+# | $-\lvert R - r^*\rvert$, frame by frame | `r.towards(target)` | (B,) |
 # | $(R - \mu) / \sigma$ | `r.normalized(*statistics(r, frames, prompts))` | (B,) |
 #
 # **Without looking:** why is a head that fits the ratings best not the best reward? What does the same gradient do to pixels,

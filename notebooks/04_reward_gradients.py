@@ -48,7 +48,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 
@@ -324,7 +324,7 @@ def staged(strategy=Last(1), frames=Frames.all(), **options):
 
 # %% [markdown]
 # > **Predict.** The largest difference from plain autograd, relative to the length of the gradient, will be around
-# > **(a)** 1 % · **(b)** one in a million · **(c)** rounding, 1e-12 or less
+# > **(a)** 1% · **(b)** one in a million · **(c)** rounding, 1e-12 or less
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -356,7 +356,7 @@ def megabytes(run):
 
 
 # %%
-# window: for how many last steps the roll-out keeps the latents, to replay them
+# window: how many of the last steps will be replayed; the roll-out keeps their latents
 rollout = roll_out(model, prompts, [SEED], settings, adapter=adapter, window=1)
 plan, every = Last(1).plan(STEPS, None), list(range(FRAMES))
 _, g = gradient.score(model, rollout.latents, reward, prompts, every)
@@ -389,11 +389,11 @@ course.predict(guess, "04-largest", **{f"stage{i}": mb for i, mb in enumerate(pe
 
 # %%
 counts = [n for n in (1, 4, 8) if n <= FRAMES]
-Ks, one = course.quick((1, 3), (1, 2)), Frames.at(FRAMES // 2)
+Ks, one = course.quick((1, 2, 3), (1, 2)), Frames.at(FRAMES // 2)
 over_frames = {
     "plain": [megabytes(lambda n=n: plain(range(n)).backward()) for n in counts],
     "in stages": [megabytes(lambda n=n: staged(frames=Frames.at(*range(n)))) for n in counts],
-    "of these, stage 2": [
+    "stage 2 alone": [
         megabytes(lambda n=n: gradient.score(model, rollout.latents, reward, prompts, every[:n]))
         for n in counts
     ],
@@ -481,13 +481,13 @@ guess = None  # "a", "b" or "c"
 
 # %%
 stored = course.texts()["measured"]["parts"]
-parts = stored["added"]  # name: mean, and half of its 95 % interval
+parts = stored["added"]  # name: mean, and half of its 95% interval
 means, halves = zip(*parts.values())
 
 figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
 axis.barh(list(parts), means, xerr=halves, error_kw={"ecolor": "gray", "capsize": 3})
 axis.axvline(0, color="gray", linewidth=0.7)
-axis.set(xlabel=f"added to the rating, mean of {stored['clips']} clips, 95 % interval")
+axis.set(xlabel=f"added to the rating, mean of {stored['clips']} clips, 95% interval")
 axis.invert_yaxis()
 course.show(figure, "04-parts")
 
@@ -586,13 +586,13 @@ axis.set(
 course.show(figure, "04-experts")
 
 # %% [markdown]
-# With one denoiser, $K = 1$ earns 9 % of the width. With two, it earns about half of that, and less for every seed: only the last three steps can
+# With one denoiser, $K = 1$ earns 9% of the width. With two, it earns about half of that, and less for every seed: only the last three steps can
 # change. $K = 10$ reaches both denoisers, at the price of ten backward passes instead of one. It wins most of the reward back with two seeds and
 # hardly any with the third (three seeds are few). So before you choose $K$, ask: *do the steps that must change share their weights with a step that
 # learns?* (`align` warns where a denoiser is out of reach.)
 #
-# But is it the layout that moved? Where $K = 10$ won most back, hardly a shape is left: the oracles can name it in 0 and 4 of 16 clips (in 14 of
-# them where it won little). That is reward hacking, and chapter 7 is about it. So this measures what each choice of $K$ can reach, not how well it
+# But is it the layout that moved? Where most was won, hardly a shape is left: with one denoiser the oracles can name it in 1, 3 and 11 of 16 clips, with two
+# and $K = 10$ in 0, 4 and 14. (With two and $K = 1$, which won least, in 13 or 14.) That is reward hacking, and chapter 7 is about it. So this measures what each choice of $K$ can reach, not how well it
 # lays out a scene.
 
 # %% [markdown]
@@ -604,7 +604,7 @@ course.show(figure, "04-experts")
 # |---|---|---|
 # | `Last(K)` | DRaFT-K ([Clark et al. 2023](https://arxiv.org/abs/2309.17400)); VADER with K = 1 | the last K steps |
 # | `Random()` | AlignProp ([Prabhudesai et al. 2023](https://arxiv.org/abs/2310.03739)) | the last K, with a random K each time |
-# | `Step(i)` | for comparison | one step; the gradient reaches it through all later ones |
+# | `Step(i)` | for comparison (chapter 2; not in this lab) | one step; the gradient reaches it through all later ones |
 # | `DRaFTLV(n)` | DRaFT-LV ([Clark et al. 2023](https://arxiv.org/abs/2309.17400)) | the last step, from n fresh noisings, averaged |
 # | `ReFL()` | ImageReward ([Xu et al. 2023](https://arxiv.org/abs/2304.05977)) | stop at a late step, score its *predicted* clean video |
 # | `DRTune(K)` | DRTune ([Wu et al. 2024](https://arxiv.org/abs/2405.00760)) | K steps spread over the chain; the gradient skips the network in between |
@@ -708,8 +708,8 @@ course.predict(guess, "04-closest", letter=letter, late=late, spread_out=spread_
 
 # %% [markdown]
 # Read it with care. *Direction*: every one of them points uphill. `Last(1)` lies some 20 degrees from the exact gradient, in half the time of
-# `Last(5)`. (In chapter 2, with brightness and no guidance, the last step had only 0.71; and on a third clip the mean here fell from 0.94 to 0.87. It
-# depends on the reward and the clip.) `DRaFTLV(2)` is the poorest guide, and takes longer than `Last(1)`: it noises the finished video afresh,
+# `Last(5)`. (In chapter 2, with brightness and no guidance, the last step had only 0.71, and a third clip here THIRD. It
+# depends on the reward and the clip.) `DRaFTLV(2)` takes longer than `Last(1)`, and is the poorest guide: it noises the finished video afresh,
 # so its latents are not those that the sampler passed through. *Length* hardly matters, because AdamW divides it out. *Range*: `Random()`, `ReFL()`
 # and `DRTune` train different steps from draw to draw. You see it in the length of all of them; in direction, only `DRTune(1)`'s draws lie far apart.
 # `Last(K)` draws nothing: its range is just the gap between the two clips. So is `DRaFTLV`'s, whose fresh noise comes from the clip's own seed.
@@ -790,7 +790,7 @@ print(
 # One frame is a noisy estimate, and so is one clip: another seed, another prompt give another gradient. Which of these matters most? The variance of
 # a gradient of one random frame of one random clip has three parts: between the frames of a clip, between the seeds of a prompt, between prompts.
 # These add up. (The bars below are their square roots, which do not.) For the `K of Random()` we use the draws from the lab above. All are shown as
-# standard deviations, with the length of the mean gradient as the unit.
+# standard deviations, with the length of the nine clips' mean gradient as the unit.
 
 # %%
 mean, of_clips = singles.mean((0, 1, 2)), singles.mean(2)
@@ -798,14 +798,12 @@ frame = singles.var(2, unbiased=False).sum(-1).mean()  # all frames are there: n
 seed = of_clips.var(1).sum(-1).mean()
 prompt = of_clips.mean(1).var(0).sum(-1) - seed / len(seeds)  # less what only the seeds add
 K_drawn = [torch.stack([known[one, plan][0] for plan in drawn(Random())]) for one in subjects]
-sources = {"frame": frame, "seed": seed, "prompt": prompt}
+of_K = torch.stack([rows.var(0).sum() for rows in K_drawn]).mean()
+sources = {"frame": frame, "seed": seed, "prompt": prompt, "K of Random()": of_K}
 relative = {
     name: (value.clamp(min=0) / mean.square().sum()).sqrt().item()
     for name, value in sources.items()
 }
-relative["K of Random()"] = sum(
-    (rows.var(0).sum() / rows.mean(0).square().sum()).sqrt().item() for rows in K_drawn
-) / len(K_drawn)
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 2.2), layout="constrained")
@@ -838,7 +836,7 @@ course.show(figure, "04-variance")
 # | scored frames | `Frames.random(1)`, `.all()`, `.every(2)`, `.at(0, 4)` | indices |
 # | $\nabla_\theta$ | `.grad` of `adapter.parameters()` | as each parameter |
 #
-# **Why $K = 1$ can work:** the steps share $\theta$, and on these clips the last step's term points within 20 to 30 degrees of the whole gradient.
+# **Why $K = 1$ can work:** the steps share $\theta$, and on these clips the last step's term lies about 20 degrees from the whole gradient.
 # **Where it falls short:** the steps that must change have other weights (Wan 2.2), or lie in the first, noisy half (layout), or the last step has
 # next to no gain (SVD, chapter 2).
 #

@@ -46,7 +46,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 
@@ -643,7 +643,7 @@ Gallery(rows, width=112)
 
 # %% [markdown]
 # > **Predict.** Where in the plane of brightness and colorfulness does the mixture lie, seen from the base ("neither")?
-# > **(a)** at the sum of the two arrows, within 15 % on each axis · **(b)** darker *and* more colorful than the base, but not at the sum · **(c)** one of the two has won
+# > **(a)** at the sum of the two arrows, within 15% on each axis · **(b)** darker *and* more colorful than the base, but not at the sum · **(c)** one of the two has won
 
 # %%
 guess = None  # "a", "b" or "c"

@@ -45,7 +45,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 
@@ -268,7 +268,7 @@ course.attempt(check, train)
 # ```
 # </details>
 #
-# Now run it on the batches that your `draw` returns. (Until you have written it, this prints only `[]`.)
+# Now run it on the batches that your `draw` returns. (Until you have written `train`, this prints only `[]`.)
 
 # %%
 mine = lora.add(model, rank=8, seed=SEED)
@@ -402,7 +402,7 @@ Gallery(rows, width=112)
 
 # %% [markdown]
 # Six clips prove nothing, even if nobody picked them. So we measure on prompts that training has never seen, with two seeds each, and give every
-# difference its 95 % interval. The *oracles* are plain code that reads color, shape, motion and background off the pixels; nothing was ever trained
+# difference its 95% interval. The *oracles* are plain code that reads color, shape, motion and background off the pixels; nothing was ever trained
 # on them (†). `wins` is the share of pairs in which the clip after training scores higher (ties count half). `motion` is the mean change from one
 # frame to the next (movement or flicker). `diversity` is the variance between the two seeds of a prompt, after shrinking the frames to 8 × 8 pixels
 # with values from 0 to 255. (Exercise 4 of chapter 7 measures it in the space of a video network. You cannot compare the two numbers.)
@@ -430,7 +430,7 @@ for shift, name, color in ((-0.12, "Last(1)", "C0"), (0.12, "Last(5)", "C1")):
 axis.axvline(0, color="gray", linewidth=0.7)
 axis.set_yticks(range(len(metrics)), metrics, fontsize=8)
 axis.invert_yaxis()
-axis.set_xlabel("after − before, with 95 % interval")
+axis.set_xlabel("after − before, with 95% interval")
 axis.legend(frameon=False, fontsize=8)
 course.show(figure, "06-minute")
 

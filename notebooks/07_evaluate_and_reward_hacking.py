@@ -42,7 +42,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 
@@ -131,7 +131,7 @@ course.attempt(check, cheat)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# Which two colors are farthest apart on both axes? Give each one half of the picture.
+# Which two colors are far apart on both axes? Give each one half of the picture.
 # </details>
 # <details><summary>A solution</summary>
 #
@@ -220,10 +220,10 @@ course.predict(guess, "07-held-out", letter=letter, values=values)
 #
 # Eight prompts showed *that* something broke. To choose a checkpoint you need to know what *other* prompts might have said. The **bootstrap**
 # ([Efron 1979](https://doi.org/10.1214/aos/1176344552)) asks the data itself: draw as many prompts as there are, *with* replacement (some come up
-# twice, some not at all), and take their mean. Do this 2,000 times: the middle 95 % of the means is the interval.
+# twice, some not at all), and take their mean. Do this 2,000 times: the middle 95% of the means is the interval.
 #
 # **Exercise 2** (★★★, 25 minutes). The core of this notebook. Given the scores of two models on the same prompts and seeds, return the mean
-# difference and its 95 % bootstrap interval.
+# difference and its 95% bootstrap interval.
 #
 # 1. The scores are *pairs*: an easy prompt is easy for both.
 # 2. Draw *prompts*: two clips of one prompt are not two independent draws.
@@ -265,7 +265,7 @@ def check(interval):
     width = relative_width(again, difference)
     much = f"{width:.2f} times as wide as it should be:"
     assert width < 1.15, f"{much} are these pairs? Is it the spread of the *mean*?"
-    assert width > 0.9, f"{much} how many independent draws are there? 95 % of what?"
+    assert width > 0.9, f"{much} how many independent draws are there? 95% of what?"
     few = relative_width(interval(before[:1, :9], after[:1, :9]), (after - before)[0, :9])
     assert 0.75 < few < 1.3, f"with one seed and nine prompts {few:.2f} times as wide"
 
@@ -296,13 +296,13 @@ course.attempt(check, interval)
 # ```
 # </details>
 #
-# ### Is 95 % true?
+# ### Is 95% true?
 #
 # The interval claims to contain the true mean in 95 of 100 experiments. We can test that: draw differences from a known, somewhat
 # skewed distribution, many times, and count.
 #
-# > **Predict.** With eight prompts, the interval of exercise 2 contains the truth **(a)** in 95 % of the experiments · **(b)** in
-# > 85 to 92 % · **(c)** in fewer
+# > **Predict.** With eight prompts, the interval of exercise 2 contains the truth **(a)** in 95% of the experiments · **(b)** in
+# > 85 to 92% · **(c)** in fewer
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -430,7 +430,7 @@ evaluation.gallery("held-out", 6)
 # Same prompt, same seed, in each column. *In time* is what we wanted: the same events, but calmer. (It has a price: the yellow triangle on gray has
 # picked up some pink.) *Too late* is what we asked for.
 #
-# > **Predict.** `hps` is a network that was not trained on. Too late, it has **(a)** clearly fallen ·
+# > **Predict.** `hps` is a reward network that this run was not trained on. Too late, it has **(a)** clearly fallen ·
 # > **(b)** we cannot tell: its interval contains zero · **(c)** clearly risen
 
 # %%
@@ -484,7 +484,7 @@ for scale in (0.0, 0.5, 0.75, 1.0):
 figure, axis = plt.subplots(figsize=(5.5, 2.6), layout="constrained")
 axis.plot(*zip(*scores.values()), "o-", color="C1")
 for scale, point in scores.items():
-    place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8}
+    place = {"xytext": (-8, -11), "textcoords": "offset points", "fontsize": 8, "ha": "right"}
     axis.annotate(f"scale {scale:g}", point, **place)
 axis.set(xlabel="smoothness", ylabel="p(motion)", ylim=(-0.1, 1.1))
 axis.margins(x=0.15)
@@ -525,7 +525,8 @@ for other in ("base", "no floor"):
 
 # %% [markdown]
 # After as many steps at the same reckless learning rate, things move again: the oracle finds seven of eight motions right; before, none. Cured?
-# p(motion) is higher than without the floor, with an interval that excludes zero; eight prompts cannot tell whether it is back to the base's.
+# p(motion) is higher than without the floor, with an interval that excludes zero; eight prompts cannot tell whether it is back to the base's. (That interval goes
+# below -1, which no difference of probabilities can: it does not know where they end.) Things move less than the floor asks for, 0.013 instead of 0.02.
 # And look at the red star, which is yellow at both ends, at the cyan square, which is blue, and at the corners of both squares.
 #
 # A floor is one more number that can be wrong. In trials with 0.016, the value that drawn clips have, one motion in sixteen was right; with 0.03,
@@ -554,12 +555,14 @@ course.show(figure, "07-near")
 
 # %%
 kept = near.best()["base penalty 10"]
-gain = kept.end("reward") - near.best()["base"].end("reward")
-course.predict(guess, "07-near", accuracy=kept.end("oracle accuracy"), gain=gain)
+base, without = near.best()["base"], near.best()["nothing"]
+gain, usual = (one.end("reward") - base.end("reward") for one in (kept, without))
+right, before = (one.end("oracle accuracy") for one in (kept, base))
+course.predict(guess, "07-near", accuracy=right, before=before, gain=gain, usual=usual)
 
 # %% [markdown]
 # Each path begins at the star, the base, and has three points; up is more reward, and you want to stay above the star. Most paths lead away from it: colors and
-# shapes get lost, and what looks like more motion is broken clips. The dark green path, with the penalty, ends straight above the star. (At a tenth of that
+# shapes get lost, and what looks like more motion is broken clips. *Nothing* is the run without any rope. The dark green path, with the penalty, ends almost straight above the star, after a detour. (At a tenth of that
 # weight, orange, it drifts to the left.) Weight decay, light green, reaches the most reward, and keeps little more than half of the colors and shapes. Only the penalty
 # was tried at two strengths; each path is a mean of three seeds that differ a lot, and [Races](races.md) has the intervals. One more rope is in the picture: stopping early is choosing an earlier point.
 #

@@ -46,7 +46,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 

@@ -44,7 +44,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 
@@ -114,7 +114,7 @@ course.predict(guess, "09-aesthetic")
 # ## In which steps is an adapter active?
 #
 # VADER trains through the *last* denoising step only (K = 1), but the adapter is active in every step. With the slider
-# *adapter acts*, under *more settings*, you can limit it to part of the chain: 0 % is noise, 100 % is the video. (In code: `sample(…,
+# *adapter acts*, under *more settings*, you can limit it to part of the chain: 0% is noise, 100% is the video. (In code: `sample(…,
 # adapter_start=0.5, adapter_end=1.0)`.)
 #
 # > **Predict.** Where does most of the change happen?
@@ -170,8 +170,9 @@ composer
 # %% [markdown]
 # ## What truncation costs
 #
-# Choose K steps, one frame or all, with or without checkpointing. Press *measure* to see how much memory the gradient takes, and
-# how well it agrees with the exact one, the gradient through all steps and frames (cosine 1).
+# Choose K steps, one frame or all, with or without checkpointing. Press *measure* to see how much memory and time the gradient takes, and
+# how well it agrees with the exact one, the gradient through all steps and frames (cosine 1). With checkpointing, more steps hardly take
+# more memory; they take more time.
 
 # %%
 explorer = TruncationExplorer(model)
@@ -227,6 +228,9 @@ run = vader_nb.align(
 run.adapter.remove()
 
 # %% [markdown]
+# Do not read much into the upper curve: each step has two clips, of other prompts than the step before, so it shows above all which prompts were
+# drawn. The held-out reward is always computed on the same clips.
+#
 # Everything the monitor showed is in the run's folder. After a kernel restart, or in another notebook while the run is still going,
 # the folder is all you need. There, the *stop and keep* button works:
 

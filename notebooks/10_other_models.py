@@ -31,7 +31,7 @@
 # **You will be able to**
 #
 # - *read* what a model's schedule and decoder mean for its gradient, before you download it;
-# - *convert* between the four things that a denoiser may predict;
+# - *convert* between the three things that a denoiser may predict;
 # - *write* the exact gradient of a decoder that has a memory, chunk by chunk;
 # - *weigh* approximations of it: what they save, and what they lose;
 # - *extend* a clip beyond what its model was made for, and *align* a transformer.
@@ -45,7 +45,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 
@@ -100,8 +100,8 @@ Gallery({ask: [Video(clip[:8], 8, name) for name, (_, _, clip) in small.items()]
 
 # %% [markdown]
 # Three models, one loop, the same call. `tiny` has ModelScope's layout: a UNet and noise. `tiny-wan` has Wan's: a transformer, a flow, a
-# decoder that knows time. `tiny-i2v` has Stable Video Diffusion's (SVD): it was *given* the first frame and continues it. All three
-# are real checkpoints, in the same file format as the big ones, but small enough for this page.
+# decoder that knows time. `tiny-i2v` has Stable Video Diffusion's (SVD): it was *given* the first frame and continues it, and it never reads the prompt (so it cannot
+# know that this star should bounce back up). All three are real checkpoints, in the same file format as the big ones, but small enough for this page.
 #
 # ## The table
 #
@@ -314,7 +314,9 @@ figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
 for name, levels in sorted(left.items(), key=lambda item: -item[1][-1]):
     places = torch.linspace(0, 1, len(levels) + 1)[:-1]
     line = "--" if name in small else "-"
-    axis.plot(places, levels, line, marker=".", label=f"{name}: at last {levels[-1]:.2g}")
+    label = f"{name}: last step {levels[-1]:.2g}"
+    (curve,) = axis.plot(places, levels, line, marker=".", label=label)
+    axis.plot(places[-1], levels[-1], "o", color=curve.get_color())
 axis.set(
     xlabel="part of the trajectory", ylabel="noise / (signal + noise)", yscale="log", xlim=(0.4, 1)
 )
@@ -322,8 +324,8 @@ axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5
 course.show(figure, "10-noise")
 
 # %% [markdown]
-# On this logarithmic axis, look at the ends. ModelScope's last step still finds 17 % noise, the flows 6 to 8 %, VideoCrafter2 4 %, and SVD
-# 0.2 %: by the time its last step begins, the video is finished. (The embedded models take few, wide steps, so their last one has more to
+# On this logarithmic axis, look at the ends. ModelScope's last step still finds 17% noise, the flows 6 to 8%, VideoCrafter2 4%, and SVD
+# 0.2%: by the time its last step begins, the video is finished. (The embedded models take few, wide steps, so their last one has more to
 # do.) What follows from this is the *gain* of the last step (chapter 2). The package calls it `last_step_gain`, and the gradient of
 # $K = 1$ is multiplied by it. [Models](models.md) uses it to recommend a $K$.
 #
@@ -389,11 +391,11 @@ letter = "abc"[means.index(min(means))]
 course.predict(guess, "10-truncation", letter=letter, means=", ".join(f"{m:.2f}" for m in means))
 
 # %% [markdown]
-# `tiny-i2v` has SVD's kind of schedule, with 5 % noise left at the last step, and one step's gradient is about 50 degrees off: the last
+# `tiny-i2v` has SVD's kind of schedule, with 5% noise left at the last step, and one step's gradient is about 50 degrees off: the last
 # step decides little, and not the same things as the earlier ones. With five of ten steps, the cosine is back at the top. This is why its
 # recipe uses `Last(5)`.
 #
-# Two clips say little, so for the other two we repeated this with real training: 40 steps each, 48 held-out prompts
+# Two clips say little, so for `tiny` and `tiny-wan` we repeated this with real training: 40 steps each, 48 held-out prompts
 # ([models](models.md)). No $K$ reached a clearly better reward than any other: a direction that is 20 to 40 degrees off still goes uphill.
 # What differs is the *price*. In `tiny`, $K = 10$ costs three times as much as $K = 1$. In `tiny-wan`, which takes five steps, all of them
 # together cost about as much as one: nearly all of the time goes into the decoder, our next topic.
@@ -598,7 +600,7 @@ course.show(figure, "10-approximations")
 # %% [markdown]
 # Blue: the reward looks only at the last frame, where a window should save the most. Orange: it looks at all frames at once. Read both
 # panels together. For the last frame, its own chunk takes about half the work and gives a direction with a cosine of 0.85. For all frames,
-# the windows save 5 to 20 %, since every chunk has to be decoded anyway, and lose as much or more: not a good deal. So it depends on what is
+# the three save 5 to 20%, since every chunk has to be decoded anyway, and lose 10 to 24% of the cosine: not a good deal. So it depends on what is
 # scored; the package's default is exact, and the other names say what they are. For your own model, `vader_nb.testing.check_model` prints these numbers.
 #
 # ## Clips longer than the model
@@ -620,8 +622,8 @@ def three_times(prompts):
 
 # %%
 figure, axes = plt.subplots(3, 7, figsize=(9, 4), layout="constrained")
-print(*held_out[40:43], sep="\n")
-for row, clip in zip(axes, three_times(held_out[40:43])):
+print(*held_out[41:44], sep="\n")
+for row, clip in zip(axes, three_times(held_out[41:44])):
     for axis, frame in zip(row, (0, 3, 7, 11, 14, 18, 21)):
         axis.imshow(course.picture(clip[frame]))
         axis.set_title(f"{frame}", fontsize=9, color="C3" if frame % 7 == 0 else "gray")

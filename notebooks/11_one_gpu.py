@@ -50,7 +50,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 
@@ -287,7 +287,7 @@ print(
 )
 
 # %% [markdown]
-# Anything below $2^{-25}$ becomes zero in float16 (its smallest number is $2^{-24}$): here about 1 %. Nearly all the rest lies in the light band,
+# Anything below $2^{-25}$ becomes zero in float16 (its smallest number is $2^{-24}$): here about 1%. Nearly all the rest lies in the light band,
 # where float16 has lost digits. The remedy is as old as mixed precision ([Micikevicius et al. 2017](https://arxiv.org/abs/1710.03740)): **loss
 # scaling**. A gradient is linear in the loss, so multiply the loss by a large number, run the backward pass, and divide the gradient of the weights
 # (which are in float32) by the same number. How large? As large as possible without overflow, and nobody knows that in advance. So try: start high;

@@ -44,7 +44,7 @@ from importlib.util import find_spec
 if "google.colab" in sys.modules and not find_spec("vader_nb"):  # install what Colab lacks
     # %pip install -q --no-deps git+https://github.com/vader-nb/vader_nb
     # %pip install -q open_clip_torch mediapy
-    pass  # the newest version; @ and a tag or a commit behind the address would get another
+    pass  # the newest version; for another, append @ and a tag or commit to the address
 
 from vader_nb import course
 
@@ -382,7 +382,7 @@ table = short.table(against="VADER")
 print("GRPO against VADER:", grpo["reward"])
 
 # %% [markdown]
-# This is where GRPO ended, its difference from VADER, and that difference's 95 % interval over prompts. The interval contains zero, whoever seems
+# This is where GRPO ended, its difference from VADER, and that difference's 95% interval over prompts. The interval contains zero, whoever seems
 # ahead: one seed, eight prompts and two steps of GRPO prove nothing. What you have seen is how a race is run. In a shell, a longer one is `vader-nb
 # race races/tiny`.
 #
@@ -443,8 +443,8 @@ course.attempt(check, spent_until)
 # run with four learning rates, on one seed, with 16,000 denoiser calls per run (`vader-nb race races/rates`; two cores need more than an hour, so the
 # results come with the package).
 #
-# > **Predict.** All four at 3e-4, which is near what three of their authors train with (VADER 2e-4, DDPO's and Flow-GRPO's code 3e-4): by what factor does VADER's gain
-# > exceed the second best's? And with each at its own best rate? **(a)** 1.5 times, and 2.5 times · **(b)** 2.5 times, and 1.5 times · **(c)** 2.5 times, and 2.5 times
+# > **Predict.** Run all four at 3e-4, close to what the authors of three of them use (VADER 2e-4, DDPO's and Flow-GRPO's code 3e-4): by what factor does VADER's
+# > gain exceed the second best? And by what factor with each at its own best rate? **(a)** 1.5, then 2.5 · **(b)** 2.5, then 1.5 · **(c)** 2.5 both times
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -460,12 +460,11 @@ gains = {
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
-least = -0.035  # stands for whatever is below
 for name, by_rate in gains.items():
-    shown = [max(gain, least) for gain in by_rate.values()]
-    axis.plot(list(by_rate), shown, "o-", color=race_results.colors(gains)[name], label=name)
+    color = race_results.colors(gains)[name]
+    axis.plot(list(by_rate), list(by_rate.values()), "o-", color=color, label=name)
 axis.axhline(0, color="gray", linestyle=":")
-axis.set(xscale="log", xlabel="learning rate")
+axis.set(xscale="log", xlabel="learning rate", ylim=(-0.035, None))
 axis.set_ylabel("gain of the reward\non 40 held-out prompts")
 axis.legend(frameon=False, loc="lower left")
 course.show(figure, "12-rates")
@@ -476,9 +475,11 @@ own = sorted(max(by_rate.values()) for by_rate in gains.values())
 course.predict(guess, "12-rates", same=same[-1] / same[-2], own=own[-1] / own[-2])
 
 # %% [markdown]
+# (DDPO's line leaves the picture: at 1e-2 it loses 0.13.)
+#
 # Publish what happened at one shared rate, and you have a headline. Publish each method's peak, and you have a result. Two warnings about the
 # peaks. Each is the best of several *by the same noise*: a chosen rate looks better here than it will on a new seed, so a race needs several
-# seeds for each rate. And "best" means best by the trained reward. VADER's best rate is the highest of its four; what does it do to a judge that nobody
+# seeds for each rate. And "best" means best by the trained reward. VADER's best rate is the highest of its four, so its peak may lie beyond; what does it do to a judge that nobody
 # trained on, the action network of chapter 3? (It gives the log-probability of the motion in the prompt; 0 is best.)
 
 # %%
@@ -547,11 +548,11 @@ figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", nco
 course.show(figure, "12-race")
 
 # %% [markdown]
-# Look at VADER's first point, after 56 queries and 18 seconds. On average, 99.6 % of the clips are right, and no other trained contestant's average
-# gets there. (But 40 prompts cannot tell that from the 98.8 % that DPO has after 192 queries and 76 seconds, and DDPO and GRPO at their end, after
+# Look at VADER's first point, after 56 queries and 18 seconds. On average, 99.6% of the clips are right, and no other trained contestant's average
+# gets there. (But 40 prompts cannot tell that from the 98.8% that DPO has after 192 queries and 76 seconds, and DDPO and GRPO at their end, after
 # 896 queries and more than 500 seconds.) Then VADER falls in both panels: at this rate it is not steady. From there on its reward rises, and its
 # clips get no better. The clear damage comes last, after 856 queries. In two of three seeds the action judge falls by 0.62 and 0.75, in the third not
-# at all; 4 to 25 % of the motions are wrong. The other three are slow, and still improving. No judge shows a clear loss for them.
+# at all; 4 to 25% of the motions are wrong. The other three are slow, and still improving. No judge shows a clear loss for them.
 #
 # So here the reward's gradient got to the goal sooner, and went past it within the budget. It needs someone who says *stop*
 # ([07](07_evaluate_and_reward_hacking.ipynb)): a held-out reward, not a budget. ([Races](races.md) has all the numbers, with diversity and motion.)
@@ -575,7 +576,7 @@ with torch.no_grad():
 print(f"hps: base {scores[:, 0].mean():.3f}, guided {better.mean():.3f}")
 
 # %% [markdown]
-# The score rises, and you hardly see why: the clips are the same ones, a little cleaner (look at the yellow triangle's lower edge). The circle that cannot
+# The score rises, and you hardly see why: the clips are the same ones, a little cleaner (look at the yellow triangle, which no longer turns orange). The circle that cannot
 # decide between green and purple still cannot (though on the race's 40 prompts, guidance set every color and shape right, see the right panel).
 #
 # ## When there is no gradient

@@ -42,7 +42,7 @@ Configurations by model and GPU. `vader-nb align config=NAME` runs one, and `key
 - Denoiser calls are forward passes for one optimizer step, over all GPUs, each for one clip and one branch of the guidance.
 - Learning rates, ranks and steps are those of the cited runs, and left out where none were published: then the package's
   defaults apply, which were found on the embedded models.
-- "Run here" means on this code, at that commit, by `make recipes`; †: a reward that was not trained on; in brackets the 95 %
+- "Run here" means on this code, at that commit, by `make recipes`; †: a reward that was not trained on; in brackets the 95%
   interval of the difference over prompts.
 
 This page is generated from `vader_nb/configs`.
@@ -105,7 +105,7 @@ each by its recipe (`tiny`: four clips, one random frame of each; `tiny-wan`: ei
 | `tiny-wan`: transformer, flow, Euler | 5 | 0.43 | 1.00 | 4.39 | +0.052 [+0.011, +0.143] | +0.018 |
 
 *Gain*: how far the final latents move with the last denoiser output, by the schedule alone. *Cosine*: of the gradient of `Last(K)` to that
-through all steps. *Held-out reward*: what training adds on 48 prompts, with its 95 % interval. In the UNet the gradient of one step
+through all steps. *Held-out reward*: what training adds on 48 prompts, with its 95% interval. In the UNet the gradient of one step
 points where the one through all ten does (0.89), reaches the same reward, and costs a third: VADER's setting. In the transformer,
 which takes five steps and is cheap compared with its decoder, the exact gradient costs as much as that of one step. No K beats
 another here by more than its interval. (`python -m tests.benchmarks.truncation 1`; run before `tiny-wan`'s decoder became faster: its steps now take some three quarters of these seconds.)
@@ -201,24 +201,24 @@ RATES = """\
 One seed, which may be a lucky one: no verdict. But at 3e-4 VADER's gain is 2.6 times the next best, and with each at its own best
 rate 1.5 times. VADER passed DDPO's best final reward (1.0201, after 896 queries) after some 190 (at 3e-3; interval 81 to 365): 4.8 times
 fewer, and 9 times fewer seconds. And VADER's best rate by the trained reward is the one at which the action network is lowest and
-the oracle finds 6 % of the motions wrong; on one seed, neither can be told from no loss. At 1e-2, DDPO and DPO lose reward and GRPO gains none;
+the oracle finds 6% of the motions wrong; on one seed, neither can be told from no loss. At 1e-2, DDPO and DPO lose reward and GRPO gains none;
 VADER was not tried there.
 
 What became of the two best rates of each, on three new seeds, is above.
 """
 FULL = """\
-Three new seeds for each method's two best rates from below. The chosen rates, against the base, with 95 % intervals over prompts:
+Three new seeds for each method's two best rates from below. The chosen rates, against the base, with 95% intervals over prompts:
 
 {ends}
 
 - **Queries.** VADER passed DDPO's final reward after 40 queries (interval 27 to 70) instead of 896: 23 times fewer (13 to 33; the 40 is
   interpolated, the first measurement is at 56), with 34 times fewer
   denoiser calls and 40 times fewer seconds. GRPO needed 835 queries and DPO 1,143, neither told apart from DDPO.
-- **What they bought.** After 56 queries and 18 seconds, VADER had the right color and shape in 99.6 % of clips, more than any other trained
-  contestant's mean at any time. DPO had 98.8 % after 192 queries, and DDPO and GRPO at their end (the differences of 0.008 have intervals that contain
-  zero). Then VADER's reward wavers and rises, and accuracy ends at 95 % (0.05 below what it was after 56 queries [-0.02, 0.28]). Between 856 and 1,336 queries
-  the action judge falls in two of three seeds, by 0.62 and 0.75 (mean of three 0.46 [0.15, 0.90], over prompts); 4, 25 and 9 % of the motions end wrong. At
-  1e-3 all motions stayed right (accuracy ends at 96 %), and the judge's loss of 0.02 [-0.03, 0.12] cannot be told from zero. The others' mean rewards were
+- **What they bought.** After 56 queries and 18 seconds, VADER had the right color and shape in 99.6% of clips, more than any other trained
+  contestant's mean at any time. DPO had 98.8% after 192 queries, and DDPO and GRPO at their end (the differences of 0.008 have intervals that contain
+  zero). Then VADER's reward wavers and rises, and accuracy ends at 95% (0.05 below what it was after 56 queries [-0.02, 0.28]). Between 856 and 1,336 queries
+  the action judge falls in two of three seeds, by 0.62 and 0.75 (mean of three 0.46 [0.15, 0.90], over prompts); 4, 25 and 9% of the motions end wrong. At
+  1e-3 all motions stayed right (accuracy ends at 96%), and the judge's loss of 0.02 [-0.03, 0.12] cannot be told from zero. The others' mean rewards were
   still rising; at their chosen rates no judge shows a clear loss, and motion fell a little, as for best of 8.
 - **So here the reward's gradient reached the goal sooner, and overshot within the budget.** The rule for choosing a rate, the trained reward, chose the one
   that hacked it in two of three seeds. Stop by a reward that is not trained on (`validation_steps`, `held_out_reward`, `early_stopping`).
@@ -246,7 +246,7 @@ all (their gradients differ in length, which AdamW divides out; no rate was tune
 
 {ends}
 
-- **Nobody is far ahead.** All gain over the base, and all reach 99 to 100 % of colors and shapes. ReFL ends 0.006 above K = 1 [0.001, 0.013], DRTune
+- **Nobody is far ahead.** All gain over the base, and all reach 99 to 100% of colors and shapes. ReFL ends 0.006 above K = 1 [0.001, 0.013], DRTune
   and LeapAlign 0.004 (intervals from 0.0002 on); of eight comparisons one may be luck.
 - **All five steps cost too much here:** 21 updates instead of K = 1's 51, and 0.008 less reward [0.002, 0.021]. K = 2 is a little behind, too.
 - **More reward, less motion:** in the last panel the contestants lie on one line, whichever steps they train. No judge tells them apart.
@@ -270,7 +270,7 @@ back. (Early stopping is in the picture, too: the points of a path are what one 
 
 - **The distance to the base does it.** With `base_penalty=10` (in units of the reward) the reward rises by 0.073 [0.010, 0.132], about as much as with nothing (0.083 [-0.152, 0.301]), and no
   judge finds a clear loss: accuracy -0.02 [-0.10, 0.07], held-out reward +0.03 [-0.09, 0.36], motion +0.001 [-0.0001, 0.002], diversity +0.03 [-0.04, 0.15]. With
-  nothing, four of ten clips have the wrong color or shape (base: 6 %), and what looks like more motion and diversity is broken clips. The penalty costs a quarter of
+  nothing, four of ten clips have the wrong color or shape (base: 6%), and what looks like more motion and diversity is broken clips. The penalty costs a quarter of
   the updates, for the base's denoiser calls. At 1 it is too weak.
 - **Weight decay, a moving average and a cap do not,** at the one strength that was tried of each (the cap is the base's mean). Their mean rewards end higher than with nothing, their
   accuracy 0.30 to 0.50 below the base's.
@@ -294,7 +294,7 @@ VARIANCE = """\
 
 One clip's gradient depends on what was drawn for it: prompt, seed, the scored frame, and what the strategy draws (steps, noise). The share of each in the variance,
 within those before it; left `tiny`, right `tiny-wan`; five steps, an adapter with random weights, 12 prompts × 2 seeds × 2 frames × 2 draws
-(`python -m tests.benchmarks.variance tiny`). These are rough: a share of nothing comes out as low as -29 %.
+(`python -m tests.benchmarks.variance tiny`). These are rough: a share of nothing comes out as low as -29%.
 
 | strategy | prompt | seed | frame | strategy's draws | clips | prompt | seed | frame | strategy's draws | clips |
 |---|---|---|---|---|---|---|---|---|---|---|
@@ -308,7 +308,7 @@ within those before it; left `tiny`, right `tiny-wan`; five steps, an adapter wi
 
 - **The frame is most of it.** With K = 1, some nine tenths of the variance lie between two frames of the same clip. So score more frames before you sample more clips:
   where frames are decoded one by one, another frame costs less than another clip.
-- **Random strategies add their own.** Their steps or noise are 4 to 69 % of the variance, and 95 % for Direct-Align on the flow.
+- **Random strategies add their own.** Their steps or noise are 4 to 69% of the variance, and 95% for Direct-Align on the flow.
 - ***Clips*** is how many a batch needs until its mean gradient is as long as its noise: more than these, as two standard errors of that length reach zero for all.
   So the gradient of four or eight clips is mostly noise; AdamW's memory and many steps average it.
 """

@@ -301,7 +301,7 @@ def test_a_broken_model_fails_its_check_and_the_others_go_on(
 
 
 BREAKS = {
-    "2 % too long": lambda rewards, slope: (rewards, 1.02 * slope),
+    "2% too long": lambda rewards, slope: (rewards, 1.02 * slope),
     "one column's missing": lambda rewards, slope: (
         rewards,
         slope * (slope.new_ones(1) - torch.eye(slope.shape[-1])[0]),

@@ -35,7 +35,7 @@ class Point:
     reward: float | None
     held_out: float  # mean over prompts and seeds
     difference: float  # mean paired difference from the best checkpoint
-    low: float  # its 95 % interval, for all checkpoints together
+    low: float  # its 95% interval, for all checkpoints together
     high: float
 
 
@@ -59,7 +59,7 @@ class Choice:
         return self.best.path
 
     def __str__(self) -> str:
-        head = f"difference from step {self.step} [95 % interval]"
+        head = f"difference from step {self.step} [95% interval]"
         lines = [f"{'step':>6} {'training':>9} {'held-out':>9}  {head}"]
         for point in self.points:
             training = "" if point.reward is None else f"{point.reward:.4f}"

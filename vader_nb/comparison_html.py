@@ -139,7 +139,7 @@ def results(votes: Sequence[Vote]) -> str:
     rows = []
     for name, t in sorted(voting.agreement(votes).items(), key=lambda item: -item[1].rate):
         rows.append((name, f"{t.rate:.0%}", t.interval, t.votes))
-    head = "agrees with the votes", "share", "95 % interval", "votes"
+    head = "agrees with the votes", "share", "95% interval", "votes"
     listed = "".join(f"<div>{escape(line)}</div>" for line in lines)
     return listed + (table(head, rows) if rows else "")
 
@@ -199,5 +199,5 @@ def _differences(comparison: Comparison) -> str:
                 rows.append((reward, name, *row.texts(), "*" * row.significant, row.prompts))
     if not rows:
         return ""
-    head = "reward", "contestant", "base", "mean", "difference", "95 % interval", "p", "wins", "", "prompts"  # fmt: skip
+    head = "reward", "contestant", "base", "mean", "difference", "95% interval", "p", "wins", "", "prompts"  # fmt: skip
     return table(head, rows, "class=differences") + note(f"* {'; '.join(NOTES)}")

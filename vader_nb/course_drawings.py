@@ -195,7 +195,7 @@ def prompt_sets() -> str:
     )
     for i, (name, *remark) in enumerate(uses):
         x, last = 232 + 136 * i, name == "report"
-        shade = {"fill": BLUE, "fill_opacity": 0.5 if last else 0.2, "stroke": BLUE}
+        shade = {"fill": BLUE, "fill_opacity": 0.25 if last else 0.1, "stroke": BLUE}
         parts.append(element("rect", x=x, y=32, width=124, height=58, rx=4, **shade))
         parts.append(words(x + 62, 66, name, 15, "middle", font_weight=600))
         parts += [words(x, 112 + 16 * line, text, 12) for line, text in enumerate(remark)]

@@ -70,7 +70,7 @@ class Evaluation:
     def __str__(self) -> str:
         several = len(self.adapters) > 1
         mean = "mean" if several else "adapter"
-        lines = [["", "", "adapter", "base", mean, "difference", "95 % interval", "p", "wins", ""]]
+        lines = [["", "", "adapter", "base", mean, "difference", "95% interval", "p", "wins", ""]]
         for row in self.rows:
             words = [row.group, row.label + " †" * row.held_out, row.name or ""]
             lines.append([*words, *row.texts(), "*" * row.significant])

@@ -113,7 +113,7 @@ def write_card(folder: Path, run: Path, model: str, base: Checkpoint, metadata: 
 
 def table(rows: list[dict]) -> list[str]:
     lines = [
-        "| prompts | metric | base | adapter | difference, 95 % interval |",
+        "| prompts | metric | base | adapter | difference, 95% interval |",
         "|---|---|---|---|---|",
     ]
     for row in rows:

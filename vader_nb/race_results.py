@@ -1,5 +1,6 @@
 """A race as its folder tells it: tables with intervals, curves over what was spent, reward against diversity and motion."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -18,13 +19,16 @@ EVALUATED = "evaluation-{}.safetensors"  # the adapter of an evaluation, by its 
 GRAY = "#7d8590"  # of the base
 COLORS = ("#3b82c4", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#db2777")
 COLORS += ("#65a30d", "#6366f1", "#a16207")
+METHODS = ("DDPO", "DPO", "GRPO", "VADER")  # have the first colors, the same in every race
 MOST_BANDS = 6  # that can be told apart in a plot
 
 
 def colors(names: Iterable[str]) -> dict[str, str]:
     """A color for each name, legible on white and on black."""
     others = [name for name in names if name != BASE]
-    return {BASE: GRAY} | {name: COLORS[i % len(COLORS)] for i, name in enumerate(others)}
+    known = {name: COLORS[METHODS.index(name)] for name in others if name in METHODS}
+    free = itertools.cycle([color for color in COLORS if color not in known.values()])
+    return {BASE: GRAY} | {name: known.get(name) or next(free) for name in others}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -86,7 +90,7 @@ class Race:
         return {name: max(of, key=Runs.rank) for name, of in runs.items()}
 
     def table(self, against: str = BASE) -> Table:
-        """Where each contestant ended: costs, and differences to another with 95 % intervals over prompts.
+        """Where each contestant ended: costs, and differences to another with 95% intervals over prompts.
 
         Differences are means over the runs' seeds, with the lowest and highest seed given, too; the interval is that of
         `stats.paired_interval`. Contestants without training are labeled with the queries that each clip costs.
@@ -137,7 +141,7 @@ class Race:
     ) -> dict:
         """What each contestant spent until a metric reached a level: name -> (estimate, low, high).
 
-        The seeds' curves are averaged; straight lines join their points, starting at the base. The 95 % interval is a
+        The seeds' curves are averaged; straight lines join their points, starting at the base. The 95% interval is a
         bootstrap over seeds and prompts, with the same prompts for all; infinite where the level was not reached.
 
         Args:
@@ -181,7 +185,7 @@ class Race:
             times = f"{estimate / least:.1f}" if math.isfinite(estimate) and least else ""
             rows.append([name, count(estimate), f"{count(low)} to {count(high)}", times])
         what = f"{x.replace('_', ' ')} to reach {y} {level}"
-        headings = ["contestant", what, "95 % interval", "times the least"]
+        headings = ["contestant", what, "95% interval", "times the least"]
         return Table(headings, rows, headings)
 
     def plot(

@@ -1,6 +1,6 @@
 """Rows of paired differences with interval and test, over prompts: one prompt's clips are not independent.
 
-Share of 4000 samples whose 95 % interval contains the truth (`paired_interval`, n prompts):
+Share of 4000 samples whose 95% interval contains the truth (`paired_interval`, n prompts):
 
     differences                        n = 6     8    16    32
     normal                              0.97  0.96  0.96  0.96
@@ -42,7 +42,7 @@ class Row:
     base: float
     adapter: float | None
     difference: float | None  # paired: same prompt, same seed
-    low: float | None  # the difference's 95 % interval over prompts, from two prompts on
+    low: float | None  # the difference's 95% interval over prompts, from two prompts on
     high: float | None
     prompts: int
     name: str | None = "adapter"
@@ -120,7 +120,7 @@ def paired_row(
 
 
 def paired_interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of a mean difference: Student's t, or the bootstrap-t where it reaches further.
+    """Return the 95% interval of a mean difference: Student's t, or the bootstrap-t where it reaches further.
 
     Student's t misses the long tail of skewed differences; the bootstrap-t (Efron and
     Tibshirani 1993, section 12.5), which sees it, is too short for heavy tails on both sides.
@@ -145,7 +145,7 @@ def paired_interval(differences: torch.Tensor, seed: int = 0) -> tuple[float, fl
 
 
 def proportions_interval(gained: float, lost: float, count: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a difference of paired proportions, (gained - lost) / count.
+    """Return the 95% score interval of a difference of paired proportions, (gained - lost) / count.
 
     Tango 1998, "Equivalence test and confidence interval for the difference in proportions for the
     paired-sample design", Statistics in Medicine 17, 891-908.
@@ -193,12 +193,12 @@ def sign_flip_p(differences: torch.Tensor) -> float:
 def simultaneous_intervals(
     scores: torch.Tensor, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bootstrap intervals of all pairwise differences that hold jointly at 95 %.
+    """Bootstrap intervals of all pairwise differences that hold jointly at 95%.
 
     The best of many is partly the luckiest of many. Intervals for a single pair would therefore
     find that a reward "has fallen since" in runs in which nothing happened. These reach as far as the
     largest t statistic of all pairs, resampled over prompts. With 9 rows they hold jointly in
-    94 % of cases for 32 prompts, 91 % for 16 and 77 % for 6.
+    94% of cases for 32 prompts, 91% for 16 and 77% for 6.
 
     Args:
         scores: Scores of K candidates on the same N prompts, shape `(K, N)`.

@@ -57,7 +57,7 @@ class Vote(Pair):
 
 @dataclass(frozen=True)
 class Tally:
-    """What was won and lost, and the share that was won: ties half, with its 95 % interval, over pairs of clips."""
+    """What was won and lost, and the share that was won: ties half, with its 95% interval, over pairs of clips."""
 
     wins: int
     losses: int
@@ -96,7 +96,7 @@ class Tally:
         verdict = "better" if self.low > 0.5 else "worse" if self.high < 0.5 else "not clear yet"
         return (
             f"{self.wins} won, {self.losses} lost, {self.ties} with no difference. "
-            f"Win rate {self.rate:.0%}, 95 % interval {self.interval}: {verdict}"
+            f"Win rate {self.rate:.0%}, 95% interval {self.interval}: {verdict}"
         )
 
 

@@ -100,7 +100,7 @@ ANSWERS = {
             UNPAIRED: "are these pairs",
             INTERVAL.replace("means.quantile", "difference.quantile"): "spread of the *mean*",
             INTERVAL.replace(".mean(0)\n    count", ".flatten()\n    count"): "independent draws",
-            INTERVAL.replace("[0.025, 0.975]", "[0.05, 0.95]"): "95 % of what",
+            INTERVAL.replace("[0.025, 0.975]", "[0.05, 0.95]"): "95% of what",
             INTERVAL.replace(
                 "torch.randint(count, (2000, count), generator=random)",
                 "torch.arange(count).expand(2000, count)",

@@ -3,7 +3,7 @@
 Trains `tiny` to its `hps` reward for STEPS optimizer steps, each way from the same captions and noise: all weights of the
 attention layers, and adapters of the ranks RANKS on the same layers. Prints, for `measured.rank` of vader_nb/course.yaml,
 what each adds on held-out captions (each clip and its twin of the base model from the same noise), with half of the
-95 % interval over captions. Each way has the best of its learning rates RATES, by the same captions as the others (so
+95% interval over captions. Each way has the best of its learning rates RATES, by the same captions as the others (so
 all are flattered a little, equally). "cut to rank r" is what is left of the trained weights' gain when each layer's
 change is replaced by its best approximation of that rank.
 """
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def gain(added: torch.Tensor) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval."""
+    """Mean, and half of its 95% interval."""
     return added.mean().item(), 1.96 * added.std().item() / len(added) ** 0.5
 
 

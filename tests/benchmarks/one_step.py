@@ -1,7 +1,7 @@
 """Why K = 1 can teach all steps, and where it is not enough: python -m tests.benchmarks.one_step [parts] [seed …]
 
 parts: the embedded adapter `aesthetic`, trained with K = 1, acts in a part of `tiny`'s steps only. Prints for
-`measured.parts` what it adds to its reward on held-out prompts, with half of the 95 % interval over clips, and in pairs how
+`measured.parts` what it adds to its reward on held-out prompts, with half of the 95% interval over clips, and in pairs how
 much more the steps before the last add than the last one. Three minutes on one core.
 
 The embedded `tiny-wan`, with one denoiser for all steps and with two: a second, equal one for the last three of ten

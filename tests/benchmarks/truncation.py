@@ -7,7 +7,7 @@ each K prints, as a Markdown table:
 - gain: how far the final latents move with the last denoiser output, by the schedule alone.
 - cosine: of the gradient of `Last(K)` to that through all steps, the median over batches.
 - step: CPU seconds of a training step, the median.
-- held-out: what STEPS training steps add to the reward on held-out captions, with its 95 % interval over captions, and
+- held-out: what STEPS training steps add to the reward on held-out captions, with its 95% interval over captions, and
   that per CPU minute of training. Each model trains with the settings of its recipe.
 """
 

@@ -106,7 +106,8 @@ def _check_gradient(report, reward, value, leaf, prompts) -> bool:
     if not report.add("gradient finite", gradient.isfinite().all(), f"norm {norm:.3g}"):
         return False
     silent = (gradient == 0).all(dim=2).float().mean().item()
-    report.add("gradient reaches pixels", silent < 0.9, f"{silent:.0%} of pixels get none")
+    share = "more than 99%" if 0.99 < silent < 1 else f"{silent:.0%}"
+    report.add("gradient reaches pixels", silent < 0.9, f"{share} of pixels get none")
     with torch.no_grad():
         direction = gradient / norm.clamp(min=1e-20)
         # As small as float32 allows: a network is linear only over a short distance. No pixel moves

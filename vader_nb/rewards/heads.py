@@ -110,8 +110,8 @@ def aesthetic(
 
     Args:
         checkpoint: "published" (openai/clip-vit-large-patch14), or a local copy of that directory;
-            "tiny", the embedded one, which rates what can be seen: 40 % saturation of the object,
-            40 % its contrast with the background, 20 % how central it is
+            "tiny", the embedded one, which rates what can be seen: 40% saturation of the object,
+            40% its contrast with the background, 20% how central it is
             (`vader_nb.zoo.scripts.train_clip.beauty`); or an open_clip directory that holds an
             `aesthetic_head.safetensors`.
         head: a local copy of sac+logos+ava1-l14-linearMSE.pth, for CLIP ViT-L/14.

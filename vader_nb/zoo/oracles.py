@@ -46,7 +46,7 @@ def _object(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     border = torch.cat([frames[..., :2, :].flatten(-2), frames[..., -2:, :].flatten(-2)], dim=-1)
     background = border.transpose(1, 2).flatten(2).median(dim=-1).values  # (B, 3)
     difference = (frames - background[:, None, :, None, None]).norm(dim=2)  # (B, F, H, W)
-    # The inside of the object sets the scale: a mean over its brightest 2 % is steadier than the maximum.
+    # The inside of the object sets the scale: a mean over its brightest 2% is steadier than the maximum.
     inside = difference.flatten(1).topk(max(1, difference[0].numel() // 50), dim=1).values.mean(1)
     mask = (difference / inside.clamp(min=1e-6)[:, None, None, None]).clamp(0, 1)
     mask = ((mask - 0.25) / 0.5).clamp(0, 1)  # drop the noise of the background, keep the edge soft

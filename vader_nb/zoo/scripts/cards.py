@@ -110,7 +110,7 @@ def tiny_clip() -> None:
             "tiny-clip: an open_clip CLIP for 64×64 frames, with an aesthetic head",
             "An open_clip directory (`open_clip.create_model('local-dir:…')`), the base of the HPS-style reward, and\n"
             "`aesthetic_head.safetensors`, a linear layer in the LAION predictor's key layout that rates a frame 1 to 10:\n"
-            "40 % saturation of the object, 40 % contrast against the background, 20 % centering.",
+            "40% saturation of the object, 40% contrast against the background, 20% centering.",
             f"`vader_nb/zoo/scripts/train_clip.py`, {train_clip.STEPS} steps of {train_clip.BATCH} frames, clean, blurred, noisy, and\n"
             "through the autoencoder; the head by ridge regression.",
             train_clip.SEED,

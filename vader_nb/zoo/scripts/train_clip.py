@@ -83,8 +83,8 @@ def right_of_16(clip: open_clip.CLIP, tokenizer) -> float:
 
 
 def beauty(frames: torch.Tensor) -> torch.Tensor:
-    """What the tiny world calls beautiful, 1 to 10 for frames (N, 3, H, W): a saturated object (40 %)
-    that stands out from its background (40 %) and sits in the middle (20 %). Every part can be seen."""
+    """What the tiny world calls beautiful, 1 to 10 for frames (N, 3, H, W): a saturated object (40%)
+    that stands out from its background (40%) and sits in the middle (20%). Every part can be seen."""
     background = frames[:, :, :1, :1]
     difference = (frames - background).norm(dim=1)  # (N, H, W)
     mask = (difference / difference.flatten(1).amax(1).clamp(min=1e-3)[:, None, None] > 0.5).float()
