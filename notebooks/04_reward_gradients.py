@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 1.5 minutes | 1.7 GB |
+# | no GPU, no download, no account | about 1.5 minutes | 1.9 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
@@ -708,7 +708,7 @@ course.predict(guess, "04-closest", letter=letter, late=late, spread_out=spread_
 
 # %% [markdown]
 # Read it with care. *Direction*: every one of them points uphill. `Last(1)` lies some 20 degrees from the exact gradient, in half the time of
-# `Last(5)`. (In chapter 2, with brightness and no guidance, the last step had only 0.71, and a third clip here THIRD. It
+# `Last(5)`. (In chapter 2, with brightness and no guidance, the last step had only 0.71, and a third clip here has 0.74. It
 # depends on the reward and the clip.) `DRaFTLV(2)` takes longer than `Last(1)`, and is the poorest guide: it noises the finished video afresh,
 # so its latents are not those that the sampler passed through. *Length* hardly matters, because AdamW divides it out. *Range*: `Random()`, `ReFL()`
 # and `DRTune` train different steps from draw to draw. You see it in the length of all of them; in direction, only `DRTune(1)`'s draws lie far apart.
@@ -815,7 +815,7 @@ axis.invert_yaxis()
 course.show(figure, "04-variance")
 
 # %% [markdown]
-# The frame is the largest source, then the prompt; the seed, and the $K$ that `Random()` draws, matter less. So when you build a batch: more
+# The frame is the largest source, then the prompt, then the $K$ that `Random()` draws; the seed matters least. So when you build a batch: more
 # prompts average out all of it; more frames of a clip, only the frames' part (but that is the largest, and a frame is cheaper than a clip);
 # more seeds of one prompt leave the prompts' part as it is. So spread the clips over prompts, and score a few frames of each. (Nine
 # clips, one reward, a random adapter: measure again with yours.)
@@ -836,7 +836,7 @@ course.show(figure, "04-variance")
 # | scored frames | `Frames.random(1)`, `.all()`, `.every(2)`, `.at(0, 4)` | indices |
 # | $\nabla_\theta$ | `.grad` of `adapter.parameters()` | as each parameter |
 #
-# **Why $K = 1$ can work:** the steps share $\theta$, and on these clips the last step's term lies about 20 degrees from the whole gradient.
+# **Why $K = 1$ can work:** the steps share $\theta$, and on these two clips the last step's term lies about 20 degrees from the whole gradient (on a third, 42).
 # **Where it falls short:** the steps that must change have other weights (Wan 2.2), or lie in the first, noisy half (layout), or the last step has
 # next to no gain (SVD, chapter 2).
 #
