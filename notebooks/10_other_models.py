@@ -662,7 +662,7 @@ course.predict(guess, "10-drift", letter=letter, told=told)
 # %% [markdown]
 # Training clips that begin where such a motion ends move the other way. So in the second segment the shapes turn back; the third begins where the
 # first did, and is right again. That fault is clear: its interval is far from zero. Colors and shapes *drift*: an error in a seam becomes the next
-# segment's truth, and in the pictures a circle becomes a square, a cyan triangle a blue one. Sixteen clips cannot tell how often: these intervals
+# segment's truth, and in the pictures a cyan triangle becomes a blue one. Sixteen clips cannot tell how often: these intervals
 # contain zero.
 #
 # Here alignment can do something that nothing else does: use a reward that sees the *whole* long clip, including its seams. This is the
