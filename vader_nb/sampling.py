@@ -363,12 +363,12 @@ def roll_out(
 def _beginning(model, prompts, seeds, sampling: Sampling, start: Rollout | None) -> tuple:
     """The scheduler and an empty roll-out: from noise, or at another's window."""
     if start is None:
-        conditioning, *noise = initial_state(model, prompts, seeds, sampling)
+        conditioning, latents, generators = initial_state(model, prompts, seeds, sampling)
         scheduler = model.new_scheduler(sampling)
     else:
-        conditioning, *noise = start.conditioning, start.states[0], start.generators
+        conditioning, latents, generators = start.conditioning, start.states[0], start.generators
         scheduler = copy.deepcopy(start.scheduler)
-    return scheduler, Rollout(prompts, conditioning, sampling, *noise)
+    return scheduler, Rollout(prompts, conditioning, sampling, latents, generators)
 
 
 def _kept_outputs(model, rollout: Rollout, scaled, t, passes_on: bool, last_call) -> dict:
