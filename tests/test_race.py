@@ -356,3 +356,12 @@ def test_the_meter_counts_what_autograd_keeps(micro_directory):
         z.sum().backward()
         assert (meter.saved, meter.kept) == (0, 80)
     assert "predict" not in vars(model)
+
+
+def test_a_method_has_the_same_color_in_every_race():
+    few, many = (
+        race_results.colors(["base", "GRPO", "VADER"]),
+        race_results.colors(["base", "mine", "DDPO", "DPO", "GRPO", "VADER", "yours"]),
+    )
+    assert [few[name] for name in ("GRPO", "VADER")] == [many[name] for name in ("GRPO", "VADER")]
+    assert len(set(many.values())) == len(many)
