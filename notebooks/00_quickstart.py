@@ -192,33 +192,32 @@ Gallery(
 # out, because *oracles* (plain code, no network) read the color (of the object, averaged over all frames), the shape, the
 # motion and the background off a clip.
 #
-# > **Predict.** Which of these will improve most? **(a)** color · **(b)** shape · **(c)** motion, which a reward on
-# > single frames cannot even see
+# > **Predict.** On clips of prompts that training never saw and nobody picked, the share of right colors will **(a)** not change by more than chance ·
+# > **(b)** rise clearly, with shape and motion as before · **(c)** rise clearly, while shape or motion gets clearly worse
 
 # %%
 guess = None  # "a", "b" or "c"
 
 # %%
-many = held_out[6 : 6 + CLIPS]
+many = held_out[6 : 6 + CLIPS]  # in order: nobody picked them
 options = {"seeds_per_prompt": 1, "progress": False}
 evaluation = vader_nb.evaluate(model, run.adapter, reward, {"held-out": many}, **options)
 
-gains = {}
-for name in ("color", "shape", "motion", "background"):
-    row = evaluation.row("held-out", f"oracle: {name}")
-    gains[name] = row.difference
+names = ("color", "shape", "motion", "background")
+found = {name: evaluation.row("held-out", f"oracle: {name}") for name in names}
+for name, row in found.items():
     print(
         f"{name:<11}{row.base:5.0%} → {row.adapter:4.0%}, 95% interval of the difference "
-        f"{row.low:+.0%} to {row.high:+.0%}"
+        f"{100 * row.low:+.0f} to {100 * row.high:+.0f} points"
     )
 
 # %%
-most = max(("color", "shape", "motion"), key=gains.get)
-letter = {"color": "a", "shape": "b", "motion": "c"}[most]
-course.predict(guess, "00-most", letter=letter, most=most, gain=100 * gains[most])
+lost = found["shape"].high < 0 or found["motion"].high < 0
+letter = "a" if found["color"].low <= 0 else "c" if lost else "b"
+course.predict(guess, "00-color", letter=letter, gain=100 * found["color"].difference)
 
 # %% [markdown]
-# Look at the interval: with so few clips, a difference of one or two is chance. Where the interval excludes zero, the clips got
+# Look at the interval: with so few clips, a difference of one or two clips (3 or 6 points) is chance. Where the interval excludes zero, the clips got
 # *better*, as measured by something that training never saw; where it contains zero, we cannot tell. Neither is guaranteed.
 # (On these clips the base model itself is right less often than on all 200 held-out prompts, where it scores 84%. That is chance,
 # too, and the reason to compare the *same* clips.) Where the reward rises but no oracle does, the adapter has found something the
@@ -236,12 +235,12 @@ rows = {}
 for scale in (0.0, 0.5, 1.0, 1.5):
     run.adapter.scale = scale
     clips = vader_nb.sample(model, ask[:4], seeds=SEED, adapter=run.adapter)
-    rows[f"scale {scale}"] = [Video(clip, 8) for clip in clips]
+    rows[f"scale {scale}"] = [Video(clip, 8, text) for clip, text in zip(clips, ask)]
 run.adapter.scale = 1.0
 Gallery(rows, width=96)
 
 # %% [markdown]
-# From the first row to the last, most colors move toward what the prompts ask for. But look at the triangle: where it was yellow, it turns orange.
+# From the first row to the last, most colors move toward what the prompts ask for. But look at the yellow triangle: it turns orange.
 # And look at the last frames of the green star: its middle turns dark, and no prompt asked for that. A higher reward is not always a better picture;
 # chapter 7 is about that.
 #
@@ -277,6 +276,10 @@ def check(blueness):
     assert difference > 0, (
         "an all-blue clip must score higher than an all-red one. Channels are R, G, B = 0, 1, 2"
     )
+    white = torch.ones_like(blue)
+    assert blueness(white, [""]).abs().max() < 1e-6, (
+        "white has as much red as blue: its score must be 0"
+    )
     report = vader_nb.check(blueness)
     assert report.passed, f"it cannot be trained on:\n{report}"
 
@@ -291,7 +294,8 @@ course.attempt(check, blueness)
 #     return (frames[:, :, 2] - frames[:, :, 0]).mean(dim=(1, 2, 3))
 # ```
 #
-# Align with it and watch what happens to the prompts that ask for red: you have just met **reward hacking**.
+# Align with it, and prompts that ask for red get blue, too: the model learns what the reward says, not what you meant. When the reward rises, but
+# not what it stands for, that is **reward hacking** (chapter 7).
 # </details>
 #
 # **2.** One random frame is VADER's choice. Choose the first, the middle and the last frame instead (`help(Frames)`).

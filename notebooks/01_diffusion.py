@@ -23,14 +23,14 @@
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# A video is tens of thousands of numbers, and nobody can picture how they move. A *point* is two numbers, and diffusion
+# A video is a hundred thousand numbers or more, and nobody can picture how they move. A *point* is two numbers, and diffusion
 # treats it just like a video: the loss, the sampler and the guidance are the same. So in this chapter a model learns to draw points,
 # in seconds, and you watch every one of them. The next chapter takes a text-to-video model apart, with the same lines of code.
 #
 # **You will be able to**
 #
 # - *noise* data to any timestep, and *say* what a denoiser can learn from it;
-# - *train* a diffusion model, and *explain* why its loss must not reach zero;
+# - *train* a diffusion model, and *say* how low its loss can get;
 # - *write* one step of the sampler for all four kinds of denoisers (ε, x₀, v, flow);
 # - *predict* what guidance does to the samples, and to a gradient.
 #
@@ -217,7 +217,8 @@ course.show(figure, "01-mean")
 course.predict(guess, "01-mean")
 
 # %% [markdown]
-# The cross is the noisy point, the disc is the best answer, and the darker a point of the star, the likelier it is the origin. From
+# The cross is the noisy point, the disc is the best answer, and the darker a point of the star, the likelier it is the origin.
+# (The true origin is the upper tip each time; at t = 400, the noise still makes the left one look likelier.) From
 # pure noise, every point of the star is about as likely as any other, so the answer is a compromise: the middle. When the noise
 # gets weak, only a few origins are left, and the answer is a point on the star.
 #
@@ -232,7 +233,7 @@ course.predict(guess, "01-mean")
 
 # %%
 def waves(values):
-    """Numbers (N, D) as sines and cosines (N, 10 D): a network tells small differences apart."""
+    """Numbers (N, D) as sines and cosines (N, 10 D), so that the network can tell small differences apart."""
     angles = (values[..., None] * 2.0 ** torch.arange(5)).flatten(1)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -478,7 +479,8 @@ course.show(figure, "01-steps")
 
 # %% [markdown]
 # One step gives the compromise from above: a clump in the middle. (And the stray points around it? This network predicts $\epsilon$,
-# and at pure noise its small errors are divided by $\alpha = 0.07$.) Ask again on the way, and the answers become more certain:
+# and at pure noise its small errors are divided by $\alpha = 0.07$. With more steps, a few still fly off: two of the 60 paths on the left leave the
+# picture.) Ask again on the way, and the answers become more certain:
 # with five steps there is a blurred star, with twenty a clear one. The paths are curved: the answer changes on the way. Where a point
 # ends up depends only on the noise it started from, because DDIM adds none.
 #
@@ -554,7 +556,8 @@ course.show(figure, "01-guidance")
 course.predict(guess, "01-guidance")
 
 # %% [markdown]
-# (Orange: the circle.) Guidance does not ask "what does a star look like?" but "what tells a star *from other things*?" The answer:
+# (Orange: the circle. $w = 0$ ignores the prompt. The points "beyond all data" at $w = 0$, 1 and 2 are nearly all outside the pictures: they flew off, as
+# above. What guidance adds shows at $w = 4$ and 8.) Guidance does not ask "what does a star look like?" but "what tells a star *from other things*?" The answer:
 # its tips and its inner corners, where there is no circle. So guidance makes samples unmistakable and less varied, and with a large
 # $w$ they leave the data: past the tips on the outside, and into the empty middle on the inside. In a video model you see that as
 # oversaturated colors.

@@ -27,8 +27,8 @@
 # decoder. In this chapter you take the model apart, look at what flows through every part, and then put it back together: you
 # write the sampling loop, and it makes the same video as the package's.
 #
-# Everything runs on `tiny`, a model that comes with this package. ModelScope has the same parts, built from the same classes, with 700
-# times the parameters.
+# Everything runs on `tiny`, a model that comes with this package. ModelScope has the same parts, built from the same classes, with about
+# 750 times the parameters in its denoiser.
 #
 # **You will be able to**
 #
@@ -202,7 +202,8 @@ def middle_frame(latents):
 # %% tags=["check"]
 def check(middle_frame):
     generator = torch.Generator().manual_seed(4)
-    several = torch.randn(2, *latents.shape[1:], generator=generator).to(latents)
+    shape = (2, 4, 6, *latents.shape[3:])  # six frames
+    several = torch.randn(shape, generator=generator).to(latents)
     with course.live_graphs(model.vae.decoder, "forward", len) as decoded:
         answer = middle_frame(several.requires_grad_())
     whole = model.decode(several)
@@ -342,9 +343,9 @@ course.show(figure, "01-schedule")
 # You have all the parts. Now put them together:
 #
 # 1. start from `initial_noise(model, [seed], settings)[0]`;
-# 2. at each of the scheduler's timesteps call the denoiser *twice*, with the prompt and with the empty prompt. `model.predict(x,
-#    t, text["prompt"])` is one call, for `text = model.encode([prompt])`; the other branch is `text["negative"]`, because any text
-#    can take the place of the empty one: a *negative prompt*;
+# 2. at each of the scheduler's timesteps ask the denoiser *twice*, with the prompt and with the empty prompt. `model.predict(x,
+#    t, text["prompt"])` is one answer, for `text = model.encode([prompt])`; for the other *branch*, take `text["negative"]`. (Any text
+#    can take the place of the empty one: a *negative prompt*.) Both answers together are one call here;
 # 3. combine the two answers: guidance, as on points;
 # 4. let `scheduler.step(output, t, x).prev_sample` take the step (you wrote it in chapter 1a);
 # 5. decode.
@@ -392,7 +393,7 @@ course.attempt(check, by_hand)
 # %% [markdown]
 # <details><summary>A hint</summary>
 #
-# `for t in scheduler.timesteps:` runs from noise to video. Four lines in it: two calls, the guidance, the step. Keep the latents
+# `for t in scheduler.timesteps:` runs from noise to video. Four lines in it: two answers, the guidance, the step. Keep the latents
 # in one variable, `x`, and decode it after the loop.
 # </details>
 # <details><summary>A hint, if you get a video, but the wrong one</summary>
@@ -417,7 +418,7 @@ course.attempt(check, by_hand)
 # </details>
 #
 # That is all there is to sampling from a text-to-video model. In the package the same loop is called `roll_out`; `model.guided`
-# makes both calls in one batch, and `model.step` knows the schedulers of other families. We run the loop for twenty prompts at
+# computes both answers in one batch, and `model.step` knows the schedulers of other families. We run the loop for twenty prompts at
 # once, and keep the *guess* of the clean video at each call:
 
 
@@ -532,6 +533,7 @@ for y, error in enumerate(errors.values()):
     axis.plot(distance, [y] * len(distance), "o", color="C0", alpha=0.35)
     axis.plot(distance.mean(), y, "|", color="C0", markersize=20, markeredgewidth=3)
 axis.set_yticks(range(len(errors)), errors)
+axis.margins(y=0.3)
 axis.invert_yaxis()
 axis.set(xlabel="distance to the prompt's color (a dot per clip, and their mean)", xlim=(0, None))
 course.show(figure, "01-colors")
@@ -545,9 +547,9 @@ half = 1.96 * added.std() / len(added) ** 0.5
 print(f"added by the model: {added.mean():.3f} ± {half:.3f} (95% interval), {len(added)} clips")
 
 # %% [markdown]
-# The autoencoder is nearly innocent: in every clip, the color that comes out is almost as close to the prompt's as the one that went in.
+# The autoencoder is nearly innocent: on average it moves a color from 0.02 to 0.03 away from the prompt's, and the worst clip ends up at 0.06.
 # (Even frames drawn by code are not at 0: our mask takes in the blended pixels of the edge.) The model's own
-# clips are further off on average (the interval excludes zero), a few of them by a lot. So it is the *denoiser* that picks the
+# clips are at 0.09 on average (the interval of the difference excludes zero), a few of them at 0.15 to 0.35. So it is the *denoiser* that picks the
 # wrong color, and that is the part an adapter can change.
 #
 # ## Recap
@@ -575,7 +577,7 @@ print(f"added by the model: {added.mean():.3f} ± {half:.3f} (95% interval), {le
 @torch.no_grad()
 def switched(first, second, at, seed=0):
     """Final latents; the first `at` calls listen to the prompt `first`, the others to `second`."""
-    return latents  # your loop; model.guided(x, t, text, settings) makes both branches' calls
+    return latents  # your loop; model.guided(x, t, text, settings) has both branches in it
 
 
 # %% tags=["check"]

@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 0.5 minutes | 1.7 GB |
+# | no GPU, no download, no account | about 1 minute | 1.7 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
@@ -91,8 +91,8 @@ Gallery({"the program's output": [Video(clip[0], 8, prompt)]}, width=256)
 # $$x_{t-1} = a_t\,x_t + b_t\,F_\theta(x_t)$$
 #
 # (*Multistep* samplers, such as DPM++ ([Lu et al. 2022](https://arxiv.org/abs/2211.01095)) and UniPC
-# ([Zhao et al. 2023](https://arxiv.org/abs/2302.04867)), also use the previous step's output: one more term,
-# $c_t\,F_\theta(x_{t+1})$. The next latents are still a weighted sum.)
+# ([Zhao et al. 2023](https://arxiv.org/abs/2302.04867)), also use outputs of earlier steps: DPM++, of second order, has one more term,
+# $c_t\,F_\theta(x_{t+1})$; UniPC has a few more. The next latents are still a weighted sum.)
 #
 # Let the video be a single number, take two steps, and use the simplest network there is, $F_\theta(x) = \theta x$:
 
@@ -422,7 +422,7 @@ course.predict(guess, "02-longest", letter=letter, longest=longest + 1, cosine=c
 #
 # The term of step 1 is $b_1\,\partial F/\partial\theta$. We cannot know the network's part in advance, but we know $b_1$. It is
 # the *gain* of the last step: how far the video moves if the network's last output moves by one. It depends on the
-# scheduler alone, so we can compute it for models that we could never load here.
+# scheduler and the number of steps alone, so we can compute it for models that we could never load here.
 
 
 # %% tags=["for-checks"]
@@ -440,7 +440,7 @@ def gain(scheduler, steps):
 print("tiny:", round(gain(model.new_scheduler(settings), STEPS), 3))
 
 # %% [markdown]
-# The configurations below are the published ones; the classes are diffusers' own.
+# The schedules below are the published ones, each with a usual sampler and number of steps; the classes are diffusers' own.
 
 # %% tags=["for-checks"]
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -453,7 +453,7 @@ families = {
     "tiny": (model.new_scheduler(settings), STEPS),
     "ModelScope": (diffusers.DPMSolverMultistepScheduler(**SD), 25),
     "CogVideoX": (diffusers.CogVideoXDDIMScheduler(**SD, **zero_snr, snr_shift_scale=3.0), 50),
-    "Wan 2.1": (diffusers.UniPCMultistepScheduler(**flow), 30),
+    "Wan 2.1": (diffusers.UniPCMultistepScheduler(**flow), 50),
     "SVD": (diffusers.EulerDiscreteScheduler(**SD, **karras, sigma_min=0.002, sigma_max=700.0), 25),
 }
 
@@ -480,8 +480,8 @@ course.show(figure, "02-gains")
 # on a picture that is almost finished. The gradient cannot tell whether the same change does anything useful in the middle of noise.
 #
 # A large gain is no promise either. It says that the last step has something to decide, not that one step is enough. (Chapter 4
-# finds out why it often is.) Where the gain is tiny, do not bet on transfer: train the steps that form the content, with `Step(4)`,
-# `ReFL(0.4)` or `DRTune(3)`. (Chapter 4 explains these; `align` warns you.)
+# finds out why it often is.) Where the gain is tiny, do not bet on transfer: train the steps that form the content, with `ReFL(0.4)`,
+# or `DRTune(3)`, whose steps are spread over the whole chain. (Chapter 4 explains these; `align` warns you.)
 #
 # **Exercise 4** (★★, 15 minutes). Every step has a gain, not only the last. Return the gain of step $i$, counted from the end, for any
 # scheduler, multistep ones too. It is the coefficient of that step's output in the final latents.

@@ -561,7 +561,8 @@ course.predict(guess, "05-rank", letter=letter, **means)
 
 # %% [markdown]
 # With 12,480 parameters rank 1 brings about nine tenths of what 350,208 weights bring, and three seeds cannot tell whether that is less at
-# all. (With two of them, rank 1 did best at the largest learning rate that we tried: it may have more to give.) The trained rank 4 has two seeds,
+# all. (Rank 1 with two of three seeds, rank 4 with one of two and all weights with one of three did best at the largest learning rate that we tried: each
+# may have more to give.) The trained rank 4 has two seeds,
 # too few to compare it with anything. And every dot has its own interval of ±0.03 to ±0.05, because it is a mean over 24 prompts. All dots
 # use the same prompts, so the order of two dots is more certain than that; still, nothing here is known to within a hundredth.
 #
@@ -655,6 +656,8 @@ for label, point in scores.items():
     axis.annotate(label, point, textcoords="offset points", xytext=(6, 4), fontsize=9)
 base = torch.tensor(scores["neither"])
 arrows = [torch.tensor(scores[label]) - base for label in ("dark", "colorful")]
+for label in ("dark", "colorful"):
+    axis.annotate("", scores[label], base, arrowprops={"arrowstyle": "->", "color": "gray"})
 total = base + sum(arrows)
 axis.scatter(*total, marker="x", color="gray")
 axis.annotate("sum of the arrows", total, textcoords="offset points", xytext=(6, 4), fontsize=9)

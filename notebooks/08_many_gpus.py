@@ -18,16 +18,16 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 1 minute | 1.5 GB |
+# | no GPU, no download, no account | about 1.5 minutes | 1.8 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# On one GPU a step of VADER sees one or two clips at a time, and one clip is a poor guide. Four GPUs see four times as many,
+# On one GPU a step of VADER sees one or two clips at a time. Four GPUs see four times as many,
 # but only if their gradients are really averaged. In several published trainers for this task they are not: every GPU
 # trains its own adapter, nobody notices, and only the first one is saved.
 #
-# In this notebook you watch that happen with two real processes on your CPU, and you write the twenty lines that prevent it. Then you learn to
+# In this notebook you watch that happen with two real processes on your CPU, and you write the dozen lines that prevent it. Then you learn to
 # start, stop, kill and resume a long run.
 #
 # **You will be able to**
@@ -92,7 +92,7 @@ clips = vader_nb.sample(model, four, seeds=SEED, sampling=QUICK)
 Gallery({"one each": [Video(clip, 8, prompt) for clip, prompt in zip(clips, four)]}, width=144)
 
 # %% [markdown]
-# ## One clip is a poor guide
+# ## Do clips agree?
 #
 # For each of these four clips, compute the direction in which it alone would push the adapter. If they all
 # agreed, more clips per step would be a waste.
@@ -142,9 +142,9 @@ course.predict(guess, "08-agree", letter=letter, low=others.min(), high=others.m
 # Single clips hardly agree: most of each gradient is about its own clip. In a mean of $n$ clips that part shrinks like $1/\sqrt n$, and what
 # the clips have in common stays. And averaging is all we need, since the gradient of a mean is the mean of the gradients:
 #
-# $$\nabla_\theta \frac14 \sum_{i=1}^4 r(x_i) \;=\; \frac14 \sum_{i=1}^4 \nabla_\theta\, r(x_i).$$
+# $$\nabla_\theta\, \frac14 \sum_{j=1}^4 R_j \;=\; \frac14 \sum_{j=1}^4 \nabla_\theta R_j,$$
 #
-# So four processes with one clip each can find what one process with four clips finds.
+# with $R_j$ the reward of clip $j$. So four processes with one clip each can find what one process with four clips finds.
 
 # %%
 together = gradient(four, [0, 1, 2, 3])
@@ -169,9 +169,6 @@ def hello(path):
 
 vader_nb.launch(hello, folder, num_processes=2)
 print(*(path.read_text() for path in sorted(folder.glob("hello-*"))), sep="\n")
-
-# %%
-HTML(course_drawings.processes())
 
 # %% [markdown]
 # ## The broken way
@@ -271,7 +268,13 @@ course.predict(
 # ## The right way
 #
 # We need no wrapper. After the backward pass, add up the gradients over all processes and divide by the number of processes. Adding up like this,
-# so that each process has the sum, is called **all-reduce**. Should it come before the gradient is clipped, or after?
+# so that each process has the sum, is called **all-reduce**.
+
+# %%
+HTML(course_drawings.processes())
+
+# %% [markdown]
+# Should it come before the gradient is clipped, or after?
 #
 # **Exercise 1** (★, 5 minutes). A colleague clips first and averages afterward. Several processes have gradients that all point the same way, with the given
 # `norms`. What norm does the optimizer see in each order?
@@ -500,9 +503,9 @@ for name in ("broken", "right"):
 # The only thing the processes exchange is the adapter's gradient. How large is it?
 
 # %%
+weights = sum(p.nbytes for p in model.denoiser.parameters())
 adapter = lora.add(model, rank=4, seed=SEED)
 exchanged = sum(p.nbytes for p in adapter.parameters())
-weights = sum(p.nbytes for p in model.denoiser.parameters())
 adapter.remove()
 sizes = {"tiny: adapter": exchanged, "tiny: denoiser": weights}
 sizes |= {"ModelScope: adapter, rank 16": 4 * 6_645_760, "ModelScope: denoiser": 4 * 1_411_233_860}
@@ -510,9 +513,11 @@ sizes |= {"ModelScope: adapter, rank 16": 4 * 6_645_760, "ModelScope: denoiser":
 # %%
 figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
 megabytes = [size / 1e6 for size in sizes.values()]
-bars = axis.barh(list(sizes), megabytes, color=["#1a7f37", "#8888"] * 2)
-axis.bar_label(bars, [f"{size:,.1f} MB" for size in megabytes], padding=4)
-axis.set(xscale="log", xlabel="megabytes in float32", xlim=(None, 1e6))
+axis.scatter(megabytes, list(sizes), s=60, c=["#1a7f37", "gray"] * 2)
+for row, size in enumerate(megabytes):
+    axis.annotate(f"{size:,.1f} MB", (size, row), (9, 0), textcoords="offset points", va="center")
+axis.set(xscale="log", xlabel="megabytes in float32", xlim=(0.1, 1e6))
+axis.margins(y=0.2)
 axis.invert_yaxis()
 course.show(figure, "08-traffic")
 
@@ -697,10 +702,11 @@ course.predict(guess, "08-killed", letter=letter, verdict=verdict)
 
 # %%
 full_size = course.quick("modelscope", "tiny")  # the tests simulate it elsewhere
-vader_nb.memory(full_size, "hps", height=256, width=256, num_frames=16)
+size = {"height": 384, "width": 384, "num_frames": 16}
+vader_nb.memory(full_size, "hps", **size, rank=16, mixed_precision="fp16")
 
 # %% [markdown]
-# (Simulated. GPU: not measured here.)
+# (Simulated, for the two commands with `hps` above. GPU: not measured here.)
 #
 # ## Recap
 #

@@ -105,9 +105,9 @@ HTML(
 )
 
 # %% [markdown]
-# (An empty cell means the model's default.) Read three rows. *Prompts*: `hps_custom` has animals and people, which a published model has seen; the
+# (An empty cell means the default of the model or, for settings of training, of `align`.) Read three rows. *Prompts*: `hps_custom` has animals and people, which a published model has seen; the
 # twin knows one colored shape. *Learning rate*: the twin's is larger, because it is trained for 40 steps, not for hundreds or thousands. *Batch*: one
-# clip at a time, accumulated, since only one fits. Or would two?
+# clip at a time, accumulated, which needs the least memory.
 #
 # ## Will it fit?
 #
@@ -134,7 +134,7 @@ stages = {stage: size / GIB for stage, size in plan.stages.items()}
 figure, axis = plt.subplots(figsize=(7, 2.6), layout="constrained")
 bars = axis.barh(list(stages), list(stages.values()), color="C0")
 axis.bar_label(bars, fmt="%.1f", padding=3)
-axis.axvline(stages["weights"], color="gray", linestyle=":")
+axis.axvline(stages["weights"], color="black", linestyle=":", linewidth=1.5)
 axis.set(xlabel="peak in each stage, GiB, weights included", xlim=(0, 1.15 * max(stages.values())))
 axis.invert_yaxis()
 course.show(figure, "11-stages")
@@ -152,12 +152,13 @@ course.predict(
 )
 
 # %% [markdown]
-# The dotted line marks the weights: model, reward, adapter. To the right of it is what the stage itself needs. (The planner adds 1 GiB to the
-# largest, for everything that is not a tensor, before it says that a card is large enough.)
+# The dotted line marks the weights: model, reward, adapter. To the right of it is what is alive beside them in each stage. (With ModelScope's
+# recipe, 2.3 GiB of it in decode and reward is the last denoiser call, whose graph waits for the replay. The planner adds 1 GiB to the
+# largest stage, for everything that is not a tensor, before it says that a card is large enough.)
 #
-# **Exercise 1** (★, 10 minutes). How wide is the part to the left of the dotted line? Frozen weights take 2 bytes each in half precision. A weight
+# **Exercise 1** (★, 10 minutes). How much memory do weights and all that belongs to them take? Frozen weights take 2 bytes each in half precision. A weight
 # that *learns* is kept in float32, together with its gradient and AdamW's two moments, all in float32. How many GiB is that in total,
-# in the middle of training?
+# when the gradient has just been computed? (The dotted line is drawn before that: it has everything but the gradient.)
 
 
 # %% tags=["exercise"]
@@ -197,7 +198,7 @@ course.attempt(check, weights_gib)
 #
 # Now the other way around: start with float32 and nothing saved, and add one saving at a time.
 #
-# > **Predict.** Wan, 81 frames of 256 × 256. Which of these buys the most? **(a)** half precision · **(b)** gradient checkpointing · **(c)** the decoder's states in CPU memory
+# > **Predict.** Wan, 81 frames of 256 × 256, of which the first one is scored. Which of these buys the most? **(a)** half precision · **(b)** gradient checkpointing · **(c)** the decoder's states in CPU memory
 
 # %%
 guess = None  # "a", "b" or "c"
@@ -245,17 +246,18 @@ course.predict(
 # %% [markdown]
 # The peak comes from one stage, so a saving in another stage buys *nothing* until that stage is the largest. Wan shows it: once the
 # blocks are recomputed, the peak is in `text`, where its text encoder (5.7 billion parameters) reads the prompts, once, before the first step.
-# The decoder's states are not in that stage, so it does not matter where they are kept. (At 480 × 832 pixels it does: there they take 40 GB.)
-# That is why the bars fall in steps, and why there is no list of best tricks: ask the planner, change what is largest, ask again.
-# `vader_nb.memory(..., gpu_memory="T4")` does just that, and says which settings it changed. (The last saving, 4 bits, is only for linear layers.
+# The decoder's states buy nothing for two reasons: they are not in that stage, and here there are none, since the first frame needs none
+# before it. (With all 81 frames of 480 × 832 scored, they take 40 GB.)
+# That is why the bars fall in steps, and why there is no list of best tricks: ask the planner, change what is largest, ask again. If a step does not fit,
+# `vader_nb.memory(..., gpu_memory="T4")` asks for you: it tries the savings, the cheapest first, keeps those that lower the peak, and says which are left. (The last saving, 4 bits, is only for linear layers.
 # In ModelScope these hold 577 of 1,411 million parameters; the rest are convolutions. In Wan it takes replay from 7.1 to 5.2 GiB, but the
 # peak stays where it was.)
 #
 # | saving | acts in | costs |
 # |---|---|---|
-# | half precision | everything | rounding, and in float16 range (next section) |
+# | half precision | everything | rounding; in float16, range as well (next section) |
 # | `gradient_checkpointing=True` | replay | each block's forward pass once more |
-# | `sequential_guidance=True` | roll-out, replay | two calls of the denoiser instead of one with two clips |
+# | `sequential_guidance=True` | roll-out, replay (and decode: no call waits there) | two calls of the denoiser instead of one with two clips |
 # | `decoder_states="cpu"`, or every fifth | decode (causal decoders) | copies, or computing states again |
 # | `model_cpu_offload=True` | weights | networks travel to the GPU when they are needed |
 # | `quantize="4bit"` | weights of the denoiser | its precision, and an adapter that was trained beside rounded weights |
@@ -274,12 +276,12 @@ frames = clips[:1].float().clone().requires_grad_()
 g = frames.grad[frames.grad != 0].abs().log2().flatten().cpu()
 
 figure, axis = plt.subplots(figsize=(7.5, 2.8), layout="constrained")
-bins = torch.arange(-36, 1).tolist()
+bins = torch.arange(-36, 6).tolist()
 axis.hist(g.tolist(), bins=bins, color="C0", alpha=0.6, label="the gradient on one clip's pixels")
 axis.hist((g + 16).tolist(), bins=bins, color="C1", alpha=0.6, label="times 65,536")
 axis.axvspan(-36, -25, color="gray", alpha=0.35, label="0 in float16")
 axis.axvspan(-25, -14, color="gray", alpha=0.15, label="float16, with fewer digits")
-axis.set(xlabel="power of two", ylabel="pixels")
+axis.set(xlabel="power of two", ylabel="color values")
 axis.legend(frameon=False, fontsize=8)
 course.show(figure, "11-half")
 print(
@@ -341,6 +343,11 @@ def check(Scaler):
     assert factors == [8, 8, 16], f"three good steps double the factor: 8, 8, 16, not {factors}"
     _, factors = scaled_run(Scaler, [1.0, 1.0, float("nan"), 1.0, 1.0, 1.0])
     assert factors == [8, 8, 4, 4, 4, 8], f"good steps *in a row*: 8, 8, 4, 4, 4, 8, not {factors}"
+    two = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer, scaler = torch.optim.SGD(two, lr=1.0), Scaler(8.0, 3)
+    scaler.scale(two[0].sum() * float("inf") + two[1].sum()).backward()
+    scaler.step(optimizer)
+    assert two[1].item() == 0, "if *one* of the gradients is not finite, no weight may change"
 
 
 course.attempt(check, Scaler)
@@ -389,12 +396,16 @@ course.attempt(check, Scaler)
 # %%
 entry = recipes.CARDS[MODEL]
 own = entry.settings
-per_clip = entry.calls / (entry.gpus * own["batch_size"] * own["gradient_accumulation_steps"])
-print(f"{MODEL}: {per_clip:.0f} calls for a clip, {entry.calls} for the clips of an optimizer step")
+clips_per_step = own["batch_size"] * own["gradient_accumulation_steps"]  # on one GPU
+calls = entry.calls / entry.gpus
+print(f"{MODEL}: {calls / clips_per_step:.0f} calls for a clip")
+print(f"{calls:.0f} for the {clips_per_step} clips of an optimizer step on one GPU")
 
 # %% [markdown]
-# Guidance has two branches, so every denoising step takes two calls. A step that learns takes them once more, with a graph; but if $K = 1$ and
-# there is enough memory, the package keeps the last call's graph from the roll-out and saves the extra calls. You can measure in a minute how
+# Guidance has two branches, so every denoising step takes two calls. A step that learns takes them once more, with a graph. One exception:
+# where frames are decoded one by one (ModelScope, not Wan), blocks are checkpointed, nothing is offloaded, and guidance is one batch, the package
+# keeps the last call's graph from the roll-out: 50 calls for ModelScope's 25 steps, not 52. (ModelScope's recipe is written for four GPUs. For the
+# same optimizer step on one, set `gradient_accumulation_steps=16`: four times as long.) You can measure in a minute how
 # long a call of a real model takes on your card. Here is the time for the model that runs here, and what such a number means.
 
 # %%
@@ -423,12 +434,12 @@ print(f"{name}: {once:.3f} s per call on {here}")
 
 # %%
 steps = 300
-seconds = {f"{one:g} s per call": one * entry.calls for one in (0.05, 0.2, 1.0)}
+seconds = {f"{one:g} s per call": one * calls for one in (0.05, 0.2, 1.0)}
 rows = [
     (
         name,
         f"{one:.0f} s",
-        f"{one * steps / 3600:.0f} hours",
+        f"{one * steps / 3600:.1f} hours",
         f"{one * steps / 3600:.0f} to {3 * one * steps / 3600:.0f} dollars",
     )
     for name, one in seconds.items()
@@ -459,10 +470,9 @@ HTML(
 from vader_nb import selfcheck
 
 subject = selfcheck.Subject(name)
-print(selfcheck.Row("check", "measured", "figure", "limit", "verdict"))
-for check_name in course.quick(list(selfcheck.CHECKS), ["gradient"]):
-    for row in selfcheck.run_check(check_name, *selfcheck.CHECKS[check_name], subject):
-        print(row)
+checks = course.quick(list(selfcheck.CHECKS), ["gradient"])
+rows = [row for one in checks for row in selfcheck.run_check(one, *selfcheck.CHECKS[one], subject)]
+HTML(drawing.table(selfcheck.Row._fields[:5], [row[:5] for row in rows]))
 
 # %% [markdown]
 # Without a GPU two of the checks say that they were not run. This table is still missing for the real models. If
@@ -499,7 +509,7 @@ Gallery(
 
 # %% [markdown]
 # After so few steps you should see almost no change; if you see a lot, lower the learning rate. In a shell, the same command is
-# `vader-nb align config=modelscope`, with any setting after it; it writes what chapter 6 showed, and resumes after an interruption.
+# `vader-nb align config=modelscope`, with any setting after it; it writes what chapter 6 showed; with `name=mine resume=latest` the same command goes on after an interruption.
 #
 # | you see | try |
 # |---|---|
@@ -515,7 +525,7 @@ Gallery(
 # |---|---|---|
 # | which settings? | `recipes.CARDS[name].settings` | [recipes](recipes.md) |
 # | will it fit? | `vader_nb.memory(name, reward, gpu_memory="T4", **settings)` | stage by stage |
-# | how long? | `recipes.CARDS[name].calls` × seconds per call | one optimizer step |
+# | how long? | `recipes.CARDS[name].calls` / `.gpus` × seconds per call | one optimizer step |
 # | does it work here? | `vader-nb selfcheck model=NAME` | a table for an issue |
 #
 # **Without looking:** why can a saving that works buy nothing? What does float16 lose, what does bfloat16 lose, and which
@@ -554,7 +564,7 @@ course.attempt(check, calls_per_clip)
 #     return 2 * (steps + K)
 # ```
 #
-# (On a GPU with memory to spare the package keeps the last call's graph from the roll-out, and saves that one.)
+# (For ModelScope, the package keeps the last step's calls from the roll-out, and saves these two.)
 # </details>
 #
 # **Exercise 4** (★★★, open, an afternoon and a GPU). Bring a table: `vader-nb selfcheck` of a model that is not embedded, the planner's peak

@@ -558,7 +558,7 @@ course.show(figure, "12-race")
 # ([07](07_evaluate_and_reward_hacking.ipynb)): a held-out reward, not a budget. ([Races](races.md) has all the numbers, with diversity and motion.)
 #
 # And is it a law? The same race on `tiny-wan`, a flow, came out differently: DDPO and GRPO learned nothing there that could be told from zero, and DPO, which needs
-# no noise in the sampler, was as fast per query as VADER and faster in seconds. VADER climbed highest again, and overshot again at the higher rate.
+# no noise in the sampler, was as fast per query as VADER and faster in seconds. VADER climbed highest again, and overshot again at the higher rates.
 #
 # And look at the dotted lines on the left. In reward, best of 8 cannot be told from DDPO, GRPO and DPO after training. And nobody beats the other rival
 # that trains nothing, **reward guidance**: at each step it moves the clean latents that the denoiser predicts a little along the reward's gradient. You

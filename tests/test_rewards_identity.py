@@ -46,6 +46,8 @@ def test_a_local_checkpoint_is_known_by_what_it_holds(tmp_path):
         write_clip(folder)
     prints = [rewards.clip_score(folder).fingerprint for folder in folders]
     assert prints[0] == prints[1]
+    (folders[1] / "README.md").write_text("a card with another sentence")
+    assert rewards.clip_score(folders[1]).fingerprint == prints[0]
     write_clip(folders[1], projection=8)
     assert rewards.clip_score(folders[1]).fingerprint != prints[0]
 

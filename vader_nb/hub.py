@@ -84,14 +84,15 @@ def find(checkpoint: StrPath, known: Mapping[str, Source | Path]) -> Source | Pa
 def identity(place: Source | Path) -> str:
     """A text that differs for different weights: a source's version, or a digest of a local copy.
 
-    The digest is of the size and the first 4 MB of each file, which is fast for large ones.
+    The digest is of the size and the first 4 MB of each file, which is fast for large ones. Model cards don't count: a run
+    can go on when someone has edited a sentence.
     """
     if isinstance(place, Source):
         version = place.sha256[:12] or place.revision or "main"
         return "/".join(filter(None, [place.repo, place.filename])) + f"@{version}"
     digest = hashlib.sha256()
     for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-        if path.is_file():
+        if path.is_file() and path.suffix != ".md":
             with open(path, "rb") as file:
                 digest.update(f"{path.stat().st_size} ".encode() + file.read(1 << 22))
     return f"digest:{digest.hexdigest()[:16]}"

@@ -77,6 +77,10 @@ ANSWERS = {
             SCALER.replace("p.grad /= self.factor", "pass"): "times as long",
             SCALER.replace("        optimizer.zero_grad()\n", ""): "carries the first one's",
             SCALER.replace("if all(", "if True or all("): "must not reach the weights",
+            SCALER.replace(
+                "for p in parameters):\n            opt",
+                "for p in parameters[-1:]):\n            opt",
+            ): ("no weight may change"),
             SCALER.replace("self.factor / 2, 0", "self.factor, 0"): "half of 8",
             SCALER.replace("self.factor / 2, 0", "self.factor / 2, self.good"): "in a row",
             SCALER.replace("self.factor * 2, 0", "self.factor, 0"): "three good steps",

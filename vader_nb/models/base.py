@@ -30,7 +30,7 @@ from ..quantization import is_quantized
 
 MODEL_LOCK = threading.RLock()
 # A last step whose `last_step_gain` is smaller teaches next to nothing, and what to take instead.
-SMALL_GAIN, EARLIER_STEPS = 0.01, "Step(4), ReFL(0.4) or DRTune(3)"
+SMALL_GAIN, EARLIER_STEPS = 0.01, "ReFL(0.4) or DRTune(3)"
 
 
 def exclusive(function: Callable) -> Callable:
