@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 1.5 minutes | 1.5 GB |
+# | no GPU, no download, no account | about 1.5 minutes | 1.4 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
@@ -240,7 +240,8 @@ run.adapter.scale = 1.0
 Gallery(rows, width=96)
 
 # %% [markdown]
-# From the first row to the last, most colors move toward what the prompts ask for. But look at the yellow triangle: it turns orange.
+# From the first row to the last, most colors move toward what the prompts ask for. But look at the yellow triangle: where it was pink, it turns yellow, and where it was
+# yellow, orange.
 # And look at the last frames of the green star: its middle turns dark, and no prompt asked for that. A higher reward is not always a better picture;
 # chapter 7 is about that.
 #

@@ -23,7 +23,7 @@
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 
 # %% [markdown]
-# A video is a hundred thousand numbers or more, and nobody can picture how they move. A *point* is two numbers, and diffusion
+# A video is about a hundred thousand numbers, or many more, and nobody can picture how they move. A *point* is two numbers, and diffusion
 # treats it just like a video: the loss, the sampler and the guidance are the same. So in this chapter a model learns to draw points,
 # in seconds, and you watch every one of them. The next chapter takes a text-to-video model apart, with the same lines of code.
 #

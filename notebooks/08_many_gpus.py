@@ -274,7 +274,7 @@ course.predict(
 HTML(course_drawings.processes())
 
 # %% [markdown]
-# Should it come before the gradient is clipped, or after?
+# Should the averaging come before the gradient is clipped, or after?
 #
 # **Exercise 1** (★, 5 minutes). A colleague clips first and averages afterward. Several processes have gradients that all point the same way, with the given
 # `norms`. What norm does the optimizer see in each order?
@@ -691,7 +691,7 @@ course.predict(guess, "08-killed", letter=letter, verdict=verdict)
 # | | two processes on a CPU | several GPUs |
 # |---|---|---|
 # | the same adapter in every process | shown: distance 0 | not measured here |
-# | equal to one process that accumulates | shown: difference 0 | not measured here |
+# | equal to one process that accumulates | shown: to within rounding | not measured here |
 # | killed and resumed, as if it had not been | shown, byte by byte | not measured here |
 # | megabytes per step | counted | the same, by the same count |
 # | memory | measured, at the top | simulated, below; not measured here |
@@ -706,7 +706,7 @@ size = {"height": 384, "width": 384, "num_frames": 16}
 vader_nb.memory(full_size, "hps", **size, rank=16, mixed_precision="fp16")
 
 # %% [markdown]
-# (Simulated, for the two commands with `hps` above. GPU: not measured here.)
+# (Simulated, at the size, rank and precision of the two commands above, with the second one's reward. GPU: not measured here.)
 #
 # ## Recap
 #

@@ -249,7 +249,8 @@ course.predict(
 # The decoder's states buy nothing for two reasons: they are not in that stage, and here there are none, since the first frame needs none
 # before it. (With all 81 frames of 480 × 832 scored, they take 40 GB.)
 # That is why the bars fall in steps, and why there is no list of best tricks: ask the planner, change what is largest, ask again. If a step does not fit,
-# `vader_nb.memory(..., gpu_memory="T4")` asks for you: it tries the savings, the cheapest first, keeps those that lower the peak, and says which are left. (The last saving, 4 bits, is only for linear layers.
+# `vader_nb.memory(..., gpu_memory="T4")` asks for you: it tries the savings, the cheapest first, keeps those that lower the peak until the step fits, drops
+# those it can do without, and names the rest. (The last saving, 4 bits, is only for linear layers.
 # In ModelScope these hold 577 of 1,411 million parameters; the rest are convolutions. In Wan it takes replay from 7.1 to 5.2 GiB, but the
 # peak stays where it was.)
 #

@@ -551,7 +551,7 @@ course.show(figure, "12-race")
 # Look at VADER's first point, after 56 queries and 18 seconds. On average, 99.6% of the clips are right, and no other trained contestant's average
 # gets there. (But 40 prompts cannot tell that from the 98.8% that DPO has after 192 queries and 76 seconds, and DDPO and GRPO at their end, after
 # 896 queries and more than 500 seconds.) Then VADER falls in both panels: at this rate it is not steady. From there on its reward rises, and its
-# clips get no better. The clear damage comes last, after 856 queries. In two of three seeds the action judge falls by 0.62 and 0.75, in the third not
+# clips get no better. The clear damage comes last, after 856 queries. In two of three seeds the action judge falls by 0.80 and 0.67, in the third not
 # at all; 4 to 25% of the motions are wrong. The other three are slow, and still improving. No judge shows a clear loss for them.
 #
 # So here the reward's gradient got to the goal sooner, and went past it within the budget. It needs someone who says *stop*

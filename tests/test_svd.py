@@ -166,7 +166,7 @@ def test_the_last_step_hardly_moves_the_video_and_training_says_so(directory, st
     assert model.last_step_gain(sampling) == pytest.approx(0.002, rel=0.01)
     assert load("tiny").last_step_gain(Sampling().resolve(load("tiny"))) > 0.05
     settings = TrainConfig(sampling=sampling, output_dir=tmp_path)
-    with pytest.warns(UserWarning, match=r"moves the video by 0.002 .* strategy=Step"):
+    with pytest.warns(UserWarning, match=r"moves the video by 0.002 .* strategy=ReFL"):
         Trainer(model, rewards.brightness(), PROMPTS, settings)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

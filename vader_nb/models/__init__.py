@@ -260,7 +260,7 @@ CHECKPOINTS = {
         "FlowMatchEulerDiscreteScheduler",
         {"vae_tiling": True},
         size="26 GB, 42 GB with text encoders and autoencoder",
-        license="Tencent Hunyuan community license, not in the EU, the UK and South Korea",
+        license="Tencent Hunyuan community license, not in the EU, the UK or South Korea",
     ),
 }
 # A directory without model_index.json is known by a file of its authors' layout: name -> checkpoint.
