@@ -739,7 +739,7 @@ def adapter_gradient(reward, rollout):
 
 
 pulls = []
-for seed, text in enumerate(asked[: course.quick(16, 4)]):
+for seed, text in enumerate(asked[: course.quick(16, 2)]):
     rollout = roll_out(model, [text], [seed], settings, adapter=adapter, window=1)
     pulls.append(torch.stack([adapter_gradient(reward, rollout) for reward in candidates.values()]))
 pulls = torch.stack(pulls)  # (clips, rewards, parameters)

@@ -503,6 +503,7 @@ course.predict(guess, "04-parts", **values)
 from vader_nb import zoo
 
 small = vader_nb.load(MODEL)  # in its usual precision: from here on, speed counts
+small.defaults |= course.quick({}, {"num_inference_steps": 4})  # fewer in tests
 watched = "a green star bouncing on a white background"
 ranges = {
     "base": None,

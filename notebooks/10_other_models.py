@@ -343,7 +343,7 @@ judge = rewards.hps("tiny").to(small[MODEL][0].device)
 
 
 # %%
-def cosines(name, Ks, seeds=(1, 2)):
+def cosines(name, Ks, seeds):
     """Of the gradients of Last(K) to the exact one, a row for each clip."""
     model, prompt, _ = small[name]
     adapter, steps = lora.add(model, rank=4, seed=SEED), model.defaults["num_inference_steps"]
@@ -374,7 +374,8 @@ def cosines(name, Ks, seeds=(1, 2)):
 Ks = course.quick(
     {MODEL: (1, 5), "tiny-wan": (1, 2), "tiny-i2v": (1, 5)}, dict.fromkeys(small, (1,))
 )
-measured = {name: cosines(name, Ks[name]) for name in small}
+seeds = course.quick((1, 2), (1,))
+measured = {name: cosines(name, Ks[name], seeds) for name in small}
 
 figure, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
 for name, (steps, found) in measured.items():
@@ -578,7 +579,7 @@ course.attempt(check, sweep)
 
 # %%
 wan = small["tiny-wan"][0]
-longer = Sampling(num_frames=25).resolve(wan)
+longer = Sampling(num_frames=course.quick(25, 13)).resolve(wan)
 kinds = course.quick(("last_chunk", "window:1", "window:2"), ("last_chunk",))
 approximations = list(testing.approximations(wan, longer, [ask], kinds))
 

@@ -68,8 +68,8 @@ from vader_nb import Gallery, Race, Sampling, Video, prompts, race_results, rewa
 
 model = vader_nb.load(MODEL)
 reward = rewards.hps("tiny").to(model.device)
-sampling = Sampling(num_inference_steps=5)
-held_out = prompts.get("tiny_held_out")[9::25][: course.quick(8, 3)]  # fewer in tests
+sampling = Sampling(num_inference_steps=course.quick(5, 2))  # fewer in tests
+held_out = prompts.get("tiny_held_out")[9::25][: course.quick(8, 2)]
 
 # %% [markdown]
 # ## The rival that trains nothing
@@ -366,7 +366,7 @@ short = vader_nb.race(
     seeds=[SEED],
     evaluations=2,
     seeds_per_prompt=1,
-    num_inference_steps=5,
+    num_inference_steps=sampling.num_inference_steps,
     output_dir=folder,
     progress=False,
 )
