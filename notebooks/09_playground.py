@@ -18,7 +18,7 @@
 #
 # | needs | two CPU cores | peak memory |
 # |---|---|---|
-# | no GPU, no download, no account | about 1 minute | 1.4 GB |
+# | no GPU, no download, no account | about 1.5 minutes | 1.4 GB |
 #
 # *Colab's default runtime, a CPU, is enough. Words and symbols: [notation and glossary](notation.md) ([in Colab](https://github.com/vader-nb/vader_nb/blob/main/notebooks/notation.md)).*
 

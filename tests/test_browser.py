@@ -212,7 +212,7 @@ def test_a_run_is_watched_stopped_and_found_again_after_a_restart(address, folde
     page.keyboard.press("Shift+Enter")
     again = page.locator(".vader", has_text="Training monitor").first
     expect(again).to_contain_text(f"stopped · step {rows[-1]['step']} of 500")
-    expect(again.locator("svg[aria-label^='reward, trained on']")).to_be_visible()
+    expect(again.locator("svg[aria-label^='trained reward']")).to_be_visible()
 
 
 def test_a_run_is_stopped_from_another_notebook(address, folder, page, chromium):

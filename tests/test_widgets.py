@@ -609,7 +609,7 @@ def test_a_monitor_follows_a_run(trained):
     assert "step 4 of 4" in monitor.state.value
     assert monitor.stop_button.disabled
     assert "The run is over" in monitor.why.value
-    for title in ("reward, trained on", "gradient norm", "held out", "diversity", "motion"):
+    for title in ("trained reward", "gradient norm", "held out", "diversity", "motion"):
         assert title in monitor.curves.value
 
 

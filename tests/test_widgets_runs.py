@@ -184,7 +184,7 @@ def test_runs_stand_beside_each_other(runs, tiny):
     assert viewer.error is None
     assert [c.name for c in viewer.contestants] == ["plain", "watched"]
     assert [name for _, name in viewer.x.options] == ["seconds", "step"]
-    assert list(viewer.y.options) == ["reward, trained on", "gradient norm", "diversity", "motion"]
+    assert list(viewer.y.options) == ["trained reward", "gradient norm", "diversity", "motion"]
     assert list(viewer.point.options) == [
         "plain · step 2",
         "watched · step 1",
@@ -193,7 +193,7 @@ def test_runs_stand_beside_each_other(runs, tiny):
     spent = [p.mean("seconds") for p in viewer.contestants[0].points]
     rows = [json.loads(line) for line in (runs / "plain" / "metrics.jsonl").open()]
     assert spent == [rows[0]["seconds"], rows[0]["seconds"] + rows[1]["seconds"]]
-    for title in ("reward, trained on over seconds", "reward, trained on against diversity"):
+    for title in ("trained reward over seconds", "trained reward against diversity"):
         assert title in viewer.curves.value
     viewer.set(point="watched · step 1")
     assert "clips of watched · step 1" in text_of(viewer)  # without a model

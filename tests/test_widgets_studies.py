@@ -489,6 +489,7 @@ def test_each_setting_has_one_row_and_the_table_ends(explorer, monkeypatch):
     before = alive()
     for K, frames, on in settings:
         explorer.measure(K=K, frames=frames, gradient_checkpointing=on)
+        assert ("turned off" in explorer.table.value) == (len(explorer.measured) > 1)
     assert len(explorer.measured) == ROWS
     assert explorer.table.value.count("<tr>") == ROWS + 1
     again = Truncation(*settings[-3])

@@ -161,10 +161,10 @@ def read_run(folder: Path, name: str = "run") -> Contestant:
 
 def run_titles(rows: list[dict]) -> dict[str, str]:
     """What is drawn from a run's rows, and its title."""
-    titles = {"reward": "reward, trained on"}
+    titles = {"reward": "trained reward"}
     for key in (key for row in rows for key in row if key.startswith("validation/")):
         name = key.removeprefix("validation/")
-        titles[key] = name if name in DESCRIPTIONS else f"{name}, held out"
+        titles[key] = name if name in DESCRIPTIONS else f"{name} (held out)"
     return titles | {"grad_norm": "gradient norm"}
 
 

@@ -24,7 +24,7 @@ from .panel import Panel
 
 ROWS = 12  # settings that are kept in the table
 EMPTY = "Nothing measured yet: press “measure”."
-COLUMNS = ("K", "frames", "memory", "time", "cosine", "without")
+COLUMNS = ("K", "frames", "memory", "time", "cosine", "turned off")
 EXPLANATION = (  # of the table
     "Memory: the peak of all tensors that one gradient makes, without the weights. Cosine to the "
     "exact gradient, which goes through all steps and frames: 1 is its direction (0°), 0 a right "
@@ -159,7 +159,10 @@ class TruncationExplorer(Panel):
             switches |= {"streaming": setting.streaming}
             off = ", ".join(name for name, on in switches.items() if not on)
             rows.append((setting.K, setting.frames, memory, duration, cosine, off))
-        self.table.value = table(COLUMNS, rows, "style='white-space:nowrap'") + note(EXPLANATION)
+        shown = len(COLUMNS) if any(row[-1] for row in rows) else len(COLUMNS) - 1
+        cells = (row[:shown] for row in rows)
+        look = "style='white-space:nowrap'"
+        self.table.value = table(COLUMNS[:shown], cells, look) + note(EXPLANATION)
 
     def to_html(self) -> str:
         drawing = image(self.chain, self.description)
